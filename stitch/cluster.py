@@ -1,0 +1,186 @@
+"""A cluster as its operator writes it down: two models, their routes, their shards. Knows no process.
+
+One TOML file describes the whole; every program is started with it and told which part it plays.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from stitch.errors import InvalidRequest
+from stitch.settings import Settings
+
+Role = Literal["bottom", "top"]
+ROLES: tuple[Role, Role] = ("bottom", "top")
+
+
+class ModelSource(Settings):
+    """Where a model comes from: a hub id, a folder, a GGUF file, or a GGUF file inside a PyPI package."""
+
+    id: str
+    source: str
+
+
+class Models(Settings):
+    bottom: ModelSource
+    top: ModelSource
+
+
+class RouteCut(Settings):
+    """Layers [0, bottom_layers) of the bottom model, a stitch, layers [top_from, …) of the top model."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")
+    bottom_layers: int = Field(ge=1)
+    top_from: int = Field(ge=0)
+    # A safetensors file, relative to the cluster file. Absent: bottom and top are one model, cut at one place.
+    stitch: str | None = None
+
+    @model_validator(mode="after")
+    def _name_is_free(self) -> RouteCut:
+        if self.name == "auto":
+            raise ValueError("`auto` asks for the router's judgement and can't name a route")
+        return self
+
+
+class ShardPlace(Settings):
+    """A process with layers [first, end) of one model, and where it is reached."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    role: Role
+    layers: tuple[int, int] = Field(strict=False)
+    # host:port for neighbours and the gateway; port 0 is for `stitch up` alone, which fills it in.
+    address: str
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+
+    @model_validator(mode="after")
+    def _range_is_not_empty(self) -> ShardPlace:
+        first, end = self.layers
+        if not 0 <= first < end:
+            raise ValueError(f"layers {first} to {end} are no range")
+        return self
+
+
+class GatewayPlace(Settings):
+    address: str
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    # Where the router fails or does not know, it takes this route; by default the most expensive one.
+    fallback_route: str | None = None
+    # Scores from here on take the next dearer route; one threshold between every two neighbours.
+    thresholds: tuple[float, ...] | None = Field(default=None, strict=False)
+
+
+class Compute(Settings):
+    """How shards compute; the same for all of them, so that every answer is the same wherever it is made."""
+
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    wire_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    # Tokens for which each shard keeps KV; 0: planned from the memory that is free at start.
+    kv_tokens: int = Field(default=0, ge=0)
+    # Tokens in one pass of a shard, prefill and decode together.
+    batch_tokens: int = Field(default=512, ge=16)
+    max_waiting_sessions: int = Field(default=256, ge=1)
+    # Processor threads of one shard; 0: all cores.
+    threads: int = Field(default=0, ge=0)
+
+
+class Cluster(Settings):
+    name: str
+    models: Models
+    routes: tuple[RouteCut, ...] = Field(min_length=1, strict=False)
+    shards: tuple[ShardPlace, ...] = Field(min_length=2, strict=False)
+    gateway: GatewayPlace
+    compute: Compute = Compute()
+    # The folder that relative paths start from; set by `load_cluster`.
+    folder: Path = Field(default=Path("."), strict=False)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Cluster:
+        for part in ("routes", "shards"):
+            names = [item.name for item in getattr(self, part)]
+            if len(set(names)) < len(names):
+                raise ValueError(f"two {part} have one name: {', '.join(names)}")
+        for route in self.routes:
+            self._check_covered("bottom", 0, route.bottom_layers, route)
+            if route.stitch is None and route.bottom_layers != route.top_from:
+                raise ValueError(f"route {route.name} leaves out or repeats layers, so it needs a stitch")
+        if self.gateway.fallback_route not in (None, *(route.name for route in self.routes)):
+            raise ValueError(f"gateway.fallback_route names no route: {self.gateway.fallback_route}")
+        return self
+
+    def _check_covered(self, role: Role, first: int, end: int, route: RouteCut) -> None:
+        reached = first
+        for start, stop in sorted({shard.layers for shard in self.shards if shard.role == role}):
+            if start <= reached < stop:
+                reached = stop
+        if reached < end:
+            raise ValueError(f"route {route.name} passes {role} layer {reached}, which no shard holds")
+
+    def route(self, name: str) -> RouteCut:
+        """The route of that name; InvalidRequest where there is none."""
+        for route in self.routes:
+            if route.name == name:
+                return route
+        known = ", ".join(route.name for route in self.routes)
+        raise InvalidRequest("route", name, f"this cluster has: {known}, auto")
+
+    def shard(self, name: str) -> ShardPlace:
+        """The shard of that name; InvalidRequest where there is none."""
+        for shard in self.shards:
+            if shard.name == name:
+                return shard
+        raise InvalidRequest("shard", name, f"the cluster file has: {', '.join(shard.name for shard in self.shards)}")
+
+    def stitch_file(self, route: RouteCut) -> Path | None:
+        """The route's stitch as a path, or None where it needs none."""
+        return None if route.stitch is None else self.folder / route.stitch
+
+    def stages(self, route: RouteCut) -> list[list[ShardPlace]]:
+        """The chain of a route: for every stage the replicas that can take it, in order."""
+        ranges: list[tuple[Role, tuple[int, int]]] = []
+        for role in ROLES:
+            held = sorted({shard.layers for shard in self.shards if shard.role == role})
+            ranges += [(role, layers) for layers in held if _takes_part(role, layers, route)]
+        return [[shard for shard in self.shards if (shard.role, shard.layers) == stage] for stage in ranges]
+
+
+def _takes_part(role: Role, layers: tuple[int, int], route: RouteCut) -> bool:
+    first, end = layers
+    return first < route.bottom_layers if role == "bottom" else end > route.top_from
+
+
+def presets() -> list[str]:
+    """The names of the cluster files that come with the package."""
+    folder = resources.files("stitch") / "presets"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_cluster(name_or_path: str) -> Cluster:
+    """Reads a cluster file, or a preset by its name.
+
+    Raises InvalidRequest, which names the field at fault, where it does not describe a cluster.
+    """
+    path = _cluster_path(name_or_path)
+    try:
+        fields = tomllib.loads(path.read_text())
+        return Cluster.model_validate({**fields, "folder": path.parent})
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidRequest("cluster", str(path), f"it is no TOML: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(step) for step in first["loc"]) or "cluster"
+        raise InvalidRequest(field, first["input"], f"{path.name}: {first['msg']}") from error
+
+
+def _cluster_path(name_or_path: str) -> Path:
+    if name_or_path in presets():
+        return Path(str(resources.files("stitch") / "presets" / f"{name_or_path}.toml"))
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise InvalidRequest("cluster", name_or_path, f"it is no file and none of the presets: {', '.join(presets())}")
+    return path

@@ -1,0 +1,165 @@
+"""Everything that can go wrong on purpose, and the gRPC status of each. Knows nothing of who raises it.
+
+    StitchError
+    ├── InvalidRequest       INVALID_ARGUMENT      a field, its value and its limit
+    ├── Incompatible         FAILED_PRECONDITION   two sides that do not fit together
+    ├── OutOfStep            FAILED_PRECONDITION   a frame that the cache has no place for
+    ├── Exhausted            RESOURCE_EXHAUSTED    no room now; carries when to come back
+    ├── Unavailable          UNAVAILABLE           no shard can go on; carries how far it came
+    └── Expired              DEADLINE_EXCEEDED     the deadline passed
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any, ClassVar
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+DOMAIN = "stitch"
+
+
+class StitchError(Exception):
+    """The root of the tree; its text is meant for the client."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+
+    def details(self) -> Iterable[Message]:
+        """The google.rpc details that travel beside the message."""
+        yield error_details_pb2.ErrorInfo(reason=type(self).__name__, domain=DOMAIN)
+
+
+class InvalidRequest(StitchError):
+    """A field of a request is off. Names the field, the value and the limit."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+    def __init__(self, field: str, value: object, limit: str) -> None:
+        super().__init__(f"{field} is {shown(value)}, but {limit}")
+        self.field = field
+        self.value = value
+        self.limit = limit
+
+    def details(self) -> Iterable[Message]:
+        yield from super().details()
+        violation = error_details_pb2.BadRequest.FieldViolation(field=self.field, description=str(self))
+        yield error_details_pb2.BadRequest(field_violations=[violation])
+
+
+class Incompatible(StitchError):
+    """Two shards, models, tokenizers or stitches that do not belong together. Names both sides."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class OutOfStep(StitchError):
+    """A frame whose position, epoch or session contradicts the cache."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class Exhausted(StitchError):
+    """No room for the request now."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(self, message: str, retry_after_seconds: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+    def details(self) -> Iterable[Message]:
+        yield from super().details()
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(int(self.retry_after_seconds * 1e9))
+        yield retry
+
+
+class Unavailable(StitchError):
+    """A shard of the chain is gone, and no other can take its place."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+    def __init__(self, message: str, generated_tokens: int = 0) -> None:
+        super().__init__(message)
+        self.generated_tokens = generated_tokens
+
+    def details(self) -> Iterable[Message]:
+        metadata = {"generated_tokens": str(self.generated_tokens)}
+        yield error_details_pb2.ErrorInfo(reason=type(self).__name__, domain=DOMAIN, metadata=metadata)
+
+
+class Expired(StitchError):
+    """The request's deadline passed."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """`value` as an error message shows it: quoted, and never longer than `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def to_status(error: StitchError) -> status_pb2.Status:
+    """The google.rpc.Status of an error, with its details packed."""
+    status = status_pb2.Status(code=getattr(code_pb2, error.code.name), message=str(error))
+    for detail in error.details():
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+@asynccontextmanager
+async def translated_errors(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+    """Ends the call with the status of a StitchError raised inside."""
+    try:
+        yield
+    except StitchError as error:
+        status = rpc_status.to_status(to_status(error))
+        await context.abort(error.code, str(error), tuple(status.trailing_metadata or ()))
+
+
+def from_rpc_error(error: grpc.RpcError) -> Exception:
+    """The StitchError that the other side raised, or the RpcError itself where it was none of ours."""
+    code, message = error.code(), error.details() or ""
+    details = _details(error)
+    if code is grpc.StatusCode.INVALID_ARGUMENT and "BadRequest" in details:
+        return _invalid_request(details["BadRequest"], message)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "RetryInfo" in details:
+        return Exhausted(message, details["RetryInfo"].retry_delay.ToNanoseconds() / 1e9)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        generated = details["ErrorInfo"].metadata.get("generated_tokens", "0") if "ErrorInfo" in details else "0"
+        return Unavailable(message, int(generated))
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        return Incompatible(message)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return Expired(message)
+    return error
+
+
+def _details(error: grpc.RpcError) -> dict[str, Any]:
+    """The known details of a failed call, by the name of their type."""
+    metadata = dict(error.trailing_metadata() or ())
+    packed = metadata.get("grpc-status-details-bin")
+    if not isinstance(packed, bytes):
+        return {}
+    found: dict[str, Any] = {}
+    for detail in status_pb2.Status.FromString(packed).details:
+        kind = getattr(error_details_pb2, detail.TypeName().rpartition(".")[2], None)
+        if kind is not None:
+            message = kind()
+            detail.Unpack(message)
+            found[kind.DESCRIPTOR.name] = message
+    return found
+
+
+def _invalid_request(detail: Any, message: str) -> InvalidRequest:
+    error = InvalidRequest(detail.field_violations[0].field, "", "")
+    error.args = (message,)
+    return error
