@@ -1,0 +1,58 @@
+# Needs Python 3.11 and make; everything else comes into .venv, once.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+TYPED := stitch stitch_server router_gateway $(wildcard tests/support) $(wildcard benchmarks)
+
+.PHONY: help demo up test check bench protos breaking lock install
+
+help:
+	@echo 'make demo      the whole demonstration on this machine'
+	@echo 'make up        a cluster on this machine, until Ctrl-C'
+	@echo 'make test      every test'
+	@echo 'make check     format, types, import contracts, protos'
+	@echo 'make bench     the benchmarks in their tiny form'
+	@echo 'make protos    generate the stubs in stitch/v1'
+	@echo 'make breaking  what changes in protos/ break for programs built from main'
+	@echo 'make lock      resolve requirements.lock anew'
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/stitch demo
+
+up: $(INSTALLED)
+	$(BIN)/stitch up
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/buf lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy $(TYPED)
+	$(BIN)/lint-imports --no-cache
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks --tiny
+
+protos: $(INSTALLED)
+	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. \
+		--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc --mypy_grpc_out=. protos/stitch/v1/*.proto
+
+breaking: $(INSTALLED)
+	$(BIN)/buf breaking --against '.git#branch=main'
+
+# Local version labels such as torch's `+cpu` are left out: the lock names a version, the index the build.
+lock:
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/pip install --quiet --disable-pip-version-check '.[dev]'
+	.venv-lock/bin/pip freeze --all --exclude pip --exclude stitch-serving | sed 's/+.*//' > requirements.lock
+	rm -rf .venv-lock
