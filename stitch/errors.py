@@ -1,12 +1,12 @@
 """Everything that can go wrong on purpose, and the gRPC status of each. Knows nothing of who raises it.
 
-    StitchError
-    ├── InvalidRequest       INVALID_ARGUMENT      a field, its value and its limit
-    ├── Incompatible         FAILED_PRECONDITION   two sides that do not fit together
-    ├── OutOfStep            FAILED_PRECONDITION   a frame that the cache has no place for
-    ├── Exhausted            RESOURCE_EXHAUSTED    no room now; carries when to come back
-    ├── Unavailable          UNAVAILABLE           no shard can go on; carries how far it came
-    └── Expired              DEADLINE_EXCEEDED     the deadline passed
+StitchError
+├── InvalidRequest       INVALID_ARGUMENT      a field, its value and its limit
+├── Incompatible         FAILED_PRECONDITION   two sides that do not fit together
+├── OutOfStep            FAILED_PRECONDITION   a frame that the cache has no place for
+├── Exhausted            RESOURCE_EXHAUSTED    no room now; carries when to come back
+├── Unavailable          UNAVAILABLE           no shard can go on; carries how far it came
+└── Expired              DEADLINE_EXCEEDED     the deadline passed
 """
 
 from __future__ import annotations
@@ -145,8 +145,9 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
 
 def _details(error: grpc.RpcError) -> dict[str, Any]:
     """The known details of a failed call, by the name of their type."""
-    metadata = dict(error.trailing_metadata() or ())
-    packed = metadata.get("grpc-status-details-bin")
+    # Pairs in truth, both from grpc and from grpc.aio; the stubs say otherwise.
+    metadata: Any = error.trailing_metadata() or ()
+    packed = dict(metadata).get("grpc-status-details-bin")
     if not isinstance(packed, bytes):
         return {}
     found: dict[str, Any] = {}

@@ -72,7 +72,7 @@ class Sampling:
 def _is_set(message: inference_pb2.Sampling, name: str) -> bool:
     if name == "stop_token_ids":
         return False
-    return name == "ignore_eos" or message.HasField(name)  # type: ignore[arg-type]
+    return name == "ignore_eos" or message.HasField(name)
 
 
 def _in_range(name: str, value: float, low: float, high: float, open_below: bool = False) -> None:
