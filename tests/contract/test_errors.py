@@ -1,0 +1,76 @@
+"""Every error has a status, and comes out at the other end as what it was. Knows no call that raises it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from grpc.aio import AioRpcError, Metadata
+from grpc_status import rpc_status
+
+from stitch import errors
+from stitch.errors import StitchError, from_rpc_error, to_status
+
+EXAMPLES: dict[type[StitchError], StitchError] = {
+    errors.InvalidRequest: errors.InvalidRequest("sampling.top_p", 2.0, "it must be at most 1"),
+    errors.Incompatible: errors.Incompatible("bottom-0 has tokenizer ab12, top-0 has cd34"),
+    errors.OutOfStep: errors.OutOfStep("session 7 is at position 12, not 40"),
+    errors.Exhausted: errors.Exhausted("256 sessions wait already", retry_after_seconds=2.5),
+    errors.Unavailable: errors.Unavailable("top-0 is gone", generated_tokens=17),
+    errors.Expired: errors.Expired("the deadline passed after 31 tokens"),
+}
+
+
+def test_every_error_has_an_example_here() -> None:
+    assert set(_subclasses(StitchError)) == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("error", EXAMPLES.values(), ids=lambda error: type(error).__name__)
+def test_has_a_status_of_its_own_choice(error: StitchError) -> None:
+    assert "code" in vars(type(error))
+    assert error.code not in (grpc.StatusCode.OK, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
+
+
+@pytest.mark.parametrize("error", EXAMPLES.values(), ids=lambda error: type(error).__name__)
+def test_survives_the_wire(error: StitchError) -> None:
+    received = from_rpc_error(_sent(error))
+    assert isinstance(received, StitchError)
+    assert received.code is error.code
+    assert str(received) == str(error)
+
+
+def test_a_violation_keeps_its_field() -> None:
+    received = from_rpc_error(_sent(EXAMPLES[errors.InvalidRequest]))
+    assert isinstance(received, errors.InvalidRequest)
+    assert received.field == "sampling.top_p"
+    assert str(received) == "sampling.top_p is 2.0, but it must be at most 1"
+
+
+def test_a_refusal_keeps_when_to_come_back() -> None:
+    received = from_rpc_error(_sent(EXAMPLES[errors.Exhausted]))
+    assert isinstance(received, errors.Exhausted)
+    assert received.retry_after_seconds == 2.5
+
+
+def test_a_loss_keeps_how_far_it_came() -> None:
+    received = from_rpc_error(_sent(EXAMPLES[errors.Unavailable]))
+    assert isinstance(received, errors.Unavailable)
+    assert received.generated_tokens == 17
+
+
+def test_a_foreign_failure_stays_what_it_is() -> None:
+    foreign = AioRpcError(grpc.StatusCode.UNIMPLEMENTED, Metadata(), Metadata(), "no such method", None)
+    assert from_rpc_error(foreign) is foreign
+
+
+def _sent(error: StitchError) -> AioRpcError:
+    """The failure as a client of grpc.aio meets it."""
+    status = rpc_status.to_status(to_status(error))
+    return AioRpcError(status.code, Metadata(), Metadata(*status.trailing_metadata), status.details, None)
+
+
+def _subclasses(root: type[StitchError]) -> Iterator[type[StitchError]]:
+    for child in root.__subclasses__():
+        yield child
+        yield from _subclasses(child)

@@ -1,0 +1,105 @@
+"""Who may import whom, and which extra carries which dependency. Knows nothing of what the imports are for."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("stitch", "stitch_server", "router_gateway")
+EXTRAS = {
+    "stitch": ("cli",),
+    "stitch_server": ("shard",),
+    "router_gateway": ("gateway",),
+}
+# Runs a module's import in a process where the heavy packages are as good as not installed.
+WITHOUT_TORCH = """
+import importlib, pkgutil, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "transformers", "gguf"}:
+            raise ModuleNotFoundError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, Absent())
+for root in sys.argv[1:]:
+    package = importlib.import_module(root)
+    for module in pkgutil.walk_packages(package.__path__, f"{root}."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+"""
+
+
+def test_layers_hold() -> None:
+    lint = Path(sysconfig.get_path("scripts"), "lint-imports")
+    done = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("package", ["stitch", "router_gateway"])
+def test_imports_where_torch_is_not_installed(package: str) -> None:
+    python = [sys.executable, "-W", "error", "-c", WITHOUT_TORCH, package]
+    done = subprocess.run(python, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_import_is_a_dependency(package: str) -> None:
+    carried = set(PACKAGES) | sys.stdlib_module_names | _carried_by(EXTRAS[package])
+    strangers = {name for name in _imported(package) if name.partition(".")[0] not in carried and name not in carried}
+    assert strangers == set()
+
+
+def test_the_client_needs_no_extra() -> None:
+    carried = set(PACKAGES) | sys.stdlib_module_names | _carried_by(())
+    assert {name for name in _imported("stitch/client") if name not in carried} == set()
+
+
+def test_the_lock_pins_every_dependency() -> None:
+    lock = (ROOT / "requirements.lock").read_text().splitlines()
+    assert all(line.count("==") == 1 and not line.startswith("-") for line in lock)
+    pinned = {_normal(line.partition("==")[0]) for line in lock}
+    wanted = {name for extra in ("cli", "gateway", "shard", "dev") for name in _distributions((extra,))}
+    assert wanted - {"stitch-serving"} <= pinned
+
+
+def _imported(folder: str) -> Iterator[str]:
+    """Absolute names that any module of the folder imports: two parts for a `google` namespace, else one."""
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            yield from (".".join(name.split(".")[: 2 if name.startswith("google.") else 1]) for name in names)
+
+
+def _carried_by(extras: tuple[str, ...]) -> set[str]:
+    """Import names that the distributions of these extras bring, and of the base."""
+    wanted = _distributions(extras)
+    tops = {name for name, owners in metadata.packages_distributions().items() if wanted & set(map(_normal, owners))}
+    return (tops - {"google"}) | {"google.protobuf", "google.rpc"}
+
+
+def _distributions(extras: tuple[str, ...]) -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [
+        *project["dependencies"],
+        *(one for extra in extras for one in project["optional-dependencies"][extra]),
+    ]
+    return {_normal(requirement) for requirement in requirements}
+
+
+def _normal(requirement: str) -> str:
+    """The distribution's name in a requirement, as indexes spell it."""
+    name = requirement
+    for end in "[<>=!~; ":
+        name = name.partition(end)[0]
+    return name.lower().replace("_", "-").replace(".", "-")
