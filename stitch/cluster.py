@@ -1,10 +1,12 @@
 """A cluster as its operator writes it down: two models, their routes, their shards. Knows no process.
 
-One TOML file describes the whole; every program is started with it and told which part it plays.
+One file describes the whole; every program is started with it and told which part it plays. People write TOML,
+`stitch up` writes JSON once it knows every port.
 """
 
 from __future__ import annotations
 
+import json
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -167,14 +169,18 @@ def load_cluster(name_or_path: str) -> Cluster:
     """
     path = _cluster_path(name_or_path)
     try:
-        fields = tomllib.loads(path.read_text())
+        fields = json.loads(path.read_text()) if path.suffix == ".json" else tomllib.loads(path.read_text())
         return Cluster.model_validate({**fields, "folder": path.parent})
-    except tomllib.TOMLDecodeError as error:
-        raise InvalidRequest("cluster", str(path), f"it is no TOML: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(step) for step in first["loc"]) or "cluster"
-        raise InvalidRequest(field, first["input"], f"{path.name}: {first['msg']}") from error
+    except (TypeError, ValueError) as error:
+        raise _invalid(path, error) from error
+
+
+def _invalid(path: Path, error: TypeError | ValueError) -> InvalidRequest:
+    if not isinstance(error, ValidationError):
+        return InvalidRequest("cluster", str(path), f"it can't be read: {error}")
+    first = error.errors()[0]
+    field = ".".join(str(step) for step in first["loc"]) or "cluster"
+    return InvalidRequest(field, first["input"], f"{path.name}: {first['msg']}")
 
 
 def _cluster_path(name_or_path: str) -> Path:

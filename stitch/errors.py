@@ -130,7 +130,7 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
     code, message = error.code(), error.details() or ""
     details = _details(error)
     if code is grpc.StatusCode.INVALID_ARGUMENT and "BadRequest" in details:
-        return _invalid_request(details["BadRequest"], message)
+        return _invalid_request(details["BadRequest"].field_violations[0].field, message)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "RetryInfo" in details:
         return Exhausted(message, details["RetryInfo"].retry_delay.ToNanoseconds() / 1e9)
     if code is grpc.StatusCode.UNAVAILABLE:
@@ -141,6 +141,22 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Expired(message)
     return error
+
+
+def from_code(code: int, message: str) -> StitchError:
+    """The error behind a google.rpc.Code and its message, where no details came along."""
+    match code:
+        case code_pb2.INVALID_ARGUMENT:
+            return _invalid_request(message.partition(" is ")[0], message)
+        case code_pb2.RESOURCE_EXHAUSTED:
+            return Exhausted(message)
+        case code_pb2.UNAVAILABLE:
+            return Unavailable(message)
+        case code_pb2.FAILED_PRECONDITION:
+            return Incompatible(message)
+        case code_pb2.DEADLINE_EXCEEDED:
+            return Expired(message)
+    return StitchError(message)
 
 
 def _details(error: grpc.RpcError) -> dict[str, Any]:
@@ -160,7 +176,7 @@ def _details(error: grpc.RpcError) -> dict[str, Any]:
     return found
 
 
-def _invalid_request(detail: Any, message: str) -> InvalidRequest:
-    error = InvalidRequest(detail.field_violations[0].field, "", "")
+def _invalid_request(field: str, message: str) -> InvalidRequest:
+    error = InvalidRequest(field, "", "")
     error.args = (message,)
     return error

@@ -1,0 +1,24 @@
+"""The client library: text in, answers out, blocking or with asyncio. Knows the gateway alone, no shard.
+
+with Client("127.0.0.1:7001") as client:
+    print(client.generate("The capital of France is", max_tokens=8).text)
+"""
+
+from stitch.client.answers import Alternative, Answer, Delta, Judgement, TokenLogprobs
+from stitch.client.asynchronous import AsyncClient, AsyncStream
+from stitch.client.blocking import Client, Stream
+from stitch.client.requests import Message, RequestFields
+
+__all__ = [
+    "Alternative",
+    "Answer",
+    "AsyncClient",
+    "AsyncStream",
+    "Client",
+    "Delta",
+    "Judgement",
+    "Message",
+    "RequestFields",
+    "Stream",
+    "TokenLogprobs",
+]

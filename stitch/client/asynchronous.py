@@ -1,0 +1,121 @@
+"""The client for programs with an event loop. Doesn't know how a message is read or written."""
+# A gRPC deadline travels to the gateway and on to the shards, which asyncio.timeout can't do.
+# ruff: noqa: ASYNC109
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+from grpc.aio import UnaryStreamCall
+
+from stitch.channels import open_channel
+from stitch.client.answers import Answer, Collector, Delta, Judgement, judgement_of
+from stitch.client.batches import Batch, Outcome
+from stitch.client.failures import translated_rpc_errors
+from stitch.client.requests import Message, RequestFields, generate_request, route_request
+from stitch.v1 import inference_pb2
+from stitch.v1.inference_pb2_grpc import InferenceStub
+
+Call = UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
+
+
+class AsyncStream:
+    """An answer as it comes: a Judgement first, then Deltas. Iterating asks; leaving the loop cancels."""
+
+    def __init__(self, start: Callable[[], Call]) -> None:
+        self._start = start
+        self._collector = Collector()
+
+    async def __aiter__(self) -> AsyncGenerator[Judgement | Delta, None]:
+        self._collector = Collector()
+        call = self._start()
+        try:
+            with translated_rpc_errors():
+                async for response in call:
+                    event = self._collector.take(response)
+                    if event is not None:
+                        yield event
+        finally:
+            call.cancel()
+
+    async def text(self) -> AsyncGenerator[str, None]:
+        """The answer's text alone, piece by piece."""
+        async with aclosing(aiter(self)) as events:
+            async for event in events:
+                if isinstance(event, Delta):
+                    yield event.text
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, once the stream was read to its end; Unavailable before."""
+        return self._collector.answer()
+
+
+class AsyncClient:
+    """One connection to a gateway at `host:port`; to be made inside of a running event loop.
+
+    Every call raises a StitchError where the gateway refuses or fails; `timeout` is in seconds.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._channel = open_channel(address)
+        self._stub = InferenceStub(self._channel)
+
+    async def generate(
+        self, prompt: str | None = None, *, timeout: float | None = None, **fields: Unpack[RequestFields]
+    ) -> Answer:
+        """One answer to a prompt, or to `messages`."""
+        stream = self.stream(prompt, timeout=timeout, **fields)
+        async for _ in stream:
+            pass
+        return stream.answer
+
+    def stream(
+        self, prompt: str | None = None, *, timeout: float | None = None, **fields: Unpack[RequestFields]
+    ) -> AsyncStream:
+        """The same while it is being written."""
+        request = generate_request({"prompt": prompt, **fields})
+        return AsyncStream(lambda: self._stub.Generate(request, timeout=timeout))
+
+    async def batch(
+        self, requests: Iterable[str | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[Outcome]:
+        """One outcome for every request, in their order: an Answer, or the error that it met.
+
+        A request is a prompt, or a mapping with `prompt` or `messages` and any of RequestFields.
+        """
+        batch = Batch(requests)
+        try:
+            with translated_rpc_errors():
+                async for response in self._stub.GenerateBatch(batch.message, timeout=timeout):
+                    batch.take(response)
+        except Exception as error:
+            return batch.outcomes(error)
+        return batch.outcomes()
+
+    async def route(
+        self, prompt: str | None = None, *, messages: Sequence[Message] | None = None, timeout: float | None = None
+    ) -> Judgement:
+        """What the router makes of a query, without an answer."""
+        with translated_rpc_errors():
+            return judgement_of(await self._stub.Route(route_request(prompt, messages), timeout=timeout))
+
+    async def describe(self, *, timeout: float | None = None) -> inference_pb2.DescribeResponse:
+        """The models, routes and shards behind the gateway."""
+        with translated_rpc_errors():
+            return await self._stub.Describe(inference_pb2.DescribeRequest(), timeout=timeout)
+
+    async def close(self) -> None:
+        """Ends the connection and every call on it."""
+        await self._channel.close(grace=None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

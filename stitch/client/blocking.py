@@ -1,0 +1,111 @@
+"""The client for programs without an event loop. Doesn't know how a message is read or written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+
+from stitch.channels import open_sync_channel
+from stitch.client.answers import Answer, Collector, Delta, Judgement, judgement_of
+from stitch.client.batches import Batch, Outcome
+from stitch.client.failures import translated_rpc_errors
+from stitch.client.requests import Message, RequestFields, generate_request, route_request
+from stitch.v1 import inference_pb2
+from stitch.v1.inference_pb2_grpc import InferenceStub
+
+
+class Stream:
+    """An answer as it comes: a Judgement first, then Deltas. Iterating asks; leaving the loop cancels."""
+
+    def __init__(self, start: Callable[[], grpc.CallIterator[inference_pb2.GenerateResponse]]) -> None:
+        self._start = start
+        self._collector = Collector()
+
+    def __iter__(self) -> Iterator[Judgement | Delta]:
+        self._collector = Collector()
+        call = self._start()
+        try:
+            with translated_rpc_errors():
+                for response in call:
+                    event = self._collector.take(response)
+                    if event is not None:
+                        yield event
+        finally:
+            call.cancel()  # type: ignore[no-untyped-call]
+
+    def text(self) -> Iterator[str]:
+        """The answer's text alone, piece by piece."""
+        return (event.text for event in self if isinstance(event, Delta))
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, once the stream was read to its end; Unavailable before."""
+        return self._collector.answer()
+
+
+class Client:
+    """One connection to a gateway at `host:port`, usable from many threads.
+
+    Every call raises a StitchError where the gateway refuses or fails; `timeout` is in seconds.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._channel = open_sync_channel(address)
+        self._stub = InferenceStub(self._channel)
+
+    def generate(
+        self, prompt: str | None = None, *, timeout: float | None = None, **fields: Unpack[RequestFields]
+    ) -> Answer:
+        """One answer to a prompt, or to `messages`."""
+        stream = self.stream(prompt, timeout=timeout, **fields)
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def stream(
+        self, prompt: str | None = None, *, timeout: float | None = None, **fields: Unpack[RequestFields]
+    ) -> Stream:
+        """The same while it is being written."""
+        request = generate_request({"prompt": prompt, **fields})
+        return Stream(lambda: self._stub.Generate(request, timeout=timeout))
+
+    def batch(self, requests: Iterable[str | Mapping[str, Any]], *, timeout: float | None = None) -> list[Outcome]:
+        """One outcome for every request, in their order: an Answer, or the error that it met.
+
+        A request is a prompt, or a mapping with `prompt` or `messages` and any of RequestFields.
+        """
+        batch = Batch(requests)
+        try:
+            with translated_rpc_errors():
+                for response in self._stub.GenerateBatch(batch.message, timeout=timeout):
+                    batch.take(response)
+        except Exception as error:
+            return batch.outcomes(error)
+        return batch.outcomes()
+
+    def route(
+        self, prompt: str | None = None, *, messages: Sequence[Message] | None = None, timeout: float | None = None
+    ) -> Judgement:
+        """What the router makes of a query, without an answer."""
+        with translated_rpc_errors():
+            return judgement_of(self._stub.Route(route_request(prompt, messages), timeout=timeout))
+
+    def describe(self, *, timeout: float | None = None) -> inference_pb2.DescribeResponse:
+        """The models, routes and shards behind the gateway."""
+        with translated_rpc_errors():
+            return self._stub.Describe(inference_pb2.DescribeRequest(), timeout=timeout)
+
+    def close(self) -> None:
+        """Ends the connection and every call on it."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,162 @@
+"""The blocking client against a gateway without a model. Knows no shard."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from stitch.client import Answer, Client, Delta, Judgement
+from stitch.errors import Exhausted, Expired, Incompatible, InvalidRequest, StitchError, Unavailable
+from tests.support.fake_gateway import STAGES, WAIT_SECONDS, FakeGateway
+
+# What the gateway streams to `a b`.
+DELTAS = (Delta("echo:", (5,), ()), Delta(" a", (1,), ()), Delta(" b", (1,), ()))
+
+
+def test_an_answer_has_all_that_the_gateway_said(gateway: FakeGateway) -> None:
+    with Client(gateway.address) as client:
+        answer = client.generate("to be or not")
+    assert answer == Answer(
+        text="echo: to be or not",
+        token_ids=(5, 2, 2, 2, 3),
+        route="weak",
+        score=0.25,
+        reason="4 words",
+        prompt_tokens=4,
+        generated_tokens=5,
+        finish_reason="stop",
+        ttft_seconds=0.25,
+        total_seconds=0.5,
+        stages=STAGES,
+    )
+
+
+def test_fields_reach_the_gateway(gateway: FakeGateway) -> None:
+    with Client(gateway.address) as client:
+        answer = client.generate(
+            messages=[{"role": "user", "content": "a b c"}], max_tokens=2, route="strong", stop="z"
+        )
+    (request,) = gateway.requests
+    assert (request.chat.messages[0].role, request.sampling.max_tokens, list(request.stop)) == ("user", 2, ["z"])
+    assert (answer.route, answer.finish_reason, answer.text) == ("strong", "length", "echo: a")
+
+
+def test_a_stream_begins_with_the_judgement(gateway: FakeGateway) -> None:
+    with Client(gateway.address) as client:
+        stream = client.stream("a b")
+        events = list(stream)
+    assert events == [Judgement("weak", 0.125, "2 words", 2), *DELTAS]
+    assert stream.answer.text == "echo: a b"
+
+
+def test_the_text_alone_comes_in_pieces(gateway: FakeGateway) -> None:
+    with Client(gateway.address) as client:
+        assert list(client.stream("a b").text()) == ["echo:", " a", " b"]
+
+
+def test_logprobs_come_with_their_tokens(gateway: FakeGateway) -> None:
+    with Client(gateway.address) as client:
+        answer = client.generate("a b", logprobs=2)
+    assert [len(token.alternatives) for token in answer.logprobs] == [2, 2, 2]
+
+
+def test_nothing_is_asked_before_the_stream_is_read(gateway: FakeGateway) -> None:
+    with Client(gateway.address) as client:
+        client.stream("a b")
+        client.describe()
+    assert gateway.requests == []
+
+
+def test_leaving_a_stream_cancels_the_call(gateway: FakeGateway) -> None:
+    gateway.stall_before_word = 1
+    with Client(gateway.address) as client:
+        for event in client.stream("a b c"):
+            if isinstance(event, Delta):
+                break
+        assert gateway.cancelled.wait(WAIT_SECONDS)
+
+
+def test_an_answer_is_not_there_before_its_end(gateway: FakeGateway) -> None:
+    gateway.stall_before_word = 1
+    with Client(gateway.address) as client:
+        stream = client.stream("a b c")
+        for event in stream:
+            if isinstance(event, Delta):
+                break
+        with pytest.raises(Unavailable, match="ended after 1 tokens"):
+            _ = stream.answer
+
+
+def test_a_stream_without_an_end_is_an_error(gateway: FakeGateway) -> None:
+    gateway.cuts_short = True
+    with Client(gateway.address) as client, pytest.raises(Unavailable, match="ended after 2 tokens"):
+        client.generate("a")
+
+
+def test_a_deadline_ends_the_call(gateway: FakeGateway) -> None:
+    gateway.stall_before_word = 1
+    with Client(gateway.address) as client, pytest.raises(Expired):
+        client.generate("a b c", timeout=0.2)
+    assert gateway.cancelled.wait(WAIT_SECONDS)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [InvalidRequest("prompt", "", "no"), Incompatible("two sides"), Exhausted("full", 2.5), Unavailable("gone", 7)],
+)
+def test_the_gateway_s_errors_are_raised_here(gateway: FakeGateway, error: StitchError) -> None:
+    gateway.failure = lambda request: error
+    with Client(gateway.address) as client, pytest.raises(type(error)) as caught:
+        client.generate("a")
+    assert str(caught.value) == str(error)
+    assert getattr(caught.value, "retry_after_seconds", None) == getattr(error, "retry_after_seconds", None)
+    assert getattr(caught.value, "generated_tokens", None) == getattr(error, "generated_tokens", None)
+
+
+def test_a_failure_that_is_none_of_ours_stays_what_it_is(gateway: FakeGateway) -> None:
+    gateway.failure = lambda request: 1 / 0  # type: ignore[return-value, assignment]
+    with Client(gateway.address) as client, pytest.raises(grpc.RpcError) as caught:
+        client.generate("a")
+    assert caught.value.code() is grpc.StatusCode.UNKNOWN
+
+
+def test_limits_are_the_gateway_s(gateway: FakeGateway) -> None:
+    with Client(gateway.address) as client, pytest.raises(InvalidRequest, match=r"^sampling.temperature is -1\.0, but"):
+        client.generate("a", temperature=-1)
+
+
+def test_a_batch_keeps_the_order_and_loses_nothing(gateway: FakeGateway) -> None:
+    requests: list[str | dict[str, object]] = ["a", {"prompt": ""}, {"prompt": 3}, {"prompt": "b c", "max_tokens": 1}]
+    with Client(gateway.address) as client:
+        answered, empty, malformed, limited = client.batch(requests)
+    assert isinstance(answered, Answer)
+    assert answered.text == "echo: a"
+    assert str(empty) == "prompt is '', but it must not be empty"
+    assert isinstance(malformed, InvalidRequest)
+    assert isinstance(limited, Answer)
+    assert limited.finish_reason == "length"
+
+
+def test_a_batch_without_a_gateway_is_all_errors() -> None:
+    with Client("127.0.0.1:1") as client:
+        outcomes = client.batch(["a", {"prompt": 3}])
+    assert [type(outcome) for outcome in outcomes] == [Unavailable, InvalidRequest]
+
+
+def test_route_judges_only(gateway: FakeGateway) -> None:
+    with Client(gateway.address) as client:
+        assert client.route("a " * 12) == Judgement("strong", 0.75, "12 words", 12)
+        assert client.route(messages=[{"role": "user", "content": "a"}]).route == "weak"
+
+
+def test_describe_names_models_routes_and_shards(gateway: FakeGateway) -> None:
+    with Client(gateway.address) as client:
+        found = client.describe()
+    assert (found.bottom.hidden_size, found.top.hidden_size) == (1536, 896)
+    assert [route.name for route in found.routes] == ["weak", "strong"]
+    assert [shard.serving for shard in found.shards] == [True, True, False]
+
+
+def test_a_gateway_that_is_not_there_is_unavailable() -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(Unavailable):
+        client.describe()

@@ -1,0 +1,60 @@
+"""Channels and servers with the options that both ends share. Knows no service of the product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import pytest
+
+from stitch.channels import MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, listen, open_channel, open_server, open_sync_channel
+
+
+async def length(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+    return str(len(request)).encode()
+
+
+def length_server() -> grpc.aio.Server:
+    handler = grpc.method_handlers_generic_handler("t.T", {"Length": grpc.unary_unary_rpc_method_handler(length)})
+    server = open_server()
+    server.add_generic_rpc_handlers((handler,))
+    return server
+
+
+async def test_more_than_grpc_s_default_of_4_mib_passes() -> None:
+    server = length_server()
+    port = listen(server, "127.0.0.1:0")
+    await server.start()
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        assert await channel.unary_unary("/t.T/Length")(bytes(5 << 20)) == str(5 << 20).encode()
+    await server.stop(None)
+
+
+async def test_more_than_the_limit_is_refused() -> None:
+    server = length_server()
+    port = listen(server, "127.0.0.1:0")
+    await server.start()
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary("/t.T/Length")(bytes(MAX_MESSAGE_BYTES + 1))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await server.stop(None)
+
+
+async def test_two_servers_never_share_a_port() -> None:
+    first, second = open_server(), open_server()
+    port = listen(first, "127.0.0.1:0")
+    with pytest.raises(OSError, match=f"can't listen on 127.0.0.1:{port}"):
+        listen(second, f"127.0.0.1:{port}")
+    await first.stop(None)
+    await second.stop(None)
+
+
+def test_a_blocking_channel_has_the_same_options() -> None:
+    with open_sync_channel("127.0.0.1:1") as channel, pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary("/t.T/Length")(b"", timeout=10)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_frame_fits_into_a_message() -> None:
+    assert MAX_FRAME_BYTES < MAX_MESSAGE_BYTES

@@ -1,0 +1,177 @@
+"""Cluster files: what they say, and what is wrong with them. Knows no process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stitch.cluster import Cluster, load_cluster, presets
+from stitch.errors import InvalidRequest
+
+
+def fields(**changes: Any) -> dict[str, Any]:
+    """A cluster of two bottom stages and two replicas of one top stage, with `changes` to its sections."""
+    whole: dict[str, Any] = {
+        "name": "pair",
+        "models": {"bottom": {"id": "org/large", "source": "large"}, "top": {"id": "org/small", "source": "small"}},
+        "routes": [
+            {"name": "weak", "bottom_layers": 4, "top_from": 3, "stitch": "stitches/weak.safetensors"},
+            {"name": "strong", "bottom_layers": 8, "top_from": 8},
+        ],
+        "shards": [
+            {"name": "bottom-0", "role": "bottom", "layers": [0, 4], "address": "127.0.0.1:0"},
+            {"name": "bottom-1", "role": "bottom", "layers": [4, 8], "address": "127.0.0.1:0"},
+            {"name": "top-0", "role": "top", "layers": [3, 12], "address": "127.0.0.1:0"},
+            {"name": "top-1", "role": "top", "layers": [3, 12], "address": "127.0.0.1:0"},
+        ],
+        "gateway": {"address": "127.0.0.1:0"},
+    }
+    return {**whole, **changes}
+
+
+def write(folder: Path, content: dict[str, Any]) -> str:
+    path = folder / "pair.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def cluster(folder: Path, **changes: Any) -> Cluster:
+    return load_cluster(write(folder, fields(**changes)))
+
+
+def test_every_preset_is_a_cluster() -> None:
+    assert "smollm2" in presets()
+    for name in presets():
+        assert load_cluster(name).name == name
+
+
+def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
+    preset = load_cluster("smollm2")
+    path = tmp_path / "copy.json"
+    path.write_text(json.dumps(preset.model_dump(mode="json", exclude={"folder"})))
+    assert load_cluster(str(path)) == preset.model_copy(update={"folder": tmp_path})
+
+
+def test_what_is_not_said_has_a_default(tmp_path: Path) -> None:
+    found = cluster(tmp_path)
+    assert (found.compute.dtype, found.compute.threads, found.gateway.fallback_route) == ("float32", 0, None)
+
+
+def test_routes_and_shards_are_found_by_name(tmp_path: Path) -> None:
+    found = cluster(tmp_path)
+    assert found.route("weak").top_from == 3
+    assert found.shard("top-1").layers == (3, 12)
+
+
+def test_an_unknown_route_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"^route is 'medium', but this cluster has: weak, strong, auto$"):
+        cluster(tmp_path).route("medium")
+
+
+def test_an_unknown_shard_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"^shard is 'top-9', but the cluster file has: bottom-0, bottom-1, top-0"):
+        cluster(tmp_path).shard("top-9")
+
+
+def test_a_stitch_lies_beside_the_cluster_file(tmp_path: Path) -> None:
+    found = cluster(tmp_path)
+    assert found.stitch_file(found.route("weak")) == tmp_path / "stitches/weak.safetensors"
+    assert found.stitch_file(found.route("strong")) is None
+
+
+@pytest.mark.parametrize(
+    ("route", "stages"),
+    [
+        ("weak", [["bottom-0"], ["top-0", "top-1"]]),
+        ("strong", [["bottom-0"], ["bottom-1"], ["top-0", "top-1"]]),
+    ],
+)
+def test_a_chain_has_the_stages_that_its_route_passes(tmp_path: Path, route: str, stages: list[list[str]]) -> None:
+    found = cluster(tmp_path)
+    chain = found.stages(found.route(route))
+    assert [[shard.name for shard in stage] for stage in chain] == stages
+
+
+def test_a_top_stage_below_the_route_s_entry_is_left_out(tmp_path: Path) -> None:
+    shards = [
+        *fields()["shards"][:2],
+        {"name": "top-low", "role": "top", "layers": [3, 8], "address": "127.0.0.1:0"},
+        {"name": "top-high", "role": "top", "layers": [8, 12], "address": "127.0.0.1:0"},
+    ]
+    found = cluster(tmp_path, shards=shards)
+    names = {route.name: [stage[0].name for stage in found.stages(route)] for route in found.routes}
+    assert names == {
+        "weak": ["bottom-0", "top-low", "top-high"],
+        "strong": ["bottom-0", "bottom-1", "top-high"],
+    }
+
+
+def shard(name: str, role: str, first: int, end: int) -> dict[str, Any]:
+    return {"name": name, "role": role, "layers": [first, end], "address": "127.0.0.1:0"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "reason"),
+    [
+        ({"routes": []}, "routes", "at least 1 item"),
+        ({"routes": [{"name": "auto", "bottom_layers": 4, "top_from": 4}]}, "routes.0", "can't name a route"),
+        ({"routes": [{"name": "A b", "bottom_layers": 4, "top_from": 4}]}, "routes.0.name", "match pattern"),
+        ({"routes": [{"name": "a", "bottom_layers": 0, "top_from": 0}]}, "routes.0.bottom_layers", "greater than"),
+        (
+            {"routes": [{"name": "a", "bottom_layers": 4, "top_from": 6}]},
+            "cluster",
+            "route a leaves out .* needs a stitch",
+        ),
+        (
+            {"routes": [{"name": "a", "bottom_layers": 9, "top_from": 9}]},
+            "cluster",
+            "a passes bottom layer 8, which no",
+        ),
+        ({"routes": [{"name": "a", "bottom_layers": 4, "top_from": 4}] * 2}, "cluster", "two routes have one name"),
+        ({"shards": [shard("a", "bottom", 0, 8), shard("a", "top", 3, 12)]}, "cluster", "two shards have one name"),
+        ({"shards": [shard("a", "bottom", 0, 3), shard("b", "bottom", 5, 8)]}, "cluster", "passes bottom layer 3"),
+        ({"shards": [shard("a", "bottom", 0, 8), shard("b", "top", 5, 5)]}, "shards.1", "layers 5 to 5 are no range"),
+        ({"shards": [shard("a", "middle", 0, 8)] * 2}, "shards.0.role", "'bottom' or 'top'"),
+        ({"gateway": {"address": "x:0", "metrics_port": 70000}}, "gateway.metrics_port", "less than or equal to 65535"),
+        ({"gateway": {"address": "x:0", "fallback_route": "medium"}}, "cluster", "names no route: medium"),
+        ({"gateway": {"address": "x:0", "prot": 1}}, "gateway.prot", "not permitted"),
+        ({"compute": {"dtype": "float8"}}, "compute.dtype", "'float32', 'bfloat16' or 'float16'"),
+        ({"compute": {"threads": "2"}}, "compute.threads", "valid integer"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any], field: str, reason: str) -> None:
+    with pytest.raises(InvalidRequest, match=reason) as caught:
+        cluster(tmp_path, **changes)
+    assert caught.value.field == field
+
+
+def test_a_route_needs_no_top_layer_below_its_entry(tmp_path: Path) -> None:
+    routes = [{"name": "a", "bottom_layers": 8, "top_from": 8}]
+    found = cluster(tmp_path, routes=routes, shards=[shard("a", "bottom", 0, 8), shard("b", "top", 8, 12)])
+    assert [stage[0].name for stage in found.stages(found.route("a"))] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("c.toml", "name = "), ("c.json", "{"), ("c.json", "[1]"), ("c.toml", "\ud800")]
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(InvalidRequest, match="can't be read") as caught:
+        load_cluster(str(path))
+    assert caught.value.value == str(path)
+
+
+def test_a_file_that_is_not_there_is_answered_with_the_presets() -> None:
+    with pytest.raises(
+        InvalidRequest, match=r"^cluster is 'nowhere.toml', but it is no file and none of the presets: "
+    ):
+        load_cluster("nowhere.toml")
+
+
+def test_a_cluster_never_changes() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_cluster("smollm2").name = "other"  # type: ignore[misc]

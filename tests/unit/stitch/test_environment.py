@@ -1,0 +1,25 @@
+"""What the environment decides. Knows no folder's content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stitch.environment import cache_folder
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("STITCH_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_the_cache_is_in_the_home_folder_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str | None
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("STITCH_CACHE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("STITCH_CACHE", value)
+    assert cache_folder() == tmp_path / ".cache" / "stitch"

@@ -1,0 +1,123 @@
+"""Errors travel: raised on one side, the same on the other. Knows no service of the product."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import code_pb2
+
+from stitch.channels import listen, open_channel, open_server
+from stitch.errors import (
+    Exhausted,
+    Expired,
+    Incompatible,
+    InvalidRequest,
+    OutOfStep,
+    StitchError,
+    Unavailable,
+    from_code,
+    from_rpc_error,
+    shown,
+    to_status,
+    translated_errors,
+)
+
+ERRORS = [
+    InvalidRequest("sampling.top_p", 2.0, "it must be at most 1"),
+    Incompatible("bottom-0 has 576 columns, top-0 has 896"),
+    Exhausted("256 sessions wait already", retry_after_seconds=2.5),
+    Unavailable("top-0 is gone", generated_tokens=17),
+    Expired("the deadline passed after 3 tokens"),
+]
+
+
+@asynccontextmanager
+async def failing_call(raised: Exception) -> AsyncIterator[grpc.aio.UnaryUnaryCall[bytes, bytes]]:
+    """A call to a method that raises `raised` under `translated_errors`."""
+
+    async def method(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+        async with translated_errors(context):
+            raise raised
+
+    handler = grpc.method_handlers_generic_handler("t.T", {"M": grpc.unary_unary_rpc_method_handler(method)})
+    server = open_server()
+    server.add_generic_rpc_handlers((handler,))
+    port = listen(server, "127.0.0.1:0")
+    await server.start()
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        yield channel.unary_unary("/t.T/M")(b"")
+    await server.stop(None)
+
+
+async def received(raised: Exception) -> grpc.RpcError:
+    async with failing_call(raised) as call:
+        with pytest.raises(grpc.RpcError) as caught:
+            await call
+    return caught.value
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+async def test_an_error_is_the_same_on_the_other_side(error: StitchError) -> None:
+    failure = await received(error)
+    translated = from_rpc_error(failure)
+    assert failure.code() is error.code
+    assert type(translated) is type(error)
+    assert str(translated) == str(error)
+
+
+async def test_what_an_error_carries_comes_along() -> None:
+    exhausted = from_rpc_error(await received(ERRORS[2]))
+    unavailable = from_rpc_error(await received(ERRORS[3]))
+    invalid = from_rpc_error(await received(ERRORS[0]))
+    assert isinstance(exhausted, Exhausted)
+    assert exhausted.retry_after_seconds == 2.5
+    assert isinstance(unavailable, Unavailable)
+    assert unavailable.generated_tokens == 17
+    assert isinstance(invalid, InvalidRequest)
+    assert invalid.field == "sampling.top_p"
+
+
+async def test_a_frame_out_of_step_is_a_failed_precondition() -> None:
+    failure = await received(OutOfStep("position 7 is not 5"))
+    assert failure.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert str(from_rpc_error(failure)) == "position 7 is not 5"
+
+
+async def test_what_was_not_meant_to_fail_is_not_translated() -> None:
+    failure = await received(ZeroDivisionError("secret"))
+    assert failure.code() is grpc.StatusCode.UNKNOWN
+    assert from_rpc_error(failure) is failure
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_code_and_a_message_are_enough_for_the_kind(error: StitchError) -> None:
+    status = to_status(error)
+    rebuilt = from_code(status.code, status.message)
+    assert type(rebuilt) is type(error)
+    assert str(rebuilt) == str(error)
+
+
+def test_a_message_names_its_field_without_details() -> None:
+    rebuilt = from_code(code_pb2.INVALID_ARGUMENT, "sampling.top_p is 2.0, but it must be at most 1")
+    assert isinstance(rebuilt, InvalidRequest)
+    assert rebuilt.field == "sampling.top_p"
+
+
+def test_every_error_has_a_status_of_its_own_choice() -> None:
+    kinds = StitchError.__subclasses__()
+    assert {type(error) for error in ERRORS} | {OutOfStep} == set(kinds)
+    assert grpc.StatusCode.INTERNAL not in {kind.code for kind in kinds}
+
+
+def test_an_invalid_request_names_field_value_and_limit() -> None:
+    assert str(ERRORS[0]) == "sampling.top_p is 2.0, but it must be at most 1"
+
+
+def test_a_long_value_is_cut() -> None:
+    assert shown("x" * 100) == "'" + "x" * 58 + "…"
+    assert len(shown("x" * 100)) == 60
+    assert shown("short") == "'short'"
