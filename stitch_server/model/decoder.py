@@ -1,0 +1,52 @@
+"""A range of one model's decoder layers, whatever its family. Doesn't know where the past is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stitch.errors import Incompatible
+from stitch_server.model import lean
+from stitch_server.model.attend import Attend, Layer, Rotary
+from stitch_server.model.description import head_dim, kv_heads, read_config
+from stitch_server.model.weights import Weights
+
+__all__ = ["Attend", "DecoderLayers", "Rotary"]
+
+
+@dataclass(frozen=True)
+class DecoderLayers:
+    """Layers `first` to `end` (exclusive) of a model, over packed tokens `[tokens, hidden_size]`."""
+
+    first: int
+    end: int
+    hidden_size: int
+    kv_heads: int
+    head_dim: int
+    _layers: Sequence[Layer]
+    _rotary: Callable[[Tensor], Rotary]
+
+    @classmethod
+    def load(cls, folder: Path, first: int, end: int, device: torch.device, dtype: torch.dtype) -> DecoderLayers:
+        """Reads these layers' weights alone. Raises Incompatible where the model has no such range."""
+        config = read_config(folder)
+        if not 0 <= first < end <= config.num_hidden_layers:
+            raise Incompatible(f"layers {first} to {end} are no range of {folder}: it has {config.num_hidden_layers}")
+        with Weights(folder, device, dtype) as weights:
+            layers = [lean.load_layer(config, index, weights) for index in range(first, end)]
+        rotary = lean.RotaryAngles(config, device)
+        return cls(first, end, config.hidden_size, kv_heads(config), head_dim(config), layers, rotary)
+
+    def rotary(self, positions: Tensor) -> Rotary:
+        """What positions `[tokens]` turn queries and keys by; made once for all layers of a batch."""
+        return self._rotary(positions)
+
+    def run(self, hidden: Tensor, rotary: Rotary, attend: Attend, first: int, end: int) -> Tensor:
+        """Takes hidden states `[tokens, hidden_size]` through layers `first` to `end` of its own range."""
+        for layer in self._layers[first - self.first : end - self.first]:
+            hidden = layer(hidden, rotary, attend)
+        return hidden

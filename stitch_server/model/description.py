@@ -1,0 +1,129 @@
+"""What a model is, read from its folder: sizes, family, a fingerprint of its weights. Loads no weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from stitch.errors import Incompatible
+from stitch.v1 import inference_pb2
+from stitch_server.model.weights import weight_files
+
+SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """One model's identity and sizes."""
+
+    id: str
+    # Equal on every machine that holds the same weights.
+    revision: str
+    architecture: str
+    layers: int
+    hidden_size: int
+    vocabulary_size: int
+    # The longest sequence, in tokens.
+    context_length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def read(cls, folder: Path, model_id: str) -> ModelDescription:
+        """Raises Incompatible where the folder holds no model."""
+        config = read_config(folder)
+        return cls(
+            id=model_id,
+            revision=revision(folder),
+            architecture=config.model_type,
+            layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            vocabulary_size=config.vocab_size,
+            context_length=config.max_position_embeddings,
+            heads=config.num_attention_heads,
+            kv_heads=kv_heads(config),
+            head_dim=head_dim(config),
+            eos_token_ids=eos_token_ids(folder),
+        )
+
+    def to_proto(self) -> inference_pb2.Model:
+        """What clients and neighbours are told."""
+        return inference_pb2.Model(
+            id=self.id,
+            revision=self.revision,
+            architecture=self.architecture,
+            layers=self.layers,
+            hidden_size=self.hidden_size,
+            vocabulary_size=self.vocabulary_size,
+            context_length=self.context_length,
+        )
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The folder's config.json with its family's defaults. Raises Incompatible where there is none."""
+    if not (folder / "config.json").is_file():
+        raise Incompatible(f"{folder} has no config.json, so it is no model folder")
+    config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+    return config
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Values in one attention head."""
+    given: int | None = getattr(config, "head_dim", None)
+    return given or config.hidden_size // config.num_attention_heads
+
+
+def kv_heads(config: PretrainedConfig) -> int:
+    """Heads of keys and values; queries share them in groups."""
+    given: int | None = getattr(config, "num_key_value_heads", None)
+    return given or config.num_attention_heads
+
+
+def eos_token_ids(folder: Path) -> tuple[int, ...]:
+    """The tokens that end an answer: those of generation_config.json, else those of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        given = _json(folder / name).get("eos_token_id")
+        if given is not None:
+            return tuple(given) if isinstance(given, list) else (given,)
+    return ()
+
+
+def revision(folder: Path) -> str:
+    """16 hex digits over every tensor's name, dtype, shape and first 4 KiB; reads nothing else of the weights."""
+    samples: dict[str, bytes] = {}
+    for path in weight_files(folder):
+        samples.update(_samples(path))
+    digest = hashlib.sha256()
+    for name in sorted(samples):
+        digest.update(samples[name])
+    return digest.hexdigest()[:16]
+
+
+def _samples(path: Path) -> dict[str, bytes]:
+    """Per tensor of a safetensors file: its entry in the header and its first bytes.
+
+    Layout: https://huggingface.co/docs/safetensors/index#format
+    """
+    samples = {}
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            file.seek(8 + header_bytes + begin)
+            sample = file.read(min(SAMPLE_BYTES, end - begin))
+            samples[name] = json.dumps([name, entry["dtype"], entry["shape"]]).encode() + sample
+    return samples
+
+
+def _json(path: Path) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return fields

@@ -1,0 +1,151 @@
+"""Decoder layers with as few operations as the arithmetic allows. Knows the families in `FAMILIES` and no other.
+
+Queries, keys and values come from one product, gate and up from another. The rows of queries and keys are stored
+in another order than in the file, so that the two values that a rotation mixes are neighbours and the whole
+rotation is one complex multiplication in place; attention doesn't notice, since both are permuted alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from stitch_server.model.attend import Attend, Rotary
+from stitch_server.model.description import head_dim, kv_heads
+from stitch_server.model.product import Product
+from stitch_server.model.weights import Weights
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+# Scalings whose angles depend on the position alone, never on the length of the sequence.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def supports(config: PretrainedConfig) -> bool:
+    """Whether these layers compute what the model's own would."""
+    rope_type = config.rope_parameters["rope_type"]
+    return config.model_type in FAMILIES and config.hidden_act == "silu" and rope_type in ROPE_TYPES
+
+
+class RotaryAngles:
+    """The rotations of the model's positions, with the scaling that its configuration asks for."""
+
+    def __init__(self, config: PretrainedConfig, device: torch.device) -> None:
+        embedding = LlamaRotaryEmbedding(cast(LlamaConfig, config))
+        self._frequencies = embedding.inv_freq.to(device, torch.float32)
+        self._radius = torch.tensor(float(embedding.attention_scaling), device=device)
+
+    def __call__(self, positions: Tensor) -> Rotary:
+        """Complex rotations `[tokens, 1, head_dim / 2]` of positions `[tokens]`."""
+        angles = positions.to(torch.float32).unsqueeze(1) * self._frequencies
+        return (torch.polar(self._radius.expand_as(angles), angles).unsqueeze(1),)
+
+
+@dataclass(frozen=True, slots=True)
+class LeanLayer:
+    """One decoder layer: attention and a gated feed-forward network, each behind an RMS norm."""
+
+    index: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+    norm_epsilon: float
+    attention_norm: Tensor
+    query_key_value: Product
+    # [heads + kv_heads, head_dim], where the family has one
+    query_key_norm: Tensor | None
+    attention_output: Product
+    feed_forward_norm: Tensor
+    gate_up: Product
+    down: Product
+
+    def __call__(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        """`[tokens, hidden_size]` in and out; leaves what it is given unchanged."""
+        hidden = self._attention(self._normed(hidden, self.attention_norm), rotary, attend).add_(hidden)
+        gate, up = self.gate_up(self._normed(hidden, self.feed_forward_norm)).chunk(2, dim=1)
+        return self.down(F.silu(gate).mul_(up)).add_(hidden)
+
+    def _attention(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        rotated = self.heads + self.kv_heads
+        mixed = self.query_key_value(hidden).view(hidden.shape[0], -1, self.head_dim)
+        query_key, value = mixed[:, :rotated], mixed[:, rotated:]
+        if self.query_key_norm is not None:
+            query_key = F.rms_norm(query_key, (self.head_dim,), None, self.norm_epsilon).mul_(self.query_key_norm)
+        query_key = _rotate(query_key, rotary[0])
+        query, key = query_key[:, : self.heads], query_key[:, self.heads :]
+        return self.attention_output(attend(self.index, query, key, value, self.head_dim**-0.5, self.window))
+
+    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(hidden, weight.shape, weight, self.norm_epsilon)
+
+
+def _rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
+    """Turns neighbouring pairs of `[tokens, heads, head_dim]`; in place where it is float32 already."""
+    exact = vectors.float()
+    torch.view_as_complex(exact.view(*exact.shape[:2], -1, 2)).mul_(rotation)
+    return exact.to(vectors.dtype)
+
+
+def load_layer(config: PretrainedConfig, index: int, weights: Weights) -> LeanLayer:
+    """Reads one layer. Raises Incompatible, which names the tensor, where the folder lacks one."""
+    heads, keys, width = config.num_attention_heads, kv_heads(config), head_dim(config)
+    at = f"model.layers.{index}"
+    return LeanLayer(
+        index=index,
+        heads=heads,
+        kv_heads=keys,
+        head_dim=width,
+        window=_window(config, index),
+        norm_epsilon=config.rms_norm_eps,
+        attention_norm=weights.read(f"{at}.input_layernorm.weight"),
+        query_key_value=_query_key_value(weights, f"{at}.self_attn", heads, keys),
+        query_key_norm=_query_key_norm(weights, f"{at}.self_attn", heads, keys),
+        attention_output=_product(weights, f"{at}.self_attn.o_proj"),
+        feed_forward_norm=weights.read(f"{at}.post_attention_layernorm.weight"),
+        gate_up=_product(weights, f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"),
+        down=_product(weights, f"{at}.mlp.down_proj"),
+    )
+
+
+def _product(weights: Weights, *names: str) -> Product:
+    """One product in place of several with the same input."""
+    weight = torch.cat([weights.read(f"{name}.weight") for name in names])
+    has_bias = f"{names[0]}.bias" in weights
+    return Product(weight, torch.cat([weights.read(f"{name}.bias") for name in names]) if has_bias else None)
+
+
+def _query_key_value(weights: Weights, at: str, heads: int, keys: int) -> Product:
+    def joined(kind: str) -> Tensor:
+        query = _pairs_as_neighbours(weights.read(f"{at}.q_proj.{kind}"), heads)
+        key = _pairs_as_neighbours(weights.read(f"{at}.k_proj.{kind}"), keys)
+        return torch.cat([query, key, weights.read(f"{at}.v_proj.{kind}")])
+
+    return Product(joined("weight"), joined("bias") if f"{at}.q_proj.bias" in weights else None)
+
+
+def _query_key_norm(weights: Weights, at: str, heads: int, keys: int) -> Tensor | None:
+    if f"{at}.q_norm.weight" not in weights:
+        return None
+    query = _pairs_as_neighbours(weights.read(f"{at}.q_norm.weight"), 1)
+    key = _pairs_as_neighbours(weights.read(f"{at}.k_norm.weight"), 1)
+    return torch.cat([query.expand(heads, -1), key.expand(keys, -1)])
+
+
+def _pairs_as_neighbours(rows: Tensor, heads: int) -> Tensor:
+    """Reorders each head's rows 0, 1, … n - 1 to 0, n/2, 1, n/2 + 1, …: the pairs of a rotation side by side."""
+    return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _window(config: PretrainedConfig, index: int) -> int | None:
+    """How many tokens a layer looks back, itself included; None: all."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[index] != "sliding_attention":
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
+    return window
