@@ -1,0 +1,44 @@
+"""The command `router-gateway`. Parses, builds the configuration, calls one function. Knows no gateway."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0; 2 where the gateway can't start with what it was given; 1 where a port is taken."""
+    return _run(_parser().parse_args(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="router-gateway", description="The front door of a stitched cluster.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    purpose = "serve a cluster to its clients"
+    run = commands.add_parser("run", help=purpose, description=purpose)
+    run.add_argument("cluster", metavar="CLUSTER", help="a cluster file, or the name of a preset")
+    run.add_argument("--listen", metavar="HOST:PORT", help="where clients connect; default: the cluster file's")
+    run.add_argument("--metrics-port", metavar="N", type=int, help="0: any free port; default: the cluster file's")
+    run.add_argument("--insecure", action="store_true", help="allow an address that other machines reach, without TLS")
+    run.add_argument("--drain-seconds", metavar="S", type=float, help="for running answers after SIGTERM; default: 30")
+    run.add_argument("--replay-wait-seconds", metavar="S", type=float, help="for a lost chain's return; default: 5")
+    return parser
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    # Only now, so that --help is instant.
+    import asyncio
+    import logging
+
+    from router_gateway.server import serve
+    from router_gateway.settings import from_flags
+    from stitch.errors import InvalidRequest
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        asyncio.run(serve(from_flags(vars(parsed))))
+    except (InvalidRequest, OSError) as error:
+        print(f"router-gateway: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InvalidRequest) else 1
+    return 0

@@ -1,0 +1,83 @@
+"""One request's life: prepare, place, stream, detokenize, finish. Opens no connection of its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+
+from router_gateway.generation.answer import Answer
+from router_gateway.generation.observation import Observation
+from router_gateway.generation.preparation import Preparation, Prepared
+from router_gateway.generation.request import Event, Finished, FinishReason, Prompt, Request, Started
+from router_gateway.generation.resumption import Resumption, Surroundings
+from router_gateway.generation.token_stream import TokenStream
+from router_gateway.metrics import Metrics
+from router_gateway.routing.interface import Judgement
+
+
+class Generator:
+    """Answers requests, any number at once. `stopping` says whether the program is cutting its answers short."""
+
+    def __init__(
+        self, preparation: Preparation, around: Surroundings, metrics: Metrics, stopping: Callable[[], bool]
+    ) -> None:
+        self._preparation = preparation
+        self._around = around
+        self._metrics = metrics
+        self._stopping = stopping
+
+    def now(self) -> float:
+        """The moment, on the clock of arrivals and deadlines."""
+        return self._around.clock()
+
+    async def judge(self, prompt: Prompt) -> tuple[Judgement, int]:
+        """The judgement and the number of prompt tokens, without generating anything."""
+        return await self._preparation.judge(prompt)
+
+    async def generate(self, request: Request, arrival: float, deadline: float | None) -> AsyncGenerator[Event, None]:
+        """One `Started`, any number of `Delta`s, one `Finished`. Closing the iterator cancels the session.
+
+        Raises any StitchError; see `Preparation.prepare` and `TokenStream.steps`.
+        """
+        clock, stopping = self._around.clock, self._stopping
+        with Observation(request.request_id, arrival, deadline, self._metrics, clock, stopping) as seen:
+            prepared = await self._preparation.prepare(request)
+            seen.prepared(prepared)
+            yield Started(request.request_id, prepared.judgement, len(prepared.token_ids))
+            async with aclosing(self._answer(prepared, deadline, seen)) as events:
+                async for event in events:
+                    yield event
+
+    async def _answer(
+        self, prepared: Prepared, deadline: float | None, seen: Observation
+    ) -> AsyncGenerator[Event, None]:
+        answer = Answer(prepared.vocabulary.detokenizer(), prepared.request.stop)
+        resumption = Resumption(prepared.judgement.route, self._around)
+        reason = FinishReason.LENGTH
+        seen.handed_over()
+        async with aclosing(TokenStream(prepared, resumption, deadline, self._around.clock).steps()) as steps:
+            async for step in steps:
+                seen.tokens(len(step.tokens), step.stages)
+                if (delta := answer.push(step.tokens)) is not None:
+                    seen.text()
+                    yield delta
+                if answer.stopped:
+                    break
+                reason = step.finish or reason
+        if (delta := answer.finish()) is not None:
+            if delta.text:
+                seen.text()
+            yield delta
+        yield _finished(FinishReason.STOP if answer.stopped else reason, prepared, answer, seen)
+
+
+def _finished(reason: FinishReason, prepared: Prepared, answer: Answer, seen: Observation) -> Finished:
+    seen.finished(reason)
+    return Finished(
+        reason=reason,
+        prompt_tokens=len(prepared.token_ids),
+        generated_tokens=answer.generated_tokens,
+        ttft_seconds=seen.ttft_seconds,
+        total_seconds=seen.elapsed_seconds(),
+        stages=seen.stages,
+    )

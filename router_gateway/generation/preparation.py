@@ -1,0 +1,112 @@
+"""From a request to token ids, a route and a full sampling. Knows no shard's address."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+
+from router_gateway.fleet.catalogue import Catalogue
+from router_gateway.generation import validation
+from router_gateway.generation.request import Prompt, Request
+from router_gateway.generation.vocabulary_source import VocabularySource
+from router_gateway.routing.interface import Judgement, Query, Router
+from router_gateway.text.chat_template import TemplateRefusal
+from router_gateway.text.vocabulary import Vocabulary
+from stitch.cluster import Cluster
+from stitch.errors import InvalidRequest, shown
+from stitch.sampling import Sampling
+
+# Tokenizing so much takes about a millisecond; what is larger goes to a thread, so that the event loop stays free.
+INLINE_BYTES = 2_048
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request as shards understand it."""
+
+    request: Request
+    token_ids: tuple[int, ...]
+    judgement: Judgement
+    # max_tokens ends with the context at the latest; the model's own end tokens are among stop_token_ids.
+    sampling: Sampling
+    vocabulary: Vocabulary
+
+
+class Preparation:
+    """Validates, tokenizes and judges; every refusal comes from here, before a shard is asked."""
+
+    def __init__(
+        self, cluster: Cluster, catalogue: Catalogue, source: VocabularySource, router: Router, threads: Executor
+    ) -> None:
+        self._cluster = cluster
+        self._catalogue = catalogue
+        self._source = source
+        self._router = router
+        self._threads = threads
+
+    async def prepare(self, request: Request) -> Prepared:
+        """Raises InvalidRequest, or Unavailable before the first shard has answered."""
+        validation.check_stop(request.stop)
+        if request.route is not None:
+            self._cluster.route(request.route)
+        vocabulary = self._vocabulary(request.prompt)
+        validation.check_stop_tokens(request.sampling.stop_token_ids, self._catalogue.vocabulary_size)
+        ids = await self._tokenize(request.prompt, vocabulary)
+        sampling = complete(request.sampling, len(ids), self._catalogue.context_tokens, vocabulary.end_tokens)
+        return Prepared(request, tuple(ids), self._judge(request.prompt, request.route), sampling, vocabulary)
+
+    async def judge(self, prompt: Prompt) -> tuple[Judgement, int]:
+        """The router's judgement alone, and how many tokens the prompt has; refuses what `prepare` refuses."""
+        ids = await self._tokenize(prompt, self._vocabulary(prompt))
+        return self._judge(prompt, None), len(ids)
+
+    def _vocabulary(self, prompt: Prompt) -> Vocabulary:
+        validation.check_prompt(prompt)
+        return self._source.require()
+
+    async def _tokenize(self, prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
+        context_tokens = self._catalogue.context_tokens
+        validation.check_size(prompt, context_tokens, vocabulary.longest_token_bytes)
+        if validation.size_bytes(prompt) <= INLINE_BYTES:
+            ids = tokenize(prompt, vocabulary)
+        else:
+            ids = await asyncio.get_running_loop().run_in_executor(self._threads, tokenize, prompt, vocabulary)
+        validation.check_fits(prompt, len(ids), context_tokens)
+        return ids
+
+    def _judge(self, prompt: Prompt, requested: str | None) -> Judgement:
+        judgement = self._router.judge(Query(user_turns(prompt), tuple(self._catalogue.routes())))
+        if requested is None:
+            return judgement
+        reason = f"the request names it; the router would take {judgement.route} ({judgement.reason})"
+        return Judgement(requested, judgement.score, reason, "requested")
+
+
+def tokenize(prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
+    """Raises InvalidRequest where the chat template refuses the conversation."""
+    if isinstance(prompt, str):
+        return vocabulary.encode(prompt)
+    roles = ", ".join(turn.role for turn in prompt)
+    if vocabulary.template is None:
+        raise InvalidRequest("chat", roles, "the model has no chat template, so it takes a prompt only")
+    try:
+        rendered = vocabulary.template.render([(turn.role, turn.content) for turn in prompt])
+    except TemplateRefusal as error:
+        raise InvalidRequest("chat", roles, f"the chat template refuses it: {shown(str(error), 200)}") from error
+    return vocabulary.encode_rendered(rendered)
+
+
+def user_turns(prompt: Prompt) -> tuple[str, ...]:
+    """What the user said, oldest first."""
+    if isinstance(prompt, str):
+        return (prompt,)
+    return tuple(turn.content for turn in prompt if turn.role == "user")
+
+
+def complete(sampling: Sampling, prompt_tokens: int, context_tokens: int, end_tokens: tuple[int, ...]) -> Sampling:
+    """With max_tokens cut at the context's end, and the model's end tokens unless they are to be ignored."""
+    stop = sampling.stop_token_ids
+    if not sampling.ignore_eos:
+        stop = tuple(dict.fromkeys((*stop, *end_tokens)))
+    return replace(sampling, max_tokens=min(sampling.max_tokens, context_tokens - prompt_tokens), stop_token_ids=stop)

@@ -1,0 +1,85 @@
+"""The limits of a request that need no model, and those that need its sizes. Knows no way to fix a request.
+
+Everything here raises InvalidRequest with the field, its value and its limit. Sampling's own limits are with Sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from router_gateway.generation.request import Prompt
+from stitch.errors import InvalidRequest
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1_024
+
+
+class Amount(str):
+    """A number with its unit, which an error message shows without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def field_of(prompt: Prompt) -> str:
+    """The name of the field that a client fills with such a prompt."""
+    return "prompt" if isinstance(prompt, str) else "chat"
+
+
+def check_prompt(prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        if not prompt:
+            raise InvalidRequest("prompt", prompt, "it must not be empty")
+        return
+    if not prompt:
+        raise InvalidRequest("chat.messages", Amount("empty"), "a conversation has at least one")
+    for index, turn in enumerate(prompt):
+        if not turn.role:
+            raise InvalidRequest(f"chat.messages[{index}].role", turn.role, "every message needs a role")
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    if len(stop) > MAX_STOP_STRINGS:
+        raise InvalidRequest("stop", Amount(f"{len(stop):,} strings"), f"it holds at most {MAX_STOP_STRINGS}")
+    for index, string in enumerate(stop):
+        if not string:
+            raise InvalidRequest(f"stop[{index}]", string, "a stop string has at least one character")
+        if len(string) > MAX_STOP_CHARACTERS:
+            length = Amount(f"{len(string):,} characters")
+            raise InvalidRequest(f"stop[{index}]", length, f"a stop string has at most {MAX_STOP_CHARACTERS:,}")
+
+
+def check_stop_tokens(ids: Iterable[int], vocabulary_size: int) -> None:
+    for index, token_id in enumerate(ids):
+        if token_id >= vocabulary_size:
+            limit = f"the vocabulary ends at {vocabulary_size - 1:,}"
+            raise InvalidRequest(f"sampling.stop_token_ids[{index}]", token_id, limit)
+
+
+def check_size(prompt: Prompt, context_tokens: int, longest_token_bytes: int) -> None:
+    """Refuses text that can't fit, however it is tokenized, before anything is computed from it."""
+    size, most = size_bytes(prompt), context_tokens * longest_token_bytes
+    if size > most:
+        limit = f"the context of {context_tokens:,} tokens holds at most {most:,}"
+        raise InvalidRequest(field_of(prompt), Amount(f"{size:,} bytes"), limit)
+    if not isinstance(prompt, str) and len(prompt) > context_tokens:
+        limit = f"every message takes tokens, and the context holds {context_tokens:,}"
+        raise InvalidRequest("chat.messages", Amount(f"{len(prompt):,} messages"), limit)
+
+
+def check_fits(prompt: Prompt, prompt_tokens: int, context_tokens: int) -> None:
+    """A prompt leaves room for one token at least."""
+    if prompt_tokens == 0:
+        raise InvalidRequest(field_of(prompt), Amount("0 tokens"), "it must have at least one")
+    if prompt_tokens + 1 > context_tokens:
+        limit = f"the context holds {context_tokens:,}, the answer included"
+        raise InvalidRequest(field_of(prompt), Amount(f"{prompt_tokens:,} tokens"), limit)
+
+
+def size_bytes(prompt: Prompt) -> int:
+    """Bytes of UTF-8 in all of the prompt's text."""
+    if isinstance(prompt, str):
+        return len(prompt.encode())
+    return sum(len(turn.role.encode()) + len(turn.content.encode()) for turn in prompt)

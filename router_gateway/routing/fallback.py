@@ -1,0 +1,34 @@
+"""Keeps a router's failure from failing a request. Knows no way to judge of its own."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from router_gateway.routing.interface import Judgement, Query, Router
+
+_log = logging.getLogger(__name__)
+
+
+class FallbackRouter:
+    """Asks `router`; where that raises or has no proper answer, takes `fallback_route` (None: the dearest)."""
+
+    def __init__(self, router: Router, fallback_route: str | None = None) -> None:
+        self._router = router
+        self._fallback_route = fallback_route
+
+    def judge(self, query: Query) -> Judgement:
+        try:
+            judgement = self._router.judge(query)
+        # A router is a plug-in: whatever goes wrong in it, the query has a route all the same.
+        except Exception:
+            _log.exception("the router failed")
+            return self._fallback(query, "the router failed")
+        if judgement.route not in query.routes or not math.isfinite(judgement.score):
+            _log.error("the router answered %s", judgement)
+            return self._fallback(query, "the router's answer is no route")
+        return judgement
+
+    def _fallback(self, query: Query, why: str) -> Judgement:
+        route = self._fallback_route or query.routes[-1]
+        return Judgement(route, 1.0, f"{why}, so the fallback", "fallback")

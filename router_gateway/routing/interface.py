@@ -1,0 +1,38 @@
+"""What a router is asked and what it answers. Knows no way to judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+# Why a query took its route, in a word that is fit for a metric's label.
+ReasonKind = Literal["requested", "length", "content", "fallback"]
+REASON_KINDS: tuple[ReasonKind, ...] = get_args(ReasonKind)
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What is judged: all that the user said, and the routes to choose from."""
+
+    # Every turn of the user's, oldest first: a follow-up such as "commit it" says little alone.
+    turns: tuple[str, ...]
+    # Cheapest first, at least one.
+    routes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    route: str
+    # How much the query asks for the strongest route, 0 to 1.
+    score: float
+    # For a person to read.
+    reason: str
+    kind: ReasonKind
+
+
+class Router(Protocol):
+    """Anything that picks a route. It is called on the event loop, so it takes well under a millisecond."""
+
+    def judge(self, query: Query) -> Judgement:
+        """The route for a query; any text has one. An exception makes the gateway take its fallback."""
+        ...

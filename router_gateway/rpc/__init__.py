@@ -1,0 +1,1 @@
+"""The client's protocol: messages in, domain calls, messages out. Knows no shard."""

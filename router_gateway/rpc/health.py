@@ -1,0 +1,40 @@
+"""Says by `grpc.health.v1` whether the gateway can answer. Knows no request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from grpc_health.v1 import health_pb2
+from grpc_health.v1._async import HealthServicer
+
+from router_gateway.fleet.fleet import Fleet
+
+# "" stands for the whole server.
+SERVICES = ("", "stitch.v1.Inference")
+
+_STATUS = {
+    True: health_pb2.HealthCheckResponse.SERVING,
+    False: health_pb2.HealthCheckResponse.NOT_SERVING,
+}
+
+
+class Health:
+    """The servicer, and what it says."""
+
+    def __init__(self) -> None:
+        self.servicer = HealthServicer()
+
+    async def follow(self, fleet: Fleet, ready: Callable[[], bool]) -> None:
+        """Sets the status anew after every change among the shards, for ever."""
+        while True:
+            version = fleet.version
+            await self.set(ready())
+            await fleet.changed_since(version)
+
+    async def set(self, serving: bool) -> None:
+        for service in SERVICES:
+            await self.servicer.set(service, _STATUS[serving])
+
+    async def leave(self) -> None:
+        """NOT_SERVING from now on, whatever happens."""
+        await self.servicer.enter_graceful_shutdown()

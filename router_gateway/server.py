@@ -1,0 +1,151 @@
+"""The gateway put together: everything is built here by hand, in order, and stopped in reverse. Judges nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from router_gateway.background import running
+from router_gateway.event_loop import observe_delay
+from router_gateway.fleet.catalogue import Catalogue
+from router_gateway.fleet.fleet import Fleet, watched
+from router_gateway.fleet.placement import Placement
+from router_gateway.fleet.replica import Patience
+from router_gateway.generation.door import Door
+from router_gateway.generation.generator import Generator
+from router_gateway.generation.preparation import Preparation
+from router_gateway.generation.resumption import Persistence, Surroundings
+from router_gateway.generation.vocabulary_source import VocabularySource, first_shards
+from router_gateway.metrics import Metrics
+from router_gateway.routing.fallback import FallbackRouter
+from router_gateway.routing.interface import REASON_KINDS, Router
+from router_gateway.routing.ladder import Ladder
+from router_gateway.routing.weighted import WeightedRouter
+from router_gateway.rpc.decoding import LenientDecoding, methods_of_inference
+from router_gateway.rpc.health import SERVICES, Health
+from router_gateway.rpc.inference import InferenceServicer
+from router_gateway.settings import FleetSettings, GatewaySettings, check
+from router_gateway.stopping import StopSignals
+from stitch import channels
+from stitch.cluster import Cluster, GatewayPlace
+from stitch.v1 import inference_pb2_grpc
+
+# Tokenizing long texts; more threads would take the cores from shards on the same machine.
+TEXT_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A gateway that listens."""
+
+    # As bound: where the configuration says 0, the system chose.
+    port: int
+    metrics_port: int
+    metrics: Metrics
+    server: grpc.aio.Server
+    health: Health
+    door: Door
+
+    async def drain(self, seconds: float) -> None:
+        """Says NOT_SERVING, lets nobody in, and waits so long for the answers that are on their way."""
+        await self.health.leave()
+        self.door.close()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.door.empty(), seconds)
+
+    async def stop(self) -> None:
+        """Ends every call that is left, and with it its session on every shard."""
+        self.door.cleared = True
+        await self.server.stop(None)
+
+
+async def serve(settings: GatewaySettings) -> None:
+    """Runs a gateway until SIGTERM or SIGINT, lets running answers finish, and stops. Raises as `open_gateway`."""
+    signals = StopSignals()
+    signals.install()
+    async with open_gateway(settings) as gateway:
+        host = settings.host
+        print(f"router-gateway: listening on {host}:{gateway.port}", flush=True)
+        print(f"router-gateway: metrics on http://{host}:{gateway.metrics_port}/metrics", flush=True)
+        await signals.first.wait()
+        await signals.drained(gateway.drain(settings.drain_seconds))
+
+
+@asynccontextmanager
+async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
+    """A gateway that listens inside of the block. Raises InvalidRequest, or OSError where a port is taken."""
+    check(settings)
+    cluster = settings.cluster
+    async with AsyncExitStack() as stack:
+        metrics = Metrics([route.name for route in cluster.routes], REASON_KINDS)
+        metrics_port = await stack.enter_async_context(_exposed(metrics, settings))
+        fleet = await stack.enter_async_context(_fleet(cluster, settings.fleet))
+        placement, catalogue = Placement(cluster, fleet), Catalogue(cluster, fleet)
+        source = VocabularySource([fleet.replicas[name] for name in first_shards(cluster)])
+        threads = stack.enter_context(ThreadPoolExecutor(TEXT_THREADS, "text"))
+        preparation = Preparation(cluster, catalogue, source, _router(cluster.gateway), threads)
+        persistence = Persistence(**settings.replay.model_dump())
+        around = Surroundings(fleet, placement, metrics.replays, persistence, time.monotonic)
+        door, health = Door(), Health()
+        generator = Generator(preparation, around, metrics, lambda: door.cleared)
+        servicer = InferenceServicer(generator, catalogue, door, metrics, settings.batch_at_once)
+        server, port = await _listening(servicer, health, settings.address)
+        gateway = Gateway(port, metrics_port, metrics, server, health, door)
+        stack.push_async_callback(gateway.stop)
+        coming_up = _serve_health(health, source, fleet, placement, settings)
+        await stack.enter_async_context(running(coming_up, observe_delay(metrics.event_loop_delay)))
+        yield gateway
+
+
+async def _serve_health(
+    health: Health, source: VocabularySource, fleet: Fleet, placement: Placement, settings: GatewaySettings
+) -> None:
+    """SERVING from the moment on when a prompt can be read and a route is whole."""
+    await source.load(settings.fleet.poll_seconds)
+    await health.follow(fleet, lambda: any(map(placement.reachable, settings.cluster.routes)))
+
+
+async def _listening(servicer: InferenceServicer, health: Health, address: str) -> tuple[grpc.aio.Server, int]:
+    server = channels.open_server([LenientDecoding(methods_of_inference())])
+    inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    names = (*filter(None, SERVICES), "grpc.health.v1.Health", reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    await health.set(False)
+    port = channels.listen(server, address)
+    await server.start()
+    return server, port
+
+
+@asynccontextmanager
+async def _exposed(metrics: Metrics, settings: GatewaySettings) -> AsyncIterator[int]:
+    """Serves the metrics over HTTP on the interface of the gateway, and gives the port."""
+    configured = settings.metrics_port
+    wanted = settings.cluster.gateway.metrics_port if configured is None else configured
+    server, thread = start_http_server(wanted, settings.host.strip("[]"), metrics.registry)
+    try:
+        yield server.server_port
+    finally:
+        await asyncio.to_thread(server.shutdown)
+        server.server_close()
+        thread.join()
+
+
+@asynccontextmanager
+async def _fleet(cluster: Cluster, settings: FleetSettings) -> AsyncIterator[Fleet]:
+    patience = Patience(settings.answer_seconds, settings.silent_polls)
+    async with watched(Fleet(cluster, channels.open_channel, patience), settings.poll_seconds) as fleet:
+        yield fleet
+
+
+def _router(place: GatewayPlace) -> Router:
+    return FallbackRouter(WeightedRouter(Ladder(place.thresholds)), place.fallback_route)

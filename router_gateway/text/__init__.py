@@ -1,0 +1,1 @@
+"""Text to tokens and back. Knows no network and no request."""

@@ -1,0 +1,68 @@
+"""Finds the first stop string in a text that arrives in pieces. Knows no tokens.
+
+One Knuth-Morris-Pratt automaton a string: a state is how many of its characters the text ends with, so the longest
+state is exactly what must be held back, and a character costs O(1) amortised, however the text is cut into pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Holds text back as long as it may be the beginning of a stop string."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._automata = [_Automaton(string) for string in strings]
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """The text that is certain to come before any stop string; nothing more once one was found."""
+        if self.found or not self._automata:
+            return "" if self.found else text
+        joined = self._held + text
+        for index in range(len(self._held), len(joined)):
+            matched = self._advance(joined[index])
+            if matched:
+                self.found, self._held = True, ""
+                return joined[: index + 1 - matched]
+        keep = max(automaton.state for automaton in self._automata)
+        certain = len(joined) - keep
+        self._held = joined[certain:]
+        return joined[:certain]
+
+    def finish(self) -> str:
+        """What was held back and became no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _advance(self, character: str) -> int:
+        """The length of the longest string that ends here, or 0."""
+        return max(len(automaton.string) if automaton.advance(character) else 0 for automaton in self._automata)
+
+
+class _Automaton:
+    def __init__(self, string: str) -> None:
+        self.string = string
+        self.state = 0
+        self._fallback = _border_lengths(string)
+
+    def advance(self, character: str) -> bool:
+        """Whether the string ends with this character."""
+        while self.state and self.string[self.state] != character:
+            self.state = self._fallback[self.state - 1]
+        if self.string[self.state] == character:
+            self.state += 1
+        return self.state == len(self.string)
+
+
+def _border_lengths(string: str) -> list[int]:
+    """For every prefix the length of its longest proper prefix that is its suffix, too."""
+    lengths = [0] * len(string)
+    for index in range(1, len(string)):
+        border = lengths[index - 1]
+        while border and string[index] != string[border]:
+            border = lengths[border - 1]
+        lengths[index] = border + (string[index] == string[border])
+    return lengths

@@ -1,0 +1,206 @@
+"""Shards without models: scripted tokens over real gRPC on loopback, and faults on command. Knows no tensor."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+from stitch import channels
+from stitch.cluster import Cluster, GatewayPlace, Models, ModelSource, RouteCut, ShardPlace
+from stitch.errors import Exhausted, translated_errors
+from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
+from tests.support.byte_tokenizer import tokenizer_files
+
+LAYERS = {"bottom": (0, 4), "top": (4, 8)}
+CONTEXT_TOKENS = 128
+VOCABULARY_SIZE = 400
+# The id of <|im_end|>, which ends every script.
+END_TOKEN = 2
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Fault = Callable[[Context], Awaitable[object]]
+
+ROUTES = (
+    RouteCut(name="weak", bottom_layers=2, top_from=4, stitch="weak.safetensors"),
+    RouteCut(name="strong", bottom_layers=4, top_from=4),
+)
+
+
+class CutShort(Exception):
+    """The fake ends its stream without an end."""
+
+
+class FakeShard(shard_pb2_grpc.ShardServicer):
+    """Says `script`, then the end token. A session that was begun elsewhere goes on where it was."""
+
+    def __init__(self, name: str, role: str, script: Sequence[int] = ()) -> None:
+        self.name = name
+        self.role = role
+        self.script = list(script)
+        self.files = tokenizer_files()
+        self.free_kv_tokens = 10_000
+        # Parameters read for a token, by route.
+        self.parameters = {"weak": 600, "strong": 900}
+        # What to do before the n-th generated token, once.
+        self.faults: dict[int, Fault] = {}
+        # Describe waits for it.
+        self.talks = asyncio.Event()
+        self.talks.set()
+        self.position_error = 0
+        self.logprob: float | None = None
+        self.requests: list[shard_pb2.ShardGenerateRequest] = []
+        self.deadlines: list[float | None] = []
+        self.running = 0
+        self.cancelled = 0
+        self._server: grpc.aio.Server | None = None
+        self._port = 0
+
+    @property
+    def place(self) -> ShardPlace:
+        address = f"127.0.0.1:{self._port}"
+        role: Any = self.role
+        return ShardPlace(name=self.name, role=role, layers=LAYERS[self.role], address=address)
+
+    async def start(self) -> None:
+        """Listens on the port of the last time, or any free one."""
+        self._server = channels.open_server()
+        shard_pb2_grpc.add_ShardServicer_to_server(self, self._server)
+        self._port = channels.listen(self._server, f"127.0.0.1:{self._port}")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Gone at once, as after a kill."""
+        if self._server is not None:
+            await self._server.stop(None)
+            self._server = None
+
+    async def Generate(  # type: ignore[override]
+        self, request: shard_pb2.ShardGenerateRequest, context: Context
+    ) -> None:
+        self.requests.append(request)
+        self.deadlines.append(context.time_remaining())
+        self.running += 1
+        try:
+            async with translated_errors(context):
+                await self._say(request, context)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        except CutShort:
+            return
+        finally:
+            self.running -= 1
+
+    async def Describe(
+        self, request: shard_pb2.ShardDescribeRequest, context: Context
+    ) -> shard_pb2.ShardDescribeResponse:
+        await self.talks.wait()
+        return shard_pb2.ShardDescribeResponse(identity=self._identity(), kv_free_tokens=self.free_kv_tokens)
+
+    async def FetchTokenizer(  # type: ignore[override]
+        self, request: shard_pb2.FetchTokenizerRequest, context: Context
+    ) -> None:
+        for name, content in self.files.items():
+            for start in range(0, len(content), 1_000):
+                piece = content[start : start + 1_000]
+                await context.write(shard_pb2.FetchTokenizerResponse(file=name, data=piece))
+
+    def Link(self, request_iterator: Any, context: Context) -> Any:
+        raise NotImplementedError
+
+    async def _say(self, request: shard_pb2.ShardGenerateRequest, context: Context) -> None:
+        first = len(request.token_ids) - request.prompt_tokens
+        for index in range(first, request.sampling.max_tokens):
+            if index in self.faults:
+                await self.faults.pop(index)(context)
+            response = self._token(index, request)
+            if index == first:
+                response.stages.add(name="bottom_prefill", seconds=0.25)
+            await context.write(response)
+            if response.finish_reason:
+                return
+
+    def _token(self, index: int, request: shard_pb2.ShardGenerateRequest) -> shard_pb2.ShardGenerateResponse:
+        token_id = self.script[index] if index < len(self.script) else END_TOKEN
+        token = shard_pb2.GeneratedToken(id=token_id, position=request.prompt_tokens + index + self.position_error)
+        if self.logprob is not None:
+            token.logprobs.CopyFrom(inference_pb2.TokenLogprobs(token_id=token_id, logprob=self.logprob))
+        return shard_pb2.ShardGenerateResponse(tokens=[token], finish_reason=_finish(index, token_id, request))
+
+    def _identity(self) -> shard_pb2.ShardIdentity:
+        first, end = LAYERS[self.role]
+        model = inference_pb2.Model(id="fake", layers=8, vocabulary_size=VOCABULARY_SIZE, context_length=CONTEXT_TOKENS)
+        return shard_pb2.ShardIdentity(
+            shard=self.name,
+            role=self.role,
+            first_layer=first,
+            end_layer=end,
+            bottom=model,
+            top=model,
+            compute_dtype="float32",
+            kv_capacity_tokens=10_000,
+            routes=[
+                inference_pb2.RouteDescription(name=name, parameters=count) for name, count in self.parameters.items()
+            ],
+        )
+
+
+def aborts(code: grpc.StatusCode, message: str = "scripted") -> Fault:
+    """The shard ends the call with this status."""
+
+    async def fault(context: Context) -> None:
+        await context.abort(code, message)
+
+    return fault
+
+
+def is_full(retry_after_seconds: float) -> Fault:
+    """The shard has no room."""
+
+    async def fault(context: Context) -> None:
+        raise Exhausted("no room", retry_after_seconds)
+
+    return fault
+
+
+def waits_for(event: asyncio.Event) -> Fault:
+    """The shard says nothing more until then."""
+    return lambda context: event.wait()
+
+
+async def cuts_short(context: Context) -> None:
+    """The shard closes the stream as if all were said."""
+    raise CutShort
+
+
+@asynccontextmanager
+async def fake_cluster(
+    *shards: FakeShard, thresholds: tuple[float, ...] | None = None, fallback_route: str | None = None
+) -> AsyncIterator[Cluster]:
+    """A cluster of these shards, which serve as long as the block lasts, with the routes `weak` and `strong`."""
+    for shard in shards:
+        await shard.start()
+    source = ModelSource(id="fake", source="nowhere")
+    try:
+        yield Cluster(
+            name="fake",
+            models=Models(bottom=source, top=source),
+            routes=ROUTES,
+            shards=tuple(shard.place for shard in shards),
+            gateway=GatewayPlace(address="127.0.0.1:0", thresholds=thresholds, fallback_route=fallback_route),
+        )
+    finally:
+        for shard in shards:
+            await shard.stop()
+
+
+def _finish(index: int, token_id: int, request: shard_pb2.ShardGenerateRequest) -> inference_pb2.FinishReason:
+    if token_id in request.sampling.stop_token_ids:
+        return inference_pb2.FINISH_REASON_STOP
+    if index + 1 == request.sampling.max_tokens:
+        return inference_pb2.FINISH_REASON_LENGTH
+    return inference_pb2.FINISH_REASON_UNSPECIFIED

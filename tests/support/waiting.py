@@ -1,0 +1,18 @@
+"""Waits for something that happens by itself. Knows not what."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+TRY_AGAIN_SECONDS = 0.005
+
+
+async def eventually(happened: Callable[[], object], timeout_seconds: float = 10.0) -> None:
+    """Returns as soon as `happened()` is true. Raises TimeoutError where it never is."""
+    give_up = time.monotonic() + timeout_seconds
+    while not happened():
+        if time.monotonic() > give_up:
+            raise TimeoutError(f"it did not happen within {timeout_seconds:g} s")
+        await asyncio.sleep(TRY_AGAIN_SECONDS)

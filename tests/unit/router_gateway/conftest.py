@@ -1,0 +1,70 @@
+"""A gateway in this process in front of fake shards, for the tests of everything that needs both ends."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from router_gateway.server import Gateway, open_gateway
+from router_gateway.settings import FleetSettings, GatewaySettings, ReplaySettings
+from stitch import channels
+from stitch.cluster import Cluster
+from stitch.v1 import inference_pb2, inference_pb2_grpc
+from tests.support.fake_shard import FakeShard, fake_cluster
+
+QUICK = {
+    "fleet": FleetSettings(poll_seconds=0.02, answer_seconds=0.5, silent_polls=1),
+    "replay": ReplaySettings(wait_seconds=5.0, first_pause_seconds=0.01),
+}
+
+
+@dataclass
+class Reached:
+    """A gateway with what a test needs to use it and to look into it."""
+
+    gateway: Gateway
+    channel: grpc.aio.Channel
+    stub: Any
+    cluster: Cluster
+
+    async def generate(self, prompt: str = "hello", **fields: Any) -> list[inference_pb2.GenerateResponse]:
+        """All events of one answer."""
+        request = inference_pb2.GenerateRequest(**({"prompt": prompt} | fields))
+        return [event async for event in self.stub.Generate(request)]
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        return self.gateway.metrics.registry.get_sample_value(name, labels)
+
+
+Reach = Callable[..., AbstractAsyncContextManager[Reached]]
+
+
+@pytest.fixture
+def reach() -> Reach:
+    """Opens a gateway in front of these shards and waits until it serves."""
+
+    @asynccontextmanager
+    async def opened(
+        *shards: FakeShard, cluster: dict[str, Any] | None = None, **settings: Any
+    ) -> AsyncIterator[Reached]:
+        async with fake_cluster(*shards, **(cluster or {})) as described:
+            given = GatewaySettings(cluster=described, **(QUICK | settings))
+            async with open_gateway(given) as gateway, channels.open_channel(f"127.0.0.1:{gateway.port}") as channel:
+                await _serving(channel)
+                yield Reached(gateway, channel, inference_pb2_grpc.InferenceStub(channel), described)
+
+    return opened
+
+
+async def _serving(channel: grpc.aio.Channel) -> None:
+    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=20)
+    async for answer in watch:
+        if answer.status == health_pb2.HealthCheckResponse.SERVING:
+            watch.cancel()
+            return
