@@ -92,7 +92,8 @@ class Compute(Settings):
 
 
 class Cluster(Settings):
-    name: str
+    # Also the name of the folder where `stitch up` keeps the cluster's state.
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     models: Models
     routes: tuple[RouteCut, ...] = Field(min_length=1, strict=False)
     shards: tuple[ShardPlace, ...] = Field(min_length=2, strict=False)

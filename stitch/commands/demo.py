@@ -1,0 +1,95 @@
+"""`stitch demo`: everything once, in two minutes. Doesn't know how a part of it is done: the other verbs do."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from stitch.client import Answer, Client
+from stitch.cluster import load_cluster
+from stitch.commands.lines import judgement_line, seconds
+from stitch.commands.screen import show_stream
+from stitch.commands.status import show_description
+from stitch.commands.ttft import draw, measured, show_times
+from stitch.commands.up import bring_up, take_down
+from stitch.local.state import run_folder
+
+QUESTION = "Explain step by step why the sky is blue, and compare it with the red of a sunset."
+QUESTION_TOKENS = 64
+# Short and easy ones, and some that ask for reasoning or code: the router's judgements differ.
+QUESTIONS = (
+    "What is the capital of France?",
+    "Who wrote Hamlet?",
+    "Name three fruits.",
+    "A train leaves at 9:40 and needs 2 hours and 35 minutes. When does it arrive, and why? Show every step.",
+    "Explain why ice floats on water and compare it with how iron behaves.",
+    "def f(x):\n    return x+1\n\nRefactor this function, add type hints and explain each change.",
+    "Say hello in Spanish.",
+    "If all cats are animals and some animals are black, prove or refute that some cats are black.",
+)
+ANSWER_TOKENS = 32
+LENGTHS = (32, 64, 128, 256, 512)
+REPEAT = 3
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """The whole demonstration; a cluster that runs already is used, and left running."""
+    console = Console()
+    with _serving(console, parsed.cluster) as address, Client(address) as client:
+        found = client.describe()
+        routes = [route.name for route in found.routes]
+        console.rule("1 · two models, one forward pass")
+        show_description(console, found)
+        console.rule("2 · one question")
+        ask(console, client)
+        console.rule(f"3 · {len(QUESTIONS)} questions at once")
+        ask_many(console, client)
+        console.rule("4 · time to first token against prompt length")
+        samples = measured(console, client, routes, LENGTHS, REPEAT)
+        show_times(console, samples, routes)
+        draw(console, samples, routes, found.cluster, Path(parsed.out))
+    return 0
+
+
+@contextmanager
+def _serving(console: Console, name_or_path: str) -> Iterator[str]:
+    """The address of a gateway of that cluster."""
+    folder = run_folder(load_cluster(name_or_path).name)
+    if folder.processes():
+        yield folder.cluster().gateway.address
+        return
+    console.rule("0 · a cluster on this machine")
+    cluster = bring_up(console, name_or_path)
+    try:
+        yield cluster.gateway
+    finally:
+        take_down(console, cluster)
+
+
+def ask(console: Console, client: Client) -> None:
+    """One question, judged, and answered as one watches."""
+    console.print(Text(QUESTION, style="bold"))
+    show_stream(console, client.stream(messages=_chat(QUESTION), max_tokens=QUESTION_TOKENS))
+
+
+def ask_many(console: Console, client: Client) -> None:
+    """Many questions in one call, each with its judgement and its answer."""
+    requests = [{"messages": _chat(question), "max_tokens": ANSWER_TOKENS} for question in QUESTIONS]
+    with console.status("answering all of them together"):
+        outcomes = client.batch(requests)
+    for question, outcome in zip(QUESTIONS, outcomes, strict=True):
+        console.print()
+        console.print(Text(question, style="bold"))
+        if not isinstance(outcome, Answer):
+            raise outcome
+        console.print(Text(f"{judgement_line(outcome)} · first token {seconds(outcome.ttft_seconds)}", style="cyan"))
+        console.print(Text(outcome.text.strip()))
+
+
+def _chat(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}]

@@ -1,0 +1,85 @@
+"""`stitch up`: brings a cluster up and shows how far it is. Doesn't know how a process is started or stopped."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from types import FrameType
+
+from rich.console import Console
+
+from stitch.cluster import load_cluster
+from stitch.errors import Unavailable
+from stitch.local.running import GATEWAY, LocalCluster, import_models, prepared
+from stitch.local.state import run_folder
+
+WATCH_SECONDS = 0.5
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Starts the cluster; without --detach it stays until Ctrl-C, SIGTERM or the gateway's end."""
+    console = Console()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    cluster = bring_up(console, parsed.cluster)
+    console.print(f'{cluster.cluster.name} serves at {cluster.gateway}: try [bold]stitch ask[/] "…"', highlight=False)
+    if parsed.detach:
+        console.print("[bold]stitch down[/] stops it", highlight=False)
+        return 0
+    console.print("Ctrl-C stops it", highlight=False)
+    try:
+        watch(console, cluster)
+    finally:
+        take_down(console, cluster)
+    return 0
+
+
+def bring_up(console: Console, name_or_path: str) -> LocalCluster:
+    """Imports the models, starts every process, and returns once all serve."""
+    described = load_cluster(name_or_path)
+    folder = run_folder(described.name)
+    with folder.claimed():
+        cluster = prepared(described, folder)
+        import_models(cluster.cluster)
+        with console.status(f"starting {', '.join(cluster.names)}"):
+            cluster.start_all(lambda name, seconds: _show_serving(console, cluster, name, seconds))
+    return cluster
+
+
+def take_down(console: Console, cluster: LocalCluster) -> None:
+    """Stops every process; a second Ctrl-C doesn't wait for running answers."""
+    with console.status("stopping"):
+        try:
+            cluster.stop()
+        except KeyboardInterrupt:
+            cluster.stop(grace_seconds=0)
+    console.print(f"{cluster.cluster.name} has stopped", highlight=False)
+
+
+def watch(console: Console, cluster: LocalCluster) -> None:
+    """Reports a shard that ends; raises Unavailable once the gateway has ended."""
+    watched = list(cluster.names)
+    while True:
+        for name in list(watched):
+            try:
+                cluster.check_running(name)
+            except Unavailable as ended:
+                if name == GATEWAY:
+                    raise
+                watched.remove(name)
+                console.print(str(ended), style="red", highlight=False, markup=False)
+        time.sleep(WATCH_SECONDS)
+
+
+def _show_serving(console: Console, cluster: LocalCluster, name: str, seconds: float) -> None:
+    part = ""
+    if name != GATEWAY:
+        shard = cluster.cluster.shard(name)
+        part = f"{shard.role} layers {shard.layers[0]}–{shard.layers[1] - 1}"
+    line = f"{name:<12} {part:<22} {cluster.address(name):<22} {seconds:5.1f} s"
+    console.print(f"[green]✓[/] {line}", highlight=False)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,63 @@
+"""Flags that several verbs of the `stitch` command share. Doesn't know the limits of their values: the gateway does."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+_Kind = Callable[[str], Any]
+
+# Name, type, metavar, explanation.
+_SAMPLING: tuple[tuple[str, _Kind, str, str], ...] = (
+    ("max_tokens", int, "N", "the most tokens to generate"),
+    ("temperature", float, "T", "0 is greedy, which is the default"),
+    ("top_k", int, "K", "keep the K likeliest tokens"),
+    ("top_p", float, "P", "keep the likeliest tokens that make up P"),
+    ("min_p", float, "P", "drop tokens less likely than P times the likeliest"),
+    ("repetition_penalty", float, "R", "divide the logits of tokens already seen"),
+    ("presence_penalty", float, "R", "subtract from the logits of tokens already generated"),
+    ("frequency_penalty", float, "R", "the same for every time that they were"),
+    ("seed", int, "N", "same seed, same text"),
+    ("logprobs", int, "N", "report log-probabilities and N alternatives (with --json)"),
+)
+
+
+def add_sampling(verb: argparse.ArgumentParser) -> None:
+    """The route, and everything that decides the next token."""
+    group = verb.add_argument_group("generation")
+    group.add_argument("--route", metavar="R", help="a route's name; by default the router decides")
+    for name, kind, metavar, explanation in _SAMPLING:
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=explanation)
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    group.add_argument(
+        "--stop-token-id", dest="stop_token_ids", action="append", type=int, metavar="ID", help="end at this token"
+    )
+    group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the model's end token")
+
+
+def request_fields(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What `add_sampling` has read, as fields of a request; what was not given is absent."""
+    names = ("route", "stop", "stop_token_ids", "ignore_eos", *(name for name, *_ in _SAMPLING))
+    given = {name: getattr(parsed, name) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def add_gateway(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--gateway", metavar="HOST:PORT", help="default: the cluster that runs on this machine")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """Different whole numbers from 1 on, separated by commas, for argparse."""
+    found = tuple(sorted({positive(part) for part in text.split(",")}))
+    if len(found) < 2:
+        raise argparse.ArgumentTypeError(f"a line needs two lengths or more, not {text}")
+    return found
