@@ -1,0 +1,1 @@
+"""Where models come from: hub, package index, GGUF file, folder. Knows no shard."""
