@@ -84,11 +84,19 @@ class Compute(Settings):
     wire_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     # Tokens for which each shard keeps KV; 0: planned from the memory that is free at start.
     kv_tokens: int = Field(default=0, ge=0)
-    # Tokens in one pass of a shard, prefill and decode together.
+    # Tokens of several waiting steps that a shard computes in one pass.
     batch_tokens: int = Field(default=512, ge=16)
+    # Prompt tokens in one pass of the first shard while nobody decodes ...
+    prefill_tokens: int = Field(default=128, ge=1)
+    # ... and while others do, whose next token they delay.
+    prefill_tokens_beside_decode: int = Field(default=32, ge=1)
+    # Into how many groups the decoding sessions are split, so that neighbouring shards work at the same time.
+    groups: int = Field(default=2, ge=1)
     max_waiting_sessions: int = Field(default=256, ge=1)
     # Processor threads of one shard; 0: all cores.
     threads: int = Field(default=0, ge=0)
+    # The same while a neighbour computes at the same time; 0: as many. For shards that share one machine.
+    pipelined_threads: int = Field(default=0, ge=0)
 
 
 class Cluster(Settings):

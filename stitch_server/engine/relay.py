@@ -1,0 +1,231 @@
+"""The front of every shard but the first: steps from the shards before it. Knows no frames and no tensor library.
+
+A step is computed whole, in the order of its arrival, together with others that wait. Its answer goes back when each
+of its segments was sampled here, or answered by the shards behind.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence as Sequenced
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from stitch.errors import StitchError
+from stitch.v1 import shard_pb2
+from stitch.v1.shard_pb2 import FailureCause
+from stitch_server.cache.pool import BlockPool
+from stitch_server.engine.batch import Batch, Segment, StepOutput, Token, ordered
+from stitch_server.engine.forwarding import Failure, Forwarding, Reply
+from stitch_server.engine.intake import Intake, ReceivedSegment, Refused, Upstream
+from stitch_server.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReceivedStep:
+    """One step of a neighbour; `hidden` unpacks its rows, `[tokens, hidden]`, in the engine's thread."""
+
+    upstream: Upstream
+    number: int
+    segments: tuple[ReceivedSegment, ...]
+    hidden: Callable[[], Tensor]
+    pipelined: bool
+
+
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """The answer to one step, while it is being gathered."""
+
+    step: ReceivedStep
+    arrived: float
+    # Segments that are neither sampled nor answered nor refused yet.
+    awaited: int
+    tokens: list[tuple[int, int, Token]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    stages: Counter[str] = field(default_factory=Counter)
+
+    def refuse(self, segment: ReceivedSegment, cause: FailureCause, message: str) -> None:
+        self.failures.append(Failure(segment.session, segment.epoch, cause, message))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Whose answer a segment of a batch belongs to."""
+
+    answer: _Answer
+    received: ReceivedSegment
+
+
+class Relay:
+    """Takes steps from any number of links: one cache and one batch for all of them."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        intake: Intake,
+        forwarding: Forwarding | None,
+        batch_tokens: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._pool = pool
+        self._intake = intake
+        # None on the last shard of the chain.
+        self._forwarding = forwarding
+        self._batch_tokens = batch_tokens
+        self._clock = clock
+        self._pending: deque[_Answer] = deque()
+        self._sent_at: dict[int, float] = {}
+
+    @property
+    def running_sessions(self) -> int:
+        return len(self._intake)
+
+    @property
+    def waiting_sessions(self) -> int:
+        return 0
+
+    def receive(self, step: ReceivedStep) -> None:
+        self._pending.append(_Answer(step, self._clock(), awaited=len(step.segments)))
+
+    def close(self, upstream: Upstream, sessions: Sequenced[int]) -> None:
+        """These sessions of a link are over. Steps of theirs that still wait will find them closed."""
+        for session in sessions:
+            self._drop(self._intake.remove(upstream, session))
+
+    def link_closed(self, upstream: Upstream) -> None:
+        """A link ended: nobody will hear of its sessions any more."""
+        self._pending = deque(one for one in self._pending if one.step.upstream is not upstream)
+        for sequence in self._intake.remove_all(upstream):
+            self._drop(sequence)
+
+    def next_batch(self) -> Batch | None:
+        if self._forwarding is not None and self._forwarding.full:
+            return None
+        segments: list[Segment] = []
+        tokens, pipelined = 0, False
+        while self._pending:
+            step = self._pending[0].step
+            tokens += sum(segment.length for segment in step.segments)
+            if segments and tokens > self._batch_tokens:
+                break
+            segments += self._accepted(self._pending.popleft())
+            pipelined = pipelined or step.pipelined
+        return Batch(ordered(segments), pipelined) if segments else None
+
+    def deliver(self, batch: Batch, output: StepOutput) -> None:
+        parts: list[_Part] = [segment.origin for segment in batch.segments]
+        for answer in _answers_of(parts):
+            answer.stages.update(output.stages)
+        for index, (segment, part) in enumerate(zip(batch.segments, parts, strict=True)):
+            if index in output.spoilt:
+                self._spoil(segment, part)
+            else:
+                self._pool.publish(segment.sequence.number, segment.position + segment.length)
+        if self._forwarding is None:
+            self._sampled(batch, output)
+        else:
+            now = self._clock()
+            for step in self._forwarding.send(batch, output, pipelined=bool(self._pending)):
+                self._sent_at[step] = now
+        self._reply_where_done(parts)
+
+    def fail(self, batch: Batch, error: Exception) -> None:
+        parts: list[_Part] = [segment.origin for segment in batch.segments]
+        for part in parts:
+            message = f"a shard failed to compute a step: {error}"
+            part.answer.refuse(part.received, shard_pb2.FAILURE_CAUSE_UNAVAILABLE, message)
+            part.answer.awaited -= 1
+            self._drop(self._intake.remove(part.answer.step.upstream, part.received.session))
+        self._reply_where_done(parts)
+
+    def replied(self, reply: Reply) -> None:
+        """A shard behind answered a step of this shard."""
+        segments = () if self._forwarding is None else self._forwarding.settle(reply.step)
+        parts: list[_Part] = [segment.origin for segment in segments]
+        # Of two chunks of one session the later one wants the token.
+        by_number = {segment.sequence.number: part for segment, part in zip(segments, parts, strict=True)}
+        for number, epoch, token in reply.tokens:
+            if (part := by_number.get(number)) is not None:
+                part.answer.tokens.append((part.received.session, epoch, token))
+        for failure in reply.failures:
+            if (part := by_number.get(failure.number)) is not None:
+                part.answer.refuse(part.received, failure.cause, failure.message)
+                self._intake.remove(part.answer.step.upstream, part.received.session)
+        away = self._clock() - self._sent_at.pop(reply.step, self._clock())
+        wire = max(0.0, away - sum(reply.stages.values()))
+        for answer in _answers_of(parts):
+            answer.stages.update(reply.stages)
+            answer.stages["wire"] += wire
+        for part in parts:
+            part.answer.awaited -= 1
+        self._reply_where_done(parts)
+
+    def lost(self, address: str, error: StitchError) -> None:
+        for step, segments in [] if self._forwarding is None else self._forwarding.lost(address):
+            cause = shard_pb2.FAILURE_CAUSE_UNAVAILABLE
+            failures = (Failure(one.sequence.number, one.sequence.epoch, cause, str(error)) for one in segments)
+            self.replied(Reply(step, failures=tuple(failures)))
+
+    def _accepted(self, answer: _Answer) -> list[Segment]:
+        """A step's segments that can be computed; the others are refused in its answer."""
+        step = answer.step
+        answer.stages["queue"] += self._clock() - answer.arrived
+        hidden, row, segments = step.hidden(), 0, []
+        for received in step.segments:
+            rows = hidden[row : row + received.length]
+            row += received.length
+            try:
+                sequence = self._intake.accept(step.upstream, received)
+            except Refused as refusal:
+                answer.refuse(received, refusal.cause, str(refusal))
+                answer.awaited -= 1
+            else:
+                segments.append(self._segment(sequence, received, rows, answer))
+        if not segments:
+            step.upstream.reply(Reply(step.number, failures=tuple(answer.failures)))
+        return segments
+
+    def _segment(self, sequence: Sequence, received: ReceivedSegment, rows: Tensor, answer: _Answer) -> Segment:
+        return Segment(
+            sequence=sequence,
+            cut=self._intake.cut(sequence),
+            position=received.position,
+            length=received.length,
+            wants_token=received.wants_token,
+            blocks=self._pool.blocks_of(sequence.number),
+            hidden=rows,
+            origin=_Part(answer, received),
+        )
+
+    def _sampled(self, batch: Batch, output: StepOutput) -> None:
+        for index, segment in enumerate(batch.segments):
+            part: _Part = segment.origin
+            if index not in output.spoilt:
+                part.answer.awaited -= 1
+            if (token := output.tokens.get(index)) is not None:
+                segment.sequence.token_ids.append(token.id)
+                part.answer.tokens.append((part.received.session, part.received.epoch, token))
+
+    def _spoil(self, segment: Segment, part: _Part) -> None:
+        message = f"hidden states of session {part.received.session} at position {segment.position} are not finite"
+        part.answer.refuse(part.received, shard_pb2.FAILURE_CAUSE_PRECONDITION, message)
+        part.answer.awaited -= 1
+        self._drop(self._intake.remove(part.answer.step.upstream, part.received.session))
+
+    def _drop(self, sequence: Sequence | None) -> None:
+        if sequence is not None and sequence.opened and self._forwarding is not None:
+            self._forwarding.close(sequence.chain, sequence.number)
+
+    def _reply_where_done(self, parts: Iterable[_Part]) -> None:
+        for answer in _answers_of(parts):
+            if answer.awaited == 0:
+                reply = Reply(answer.step.number, tuple(answer.tokens), tuple(answer.failures), dict(answer.stages))
+                answer.step.upstream.reply(reply)
+
+
+def _answers_of(parts: Iterable[_Part]) -> list[_Answer]:
+    return list({id(part.answer): part.answer for part in parts}.values())

@@ -1,0 +1,164 @@
+"""Computes one batch: the only part of the engine that touches tensors. Knows neither sessions' owners nor links.
+
+All routes share the batch. On a bottom shard every token starts at the first layer and a route's tokens leave at its
+cut; on a top shard a route's tokens join at its cut and all go to the last layer. Since a batch is `ordered`, the
+tokens of any layer are its leading rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence as Sequenced
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
+
+import torch
+from torch import Tensor
+
+from stitch_server.cache.store import KVStore, PagedAttention, Span
+from stitch_server.engine.batch import Batch, Segment, StepOutput, Token, TokenLogprobs
+from stitch_server.model.decoder import DecoderLayers
+from stitch_server.model.sampler import SampledToken, SampleRequest, sample
+
+
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """Processor threads for a pass: all of them, or fewer while a neighbour on this machine computes as well."""
+
+    alone: int
+    pipelined: int
+
+
+@dataclass(slots=True)
+class Runner:
+    """A shard's part of the pair, ready to compute."""
+
+    decoder: DecoderLayers
+    store: KVStore
+    device: torch.device
+    dtype: torch.dtype
+    threads: Threads
+    # On the first shard: token ids to hidden states.
+    embed: Callable[[Tensor], Tensor] | None = None
+    # What a pass through these layers counts as in the breakdown of the TTFT.
+    stage: str = "bottom_prefill"
+    # By the route that enters the top model here through a stitch: the bottom's hidden states to the top's.
+    stitches: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    # On the last shard: hidden states to logits.
+    head: Callable[[Tensor], Tensor] | None = None
+    # Seconds spent in `run` so far.
+    busy_seconds: float = 0.0
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> StepOutput:
+        """One pass over all segments of `batch`."""
+        started = time.perf_counter()
+        self._set_threads(batch.pipelined)
+        hidden, spoilt = self._entering(batch.segments)
+        stitched = time.perf_counter()
+        hidden = self._through_layers(batch.segments, hidden)
+        stages = {self.stage: time.perf_counter() - stitched}
+        if self.stitches:
+            stages["stitch"] = stitched - started
+        if self.head is None:
+            rows = hidden.split([segment.length for segment in batch.segments])
+            output = StepOutput(hidden=tuple(rows), spoilt=spoilt, stages=stages)
+        else:
+            output = StepOutput(tokens=self._tokens(batch.segments, hidden, spoilt, stages), spoilt=spoilt, stages=stages)
+        self.busy_seconds += time.perf_counter() - started
+        return output
+
+    def _set_threads(self, pipelined: bool) -> None:
+        wanted = self.threads.pipelined if pipelined else self.threads.alone
+        if torch.get_num_threads() != wanted:
+            torch.set_num_threads(wanted)
+
+    def _entering(self, segments: Sequenced[Segment]) -> tuple[Tensor, frozenset[int]]:
+        """The batch's rows `[tokens, hidden]` as the first layers take them, and which segments are spoilt."""
+        if self.embed is not None:
+            ids = [
+                token for one in segments for token in one.sequence.token_ids[one.position : one.position + one.length]
+            ]
+            return self.embed(torch.tensor(ids, device=self.device)), frozenset()
+        parts: list[Tensor] = []
+        spoilt: set[int] = set()
+        index = 0
+        # Rows of different routes may come from different models, and so have different widths.
+        for route, group in groupby(segments, key=lambda segment: segment.sequence.route):
+            members = list(group)
+            received = _packed([_received(segment) for segment in members])
+            spoilt.update(index + offset for offset in _spoilt(received, members))
+            index += len(members)
+            stitch = self.stitches.get(route)
+            parts.append(received if stitch is None else stitch(received))
+        return _packed(parts), frozenset(spoilt)
+
+    def _through_layers(self, segments: Sequenced[Segment], hidden: Tensor) -> Tensor:
+        positions = torch.cat([torch.arange(one.position, one.position + one.length) for one in segments])
+        rotary = self.decoder.rotary(positions.to(self.device))
+        attention = self.store.attention([Span(one.position, one.length, one.blocks) for one in segments])
+        bounds = sorted({one.cut.enter for one in segments} | {one.cut.leave for one in segments})
+        for first, end in pairwise(bounds):
+            present = [one for one in segments if one.cut.enter <= first and one.cut.leave >= end]
+            rows = sum(one.length for one in present)
+            if len(present) == len(segments):
+                hidden = self.decoder.run(hidden, rotary, attention, first, end)
+            else:
+                part = tuple(angles[:rows] for angles in rotary)
+                moved = self.decoder.run(hidden[:rows], part, attention.first(len(present)), first, end)
+                hidden = torch.cat([moved, hidden[rows:]])
+        return hidden
+
+    def _tokens(
+        self, segments: Sequenced[Segment], hidden: Tensor, spoilt: frozenset[int], stages: dict[str, float]
+    ) -> dict[int, Token]:
+        assert self.head is not None
+        started = time.perf_counter()
+        last_rows, wanted, row = [], [], 0
+        for index, segment in enumerate(segments):
+            row += segment.length
+            if segment.wants_token and index not in spoilt:
+                last_rows.append(row - 1)
+                wanted.append(index)
+        if not wanted:
+            return {}
+        logits = self.head(hidden[last_rows])
+        sampled = sample(logits, [_request(segments[index]) for index in wanted])
+        stages["sample"] = time.perf_counter() - started
+        return {
+            index: _token(segments[index], drawn) for index, drawn in zip(wanted, sampled, strict=True)
+        }
+
+
+def _packed(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _received(segment: Segment) -> Tensor:
+    if segment.hidden is None:
+        raise ValueError("a segment without hidden states reached a shard that does not embed")
+    return segment.hidden
+
+
+def _spoilt(rows: Tensor, segments: Sequenced[Segment]) -> list[int]:
+    """Segments that hold a value that is not finite. Attention keeps segments apart, so the others are sound."""
+    # A sum is not finite if any of its terms isn't, and takes one pass.
+    if bool(torch.isfinite(rows.float().sum())):
+        return []
+    parts = rows.split([segment.length for segment in segments])
+    return [index for index, part in enumerate(parts) if not bool(torch.isfinite(part).all())]
+
+
+def _request(segment: Segment) -> SampleRequest:
+    sequence = segment.sequence
+    return SampleRequest(
+        sampling=sequence.sampling,
+        position=segment.position + segment.length,
+        history=sequence.token_ids,
+        prompt_tokens=sequence.prompt_tokens,
+    )
+
+
+def _token(segment: Segment, drawn: SampledToken) -> Token:
+    logprobs = None if drawn.logprob is None else TokenLogprobs(drawn.logprob, tuple(drawn.alternatives))
+    return Token(drawn.id, segment.position + segment.length, logprobs)

@@ -1,0 +1,160 @@
+"""Which tokens of which sessions the first shard computes next. Plain Python; knows no tensor and no link."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from stitch.errors import Exhausted
+from stitch_server.cache.pool import BLOCK_TOKENS, BlockPool, blocks_for, prefix_hashes
+from stitch_server.engine.batch import Cut, Segment
+from stitch_server.engine.session import Session
+
+# How long a session stays away after a shard behind had no room for it.
+BACKOFF_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much one pass may hold."""
+
+    # Prompt tokens in one pass while nobody decodes.
+    prefill_tokens: int = 128
+    # Prompt tokens in one pass beside decoding sessions, whose next token they delay.
+    prefill_tokens_beside_decode: int = 32
+    # Into how many groups the decoding sessions are split, so that neighbours work at the same time.
+    groups: int = 2
+    max_waiting_sessions: int = 256
+
+
+class Scheduler:
+    """Continuous batching: decode first, then prompts in the order of their arrival, in chunks.
+
+    `drop` is called with a session whose KV is gone here and must go on the shards behind, too.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        cuts: Mapping[str, Cut],
+        limits: Limits,
+        drop: Callable[[Session], None],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._pool = pool
+        self._cuts = cuts
+        self._limits = limits
+        self._drop = drop
+        self._clock = clock
+        self._turn = 0
+        # Ordered by arrival; sessions that lost their KV stand in front.
+        self.waiting: deque[Session] = deque()
+        # Ordered by admission: the last one is the youngest.
+        self.running: dict[int, Session] = {}
+
+    def add(self, session: Session) -> None:
+        """Exhausted where too many wait already, or the cache could never hold the prompt."""
+        needed, room = blocks_for(len(session.token_ids) + 1), self._pool.blocks
+        if needed > room:
+            tokens = len(session.token_ids)
+            raise Exhausted(f"the prompt has {tokens} tokens, but the KV cache holds {room * BLOCK_TOKENS}", 60.0)
+        if len(self.waiting) >= self._limits.max_waiting_sessions:
+            raise Exhausted(f"{len(self.waiting)} sessions wait already, which is the limit")
+        # Alone in the cache it could grow no further.
+        session.context_length = min(session.context_length, room * BLOCK_TOKENS)
+        self.waiting.append(session)
+
+    def remove(self, session: Session) -> None:
+        """The session is over; its KV here is free."""
+        if self.running.pop(session.number, None) is None and session in self.waiting:
+            self.waiting.remove(session)
+        self._pool.release(session.number)
+
+    def postpone(self, session: Session) -> None:
+        """The session begins anew later: its KV is freed here and behind, its tokens stay."""
+        self.running.pop(session.number, None)
+        self._pool.release(session.number)
+        self._drop(session)
+        session.begin_anew()
+        session.not_before = self._clock() + BACKOFF_SECONDS
+        self.waiting.appendleft(session)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next batch would hold anything, as far as can be told without composing it."""
+        return any(session.remaining for session in self.running.values())
+
+    def next_segments(self) -> list[Segment]:
+        """The segments of the next pass, none where there is nothing to compute."""
+        self._turn += 1
+        segments = self._decodes()
+        decoding = any(session.answered for session in self.running.values())
+        budget = self._limits.prefill_tokens_beside_decode if decoding else self._limits.prefill_tokens
+        for session in list(self.running.values()):
+            if budget <= 0:
+                return segments
+            # Making room for an earlier one may have pushed this one out.
+            if session.number in self.running and session.remaining and not session.decoding:
+                budget -= self._schedule(session, budget, segments)
+        while budget > 0 and (admitted := self._admit()) is not None:
+            budget -= self._schedule(admitted, budget, segments)
+        return segments
+
+    def _decodes(self) -> list[Segment]:
+        decoding = [session for session in self.running.values() if session.decoding]
+        ready = sorted((session for session in decoding if session.remaining), key=lambda session: session.turn)
+        segments: list[Segment] = []
+        for session in ready[: -(-len(decoding) // self._limits.groups)]:
+            # An earlier one of this pass may have pushed it out.
+            if session.number in self.running:
+                self._schedule(session, 1, segments)
+        return segments
+
+    def _admit(self) -> Session | None:
+        """The next waiting session, if there is room for all that is known of it."""
+        if not self.waiting or self.waiting[0].not_before > self._clock():
+            return None
+        session = self.waiting[0]
+        prompt = session.token_ids[: session.prompt_tokens]
+        hashes = prefix_hashes(session.route, prompt)
+        reused = self._pool.matching(hashes) if session.reusable else 0
+        if blocks_for(len(session.token_ids) + 1) > self._pool.free_blocks:
+            return None
+        self.waiting.popleft()
+        self._pool.begin(session.number, hashes, reused)
+        session.cached = session.reused = reused * BLOCK_TOKENS
+        self.running[session.number] = session
+        session.first_scheduled = session.first_scheduled or self._clock()
+        return session
+
+    def _schedule(self, session: Session, budget: int, segments: list[Segment]) -> int:
+        """Appends the session's next tokens, at most `budget`; returns how many."""
+        length = min(session.remaining, budget)
+        if not self._make_room(session, session.cached + length, segments):
+            return 0
+        segments.append(
+            Segment(
+                sequence=session,
+                cut=self._cuts[session.route],
+                position=session.cached,
+                length=length,
+                wants_token=length == session.remaining,
+                blocks=self._pool.blocks_of(session.number),
+            )
+        )
+        session.cached += length
+        session.turn = self._turn
+        return length
+
+    def _make_room(self, session: Session, tokens: int, segments: list[Segment]) -> bool:
+        """Frees the youngest sessions until `session` fits; False where it was itself the youngest."""
+        while not self._pool.grow(session.number, tokens):
+            youngest = next(reversed(self.running.values()))
+            # What is already part of this pass goes with its session.
+            segments[:] = [segment for segment in segments if segment.sequence is not youngest]
+            self.postpone(youngest)
+            if youngest is session:
+                return False
+        return True

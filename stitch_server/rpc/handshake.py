@@ -1,0 +1,80 @@
+"""Whether two neighbours belong together. Knows no stream; every refusal names both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from stitch.errors import Incompatible
+from stitch.v1 import inference_pb2, shard_pb2
+
+PROTOCOL_VERSION = 1
+
+Identity = shard_pb2.ShardIdentity
+# Raises Incompatible where a route's stitch was not made for this bottom model.
+CheckStitch = Callable[[str, inference_pb2.Model], None]
+
+
+def check_neighbour(hello: shard_pb2.Hello, own: Identity, check_stitch: CheckStitch) -> None:
+    """The receiver's check of a caller. Raises Incompatible."""
+    caller = hello.identity
+    if hello.protocol_version != PROTOCOL_VERSION:
+        raise _differ("protocol version", caller, hello.protocol_version, own, PROTOCOL_VERSION)
+    for name, of in _COMPARED.items():
+        if of(caller) != of(own):
+            raise _differ(name, caller, of(caller), own, of(own))
+    if (caller.role, own.role) == ("top", "bottom"):
+        raise Incompatible(f"{_named(caller)} is a top shard and can't stand before {_named(own)}, a bottom shard")
+    _check_routes(caller, own, check_stitch)
+
+
+def check_welcome(welcome: shard_pb2.Welcome, own: Identity) -> None:
+    """The caller's check of the receiver: what the receiver could not see. Raises Incompatible."""
+    for name, of in _COMPARED.items():
+        if of(welcome.identity) != of(own):
+            raise _differ(name, welcome.identity, of(welcome.identity), own, of(own))
+
+
+_COMPARED: dict[str, Callable[[Identity], object]] = {
+    "tokenizer": lambda identity: identity.tokenizer,
+    "wire dtype": lambda identity: shard_pb2.Dtype.Name(identity.wire_dtype),
+    "tokens of a KV block": lambda identity: identity.kv_block_tokens,
+}
+
+
+def _check_routes(caller: Identity, own: Identity, check_stitch: CheckStitch) -> None:
+    if caller.role == own.role:
+        _check_same_model(caller, _model(caller), own, _model(own))
+        return
+    theirs = {route.name: route for route in caller.routes}
+    for route in own.routes:
+        other = theirs.get(route.name)
+        if other is None:
+            continue
+        cuts = (other.bottom_layers, other.top_from), (route.bottom_layers, route.top_from)
+        if cuts[0] != cuts[1]:
+            raise _differ(f"cut of route {route.name}", caller, cuts[0], own, cuts[1])
+        if route.stitch:
+            check_stitch(route.name, caller.bottom)
+        else:
+            _check_same_model(caller, caller.bottom, own, own.top)
+
+
+def _check_same_model(caller: Identity, theirs: inference_pb2.Model, own: Identity, ours: inference_pb2.Model) -> None:
+    if (theirs.revision, theirs.hidden_size) != (ours.revision, ours.hidden_size):
+        raise _differ("model", caller, _described(theirs), own, _described(ours))
+
+
+def _model(identity: Identity) -> inference_pb2.Model:
+    return identity.bottom if identity.role == "bottom" else identity.top
+
+
+def _described(model: inference_pb2.Model) -> str:
+    return f"{model.id} revision {model.revision} of width {model.hidden_size}"
+
+
+def _named(identity: Identity) -> str:
+    return f"shard {identity.shard or '?'}"
+
+
+def _differ(what: str, caller: Identity, theirs: object, own: Identity, ours: object) -> Incompatible:
+    return Incompatible(f"the {what} of {_named(caller)} is {theirs}, that of {_named(own)} is {ours}")

@@ -1,0 +1,143 @@
+"""This shard's links to the next ones: opened when first needed, given up when broken. Knows no session."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable, Sequence as Sequenced
+from functools import partial
+
+import grpc
+
+from stitch.channels import open_channel
+from stitch.errors import Incompatible, StitchError, Unavailable, from_rpc_error
+from stitch.v1 import shard_pb2, shard_pb2_grpc
+from stitch_server.engine.engine import Engine
+from stitch_server.engine.forwarding import Front, OutgoingStep
+from stitch_server.rpc.frames import reply_of, step_frames
+from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_welcome
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_SECONDS = 10.0
+CountBytes = Callable[[int], None]
+
+
+class Links:
+    """One link an address; `send` and `close` are called in the engine's thread, all else in the event loop."""
+
+    def __init__(self, count_sent: CountBytes) -> None:
+        self._count_sent = count_sent
+        self._links: dict[str, _Link] = {}
+        self._loop = asyncio.get_running_loop()
+        self._identity = shard_pb2.ShardIdentity()
+        self._engine: Engine | None = None
+        self._front: Front | None = None
+
+    def attach(self, identity: shard_pb2.ShardIdentity, engine: Engine, front: Front) -> None:
+        """Says who calls, and who hears of replies and losses; the engine is made with these links, so it comes later."""
+        self._identity, self._engine, self._front = identity, engine, front
+
+    def send(self, address: str, step: OutgoingStep) -> None:
+        # One decode step waits for no prompt's frames; frames of prompts keep their order among themselves.
+        urgent = not any(step.opens) and all(segment.length == 1 for segment in step.segments)
+        frames = list(step_frames(step))
+        self._count_sent(sum(len(frame.step.hidden.data) for frame in frames))
+        self._loop.call_soon_threadsafe(self._put, address, frames, urgent)
+
+    def close(self, address: str, numbers: Sequenced[int]) -> None:
+        frame = shard_pb2.LinkRequest(close=shard_pb2.Close(sessions=numbers))
+        self._loop.call_soon_threadsafe(self._put, address, [frame], False)
+
+    async def aclose(self) -> None:
+        """Ends all links; the shards behind free what came over them."""
+        for link in list(self._links.values()):
+            await link.aclose()
+
+    def _put(self, address: str, frames: Sequenced[shard_pb2.LinkRequest], urgent: bool) -> None:
+        link = self._links.get(address)
+        if link is None:
+            link = self._links[address] = _Link(address, self._identity, self._replied, self._lost)
+        for frame in frames:
+            link.put(frame, urgent)
+
+    def _replied(self, message: shard_pb2.StepReply) -> None:
+        if self._engine is not None and self._front is not None:
+            self._engine.post(partial(self._front.replied, reply_of(message)))
+
+    def _lost(self, address: str, error: StitchError) -> None:
+        log.warning("link to %s: %s", address, error)
+        self._links.pop(address, None)
+        if self._engine is not None and self._front is not None:
+            self._engine.post(partial(self._front.lost, address, error))
+
+
+class _Link:
+    def __init__(
+        self,
+        address: str,
+        identity: shard_pb2.ShardIdentity,
+        replied: Callable[[shard_pb2.StepReply], None],
+        lost: Callable[[str, StitchError], None],
+    ) -> None:
+        self._address = address
+        self._identity = identity
+        self._replied = replied
+        self._lost = lost
+        self._order = itertools.count()
+        self._outbox: asyncio.PriorityQueue[tuple[int, int, shard_pb2.LinkRequest]] = asyncio.PriorityQueue()
+        self._task = asyncio.create_task(self._run(), name=f"link to {address}")
+
+    def put(self, frame: shard_pb2.LinkRequest, urgent: bool) -> None:
+        self._outbox.put_nowait((0 if urgent else 1, next(self._order), frame))
+
+    async def aclose(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        try:
+            async with open_channel(self._address) as channel:
+                await self._talk(channel)
+        except grpc.aio.AioRpcError as error:
+            self._lost(self._address, self._as_loss(error))
+        except TimeoutError:
+            self._lost(self._address, Unavailable(f"{self._address} did not answer in {HANDSHAKE_SECONDS:g} s"))
+        except StitchError as error:
+            self._lost(self._address, error)
+
+    async def _talk(self, channel: grpc.aio.Channel) -> None:
+        stub: shard_pb2_grpc.ShardAsyncStub = shard_pb2_grpc.ShardStub(channel)
+        call = stub.Link()
+        hello = shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=self._identity, caller=self._address)
+        async with asyncio.timeout(HANDSHAKE_SECONDS):
+            await call.write(shard_pb2.LinkRequest(hello=hello))
+            answer = await call.read()
+        if not isinstance(answer, shard_pb2.LinkResponse) or answer.WhichOneof("frame") != "welcome":
+            raise Incompatible(f"{self._address} answered the handshake with {answer!r:.80}")
+        check_welcome(answer.welcome, self._identity)
+        async with asyncio.TaskGroup() as tasks:
+            writer = tasks.create_task(self._write(call))
+            await self._read(call)
+            writer.cancel()
+        raise Unavailable(f"{self._address} ended the link")
+
+    async def _write(self, call: grpc.aio.StreamStreamCall[shard_pb2.LinkRequest, shard_pb2.LinkResponse]) -> None:
+        while True:
+            _, _, frame = await self._outbox.get()
+            try:
+                await call.write(frame)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                # The reader hears of the end, with its reason.
+                return
+
+    async def _read(self, call: grpc.aio.StreamStreamCall[shard_pb2.LinkRequest, shard_pb2.LinkResponse]) -> None:
+        async for message in call:
+            self._replied(message.reply)
+
+    def _as_loss(self, error: grpc.aio.AioRpcError) -> StitchError:
+        known = from_rpc_error(error)
+        if isinstance(known, Incompatible):
+            return known
+        return Unavailable(f"{self._address} is gone: {error.details()}")

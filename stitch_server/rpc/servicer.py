@@ -1,0 +1,136 @@
+"""The Shard service: messages to domain calls and back. Decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from stitch.errors import Incompatible, InvalidRequest, translated_errors
+from stitch.sampling import Sampling
+from stitch.v1 import shard_pb2, shard_pb2_grpc
+from stitch_server.engine.origin import Origin
+from stitch_server.engine.relay import Relay
+from stitch_server.engine.session import Progress, Session
+from stitch_server.rpc.frames import Assembly, stage_messages, token_message
+from stitch_server.rpc.handshake import check_neighbour
+from stitch_server.rpc.upstream import UpstreamLink
+
+if TYPE_CHECKING:
+    from stitch_server.shard import Shard
+
+Context = grpc.aio.ServicerContext[Any, Any]
+# Pieces of the tokenizer's files.
+PIECE_BYTES = 256 << 10
+
+
+class ShardServicer(shard_pb2_grpc.ShardServicer):
+    """Serves one shard."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+
+    async def Generate(
+        self, request: shard_pb2.ShardGenerateRequest, context: Context
+    ) -> AsyncIterator[shard_pb2.ShardGenerateResponse]:
+        async with translated_errors(context):
+            origin = self._shard.front
+            if not isinstance(origin, Origin):
+                name, role = self._shard.place.name, self._shard.place.role
+                raise Incompatible(f"shard {name} holds {role} layers without the embedding: no chain begins here")
+            outbox: asyncio.Queue[Progress] = asyncio.Queue()
+            session = self._session(request, outbox)
+            self._shard.engine.post(partial(origin.admit, session))
+            try:
+                finished = False
+                while not finished:
+                    progress = await outbox.get()
+                    finished = progress.finish_reason is not None
+                    yield _response(progress)
+            finally:
+                self._shard.engine.post(partial(origin.abandon, session))
+
+    async def Link(
+        self, requests: AsyncIterator[shard_pb2.LinkRequest], context: Context
+    ) -> AsyncIterator[shard_pb2.LinkResponse]:
+        async with translated_errors(context):
+            shard = self._shard
+            relay = shard.front
+            if not isinstance(relay, Relay):
+                raise Incompatible(f"shard {shard.place.name} is the first of its chain: no shard stands before it")
+            first = await anext(aiter(requests), None)
+            if first is None or first.WhichOneof("frame") != "hello":
+                raise Incompatible("the first frame of a link must be a hello")
+            check_neighbour(first.hello, shard.identity, shard.check_stitch)
+            yield shard_pb2.LinkResponse(welcome=shard_pb2.Welcome(identity=shard.identity))
+            width = shard.incoming_width(first.hello.identity.role)
+            assembly = Assembly(width, shard.identity.wire_dtype, shard.max_step_tokens)
+            link = UpstreamLink(shard.engine, relay, assembly, shard.unpack, shard.metrics.received.inc)
+            async for response in link.responses(requests):
+                yield response
+
+    async def Describe(
+        self, request: shard_pb2.ShardDescribeRequest, context: Context
+    ) -> shard_pb2.ShardDescribeResponse:
+        shard = self._shard
+        return shard_pb2.ShardDescribeResponse(
+            identity=shard.identity,
+            kv_free_tokens=shard.kv_free_tokens,
+            running_sessions=shard.front.running_sessions,
+            waiting_sessions=shard.front.waiting_sessions,
+        )
+
+    async def FetchTokenizer(
+        self, request: shard_pb2.FetchTokenizerRequest, context: Context
+    ) -> AsyncIterator[shard_pb2.FetchTokenizerResponse]:
+        for path in self._shard.tokenizer_files:
+            content = await asyncio.to_thread(path.read_bytes)
+            for start in range(0, max(1, len(content)), PIECE_BYTES):
+                yield shard_pb2.FetchTokenizerResponse(file=path.name, data=content[start : start + PIECE_BYTES])
+
+    def _session(self, request: shard_pb2.ShardGenerateRequest, outbox: asyncio.Queue[Progress]) -> Session:
+        shard = self._shard
+        _check(request, shard.model.vocabulary_size, shard.model.context_length)
+        route = shard.cluster.route(request.route)
+        loop = asyncio.get_running_loop()
+        return Session(
+            route=route.name,
+            chain=tuple(request.chain),
+            sampling=Sampling.from_proto(request.sampling),
+            token_ids=list(request.token_ids),
+            prompt_tokens=request.prompt_tokens,
+            context_length=shard.model.context_length,
+            report=lambda progress: _report(loop, outbox, progress),
+        )
+
+
+def _check(request: shard_pb2.ShardGenerateRequest, vocabulary_size: int, context_length: int) -> None:
+    tokens = len(request.token_ids)
+    if not 1 <= tokens < context_length:
+        raise InvalidRequest("token_ids", f"{tokens} tokens", f"there must be 1 to {context_length - 1}")
+    if not 1 <= request.prompt_tokens <= tokens:
+        raise InvalidRequest("prompt_tokens", request.prompt_tokens, f"it must be 1 to {tokens}")
+    largest = max(request.token_ids)
+    if largest >= vocabulary_size:
+        raise InvalidRequest("token_ids", largest, f"the vocabulary has {vocabulary_size} tokens")
+    if not request.chain:
+        raise InvalidRequest("chain", [], "a chain has at least one shard behind the first")
+
+
+def _report(loop: asyncio.AbstractEventLoop, outbox: asyncio.Queue[Progress], progress: Progress) -> None:
+    """Called in the engine's thread."""
+    loop.call_soon_threadsafe(outbox.put_nowait, progress)
+
+
+def _response(progress: Progress) -> shard_pb2.ShardGenerateResponse:
+    if progress.error is not None:
+        raise progress.error
+    response = shard_pb2.ShardGenerateResponse(stages=stage_messages(progress.stages))
+    if progress.token is not None:
+        response.tokens.append(token_message(progress.token))
+    if progress.finish_reason is not None:
+        response.finish_reason = progress.finish_reason
+    return response

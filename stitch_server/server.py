@@ -1,0 +1,99 @@
+"""A shard's process: built by hand, in order, and stopped in reverse. Computes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import grpc
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from stitch import channels
+from stitch.event_loop import observe_delay
+from stitch.stopping import StopSignals
+from stitch.v1 import shard_pb2, shard_pb2_grpc
+from stitch_server.metrics import Metrics
+from stitch_server.rpc.links import Links
+from stitch_server.rpc.servicer import ShardServicer
+from stitch_server.settings import ShardSettings
+from stitch_server.shard import Shard, build_shard, load_part
+
+DRAIN_POLL_SECONDS = 0.05
+SERVICE = shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name
+
+
+async def serve(settings: ShardSettings) -> None:
+    """Runs a shard until SIGTERM or SIGINT, lets running sessions finish, and stops."""
+    signals = StopSignals()
+    signals.install()
+    async with open_shard(settings) as running:
+        print(f"stitch-server: shard {settings.place.name} listens on {settings.host}:{running.port}", flush=True)
+        await signals.first.wait()
+        await signals.drained(running.drain(settings.drain_seconds))
+
+
+@dataclass(frozen=True, slots=True)
+class RunningShard:
+    """A shard that listens."""
+
+    port: int
+    metrics_port: int
+    shard: Shard
+    health: HealthServicer
+
+    async def drain(self, seconds: float) -> None:
+        """Says NOT_SERVING and waits so long for the sessions that are under way."""
+        await self.health.enter_graceful_shutdown()
+        end, front = time.monotonic() + seconds, self.shard.front
+        while time.monotonic() < end and front.running_sessions + front.waiting_sessions:
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+
+
+@asynccontextmanager
+async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
+    """A shard that listens inside of the block. Raises Incompatible, or OSError where a port is taken."""
+    device = pick_device(settings.cluster.compute.device)
+    part = await asyncio.to_thread(load_part, settings.cluster, settings.place, device)
+    async with AsyncExitStack() as stack:
+        metrics = Metrics(settings.place.name)
+        links = Links(metrics.sent.inc)
+        stack.push_async_callback(links.aclose)
+        shard = build_shard(settings.cluster, settings.place, part, device, links, metrics)
+        links.attach(shard.identity, shard.engine, shard.front)
+        shard.engine.start()
+        stack.push_async_callback(asyncio.to_thread, shard.engine.stop)
+        metrics_server, _ = start_http_server(settings.metrics_port, settings.host.strip("[]"), metrics.registry)
+        stack.callback(metrics_server.server_close)
+        stack.callback(metrics_server.shutdown)
+        health = HealthServicer()
+        server, port = await _listening(shard, health, settings.listen)
+        stack.push_async_callback(server.stop, None)
+        delay = asyncio.create_task(observe_delay(metrics.event_loop_delay))
+        stack.callback(delay.cancel)
+        yield RunningShard(port, metrics_server.server_port, shard, health)
+
+
+async def _listening(shard: Shard, health: HealthServicer, address: str) -> tuple[grpc.aio.Server, int]:
+    server = channels.open_server()
+    shard_pb2_grpc.add_ShardServicer_to_server(ShardServicer(shard), server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
+    port = channels.listen(server, address)
+    for service in ("", SERVICE):
+        await health.set(service, health_pb2.HealthCheckResponse.SERVING)
+    await server.start()
+    return server, port
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto` is the first GPU where there is one, else the processor."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(wanted)

@@ -1,0 +1,45 @@
+"""What one shard process is told: the cluster, its own part, where to listen. Reads no file and no flag."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from stitch.cluster import Cluster, ShardPlace
+from stitch.errors import InvalidRequest
+from stitch.settings import Settings
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+class ShardSettings(Settings):
+    cluster: Cluster
+    place: ShardPlace
+    # host:port; by default the port of the place's address, on the same host.
+    listen: str
+    metrics_port: int = Field(ge=0, le=65535)
+    insecure: bool = False
+    drain_seconds: float = Field(default=30.0, ge=0)
+
+    @property
+    def host(self) -> str:
+        return self.listen.rpartition(":")[0]
+
+
+def shard_settings(
+    cluster: Cluster, shard: str, listen: str | None, metrics_port: int | None, insecure: bool, drain_seconds: float
+) -> ShardSettings:
+    """Fills in what no flag says. Raises InvalidRequest for an unknown shard or an address that is not allowed."""
+    place = cluster.shard(shard)
+    settings = ShardSettings(
+        cluster=cluster,
+        place=place,
+        listen=listen or place.address,
+        metrics_port=place.metrics_port if metrics_port is None else metrics_port,
+        insecure=insecure,
+        drain_seconds=drain_seconds,
+    )
+    if settings.host not in LOOPBACK and not insecure:
+        raise InvalidRequest(
+            "listen", settings.listen, "without TLS only a loopback address is allowed, or --insecure must be given"
+        )
+    return settings

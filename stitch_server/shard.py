@@ -1,0 +1,240 @@
+"""One shard put together: its part of the pair is loaded, its engine is built around it. Listens nowhere."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stitch.cluster import Cluster, RouteCut, ShardPlace
+from stitch.v1 import inference_pb2, shard_pb2
+from stitch_server.cache.pool import BLOCK_TOKENS, BlockPool
+from stitch_server.cache.store import KVStore
+from stitch_server.engine.batch import Cut
+from stitch_server.engine.engine import Engine
+from stitch_server.engine.forwarding import Downstream, Forwarding
+from stitch_server.engine.intake import Intake
+from stitch_server.engine.origin import Origin
+from stitch_server.engine.relay import Relay
+from stitch_server.engine.runner import Runner, Threads
+from stitch_server.engine.scheduler import Limits
+from stitch_server.engine.wire import DTYPES, Packed, unpack
+from stitch_server.metrics import Metrics
+from stitch_server.model.decoder import DecoderLayers
+from stitch_server.model.description import ModelDescription
+from stitch_server.model.embedding import Embedding
+from stitch_server.model.head import Head
+from stitch_server.model.stitch import Stitch
+from stitch_server.model.tokenizer_hash import tokenizer_hash
+from stitch_server.planning import kv_tokens
+from stitch_server.sources import resolve
+
+# Sessions that may decode in one step beside its prompts.
+MOST_DECODING = 4096
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a shard holds of the pair, in memory."""
+
+    folder: Path
+    model: ModelDescription
+    decoder: DecoderLayers
+    embedding: Embedding | None
+    head: Head | None
+    # By the name of the route that enters the top model here; None: bottom and top are one model.
+    stitches: dict[str, Stitch | None]
+    cuts: dict[str, Cut]
+    tokenizer: str
+
+
+def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part:
+    """Reads a shard's own tensors. Raises Incompatible where files do not fit the cluster file."""
+    source = cluster.models.bottom if place.role == "bottom" else cluster.models.top
+    folder = resolve(source.source)
+    model = ModelDescription.read(folder, source.id)
+    dtype = getattr(torch, cluster.compute.dtype)
+    first, end = place.layers
+    decoder = DecoderLayers.load(folder, first, end, device, dtype)
+    tokenizer = tokenizer_hash(folder)
+    cuts = {route.name: cut for route in cluster.routes if (cut := cut_of(route, place)) is not None}
+    entered = [route for route in cluster.routes if place.role == "top" and first <= route.top_from < end]
+    return Part(
+        folder=folder,
+        model=model,
+        decoder=decoder,
+        embedding=Embedding.load(folder, device, dtype) if (place.role, first) == ("bottom", 0) else None,
+        head=Head.load(folder, device, dtype) if (place.role, end) == ("top", model.layers) else None,
+        stitches={route.name: _stitch(cluster, route, model, tokenizer, device, dtype) for route in entered},
+        cuts=cuts,
+        tokenizer=tokenizer,
+    )
+
+
+def cut_of(route: RouteCut, place: ShardPlace) -> Cut | None:
+    """The layers of a shard that a route passes; None where it passes none."""
+    first, end = place.layers
+    enter, leave = (first, min(end, route.bottom_layers)) if place.role == "bottom" else (max(first, route.top_from), end)
+    return Cut(enter, leave) if enter < leave else None
+
+
+def _stitch(
+    cluster: Cluster, route: RouteCut, top: ModelDescription, tokenizer: str, device: torch.device, dtype: torch.dtype
+) -> Stitch | None:
+    path = cluster.stitch_file(route)
+    if path is None:
+        return None
+    stitch = Stitch.load(path, device, dtype)
+    stitch.check_top(route.name, top, route.bottom_layers, route.top_from, tokenizer)
+    return stitch
+
+
+@dataclass(slots=True, kw_only=True)
+class Shard:
+    """A loaded shard with its engine; `rpc` serves it."""
+
+    cluster: Cluster
+    place: ShardPlace
+    part: Part
+    identity: shard_pb2.ShardIdentity
+    metrics: Metrics
+    engine: Engine
+    front: Origin | Relay
+    pool: BlockPool
+    device: torch.device
+    # Rows that a neighbour may send in one step.
+    max_step_tokens: int
+
+    @property
+    def kv_free_tokens(self) -> int:
+        return self.pool.free_blocks * BLOCK_TOKENS
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        return [path for name in TOKENIZER_FILES if (path := self.part.folder / name).is_file()]
+
+    def incoming_width(self, caller_role: str) -> int:
+        """The hidden size that a caller of this role sends."""
+        widths = [stitch.bottom_hidden for stitch in self.part.stitches.values() if stitch is not None]
+        return widths[0] if caller_role != self.place.role and widths else self.part.model.hidden_size
+
+    def unpack(self, rows: Packed) -> Tensor:
+        """What a neighbour sent, as this shard computes with it; runs in the engine's thread."""
+        return unpack(rows, self.device, getattr(torch, self.cluster.compute.dtype))
+
+    def check_stitch(self, route: str, bottom: inference_pb2.Model) -> None:
+        """Incompatible where the route's stitch was not made for this bottom model."""
+        stitch = self.part.stitches.get(route)
+        if stitch is not None:
+            stitch.check_bottom(route, bottom)
+
+
+def build_shard(
+    cluster: Cluster, place: ShardPlace, part: Part, device: torch.device, links: Downstream, metrics: Metrics
+) -> Shard:
+    """Puts cache, runner, front and engine around the loaded part; nothing runs yet."""
+    compute = cluster.compute
+    dtype = getattr(torch, compute.dtype)
+    first, end = place.layers
+    decoder = part.decoder
+    token_bytes = KVStore.bytes_per_token(end - first, decoder.kv_heads, decoder.head_dim, dtype)
+    tokens = kv_tokens(compute.kv_tokens, token_bytes, part.model.context_length, device)
+    pool = BlockPool(tokens // BLOCK_TOKENS)
+    store = KVStore(first, end, pool.blocks, decoder.kv_heads, decoder.head_dim, device, dtype)
+    cores = len(os.sched_getaffinity(0))
+    alone = compute.threads or cores
+    runner = Runner(
+        decoder=decoder,
+        store=store,
+        device=device,
+        threads=Threads(alone, compute.pipelined_threads or alone),
+        embed=part.embedding,
+        stage=f"{place.role}_prefill",
+        stitches={route: stitch for route, stitch in part.stitches.items() if stitch is not None},
+        head=part.head,
+    )
+    front = _front(cluster, part, pool, links)
+    engine = Engine(front, runner, lambda batch: metrics.batch_tokens.observe(batch.tokens))
+    _read(metrics, front, pool, runner)
+    return Shard(
+        cluster=cluster,
+        place=place,
+        part=part,
+        identity=_identity(cluster, place, part, tokens, device),
+        metrics=metrics,
+        engine=engine,
+        front=front,
+        pool=pool,
+        device=device,
+        max_step_tokens=max(compute.batch_tokens, compute.prefill_tokens) + MOST_DECODING,
+    )
+
+
+def _front(cluster: Cluster, part: Part, pool: BlockPool, links: Downstream) -> Origin | Relay:
+    compute = cluster.compute
+    if part.embedding is not None:
+        limits = Limits(
+            prefill_tokens=compute.prefill_tokens,
+            prefill_tokens_beside_decode=compute.prefill_tokens_beside_decode,
+            groups=compute.groups,
+            max_waiting_sessions=compute.max_waiting_sessions,
+        )
+        return Origin(pool, part.cuts, limits, Forwarding(links, compute.wire_dtype))
+    forwarding = None if part.head is not None else Forwarding(links, compute.wire_dtype)
+    intake = Intake(pool, part.cuts, last=part.head is not None)
+    return Relay(pool, intake, forwarding, compute.batch_tokens)
+
+
+def _read(metrics: Metrics, front: Origin | Relay, pool: BlockPool, runner: Runner) -> None:
+    about = "The share of KV blocks that sessions hold; blocks that only remember a beginning count as free."
+    metrics.read_gauge("stitch_kv_cache_usage_ratio", about, lambda: pool.usage)
+    metrics.read_gauge("stitch_sessions_running", "Sessions with KV here.", lambda: front.running_sessions)
+    metrics.read_gauge("stitch_sessions_waiting", "Sessions without KV yet.", lambda: front.waiting_sessions)
+    metrics.read_counter("stitch_busy_seconds", "Time spent computing.", lambda: runner.busy_seconds)
+    metrics.read_counter("stitch_prefix_tokens_asked", "Prompt tokens looked up.", lambda: pool.asked_tokens)
+    metrics.read_counter("stitch_prefix_tokens_reused", "Of these, found in the cache.", lambda: pool.reused_tokens)
+
+
+def _identity(
+    cluster: Cluster, place: ShardPlace, part: Part, tokens: int, device: torch.device
+) -> shard_pb2.ShardIdentity:
+    identity = shard_pb2.ShardIdentity(
+        shard=place.name,
+        role=place.role,
+        first_layer=place.layers[0],
+        end_layer=place.layers[1],
+        tokenizer=part.tokenizer,
+        wire_dtype=DTYPES[cluster.compute.wire_dtype][0],
+        kv_capacity_tokens=tokens,
+        kv_block_tokens=BLOCK_TOKENS,
+        device=str(device),
+        compute_dtype=cluster.compute.dtype,
+    )
+    (identity.bottom if place.role == "bottom" else identity.top).CopyFrom(part.model.to_proto())
+    identity.routes.extend(_description(route, part) for route in cluster.routes if route.name in part.cuts)
+    return identity
+
+
+def _description(route: RouteCut, part: Part) -> inference_pb2.RouteDescription:
+    """The route as this shard sees it: the stitch where it holds one, the parameters that it reads itself."""
+    stitch, cut = part.stitches.get(route.name), part.cuts[route.name]
+    parameters = part.decoder.parameters(cut.enter, cut.leave)
+    parameters += 0 if stitch is None else stitch.parameters
+    parameters += 0 if part.head is None else part.head.parameters
+    return inference_pb2.RouteDescription(
+        name=route.name,
+        bottom_layers=route.bottom_layers,
+        top_from=route.top_from,
+        stitch="" if stitch is None else stitch.fingerprint,
+        parameters=parameters,
+    )
