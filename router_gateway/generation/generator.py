@@ -34,13 +34,18 @@ class Generator:
         """The judgement and the number of prompt tokens, without generating anything."""
         return await self._preparation.judge(prompt)
 
-    async def generate(self, request: Request, arrival: float, deadline: float | None) -> AsyncGenerator[Event, None]:
+    async def generate(
+        self, read: Callable[[], Request], arrival: float, deadline: float | None
+    ) -> AsyncGenerator[Event, None]:
         """One `Started`, any number of `Delta`s, one `Finished`. Closing the iterator cancels the session.
 
+        `read` makes the request out of what the client sent; called in here, its refusal is counted as well.
         Raises any StitchError; see `Preparation.prepare` and `TokenStream.steps`.
         """
         clock, stopping = self._around.clock, self._stopping
-        with Observation(request.request_id, arrival, deadline, self._metrics, clock, stopping) as seen:
+        with Observation(arrival, deadline, self._metrics, clock, stopping) as seen:
+            request = read()
+            seen.named(request.request_id)
             prepared = await self._preparation.prepare(request)
             seen.prepared(prepared)
             yield Started(request.request_id, prepared.judgement, len(prepared.token_ids))

@@ -34,14 +34,13 @@ class Observation:
 
     def __init__(
         self,
-        request_id: str,
         arrival: float,
         deadline: float | None,
         metrics: Metrics,
         clock: Callable[[], float],
         stopping: Callable[[], bool],
     ) -> None:
-        self._request_id = request_id
+        self._request_id = "without a name"
         self._arrival = arrival
         self._deadline = deadline
         self._metrics = metrics
@@ -59,6 +58,10 @@ class Observation:
     def __enter__(self) -> Self:
         self._place.inc()
         return self
+
+    def named(self, request_id: str) -> None:
+        """Its name in the log."""
+        self._request_id = request_id
 
     def prepared(self, prepared: Prepared) -> None:
         """It has a route."""

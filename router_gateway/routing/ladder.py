@@ -37,5 +37,5 @@ def check_thresholds(thresholds: Sequence[float] | None, routes: int) -> None:
         return
     if len(thresholds) != routes - 1:
         raise InvalidRequest("gateway.thresholds", list(thresholds), f"{routes} routes need {routes - 1} of them")
-    if any(low >= high for low, high in pairwise((0.0, *thresholds, 1.0))):
+    if not all(low < high for low, high in pairwise((0.0, *thresholds, 1.0))):
         raise InvalidRequest("gateway.thresholds", list(thresholds), "they must rise, above 0 and below 1")

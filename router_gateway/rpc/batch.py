@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 
 from prometheus_client import Gauge
 
@@ -71,7 +72,7 @@ class Batch:
         self, index: int, message: inference_pb2.GenerateRequest, arrival: float, deadline: float | None
     ) -> None:
         try:
-            events = self._generator.generate(to_request(message), arrival, deadline)
+            events = self._generator.generate(partial(to_request, message), arrival, deadline)
             async with aclosing(events):
                 async for event in events:
                     await self._events.put(Response(index=index, response=to_response(event)))

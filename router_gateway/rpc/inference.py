@@ -7,6 +7,7 @@ the session behind it would live on until the garbage is collected.
 from __future__ import annotations
 
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import grpc
@@ -39,7 +40,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         arrival = self._generator.now()
         with self._door.passed():
-            events = self._generator.generate(to_request(request), arrival, _deadline(arrival, context))
+            events = self._generator.generate(partial(to_request, request), arrival, _deadline(arrival, context))
             async with aclosing(events):
                 async for event in events:
                     await context.write(to_response(event))

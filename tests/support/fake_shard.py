@@ -51,6 +51,7 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         self.talks = asyncio.Event()
         self.talks.set()
         self.position_error = 0
+        self.forgets_the_end = False
         self.logprob: float | None = None
         self.requests: list[shard_pb2.ShardGenerateRequest] = []
         self.deadlines: list[float | None] = []
@@ -120,8 +121,11 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
             response = self._token(index, request)
             if index == first:
                 response.stages.add(name="bottom_prefill", seconds=0.25)
+            finish = _finish(index, response.tokens[0].id, request)
+            if not self.forgets_the_end:
+                response.finish_reason = finish
             await context.write(response)
-            if response.finish_reason:
+            if finish:
                 return
 
     def _token(self, index: int, request: shard_pb2.ShardGenerateRequest) -> shard_pb2.ShardGenerateResponse:
@@ -129,7 +133,7 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         token = shard_pb2.GeneratedToken(id=token_id, position=request.prompt_tokens + index + self.position_error)
         if self.logprob is not None:
             token.logprobs.CopyFrom(inference_pb2.TokenLogprobs(token_id=token_id, logprob=self.logprob))
-        return shard_pb2.ShardGenerateResponse(tokens=[token], finish_reason=_finish(index, token_id, request))
+        return shard_pb2.ShardGenerateResponse(tokens=[token])
 
     def _identity(self) -> shard_pb2.ShardIdentity:
         first, end = LAYERS[self.role]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from socketserver import BaseServer
 from typing import Any
 
 import grpc
@@ -43,6 +44,12 @@ class Reached:
 
 
 Reach = Callable[..., AbstractAsyncContextManager[Reached]]
+
+
+@pytest.fixture(autouse=True)
+def _metrics_stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The metrics' HTTP server looks every half second whether it shall stop; no test is about that.
+    monkeypatch.setattr(BaseServer.serve_forever, "__defaults__", (0.01,))
 
 
 @pytest.fixture

@@ -1,0 +1,64 @@
+"""Every limit refuses what is over it, names it, and takes what is just under it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from router_gateway.generation import validation
+from router_gateway.generation.request import Turn
+from stitch.errors import InvalidRequest
+
+
+def refused(check: Callable[[], None]) -> str:
+    with pytest.raises(InvalidRequest) as caught:
+        check()
+    return str(caught.value)
+
+
+def test_a_prompt_is_not_empty() -> None:
+    assert refused(lambda: validation.check_prompt("")) == "prompt is '', but it must not be empty"
+    assert refused(lambda: validation.check_prompt(())).startswith("chat.messages is empty, but")
+    validation.check_prompt(" ")
+
+
+def test_a_message_has_a_role() -> None:
+    chat = (Turn("user", ""), Turn("", "who says this?"))
+    assert refused(lambda: validation.check_prompt(chat)).startswith("chat.messages[1].role is ''")
+    validation.check_prompt(chat[:1])
+
+
+def test_stop_strings_are_few_short_and_not_empty() -> None:
+    assert refused(lambda: validation.check_stop(["x"] * 17)) == "stop is 17 strings, but it holds at most 16"
+    assert refused(lambda: validation.check_stop(["a", ""])).startswith("stop[1] is ''")
+    assert refused(lambda: validation.check_stop(["x" * 1_025])).startswith("stop[0] is 1,025 characters, but")
+    validation.check_stop(["x" * 1_024] * 16)
+
+
+def test_stop_tokens_are_tokens() -> None:
+    message = refused(lambda: validation.check_stop_tokens([399, 400], 400))
+    assert message == "sampling.stop_token_ids[1] is 400, but the vocabulary ends at 399"
+    validation.check_stop_tokens([0, 399], 400)
+
+
+def test_a_text_that_can_t_fit_is_refused_by_its_size_alone() -> None:
+    message = refused(lambda: validation.check_size("x" * 10_485_760, 1_024, 128))
+    assert message == "prompt is 10,485,760 bytes, but the context of 1,024 tokens holds at most 131,072"
+    chat = (Turn("user", "你" * 20),)
+    assert refused(lambda: validation.check_size(chat, 6, 10)).startswith("chat is 64 bytes")
+    validation.check_size("x" * 100, 10, 10)
+
+
+def test_a_conversation_has_no_more_messages_than_the_context_has_tokens() -> None:
+    chat = (Turn("u", ""),) * 11
+    assert refused(lambda: validation.check_size(chat, 10, 10)).startswith("chat.messages is 11 messages, but")
+    validation.check_size(chat[:10], 10, 10)
+
+
+def test_a_prompt_leaves_room_for_a_token() -> None:
+    message = refused(lambda: validation.check_fits("x", 1_734, 1_024))
+    assert message == "prompt is 1,734 tokens, but the context holds 1,024, the answer included"
+    assert "1,024 tokens" in refused(lambda: validation.check_fits("x", 1_024, 1_024))
+    assert refused(lambda: validation.check_fits((Turn("user", ""),), 0, 9)).startswith("chat is 0 tokens")
+    validation.check_fits("x", 1_023, 1_024)

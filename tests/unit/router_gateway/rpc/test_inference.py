@@ -1,0 +1,289 @@
+"""The whole gateway in front of fake shards, as a client sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import pytest
+
+from stitch.errors import Exhausted, InvalidRequest, Unavailable, from_rpc_error
+from stitch.v1 import inference_pb2
+from tests.support.byte_tokenizer import tokens
+from tests.support.fake_shard import CONTEXT_TOKENS, END_TOKEN, FakeShard, aborts, is_full, waits_for
+from tests.support.waiting import eventually
+from tests.unit.router_gateway.conftest import Reach
+
+TEXT = "Paris is é你 the capital 👩‍👩‍👧‍👦 of France"
+
+
+def shards(text: str = TEXT) -> tuple[FakeShard, FakeShard]:
+    return FakeShard("bottom-0", "bottom", tokens(text)), FakeShard("top-0", "top")
+
+
+def text_of(events: Sequence[inference_pb2.GenerateResponse]) -> str:
+    return "".join(event.delta.text for event in events)
+
+
+def ids_of(events: Sequence[inference_pb2.GenerateResponse]) -> list[int]:
+    return [token_id for event in events for token_id in event.delta.token_ids]
+
+
+async def refusal(call: Any) -> Exception:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return from_rpc_error(caught.value)
+
+
+async def test_an_answer_is_told_from_the_judgement_to_the_end(reach: Reach) -> None:
+    async with reach(*shards()) as gateway:
+        events = await gateway.generate("hello world", request_id="mine")
+    started, *deltas, last = events
+    assert started.started.request_id == "mine"
+    assert started.started.judgement.route == "weak"
+    assert started.started.judgement.reason.startswith("2 words")
+    assert {delta.WhichOneof("event") for delta in deltas} == {"delta"}
+    assert text_of(events) == TEXT
+    assert ids_of(events) == [*tokens(TEXT), END_TOKEN]
+    finished = last.finished
+    assert finished.reason == inference_pb2.FINISH_REASON_STOP
+    assert finished.prompt_tokens == started.started.prompt_tokens == len(tokens("hello world"))
+    assert finished.generated_tokens == len(tokens(TEXT)) + 1
+    assert 0 < finished.ttft_seconds <= finished.total_seconds
+    assert [stage.name for stage in finished.stages] == ["route", "bottom_prefill"]
+
+
+async def test_the_shard_gets_the_model_s_end_tokens_and_a_seed(reach: Reach) -> None:
+    bottom, top = shards()
+    async with reach(bottom, top) as gateway:
+        await gateway.generate(sampling=inference_pb2.Sampling(stop_token_ids=[9], max_tokens=1))
+        await gateway.generate(sampling=inference_pb2.Sampling(ignore_eos=True, seed=5, max_tokens=1))
+    first, second = (request.sampling for request in bottom.requests)
+    assert list(first.stop_token_ids) == [9, 2, 0]
+    assert first.seed
+    assert list(second.stop_token_ids) == []
+    assert second.seed == 5
+
+
+async def test_an_answer_ends_with_the_context(reach: Reach) -> None:
+    bottom, top = shards("hello " * CONTEXT_TOKENS)
+    async with reach(bottom, top) as gateway:
+        finished = (await gateway.generate("x", sampling=inference_pb2.Sampling(max_tokens=100_000)))[-1].finished
+    assert finished.reason == inference_pb2.FINISH_REASON_LENGTH
+    assert finished.prompt_tokens + finished.generated_tokens == CONTEXT_TOKENS
+
+
+async def test_a_stop_string_ends_the_answer_and_the_session(reach: Reach) -> None:
+    bottom, top = shards()
+    bottom.faults[tokens(TEXT).index(tokens(" of")[0])] = waits_for(asyncio.Event())
+    async with reach(bottom, top) as gateway:
+        events = await gateway.generate(stop=[" capital"])
+        assert text_of(events) == "Paris is é你 the"
+        assert events[-1].finished.reason == inference_pb2.FINISH_REASON_STOP
+        assert events[-1].finished.generated_tokens == len(ids_of(events))
+        await eventually(lambda: bottom.cancelled == 1)
+
+
+async def test_log_probabilities_come_with_their_tokens(reach: Reach) -> None:
+    bottom, top = shards("hello")
+    bottom.logprob = -0.5
+    async with reach(bottom, top) as gateway:
+        events = await gateway.generate(sampling=inference_pb2.Sampling(logprobs=1))
+    assert [entry.token_id for event in events for entry in event.delta.logprobs] == ids_of(events)
+
+
+async def test_a_conversation_is_rendered(reach: Reach) -> None:
+    bottom, top = shards("hello")
+    message = inference_pb2.ChatMessage(role="user", content="hello")
+    request = inference_pb2.GenerateRequest(chat=inference_pb2.Chat(messages=[message]))
+    async with reach(bottom, top) as gateway:
+        events = [event async for event in gateway.stub.Generate(request)]
+    assert text_of(events) == "hello"
+    assert list(bottom.requests[0].token_ids[:1]) == tokens("<|im_start|>")
+
+
+async def test_a_client_that_leaves_takes_its_session_with_it(reach: Reach) -> None:
+    bottom, top = shards()
+    bottom.faults[3] = waits_for(asyncio.Event())
+    async with reach(bottom, top) as gateway:
+        call = gateway.stub.Generate(inference_pb2.GenerateRequest(prompt="hello"))
+        await call.read()
+        await eventually(lambda: not bottom.faults)
+        call.cancel()
+        await eventually(lambda: bottom.cancelled == 1 and bottom.running == 0)
+        await eventually(lambda: gateway.metric("stitch_cancelled_total", cause="client") == 1)
+        assert gateway.metric("stitch_requests_running") == 0
+
+
+async def test_a_client_that_never_reads_takes_its_session_with_it(reach: Reach) -> None:
+    bottom, top = shards("hello " * 50)
+    bottom.faults[40] = waits_for(asyncio.Event())
+    async with reach(bottom, top) as gateway:
+        call = gateway.stub.Generate(inference_pb2.GenerateRequest(prompt="hello"))
+        await eventually(lambda: not bottom.faults)
+        call.cancel()
+        await eventually(lambda: bottom.cancelled == 1 and gateway.metric("stitch_requests_running") == 0)
+
+
+async def test_a_deadline_ends_the_session(reach: Reach) -> None:
+    bottom, top = shards()
+    bottom.faults[3] = waits_for(asyncio.Event())
+    async with reach(bottom, top) as gateway:
+        call = gateway.stub.Generate(inference_pb2.GenerateRequest(prompt="hello"), timeout=0.3)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            _ = [event async for event in call]
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert bottom.deadlines[0] is not None
+        await eventually(lambda: bottom.cancelled == 1)
+        await eventually(lambda: gateway.metric("stitch_cancelled_total", cause="deadline") == 1)
+        assert gateway.metric("stitch_cancelled_total", cause="client") == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": ""}, "prompt is '', but it must not be empty"),
+        ({"prompt": "!?" * 200}, f"prompt is 400 tokens, but the context holds {CONTEXT_TOKENS}"),
+        ({"prompt": "x" * 10_000_000}, "prompt is 10,000,000 bytes, but the context of 128 tokens holds at most"),
+        ({"route": "medium"}, "route is 'medium', but this cluster has: weak, strong, auto"),
+        ({"sampling": inference_pb2.Sampling(max_tokens=0)}, "sampling.max_tokens is 0, but it must be at least 1"),
+        ({"sampling": inference_pb2.Sampling(temperature=-1)}, "sampling.temperature is -1.0, but it must be"),
+        ({"sampling": inference_pb2.Sampling(top_p=2)}, "sampling.top_p is 2.0, but it must be"),
+        ({"sampling": inference_pb2.Sampling(temperature=float("nan"))}, "sampling.temperature is nan, but"),
+        ({"sampling": inference_pb2.Sampling(stop_token_ids=[400])}, "sampling.stop_token_ids[0] is 400, but"),
+        ({"stop": ["x"] * 17}, "stop is 17 strings, but it holds at most 16"),
+    ],
+)
+async def test_a_bad_request_gets_field_value_and_limit(reach: Reach, fields: dict[str, Any], message: str) -> None:
+    bottom, top = shards()
+    async with reach(bottom, top) as gateway:
+        error = await refusal(gateway.generate(**fields))
+        assert isinstance(error, InvalidRequest)
+        assert str(error).startswith(message)
+        assert error.field == message.partition(" ")[0]
+        duration = "stitch_request_duration_seconds_count"
+        assert gateway.metric(duration, route="none", outcome="invalid") == 1
+    assert bottom.requests == []
+
+
+async def test_a_full_shard_s_word_reaches_the_client(reach: Reach) -> None:
+    bottom, top = shards()
+    bottom.faults[0] = is_full(3.5)
+    async with reach(bottom, top) as gateway:
+        error = await refusal(gateway.generate())
+        assert isinstance(error, Exhausted)
+        assert error.retry_after_seconds == 3.5
+        assert gateway.metric("stitch_request_duration_seconds_count", route="weak", outcome="exhausted") == 1
+
+
+async def test_without_a_shard_the_answer_is_unavailable_until_it_returns(reach: Reach) -> None:
+    bottom, top = shards()
+    async with reach(bottom, top) as gateway:
+        await top.stop()
+        await eventually(lambda: not _serving(gateway.gateway))
+        error = await refusal(gateway.generate())
+        assert isinstance(error, Unavailable)
+        assert error.generated_tokens == 0
+        await top.start()
+        await eventually(lambda: _serving(gateway.gateway))
+        assert text_of(await gateway.generate()) == TEXT
+
+
+async def test_a_lost_answer_says_how_far_it_came(reach: Reach) -> None:
+    bottom, top = shards()
+    bottom.faults = {index: aborts(grpc.StatusCode.UNAVAILABLE) for index in (2,)}
+    async with reach(bottom, top, replay={"most_losses": 0}) as gateway:
+        error = await refusal(gateway.generate())
+    assert isinstance(error, Unavailable)
+    assert error.generated_tokens == 2
+
+
+async def test_a_replay_is_nothing_but_a_pause(reach: Reach) -> None:
+    (bottom, top), other = shards(), FakeShard("bottom-1", "bottom", tokens(TEXT))
+    bottom.free_kv_tokens += 1_000
+    bottom.faults[5] = aborts(grpc.StatusCode.UNAVAILABLE)
+    async with reach(bottom, other, top) as gateway:
+        events = await gateway.generate()
+        assert gateway.metric("stitch_replays_total", cause="unavailable") == 1
+        assert gateway.metric("stitch_generated_tokens_total", route="weak") == len(tokens(TEXT)) + 1
+    assert text_of(events) == TEXT
+    assert ids_of(events) == [*tokens(TEXT), END_TOKEN]
+    assert [stage.name for stage in events[-1].finished.stages] == ["route", "bottom_prefill"]
+
+
+async def test_the_time_to_the_first_text_is_counted_for_answers_with_text_alone(reach: Reach) -> None:
+    bottom, top = shards()
+    async with reach(bottom, top) as gateway:
+        count = "stitch_time_to_first_token_seconds_count"
+        assert gateway.metric(count, route="weak") == 0
+        await gateway.generate()
+        await gateway.generate()
+        assert gateway.metric(count, route="weak") == 2
+        by_prompt = "stitch_time_to_first_token_by_prompt_seconds_count"
+        assert gateway.metric(by_prompt, route="weak", prompt_bucket="le64") == 2
+        bottom.script = []
+        events = await gateway.generate()
+        assert not events[-1].finished.HasField("ttft_seconds")
+        assert events[-1].finished.generated_tokens == 1
+        assert gateway.metric(count, route="weak") == 2
+        assert gateway.metric("stitch_request_duration_seconds_count", route="weak", outcome="stop") == 3
+        assert gateway.metric("stitch_inter_token_latency_seconds_count", route="weak") == 2 * len(tokens(TEXT))
+        assert gateway.metric("stitch_ttft_stage_seconds_sum", stage="bottom_prefill") == 0.75
+        assert gateway.metric("stitch_prompt_tokens_count", route="weak") == 3
+        assert gateway.metric("stitch_requests_waiting") == gateway.metric("stitch_requests_running") == 0
+
+
+async def test_requests_wait_until_a_chain_has_them(reach: Reach) -> None:
+    bottom, top = shards()
+    hold = asyncio.Event()
+    bottom.faults[0] = waits_for(hold)
+    async with reach(bottom, top) as gateway:
+        answer = asyncio.create_task(gateway.generate())
+        await eventually(lambda: bottom.running)
+        assert (gateway.metric("stitch_requests_waiting"), gateway.metric("stitch_requests_running")) == (0, 1)
+        hold.set()
+        await answer
+        assert gateway.metric("stitch_requests_running") == 0
+
+
+@pytest.mark.parametrize(
+    ("route", "taken", "reason"),
+    [("auto", "weak", "length"), ("", "weak", "length"), ("strong", "strong", "requested")],
+)
+async def test_judgements_are_counted_by_route_and_reason(reach: Reach, route: str, taken: str, reason: str) -> None:
+    bottom, top = shards()
+    async with reach(bottom, top) as gateway:
+        events = await gateway.generate(route=route)
+        assert events[0].started.judgement.route == bottom.requests[0].route == taken
+        assert gateway.metric("stitch_routed_total", route=taken, reason=reason) == 1
+        assert gateway.metric("stitch_route_score_count") == 1
+
+
+async def test_thresholds_of_the_cluster_file_hold(reach: Reach) -> None:
+    async with reach(*shards(), cluster={"thresholds": (0.01,)}) as gateway:
+        judged = await gateway.stub.Route(inference_pb2.RouteRequest(prompt="Hello"))
+    assert judged.judgement.route == "strong"
+
+
+async def test_judging_alone_asks_no_shard(reach: Reach) -> None:
+    bottom, top = shards()
+    async with reach(bottom, top) as gateway:
+        judged = await gateway.stub.Route(inference_pb2.RouteRequest(prompt="hello world"))
+        assert judged.judgement.route == "weak"
+        assert judged.prompt_tokens == len(tokens("hello world"))
+        error = await refusal(gateway.stub.Route(inference_pb2.RouteRequest()))
+        assert isinstance(error, InvalidRequest)
+    assert bottom.requests == []
+
+
+async def test_describe_says_what_is_there(reach: Reach) -> None:
+    async with reach(*shards()) as gateway:
+        described = await gateway.stub.Describe(inference_pb2.DescribeRequest())
+    assert [shard.serving for shard in described.shards] == [True, True]
+    assert [route.name for route in described.routes] == ["weak", "strong"]
+
+
+def _serving(gateway: Any) -> bool:
+    return bool(gateway.health.servicer._server_status[""] == 1)
