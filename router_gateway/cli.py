@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0; 2 where the gateway can't start with what it was given; 1 where a port is taken."""
-    return _run(_parser().parse_args(arguments))
+    return _run(build_parser().parse_args(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and their flags."""
     parser = argparse.ArgumentParser(prog="router-gateway", description="The front door of a stitched cluster.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     purpose = "serve a cluster to its clients"
