@@ -14,7 +14,9 @@ _log = logging.getLogger(__name__)
 @asynccontextmanager
 async def running(*work: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
     """Runs coroutines inside of the block and ends them with it; one that fails is logged and stops no other."""
-    tasks = [asyncio.create_task(_logged(coroutine)) for coroutine in work]
+    tasks = [asyncio.create_task(coroutine) for coroutine in work]
+    for task in tasks:
+        task.add_done_callback(_report)
     try:
         yield
     finally:
@@ -23,8 +25,6 @@ async def running(*work: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _logged(work: Coroutine[Any, Any, object]) -> None:
-    try:
-        await work
-    except Exception:
-        _log.critical("%s ended by itself", work, exc_info=True)
+def _report(task: asyncio.Task[object]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.critical("%s failed", task.get_coro(), exc_info=error)

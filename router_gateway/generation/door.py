@@ -16,14 +16,15 @@ class Door:
         self._inside = 0
         self._empty = asyncio.Event()
         self._empty.set()
-        self._closed = False
+        # Whether newcomers are sent away.
+        self.closed = False
         # Whether those inside are being sent away before their end.
         self.cleared = False
 
     @contextmanager
     def passed(self) -> Iterator[None]:
         """Inside for the length of the block. Raises Unavailable where the door is closed."""
-        if self._closed:
+        if self.closed:
             raise Unavailable("this gateway is shutting down")
         self._inside += 1
         self._empty.clear()
@@ -35,7 +36,7 @@ class Door:
                 self._empty.set()
 
     def close(self) -> None:
-        self._closed = True
+        self.closed = True
 
     async def empty(self) -> None:
         """Returns once nobody is inside."""

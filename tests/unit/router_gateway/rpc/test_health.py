@@ -1,0 +1,73 @@
+"""SERVING as long as a route is whole, and never again once the gateway leaves."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from router_gateway.rpc.health import SERVICES
+from router_gateway.server import open_gateway
+from router_gateway.settings import GatewaySettings
+from stitch import channels
+from tests.support.fake_shard import FakeShard, fake_cluster
+from tests.unit.router_gateway.conftest import QUICK, Reach
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def shards() -> tuple[FakeShard, FakeShard]:
+    return FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")
+
+
+@pytest.mark.parametrize("service", SERVICES)
+async def test_the_status_follows_the_shards(reach: Reach, service: str) -> None:
+    bottom, top = shards()
+    async with reach(bottom, top) as gateway:
+        health = health_pb2_grpc.HealthStub(gateway.channel)
+        seen = aiter(health.Watch(health_pb2.HealthCheckRequest(service=service)))
+        assert (await anext(seen)).status == SERVING
+        await top.stop()
+        assert (await anext(seen)).status == NOT_SERVING
+        await top.start()
+        assert (await anext(seen)).status == SERVING
+
+
+async def test_without_a_tokenizer_nothing_is_served() -> None:
+    bottom, top = shards()
+    bottom.files = {"tokenizer.json": b"{}"}
+    async with (
+        fake_cluster(bottom, top) as cluster,
+        open_gateway(GatewaySettings(cluster=cluster, **QUICK)) as gateway,
+        channels.open_channel(f"127.0.0.1:{gateway.port}") as channel,
+    ):
+        health = health_pb2_grpc.HealthStub(channel)
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
+
+
+async def test_a_gateway_that_leaves_stays_not_serving(reach: Reach) -> None:
+    bottom, top = shards()
+    async with reach(bottom, top) as gateway:
+        health = health_pb2_grpc.HealthStub(gateway.channel)
+        await gateway.gateway.drain(0)
+        await gateway.gateway.health.set(True)
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
+
+
+async def test_an_unknown_service_is_not_found(reach: Reach) -> None:
+    async with reach(*shards()) as gateway:
+        health = health_pb2_grpc.HealthStub(gateway.channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await health.Check(health_pb2.HealthCheckRequest(service="else"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_watcher_does_not_hold_up_the_end(reach: Reach) -> None:
+    async with reach(*shards()) as gateway:
+        watch = health_pb2_grpc.HealthStub(gateway.channel).Watch(health_pb2.HealthCheckRequest())
+        await anext(aiter(watch))
+        await asyncio.wait_for(gateway.gateway.drain(seconds=600), timeout=10)
+        await asyncio.wait_for(gateway.gateway.stop(), timeout=10)

@@ -1,0 +1,108 @@
+"""The program as a whole: what it offers beside answers, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import urllib.request
+
+import grpc
+import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from router_gateway.server import open_gateway
+from router_gateway.settings import GatewaySettings
+from stitch.errors import InvalidRequest
+from stitch.v1 import inference_pb2
+from tests.support.byte_tokenizer import tokens
+from tests.support.fake_shard import FakeShard, fake_cluster, waits_for
+from tests.support.waiting import eventually
+from tests.unit.router_gateway.conftest import Reach
+
+
+def shards() -> tuple[FakeShard, FakeShard]:
+    return FakeShard("bottom-0", "bottom", tokens("hello world")), FakeShard("top-0", "top")
+
+
+async def test_reflection_names_the_services(reach: Reach) -> None:
+    async with reach(*shards()) as gateway:
+        stub = reflection_pb2_grpc.ServerReflectionStub(gateway.channel)
+        ask = reflection_pb2.ServerReflectionRequest(list_services="")
+        [answer] = [answer async for answer in stub.ServerReflectionInfo(iter([ask]))]
+    names = {service.name for service in answer.list_services_response.service}
+    assert {"stitch.v1.Inference", "grpc.health.v1.Health"} <= names
+
+
+async def test_metrics_are_served_over_http(reach: Reach) -> None:
+    async with reach(*shards()) as gateway:
+        await gateway.generate()
+        url = f"http://127.0.0.1:{gateway.gateway.metrics_port}/metrics"
+        page = await asyncio.to_thread(lambda: urllib.request.urlopen(url).read().decode())
+    assert 'stitch_time_to_first_token_seconds_count{route="weak"} 1.0' in page
+    assert 'stitch_time_to_first_token_seconds_count{route="strong"} 0.0' in page
+
+
+async def test_draining_lets_answers_finish_and_nobody_in(reach: Reach) -> None:
+    bottom, top = shards()
+    hold = asyncio.Event()
+    bottom.faults[1] = waits_for(hold)
+    async with reach(bottom, top) as gateway:
+        answer = asyncio.create_task(gateway.generate())
+        await eventually(lambda: not bottom.faults)
+        drain = asyncio.create_task(gateway.gateway.drain(seconds=60))
+        await eventually(lambda: gateway.gateway.door.closed)
+        with pytest.raises(grpc.aio.AioRpcError, match="shutting down") as caught:
+            await gateway.generate()
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert not drain.done()
+        hold.set()
+        await drain
+        assert "".join(event.delta.text for event in await answer) == "hello world"
+
+
+async def test_draining_has_an_end_and_stopping_cuts(reach: Reach) -> None:
+    bottom, top = shards()
+    bottom.faults[1] = waits_for(asyncio.Event())
+    async with reach(bottom, top) as gateway:
+        answer = asyncio.create_task(gateway.generate())
+        await eventually(lambda: not bottom.faults)
+        await gateway.gateway.drain(seconds=0.01)
+        assert not answer.done()
+        await gateway.gateway.stop()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await answer
+        await eventually(lambda: bottom.cancelled == 1)
+        assert gateway.metric("stitch_cancelled_total", cause="shutdown") == 1
+
+
+async def test_a_port_that_is_taken_is_said(reach: Reach) -> None:
+    async with reach(*shards()) as gateway:
+        listen = f"127.0.0.1:{gateway.gateway.port}"
+        taken = GatewaySettings(cluster=gateway.cluster, listen=listen)
+        with pytest.raises(OSError, match=listen):
+            async with open_gateway(taken):
+                pass
+
+
+async def test_a_gateway_without_shards_describes_what_it_waits_for() -> None:
+    bottom, top = shards()
+    async with fake_cluster(bottom, top) as cluster:
+        await bottom.stop()
+        await top.stop()
+        async with (
+            open_gateway(GatewaySettings(cluster=cluster)) as gateway,
+            grpc.aio.insecure_channel(f"127.0.0.1:{gateway.port}") as channel,
+        ):
+            call = channel.unary_unary(
+                "/stitch.v1.Inference/Describe",
+                inference_pb2.DescribeRequest.SerializeToString,
+                inference_pb2.DescribeResponse.FromString,
+            )
+            described = await call(inference_pb2.DescribeRequest())
+    assert [(shard.name, shard.serving) for shard in described.shards] == [("bottom-0", False), ("top-0", False)]
+
+
+async def test_settings_that_must_not_be_are_refused_before_anything_opens() -> None:
+    async with fake_cluster(*shards()) as cluster:
+        with pytest.raises(InvalidRequest, match="--insecure"):
+            async with open_gateway(GatewaySettings(cluster=cluster, listen="0.0.0.0:0")):
+                pass
