@@ -75,7 +75,7 @@ def _run(parsed: argparse.Namespace) -> None:
 def _import(parsed: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from stitch_server.sources import import_model
+    from stitch_server.sources.resolve import import_model
 
     print(import_model(parsed.source, None if parsed.out is None else Path(parsed.out)))
 

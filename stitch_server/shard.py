@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stitch.cluster import Cluster, RouteCut, ShardPlace
+from stitch.environment import cache_folder
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.cache.pool import BLOCK_TOKENS, BlockPool
 from stitch_server.cache.store import KVStore
@@ -23,6 +24,7 @@ from stitch_server.engine.runner import Runner, Threads
 from stitch_server.engine.scheduler import Limits
 from stitch_server.engine.wire import DTYPES, Packed, unpack
 from stitch_server.metrics import Metrics
+from stitch_server.model.counting import ParameterCount
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import ModelDescription
 from stitch_server.model.embedding import Embedding
@@ -30,7 +32,7 @@ from stitch_server.model.head import Head
 from stitch_server.model.stitch import Stitch
 from stitch_server.model.tokenizer_hash import tokenizer_hash
 from stitch_server.planning import kv_tokens
-from stitch_server.sources import resolve
+from stitch_server.sources.resolve import resolve
 
 # Sessions that may decode in one step beside its prompts.
 MOST_DECODING = 4096
@@ -56,12 +58,13 @@ class Part:
     stitches: dict[str, Stitch | None]
     cuts: dict[str, Cut]
     tokenizer: str
+    count: ParameterCount
 
 
 def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part:
     """Reads a shard's own tensors. Raises Incompatible where files do not fit the cluster file."""
     source = cluster.models.bottom if place.role == "bottom" else cluster.models.top
-    folder = resolve(source.source)
+    folder = resolve(source.source, cache_folder())
     model = ModelDescription.read(folder, source.id)
     dtype = getattr(torch, cluster.compute.dtype)
     first, end = place.layers
@@ -78,6 +81,7 @@ def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part
         stitches={route.name: _stitch(cluster, route, model, tokenizer, device, dtype) for route in entered},
         cuts=cuts,
         tokenizer=tokenizer,
+        count=ParameterCount.read(folder),
     )
 
 
@@ -228,9 +232,9 @@ def _identity(
 def _description(route: RouteCut, part: Part) -> inference_pb2.RouteDescription:
     """The route as this shard sees it: the stitch where it holds one, the parameters that it reads itself."""
     stitch, cut = part.stitches.get(route.name), part.cuts[route.name]
-    parameters = part.decoder.parameters(cut.enter, cut.leave)
+    parameters = part.count.between(cut.enter, cut.leave)
     parameters += 0 if stitch is None else stitch.parameters
-    parameters += 0 if part.head is None else part.head.parameters
+    parameters += 0 if part.head is None else part.count.head
     return inference_pb2.RouteDescription(
         name=route.name,
         bottom_layers=route.bottom_layers,

@@ -7,8 +7,8 @@ of its segments was sampled here, or answered by the shards behind.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence as Sequenced
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence as Sequenced
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,12 @@ class _Answer:
     awaited: int
     tokens: list[tuple[int, int, Token]] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-    stages: Counter[str] = field(default_factory=Counter)
+    # Seconds by stage.
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def spend(self, stages: Mapping[str, float]) -> None:
+        for stage, seconds in stages.items():
+            self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
     def refuse(self, segment: ReceivedSegment, cause: FailureCause, message: str) -> None:
         self.failures.append(Failure(segment.session, segment.epoch, cause, message))
@@ -119,7 +124,7 @@ class Relay:
     def deliver(self, batch: Batch, output: StepOutput) -> None:
         parts: list[_Part] = [segment.origin for segment in batch.segments]
         for answer in _answers_of(parts):
-            answer.stages.update(output.stages)
+            answer.spend(output.stages)
         for index, (segment, part) in enumerate(zip(batch.segments, parts, strict=True)):
             if index in output.spoilt:
                 self._spoil(segment, part)
@@ -158,8 +163,8 @@ class Relay:
         away = self._clock() - self._sent_at.pop(reply.step, self._clock())
         wire = max(0.0, away - sum(reply.stages.values()))
         for answer in _answers_of(parts):
-            answer.stages.update(reply.stages)
-            answer.stages["wire"] += wire
+            answer.spend(reply.stages)
+            answer.spend({"wire": wire})
         for part in parts:
             part.answer.awaited -= 1
         self._reply_where_done(parts)
@@ -173,7 +178,7 @@ class Relay:
     def _accepted(self, answer: _Answer) -> list[Segment]:
         """A step's segments that can be computed; the others are refused in its answer."""
         step = answer.step
-        answer.stages["queue"] += self._clock() - answer.arrived
+        answer.spend({"queue": self._clock() - answer.arrived})
         hidden, row, segments = step.hidden(), 0, []
         for received in step.segments:
             rows = hidden[row : row + received.length]

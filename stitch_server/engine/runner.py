@@ -36,7 +36,6 @@ class Runner:
     decoder: DecoderLayers
     store: KVStore
     device: torch.device
-    dtype: torch.dtype
     threads: Threads
     # On the first shard: token ids to hidden states.
     embed: Callable[[Tensor], Tensor] | None = None
@@ -61,7 +60,7 @@ class Runner:
         if self.stitches:
             stages["stitch"] = stitched - started
         if self.head is None:
-            rows = hidden.split([segment.length for segment in batch.segments])
+            rows = torch.split(hidden, [segment.length for segment in batch.segments])
             output = StepOutput(hidden=tuple(rows), spoilt=spoilt, stages=stages)
         else:
             output = StepOutput(tokens=self._tokens(batch.segments, hidden, spoilt, stages), spoilt=spoilt, stages=stages)
@@ -145,7 +144,7 @@ def _spoilt(rows: Tensor, segments: Sequenced[Segment]) -> list[int]:
     # A sum is not finite if any of its terms isn't, and takes one pass.
     if bool(torch.isfinite(rows.float().sum())):
         return []
-    parts = rows.split([segment.length for segment in segments])
+    parts = torch.split(rows, [segment.length for segment in segments])
     return [index for index, part in enumerate(parts) if not bool(torch.isfinite(part).all())]
 
 

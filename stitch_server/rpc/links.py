@@ -106,10 +106,13 @@ class _Link:
             self._lost(self._address, Unavailable(f"{self._address} did not answer in {HANDSHAKE_SECONDS:g} s"))
         except StitchError as error:
             self._lost(self._address, error)
+        except Exception as error:  # whatever it was, the sessions on this link must hear of its end
+            log.exception("the link to %s broke", self._address)
+            self._lost(self._address, Unavailable(f"the link to {self._address} broke: {error}"))
 
     async def _talk(self, channel: grpc.aio.Channel) -> None:
         stub: shard_pb2_grpc.ShardAsyncStub = shard_pb2_grpc.ShardStub(channel)
-        call = stub.Link()
+        call = stub.Link(None)
         hello = shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=self._identity, caller=self._address)
         async with asyncio.timeout(HANDSHAKE_SECONDS):
             await call.write(shard_pb2.LinkRequest(hello=hello))
@@ -117,11 +120,14 @@ class _Link:
         if not isinstance(answer, shard_pb2.LinkResponse) or answer.WhichOneof("frame") != "welcome":
             raise Incompatible(f"{self._address} answered the handshake with {answer!r:.80}")
         check_welcome(answer.welcome, self._identity)
-        async with asyncio.TaskGroup() as tasks:
-            writer = tasks.create_task(self._write(call))
-            await self._read(call)
+        writer = asyncio.create_task(self._write(call))
+        try:
+            while isinstance(message := await call.read(), shard_pb2.LinkResponse):
+                self._replied(message.reply)
+        finally:
             writer.cancel()
-        raise Unavailable(f"{self._address} ended the link")
+        # The end of the stream without its reason, if it has none.
+        raise Unavailable(f"{self._address} ended the link: {await call.details()}")
 
     async def _write(self, call: grpc.aio.StreamStreamCall[shard_pb2.LinkRequest, shard_pb2.LinkResponse]) -> None:
         while True:
@@ -131,10 +137,6 @@ class _Link:
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 # The reader hears of the end, with its reason.
                 return
-
-    async def _read(self, call: grpc.aio.StreamStreamCall[shard_pb2.LinkRequest, shard_pb2.LinkResponse]) -> None:
-        async for message in call:
-            self._replied(message.reply)
 
     def _as_loss(self, error: grpc.aio.AioRpcError) -> StitchError:
         known = from_rpc_error(error)

@@ -93,7 +93,8 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
 
     def _session(self, request: shard_pb2.ShardGenerateRequest, outbox: asyncio.Queue[Progress]) -> Session:
         shard = self._shard
-        _check(request, shard.model.vocabulary_size, shard.model.context_length)
+        model = shard.part.model
+        _check(request, model.vocabulary_size, model.context_length)
         route = shard.cluster.route(request.route)
         loop = asyncio.get_running_loop()
         return Session(
@@ -102,7 +103,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             sampling=Sampling.from_proto(request.sampling),
             token_ids=list(request.token_ids),
             prompt_tokens=request.prompt_tokens,
-            context_length=shard.model.context_length,
+            context_length=model.context_length,
             report=lambda progress: _report(loop, outbox, progress),
         )
 

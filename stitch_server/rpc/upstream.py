@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from stitch.errors import Incompatible, StitchError
 from stitch.v1 import shard_pb2
@@ -14,7 +15,8 @@ from stitch_server.engine.relay import ReceivedStep, Relay
 from stitch_server.engine.wire import Packed
 from stitch_server.rpc.frames import Assembly, reply_frame
 
-Unpack = Callable[[Packed], "object"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class UpstreamLink:
@@ -25,7 +27,7 @@ class UpstreamLink:
         engine: Engine,
         relay: Relay,
         assembly: Assembly,
-        unpack: Callable[[Packed], object],
+        unpack: Callable[[Packed], Tensor],
         count_received: Callable[[int], None],
     ) -> None:
         self._engine = engine
