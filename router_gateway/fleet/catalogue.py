@@ -20,11 +20,12 @@ class Catalogue:
 
     @property
     def context_tokens(self) -> int:
-        """The longest prompt and answer together that both models take.
+        """The longest prompt and answer together that both models take, and that every shard has KV for.
 
         Raises Unavailable before the first shard has said it.
         """
-        return min(self._stated("context_length"))
+        capacities = [identity.kv_capacity_tokens for identity in self._identities() if identity.kv_capacity_tokens]
+        return min(self._stated("context_length") + capacities)
 
     @property
     def vocabulary_size(self) -> int:

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import grpc
 
 from router_gateway.background import running
+from router_gateway.fleet.agreement import Agreement
 from router_gateway.fleet.replica import Patience, Replica
 from stitch.cluster import Cluster
 
@@ -20,8 +21,9 @@ class Fleet:
 
     def __init__(self, cluster: Cluster, connect: Connect, patience: Patience) -> None:
         self._channels = [connect(shard.address) for shard in cluster.shards]
+        agreement = Agreement()
         self.replicas = {
-            shard.name: Replica(shard, channel, self._change, patience)
+            shard.name: Replica(shard, channel, agreement, self._change, patience)
             for shard, channel in zip(cluster.shards, self._channels, strict=True)
         }
         self.version = 0

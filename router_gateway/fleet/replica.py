@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from router_gateway.fleet.agreement import Agreement
 from stitch.cluster import ShardPlace
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 
@@ -31,13 +32,19 @@ class Replica:
     """Polled for its state; tells those who wait for its tokens when it is gone."""
 
     def __init__(
-        self, place: ShardPlace, channel: grpc.aio.Channel, changed: Callable[[], None], patience: Patience
+        self,
+        place: ShardPlace,
+        channel: grpc.aio.Channel,
+        agreement: Agreement,
+        changed: Callable[[], None],
+        patience: Patience,
     ) -> None:
         self.place = place
         self.serving = False
         # Known from the first answer on; kept while the shard is away.
         self.identity: shard_pb2.ShardIdentity | None = None
         self.free_kv_tokens = 0
+        self._agreement = agreement
         self._stub = shard_pb2_grpc.ShardStub(channel)
         self._changed = changed
         self._patience = patience
@@ -78,10 +85,11 @@ class Replica:
         self._silent_polls = 0
         self.free_kv_tokens = answer.kv_free_tokens
         known, self.identity = self.identity, answer.identity
-        fits = self._fits(answer.identity)
-        if not fits and known != answer.identity:
-            _log.error("%s at %s is another shard: %s", self.place.name, self.place.address, _shown(answer.identity))
-        self._set_serving(fits, news=known != answer.identity)
+        news = known != answer.identity
+        objection = self._objection(answer.identity)
+        if objection and news:
+            _log.error("%s at %s is not asked: %s", self.place.name, self.place.address, objection)
+        self._set_serving(objection is None, news)
 
     def _missed(self, error: grpc.aio.AioRpcError) -> None:
         self._silent_polls += 1
@@ -89,10 +97,14 @@ class Replica:
         if not silent or self._silent_polls >= self._patience.silent_polls:
             self._set_serving(False)
 
-    def _fits(self, identity: shard_pb2.ShardIdentity) -> bool:
-        """Whether it holds the layers that the cluster file promises; otherwise it would compute something else."""
+    def _objection(self, identity: shard_pb2.ShardIdentity) -> str | None:
+        """Why it would compute something else than the cluster file promises; None where it would not."""
         held = (identity.role, identity.first_layer, identity.end_layer)
-        return held == (self.place.role, *self.place.layers)
+        if held != (self.place.role, *self.place.layers):
+            return "it holds {} layers {} to {}, but the cluster file says {} to {} of {}".format(
+                *held, *self.place.layers, self.place.role
+            )
+        return self._agreement.objection(identity)
 
     def _set_serving(self, serving: bool, news: bool = False) -> None:
         went, came = self.serving and not serving, serving and not self.serving
@@ -104,7 +116,3 @@ class Replica:
             _log.info("shard %s %s", self.place.name, "is serving" if serving else "is gone")
         if went or came or news:
             self._changed()
-
-
-def _shown(identity: shard_pb2.ShardIdentity) -> str:
-    return f"{identity.shard}, {identity.role} layers {identity.first_layer} to {identity.end_layer}"

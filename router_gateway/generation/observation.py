@@ -114,7 +114,7 @@ class Observation:
         outcome = self._outcome(kind)
         self._metrics.request_duration.labels(route=self._route, outcome=outcome).observe(self.elapsed_seconds())
         if outcome in ("cancelled", "expired"):
-            self._metrics.cancelled.labels(cause=self._cancel_cause()).inc()
+            self._metrics.cancelled.labels(cause=self._cancel_cause(outcome)).inc()
         _log.info(
             "request %s: %s, route %s, %d prompt tokens, %d generated, %.3f s",
             *(self._request_id, outcome, self._route, self._prompt_tokens, self._generated_tokens),
@@ -133,7 +133,8 @@ class Observation:
             return self._finish.value
         return "failed" if kind is None else _OUTCOMES.get(kind, "failed")
 
-    def _cancel_cause(self) -> str:
-        if self._deadline is not None and self._clock() >= self._deadline:
+    def _cancel_cause(self, outcome: str) -> str:
+        expired = self._deadline is not None and self._clock() >= self._deadline
+        if expired or outcome == "expired":
             return "deadline"
         return "shutdown" if self._stopping() else "client"

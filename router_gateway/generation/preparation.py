@@ -47,7 +47,6 @@ class Preparation:
 
     async def prepare(self, request: Request) -> Prepared:
         """Raises InvalidRequest, or Unavailable before the first shard has answered."""
-        validation.check_stop(request.stop)
         if request.route is not None:
             self._cluster.route(request.route)
         vocabulary = self._vocabulary(request.prompt)

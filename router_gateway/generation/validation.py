@@ -5,7 +5,7 @@ Everything here raises InvalidRequest with the field, its value and its limit. S
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 
 from router_gateway.generation.request import Prompt
 from stitch.errors import InvalidRequest
@@ -28,6 +28,11 @@ def field_of(prompt: Prompt) -> str:
     return "prompt" if isinstance(prompt, str) else "chat"
 
 
+def check_count(field: str, items: Sized, most: int, unit: str) -> None:
+    if len(items) > most:
+        raise InvalidRequest(field, Amount(f"{len(items):,} {unit}"), f"it holds at most {most:,}")
+
+
 def check_prompt(prompt: Prompt) -> None:
     if isinstance(prompt, str):
         if not prompt:
@@ -41,14 +46,11 @@ def check_prompt(prompt: Prompt) -> None:
 
 
 def check_stop(stop: Sequence[str]) -> None:
-    if len(stop) > MAX_STOP_STRINGS:
-        raise InvalidRequest("stop", Amount(f"{len(stop):,} strings"), f"it holds at most {MAX_STOP_STRINGS}")
+    check_count("stop", stop, MAX_STOP_STRINGS, "strings")
     for index, string in enumerate(stop):
         if not string:
             raise InvalidRequest(f"stop[{index}]", string, "a stop string has at least one character")
-        if len(string) > MAX_STOP_CHARACTERS:
-            length = Amount(f"{len(string):,} characters")
-            raise InvalidRequest(f"stop[{index}]", length, f"a stop string has at most {MAX_STOP_CHARACTERS:,}")
+        check_count(f"stop[{index}]", string, MAX_STOP_CHARACTERS, "characters")
 
 
 def check_stop_tokens(ids: Iterable[int], vocabulary_size: int) -> None:

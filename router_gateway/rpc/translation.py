@@ -7,6 +7,7 @@ import uuid
 from dataclasses import replace
 from typing import assert_never
 
+from router_gateway.generation import validation
 from router_gateway.generation.request import Delta, Event, Finished, FinishReason, Prompt, Request, Started, Turn
 from router_gateway.generation.validation import Amount
 from router_gateway.routing.interface import Judgement
@@ -18,6 +19,9 @@ from stitch.v1 import inference_pb2
 AUTO = "auto"
 # A request id stands in every log line of its request, on every shard.
 MAX_REQUEST_ID_CHARACTERS = 128
+# What is longer would keep the event loop busy before the context is known that it does not fit into.
+MAX_MESSAGES = 32_768
+MAX_STOP_TOKENS = 1_024
 
 _REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -27,9 +31,8 @@ _REASONS = {
 
 def to_request(message: inference_pb2.GenerateRequest) -> Request:
     """Raises InvalidRequest for a message without input, or with a sampling outside of its limits."""
-    if len(message.request_id) > MAX_REQUEST_ID_CHARACTERS:
-        length = Amount(f"{len(message.request_id):,} characters")
-        raise InvalidRequest("request_id", length, f"it has at most {MAX_REQUEST_ID_CHARACTERS}")
+    validation.check_count("request_id", message.request_id, MAX_REQUEST_ID_CHARACTERS, "characters")
+    validation.check_stop(message.stop)
     return Request(
         request_id=message.request_id or uuid.uuid4().hex,
         prompt=to_prompt(message),
@@ -44,6 +47,7 @@ def to_prompt(message: inference_pb2.GenerateRequest | inference_pb2.RouteReques
         case "prompt":
             return message.prompt
         case "chat":
+            validation.check_count("chat.messages", message.chat.messages, MAX_MESSAGES, "messages")
             return tuple(Turn(turn.role, turn.content) for turn in message.chat.messages)
         case _:
             raise InvalidRequest("input", Amount("not set"), "a request has a prompt or a chat")
@@ -66,6 +70,7 @@ def to_judgement(judgement: Judgement) -> inference_pb2.Judgement:
 
 
 def _to_sampling(message: inference_pb2.Sampling) -> Sampling:
+    validation.check_count("sampling.stop_token_ids", message.stop_token_ids, MAX_STOP_TOKENS, "ids")
     sampling = Sampling.from_proto(message)
     return sampling if message.HasField("seed") else replace(sampling, seed=secrets.randbits(64))
 

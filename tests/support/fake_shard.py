@@ -42,7 +42,8 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         self.role = role
         self.script = list(script)
         self.files = tokenizer_files()
-        self.free_kv_tokens = 10_000
+        self.tokenizer = "bytes"
+        self.kv_capacity_tokens = self.free_kv_tokens = 10_000
         # Parameters read for a token, by route.
         self.parameters = {"weak": 600, "strong": 900}
         # What to do before the n-th generated token, once.
@@ -146,7 +147,8 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
             bottom=model,
             top=model,
             compute_dtype="float32",
-            kv_capacity_tokens=10_000,
+            kv_capacity_tokens=self.kv_capacity_tokens,
+            tokenizer=self.tokenizer,
             routes=[
                 inference_pb2.RouteDescription(name=name, parameters=count) for name, count in self.parameters.items()
             ],

@@ -42,6 +42,14 @@ async def test_what_shards_say_is_merged_in() -> None:
         assert catalogue.vocabulary_size == VOCABULARY_SIZE
 
 
+async def test_the_context_is_no_longer_than_the_smallest_shard_s_room() -> None:
+    top = FakeShard("top-0", "top")
+    top.kv_capacity_tokens = CONTEXT_TOKENS - 1
+    async with fleet_of(FakeShard("bottom-0", "bottom"), top) as (cluster, fleet):
+        await fleet.refresh()
+        assert Catalogue(cluster, fleet).context_tokens == CONTEXT_TOKENS - 1
+
+
 async def test_routes_are_ordered_by_parameters_once_all_are_known() -> None:
     bottom = FakeShard("bottom-0", "bottom")
     # A route that leaves earlier may read more, if it enters the other model earlier, too.

@@ -81,7 +81,7 @@ async def test_a_shard_with_other_layers_does_not_serve(
         monkeypatch.setitem(LAYERS, "bottom", (0, 3))
         await fleet.refresh(["bottom-0"])
         assert not fleet.replicas["bottom-0"].serving
-    assert "bottom layers 0 to 3" in caplog.text
+    assert "it holds bottom layers 0 to 3, but the cluster file says 0 to 4 of bottom" in caplog.text
 
 
 async def test_room_is_counted_until_the_shard_says_what_is_free() -> None:

@@ -113,7 +113,6 @@ async def test_judging_alone_counts_the_tokens(preparation: Preparation) -> None
         (request(()), "chat.messages"),
         (request("x" * 1_000_000), "prompt"),
         (request("!?" * 80), "prompt"),
-        (request(stop=("",)), "stop[0]"),
         (request(route="gone"), "route"),
         (request(sampling=Sampling(stop_token_ids=(400,))), "sampling.stop_token_ids[0]"),
         (request((Turn("wizard", "abracadabra"),)), "chat"),

@@ -10,6 +10,8 @@ from router_gateway.rpc.translation import to_prompt, to_request, to_response
 from stitch.errors import InvalidRequest
 from stitch.v1 import inference_pb2
 
+EMPTY = inference_pb2.ChatMessage()
+
 
 def message(**fields: object) -> inference_pb2.GenerateRequest:
     return inference_pb2.GenerateRequest(**({"prompt": "hello"} | fields))  # type: ignore[arg-type]
@@ -50,6 +52,10 @@ def test_a_conversation_keeps_its_turns() -> None:
     [
         (inference_pb2.GenerateRequest(), "input"),
         (message(request_id="x" * 129), "request_id"),
+        (message(stop=["a", ""]), "stop[1]"),
+        (message(stop=["a"] * 1_000_000), "stop"),
+        (message(sampling=inference_pb2.Sampling(stop_token_ids=[1] * 1_025)), "sampling.stop_token_ids"),
+        (message(chat=inference_pb2.Chat(messages=[EMPTY] * 32_769)), "chat.messages"),
         (message(sampling=inference_pb2.Sampling(max_tokens=0)), "sampling.max_tokens"),
         (message(sampling=inference_pb2.Sampling(temperature=-1)), "sampling.temperature"),
         (message(sampling=inference_pb2.Sampling(top_p=2)), "sampling.top_p"),
