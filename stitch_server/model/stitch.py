@@ -1,0 +1,150 @@
+"""The stitch: an affine map from the bottom model's hidden states to the top's, and what it is bound to.
+
+One safetensors file holds `weight` [top_hidden, bottom_hidden], `bias` [top_hidden] and, as JSON in its metadata,
+the binding and how the map was made. Doesn't know how to make one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stitch.errors import Incompatible
+from stitch.v1 import inference_pb2
+from stitch_server.model.description import ModelDescription
+from stitch_server.model.product import Product
+
+METADATA_KEY = "stitch"
+
+
+@dataclass(frozen=True, slots=True)
+class StitchBinding:
+    """What a stitch fits to, and nothing else: behind layer `bottom_layers` - 1, before layer `top_from`."""
+
+    bottom_id: str
+    bottom_revision: str
+    bottom_hidden: int
+    bottom_layers: int
+    top_id: str
+    top_revision: str
+    top_hidden: int
+    top_from: int
+    tokenizer: str
+
+    @classmethod
+    def of(
+        cls, bottom: ModelDescription, top: ModelDescription, bottom_layers: int, top_from: int, tokenizer: str
+    ) -> StitchBinding:
+        """The binding to two models at one cut; `tokenizer` is their tokenizer's hash."""
+        return cls(
+            bottom_id=bottom.id,
+            bottom_revision=bottom.revision,
+            bottom_hidden=bottom.hidden_size,
+            bottom_layers=bottom_layers,
+            top_id=top.id,
+            top_revision=top.revision,
+            top_hidden=top.hidden_size,
+            top_from=top_from,
+            tokenizer=tokenizer,
+        )
+
+
+@dataclass(frozen=True)
+class Stitch:
+    """Hidden states `[tokens, bottom_hidden]` to `[tokens, top_hidden]`."""
+
+    weight: Tensor
+    bias: Tensor
+    binding: StitchBinding
+    # How it was made, for people: method, data fingerprint, tokens seen, losses in nats per token.
+    making: Mapping[str, Any] = field(default_factory=dict)
+    # Of the tensors as they are stored and the binding; filled in where it is not given.
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        shape = (self.binding.top_hidden, self.binding.bottom_hidden)
+        found = tuple(self.weight.shape), tuple(self.bias.shape)
+        if found != (shape, shape[:1]):
+            raise Incompatible(
+                f"a stitch with weight {found[0]} and bias {found[1]} can't map {shape[1]} to {shape[0]}"
+            )
+        if not bool(self.weight.isfinite().all() and self.bias.isfinite().all()):
+            raise Incompatible(f"the stitch {self._cut()} has values that are not finite")
+        if not self.fingerprint:
+            object.__setattr__(self, "fingerprint", _fingerprint(self.weight, self.bias, self.binding))
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> Stitch:
+        """Reads a stitch. Raises Incompatible where the file is missing, cut off, or holds something else."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in ("weight", "bias")}
+                fields = json.loads(file.metadata()[METADATA_KEY])
+            stored = cls(**tensors, binding=StitchBinding(**fields["binding"]), making=fields["making"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise Incompatible(f"{path} is no stitch: {error}") from error
+        except Incompatible as error:
+            raise Incompatible(f"{path}: {error}") from error
+        return stored.to(device, dtype)
+
+    def save(self, path: Path) -> None:
+        """Writes the tensors as they are; the same stitch makes the same bytes."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fields = {"binding": asdict(self.binding), "making": dict(self.making)}
+        tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
+        save_file(tensors, path, metadata={METADATA_KEY: json.dumps(fields, sort_keys=True)})
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Stitch:
+        """The same stitch, ready to compute there."""
+        moved = self.weight.to(device, dtype), self.bias.to(device, dtype)
+        return Stitch(*moved, self.binding, self.making, self.fingerprint)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """`[tokens, bottom_hidden]` to `[tokens, top_hidden]`."""
+        return Product(self.weight, self.bias)(hidden.to(self.weight.dtype))
+
+    def check_models(self, bottom: inference_pb2.Model | None = None, top: inference_pb2.Model | None = None) -> None:
+        """Raises Incompatible where one of the given models has other weights than the one it was made for.
+
+        Weights are told by their revision; a model may have another id on another machine.
+        """
+        bound = self.binding
+        if bottom is not None and bottom.revision != bound.bottom_revision:
+            raise self._other_model("bottom", bound.bottom_id, bound.bottom_revision, bottom)
+        if top is not None and top.revision != bound.top_revision:
+            raise self._other_model("top", bound.top_id, bound.top_revision, top)
+
+    def check_cut(self, bottom_layers: int, top_from: int) -> None:
+        """Raises Incompatible where the route's cut is another."""
+        if (bottom_layers, top_from) != (self.binding.bottom_layers, self.binding.top_from):
+            raise Incompatible(f"the stitch {self._cut()} can't serve a cut from layer {bottom_layers} to {top_from}")
+
+    def check_tokenizer(self, tokenizer: str) -> None:
+        """Raises Incompatible where the tokenizer's hash is another."""
+        if tokenizer != self.binding.tokenizer:
+            ours = self.binding.tokenizer[:16]
+            raise Incompatible(f"the stitch {self._cut()} is for tokenizer {ours}, not for {tokenizer[:16]}")
+
+    def _cut(self) -> str:
+        return f"from layer {self.binding.bottom_layers} to {self.binding.top_from}"
+
+    def _other_model(self, part: str, model_id: str, revision: str, given: inference_pb2.Model) -> Incompatible:
+        made_for = f"made for the {part} model {model_id} revision {revision}"
+        return Incompatible(f"the stitch {self._cut()} is {made_for}, not for {given.id} revision {given.revision}")
+
+
+def _fingerprint(weight: Tensor, bias: Tensor, binding: StitchBinding) -> str:
+    digest = hashlib.sha256(json.dumps(asdict(binding), sort_keys=True).encode())
+    for tensor in (weight, bias):
+        digest.update(str(tensor.dtype).encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,70 @@
+"""A stitched pair in this process, out of `transformers` models alone: what every chain of shards must equal.
+
+Nothing here comes from the layers, the cache or the engine that it is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from stitch_server.model.stitch import Stitch
+
+logging.disable_progress_bar()
+
+
+class StitchedReference:
+    """Layers [0, bottom_layers) of one model, a stitch, layers [top_from, …) of another; no cache."""
+
+    def __init__(
+        self, bottom: Path, top: Path, stitch: Callable[[Tensor], Tensor] | None, bottom_layers: int, top_from: int
+    ) -> None:
+        self._bottom = _with_layers(bottom, 0, bottom_layers)
+        self._bottom.model.norm = nn.Identity()
+        self._stitch = stitch
+        self._top = _with_layers(top, top_from, None)
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Logits `[tokens, vocabulary]` of one sequence from its beginning."""
+        hidden = self._bottom.model(input_ids=torch.tensor([list(token_ids)]), use_cache=False).last_hidden_state
+        if self._stitch is not None:
+            hidden = self._stitch(hidden[0])[None]
+        logits: Tensor = self._top(inputs_embeds=hidden, use_cache=False).logits[0]
+        return logits
+
+    def generate(self, token_ids: Sequence[int], count: int) -> list[int]:
+        """The `count` likeliest tokens, one after the other; end tokens end nothing."""
+        sequence = list(token_ids)
+        for _ in range(count):
+            sequence.append(int(self.logits(sequence)[-1].argmax()))
+        return sequence[len(token_ids) :]
+
+
+def stitched_logits(
+    bottom: Path, top: Path, stitch: Path | None, bottom_layers: int, top_from: int, token_ids: Sequence[int]
+) -> Tensor:
+    """Logits `[tokens, vocabulary]` of the stitched model over one sequence."""
+    return reference(bottom, top, stitch, bottom_layers, top_from).logits(token_ids)
+
+
+def reference(bottom: Path, top: Path, stitch: Path | None, bottom_layers: int, top_from: int) -> StitchedReference:
+    """The reference for two model folders and a stitch file; without one, bottom and top are the same model."""
+    loaded = None if stitch is None else Stitch.load(stitch, torch.device("cpu"), torch.float32)
+    affine = None if loaded is None else lambda hidden: hidden @ loaded.weight.T + loaded.bias
+    return StitchedReference(bottom, top, affine, bottom_layers, top_from)
+
+
+def _with_layers(folder: Path, first: int, end: int | None) -> PreTrainedModel:
+    """A model with a part of its layers; masks and rotations stay its own."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.model.layers = model.model.layers[first:end]
+    model.config.num_hidden_layers = len(model.model.layers)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[first:end]
+    return model.eval()
