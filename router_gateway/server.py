@@ -15,7 +15,6 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from router_gateway.background import running
-from router_gateway.event_loop import observe_delay
 from router_gateway.fleet.catalogue import Catalogue
 from router_gateway.fleet.fleet import Fleet, watched
 from router_gateway.fleet.placement import Placement
@@ -34,9 +33,10 @@ from router_gateway.rpc.decoding import LenientDecoding, methods_of_inference
 from router_gateway.rpc.health import SERVICES, Health
 from router_gateway.rpc.inference import InferenceServicer
 from router_gateway.settings import FleetSettings, GatewaySettings, check
-from router_gateway.stopping import StopSignals
 from stitch import channels
 from stitch.cluster import Cluster, GatewayPlace
+from stitch.event_loop import observe_delay
+from stitch.stopping import StopSignals
 from stitch.v1 import inference_pb2_grpc
 
 # Tokenizing long texts; more threads would take the cores from shards on the same machine.

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from router_gateway.stopping import StopSignals
+from stitch.stopping import StopSignals
 
 
 async def test_the_first_signal_is_told_from_the_second() -> None:

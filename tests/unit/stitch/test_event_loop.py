@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
-from router_gateway.background import running
-from router_gateway.event_loop import observe_delay
-from router_gateway.metrics import Metrics
+from prometheus_client import CollectorRegistry, Histogram
+
+from stitch.event_loop import observe_delay
 from tests.support.waiting import eventually
 
 
 async def test_a_blocked_loop_is_late() -> None:
-    metrics = Metrics(["weak"], ["length"])
+    registry = CollectorRegistry()
+    delay = Histogram("delay", "how late", registry=registry)
 
     def value(part: str) -> float:
-        found = metrics.registry.get_sample_value(f"stitch_event_loop_delay_seconds_{part}")
-        return found or 0.0
+        return registry.get_sample_value(f"delay_{part}") or 0.0
 
-    async with running(observe_delay(metrics.event_loop_delay, interval_seconds=0.001)):
+    observing = asyncio.create_task(observe_delay(delay, interval_seconds=0.001))
+    try:
         await eventually(lambda: value("count") >= 1)
         before = value("sum")
         # Blocks the loop on purpose.
         time.sleep(0.05)  # noqa: ASYNC251
         await eventually(lambda: value("sum") - before >= 0.04)
+    finally:
+        observing.cancel()
