@@ -43,3 +43,7 @@ def _run(parsed: argparse.Namespace) -> int:
         print(f"router-gateway: {error}", file=sys.stderr)
         return 2 if isinstance(error, InvalidRequest) else 1
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

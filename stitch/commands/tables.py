@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -15,17 +16,17 @@ from stitch.v1 import inference_pb2
 Rows = Iterable[Sequence[str]]
 
 
-def table(title: str, columns: Sequence[str], rows: Rows, right: Sequence[str] = ()) -> Table:
-    """A table of plain text; the columns named in `right` hold numbers."""
-    drawn = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+def table(title: str, columns: Sequence[str], rows: Rows, right: Sequence[str] = ()) -> Group:
+    """A table of plain text under its title; the columns named in `right` hold numbers."""
+    drawn = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
-    return drawn
+    return Group(Text(title, style="bold"), drawn)
 
 
-def models_table(found: inference_pb2.DescribeResponse) -> Table:
+def models_table(found: inference_pb2.DescribeResponse) -> Group:
     """Both models with their widths."""
     columns = ("half", "model", "family", "layers", "width", "vocabulary", "context")
     rows = [
@@ -36,24 +37,24 @@ def models_table(found: inference_pb2.DescribeResponse) -> Table:
     return table("models", columns, rows, right=columns[3:])
 
 
-def routes_table(found: inference_pb2.DescribeResponse) -> Table:
+def routes_table(found: inference_pb2.DescribeResponse) -> Group:
     """Every route's cut, the stitch there with its widths, and what one token costs."""
     widths = f"{found.bottom.hidden_size} → {found.top.hidden_size}"
     rows = [
         (
             route.name,
             f"0–{route.bottom_layers - 1}",
-            f"{widths}  {route.stitch[:12]}" if route.stitch else "none: one model, nothing left out",
+            f"{widths}  {route.stitch[:12]}" if route.stitch else "none: one model",
             f"{route.top_from}–{found.top.layers - 1}",
             millions(route.parameters),
         )
         for route in found.routes
     ]
-    columns = ("route", "bottom layers", "stitch", "top layers", "read per token")
+    columns = ("route", "bottom", "stitch", "top", "read per token")
     return table("routes", columns, rows, right=columns[4:])
 
 
-def shards_table(found: inference_pb2.DescribeResponse) -> Table:
+def shards_table(found: inference_pb2.DescribeResponse) -> Group:
     """Every shard's part, place and state."""
     rows = [
         (
@@ -70,7 +71,7 @@ def shards_table(found: inference_pb2.DescribeResponse) -> Table:
     return table("shards", columns, rows, right=("KV tokens",))
 
 
-def ttft_table(samples: Sequence[Sample], routes: Sequence[str]) -> Table:
+def ttft_table(samples: Sequence[Sample], routes: Sequence[str]) -> Group:
     """The median time to the first token at every length, one column a route."""
     by_route = {route: medians(samples, route) for route in routes}
     lengths = sorted({sample.length for sample in samples})
@@ -82,7 +83,7 @@ def ttft_table(samples: Sequence[Sample], routes: Sequence[str]) -> Table:
     return table("time to first token (median)", columns, rows, right=columns)
 
 
-def lines_table(samples: Sequence[Sample], routes: Sequence[str]) -> Table:
+def lines_table(samples: Sequence[Sample], routes: Sequence[str]) -> Group:
     """The regression line of every route."""
     columns = ("route", "ms per token", "intercept", "R²")
     rows = []

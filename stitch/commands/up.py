@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from rich.console import Console
@@ -20,18 +22,16 @@ WATCH_SECONDS = 0.5
 def run(parsed: argparse.Namespace) -> int:
     """Starts the cluster; without --detach it stays until Ctrl-C, SIGTERM or the gateway's end."""
     console = Console()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
-    cluster = bring_up(console, parsed.cluster)
-    console.print(f'{cluster.cluster.name} serves at {cluster.gateway}: try [bold]stitch ask[/] "…"', highlight=False)
-    if parsed.detach:
-        console.print("[bold]stitch down[/] stops it", highlight=False)
-        return 0
-    console.print("Ctrl-C stops it", highlight=False)
-    try:
-        watch(console, cluster)
-    finally:
-        take_down(console, cluster)
+    with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
+        cluster = bring_up(console, parsed.cluster)
+        if parsed.detach:
+            _announce(console, cluster, "[bold]stitch down[/] stops it")
+            return 0
+        try:
+            _announce(console, cluster, "Ctrl-C stops it")
+            watch(console, cluster)
+        finally:
+            take_down(console, cluster)
     return 0
 
 
@@ -72,6 +72,11 @@ def watch(console: Console, cluster: LocalCluster) -> None:
         time.sleep(WATCH_SECONDS)
 
 
+def _announce(console: Console, cluster: LocalCluster, ending: str) -> None:
+    console.print(f'{cluster.cluster.name} serves at {cluster.gateway}: try [bold]stitch ask[/] "…"', highlight=False)
+    console.print(ending, highlight=False)
+
+
 def _show_serving(console: Console, cluster: LocalCluster, name: str, seconds: float) -> None:
     part = ""
     if name != GATEWAY:
@@ -81,5 +86,16 @@ def _show_serving(console: Console, cluster: LocalCluster, name: str, seconds: f
     console.print(f"[green]✓[/] {line}", highlight=False)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def _interrupted_by(*numbers: signal.Signals) -> Iterator[None]:
+    """Makes these signals what Ctrl-C is."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

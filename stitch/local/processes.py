@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 POLL_SECONDS = 0.05
+# The system takes its time to give back a large process's memory.
+KILLED_SECONDS = 20.0
 
 
 @dataclass(slots=True)
@@ -26,9 +28,10 @@ class LocalProcess:
 
     def running(self) -> bool:
         """Whether it runs still."""
-        self._reap()
         if self.exit_code is not None:
             return False
+        if self._is_child():
+            return self.exit_code is None
         return _birth(self.pid) == self.birth if Path("/proc/self").exists() else _exists(self.pid)
 
     def send(self, number: signal.Signals) -> None:
@@ -45,15 +48,15 @@ class LocalProcess:
             time.sleep(POLL_SECONDS)
         return True
 
-    def _reap(self) -> None:
-        if self.exit_code is None:
-            try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:
-                # Started by another program, which has ended.
-                return
-            if pid == self.pid:
-                self.exit_code = os.waitstatus_to_exitcode(status)
+    def _is_child(self) -> bool:
+        """Whether this program has started it; notes its exit code where it has just ended."""
+        try:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+        except ChildProcessError:
+            return False
+        if pid == self.pid:
+            self.exit_code = os.waitstatus_to_exitcode(status)
+        return True
 
 
 def spawn(name: str, module: str, arguments: Sequence[str], log: Path) -> LocalProcess:
@@ -78,7 +81,7 @@ def stop(processes: Iterable[LocalProcess], grace_seconds: float) -> None:
         process.send(signal.SIGCONT)
         if not process.wait(grace_seconds):
             process.send(signal.SIGKILL)
-            process.wait(grace_seconds)
+            process.wait(KILLED_SECONDS)
 
 
 def _birth(pid: int) -> int | None:

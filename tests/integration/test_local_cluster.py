@@ -1,0 +1,144 @@
+"""A cluster of stand-in programs comes up and goes down. Knows no model."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from stitch.client import Client
+from stitch.cluster import load_cluster
+from stitch.errors import Unavailable
+from stitch.local.health import serves
+from stitch.local.processes import LocalProcess
+from stitch.local.running import GATEWAY, LocalCluster, attached, import_models, prepared
+from stitch.local.state import run_folder, running_clusters
+from tests.support.fake_programs import DYING, STUBBORN
+
+pytestmark = pytest.mark.usefixtures("programs")
+START_SECONDS = 60.0
+
+
+def local() -> LocalCluster:
+    return prepared(load_cluster("smollm2"), run_folder("smollm2"))
+
+
+def ignore(name: str, seconds: float) -> None:
+    pass
+
+
+def test_a_cluster_comes_up_answers_and_goes_down() -> None:
+    cluster = local()
+    served: list[str] = []
+    cluster.start_all(lambda name, seconds: served.append(name), START_SECONDS)
+    try:
+        assert sorted(served) == ["bottom-0", "gateway", "top-0"]
+        assert [folder.name for folder in running_clusters()] == ["smollm2"]
+        with Client(cluster.gateway) as client:
+            assert client.generate("hi").text == "echo: hi"
+    finally:
+        cluster.stop()
+    assert [process.exit_code for process in cluster.processes.values()] == [-signal.SIGTERM] * 3
+    assert running_clusters() == []
+    assert not serves(cluster.gateway)
+
+
+def test_a_later_command_finds_and_stops_it() -> None:
+    cluster = local()
+    cluster.start_all(ignore, START_SECONDS)
+    later = attached(run_folder("smollm2"))
+    assert later.gateway == cluster.gateway
+    assert list(later.processes) == ["bottom-0", "top-0", "gateway"]
+    later.stop()
+    assert running_clusters() == []
+
+
+def test_a_cluster_that_runs_is_not_started_twice() -> None:
+    cluster = local()
+    cluster.start_all(ignore, START_SECONDS)
+    try:
+        message = rf"smollm2 runs already \(bottom-0, top-0, gateway\) at {cluster.gateway}"
+        with pytest.raises(Unavailable, match=message):
+            local()
+    finally:
+        cluster.stop()
+
+
+def test_stale_state_is_no_hindrance() -> None:
+    cluster = local()
+    cluster.folder.record([LocalProcess(GATEWAY, pid=2**22 + 1, birth=1)])
+    local().start_all(ignore, START_SECONDS)
+    attached(run_folder("smollm2")).stop()
+
+
+def test_a_process_that_ends_early_is_reported_with_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DYING, "top-0")
+    cluster = local()
+    with pytest.raises(Unavailable, match="top-0 has ended with exit code 3") as caught:
+        cluster.start_all(ignore, START_SECONDS)
+    assert str(caught.value).endswith("top-0 begins\nthere is no room for my weights")
+    assert not any(process.running() for process in cluster.processes.values())
+    assert running_clusters() == []
+
+
+def test_a_process_that_never_serves_is_named() -> None:
+    cluster = local()
+    with pytest.raises(Unavailable, match=r"bottom-0, top-0, gateway did not serve within 0 s"):
+        cluster.start_all(ignore, timeout_seconds=0)
+    assert running_clusters() == []
+
+
+def test_one_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STUBBORN, "bottom-0")
+    cluster = local()
+    cluster.start_all(ignore, START_SECONDS)
+    cluster.stop(grace_seconds=1.0)
+    codes = {name: process.exit_code for name, process in cluster.processes.items()}
+    assert codes == {"bottom-0": -signal.SIGKILL, "top-0": -signal.SIGTERM, "gateway": -signal.SIGTERM}
+    assert "not now" in cluster.folder.last_lines("bottom-0")
+
+
+def test_one_process_can_be_killed_and_started_again() -> None:
+    cluster = local()
+    cluster.start_all(ignore, START_SECONDS)
+    try:
+        first = cluster.processes["top-0"]
+        first.send(signal.SIGKILL)
+        assert first.wait(START_SECONDS)
+        with pytest.raises(Unavailable, match="top-0 has ended with exit code -9"):
+            cluster.check_running("top-0")
+        cluster.start("top-0")
+        cluster.wait_until_serving(["top-0"], ignore, START_SECONDS)
+        assert cluster.processes["top-0"].pid != first.pid
+        assert [process.pid for process in run_folder("smollm2").processes()] == [
+            process.pid for process in cluster.processes.values()
+        ]
+    finally:
+        cluster.stop()
+
+
+def test_every_process_has_an_address_and_a_metrics_port() -> None:
+    cluster = local()
+    addresses = {cluster.address(name) for name in cluster.names}
+    assert len(addresses) == 3
+    assert len({cluster.metrics_port(name) for name in cluster.names} - {0}) == 3
+
+
+def test_every_distinct_model_is_imported_once(capfd: pytest.CaptureFixture[str]) -> None:
+    preset = load_cluster("smollm2")
+    import_models(preset)
+    other = preset.models.top.model_copy(update={"source": "another"})
+    import_models(preset.model_copy(update={"models": preset.models.model_copy(update={"top": other})}))
+    assert capfd.readouterr().out.splitlines() == [
+        f"importing {preset.models.bottom.source}",
+        "importing another",
+        f"importing {preset.models.bottom.source}",
+    ]
+
+
+def test_a_model_that_cannot_be_had_is_named() -> None:
+    preset = load_cluster("smollm2")
+    nowhere = preset.models.top.model_copy(update={"source": "nowhere"})
+    models = preset.models.model_copy(update={"bottom": nowhere, "top": nowhere})
+    with pytest.raises(Unavailable, match="the model nowhere could not be imported"):
+        import_models(preset.model_copy(update={"models": models}))

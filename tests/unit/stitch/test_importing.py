@@ -1,0 +1,59 @@
+"""What an import costs: clients carry no model library, and `--help` loads next to nothing. Runs each in a process."""
+
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stitch
+
+ROOT = Path(__file__).parents[3]
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The top-level packages that a fresh Python has loaded after this statement."""
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {statement}; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in result.stdout.splitlines()[-1].split()}
+
+
+def modules() -> list[str]:
+    return [module.name for module in pkgutil.walk_packages(stitch.__path__, "stitch.")]
+
+
+def test_nothing_here_needs_a_model_library() -> None:
+    assert "stitch.commands.demo" in modules()
+    loaded = loaded_by(f"import {', '.join(modules())}")
+    assert {"grpc", "rich", "matplotlib"} <= loaded
+    assert not loaded & {
+        "torch",
+        "transformers",
+        "gguf",
+        "safetensors",
+        "tokenizers",
+        "stitch_server",
+        "router_gateway",
+    }
+
+
+@pytest.mark.parametrize(
+    "module", ["stitch.client", "stitch.cluster", "stitch.local.running", "stitch.batch_file", "stitch.ttft"]
+)
+def test_pictures_are_for_the_command_alone(module: str) -> None:
+    assert not loaded_by(f"import {module}") & {"rich", "matplotlib", "numpy"}
+
+
+def test_the_client_needs_nothing_of_a_server() -> None:
+    assert not loaded_by("import stitch.client") & {"prometheus_client", "jinja2", "numpy"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["ask", "--help"], ["up", "--help"]])
+def test_help_loads_no_library(arguments: list[str]) -> None:
+    call = f"from stitch.cli import parser\ntry: parser().parse_args({arguments})\nexcept SystemExit: pass\nprint()"
+    loaded = loaded_by(f"exec({call!r})")
+    assert "argparse" in loaded
+    assert not loaded & {"grpc", "google", "pydantic", "rich", "matplotlib", "numpy", "asyncio"}
