@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from stitch_server.model.stitch import Stitch
 
-logging.disable_progress_bar()
+logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 class StitchedReference:
@@ -67,4 +67,4 @@ def _with_layers(folder: Path, first: int, end: int | None) -> PreTrainedModel:
     model.config.num_hidden_layers = len(model.model.layers)
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[first:end]
-    return model.eval()
+    return model

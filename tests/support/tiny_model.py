@@ -20,7 +20,7 @@ TOKENS = byte_tokenizer().get_vocab_size()
 CONTEXT_LENGTH = 2048
 # Large enough that layers matter and that no two logits are near each other.
 INITIAL_RANGE = 0.15
-logging.disable_progress_bar()
+logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def write_tiny_model(
