@@ -1,0 +1,1 @@
+"""Making stitches: reading text, least squares, distillation, judging. Knows no shard and no wire."""

@@ -1,0 +1,50 @@
+"""Flags that fitting, sweeping and evaluating share. Imports no torch, so that help is instant."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from stitch.errors import InvalidRequest
+from stitch_server.fit.packing import DataSettings
+
+
+def add_cluster(parser: argparse.ArgumentParser) -> None:
+    """Which models, and how to compute them."""
+    parser.add_argument("cluster", metavar="CLUSTER", help="a cluster file, or the name of a preset")
+    kinds = ["float32", "bfloat16"]
+    parser.add_argument("--dtype", choices=kinds, default="float32", help="how the models compute; default: float32")
+    parser.add_argument("--threads", metavar="N", type=int, default=0, help="processor threads; default: all cores")
+
+
+def add_data(parser: argparse.ArgumentParser, tokens: int) -> None:
+    """Which text, and how much of it; by default `tokens` tokens to fit on."""
+    parser.add_argument(
+        "--data", metavar="FILE", nargs="+", type=Path, required=True, help="text, JSONL, chat JSONL; .gz too"
+    )
+    parser.add_argument("--tokens", metavar="N", type=int, default=tokens, help=f"to fit on; default: {tokens}")
+    parser.add_argument("--held-out-tokens", metavar="N", type=int, default=8192, help="to judge on; default: 8192")
+    parser.add_argument("--sequence-tokens", metavar="N", type=int, default=512, help="in one sequence; default: 512")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order of the data; default: 0")
+
+
+def data_settings(parsed: argparse.Namespace) -> DataSettings:
+    """The data's flags. Raises InvalidRequest where one is out of its range."""
+    for field, least in (("tokens", 1), ("held_out_tokens", 1), ("sequence_tokens", 16)):
+        if getattr(parsed, field) < least:
+            raise InvalidRequest(field, getattr(parsed, field), f"it must be at least {least}")
+    return DataSettings(
+        files=tuple(parsed.data),
+        tokens=parsed.tokens,
+        held_out_tokens=parsed.held_out_tokens,
+        sequence_tokens=parsed.sequence_tokens,
+        seed=parsed.seed,
+    )
+
+
+def use_threads(parsed: argparse.Namespace) -> None:
+    """Lets torch use `--threads` threads."""
+    import torch
+
+    if parsed.threads > 0:
+        torch.set_num_threads(parsed.threads)

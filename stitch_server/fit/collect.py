@@ -1,0 +1,144 @@
+"""One pass over the data through both models: sums for least squares, a trace for distillation. Knows no stitch.
+
+It can be interrupted at any point: what counts is the last checkpoint, and a resumed pass adds the same numbers in
+the same order as one that never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stitch.errors import InvalidRequest
+from stitch_server.fit.frozen import Pair, states_at, teacher_of
+from stitch_server.fit.packing import PackedSequence
+from stitch_server.fit.sums import Cut, Sums
+from stitch_server.fit.trace import Teacher, Trace, TraceShape
+
+BATCH_SEQUENCES = 4
+CHECKPOINT_BATCHES = 8
+CHECKPOINT = "collected.safetensors"
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A finished pass: `sequences` of the trace count, `fingerprint` is of their tokens."""
+
+    sums: Sums
+    trace: Trace
+    sequences: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a pass is over. Two passes with equal fields give equal results, so a checkpoint names them all."""
+
+    name: str
+    sequences: int
+    sequence_tokens: int
+    cuts: tuple[Cut, ...]
+    # Whatever else decides the numbers: models, files, seed, dtype.
+    settings: str
+
+
+class Collector:
+    """Adds batches of sequences to the sums and the trace of a folder."""
+
+    def __init__(self, pair: Pair, whole: Pass, folder: Path) -> None:
+        self._pair, self._pass = pair, whole
+        self.sums = Sums(whole.cuts, pair.bottom.hidden_size, pair.top.hidden_size)
+        depths = self.sums.bottom_depths
+        shape = TraceShape(whole.sequences, whole.sequence_tokens, pair.bottom.hidden_size, depths)
+        self._checkpoint = folder / CHECKPOINT
+        self.done, self.fingerprint = 0, hashlib.sha256(whole.settings.encode()).hexdigest()
+        if self._checkpoint.exists():
+            self._resume()
+        self.trace = Trace(folder, shape)
+
+    def _resume(self) -> None:
+        with safe_open(self._checkpoint, "pt") as file:
+            metadata = file.metadata()
+            if metadata["pass"] != self._described():
+                limit = f"it was begun with other settings; remove {self._checkpoint.parent} to begin anew"
+                raise InvalidRequest("work", str(self._checkpoint), limit)
+            self.sums.load({name: file.get_tensor(name) for name in list(file.keys())})
+        self.done, self.fingerprint = int(metadata["done"]), metadata["fingerprint"]
+
+    def _described(self) -> str:
+        return json.dumps(asdict(self._pass))
+
+    def add(self, batch: list[PackedSequence]) -> None:
+        """Runs a batch through both models and counts it in."""
+        tokens = torch.tensor([sequence.token_ids for sequence in batch])
+        with torch.no_grad():
+            bottom, teacher = self._bottom_states(tokens)
+            same = self._pair.top is self._pair.bottom
+            top = bottom if same else states_at(self._pair.top, tokens, self.sums.top_depths)
+            self.sums.add(bottom, top)
+        hidden = {k: bottom[k] for k in self.sums.bottom_depths}
+        self.trace.write(self.done, tokens, [sequence.file for sequence in batch], hidden, teacher)
+        self.done += len(batch)
+        for sequence in batch:
+            self.fingerprint = chained(self.fingerprint, sequence.token_ids)
+
+    def _bottom_states(self, tokens: Tensor) -> tuple[dict[int, Tensor], Teacher]:
+        model, depths = self._pair.bottom, {*self.sums.bottom_depths}
+        if self._pair.top is model:
+            depths |= {*self.sums.top_depths}
+        states = states_at(model, tokens, [*depths, model.depth])
+        return states, teacher_of(model, states[model.depth])
+
+    def checkpoint(self) -> None:
+        """Leaves everything so far on disk, whole or not at all."""
+        self.trace.flush()
+        metadata = {"pass": self._described(), "done": str(self.done), "fingerprint": self.fingerprint}
+        partial = self._checkpoint.with_suffix(".partial")
+        save_file(self.sums.state(), partial, metadata)
+        partial.replace(self._checkpoint)
+
+
+def collect(
+    pair: Pair, whole: Pass, folder: Path, sequences: Iterable[PackedSequence], progress: Callable[[int, int], None]
+) -> Collected:
+    """Goes on with the pass in `folder` until `whole.sequences` sequences, or all that there are, are counted.
+
+    `progress(done, of)` is called after every batch. Raises InvalidRequest where the folder holds another pass.
+    """
+    collector = Collector(pair, whole, folder)
+    rest = islice(sequences, collector.done, whole.sequences)
+    for number, batch in enumerate(_batches(rest), 1):
+        collector.add(batch)
+        progress(collector.done, whole.sequences)
+        if number % CHECKPOINT_BATCHES == 0:
+            collector.checkpoint()
+    collector.checkpoint()
+    return Collected(collector.sums, collector.trace, collector.done, collector.fingerprint)
+
+
+def cuts_of(folder: Path) -> tuple[Cut, ...]:
+    """The cuts of the pass that was begun in `folder`; none where there is none."""
+    if not (folder / CHECKPOINT).exists():
+        return ()
+    with safe_open(folder / CHECKPOINT, "pt") as file:
+        begun = json.loads(file.metadata()["pass"])
+    return tuple((k, j) for k, j in begun["cuts"])
+
+
+def _batches(sequences: Iterator[PackedSequence]) -> Iterator[list[PackedSequence]]:
+    while batch := list(islice(sequences, BATCH_SEQUENCES)):
+        yield batch
+
+
+def chained(fingerprint: str, token_ids: tuple[int, ...]) -> str:
+    """The fingerprint of all sequences so far and one more; resumable, unlike a running hash."""
+    return hashlib.sha256(fingerprint.encode() + json.dumps(token_ids).encode()).hexdigest()

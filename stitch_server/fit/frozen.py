@@ -1,0 +1,74 @@
+"""Whole models that are run in parts and never change. Knows no stitch and no data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stitch_server.fit.trace import TEACHER_TOKENS, Teacher
+
+# Rows of logits in memory at a time; with a vocabulary of 152 k and in float32 one has 0.6 MB.
+LOGIT_ROWS = 256
+
+
+class FrozenModel(Protocol):
+    """Sequences are causal and begin at position 0. Gradients go through to the hidden states, not to the weights."""
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of its hidden states."""
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """`[sequences, tokens]` to the hidden states before layer 0, `[sequences, tokens, hidden]`."""
+
+    def run(self, hidden: Tensor, first: int, end: int) -> Tensor:
+        """Hidden states `[sequences, tokens, hidden]` through layers [first, end)."""
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Hidden states `[rows, hidden]` behind the last layer to float32 `[rows, vocabulary]`."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A bottom and a top model; one object twice where a model is cut against itself."""
+
+    bottom: FrozenModel
+    top: FrozenModel
+
+
+def states_at(model: FrozenModel, tokens: Tensor, depths: Iterable[int]) -> dict[int, Tensor]:
+    """Hidden states `[sequences, tokens, hidden]` of `tokens` behind each of `depths` layers."""
+    hidden, reached, states = model.embed(tokens), 0, {}
+    for depth in sorted(set(depths)):
+        hidden = model.run(hidden, reached, depth) if depth > reached else hidden
+        reached, states[depth] = depth, hidden
+    return states
+
+
+def teacher_of(model: FrozenModel, hidden: Tensor) -> Teacher:
+    """The likeliest next tokens after hidden states `[sequences, tokens, hidden]` of the whole model."""
+    kept = [_likeliest(model.logits(rows)) for rows in torch.split(hidden.flatten(0, 1), LOGIT_ROWS)]
+    shape = (*hidden.shape[:2], TEACHER_TOKENS)
+    ids, logprobs = (torch.cat(parts).view(shape) for parts in zip(*kept, strict=True))
+    return Teacher(ids, logprobs)
+
+
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    values, ids = logits.topk(TEACHER_TOKENS)
+    return ids, values - logits.logsumexp(-1, keepdim=True)
+
+
+def next_token_losses(model: FrozenModel, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy `[sequences, tokens - 1]` of each following token, in nats; `hidden` is the last layer's."""
+    rows, following = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    parts = zip(torch.split(rows, LOGIT_ROWS), torch.split(following, LOGIT_ROWS), strict=True)
+    losses = [torch.nn.functional.cross_entropy(model.logits(part), ids, reduction="none") for part, ids in parts]
+    return torch.cat(losses).view(len(tokens), -1)

@@ -1,0 +1,76 @@
+"""What a stitch is trained for: the bottom model's distribution and the next token. Knows no optimizer.
+
+For a token with the student's distribution s, the teacher's p and the following token t the loss is
+
+    share * KL(p || s) + (1 - share) * -log s(t)
+
+where p is known for its likeliest tokens K alone; all others count as one outcome, for p as for s. The gradient by
+the logits is s - share q - (1 - share) e_t, with q = p on K and q = s p(rest) / s(rest) elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stitch_server.fit.frozen import LOGIT_ROWS, FrozenModel
+from stitch_server.fit.trace import Teacher
+
+_LEAST = 1e-6
+
+
+def token_losses(logits: Tensor, following: Tensor, teacher: Teacher, teacher_share: float) -> tuple[Tensor, Tensor]:
+    """Loss `[tokens]` in nats and its gradient by float32 logits `[tokens, vocabulary]`, which it is written over.
+
+    `following` `[tokens]` are the tokens that came next; the teacher's entries are `[tokens, kept]`.
+    """
+    logprobs = logits.sub_(logits.logsumexp(-1, keepdim=True))
+    of_following = logprobs.gather(1, following[:, None])
+    of_kept, wanted = logprobs.gather(1, teacher.ids), teacher.logprobs.exp()
+    kept = of_kept.exp()
+    wanted_rest = (1 - wanted.sum(1, keepdim=True)).clamp(min=_LEAST)
+    rest = (1 - kept.sum(1, keepdim=True)).clamp(min=_LEAST)
+    divergence = (wanted * (teacher.logprobs - of_kept)).sum(1) + (wanted_rest * (wanted_rest / rest).log())[:, 0]
+    gradient = logprobs.exp_().mul_(1 - teacher_share * wanted_rest / rest)
+    gradient.scatter_add_(1, teacher.ids, teacher_share * (wanted_rest / rest * kept - wanted))
+    gradient.scatter_add_(1, following[:, None], torch.full_like(of_following, teacher_share - 1))
+    return teacher_share * divergence - (1 - teacher_share) * of_following[:, 0], gradient
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Mean loss behind the head, in parts, so that only LOGIT_ROWS rows of logits exist at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, model: FrozenModel, following: Tensor, teacher: Teacher, teacher_share: float
+    ) -> Tensor:
+        gradients, total = [], torch.zeros(())
+        for start in range(0, len(rows), LOGIT_ROWS):
+            part = slice(start, start + LOGIT_ROWS)
+            chosen = Teacher(teacher.ids[part], teacher.logprobs[part])
+            with torch.enable_grad():
+                inputs = rows[part].detach().requires_grad_()
+                logits = model.logits(inputs)
+            losses, gradient = token_losses(logits.detach().clone(), following[part], chosen, teacher_share)
+            gradients.append(torch.autograd.grad(logits, inputs, gradient)[0])
+            total += losses.sum()
+        ctx.save_for_backward(torch.cat(gradients) / len(rows))
+        return total / len(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0], None, None, None, None
+
+
+def head_loss(model: FrozenModel, hidden: Tensor, tokens: Tensor, teacher: Teacher, teacher_share: float) -> Tensor:
+    """Mean loss over sequences of `tokens` `[sequences, tokens]`, whose last layer gave `hidden`.
+
+    A sequence's last token has none that follows, so it does not count.
+    """
+    rows, following = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    known = Teacher(teacher.ids[:, :-1].flatten(0, 1), teacher.logprobs[:, :-1].flatten(0, 1))
+    loss: Tensor = _HeadLoss.apply(rows, model, following, known, teacher_share)  # type: ignore[no-untyped-call]
+    return loss

@@ -1,0 +1,65 @@
+"""Loads both models of a cluster for fitting. Knows no route and no data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stitch.cluster import Cluster
+from stitch.environment import cache_folder
+from stitch.errors import Incompatible
+from stitch_server.fit.encoding import FolderEncoder
+from stitch_server.fit.frozen import Pair
+from stitch_server.fit.whole import WholeModel
+from stitch_server.model.counting import ParameterCount
+from stitch_server.model.description import ModelDescription
+from stitch_server.model.tokenizer_hash import tokenizer_hash
+from stitch_server.sources.resolve import resolve
+
+
+@dataclass(frozen=True)
+class LoadedPair:
+    """Two models in memory, and what identifies them."""
+
+    pair: Pair
+    bottom: ModelDescription
+    top: ModelDescription
+    bottom_count: ParameterCount
+    top_count: ParameterCount
+    encoder: FolderEncoder
+    tokenizer: str
+
+    @property
+    def is_one_model(self) -> bool:
+        """Whether a model is cut against itself."""
+        return self.pair.bottom is self.pair.top
+
+
+def load_pair(cluster: Cluster, dtype: torch.dtype) -> LoadedPair:
+    """Both models whole, on the processor, in `dtype`; once where they are one.
+
+    Raises Incompatible where their tokenizers differ.
+    """
+    sources = cluster.models.bottom, cluster.models.top
+    folders = [resolve(source.source, cache_folder()) for source in sources]
+    hashes = [tokenizer_hash(folder) for folder in folders]
+    if hashes[0] != hashes[1]:
+        raise Incompatible(f"the tokenizers of {sources[0].id} and {sources[1].id} differ")
+    descriptions = [ModelDescription.read(folder, source.id) for folder, source in zip(folders, sources, strict=True)]
+    bottom = _load(folders[0], descriptions[0], dtype)
+    top = bottom if folders[0] == folders[1] else _load(folders[1], descriptions[1], dtype)
+    return LoadedPair(
+        pair=Pair(bottom, top),
+        bottom=descriptions[0],
+        top=descriptions[1],
+        bottom_count=ParameterCount.read(folders[0]),
+        top_count=ParameterCount.read(folders[1]),
+        encoder=FolderEncoder(folders[0]),
+        tokenizer=hashes[0],
+    )
+
+
+def _load(folder: Path, description: ModelDescription, dtype: torch.dtype) -> WholeModel:
+    return WholeModel.load(folder, description.layers, torch.device("cpu"), dtype)

@@ -1,0 +1,80 @@
+"""A model's own layers as a frozen whole, over sequences instead of sessions. Knows no cache and no stitch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stitch_server.model.decoder import DecoderLayers
+from stitch_server.model.embedding import Embedding
+from stitch_server.model.head import Head
+
+
+class WholeModel:
+    """Embedding, all layers and head of one model folder; a `frozen.FrozenModel`."""
+
+    def __init__(self, embedding: Embedding, layers: DecoderLayers, head: Head, dtype: torch.dtype) -> None:
+        self._embedding, self._layers, self._head, self._dtype = embedding, layers, head, dtype
+
+    @classmethod
+    def load(cls, folder: Path, layers: int, device: torch.device, dtype: torch.dtype) -> WholeModel:
+        """Raises Incompatible where the folder does not hold `layers` layers of a known family."""
+        decoder = DecoderLayers.load(folder, 0, layers, device, dtype)
+        return cls(Embedding.load(folder, device, dtype), decoder, Head.load(folder, device, dtype), dtype)
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers."""
+        return self._layers.end
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of its hidden states."""
+        return self._layers.hidden_size
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """`[sequences, tokens]` to the hidden states before layer 0, `[sequences, tokens, hidden]`."""
+        return self._embedding(tokens)
+
+    def run(self, hidden: Tensor, first: int, end: int) -> Tensor:
+        """Hidden states `[sequences, tokens, hidden]` through layers [first, end), each sequence from position 0 on."""
+        sequences, length, _ = hidden.shape
+        rotary = self._layers.rotary(torch.arange(length, device=hidden.device).repeat(sequences))
+        packed = hidden.to(self._dtype).flatten(0, 1)
+        return self._layers.run(packed, rotary, CausalSequences(sequences), first, end).view(sequences, length, -1)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Hidden states `[rows, hidden]` behind the last layer to float32 `[rows, vocabulary]`."""
+        return self._head(rows.to(self._dtype))
+
+
+class CausalSequences:
+    """Attention inside each of `sequences` sequences of one length, packed one behind the other; keeps nothing."""
+
+    def __init__(self, sequences: int) -> None:
+        self._sequences = sequences
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """As `model.attend.Attend` says."""
+        query, key, value = (self._sequence_wise(part) for part in (query, key, value))
+        length = query.shape[2]
+        mask = None if window is None or window >= length else banded(length, window, query.device)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+        return mixed.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def _sequence_wise(self, packed: Tensor) -> Tensor:
+        """`[tokens, heads, head_dim]` to `[sequences, heads, tokens, head_dim]`."""
+        return packed.view(self._sequences, -1, *packed.shape[1:]).transpose(1, 2)
+
+
+def banded(length: int, window: int, device: torch.device) -> Tensor:
+    """bool `[length, length]`: token p sees p - window + 1 to p."""
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return causal.triu(1 - window)
