@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from router_gateway.fleet.fleet import Fleet
 from router_gateway.fleet.replica import Replica
@@ -51,14 +51,24 @@ class Catalogue:
         )
 
     def _route(self, route: RouteCut) -> inference_pb2.RouteDescription:
-        """As the shards describe it; from the file alone, its cut and nothing else."""
-        for identity in self._identities():
-            for described in identity.routes:
-                if described.name == route.name and described.parameters:
-                    return described
+        """The cut as the file has it; parameters are 0 until every stage of the route has said what it reads."""
+        said = [self._said_of(route, stage) for stage in self._cluster.stages(route)]
         return inference_pb2.RouteDescription(
-            name=route.name, bottom_layers=route.bottom_layers, top_from=route.top_from
+            name=route.name,
+            bottom_layers=route.bottom_layers,
+            top_from=route.top_from,
+            stitch=next((part.stitch for part in said if part.stitch), ""),
+            parameters=sum(part.parameters for part in said) if all(part.parameters for part in said) else 0,
         )
+
+    def _said_of(self, route: RouteCut, stage: Iterable[ShardPlace]) -> inference_pb2.RouteDescription:
+        """What any replica of a stage says of its own part of the route."""
+        for place in stage:
+            identity = self._fleet.replicas[place.name].identity
+            for part in identity.routes if identity is not None else ():
+                if part.name == route.name:
+                    return part
+        return inference_pb2.RouteDescription()
 
     def _model(self, role: str, source: ModelSource) -> inference_pb2.Model:
         """As a shard of that role describes its own model, or as its neighbour does."""

@@ -44,8 +44,9 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         self.files = tokenizer_files()
         self.tokenizer = "bytes"
         self.kv_capacity_tokens = self.free_kv_tokens = 10_000
-        # Parameters read for a token, by route.
-        self.parameters = {"weak": 600, "strong": 900}
+        # Parameters that this shard reads for a token, by route.
+        self.parameters = {"weak": 600, "strong": 900} if role == "bottom" else {"weak": 500, "strong": 500}
+        self.stitches = {"weak": "s1"} if role == "top" else {}
         # What to do before the n-th generated token, once.
         self.faults: dict[int, Fault] = {}
         # Describe waits for it.
@@ -150,7 +151,8 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
             kv_capacity_tokens=self.kv_capacity_tokens,
             tokenizer=self.tokenizer,
             routes=[
-                inference_pb2.RouteDescription(name=name, parameters=count) for name, count in self.parameters.items()
+                inference_pb2.RouteDescription(name=name, parameters=count, stitch=self.stitches.get(name, ""))
+                for name, count in self.parameters.items()
             ],
         )
 

@@ -35,8 +35,9 @@ async def test_what_shards_say_is_merged_in() -> None:
         described = catalogue.describe()
         assert described.cluster == "fake"
         assert described.bottom.layers == 8
-        assert [route.parameters for route in described.routes] == [600, 900]
+        assert [route.parameters for route in described.routes] == [1_100, 1_400]
         assert [(shard.name, shard.serving) for shard in described.shards] == [("bottom-0", True), ("top-0", False)]
+        assert [route.stitch for route in described.routes] == ["s1", ""]
         assert described.shards[1].dtype == "float32"
         assert catalogue.context_tokens == CONTEXT_TOKENS
         assert catalogue.vocabulary_size == VOCABULARY_SIZE
@@ -58,12 +59,14 @@ async def test_routes_are_ordered_by_parameters_once_all_are_known() -> None:
         catalogue = Catalogue(cluster, fleet)
         assert catalogue.routes() == ["weak", "strong"]
         await fleet.refresh(["bottom-0"])
+        assert catalogue.routes() == ["weak", "strong"]
+        await fleet.refresh(["top-0"])
         assert catalogue.routes() == ["strong", "weak"]
 
 
 async def test_routes_are_ordered_by_layers_while_one_is_unknown() -> None:
     bottom = FakeShard("bottom-0", "bottom")
-    bottom.parameters = {"weak": 1_000}
+    bottom.parameters = {"weak": 9_000}
     async with fleet_of(bottom, FakeShard("top-0", "top")) as (cluster, fleet):
-        await fleet.refresh(["bottom-0"])
+        await fleet.refresh()
         assert Catalogue(cluster, fleet).routes() == ["weak", "strong"]

@@ -1,0 +1,111 @@
+"""What a gain must be for a dearer route to pay, in a file that a running gateway reads again. Knows no model.
+
+`router-gateway calibrate` writes such a file; replacing it changes the budget of a running gateway, and a file that is
+broken changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import Field, ValidationError
+
+from stitch.errors import InvalidRequest
+from stitch.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+# A change is seen after this at most, and judging reads the file's date no more often.
+LOOK_AGAIN_SECONDS = 1.0
+
+
+class Thresholds(Settings):
+    """One threshold for each route but the cheapest, in the labels' unit of quality."""
+
+    # Cheapest first.
+    routes: tuple[str, ...] = Field(min_length=1, strict=False)
+    thresholds: tuple[float, ...] = Field(strict=False)
+    # The artefact that they were calibrated for.
+    router: str
+    # What they were calibrated to: the mean cost between all cheapest (0) and all dearest (1).
+    budget: float = Field(ge=0, le=1, strict=False)
+
+
+class ThresholdSource(Protocol):
+    """Where a router finds the thresholds of this moment."""
+
+    def current(self) -> tuple[float, ...]:
+        """One for each route but the cheapest."""
+        ...
+
+
+class FixedThresholds:
+    """The same ones always."""
+
+    def __init__(self, thresholds: tuple[float, ...]) -> None:
+        self._thresholds = thresholds
+
+    def current(self) -> tuple[float, ...]:
+        return self._thresholds
+
+
+class WatchedThresholds:
+    """Those of a file, read again when its date or size changes; what can't be read leaves the last ones in force."""
+
+    def __init__(self, path: Path, router: str, routes: int, now: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._router, self._routes, self._now = path, router, routes, now
+        self._stamp = _stamp(path)
+        self._thresholds = self._read()
+        self._look_at = now() + LOOK_AGAIN_SECONDS
+
+    def current(self) -> tuple[float, ...]:
+        if self._now() >= self._look_at:
+            self._look_at = self._now() + LOOK_AGAIN_SECONDS
+            self._look()
+        return self._thresholds
+
+    def _look(self) -> None:
+        stamp = _stamp(self._path)
+        if stamp in (None, self._stamp):
+            return
+        self._stamp = stamp
+        try:
+            self._thresholds = self._read()
+        except InvalidRequest as error:
+            _log.error("the thresholds stay as they are: %s", error)
+        else:
+            _log.info("new thresholds: %s", ", ".join(f"{threshold:.3f}" for threshold in self._thresholds))
+
+    def _read(self) -> tuple[float, ...]:
+        found = read_thresholds(self._path)
+        if found.router != self._router:
+            raise InvalidRequest("thresholds.router", found.router, f"this router is {self._router}")
+        if len(found.thresholds) != self._routes - 1:
+            limit = f"{self._routes} routes need {self._routes - 1} of them"
+            raise InvalidRequest("thresholds.thresholds", found.thresholds, limit)
+        return found.thresholds
+
+
+def read_thresholds(path: Path) -> Thresholds:
+    """Raises InvalidRequest, naming the field, where the file is none of thresholds."""
+    try:
+        return Thresholds.model_validate(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            field = ".".join(map(str, ("thresholds", *first["loc"])))
+            raise InvalidRequest(field, first["input"], first["msg"]) from error
+        raise InvalidRequest("thresholds", str(path), f"it can't be read: {error}") from error
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        seen = path.stat()
+    except OSError:
+        return None
+    return seen.st_mtime_ns, seen.st_size
