@@ -23,9 +23,9 @@ GenerateCall = grpc.aio.UnaryStreamCall[shard_pb2.ShardGenerateRequest, shard_pb
 class Patience:
     """When a shard counts as gone."""
 
-    answer_seconds: float = 3.0
+    answer_seconds: float
     # A shard that refuses the connection is gone at once; one that is silent only after so many polls in a row.
-    silent_polls: int = 2
+    silent_polls: int
 
 
 class Replica:

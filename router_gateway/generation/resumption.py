@@ -23,11 +23,11 @@ from stitch.errors import Exhausted, StitchError, Unavailable
 class Persistence:
     """How long an answer is resumed before it is given up; every new token makes the counts begin anew."""
 
-    wait_seconds: float = 5.0
+    wait_seconds: float
     # Before a chain that failed is tried again.
-    first_pause_seconds: float = 0.1
+    first_pause_seconds: float
     # A session that kills its shard must not kill every shard.
-    most_losses: int = 5
+    most_losses: int
 
 
 @dataclass(frozen=True, slots=True)

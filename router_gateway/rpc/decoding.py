@@ -33,9 +33,9 @@ Behaviour = Callable[[Any, grpc.aio.ServicerContext[Any, Any]], Awaitable[Any]]
 
 
 class LenientDecoding(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone
-    """Ends calls with INVALID_ARGUMENT, field, value and limit where the request of a `services` method is malformed.
+    """Ends calls with INVALID_ARGUMENT, field, value and limit where the request of one of `methods` is malformed.
 
-    `services` maps a method's full path to its type of request; other methods are left alone. Their servicers are
+    `methods` maps a method's full path to its type of request; other methods are left alone. Their servicers are
     coroutines, those with many responses write them to the context.
     """
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from grpc_health.v1 import health_pb2
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1 import health, health_pb2
 
 from router_gateway.fleet.fleet import Fleet
 
@@ -22,7 +21,8 @@ class Health:
     """The servicer, and what it says."""
 
     def __init__(self) -> None:
-        self.servicer = HealthServicer()
+        # The stubs know the servicer of threaded servers only.
+        self.servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
 
     async def follow(self, fleet: Fleet, ready: Callable[[], bool]) -> None:
         """Sets the status anew after every change among the shards, for ever."""

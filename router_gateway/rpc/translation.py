@@ -32,6 +32,8 @@ _REASONS = {
 def to_request(message: inference_pb2.GenerateRequest) -> Request:
     """Raises InvalidRequest for a message without input, or with a sampling outside of its limits."""
     validation.check_count("request_id", message.request_id, MAX_REQUEST_ID_CHARACTERS, "characters")
+    if not message.request_id.isprintable():
+        raise InvalidRequest("request_id", message.request_id, "it must be printable, for it stands in logs")
     validation.check_stop(message.stop)
     return Request(
         request_id=message.request_id or uuid.uuid4().hex,

@@ -47,7 +47,7 @@ async def test_only_the_named_shards_are_polled() -> None:
 async def test_a_watched_fleet_sees_a_shard_go_and_come_back() -> None:
     shard = FakeShard("bottom-0", "bottom")
     async with fake_cluster(shard, FakeShard("top-0", "top")) as cluster:
-        fleet = Fleet(cluster, channels.open_channel, Patience(answer_seconds=0.2))
+        fleet = Fleet(cluster, channels.open_channel, Patience(answer_seconds=0.2, silent_polls=1))
         replica = fleet.replicas["bottom-0"]
         async with watched(fleet, poll_seconds=0.01):
             await eventually(lambda: replica.serving)

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stitch.errors import Exhausted, InvalidRequest, Unavailable, from_rpc_error
 from stitch.v1 import inference_pb2
@@ -181,19 +182,21 @@ async def test_a_full_shard_s_word_reaches_the_client(reach: Reach) -> None:
 async def test_without_a_shard_the_answer_is_unavailable_until_it_returns(reach: Reach) -> None:
     bottom, top = shards()
     async with reach(bottom, top) as gateway:
+        health = aiter(health_pb2_grpc.HealthStub(gateway.channel).Watch(health_pb2.HealthCheckRequest()))
+        assert (await anext(health)).status == health_pb2.HealthCheckResponse.SERVING
         await top.stop()
-        await eventually(lambda: not _serving(gateway.gateway))
+        assert (await anext(health)).status == health_pb2.HealthCheckResponse.NOT_SERVING
         error = await refusal(gateway.generate())
         assert isinstance(error, Unavailable)
         assert error.generated_tokens == 0
         await top.start()
-        await eventually(lambda: _serving(gateway.gateway))
+        assert (await anext(health)).status == health_pb2.HealthCheckResponse.SERVING
         assert text_of(await gateway.generate()) == TEXT
 
 
 async def test_a_lost_answer_says_how_far_it_came(reach: Reach) -> None:
     bottom, top = shards()
-    bottom.faults = {index: aborts(grpc.StatusCode.UNAVAILABLE) for index in (2,)}
+    bottom.faults[2] = aborts(grpc.StatusCode.UNAVAILABLE)
     async with reach(bottom, top, replay={"most_losses": 0}) as gateway:
         error = await refusal(gateway.generate())
     assert isinstance(error, Unavailable)
@@ -283,7 +286,3 @@ async def test_describe_says_what_is_there(reach: Reach) -> None:
         described = await gateway.stub.Describe(inference_pb2.DescribeRequest())
     assert [shard.serving for shard in described.shards] == [True, True]
     assert [route.name for route in described.routes] == ["weak", "strong"]
-
-
-def _serving(gateway: Any) -> bool:
-    return bool(gateway.health.servicer._server_status[""] == 1)

@@ -52,6 +52,7 @@ def test_a_conversation_keeps_its_turns() -> None:
     [
         (inference_pb2.GenerateRequest(), "input"),
         (message(request_id="x" * 129), "request_id"),
+        (message(request_id="mine\nnext line"), "request_id"),
         (message(stop=["a", ""]), "stop[1]"),
         (message(stop=["a"] * 1_000_000), "stop"),
         (message(sampling=inference_pb2.Sampling(stop_token_ids=[1] * 1_025)), "sampling.stop_token_ids"),
