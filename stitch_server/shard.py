@@ -99,7 +99,9 @@ def _stitch(
     if path is None:
         return None
     stitch = Stitch.load(path, device, dtype)
-    stitch.check_top(route.name, top, route.bottom_layers, route.top_from, tokenizer)
+    stitch.check_cut(route.bottom_layers, route.top_from)
+    stitch.check_models(top=top.to_proto())
+    stitch.check_tokenizer(tokenizer)
     return stitch
 
 
@@ -129,7 +131,7 @@ class Shard:
 
     def incoming_width(self, caller_role: str) -> int:
         """The hidden size that a caller of this role sends."""
-        widths = [stitch.bottom_hidden for stitch in self.part.stitches.values() if stitch is not None]
+        widths = [stitch.binding.bottom_hidden for stitch in self.part.stitches.values() if stitch is not None]
         return widths[0] if caller_role != self.place.role and widths else self.part.model.hidden_size
 
     def unpack(self, rows: Packed) -> Tensor:
@@ -140,7 +142,7 @@ class Shard:
         """Incompatible where the route's stitch was not made for this bottom model."""
         stitch = self.part.stitches.get(route)
         if stitch is not None:
-            stitch.check_bottom(route, bottom)
+            stitch.check_models(bottom=bottom)
 
 
 def build_shard(
@@ -233,7 +235,7 @@ def _description(route: RouteCut, part: Part) -> inference_pb2.RouteDescription:
     """The route as this shard sees it: the stitch where it holds one, the parameters that it reads itself."""
     stitch, cut = part.stitches.get(route.name), part.cuts[route.name]
     parameters = part.count.between(cut.enter, cut.leave)
-    parameters += 0 if stitch is None else stitch.parameters
+    parameters += 0 if stitch is None else stitch.weight.numel() + stitch.bias.numel()
     parameters += 0 if part.head is None else part.count.head
     return inference_pb2.RouteDescription(
         name=route.name,
