@@ -70,7 +70,7 @@ class Collector:
             metadata = file.metadata()
             if metadata["pass"] != self._described():
                 limit = f"it was begun with other settings; remove {self._checkpoint.parent} to begin anew"
-                raise InvalidRequest("work", str(self._checkpoint), limit)
+                raise InvalidRequest("work", self._checkpoint.name, limit)
             self.sums.load({name: file.get_tensor(name) for name in list(file.keys())})
         self.done, self.fingerprint = int(metadata["done"]), metadata["fingerprint"]
 
@@ -96,7 +96,7 @@ class Collector:
         if self._pair.top is model:
             depths |= {*self.sums.top_depths}
         states = states_at(model, tokens, [*depths, model.depth])
-        return states, teacher_of(model, states[model.depth])
+        return states, teacher_of(model, states[model.depth], self._pair.vocabulary)
 
     def checkpoint(self) -> None:
         """Leaves everything so far on disk, whole or not at all."""

@@ -152,8 +152,8 @@ class Distillation:
         with safe_open(self._checkpoint, "pt") as file:
             metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in list(file.keys())}
         if metadata["run"] != self._described():
-            limit = "it was begun with other settings; remove it to begin anew"
-            raise InvalidRequest("work", str(self._checkpoint), limit)
+            limit = f"it was begun with other settings; remove {self._checkpoint} to begin anew"
+            raise InvalidRequest("work", self._checkpoint.name, limit)
         history = json.loads(metadata["history"])
         self.step = int(metadata["step"])
         self.history = History(**{name: [(step, loss) for step, loss in pairs] for name, pairs in history.items()})

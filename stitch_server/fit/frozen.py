@@ -42,6 +42,8 @@ class Pair:
 
     bottom: FrozenModel
     top: FrozenModel
+    # Tokens that both know; rows beyond are padding of one of them.
+    vocabulary: int
 
 
 def states_at(model: FrozenModel, tokens: Tensor, depths: Iterable[int]) -> dict[int, Tensor]:
@@ -53,9 +55,9 @@ def states_at(model: FrozenModel, tokens: Tensor, depths: Iterable[int]) -> dict
     return states
 
 
-def teacher_of(model: FrozenModel, hidden: Tensor) -> Teacher:
-    """The likeliest next tokens after hidden states `[sequences, tokens, hidden]` of the whole model."""
-    kept = [_likeliest(model.logits(rows)) for rows in torch.split(hidden.flatten(0, 1), LOGIT_ROWS)]
+def teacher_of(model: FrozenModel, hidden: Tensor, vocabulary: int) -> Teacher:
+    """The likeliest of the first `vocabulary` tokens after last-layer states `[sequences, tokens, hidden]`."""
+    kept = [_likeliest(model.logits(rows)[:, :vocabulary]) for rows in torch.split(hidden.flatten(0, 1), LOGIT_ROWS)]
     shape = (*hidden.shape[:2], TEACHER_TOKENS)
     ids, logprobs = (torch.cat(parts).view(shape) for parts in zip(*kept, strict=True))
     return Teacher(ids, logprobs)

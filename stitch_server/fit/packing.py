@@ -86,7 +86,7 @@ class Corpus:
         found = list(islice(self._in_turns(held_out=True), -(-tokens // self.sequence_tokens)))
         if not found:
             limit = f"its held-out {self.held_out_percent} % must fill a sequence of {self.sequence_tokens} tokens"
-            raise InvalidRequest("data", ", ".join(map(str, self.files)), limit)
+            raise InvalidRequest("data", ", ".join(path.name for path in self.files), limit)
         return found
 
     def _in_turns(self, held_out: bool) -> Iterator[PackedSequence]:

@@ -51,7 +51,7 @@ def load_pair(cluster: Cluster, dtype: torch.dtype) -> LoadedPair:
     bottom = _load(folders[0], descriptions[0], dtype)
     top = bottom if folders[0] == folders[1] else _load(folders[1], descriptions[1], dtype)
     return LoadedPair(
-        pair=Pair(bottom, top),
+        pair=Pair(bottom, top, min(model.vocabulary_size for model in descriptions)),
         bottom=descriptions[0],
         top=descriptions[1],
         bottom_count=ParameterCount.read(folders[0]),

@@ -56,9 +56,9 @@ def read_documents(path: Path) -> Iterator[Document]:
             else:
                 yield Document(text=lines.read())
     except (OSError, EOFError) as error:
-        raise InvalidRequest("data", str(path), f"it can't be read: {error}") from error
+        raise InvalidRequest("data", path.name, f"it can't be read: {error}") from error
     except UnicodeDecodeError as error:
-        raise InvalidRequest("data", str(path), f"it is not UTF-8: {error}") from error
+        raise InvalidRequest("data", path.name, f"it is not UTF-8: {error}") from error
 
 
 def _opened(path: Path) -> TextIO:
@@ -73,7 +73,7 @@ def _rows(path: Path, lines: TextIO) -> Iterator[Document]:
             try:
                 yield to_document(json.loads(line))
             except (ValueError, RecursionError) as error:
-                raise InvalidRequest("data", f"{path}:{number}", str(error)) from error
+                raise InvalidRequest("data", f"{path.name}:{number}", str(error)) from error
 
 
 def to_document(row: object) -> Document:
