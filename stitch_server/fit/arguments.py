@@ -17,28 +17,30 @@ def add_cluster(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", metavar="N", type=int, default=0, help="processor threads; default: all cores")
 
 
-def add_data(parser: argparse.ArgumentParser, tokens: int) -> None:
-    """Which text, and how much of it; by default `tokens` tokens to fit on."""
+def add_data(parser: argparse.ArgumentParser, tokens: int | None = None) -> None:
+    """Which text, and how much of it; by default `tokens` tokens to fit on, if anything is to be fitted."""
     parser.add_argument(
         "--data", metavar="FILE", nargs="+", type=Path, required=True, help="text, JSONL, chat JSONL; .gz too"
     )
-    parser.add_argument("--tokens", metavar="N", type=int, default=tokens, help=f"to fit on; default: {tokens}")
     parser.add_argument("--held-out-tokens", metavar="N", type=int, default=8192, help="to judge on; default: 8192")
     parser.add_argument("--sequence-tokens", metavar="N", type=int, default=512, help="in one sequence; default: 512")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order of the data; default: 0")
+    if tokens is not None:
+        parser.add_argument("--tokens", metavar="N", type=int, default=tokens, help=f"to fit on; default: {tokens}")
+        parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order of the data; default: 0")
 
 
 def data_settings(parsed: argparse.Namespace) -> DataSettings:
     """The data's flags. Raises InvalidRequest where one is out of its range."""
+    given = vars(parsed)
     for field, least in (("tokens", 1), ("held_out_tokens", 1), ("sequence_tokens", 16)):
-        if getattr(parsed, field) < least:
+        if given.get(field, least) < least:
             raise InvalidRequest(field, getattr(parsed, field), f"it must be at least {least}")
     return DataSettings(
         files=tuple(parsed.data),
-        tokens=parsed.tokens,
+        tokens=given.get("tokens", 0),
         held_out_tokens=parsed.held_out_tokens,
         sequence_tokens=parsed.sequence_tokens,
-        seed=parsed.seed,
+        seed=given.get("seed", 0),
     )
 
 

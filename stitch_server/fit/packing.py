@@ -41,6 +41,7 @@ class DataSettings:
     """How much of which data; what decides every number of a pass."""
 
     files: tuple[Path, ...]
+    # To fit on; an evaluation needs none.
     tokens: int
     held_out_tokens: int
     sequence_tokens: int = 512

@@ -1,0 +1,77 @@
+"""Both models alone and every route of a cluster on held-out text. Trains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stitch.cluster import Cluster, RouteCut
+from stitch_server.fit.fitting import check_cut
+from stitch_server.fit.frozen import FrozenModel
+from stitch_server.fit.ladder import BOTTOM, TOP, Ladder, Rung, parameters_of, whole_parameters
+from stitch_server.fit.leastsquares import AffineMap
+from stitch_server.fit.packing import Corpus, DataSettings
+from stitch_server.fit.pairs import LoadedPair, load_pair
+from stitch_server.fit.scoring import System, alone, bootstrapped, by_file, greedy_tokens, left_out, losses, stitched
+from stitch_server.model.stitch import Stitch
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What an evaluation is told; of the data only the held-out part is read, unless all of it is to be."""
+
+    cluster: Cluster
+    data: DataSettings
+    dtype: str
+    held_out_percent: int = 10
+
+
+def evaluate(settings: EvaluationSettings, progress: Progress) -> Ladder:
+    """Cross-entropy and agreement with the bottom's greedy tokens for both models and every route.
+
+    Raises Incompatible where a route's stitch was made for other models, another cut or another tokenizer.
+    """
+    loaded = load_pair(settings.cluster, getattr(torch, settings.dtype))
+    systems = {BOTTOM: (loaded.pair.bottom, alone(loaded.pair.bottom)), TOP: (loaded.pair.top, alone(loaded.pair.top))}
+    costs = whole_parameters(loaded)
+    for route in settings.cluster.routes:
+        systems[route.name] = (loaded.pair.top, system_of(loaded, settings.cluster, route))
+        cut = route.bottom_layers, route.top_from
+        costs[route.name] = parameters_of(loaded, cut, route.stitch is not None)
+    corpus = Corpus(settings.data.files, loaded.encoder, settings.data.sequence_tokens, settings.held_out_percent)
+    held = corpus.held_out(settings.data.held_out_tokens)
+    tokens = torch.tensor([sequence.token_ids for sequence in held])
+    files = torch.tensor([sequence.file for sequence in held])
+    names = [path.name for path in settings.data.files]
+    reference = greedy_tokens(*systems[BOTTOM], tokens)
+    rungs = []
+    for number, (name, (head, system)) in enumerate(systems.items(), 1):
+        values, agreement = measured(head, system, tokens, reference)
+        rungs.append(Rung(name, costs[name], by_file(values, files, names), bootstrapped(agreement)))
+        progress("evaluate", number, len(systems))
+    return Ladder(rungs[0], rungs[1], tuple(rungs[2:]))
+
+
+def system_of(loaded: LoadedPair, cluster: Cluster, route: RouteCut) -> System:
+    """A route as it is served: its layers, and its stitch where it has one."""
+    cut = route.bottom_layers, route.top_from
+    check_cut(loaded, cut)
+    path = cluster.stitch_file(route)
+    if path is None:
+        return left_out(loaded.pair.bottom, cut)
+    stitch = Stitch.load(path, torch.device("cpu"), torch.float32)
+    stitch.check_models(loaded.bottom.to_proto(), loaded.top.to_proto())
+    stitch.check_cut(*cut)
+    stitch.check_tokenizer(loaded.tokenizer)
+    return stitched(loaded.pair, cut, AffineMap(stitch.weight, stitch.bias))
+
+
+def measured(head: FrozenModel, system: System, tokens: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Per sequence: mean cross-entropy, and the share of tokens where the greedy choice is the reference's."""
+    agreement = (greedy_tokens(head, system, tokens) == reference).double().mean(1)
+    return losses(head, system, tokens), agreement

@@ -1,0 +1,96 @@
+"""Many cuts from one pass over the data: least squares for each, and what it gives. Trains nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stitch.cluster import Cluster
+from stitch_server.fit.fitting import check_cut, described, passes_for
+from stitch_server.fit.frozen import next_token_losses
+from stitch_server.fit.ladder import BOTTOM, TOP, Ladder, Rung, parameters_of, whole_parameters
+from stitch_server.fit.leastsquares import AffineMap
+from stitch_server.fit.packing import DataSettings
+from stitch_server.fit.pairs import LoadedPair, load_pair
+from stitch_server.fit.scoring import BATCH_SEQUENCES, alone, by_file, losses
+from stitch_server.fit.sums import ClosedForm, Cut
+from stitch_server.fit.workplace import Passes, Progress
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What a sweep is told."""
+
+    cluster: Cluster
+    cuts: tuple[Cut, ...]
+    data: DataSettings
+    dtype: str
+    work: Path
+
+
+def grid(loaded: LoadedPair, bottom_layers: list[int], around: int) -> tuple[Cut, ...]:
+    """For every k the depths j near the one of equal relative depth, `around` on either side and often less deep.
+
+    Equal relative depth itself is seldom the best cut; the best j is usually a little smaller.
+    """
+    cuts = []
+    for k in bottom_layers:
+        same = round(k * loaded.top.layers / loaded.bottom.layers)
+        cuts += [(k, j) for j in range(same - around - 1, same + around + 1) if 0 <= j < loaded.top.layers]
+    return tuple(cuts)
+
+
+def sweep(settings: SweepSettings, progress: Progress) -> tuple[Ladder, dict[str, object]]:
+    """The ladder of all cuts by least squares, and what there is to report of its making.
+
+    The work folder's trace then serves `fit` for any of them. Raises InvalidRequest for a cut that is none.
+    """
+    loaded = load_pair(settings.cluster, getattr(torch, settings.dtype))
+    cuts = settings.cuts or grid(loaded, _every_fourth(loaded.bottom.layers), 2)
+    for cut in cuts:
+        check_cut(loaded, cut)
+    passes = passes_for(loaded, cuts, settings.data, settings.dtype, settings.work, progress)
+    closed = ClosedForm(passes.training.sums, passes.held_out.sums)
+    names = [path.name for path in settings.data.files]
+    rungs = []
+    for number, cut in enumerate(cuts, 1):
+        ridge = closed.ridge_fit(cut)
+        stitch = closed.hold_first(cut, ridge.map, ridge.ridge)
+        values = traced_losses(loaded, cut, stitch, passes)
+        name = f"{cut[0]} → {cut[1]}"
+        rungs.append(Rung(name, parameters_of(loaded, cut), by_file(values, _files(passes), names)))
+        progress("solve", number, len(cuts))
+    ladder = Ladder(*both_alone(loaded, passes, names), tuple(rungs))
+    return ladder, described(loaded, passes, settings.data, settings.dtype)
+
+
+def _every_fourth(layers: int) -> list[int]:
+    return list(range(4, layers + 1, 4))
+
+
+def _files(passes: Passes) -> torch.Tensor:
+    return passes.held_out.trace.files(torch.arange(passes.held_out.sequences))
+
+
+def both_alone(loaded: LoadedPair, passes: Passes, names: list[str]) -> tuple[Rung, Rung]:
+    """The bottom and the top model alone on the held-out sequences."""
+    tokens = passes.held_out.trace.tokens(torch.arange(passes.held_out.sequences))
+    models = {BOTTOM: loaded.pair.bottom, TOP: loaded.pair.top}
+    rungs = [
+        Rung(name, whole_parameters(loaded)[name], by_file(losses(model, alone(model), tokens), _files(passes), names))
+        for name, model in models.items()
+    ]
+    return rungs[0], rungs[1]
+
+
+def traced_losses(loaded: LoadedPair, cut: Cut, stitch: AffineMap, passes: Passes) -> torch.Tensor:
+    """Mean cross-entropy `[sequences]` behind a stitch, from the held-out trace instead of the bottom model."""
+    trace, top, (k, j) = passes.held_out.trace, loaded.pair.top, cut
+    weight, bias, found = stitch.weight.float(), stitch.bias.float(), []
+    with torch.no_grad():
+        for rows in torch.split(torch.arange(passes.held_out.sequences), BATCH_SEQUENCES):
+            states = torch.nn.functional.linear(trace.hidden(k, rows).float(), weight, bias)
+            found.append(next_token_losses(top, top.run(states, j, top.depth), trace.tokens(rows)).mean(1))
+    return torch.cat(found).double()
