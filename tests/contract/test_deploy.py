@@ -1,0 +1,131 @@
+"""Every flag, port, path and name in deploy/ exists in the programs and the cluster files. Starts no container."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stitch.cluster import Cluster, GatewayPlace, ShardPlace, load_cluster
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+PROGRAMS = {"stitch-server": "stitch_server.cli", "router-gateway": "router_gateway.cli"}
+PROCESSES = ("bottom", "top", "gateway")
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+BUILT = [name for name, service in SERVICES.items() if "build" in service]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Cluster:
+    return load_cluster(str(DEPLOY / "compose.toml"))
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_commands_parse(name: str) -> None:
+    assert _parsed(name).cluster if name in PROCESSES else _parsed(name).source
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_process_listens_where_the_cluster_file_says(name: str, cluster: Cluster) -> None:
+    parsed = _parsed(name)
+    place = cluster.gateway if name == "gateway" else cluster.shard(parsed.shard)
+    host, _, port = place.address.rpartition(":")
+    assert host == name
+    assert parsed.listen == f"0.0.0.0:{port}"
+    assert parsed.insecure
+    assert (ROOT / parsed.cluster).samefile(DEPLOY / "compose.toml")
+
+
+def test_every_shard_of_the_cluster_has_a_service(cluster: Cluster) -> None:
+    assert {_parsed(name).shard for name in PROCESSES if name != "gateway"} == {one.name for one in cluster.shards}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_health_is_asked_where_the_process_listens(name: str) -> None:
+    program = SERVICES[name]["healthcheck"]["test"]
+    assert program[:3] == ["CMD", "python", "-c"]
+    compile(program[3], name, "exec")
+    module, function = re.findall(r"from (\S+) import (\S+);", program[3])[0]
+    assert callable(getattr(importlib.import_module(module), function))
+    assert re.findall(r":(\d+)'", program[3]) == [_parsed(name).listen.rpartition(":")[2]]
+
+
+def test_what_is_imported_is_what_the_cluster_loads(cluster: Cluster) -> None:
+    assert {_parsed("import").source} == {cluster.models.bottom.source, cluster.models.top.source}
+
+
+def test_stitches_of_the_cluster_are_in_the_tree(cluster: Cluster) -> None:
+    stitches = [path for route in cluster.routes if (path := cluster.stitch_file(route)) is not None]
+    assert stitches
+    assert all(path.is_file() for path in stitches)
+
+
+def test_prometheus_scrapes_every_process(cluster: Cluster) -> None:
+    config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
+    scraped = [target for job in config["scrape_configs"] for one in job["static_configs"] for target in one["targets"]]
+    places: list[GatewayPlace | ShardPlace] = [cluster.gateway, *cluster.shards]
+    assert sorted(scraped) == sorted(f"{one.address.rpartition(':')[0]}:{one.metrics_port}" for one in places)
+
+
+def test_only_this_machine_reaches_a_published_port() -> None:
+    published = [port for service in SERVICES.values() for port in service.get("ports", [])]
+    assert published
+    assert all(port.startswith("127.0.0.1:") for port in published)
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_images_are_built_from_files_of_the_tree(name: str) -> None:
+    build = SERVICES[name]["build"]
+    assert (DEPLOY / build["context"]).resolve() == ROOT
+    dockerfile = (ROOT / build["dockerfile"]).read_text()
+    assert set(build.get("args", {})) <= set(re.findall(r"^ARG (\w+)", dockerfile, re.MULTILINE))
+    for copied in re.findall(r"^COPY (.+) \S+$", dockerfile, re.MULTILINE):
+        assert all(list(ROOT.glob(path)) for path in copied.split())
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"\.\[([\w,]+)\]", dockerfile)[0].split(",")) <= set(extras)
+
+
+def test_mounted_files_and_volumes_exist() -> None:
+    for service in SERVICES.values():
+        for mount in service.get("volumes", []):
+            source = mount.split(":")[0]
+            assert source in COMPOSE["volumes"] or (DEPLOY / source).exists(), mount
+
+
+def test_grafana_finds_the_dashboard_and_its_data() -> None:
+    provisioning = DEPLOY / "grafana/provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())["datasources"]
+    (provider,) = yaml.safe_load((provisioning / "dashboards/stitch.yml").read_text())["providers"]
+    dashboard = json.loads((DEPLOY / "grafana/dashboards/stitch.json").read_text())
+    mounts = dict(mount.split(":")[:2] for mount in SERVICES["grafana"]["volumes"])
+    assert provider["options"]["path"] == mounts["./grafana/dashboards"]
+    assert source["url"].removeprefix("http://").split(":")[0] in SERVICES
+    used = {target["datasource"]["uid"] for panel in dashboard["panels"] for target in panel.get("targets", [])}
+    assert used == {source["uid"]}
+
+
+def test_the_two_server_file_describes_two_servers() -> None:
+    cluster = load_cluster(str(DEPLOY / "two-servers.toml"))
+    hosts = {shard.role: shard.address.rpartition(":")[0] for shard in cluster.shards}
+    assert hosts["bottom"] != hosts["top"]
+    assert {route.name: route.bottom_layers for route in cluster.routes} == {"weak": 15, "strong": 20}
+    assert all(cluster.stages(route) for route in cluster.routes)
+    assert cluster.gateway.metrics_port
+    assert all(shard.metrics_port for shard in cluster.shards)
+
+
+def _parsed(name: str) -> argparse.Namespace:
+    """A service's command, read by the program that its image starts."""
+    dockerfile = (ROOT / SERVICES[name]["build"]["dockerfile"]).read_text()
+    (program,) = json.loads(re.findall(r"^ENTRYPOINT (.+)$", dockerfile, re.MULTILINE)[0])
+    parser: argparse.ArgumentParser = importlib.import_module(PROGRAMS[program]).build_parser()
+    return parser.parse_args(SERVICES[name]["command"])

@@ -1,0 +1,80 @@
+"""What the README and its pages tell a reader to type exists, and their links lead somewhere. Runs none of it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import router_gateway.cli
+import stitch.cli
+import stitch_server.cli
+from tests.support.fake_gateway import FakeGateway, serving
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+SOURCES = ("protos", "stitch", "router_gateway", "stitch_server")
+PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "stitch": stitch.cli.parser,
+    "stitch-server": stitch_server.cli.build_parser,
+    "router-gateway": router_gateway.cli.build_parser,
+}
+
+
+@pytest.fixture(params=PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def page(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
+
+
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {word for words in _commands(page, "make") for word in words[1:] if re.fullmatch("[a-z]+", word)}
+    assert named <= targets
+
+
+@pytest.mark.parametrize("program", PARSERS)
+def test_command_lines_parse(page: Path, program: str) -> None:
+    for words in _commands(page, program):
+        PARSERS[program]().parse_args(words[1:])
+
+
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert missing == []
+
+
+def test_the_readme_shows_the_two_commands() -> None:
+    shown = {tuple(words[:2]) for words in _commands(ROOT / "README.md", "make")}
+    assert {("make", "demo"), ("make", "test")} <= shown
+
+
+def test_architecture_stays_short() -> None:
+    assert len((ROOT / "docs/architecture.md").read_text().splitlines()) <= 150
+
+
+def test_architecture_names_files_that_exist() -> None:
+    named = set(re.findall(r"`([a-z_/]+\.(?:py|proto))`", (ROOT / "docs/architecture.md").read_text()))
+    files = [f"/{path.relative_to(ROOT)}" for folder in SOURCES for path in (ROOT / folder).rglob("*.*")]
+    assert named
+    assert {name for name in named if not any(file.endswith(f"/{name}") for file in files)} == set()
+
+
+def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    with serving(FakeGateway()) as gateway:
+        exec(example.replace("127.0.0.1:7000", gateway.address), {})
+    assert capsys.readouterr().out.startswith("echo: The capital of France is")
+
+
+def _commands(page: Path, program: str) -> list[list[str]]:
+    """Every line of a shell block that runs the program, as words."""
+    blocks = re.findall(r"^```(?:sh|shell|bash|console)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
+    return [one for one in words if one and one[0].rpartition("/")[2] == program]
