@@ -1,0 +1,166 @@
+"""The verbs over a tiny pair, from flags to files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from stitch.errors import Incompatible, InvalidRequest
+from stitch_server.fit import command, evaluate_command, sweep_command
+from stitch_server.model.stitch import Stitch
+from tests.support.tiny_fit import write_cluster, write_texts
+
+MODULES = (command, sweep_command, evaluate_command)
+
+
+def called(module: ModuleType, *arguments: object) -> None:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    module.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+class Workbench:
+    """A folder with a tiny cluster and two files of text."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.cluster = folder, write_cluster(folder)
+        self.data = [write_texts(folder / name, seed=seed) for seed, name in enumerate(("a.jsonl", "b.jsonl"))]
+
+    def fit(self, out: str, *more: object) -> Path:
+        given = ("--data", *self.data, "--tokens", 640, "--held-out-tokens", 128, "--sequence-tokens", 32)
+        called(command, self.cluster, "--route", "weak", *given, "--out", self.folder / out, *more)
+        return self.folder / out
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Workbench:
+    return Workbench(tmp_path)
+
+
+def test_a_fit_leaves_stitch_report_and_plot(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    out = bench.fit("weak.safetensors", "--epochs", 2)
+    stitch = Stitch.load(out, torch.device("cpu"), torch.float32)
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert (stitch.binding.bottom_layers, stitch.binding.top_from) == (2, 1)
+    assert stitch.making["losses"]["stitched"] == pytest.approx(report["losses"]["stitched"]["all"]["mean"], abs=1e-4)
+    assert set(report["losses"]) == {"bottom", "top", "least squares", "stitched"}
+    assert set(report["losses"]["stitched"]) == {"all", "a.jsonl", "b.jsonl"}
+    assert report["history"]["held_out"][0][0] == 0
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "stitched" in capsys.readouterr().out
+
+
+def test_the_same_fit_gives_the_same_bytes(bench: Workbench) -> None:
+    assert bench.fit("one.safetensors").read_bytes() == bench.fit("two.safetensors").read_bytes()
+
+
+def test_another_seed_gives_another_stitch(bench: Workbench) -> None:
+    assert bench.fit("one.safetensors").read_bytes() != bench.fit("two.safetensors", "--seed", 1).read_bytes()
+
+
+def test_least_squares_alone_is_a_stitch_too(bench: Workbench) -> None:
+    out = bench.fit("weak.safetensors", "--epochs", 0, "--store", "bfloat16")
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert report["losses"]["least squares"] == report["losses"]["stitched"]
+    assert Stitch.load(out, torch.device("cpu"), torch.float32).making["method"] == "least squares"
+    # Two bytes a value.
+    assert 2 * 32 * 49 < out.stat().st_size < 4 * 32 * 49
+
+
+def test_a_fit_takes_up_what_a_sweep_left(bench: Workbench) -> None:
+    given = ("--data", *bench.data, "--tokens", 640, "--held-out-tokens", 128, "--sequence-tokens", 32)
+    out = bench.folder / "sweep.json"
+    called(
+        sweep_command, bench.cluster, *given, "--cuts", "1:0,1", "2:1", "--out", out, "--work", bench.folder / "work"
+    )
+    left = (bench.folder / "work" / "training" / "collected.safetensors").read_bytes()
+    shared, own = bench.fit("a.safetensors", "--work", bench.folder / "work"), bench.fit("b.safetensors")
+    assert (bench.folder / "work" / "training" / "collected.safetensors").read_bytes() == left
+    assert shared.read_bytes() == own.read_bytes()
+
+
+def test_a_sweep_ranks_its_cuts(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    out = bench.folder / "sweep.json"
+    called(sweep_command, bench.cluster, "--data", *bench.data, "--tokens", 640, "--sequence-tokens", 32, "--out", out,
+           "--cuts", "1:1", "2:0,1")  # fmt: skip
+    systems = {row["name"]: row for row in json.loads(out.read_text())["systems"]}
+    assert set(systems) == {"1 → 1", "2 → 0", "2 → 1", "bottom alone", "top alone"}
+    assert systems["2 → 0"]["parameters"] > systems["2 → 1"]["parameters"] > systems["1 → 1"]["parameters"]
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(systems)
+    assert out.with_suffix(".png").exists()
+
+
+def test_an_evaluation_measures_every_route(bench: Workbench) -> None:
+    fitted = json.loads(bench.fit("weak.safetensors").with_suffix(".json").read_text())["losses"]
+    out = bench.folder / "quality.json"
+    called(evaluate_command, bench.cluster, "--data", *bench.data, "--held-out-tokens", 128, "--sequence-tokens", 32,
+           "--out", out)  # fmt: skip
+    systems = {row["name"]: row for row in json.loads(out.read_text())["systems"]}
+    assert set(systems) == {"weak", "bottom alone", "top alone"}
+    assert systems["weak"]["losses"]["all"]["mean"] == pytest.approx(fitted["stitched"]["all"]["mean"], abs=1e-4)
+    assert systems["bottom alone"]["losses"]["all"]["mean"] == pytest.approx(fitted["bottom"]["all"]["mean"], abs=1e-6)
+    assert systems["bottom alone"]["agreement"]["mean"] == 1.0
+    assert 0 <= systems["weak"]["agreement"]["mean"] < 1
+
+
+def test_a_stitch_of_another_cut_is_not_evaluated(bench: Workbench) -> None:
+    bench.fit("weak.safetensors", "--epochs", 0)
+    bench.cluster.write_text(bench.cluster.read_text().replace("bottom_layers = 2", "bottom_layers = 1"))
+    with pytest.raises(Incompatible, match="from layer 2 to 1 can't serve a cut from layer 1 to 1"):
+        called(evaluate_command, bench.cluster, "--data", *bench.data, "--sequence-tokens", 32)
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (("--tokens", 0), "tokens"),
+        (("--held-out-tokens", -1), "held_out_tokens"),
+        (("--sequence-tokens", 4), "sequence_tokens"),
+        (("--epochs", -1), "epochs"),
+        (("--learning-rate", 0), "learning_rate"),
+        (("--learning-rate", "nan"), "learning_rate"),
+        (("--teacher-share", 1.5), "teacher_share"),
+        (("--batch-sequences", 0), "batch_sequences"),
+        (("--route", "strong"), "route"),
+    ],
+)
+def test_a_flag_out_of_range_is_named(bench: Workbench, flags: tuple[object, ...], field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        bench.fit("weak.safetensors", *flags)
+    assert caught.value.field == field
+
+
+def test_a_route_without_a_stitch_has_none_to_fit(bench: Workbench) -> None:
+    text = (
+        bench.cluster.read_text().replace("top_from = 1", "top_from = 2").replace('stitch = "weak.safetensors"\n', "")
+    )
+    bench.cluster.write_text(text)
+    with pytest.raises(InvalidRequest, match="gives it no stitch"):
+        bench.fit("weak.safetensors")
+
+
+def test_a_cut_beyond_the_model_is_refused(bench: Workbench) -> None:
+    with pytest.raises(InvalidRequest, match="top_from is 2, but it must be 0 to 1"):
+        called(sweep_command, bench.cluster, "--data", *bench.data, "--cuts", "2:2", "--out", bench.folder / "x.json")
+
+
+@pytest.mark.parametrize("text", ["20", "20:", "20:a", ":3", "20:1,,2", "-1:2"])
+def test_a_cut_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="a cut is written K:J"):
+        sweep_command.parse_cuts(text)
+
+
+def test_flags_are_known_without_torch() -> None:
+    names = ", ".join(module.__name__ for module in MODULES)
+    loaded = subprocess.run(
+        [sys.executable, "-c", f"import sys, {names}; print('torch' in sys.modules)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert loaded.stdout.strip() == "False"
