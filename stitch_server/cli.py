@@ -29,7 +29,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-
 def _add_run(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     purpose = "serve one shard of a cluster"
     run = verbs.add_parser("run", help=purpose, description=purpose)
@@ -38,7 +37,9 @@ def _add_run(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     run.add_argument("--listen", metavar="HOST:PORT", help="where neighbours connect; default: the cluster file's")
     run.add_argument("--metrics-port", metavar="N", type=int, help="0: any free port; default: the cluster file's")
     run.add_argument("--insecure", action="store_true", help="allow an address that other machines reach, without TLS")
-    run.add_argument("--drain-seconds", metavar="S", type=float, default=30.0, help="for running sessions after SIGTERM")
+    run.add_argument(
+        "--drain-seconds", metavar="S", type=float, default=30.0, help="for running sessions after SIGTERM"
+    )
     run.set_defaults(call=_run)
 
 

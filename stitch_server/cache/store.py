@@ -89,10 +89,8 @@ class PagedAttention:
         for index, span in enumerate(self._spans):
             rows = query[row : row + span.length]
             row += span.length
-            slots = self._slots[index]
-            outputs.append(self._attend(
-                    rows, keys.index_select(0, slots), values.index_select(0, slots), scale, self._mask(index, span, window)
-                ))
+            past = keys.index_select(0, self._slots[index]), values.index_select(0, self._slots[index])
+            outputs.append(self._attend(rows, *past, scale, self._mask(index, span, window)))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     @staticmethod

@@ -126,5 +126,3 @@ class Intake:
 
 def _contradiction(message: str) -> Refused:
     return Refused(shard_pb2.FAILURE_CAUSE_PRECONDITION, message)
-
-

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence as Sequenced
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 

@@ -8,14 +8,15 @@ tokens of any layer are its leading rows.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence as Sequenced
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
 
-from stitch_server.cache.store import KVStore, PagedAttention, Span
+from stitch_server.cache.store import KVStore, Span
 from stitch_server.engine.batch import Batch, Segment, StepOutput, Token, TokenLogprobs
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.sampler import SampledToken, SampleRequest, sample
@@ -63,7 +64,8 @@ class Runner:
             rows = torch.split(hidden, [segment.length for segment in batch.segments])
             output = StepOutput(hidden=tuple(rows), spoilt=spoilt, stages=stages)
         else:
-            output = StepOutput(tokens=self._tokens(batch.segments, hidden, spoilt, stages), spoilt=spoilt, stages=stages)
+            tokens = self._tokens(self.head, batch.segments, hidden, spoilt, stages)
+            output = StepOutput(tokens=tokens, spoilt=spoilt, stages=stages)
         self.busy_seconds += time.perf_counter() - started
         return output
 
@@ -108,10 +110,14 @@ class Runner:
                 hidden = torch.cat([moved, hidden[rows:]])
         return hidden
 
+    @staticmethod
     def _tokens(
-        self, segments: Sequenced[Segment], hidden: Tensor, spoilt: frozenset[int], stages: dict[str, float]
+        head: Callable[[Tensor], Tensor],
+        segments: Sequenced[Segment],
+        hidden: Tensor,
+        spoilt: frozenset[int],
+        stages: dict[str, float],
     ) -> dict[int, Token]:
-        assert self.head is not None
         started = time.perf_counter()
         last_rows, wanted, row = [], [], 0
         for index, segment in enumerate(segments):
@@ -121,12 +127,10 @@ class Runner:
                 wanted.append(index)
         if not wanted:
             return {}
-        logits = self.head(hidden[last_rows])
+        logits = head(hidden[last_rows])
         sampled = sample(logits, [_request(segments[index]) for index in wanted])
         stages["sample"] = time.perf_counter() - started
-        return {
-            index: _token(segments[index], drawn) for index, drawn in zip(wanted, sampled, strict=True)
-        }
+        return {index: _token(segments[index], drawn) for index, drawn in zip(wanted, sampled, strict=True)}
 
 
 def _packed(parts: list[Tensor]) -> Tensor:

@@ -162,9 +162,7 @@ def reply_frame(reply: Reply) -> shard_pb2.LinkResponse:
     for number, epoch, token in reply.tokens:
         message.tokens.add(session=number, epoch=epoch, token=token_message(token))
     for failure in reply.failures:
-        message.failures.add(
-            session=failure.number, epoch=failure.epoch, cause=failure.cause, message=failure.message
-        )
+        message.failures.add(session=failure.number, epoch=failure.epoch, cause=failure.cause, message=failure.message)
     return shard_pb2.LinkResponse(reply=message)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Sequence as Sequenced
+from collections.abc import Callable
+from collections.abc import Sequence as Sequenced
 from functools import partial
 
 import grpc
@@ -36,7 +37,7 @@ class Links:
         self._front: Front | None = None
 
     def attach(self, identity: shard_pb2.ShardIdentity, engine: Engine, front: Front) -> None:
-        """Says who calls, and who hears of replies and losses; the engine is made with these links, so it comes later."""
+        """Says who calls, and who hears of replies and losses. The engine is made with these links: it comes later."""
         self._identity, self._engine, self._front = identity, engine, front
 
     def send(self, address: str, step: OutgoingStep) -> None:
