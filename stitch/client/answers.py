@@ -16,6 +16,9 @@ _FINISH_REASONS: dict[int, FinishReason] = {
     inference_pb2.FINISH_REASON_LENGTH: "length",
 }
 
+# In the order in which a request passes them.
+_STAGES = ("route", "queue", "bottom_prefill", "wire", "stitch", "top_prefill", "sample")
+
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
@@ -135,8 +138,13 @@ def _ending(finished: inference_pb2.Finished) -> dict[str, Any]:
         "finish_reason": _FINISH_REASONS.get(finished.reason, "stop"),
         "ttft_seconds": finished.ttft_seconds if finished.HasField("ttft_seconds") else None,
         "total_seconds": finished.total_seconds,
-        "stages": {stage.name: stage.seconds for stage in finished.stages},
+        "stages": {stage.name: stage.seconds for stage in sorted(finished.stages, key=_place)},
     }
+
+
+def _place(stage: inference_pb2.Stage) -> int:
+    # A stage that a newer gateway knows comes behind those that are known here.
+    return _STAGES.index(stage.name) if stage.name in _STAGES else len(_STAGES)
 
 
 def _delta(message: inference_pb2.Delta) -> Delta:

@@ -73,7 +73,7 @@ def _serving(console: Console, name_or_path: str) -> Iterator[str]:
 
 def ask(console: Console, client: Client) -> None:
     """One question, judged, and answered as one watches."""
-    console.print(Text(QUESTION, style="bold"))
+    _show_question(console, QUESTION)
     show_stream(console, client.stream(messages=_chat(QUESTION), max_tokens=QUESTION_TOKENS))
 
 
@@ -84,11 +84,16 @@ def ask_many(console: Console, client: Client) -> None:
         outcomes = client.batch(requests)
     for question, outcome in zip(QUESTIONS, outcomes, strict=True):
         console.print()
-        console.print(Text(question, style="bold"))
+        _show_question(console, question)
         if not isinstance(outcome, Answer):
             raise outcome
-        console.print(Text(f"{judgement_line(outcome)} · first token {seconds(outcome.ttft_seconds)}", style="cyan"))
-        console.print(Text(outcome.text.strip()))
+        line = f"{judgement_line(outcome)} · first token {seconds(outcome.ttft_seconds)}"
+        console.print(Text(line, style="cyan"), soft_wrap=True)
+        console.print(Text(outcome.text.strip()), soft_wrap=True)
+
+
+def _show_question(console: Console, question: str) -> None:
+    console.print(Text.assemble(("? ", "green"), (question, "bold")), soft_wrap=True)
 
 
 def _chat(question: str) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stitch.client import Answer, Judgement
+from stitch.ttft import Line
 
 
 def judgement_line(judged: Judgement | Answer) -> str:
@@ -38,7 +39,17 @@ def seconds(duration: float | None) -> str:
     """A duration in the unit in which it reads best."""
     if duration is None:
         return "–"
-    return f"{duration:.2f} s" if duration >= 1 else f"{duration * 1000:.3g} ms"
+    if abs(duration) >= 1:
+        return f"{duration:.2f} s"
+    # A microsecond is noise.
+    return f"{round(duration * 1000, 2) + 0.0:.3g} ms"
+
+
+def line_text(line: Line) -> str:
+    """A regression line's slope, intercept and fit."""
+    sign = "−" if line.intercept_seconds < 0 else "+"
+    formula = f"{line.slope_seconds * 1000:.2f} ms a token {sign} {seconds(abs(line.intercept_seconds))}"
+    return f"{formula}, R² {line.r_squared:.3f}"
 
 
 def millions(count: int) -> str:

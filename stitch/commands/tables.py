@@ -18,7 +18,7 @@ Rows = Iterable[Sequence[str]]
 
 def table(title: str, columns: Sequence[str], rows: Rows, right: Sequence[str] = ()) -> Group:
     """A table of plain text under its title; the columns named in `right` hold numbers."""
-    drawn = Table(box=SIMPLE_HEAD, pad_edge=False)
+    drawn = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
@@ -28,12 +28,11 @@ def table(title: str, columns: Sequence[str], rows: Rows, right: Sequence[str] =
 
 def models_table(found: inference_pb2.DescribeResponse) -> Group:
     """Both models with their widths."""
-    columns = ("half", "model", "family", "layers", "width", "vocabulary", "context")
+    columns = ("half", "model", "family", "layers", "width", "context")
     rows = [
-        (half, one.id, one.architecture, str(one.layers), f"{one.hidden_size:,}", f"{one.vocabulary_size:,}",
-         f"{one.context_length:,}")
+        (half, one.id, one.architecture, str(one.layers), f"{one.hidden_size:,}", f"{one.context_length:,}")
         for half, one in (("bottom", found.bottom), ("top", found.top))
-    ]  # fmt: skip
+    ]
     return table("models", columns, rows, right=columns[3:])
 
 

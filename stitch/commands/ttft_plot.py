@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stitch.commands.lines import seconds
+from stitch.commands.lines import line_text
 from stitch.ttft import Sample, medians, regression
 
 
@@ -32,5 +32,4 @@ def _draw_route(axes: Axes, samples: Sequence[Sample], color: str) -> None:
     ends = (0.0, max(tokens for tokens, _ in points))
     axes.scatter([one.prompt_tokens for one in samples], [one.ttft_seconds for one in samples], 16, color, alpha=0.3)
     axes.scatter([tokens for tokens, _ in points], [time for _, time in points], 36, color)
-    label = f"{route}: {line.slope_seconds * 1000:.2f} ms a token + {seconds(line.intercept_seconds)}"
-    axes.plot(ends, [line.at(tokens) for tokens in ends], color=color, label=f"{label}, R² {line.r_squared:.3f}")
+    axes.plot(ends, [line.at(tokens) for tokens in ends], color=color, label=f"{route}: {line_text(line)}")

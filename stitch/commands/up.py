@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from rich.console import Console
+from rich.text import Text
 
 from stitch.cluster import load_cluster
 from stitch.errors import Unavailable
@@ -41,7 +42,7 @@ def bring_up(console: Console, name_or_path: str) -> LocalCluster:
     folder = run_folder(described.name)
     with folder.claimed():
         cluster = prepared(described, folder)
-        import_models(cluster.cluster)
+        import_models(cluster.cluster, lambda name, place: _show(console, name, place))
         with console.status(f"starting {', '.join(cluster.names)}"):
             cluster.start_all(lambda name, seconds: _show_serving(console, cluster, name, seconds))
     return cluster
@@ -82,8 +83,11 @@ def _show_serving(console: Console, cluster: LocalCluster, name: str, seconds: f
     if name != GATEWAY:
         shard = cluster.cluster.shard(name)
         part = f"{shard.role} layers {shard.layers[0]}–{shard.layers[1] - 1}"
-    line = f"{name:<12} {part:<22} {cluster.address(name):<22} {seconds:5.1f} s"
-    console.print(f"[green]✓[/] {line}", highlight=False)
+    _show(console, f"{name:<12} {part:<22} {cluster.address(name):<22}", f"{seconds:5.1f} s")
+
+
+def _show(console: Console, what: str, detail: str) -> None:
+    console.print(Text.assemble(("✓ ", "green"), what, " ", (detail, "dim")), soft_wrap=True)
 
 
 @contextmanager

@@ -116,12 +116,14 @@ def attached(folder: RunFolder) -> LocalCluster:
     return LocalCluster(folder, folder.cluster(), {process.name: process for process in folder.processes()})
 
 
-def import_models(cluster: Cluster) -> None:
-    """Makes every model ready to load, with the importer's own progress on the terminal.
+def import_models(cluster: Cluster, imported: Callable[[str, str], None]) -> None:
+    """Makes every model ready to load; the importer's progress goes to standard error as it comes.
 
-    Raises Unavailable where one can't be had.
+    `imported` is told each model's id and folder. Raises Unavailable where one can't be had.
     """
-    for source in sorted({cluster.models.bottom.source, cluster.models.top.source}):
+    for source, name in {model.source: model.id for model in (cluster.models.bottom, cluster.models.top)}.items():
         command = [sys.executable, "-m", "stitch_server.cli", "import", source]
-        if subprocess.run(command, check=False).returncode != 0:
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if result.returncode != 0:
             raise Unavailable(f"the model {source} could not be imported")
+        imported(name, result.stdout.strip())

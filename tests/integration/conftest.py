@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.fake_programs import installed
+from tests.support.processes import Cluster, running_cluster
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,3 +19,20 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("STITCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(installed(tmp_path / "programs"))
+
+
+@pytest.fixture(scope="session")
+def tiny_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A tiny random pair on one bottom and one top shard. Leave it as you find it: all tests share it."""
+    from tests.support.tiny_cluster import write_tiny_cluster
+
+    file = write_tiny_cluster(tmp_path_factory.mktemp("tiny-pair"))
+    with running_cluster(file, tmp_path_factory.mktemp("tiny-run")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def smollm2_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The preset `smollm2` with its real weights; for tests with the marker `smollm2`. All of them share it."""
+    with running_cluster("smollm2", tmp_path_factory.mktemp("smollm2-run")) as cluster:
+        yield cluster

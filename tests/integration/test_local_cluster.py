@@ -126,14 +126,15 @@ def test_every_process_has_an_address_and_a_metrics_port() -> None:
 
 def test_every_distinct_model_is_imported_once(capfd: pytest.CaptureFixture[str]) -> None:
     preset = load_cluster("smollm2")
-    import_models(preset)
-    other = preset.models.top.model_copy(update={"source": "another"})
-    import_models(preset.model_copy(update={"models": preset.models.model_copy(update={"top": other})}))
-    assert capfd.readouterr().out.splitlines() == [
-        f"importing {preset.models.bottom.source}",
-        "importing another",
-        f"importing {preset.models.bottom.source}",
-    ]
+    other = preset.models.top.model_copy(update={"id": "org/other", "source": "other"})
+    found: list[tuple[str, str]] = []
+    import_models(preset, lambda name, folder: found.append((name, folder)))
+    models = preset.models.model_copy(update={"top": other})
+    import_models(preset.model_copy(update={"models": models}), lambda name, folder: found.append((name, folder)))
+    first = (preset.models.bottom.id, f"/models/{preset.models.bottom.source}")
+    assert found == [first, first, ("org/other", "/models/other")]
+    # Progress is for the terminal.
+    assert capfd.readouterr().err.splitlines()[-1] == "importing other"
 
 
 def test_a_model_that_cannot_be_had_is_named() -> None:
@@ -141,4 +142,8 @@ def test_a_model_that_cannot_be_had_is_named() -> None:
     nowhere = preset.models.top.model_copy(update={"source": "nowhere"})
     models = preset.models.model_copy(update={"bottom": nowhere, "top": nowhere})
     with pytest.raises(Unavailable, match="the model nowhere could not be imported"):
-        import_models(preset.model_copy(update={"models": models}))
+        import_models(preset.model_copy(update={"models": models}), ignore_model)
+
+
+def ignore_model(name: str, folder: str) -> None:
+    pass

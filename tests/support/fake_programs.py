@@ -42,7 +42,8 @@ def main() -> None:
     """`import SOURCE`, `run CLUSTER --shard NAME` or `run CLUSTER`."""
     verb, argument, *rest = sys.argv[1:]
     if verb == "import":
-        print(f"importing {argument}", flush=True)
+        print(f"importing {argument}", file=sys.stderr, flush=True)
+        print(f"/models/{argument}", flush=True)
         sys.exit(1 if argument == "nowhere" else 0)
     _run(argument, rest[1] if rest else "gateway")
 

@@ -103,3 +103,10 @@ def test_half_a_stream_is_no_answer(responses: tuple[GenerateResponse, ...]) -> 
     with pytest.raises(Unavailable, match="before its end") as caught:
         collected(*responses)
     assert caught.value.generated_tokens == (2 if responses else 0)
+
+
+def test_stages_come_in_the_order_of_a_request_s_life() -> None:
+    response = finished()
+    for name in ("sample", "unheard_of", "bottom_prefill"):
+        response.finished.stages.add(name=name, seconds=1.0)
+    assert list(collected(started(), response).stages) == ["route", "bottom_prefill", "sample", "unheard_of"]

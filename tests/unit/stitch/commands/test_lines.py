@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 
 from stitch.client import Answer, Judgement
-from stitch.commands.lines import judgement_line, millions, seconds, stages_line, timing_line, tokens_per_second
+from stitch.commands.lines import (
+    judgement_line,
+    line_text,
+    millions,
+    seconds,
+    stages_line,
+    timing_line,
+    tokens_per_second,
+)
+from stitch.ttft import Line
 
 ANSWER = Answer(
     text="Hi",
@@ -51,7 +60,8 @@ def test_stages_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("duration", "text"), [(None, "–"), (0.0, "0 ms"), (0.00123, "1.23 ms"), (0.4567, "457 ms"), (12.345, "12.35 s")]
+    ("duration", "text"),
+    [(None, "–"), (0.0, "0 ms"), (0.00123, "1.23 ms"), (0.4567, "457 ms"), (12.345, "12.35 s"), (-1e-6, "0 ms")],
 )
 def test_a_duration_has_a_readable_unit(duration: float | None, text: str) -> None:
     assert seconds(duration) == text
@@ -60,3 +70,14 @@ def test_a_duration_has_a_readable_unit(duration: float | None, text: str) -> No
 @pytest.mark.parametrize(("count", "text"), [(134_515_008, "134.5 M"), (1_543_714_304, "1.54 B")])
 def test_parameters_are_counted_in_millions(count: int, text: str) -> None:
     assert millions(count) == text
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (Line(0.0025, 0.09, 0.998), "2.50 ms a token + 90 ms, R² 0.998"),
+        (Line(0.0025, -0.09, 1.0), "2.50 ms a token − 90 ms, R² 1.000"),
+    ],
+)
+def test_a_line_is_a_formula(line: Line, text: str) -> None:
+    assert line_text(line) == text

@@ -1,0 +1,108 @@
+"""A tiny pair on real processes, asked with everything a user has. Exactness has its own tests."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stitch.cli import main
+from stitch.client import Answer, AsyncClient
+from stitch.errors import InvalidRequest
+from tests.support.processes import Cluster, running_cluster
+from tests.support.tiny_cluster import write_tiny_cluster
+
+
+def test_an_answer_has_its_tokens_times_and_stages(tiny_cluster: Cluster) -> None:
+    answer = tiny_cluster.generate("stitch", route="weak", max_tokens=8, ignore_eos=True)
+    assert (answer.route, len(answer.token_ids), answer.generated_tokens) == ("weak", 8, 8)
+    assert answer.finish_reason == "length"
+    assert 0 < (answer.ttft_seconds or 0) <= answer.total_seconds
+    assert list(answer.stages) == ["route", "queue", "bottom_prefill", "wire", "stitch", "top_prefill", "sample"]
+
+
+def test_the_same_question_has_the_same_answer(tiny_cluster: Cluster) -> None:
+    first, second = (tiny_cluster.generate("stitch", route="strong", max_tokens=8) for _ in range(2))
+    assert first.token_ids == second.token_ids
+
+
+def test_routes_answer_differently(tiny_cluster: Cluster) -> None:
+    answers = {
+        tiny_cluster.generate("stitch", route=route, max_tokens=8, ignore_eos=True).token_ids
+        for route in ("weak", "strong")
+    }
+    assert len(answers) == 2
+
+
+def test_a_batch_has_the_answers_of_its_requests(tiny_cluster: Cluster) -> None:
+    prompts = ["one", "two", "three"]
+    requests = [{"prompt": prompt, "route": "weak", "max_tokens": 5, "ignore_eos": True} for prompt in prompts]
+    outcomes = tiny_cluster.client.batch([*requests, {"prompt": "", "max_tokens": 1}])
+    alone = [tiny_cluster.generate(prompt, route="weak", max_tokens=5, ignore_eos=True) for prompt in prompts]
+    tokens = [outcome.token_ids for outcome in outcomes if isinstance(outcome, Answer)]
+    assert tokens == [answer.token_ids for answer in alone]
+    assert isinstance(outcomes[-1], InvalidRequest)
+
+
+async def test_asyncio_has_the_same_answer(tiny_cluster: Cluster) -> None:
+    async with AsyncClient(tiny_cluster.gateway) as client:
+        answer = await client.generate("stitch", route="weak", max_tokens=6, ignore_eos=True)
+    assert answer.token_ids == tiny_cluster.generate("stitch", route="weak", max_tokens=6, ignore_eos=True).token_ids
+
+
+def test_the_commands_reach_it(tiny_cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--gateway", tiny_cluster.gateway]
+    assert main(["status", *flags]) == 0
+    assert "48 → 32" in capsys.readouterr().out
+    assert main(["ask", "hi", "--json", "--max-tokens", "3", "--ignore-eos", *flags]) == 0
+    assert len(json.loads(capsys.readouterr().out)["token_ids"]) == 3
+    assert main(["ttft", "--lengths", "16,64", "--repeat", "1", *flags]) == 0
+    assert "ms per token" in capsys.readouterr().out
+
+
+def test_every_process_counts(tiny_cluster: Cluster) -> None:
+    before = tiny_cluster.metric("gateway", "stitch_generated_tokens_total", route="weak")
+    tiny_cluster.generate("stitch", route="weak", max_tokens=4, ignore_eos=True)
+    assert tiny_cluster.metric("gateway", "stitch_generated_tokens_total", route="weak") == before + 4
+    for shard in ("bottom-0", "top-0"):
+        assert f'stitch_kv_cache_usage_ratio{{shard="{shard}"}}' in tiny_cluster.metrics(shard)
+
+
+def test_a_metric_that_is_not_there_is_named(tiny_cluster: Cluster) -> None:
+    with pytest.raises(KeyError, match="gateway has no stitch_nothing"):
+        tiny_cluster.metric("gateway", "stitch_nothing")
+
+
+class TestBroken:
+    """A cluster whose processes are killed, paused and started again."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def cluster(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+        folder: Path = tmp_path_factory.mktemp("broken")
+        with running_cluster(write_tiny_cluster(folder), folder / "run") as cluster:
+            yield cluster
+
+    def test_a_shard_that_is_started_again_answers_as_before(self, cluster: Cluster) -> None:
+        before = cluster.generate("stitch", route="weak", max_tokens=6, ignore_eos=True)
+        first = cluster.pid("top-0")
+        cluster.kill("top-0")
+        assert not cluster.running("top-0")
+        cluster.restart("top-0")
+        assert cluster.pid("top-0") != first
+        after = cluster.generate("stitch", route="weak", max_tokens=6, ignore_eos=True)
+        assert after.token_ids == before.token_ids
+
+    def test_a_shard_that_is_paused_goes_on(self, cluster: Cluster) -> None:
+        cluster.pause("top-0")
+        cluster.resume("top-0")
+        assert len(cluster.generate("stitch", max_tokens=3, ignore_eos=True).token_ids) == 3
+
+    def test_a_process_that_is_asked_to_stop_does(self, cluster: Cluster) -> None:
+        cluster.signal("top-0", signal.SIGTERM)
+        assert cluster.wait_for_end("top-0") == 0
+        assert "top-0" in cluster.log("top-0")
+        cluster.restart("top-0")
