@@ -40,7 +40,7 @@ def test_names_none(what: str, texts: dict[str, str]) -> None:
 
 
 def test_the_patterns_find_what_they_are_for() -> None:
-    samples = ("cd /home/" + "ada/src", "from /work" + "/main", "--index-url https" + "://example", "'/tmp" + "/model'")
+    samples = ("cd /home/" + "ada/src", "from /" + "work/main", "--index-" + "url https://example", "'/tmp" + "/model'")
     for sample in samples:
         assert any(pattern.search(sample) for pattern in FORBIDDEN.values()), sample
 
