@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 # Why a query took its route, in a word that is fit for a metric's label.
-ReasonKind = Literal["requested", "length", "content", "fallback"]
+ReasonKind = Literal["requested", "length", "content", "gain", "fallback"]
 REASON_KINDS: tuple[ReasonKind, ...] = get_args(ReasonKind)
 
 

@@ -26,7 +26,7 @@ FORMAT = "stitch-text-router/1"
 # Names hashing.py and surface.py as they are; a change there is a new name.
 FEATURES = "words-pairs-18-surface-21/1"
 
-_DTYPES = {"buckets": np.dtype(np.int32), "weights": np.dtype(np.float16)}
+_DTYPES = {"buckets": np.dtype(np.int32), "topic_source": np.dtype(np.int32), "weights": np.dtype(np.float16)}
 _TENSORS = tuple(field.name for field in fields(TextModel) if field.name not in ("routes", "sources"))
 
 
@@ -83,6 +83,7 @@ def load_router(path: Path) -> TextArtefact:
             raise InvalidRequest(f"router.{name}", metadata.get(name), f"this version reads {wanted}")
     model = TextModel(routes=_names(metadata, "routes"), sources=_names(metadata, "sources"), **_checked(tensors))
     _check_shapes(model)
+    _check_values(model)
     _check_fingerprint(model, metadata.get("fingerprint"))
     thresholds = _numbers(metadata, "thresholds", len(model.routes) - 1)
     percentiles = _numbers(metadata, "gain_percentiles", 101)
@@ -102,25 +103,34 @@ def _checked(tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 
 def _check_shapes(model: TextModel) -> None:
-    rows, topics = len(model.buckets), len(model.topic_sources)
-    outputs = len(model.sources) * len(model.routes)
+    rows, sources, topics = len(model.buckets), len(model.sources), len(model.topic_source)
+    views, columns = 1 + sources, sources + topics + sources * len(model.routes)
     wanted = {
         "buckets": (rows,),
-        "idf": (rows,),
-        "weights": (rows, topics + outputs),
-        "surface_mean": (len(SURFACE_FEATURES),),
-        "surface_scale": (len(SURFACE_FEATURES),),
-        "surface_weights": (len(SURFACE_FEATURES), topics + outputs),
-        "bias": (topics + outputs,),
-        "topic_weights": (topics, outputs),
-        "topic_sources": (topics, len(model.sources)),
-        "source_weights": (len(model.sources),),
+        "idf": (rows, views),
+        "weights": (rows, columns),
+        "surface_mean": (views, len(SURFACE_FEATURES)),
+        "surface_scale": (views, len(SURFACE_FEATURES)),
+        "surface_weights": (len(SURFACE_FEATURES), columns),
+        "bias": (columns,),
+        "topic_source": (topics,),
+        "topic_weights": (topics, len(model.routes)),
+        "source_weights": (sources,),
     }
     for name, shape in wanted.items():
-        if getattr(model, name).shape != shape or 0 in shape[1:]:
+        if getattr(model, name).shape != shape:
             raise InvalidRequest(f"router.{name}", getattr(model, name).shape, f"its shape must be {shape}")
-    if rows and not (model.buckets[0] >= 0 and model.buckets[-1] < BUCKETS and (np.diff(model.buckets) > 0).all()):
+
+
+def _check_values(model: TextModel) -> None:
+    buckets, sources = model.buckets, model.topic_source
+    if len(buckets) and not (buckets[0] >= 0 and buckets[-1] < BUCKETS and (np.diff(buckets) > 0).all()):
         raise InvalidRequest("router.buckets", "out of order", f"they must rise from 0 to {BUCKETS - 1}")
+    if not np.array_equal(np.unique(sources), np.arange(len(model.sources))) or (np.diff(sources) < 0).any():
+        raise InvalidRequest("router.topic_source", sources.tolist(), "it must rise and name every source")
+    for name in ("surface_scale", "source_weights"):
+        if not (getattr(model, name) > 0).all():
+            raise InvalidRequest(f"router.{name}", getattr(model, name).min(), "it must be above 0")
 
 
 def _check_fingerprint(model: TextModel, claimed: str | None) -> None:

@@ -1,15 +1,16 @@
 """A text's expected quality on every route: a linear mixture of experts. Knows no file and no threshold.
 
-x  = tf-idf of hashed words and pairs, Euclidean length 1             [buckets], sparse
-f  = surface features, standardized, clipped                          [surface]
-p  = softmax(x·Wp + f·Fp + bp)        which kind of task this looks like          [topics]
-q  ∝ (p summed over each source) · c  which labelled set it looks like            [sources]
-Qs = x·Ws + f·Fs + p·Ts + bs          quality on each route, by the expert of a source   [routes]
-quality = Σ q_s Qs
+x_v = tf-idf of hashed words and pairs, Euclidean length 1            [buckets], sparse
+f_v = surface features, standardized, clipped                         [surface]
+r   = softmax(x_0·W_0 + f_0·F_0 + b_0)    which labelled set a text looks like          [sources]
+p_s = softmax(x_s·U_s + f_s·G_s + c_s)    which of its tasks                            [topics of s]
+Q_s = x_s·W_s + f_s·F_s + p_s·T_s + b_s   quality by the expert of s                    [routes]
+quality = Σ q_s Q_s,  q_s ∝ (r_s / the share of s in the training rows)²
 
-Every set of labels is a source with an expert of its own, so sets that disagree don't dilute each other; a text that
-looks like none takes a mixture. c = 1 / √(share of the source's rows), between a large set's rows counting in full
-and all sets counting alike.
+View 0 weighs words and surfaces as all training texts have them, view s as the texts of source s do. Every set of
+labels is a source with an expert of its own, just as if it were the only one, so sets that disagree don't dilute each
+other; a text that looks like none of them takes a mixture. A small set counts like a large one; the square makes the
+mixture commit.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SURFACE_LIMIT = 4.0
 
 @dataclass(frozen=True, eq=False)
 class TextModel:
-    """Weights; a column of `weights` is a topic's logit or, behind those, an expert's quality on one route."""
+    """Weights. The columns are the sources' logits, then the topics', then each expert's quality on every route."""
 
     # Cheapest first.
     routes: tuple[str, ...]
@@ -39,70 +40,99 @@ class TextModel:
     sources: tuple[str, ...]
     # [rows], rising: the buckets that have weights.
     buckets: NDArray[np.int32]
-    # [rows]
+    # [rows, views]
     idf: Floats
-    # [rows, topics + sources x routes]
+    # [rows, columns], the idf of the column's view already multiplied in.
     weights: NDArray[np.float16]
-    # [surface]
+    # [views, surface]
     surface_mean: Floats
     surface_scale: Floats
-    # [surface, topics + sources x routes]
+    # [surface, columns]
     surface_weights: Floats
-    # [topics + sources x routes]
+    # [columns]
     bias: Floats
-    # [topics, sources x routes]
+    # [topics], rising: the index of the topic's source; each source has at least one.
+    topic_source: NDArray[np.int32]
+    # [topics, routes]: what the topic adds to its expert's quality.
     topic_weights: Floats
-    # [topics, sources]: 1 where the topic is one of the source's.
-    topic_sources: Floats
-    # [sources]
+    # [sources]: 1 / the share of the training rows.
     source_weights: Floats
 
     @cached_property
     def _row_of_bucket(self) -> NDArray[np.int32]:
-        """[buckets + 1]: the row of every bucket, or -1."""
+        """[buckets]: the row of every bucket, or -1."""
         rows = np.full(BUCKETS, -1, np.int32)
         rows[self.buckets] = np.arange(len(self.buckets), dtype=np.int32)
         return rows
 
+    @cached_property
+    def _view_of_column(self) -> NDArray[np.int64]:
+        """[columns]"""
+        experts = np.arange(len(self.sources), dtype=np.int64)
+        of_topics = 1 + self.topic_source.astype(np.int64)
+        return np.concatenate([0 * experts, of_topics, 1 + np.repeat(experts, len(self.routes))])
+
+    @cached_property
+    def _first_topic(self) -> NDArray[np.int64]:
+        """[sources]: where each source's topics begin."""
+        return np.searchsorted(self.topic_source, np.arange(len(self.sources)))
+
     def qualities(self, text: str) -> Floats:
         """[routes]: what a text's answer is expected to be worth on every route, in the labels' unit."""
-        seen = standardized(surface(text), self.surface_mean, self.surface_scale)
-        linear = self._words(text) + seen @ self.surface_weights + self.bias
-        topics = len(self.topic_sources)
-        posterior = _softmax(linear[:topics])
-        experts = linear[topics:] + posterior @ self.topic_weights
-        source = (posterior @ self.topic_sources) * self.source_weights
-        mixed: Floats = (source / source.sum()) @ experts.reshape(len(self.sources), len(self.routes))
+        linear = self._words(text) + self._surface(text) + self.bias
+        sources, topics = len(self.sources), len(self.topic_source)
+        by_topic = self._topic_posterior(linear[sources : sources + topics])[:, None] * self.topic_weights
+        experts = linear[sources + topics :].reshape(sources, len(self.routes))
+        summed: Floats = np.add.reduceat(by_topic, self._first_topic)
+        mixed: Floats = self._mixture(linear[:sources]) @ (experts + summed)
         return mixed
 
     def gains(self, text: str) -> Floats:
         """[routes]: the same less the cheapest route's, so the first is 0."""
         qualities = self.qualities(text)
-        return qualities - qualities[0]
+        above: Floats = qualities - qualities[0]
+        return above
+
+    def _topic_posterior(self, logits: Floats) -> Floats:
+        """[topics], sums to 1 within every source."""
+        highest: Floats = np.maximum.reduceat(logits, self._first_topic)
+        powers: Floats = np.exp(logits - highest[self.topic_source])
+        sums: Floats = np.add.reduceat(powers, self._first_topic)
+        posterior: Floats = powers / sums[self.topic_source]
+        return posterior
+
+    def _mixture(self, logits: Floats) -> Floats:
+        """[sources], sums to 1."""
+        weights = (np.exp(logits - logits.max()) * self.source_weights) ** 2
+        mixture: Floats = weights / weights.sum()
+        return mixture
 
     def _words(self, text: str) -> Floats:
+        """[columns]: the part of words and pairs."""
         buckets, counts = bucket_counts(text)
         rows = self._row_of_bucket[buckets]
         known = rows >= 0
-        rows = rows[known]
-        values = tf_idf(counts[known], self.idf[rows])
-        product: Floats = values @ self.weights[rows].astype(np.float32)
-        return product
+        rows, frequencies = rows[known], term_frequency(counts[known])
+        squares = np.square(frequencies) @ np.square(self.idf[rows])
+        # A text without a known word has nothing to scale.
+        lengths = np.sqrt(np.where(squares > 0, squares, 1)).astype(np.float32)
+        product: Floats = frequencies @ self.weights[rows].astype(np.float32)
+        scaled: Floats = product / lengths[self._view_of_column]
+        return scaled
+
+    def _surface(self, text: str) -> Floats:
+        """[columns]: the part of the surface features."""
+        seen = standardized(surface(text), self.surface_mean, self.surface_scale)
+        by_view: Floats = (seen @ self.surface_weights)[self._view_of_column, np.arange(len(self.bias))]
+        return by_view
 
 
-def tf_idf(counts: NDArray[np.int64], idf: Floats) -> Floats:
-    """[words]: (1 + log count) · idf, scaled to the Euclidean length 1; empty stays empty."""
-    values = (1.0 + np.log(counts)).astype(np.float32) * idf
-    length = float(np.sqrt(values @ values))
-    return values / np.float32(length) if length else values
+def term_frequency(counts: NDArray[np.int64]) -> Floats:
+    """1 + log(count): the tenth occurrence of a word says less than the second."""
+    return (1.0 + np.log(counts)).astype(np.float32)
 
 
 def standardized(seen: Floats, mean: Floats, scale: Floats) -> Floats:
     """[..., surface]: in standard deviations of the training texts, clipped: a strange text stays in their range."""
-    return np.clip((seen - mean) / scale, -SURFACE_LIMIT, SURFACE_LIMIT)
-
-
-def _softmax(logits: Floats) -> Floats:
-    powers = np.exp(logits - logits.max())
-    result: Floats = powers / powers.sum()
-    return result
+    clipped: Floats = np.clip((seen - mean) / scale, -SURFACE_LIMIT, SURFACE_LIMIT)
+    return clipped

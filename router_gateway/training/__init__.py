@@ -1,0 +1,1 @@
+"""Teaching, calibrating and measuring a text router, offline. Knows no running gateway."""
