@@ -147,6 +147,12 @@ class Cluster(Settings):
                 return shard
         raise InvalidRequest("shard", name, f"the cluster file has: {', '.join(shard.name for shard in self.shards)}")
 
+    def model_source(self, role: Role) -> str:
+        """Where that model comes from; paths start from the cluster file's folder, too."""
+        source = (self.models.bottom if role == "bottom" else self.models.top).source
+        path = self.folder / source
+        return str(path) if path.exists() else source
+
     def stitch_file(self, route: RouteCut) -> Path | None:
         """The route's stitch as a path, or None where it needs none."""
         return None if route.stitch is None else self.folder / route.stitch

@@ -30,7 +30,7 @@ from stitch_server.model.description import ModelDescription
 from stitch_server.model.embedding import Embedding
 from stitch_server.model.head import Head
 from stitch_server.model.stitch import Stitch
-from stitch_server.model.tokenizer_hash import tokenizer_hash
+from stitch_server.model.tokenizer_hash import token_count, tokenizer_hash
 from stitch_server.planning import kv_tokens
 from stitch_server.sources.resolve import resolve
 
@@ -64,7 +64,7 @@ class Part:
 def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part:
     """Reads a shard's own tensors. Raises Incompatible where files do not fit the cluster file."""
     source = cluster.models.bottom if place.role == "bottom" else cluster.models.top
-    folder = resolve(source.source, cache_folder())
+    folder = resolve(cluster.model_source(place.role), cache_folder())
     model = ModelDescription.read(folder, source.id)
     dtype = getattr(torch, cluster.compute.dtype)
     first, end = place.layers
@@ -72,12 +72,13 @@ def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part
     tokenizer = tokenizer_hash(folder)
     cuts = {route.name: cut for route in cluster.routes if (cut := cut_of(route, place)) is not None}
     entered = [route for route in cluster.routes if place.role == "top" and first <= route.top_from < end]
+    is_last = (place.role, end) == ("top", model.layers)
     return Part(
         folder=folder,
         model=model,
         decoder=decoder,
         embedding=Embedding.load(folder, device, dtype) if (place.role, first) == ("bottom", 0) else None,
-        head=Head.load(folder, device, dtype) if (place.role, end) == ("top", model.layers) else None,
+        head=Head.load(folder, device, dtype, token_count(folder)) if is_last else None,
         stitches={route.name: _stitch(cluster, route, model, tokenizer, device, dtype) for route in entered},
         cuts=cuts,
         tokenizer=tokenizer,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from stitch.cluster import Cluster
+from stitch.cluster import ROLES, Cluster
 from stitch.environment import cache_folder
 from stitch.errors import Incompatible
 from stitch_server.fit.encoding import FolderEncoder
@@ -43,7 +43,7 @@ def load_pair(cluster: Cluster, dtype: torch.dtype) -> LoadedPair:
     Raises Incompatible where their tokenizers differ.
     """
     sources = cluster.models.bottom, cluster.models.top
-    folders = [resolve(source.source, cache_folder()) for source in sources]
+    folders = [resolve(cluster.model_source(role), cache_folder()) for role in ROLES]
     hashes = [tokenizer_hash(folder) for folder in folders]
     if hashes[0] != hashes[1]:
         raise Incompatible(f"the tokenizers of {sources[0].id} and {sources[1].id} differ")

@@ -23,12 +23,15 @@ class Head:
         self._product = product
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Head:
-        """Reads norm and head; a tied head is the embedding. Raises Incompatible where either is missing."""
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, tokens: int | None = None) -> Head:
+        """Reads norm and head; a tied head is the embedding. Raises Incompatible where either is missing.
+
+        Rows behind the first `tokens` only pad the vocabulary; without them no such token can be chosen.
+        """
         config = read_config(folder)
         with Weights(folder, device, dtype) as weights:
             rows = weights.read(EMBEDDING if config.tie_word_embeddings else "lm_head.weight")
-            return cls(weights.read("model.norm.weight"), config.rms_norm_eps, Product(rows))
+            return cls(weights.read("model.norm.weight"), config.rms_norm_eps, Product(rows[:tokens]))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states `[n, hidden_size]` to logits float32 `[n, vocabulary]`."""

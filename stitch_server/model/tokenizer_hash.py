@@ -16,12 +16,22 @@ def tokenizer_hash(folder: Path) -> str:
     The same tokenizer written by different programs has the same hash: merges are pairs or strings, and added
     tokens may or may not be part of the vocabulary. Raises Incompatible where the file is missing.
     """
+    fields = _read(folder)
+    canonical = json.dumps([_ids(fields), _merges(fields["model"])], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def token_count(folder: Path) -> int:
+    """The ids that stand for tokens are smaller than this; a model's vocabulary may be padded beyond it."""
+    return max(_ids(_read(folder)).values()) + 1
+
+
+def _read(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise Incompatible(f"{folder} has no tokenizer.json")
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    canonical = json.dumps([_ids(fields), _merges(fields["model"])], sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return fields
 
 
 def _ids(fields: dict[str, Any]) -> dict[str, int]:

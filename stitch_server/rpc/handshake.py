@@ -48,7 +48,8 @@ def _check_routes(caller: Identity, own: Identity, check_stitch: CheckStitch) ->
     theirs = {route.name: route for route in caller.routes}
     for route in own.routes:
         other = theirs.get(route.name)
-        if other is None:
+        # A route that enters the top model on another shard does not come from this caller.
+        if other is None or not own.first_layer <= route.top_from < own.end_layer:
             continue
         cuts = (other.bottom_layers, other.top_from), (route.bottom_layers, route.top_from)
         if cuts[0] != cuts[1]:
