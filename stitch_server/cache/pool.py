@@ -95,8 +95,13 @@ class BlockPool:
         return True
 
     def publish(self, number: int, tokens: int) -> None:
-        """The first `tokens` tokens of a sequence are computed: others may share its full prompt blocks."""
-        holding = self._held[number]
+        """The first `tokens` tokens of a sequence are computed: others may share its full prompt blocks.
+
+        Unknown numbers are fine: what is over has nothing to share.
+        """
+        holding = self._held.get(number)
+        if holding is None:
+            return
         ready = min(tokens // BLOCK_TOKENS, len(holding.hashes))
         for index in range(holding.published, ready):
             content, block = holding.hashes[index], holding.blocks[index]

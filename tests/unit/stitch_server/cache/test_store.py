@@ -1,0 +1,172 @@
+"""Attention over gathered blocks is PyTorch's attention over one tensor."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stitch_server.cache.pool import BLOCK_TOKENS, blocks_for
+from stitch_server.cache.store import KVStore, Span, causal_mask
+
+KV_HEADS, HEAD_DIM, BLOCKS = 2, 8, 24
+LAYER = 5
+CPU = torch.device("cpu")
+
+
+class Past:
+    """One sequence's queries, keys and values, and where its tokens lie."""
+
+    def __init__(self, tokens: int, heads: int, blocks: list[int], seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.query = torch.randn(tokens, heads, HEAD_DIM, generator=draw)
+        self.key, self.value = (torch.randn(tokens, KV_HEADS, HEAD_DIM, generator=draw) for _ in range(2))
+        self.blocks = blocks
+
+    def span(self, position: int, end: int) -> Span:
+        return Span(position, end - position, self.blocks[: blocks_for(end)])
+
+    def expected(self, position: int, end: int, scale: float, window: int | None) -> Tensor:
+        """Plain attention over the whole sequence so far, `[end - position, heads * head_dim]`."""
+        seen = torch.ones(end, end, dtype=torch.bool).tril()
+        if window is not None:
+            seen &= ~torch.ones(end, end, dtype=torch.bool).tril(-window)
+        query, key, value = (rows[:end].transpose(0, 1)[None] for rows in (self.query, self.key, self.value))
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale, enable_gqa=True)
+        return mixed[0].transpose(0, 1)[position:].flatten(1)
+
+
+def scattered(count: int, tokens: int, heads: int = 4) -> list[Past]:
+    """Sequences whose blocks are neither neighbours nor in order."""
+    free = list(range(BLOCKS))
+    random.Random(0).shuffle(free)
+    needed = blocks_for(tokens)
+    return [Past(tokens, heads, free[one * needed : (one + 1) * needed], one) for one in range(count)]
+
+
+def new_store(dtype: torch.dtype = torch.float32) -> KVStore:
+    return KVStore(LAYER, LAYER + 2, BLOCKS, KV_HEADS, HEAD_DIM, CPU, dtype)
+
+
+def attend(
+    store: KVStore,
+    parts: list[tuple[Past, int, int]],
+    scale: float = 0.3,
+    window: int | None = None,
+    layer: int = LAYER,
+) -> list[Tensor]:
+    """One batch of `(sequence, position, end)`; its results by part."""
+    attention = store.attention([past.span(position, end) for past, position, end in parts])
+    rows = [
+        torch.cat([getattr(past, name)[position:end] for past, position, end in parts])
+        for name in ("query", "key", "value")
+    ]
+    mixed = attention(layer, *rows, scale, window)
+    return list(torch.split(mixed, [end - position for _, position, end in parts]))
+
+
+def check(past: Past, position: int, end: int, got: Tensor, scale: float = 0.3, window: int | None = None) -> None:
+    torch.testing.assert_close(got, past.expected(position, end, scale, window), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [2, 4, 8])
+@pytest.mark.parametrize("window", [None, 1, 7, 20, 200])
+@pytest.mark.parametrize("chunk", [1, 5, 16, 17, 40])
+def test_chunks_are_the_whole(heads: int, window: int | None, chunk: int) -> None:
+    (past,) = scattered(1, 40, heads)
+    store = new_store()
+    for position in range(0, 40, chunk):
+        end = min(40, position + chunk)
+        (got,) = attend(store, [(past, position, end)], window=window)
+        check(past, position, end, got, window=window)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_decode_goes_on_where_the_prompt_ended(window: int | None) -> None:
+    (past,) = scattered(1, 50)
+    store = new_store()
+    attend(store, [(past, 0, 30)], window=window)
+    for position in range(30, 50):
+        (got,) = attend(store, [(past, position, position + 1)], window=window)
+        check(past, position, position + 1, got, window=window)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_batch_keeps_its_sequences_apart(window: int | None) -> None:
+    decoding, chunked, fresh = scattered(3, 40)
+    store = new_store()
+    attend(store, [(decoding, 0, 33), (chunked, 0, 20)], window=window)
+    parts = [(decoding, 33, 34), (chunked, 20, 37), (fresh, 0, 18)]
+    for part, got in zip(parts, attend(store, parts, window=window), strict=True):
+        check(*part, got, window=window)
+
+
+def test_two_chunks_of_one_sequence_may_come_in_one_batch() -> None:
+    past, other = scattered(2, 40)
+    store = new_store()
+    parts = [(past, 0, 10), (other, 0, 5), (past, 10, 30), (past, 30, 31)]
+    for part, got in zip(parts, attend(store, parts), strict=True):
+        check(*part, got)
+
+
+def test_layers_are_kept_apart() -> None:
+    first, second = scattered(2, 10)
+    second.blocks = first.blocks
+    store = new_store()
+    attend(store, [(first, 0, 9)])
+    attend(store, [(second, 0, 9)], layer=LAYER + 1)
+    (got,) = attend(store, [(first, 9, 10)])
+    check(first, 9, 10, got)
+    (got,) = attend(store, [(second, 9, 10)], layer=LAYER + 1)
+    check(second, 9, 10, got)
+
+
+def test_what_an_earlier_holder_left_is_not_seen() -> None:
+    earlier, later = scattered(2, 40)
+    later.blocks = earlier.blocks
+    store = new_store()
+    attend(store, [(earlier, 0, 40)])
+    (got,) = attend(store, [(later, 0, 3)])
+    check(later, 0, 3, got)
+
+
+def test_the_leading_segments_attend_alone() -> None:
+    parts = [(past, 0, 12) for past in scattered(3, 12)]
+    store = new_store()
+    attention = store.attention([past.span(*where) for past, *where in parts])
+    rows = [torch.cat([getattr(past, name) for past, _, _ in parts[:2]]) for name in ("query", "key", "value")]
+    got = attention.first(2)(LAYER, *rows, 0.3, None)
+    for part, one in zip(parts[:2], torch.split(got, 12), strict=True):
+        check(*part, one)
+    third = torch.tensor(parts[2][0].blocks) * BLOCK_TOKENS
+    assert not store.keys[:, third].any()
+
+
+def test_the_scale_is_the_callers() -> None:
+    (past,) = scattered(1, 8)
+    (got,) = attend(new_store(), [(past, 0, 8)], scale=1.7)
+    check(past, 0, 8, got, scale=1.7)
+
+
+def test_half_the_bytes_keep_half_the_precision() -> None:
+    (past,) = scattered(1, 20)
+    halved = Past(20, 4, past.blocks, 0)
+    halved.query, halved.key, halved.value = (rows.bfloat16() for rows in (past.query, past.key, past.value))
+    (got,) = attend(new_store(torch.bfloat16), [(halved, 0, 20)])
+    assert got.dtype is torch.bfloat16
+    torch.testing.assert_close(got.float(), past.expected(0, 20, 0.3, None), rtol=0.05, atol=0.05)
+
+
+def test_a_mask_says_who_sees_whom() -> None:
+    mask = causal_mask(Span(2, 3, [0]), 3, torch.zeros(1))
+    assert (mask == 0).int().tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert set(mask.unique().tolist()) == {0.0, float("-inf")}
+
+
+def test_a_token_takes_keys_and_values_of_every_layer() -> None:
+    store = new_store(torch.bfloat16)
+    per_token = KVStore.bytes_per_token(2, KV_HEADS, HEAD_DIM, torch.bfloat16)
+    assert per_token * BLOCKS * BLOCK_TOKENS == store.keys.nbytes + store.values.nbytes
