@@ -70,11 +70,9 @@ def unpack(packed: Packed, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The rows `[tokens, hidden]` in the receiver's own dtype; `packed` has passed `check`."""
     # bytearray: torch warns of a buffer that it must not write to.
     rows = torch.frombuffer(bytearray(packed.data), dtype=_TORCH[packed.dtype]).view(packed.tokens, packed.width)
-    rows = rows.to(device=device, dtype=dtype)
     if packed.scales:
-        scales = torch.frombuffer(bytearray(packed.scales), dtype=torch.float32).to(device=device, dtype=dtype)
-        rows = rows * scales[:, None]
-    return rows
+        rows = rows * torch.frombuffer(bytearray(packed.scales), dtype=torch.float32)[:, None]
+    return rows.to(device=device, dtype=dtype)
 
 
 def _bytes(rows: Tensor) -> bytes:
