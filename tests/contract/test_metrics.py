@@ -1,0 +1,84 @@
+"""Every metric and label that the dashboard and the README name is served by a running cluster. Judges no value."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import Cluster, running_cluster
+from tests.support.tiny_cluster import write_tiny_cluster
+
+ROOT = Path(__file__).parents[2]
+DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/stitch.json").read_text())
+EXPRESSIONS = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
+# Labels that are not the processes': a histogram's bound, and what Prometheus adds to every scrape.
+FOREIGN_LABELS = {"le", "instance", "job"}
+Labels = dict[str, dict[str, set[str]]]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Labels]:
+    """Sample name to label to its values, over all processes of a cluster that has answered on both routes."""
+    file = write_tiny_cluster(tmp_path_factory.mktemp("metrics-pair"))
+    with running_cluster(file, tmp_path_factory.mktemp("metrics-run")) as cluster:
+        for route in ("weak", "strong", "auto"):
+            cluster.generate("stitch", route=route, max_tokens=4, ignore_eos=True)
+        yield _scraped(cluster)
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_a_panel_asks_for_what_is_served(expression: str, served: Labels) -> None:
+    for name, matchers in re.findall(r"(stitch_\w+)(?:\{([^}]*)\})?", expression):
+        assert name in served
+        for label, value in re.findall(r'(\w+)="([^"]*)"', matchers):
+            assert value in served[name][label]
+        grouped = {label for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(", ")}
+        assert grouped - FOREIGN_LABELS <= set(served[name])
+
+
+def test_legends_show_labels_that_the_query_keeps() -> None:
+    for panel in DASHBOARD["panels"]:
+        for target in panel.get("targets", []):
+            shown = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+            kept = {label for group in re.findall(r"by \(([^)]*)\)", target["expr"]) for label in group.split(", ")}
+            assert shown <= kept or (not kept and shown == {"shard"}), panel["title"]
+
+
+def test_the_readme_names_what_is_served(served: Labels) -> None:
+    named = _in_readme()
+    assert len(named) > 15
+    for name, labels in named:
+        samples = [sample for sample in (name, f"{name}_count") if sample in served]
+        assert samples, name
+        assert set(labels.split(",")) - {""} <= set(served[samples[0]]), name
+
+
+def test_the_dashboard_shows_everything_that_the_readme_names() -> None:
+    asked = {re.sub("_(bucket|sum|count)$", "", name) for one in EXPRESSIONS for name in re.findall(r"stitch_\w+", one)}
+    assert {name for name, _ in _in_readme()} == asked
+
+
+def test_nothing_is_asked_twice() -> None:
+    assert len(set(EXPRESSIONS)) == len(EXPRESSIONS)
+
+
+def _in_readme() -> list[tuple[str, str]]:
+    """Metrics and their labels, as its table of metrics has them."""
+    table = (ROOT / "README.md").read_text().partition("## Metrics")[2]
+    return re.findall(r"`(stitch_\w+)(?:\{([\w,]+)\})?`", table)
+
+
+def _scraped(cluster: Cluster) -> Labels:
+    found: Labels = defaultdict(lambda: defaultdict(set))
+    for process in cluster.names:
+        for sample in cluster.metrics(process):
+            name, _, labels = sample.partition("{")
+            values = found[name]
+            for label, value in re.findall(r'(\w+)="([^"]*)"', labels):
+                values[label].add(value)
+    return found
