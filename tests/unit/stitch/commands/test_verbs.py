@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +18,10 @@ from stitch.cli import main
 from stitch.client import Client
 from stitch.commands.chat import Conversation
 from stitch.errors import Unavailable
-from tests.support.fake_gateway import STAGES, FakeGateway
+from tests.support.fake_gateway import STAGES, WAIT_SECONDS, FakeGateway
+from tests.support.waiting import eventually
+
+ROOT = Path(__file__).parents[4]
 
 
 def ask(gateway: FakeGateway, *arguments: str) -> int:
@@ -214,6 +220,21 @@ class TestBatch:
         (tmp_path / "out.jsonl").write_text('{"line": 1, "text": "kept"}\n{"line": 2, "error": {}}\n')
         assert self.batch(gateway, tmp_path, "--resume") == 0
         assert [line["text"] for line in self.written(tmp_path)] == ["kept", "echo: b", "echo: c"]
+
+    async def test_ctrl_c_keeps_what_is_answered(self, gateway: FakeGateway, tmp_path: Path) -> None:
+        gateway.stall_before_word = 2
+        out, draft = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+        (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b c d"}\n{"prompt": "e"}\n')
+        out.write_text('{"line": 3, "text": "kept"}\n')
+        arguments = [str(tmp_path / "in.jsonl"), "--out", str(out), "--resume", "--gateway", gateway.address]
+        command = [sys.executable, "-m", "stitch.cli", "batch", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = await asyncio.create_subprocess_exec(*command, env=environment)
+        await eventually(lambda: draft.exists() and draft.read_text(), WAIT_SECONDS)
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 130
+        assert [line["text"] for line in self.written(tmp_path)] == ["echo: a", "kept"]
+        assert await asyncio.to_thread(gateway.cancelled.wait, WAIT_SECONDS)
 
     def test_a_file_that_is_not_there_is_said(
         self, gateway: FakeGateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
