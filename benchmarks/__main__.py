@@ -1,0 +1,27 @@
+"""Runs every benchmark, one after the other. Knows their names and nothing of what they measure."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    """The number of benchmarks that failed."""
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="a few samples each, to see that they run")
+    parser.add_argument("--out", metavar="DIR", default="build/benchmarks", help="for JSON and plots")
+    parsed = parser.parse_args()
+    failed = 0
+    for path in sorted(Path(__file__).parent.glob("bench_*.py")):
+        print(f"== {path.stem}", flush=True)
+        flags = ["--tiny"] if parsed.tiny else []
+        command = [sys.executable, "-m", f"benchmarks.{path.stem}", *flags, "--out", f"{parsed.out}/{path.stem}.json"]
+        failed += subprocess.run(command, check=False).returncode != 0
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

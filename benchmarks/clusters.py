@@ -1,0 +1,102 @@
+"""Local clusters for benchmarks, and a way to ask their first shard in tokens. Knows no figure."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stitch.channels import open_channel
+from stitch.cluster import Cluster, load_cluster
+from stitch.local.running import LocalCluster, import_models, prepared
+from stitch.local.state import RunFolder
+from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
+
+
+def preset(name: str = "smollm2", **compute: Any) -> Cluster:
+    """A preset with some of its `[compute]` fields changed."""
+    cluster = load_cluster(name)
+    return cluster.model_copy(update={"compute": cluster.compute.model_copy(update=compute)})
+
+
+@contextmanager
+def running(cluster: Cluster) -> Iterator[LocalCluster]:
+    """The cluster as processes of this machine; inside of the block all of them serve."""
+    import_models(cluster, _quiet)
+    with tempfile.TemporaryDirectory() as folder:
+        local = prepared(cluster, RunFolder(Path(folder)))
+        try:
+            local.start_all(_quiet)
+            yield local
+        finally:
+            local.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One generation: its tokens, and when each arrived, in seconds after the request."""
+
+    token_ids: list[int]
+    arrivals: list[float]
+
+    @property
+    def ttft_ms(self) -> float:
+        return self.arrivals[0] * 1e3
+
+    @property
+    def token_ms(self) -> float:
+        """Mean time of a token after the first."""
+        return (self.arrivals[-1] - self.arrivals[0]) / (len(self.arrivals) - 1) * 1e3
+
+
+class FirstShard:
+    """Asks the first shard of a route directly, token ids in and out, without the gateway."""
+
+    def __init__(self, stub: shard_pb2_grpc.ShardAsyncStub, cluster: Cluster) -> None:
+        self._stub = stub
+        self._cluster = cluster
+
+    async def generate(self, token_ids: Sequence[int], tokens: int, route: str = "strong") -> Timed:
+        """Greedy, exactly `tokens` tokens."""
+        stages = self._cluster.stages(self._cluster.route(route))
+        request = shard_pb2.ShardGenerateRequest(
+            token_ids=token_ids,
+            prompt_tokens=len(token_ids),
+            route=route,
+            chain=[replicas[0].address for replicas in stages[1:]],
+            sampling=inference_pb2.Sampling(max_tokens=tokens),
+        )
+        started = time.perf_counter()
+        timed = Timed([], [])
+        async for response in self._stub.Generate(request):
+            timed.token_ids.extend(token.id for token in response.tokens)
+            timed.arrivals.extend(time.perf_counter() - started for _ in response.tokens)
+        return timed
+
+
+@asynccontextmanager
+async def first_shard(local: LocalCluster) -> AsyncIterator[FirstShard]:
+    """A connection to the shard that holds the embedding."""
+    first = local.cluster.stages(local.cluster.routes[-1])[0][0]
+    async with open_channel(first.address) as channel:
+        stub: shard_pb2_grpc.ShardAsyncStub = shard_pb2_grpc.ShardStub(channel)
+        yield FirstShard(stub, local.cluster)
+
+
+def prompt(tokens: int, seed: int = 0) -> list[int]:
+    """Token ids of ordinary words, none of them special, different for every seed; any model's speed is the same."""
+    return [1000 + (seed * 7919 + index * 31) % 20000 for index in range(tokens)]
+
+
+def _quiet(what: str, how_far: str | float) -> None:
+    """Benchmarks print figures only."""
+
+
+def run(question: Any) -> None:
+    """Runs a benchmark's coroutine."""
+    asyncio.run(question)

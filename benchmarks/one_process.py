@@ -1,0 +1,74 @@
+"""The same stitched pair in one process: same layers, cache and sampler, no gRPC. The baseline of the hop."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.clusters import Timed
+from stitch.cluster import Cluster
+from stitch.sampling import Sampling
+from stitch_server.cache.pool import BLOCK_TOKENS
+from stitch_server.cache.store import KVStore
+from stitch_server.engine.batch import Batch, Segment, StepOutput
+from stitch_server.engine.runner import Runner, Threads
+from stitch_server.engine.sequence import Sequence as Session
+from stitch_server.shard import Part, load_part
+
+MOST_TOKENS = 4096
+
+
+class OneProcess:
+    """Both halves of a cluster's pair, called one after the other."""
+
+    def __init__(self, cluster: Cluster, route: str = "strong", threads: int = 0) -> None:
+        device = torch.device("cpu")
+        cut = cluster.route(route)
+        self._chunk = cluster.compute.prefill_tokens
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._parts = [load_part(cluster, replicas[0], device) for replicas in cluster.stages(cut)]
+        self._runners = [self._runner(part, device) for part in self._parts]
+        self._route = cut.name
+
+    def generate(self, token_ids: Sequence[int], tokens: int) -> Timed:
+        """Greedy, exactly `tokens` tokens; the prompt in chunks of the cluster's size."""
+        session = Session(self._route, (), Sampling(), list(token_ids), len(token_ids))
+        timed = Timed([], [])
+        started = time.perf_counter()
+        while len(timed.token_ids) < tokens:
+            length = min(self._chunk, len(session.token_ids) - session.cached)
+            wants = session.cached + length == len(session.token_ids)
+            token = self._step(session, length, wants)
+            if token is not None:
+                session.token_ids.append(token)
+                timed.token_ids.append(token)
+                timed.arrivals.append(time.perf_counter() - started)
+        return timed
+
+    def _step(self, session: Session, length: int, wants: bool) -> int | None:
+        hidden, output = None, StepOutput()
+        for part, runner in zip(self._parts, self._runners, strict=True):
+            blocks = range(MOST_TOKENS // BLOCK_TOKENS)
+            cut = part.cuts[session.route]
+            segment = Segment(session, cut, session.cached, length, wants, blocks, hidden)
+            output = runner.run(Batch((segment,)))
+            hidden = output.hidden[0] if output.hidden else None
+        session.cached += length
+        return output.tokens[0].id if output.tokens else None
+
+    def _runner(self, part: Part, device: torch.device) -> Runner:
+        decoder = part.decoder
+        kv_heads, head_dim = decoder.kv_heads, decoder.head_dim
+        blocks = MOST_TOKENS // BLOCK_TOKENS
+        return Runner(
+            decoder=decoder,
+            store=KVStore(decoder.first, decoder.end, blocks, kv_heads, head_dim, device, torch.float32),
+            device=device,
+            threads=Threads(self._threads, self._threads),
+            embed=part.embedding,
+            stitches={route: stitch for route, stitch in part.stitches.items() if stitch is not None},
+            head=part.head,
+        )

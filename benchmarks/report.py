@@ -1,0 +1,56 @@
+"""What a benchmark leaves behind: every sample, their medians, and where they were taken. Measures nothing itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What every benchmark is told."""
+
+    tiny: bool
+    out: Path
+
+
+def options(question: str) -> Options:
+    """Parses the flags that all benchmarks share; `question` is what the benchmark answers."""
+    parser = argparse.ArgumentParser(description=question)
+    parser.add_argument("--tiny", action="store_true", help="a few samples, to see that it runs")
+    parser.add_argument("--out", metavar="FILE.json", type=Path, default=None, help="for the samples")
+    parsed = parser.parse_args()
+    return Options(parsed.tiny, parsed.out or Path("build/benchmarks/out.json"))
+
+
+def ratio(candidate: Sequence[float], baseline: Sequence[float]) -> float:
+    """Of the medians; the two were sampled in alternation."""
+    return median(candidate) / median(baseline)
+
+
+def write(options: Options, samples: Mapping[str, Sequence[float]], ratios: Mapping[str, float], **more: Any) -> None:
+    """Prints a table of medians and ratios, and writes all of it as JSON. Samples are in milliseconds."""
+    for name, values in samples.items():
+        print(f"  {name:<40} {median(values):10.2f}   ({min(values):.2f} to {max(values):.2f}, {len(values)} samples)")
+    for name, value in ratios.items():
+        print(f"  {name:<40} {value:10.3f} x", flush=True)
+    report = {"commit": _commit(), "machine": _machine(), "samples": samples, "ratios": ratios, **more}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _commit() -> str:
+    ran = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return ran.stdout.strip() or "unknown"
+
+
+def _machine() -> dict[str, Any]:
+    return {"cores": len(os.sched_getaffinity(0)), "processor": platform.machine(), "python": platform.python_version()}
