@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from stitch_server.cache.pool import BLOCK_TOKENS
 from tests.support.in_process import Shards, open_shards
+from tests.support.neighbour import neighbour, opening_step
 from tests.support.stitched_reference import StitchedReference, reference
 from tests.support.tiny_cluster import BOTTOM, CUTS, TOP, write_tiny_cluster
 from tests.support.tiny_model import TOKENS
@@ -95,3 +97,66 @@ async def test_every_chain_says_what_the_whole_says(family: str, layout: str, tm
         assert (
             await differences(shards, references, family, [drawn_prompt(seed, 10 * seed) for seed in (2, 3, 4)]) == []
         )
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 7, 64])
+async def test_one_chunk_or_many_make_no_difference(prefill_tokens: int, tmp_path: Path, references: Any) -> None:
+    file = write_tiny_cluster(tmp_path, "llama", prefill_tokens=prefill_tokens)
+    async with open_shards(file) as shards:
+        assert await differences(shards, references, "llama", [drawn_prompt(5)]) == []
+
+
+async def test_a_seeded_answer_is_the_same_alone_and_in_a_crowd(tmp_path: Path) -> None:
+    async with open_shards(write_tiny_cluster(tmp_path, bottoms=[(0, 2), (2, 4)], prefill_tokens=16)) as shards:
+
+        async def ask(seed: int) -> list[int]:
+            route = ("weak", "strong")[seed % 2]
+            chosen: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1, "seed": seed}
+            return await shards.generate(drawn_prompt(seed), route, ANSWER_TOKENS, **chosen)
+
+        alone = [await ask(seed) for seed in range(6)]
+        assert await asyncio.gather(*map(ask, range(6))) == alone
+        assert len({tuple(answer) for answer in alone}) == 6
+        # Sampled, not greedy.
+        assert await shards.generate(drawn_prompt(0), "weak", ANSWER_TOKENS) != alone[0]
+
+
+async def test_a_reused_beginning_makes_no_difference(tmp_path: Path, references: Any) -> None:
+    bottoms, tops = LAYOUTS["both in two"]
+    prompt = drawn_prompt(6)
+    others = [prompt[:40] + drawn_prompt(7, 9), prompt[:16] + drawn_prompt(8, 30)]
+    async with open_shards(write_tiny_cluster(tmp_path, bottoms=bottoms, tops=tops)) as shards:
+        pools = {name: shards.running[name].shard.pool for name in shards.running}
+        assert await differences(shards, references, "llama", [prompt]) == []
+        assert {pool.reused_tokens for pool in pools.values()} == {0}
+        assert await differences(shards, references, "llama", [prompt, *others]) == []
+        # Two full blocks of the same prompt, two of the one that shares 40 tokens, one of the one that shares 16.
+        for name, pool in pools.items():
+            routes = [route for route in CUTS if name in shards.chain(route)]
+            assert pool.reused_tokens == (2 + 2 + 1) * BLOCK_TOKENS * len(routes)
+
+
+async def test_sessions_that_lose_their_kv_go_on_as_before(tmp_path: Path, references: Any) -> None:
+    # Three prompts fit at once, but not with their answers.
+    async with open_shards(write_tiny_cluster(tmp_path, kv_tokens=10 * BLOCK_TOKENS)) as shards:
+        assert await differences(shards, references, "llama", [drawn_prompt(9), drawn_prompt(10)]) == []
+        begun = shards.running["bottom-0"].shard.pool.asked_tokens
+        assert begun > 4 * 2 * BLOCK_TOKENS, "no session began anew"
+        assert set(shards.used().values()) == {0.0}
+
+
+async def test_a_session_that_finds_no_room_behind_goes_on_as_before(tmp_path: Path, references: Any) -> None:
+    file = write_tiny_cluster(tmp_path, kv_tokens=10 * BLOCK_TOKENS)
+    prompts = [drawn_prompt(seed, BLOCK_TOKENS + 1) for seed in (11, 12)]
+    async with open_shards(file) as shards:
+        bottom, top = shards.address("bottom-0"), shards.address("top-0")
+        async with neighbour(top, like=bottom) as other:
+            # Somebody else leaves two blocks: room for one of both sessions.
+            await other.greet()
+            step = opening_step(1, "weak", 8 * BLOCK_TOKENS, other.identity.bottom.hidden_size)
+            assert len((await other.ask(step)).tokens) == 1
+            answers = await asyncio.gather(*(shards.generate(prompt, "weak", ANSWER_TOKENS) for prompt in prompts))
+        begun = shards.running["bottom-0"].shard.pool.asked_tokens
+        assert begun > len(prompts) * BLOCK_TOKENS, "no session began anew"
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer == greedy(references("llama", "weak"), prompt, answer)

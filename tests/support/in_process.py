@@ -27,7 +27,7 @@ class Shards:
 
     cluster: Cluster
     running: dict[str, RunningShard]
-    _stub: shard_pb2_grpc.ShardAsyncStub
+    stubs: dict[str, shard_pb2_grpc.ShardAsyncStub]
 
     def address(self, name: str) -> str:
         """`host:port` of a shard."""
@@ -37,17 +37,19 @@ class Shards:
         """The names of the shards that a route passes, the first of each stage's replicas."""
         return [stage[0].name for stage in self.cluster.stages(self.cluster.route(route))]
 
-    async def generate(self, token_ids: Sequence[int], route: str, count: int, **sampling: Any) -> list[int]:
+    async def generate(
+        self, token_ids: Sequence[int], route: str, count: int, chain: Sequence[str] | None = None, **sampling: Any
+    ) -> list[int]:
         """`count` tokens behind `token_ids`; end tokens end nothing. Raises grpc.aio.AioRpcError."""
-        chain = [self.address(name) for name in self.chain(route)[1:]]
+        first, *rest = chain or self.chain(route)
         request = shard_pb2.ShardGenerateRequest(
             token_ids=token_ids,
             prompt_tokens=len(token_ids),
             route=route,
-            chain=chain,
+            chain=[self.address(name) for name in rest],
             sampling=Sampling(max_tokens=count, **sampling).to_proto(),
         )
-        return [token.id async for response in self._stub.Generate(request) for token in response.tokens]
+        return [token.id async for response in self.stubs[first].Generate(request) for token in response.tokens]
 
     def used(self) -> dict[str, float]:
         """The share of KV blocks that sessions hold, by shard."""
@@ -59,9 +61,12 @@ async def open_shards(cluster_file: Path) -> AsyncIterator[Shards]:
     """All shards of a cluster file; they listen inside of the block."""
     cluster = load_cluster(str(cluster_file))
     async with AsyncExitStack() as stack:
-        running = {}
-        for place in cluster.shards:
+        running: dict[str, RunningShard] = {}
+        stubs: dict[str, shard_pb2_grpc.ShardAsyncStub] = {}
+        # The first shard of a chain is stopped first.
+        for place in reversed(cluster.shards):
             settings = ShardSettings(cluster=cluster, place=place, listen=ANY_PORT, metrics_port=0)
             running[place.name] = await stack.enter_async_context(open_shard(settings))
-        channel = await stack.enter_async_context(open_channel(f"127.0.0.1:{running[cluster.shards[0].name].port}"))
-        yield Shards(cluster, running, shard_pb2_grpc.ShardStub(channel))
+            channel = await stack.enter_async_context(open_channel(f"127.0.0.1:{running[place.name].port}"))
+            stubs[place.name] = shard_pb2_grpc.ShardStub(channel)
+        yield Shards(cluster, running, stubs)
