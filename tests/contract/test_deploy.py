@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
+from router_gateway.settings import GatewaySettings
 from stitch.cluster import Cluster, GatewayPlace, ShardPlace, load_cluster
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 PROGRAMS = {"stitch-server": "stitch_server.cli", "router-gateway": "router_gateway.cli"}
+DRAIN_SECONDS = GatewaySettings.model_fields["drain_seconds"].default
 PROCESSES = ("bottom", "top", "gateway")
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
@@ -76,6 +78,20 @@ def test_prometheus_scrapes_every_process(cluster: Cluster) -> None:
     assert sorted(scraped) == sorted(f"{one.address.rpartition(':')[0]}:{one.metrics_port}" for one in places)
 
 
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_container_may_drain_before_it_is_killed(name: str) -> None:
+    assert _seconds(SERVICES[name]["stop_grace_period"]) > DRAIN_SECONDS
+
+
+@pytest.mark.parametrize("unit", sorted(DEPLOY.glob("systemd/*.service")), ids=lambda path: path.name)
+def test_a_unit_starts_a_program_and_lets_it_drain(unit: Path) -> None:
+    settings = dict(re.findall(r"^(\w+)=(.+)$", unit.read_text(), re.MULTILINE))
+    program, *arguments = settings["ExecStart"].split()
+    parsed = _parser(Path(program).name).parse_args(arguments)
+    assert parsed.cluster == "/etc/stitch/cluster.toml"
+    assert float(settings["TimeoutStopSec"]) > DRAIN_SECONDS
+
+
 def test_only_this_machine_reaches_a_published_port() -> None:
     published = [port for service in SERVICES.values() for port in service.get("ports", [])]
     assert published
@@ -127,5 +143,14 @@ def _parsed(name: str) -> argparse.Namespace:
     """A service's command, read by the program that its image starts."""
     dockerfile = (ROOT / SERVICES[name]["build"]["dockerfile"]).read_text()
     (program,) = json.loads(re.findall(r"^ENTRYPOINT (.+)$", dockerfile, re.MULTILINE)[0])
+    return _parser(program).parse_args(SERVICES[name]["command"])
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = importlib.import_module(PROGRAMS[program]).build_parser()
-    return parser.parse_args(SERVICES[name]["command"])
+    return parser
+
+
+def _seconds(duration: str) -> float:
+    assert duration.endswith("s")
+    return float(duration.removesuffix("s"))
