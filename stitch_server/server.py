@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import grpc
-import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
@@ -19,6 +18,7 @@ from stitch import channels
 from stitch.event_loop import observe_delay
 from stitch.stopping import StopSignals
 from stitch.v1 import shard_pb2, shard_pb2_grpc
+from stitch_server.devices import pick_device
 from stitch_server.metrics import Metrics
 from stitch_server.rpc.links import Links
 from stitch_server.rpc.servicer import ShardServicer
@@ -91,10 +91,3 @@ async def _listening(shard: Shard, health: HealthServicer, address: str) -> tupl
         await health.set(service, health_pb2.HealthCheckResponse.SERVING)
     await server.start()
     return server, port
-
-
-def pick_device(wanted: str) -> torch.device:
-    """`auto` is the first GPU where there is one, else the processor."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(wanted)

@@ -31,7 +31,7 @@ from stitch_server.model.embedding import Embedding
 from stitch_server.model.head import Head
 from stitch_server.model.stitch import Stitch
 from stitch_server.model.tokenizer_hash import token_count, tokenizer_hash
-from stitch_server.planning import kv_tokens
+from stitch_server.planning import kv_bytes_per_token, kv_tokens
 from stitch_server.sources.resolve import resolve
 
 # Sessions that may decode in one step beside its prompts.
@@ -89,8 +89,11 @@ def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part
 def cut_of(route: RouteCut, place: ShardPlace) -> Cut | None:
     """The layers of a shard that a route passes; None where it passes none."""
     first, end = place.layers
-    enter, leave = (first, min(end, route.bottom_layers)) if place.role == "bottom" else (max(first, route.top_from), end)
-    return Cut(enter, leave) if enter < leave else None
+    if place.role == "bottom":
+        end = min(end, route.bottom_layers)
+    else:
+        first = max(first, route.top_from)
+    return Cut(first, end) if first < end else None
 
 
 def _stitch(
@@ -154,7 +157,7 @@ def build_shard(
     dtype = getattr(torch, compute.dtype)
     first, end = place.layers
     decoder = part.decoder
-    token_bytes = KVStore.bytes_per_token(end - first, decoder.kv_heads, decoder.head_dim, dtype)
+    token_bytes = kv_bytes_per_token(end - first, decoder.kv_heads, decoder.head_dim, dtype)
     tokens = kv_tokens(compute.kv_tokens, token_bytes, part.model.context_length, device)
     pool = BlockPool(tokens // BLOCK_TOKENS)
     store = KVStore(first, end, pool.blocks, decoder.kv_heads, decoder.head_dim, device, dtype)
@@ -198,7 +201,7 @@ def _front(cluster: Cluster, part: Part, pool: BlockPool, links: Downstream) -> 
         )
         return Origin(pool, part.cuts, limits, Forwarding(links, compute.wire_dtype))
     forwarding = None if part.head is not None else Forwarding(links, compute.wire_dtype)
-    intake = Intake(pool, part.cuts, last=part.head is not None)
+    intake = Intake(pool, part.cuts, forwarding)
     return Relay(pool, intake, forwarding, compute.batch_tokens)
 
 

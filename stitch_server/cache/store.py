@@ -36,11 +36,6 @@ class KVStore:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
-    @staticmethod
-    def bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Keys and values of all layers for one token."""
-        return 2 * layers * kv_heads * head_dim * dtype.itemsize
-
     def attention(self, spans: Sequenced[Span]) -> PagedAttention:
         """The `attend` function for a batch of packed segments."""
         return PagedAttention(self, spans)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from stitch_server.cache.pool import BLOCK_TOKENS, blocks_for
 from stitch_server.cache.store import KVStore, Span, causal_mask
+from stitch_server.planning import kv_bytes_per_token
 
 KV_HEADS, HEAD_DIM, BLOCKS = 2, 8, 24
 LAYER = 5
@@ -168,5 +169,5 @@ def test_a_mask_says_who_sees_whom() -> None:
 
 def test_a_token_takes_keys_and_values_of_every_layer() -> None:
     store = new_store(torch.bfloat16)
-    per_token = KVStore.bytes_per_token(2, KV_HEADS, HEAD_DIM, torch.bfloat16)
+    per_token = kv_bytes_per_token(2, KV_HEADS, HEAD_DIM, torch.bfloat16)
     assert per_token * BLOCKS * BLOCK_TOKENS == store.keys.nbytes + store.values.nbytes
