@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,13 +73,15 @@ def spawn(name: str, module: str, arguments: Sequence[str], log: Path) -> LocalP
     return LocalProcess(name, pid, _birth(pid))
 
 
-def stop(processes: Iterable[LocalProcess], grace_seconds: float) -> None:
-    """Stops one after the other: SIGTERM, and SIGKILL for one that still runs after the grace time."""
+def stop(processes: Sequence[LocalProcess], grace_seconds: float) -> None:
+    """Stops them together: SIGTERM in their order, and SIGKILL for those that still run after the grace time."""
     for process in processes:
         process.send(signal.SIGTERM)
         # A process that is paused gets the SIGTERM once it goes on.
         process.send(signal.SIGCONT)
-        if not process.wait(grace_seconds):
+    deadline = time.monotonic() + grace_seconds
+    for process in processes:
+        if not process.wait(deadline - time.monotonic()):
             process.send(signal.SIGKILL)
             process.wait(KILLED_SECONDS)
 

@@ -92,8 +92,11 @@ class LocalCluster:
             raise Unavailable(f"{name} has ended{ending}; {log}")
 
     def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
-        """Stops what runs, the gateway first, and forgets it."""
-        stop(reversed(list(self.processes.values())), grace_seconds)
+        """Stops what runs, and forgets it: the gateway first, so that the shards have no answers left to finish."""
+        gateway = [process for name, process in self.processes.items() if name == GATEWAY]
+        shards = [process for name, process in self.processes.items() if name != GATEWAY]
+        stop(gateway, grace_seconds)
+        stop(shards[::-1], grace_seconds)
         self.folder.end()
 
 

@@ -53,6 +53,12 @@ def test_one_that_does_not_stop_is_killed(tmp_path: Path) -> None:
     assert process.exit_code == -signal.SIGKILL
 
 
+def test_one_that_does_not_stop_holds_up_no_other(tmp_path: Path) -> None:
+    stubborn, willing = started(tmp_path, "stubborn"), started(tmp_path)
+    stop([stubborn, willing], 0.5)
+    assert (stubborn.exit_code, willing.exit_code) == (-signal.SIGKILL, -signal.SIGTERM)
+
+
 def test_one_that_is_paused_is_stopped(tmp_path: Path) -> None:
     process = started(tmp_path)
     process.send(signal.SIGSTOP)
