@@ -19,18 +19,18 @@ from stitch.commands.ttft import draw, measured, show_times
 from stitch.commands.up import bring_up, take_down
 from stitch.local.state import run_folder
 
-QUESTION = "Explain step by step why the sky is blue, and compare it with the red of a sunset."
+QUESTION = "Explain step by step how rain forms, and compare it with snow."
 QUESTION_TOKENS = 64
 # Short and easy ones, and some that ask for reasoning or code: the router's judgements differ.
 QUESTIONS = (
     "What is the capital of France?",
+    "Compare cats and dogs as pets and explain which suits a small flat better.",
     "Who wrote Hamlet?",
-    "Name three fruits.",
     "A train leaves at 9:40 and needs 2 hours and 35 minutes. When does it arrive, and why? Show every step.",
-    "Explain why ice floats on water and compare it with how iron behaves.",
+    "Name three fruits.",
     "def f(x):\n    return x+1\n\nRefactor this function, add type hints and explain each change.",
-    "Say hello in Spanish.",
-    "If all cats are animals and some animals are black, prove or refute that some cats are black.",
+    "What is the largest planet?",
+    "Explain why ice floats on water and compare it with how iron behaves.",
 )
 ANSWER_TOKENS = 32
 LENGTHS = (32, 64, 128, 256, 512)
