@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stitch.errors import InvalidRequest
-from stitch_server.fit.frozen import FrozenModel
-from stitch_server.fit.objective import head_loss
+from stitch_server.fit.frozen import Pair
+from stitch_server.fit.objective import Choice, head_loss
 from stitch_server.fit.sums import Cut
 from stitch_server.fit.trace import Trace
 from stitch_server.fit.trainable import TrainableStitch
@@ -27,6 +27,8 @@ from stitch_server.fit.trainable import TrainableStitch
 HeldOutLoss = Callable[[TrainableStitch], float]
 # Evaluations without a better one, after which training ends.
 PATIENCE = 3
+# Tokens that neither teacher nor text of a step names, drawn for its normalizer.
+SAMPLED_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Distillation:
 
     def __init__(
         self,
-        top: FrozenModel,
+        pair: Pair,
         cut: Cut,
         trace: Trace,
         sequences: int,
@@ -75,7 +77,8 @@ class Distillation:
         settings: Training,
         checkpoint: Path,
     ) -> None:
-        self._top, self._cut, self._trace, self._sequences = top, cut, trace, sequences
+        self._top, self._vocabulary, self._cut = pair.top, pair.vocabulary, cut
+        self._trace, self._sequences = trace, sequences
         self.stitch, self._settings, self._checkpoint = stitch, settings, checkpoint
         self.history, self.step = History(), 0
         self._optimizer = torch.optim.Adam(self._parameters(), settings.learning_rate, betas=(0.9, 0.98))
@@ -117,9 +120,8 @@ class Distillation:
             group["lr"] = self._settings.learning_rate * (1 - self.step / self.steps)
         k, j = self._cut
         hidden = self._top.run(self.stitch(self._trace.hidden(k, rows).float()), j, self._top.depth)
-        loss = head_loss(
-            self._top, hidden, self._trace.tokens(rows), self._trace.teacher(rows), self._settings.teacher_share
-        )
+        choice = Choice(self._settings.teacher_share, self._vocabulary, SAMPLED_TOKENS, self._drawn(self.step))
+        loss = head_loss(self._top, hidden, self._trace.tokens(rows), self._trace.teacher(rows), choice)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
@@ -131,8 +133,12 @@ class Distillation:
         """The sequences of a step: each epoch has an order of its own."""
         size = self._settings.batch_sequences
         epoch, place = divmod(step, -(-self._sequences // size))
-        draw = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + epoch)
-        return torch.randperm(self._sequences, generator=draw)[place * size : (place + 1) * size]
+        order = torch.randperm(self._sequences, generator=self._drawn(-1 - epoch))
+        return order[place * size : (place + 1) * size]
+
+    def _drawn(self, purpose: int) -> torch.Generator:
+        """A generator of its own for every step (0, 1, …) and every epoch (-1, -2, …), whatever was drawn before."""
+        return torch.Generator().manual_seed(self._settings.seed * 1_000_003 + purpose)
 
     def checkpoint(self) -> None:
         """Leaves the run on disk, whole or not at all."""

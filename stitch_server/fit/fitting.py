@@ -124,7 +124,7 @@ def _distilled(
     training = passes.training
     known = replace(settings.training, data=training.fingerprint)
     checkpoint = settings.work / f"distil-{cut[0]}-{cut[1]}.safetensors"
-    run = Distillation(loaded.pair.top, cut, training.trace, training.sequences, stitch, known, checkpoint)
+    run = Distillation(loaded.pair, cut, training.trace, training.sequences, stitch, known, checkpoint)
     run.run(held_out_loss(loaded, cut, passes), lambda step, steps, loss: progress("distil", step, steps))
     return run
 

@@ -32,8 +32,8 @@ class FrozenModel(Protocol):
     def run(self, hidden: Tensor, first: int, end: int) -> Tensor:
         """Hidden states `[sequences, tokens, hidden]` through layers [first, end)."""
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """Hidden states `[rows, hidden]` behind the last layer to float32 `[rows, vocabulary]`."""
+    def logits(self, rows: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        """Hidden states `[rows, hidden]` behind the last layer to float32 `[rows, vocabulary]`, or of these tokens."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,21 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stitch_server.model.decoder import DecoderLayers
-from stitch_server.model.embedding import Embedding
-from stitch_server.model.head import Head
+from stitch_server.model.description import read_config
+from stitch_server.model.embedding import EMBEDDING, Embedding
+from stitch_server.model.weights import Weights
 
 
 class WholeModel:
     """Embedding, all layers and head of one model folder; a `frozen.FrozenModel`."""
 
-    def __init__(self, embedding: Embedding, layers: DecoderLayers, head: Head, dtype: torch.dtype) -> None:
+    def __init__(self, embedding: Embedding, layers: DecoderLayers, head: DenseHead, dtype: torch.dtype) -> None:
         self._embedding, self._layers, self._head, self._dtype = embedding, layers, head, dtype
 
     @classmethod
     def load(cls, folder: Path, layers: int, device: torch.device, dtype: torch.dtype) -> WholeModel:
         """Raises Incompatible where the folder does not hold `layers` layers of a known family."""
         decoder = DecoderLayers.load(folder, 0, layers, device, dtype)
-        return cls(Embedding.load(folder, device, dtype), decoder, Head.load(folder, device, dtype), dtype)
+        return cls(Embedding.load(folder, device, dtype), decoder, DenseHead.load(folder, device, dtype), dtype)
 
     @property
     def depth(self) -> int:
@@ -46,9 +48,31 @@ class WholeModel:
         packed = hidden.to(self._dtype).flatten(0, 1)
         return self._layers.run(packed, rotary, CausalSequences(sequences), first, end).view(sequences, length, -1)
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """Hidden states `[rows, hidden]` behind the last layer to float32 `[rows, vocabulary]`."""
-        return self._head(rows.to(self._dtype))
+    def logits(self, rows: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        """Hidden states `[rows, hidden]` behind the last layer to float32 `[rows, vocabulary]`, or of these tokens."""
+        return self._head(rows.to(self._dtype), token_ids)
+
+
+@dataclass(frozen=True)
+class DenseHead:
+    """Final norm and LM head as plain matrices, so that single tokens' rows can be taken out."""
+
+    norm: Tensor
+    epsilon: float
+    rows: Tensor
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> DenseHead:
+        """A tied head is the embedding. Raises Incompatible where either is missing."""
+        config = read_config(folder)
+        name = EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
+        with Weights(folder, device, dtype) as weights:
+            return cls(weights.read("model.norm.weight"), config.rms_norm_eps, weights.read(name))
+
+    def __call__(self, hidden: Tensor, token_ids: Tensor | None) -> Tensor:
+        """`[rows, hidden]` to float32 `[rows, vocabulary]`, or `[rows, len(token_ids)]`."""
+        normed = F.rms_norm(hidden, self.norm.shape, self.norm, self.epsilon)
+        return F.linear(normed, self.rows if token_ids is None else self.rows[token_ids]).float()
 
 
 class CausalSequences:

@@ -50,7 +50,7 @@ def fresh_stitch() -> TrainableStitch:
 
 
 def distillation(pair: Pair, data: Collected, checkpoint: Path, settings: Training = SETTINGS) -> Distillation:
-    return Distillation(pair.top, CUT, data.trace, data.sequences, fresh_stitch(), settings, checkpoint)
+    return Distillation(pair, CUT, data.trace, data.sequences, fresh_stitch(), settings, checkpoint)
 
 
 def of_change(stitch: TrainableStitch) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stitch_server.fit import objective
 from stitch_server.fit.frozen import LOGIT_ROWS, teacher_of
-from stitch_server.fit.objective import head_loss, token_losses
+from stitch_server.fit.objective import Choice, Shortlist, head_loss, token_losses
 from stitch_server.fit.trace import TEACHER_TOKENS, Teacher
 from tests.support.tiny_fit import tiny_pair
 
@@ -66,12 +66,13 @@ def test_the_head_loss_is_the_mean_over_tokens_that_have_a_follower(
     tokens = torch.randint(pair.vocabulary, (2, 12), generator=draw)
     hidden = torch.randn(2, 12, pair.top.hidden_size, generator=draw).requires_grad_()
     teacher = teacher_of(pair.bottom, torch.randn(2, 12, pair.bottom.hidden_size, generator=draw), pair.vocabulary)
-    loss = head_loss(pair.top, hidden, tokens, teacher, 0.3)
+    loss = head_loss(pair.top, hidden, tokens, teacher, Choice(0.3, pair.vocabulary, 10**6, torch.Generator()))
     (3 * loss).backward()
     rows, following = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     known = Teacher(teacher.ids[:, :-1].flatten(0, 1), teacher.logprobs[:, :-1].flatten(0, 1))
-    losses, by_logits = token_losses(pair.top.logits(rows).detach().clone(), following, known, 0.3)
-    expected = torch.autograd.grad(pair.top.logits(rows), hidden, 3 * by_logits / len(rows))[0]
+    logits = pair.top.logits(rows)[:, : pair.vocabulary]
+    losses, by_logits = token_losses(logits.detach().clone(), following, known, 0.3)
+    expected = torch.autograd.grad(logits, hidden, 3 * by_logits / len(rows))[0]
     assert loss.item() == pytest.approx(float(losses.mean()), rel=1e-5)
     torch.testing.assert_close(hidden.grad, expected, rtol=1e-4, atol=1e-6)
     assert not hidden.grad[:, -1].any()
@@ -86,3 +87,47 @@ def test_the_teacher_keeps_the_likeliest_of_what_both_know(tmp_path: Path) -> No
     assert teacher.ids.shape == (1, LOGIT_ROWS + 3, TEACHER_TOKENS)
     assert int(teacher.ids.max()) < 50
     torch.testing.assert_close(teacher.logprobs[0], logprobs.topk(TEACHER_TOKENS).values)
+
+
+def test_a_shortlist_holds_all_named_tokens_and_a_sample_of_the_others() -> None:
+    named = torch.tensor([[7, 3], [7, 19]])
+    listed = Shortlist.drawn(named, VOCABULARY, 5, torch.Generator().manual_seed(0))
+    assert len(listed.token_ids) == 3 + 5
+    assert listed.token_ids.tolist() == sorted(set(listed.token_ids.tolist()))
+    assert torch.equal(listed.token_ids[listed.places(named)], named)
+    stands_for = listed.raised.exp().round(decimals=4).tolist()
+    # 17 others, of which 5 stand for all.
+    assert [round(share, 4) for share in stands_for].count(3.4) == 5
+    assert not listed.raised[listed.places(named)].any()
+
+
+def test_a_small_vocabulary_is_taken_whole() -> None:
+    listed = Shortlist.drawn(torch.tensor([3]), VOCABULARY, VOCABULARY - 1, torch.Generator())
+    assert listed.token_ids.tolist() == list(range(VOCABULARY))
+    assert not listed.raised.any()
+
+
+def test_a_sampled_normalizer_is_right_on_average() -> None:
+    logits = torch.randn(200, generator=torch.Generator().manual_seed(0)).double()
+    draw, found = torch.Generator().manual_seed(1), []
+    for _ in range(2000):
+        listed = Shortlist.drawn(torch.tensor([5, 9]), 200, 20, draw)
+        found.append((logits[listed.token_ids] + listed.raised).exp().sum())
+    assert float(torch.stack(found).mean()) == pytest.approx(float(logits.exp().sum()), rel=0.02)
+
+
+def test_the_loss_over_a_shortlist_is_close_to_that_over_all(tmp_path: Path) -> None:
+    pair = tiny_pair(tmp_path)
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(pair.vocabulary, (2, 12), generator=draw)
+    hidden = torch.randn(2, 12, pair.top.hidden_size, generator=draw)
+    teacher = teacher_of(pair.bottom, torch.randn(2, 12, pair.bottom.hidden_size, generator=draw), pair.vocabulary)
+
+    def loss(sampled: int, seed: int) -> float:
+        choice = Choice(0.0, pair.vocabulary, sampled, torch.Generator().manual_seed(seed))
+        return float(head_loss(pair.top, hidden, tokens, teacher, choice))
+
+    exact = loss(10**6, 0)
+    estimates = [loss(8, seed) for seed in range(40)]
+    assert len(set(estimates)) > 1
+    assert sum(estimates) / 40 == pytest.approx(exact, rel=0.05)
