@@ -50,6 +50,8 @@ class OutgoingStep:
     rows: Packed
     # Whether this shard goes on computing while the next one does.
     pipelined: bool
+    # Whether it may overtake what still waits to be sent: no session in it has an earlier step on its way.
+    urgent: bool
 
 
 class Downstream(Protocol):
@@ -107,8 +109,9 @@ class Forwarding:
             number = next(self._numbers)
             segments = tuple(batch.segments[index] for index in indices)
             rows = pack(torch.cat([output.hidden[index] for index in indices]), self._wire_dtype)
+            urgent = self._may_overtake(segments)
             self._unanswered[number] = (address, segments)
-            self._downstream.send(address, OutgoingStep(number, segments, _opens(segments), rows, pipelined))
+            self._downstream.send(address, OutgoingStep(number, segments, _opens(segments), rows, pipelined, urgent))
             numbers.append(number)
         return numbers
 
@@ -119,6 +122,14 @@ class Forwarding:
     def close(self, chain: tuple[str, ...], number: int) -> None:
         """Tells the next shard that a session is over."""
         self._downstream.close(chain[0], [number])
+
+    def _may_overtake(self, segments: tuple[Segment, ...]) -> bool:
+        """Whether this is a decode step, which should not wait for the frames of others' prompts."""
+        under_way = {segment.sequence.number for _, sent in self._unanswered.values() for segment in sent}
+        return all(
+            segment.length == 1 and segment.sequence.opened and segment.sequence.number not in under_way
+            for segment in segments
+        )
 
     def lost(self, address: str) -> list[tuple[int, tuple[Segment, ...]]]:
         """The steps that `address` will never answer; each is still to be settled."""

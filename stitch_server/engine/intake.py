@@ -1,4 +1,7 @@
-"""The sessions that the shards before this one have opened here, and whether what they send fits. Knows no results."""
+"""The sessions that the shards before this one have opened here, and whether what they send fits. Knows no results.
+
+What is freed here is freed behind as well: a shard behind hears of a session's end from nobody else.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
 from stitch_server.cache.pool import BLOCK_TOKENS, BlockPool, prefix_hashes
 from stitch_server.engine.batch import Cut
-from stitch_server.engine.forwarding import Reply
+from stitch_server.engine.forwarding import Forwarding, Reply
 from stitch_server.engine.sequence import Sequence
 
 
@@ -54,22 +57,29 @@ class Refused(Exception):
 class Intake:
     """Keeps the sequences of every link, and their KV blocks."""
 
-    def __init__(self, pool: BlockPool, cuts: Mapping[str, Cut], last: bool) -> None:
+    def __init__(self, pool: BlockPool, cuts: Mapping[str, Cut], forwarding: Forwarding | None) -> None:
         self._pool = pool
         self._cuts = cuts
-        self._last = last
+        # None on the last shard of the chain.
+        self._forwarding = forwarding
         self._sequences: dict[Upstream, dict[int, Sequence]] = {}
 
     def __len__(self) -> int:
         return sum(len(sequences) for sequences in self._sequences.values())
 
-    def accept(self, upstream: Upstream, segment: ReceivedSegment) -> Sequence:
-        """The segment's sequence, with room for it in the cache; raises Refused."""
-        if segment.opening is not None:
+    def accept(self, upstream: Upstream, segment: ReceivedSegment, closed: bool = False) -> Sequence:
+        """The segment's sequence, with room for it in the cache; raises Refused.
+
+        `closed`: the session was closed after the segment was sent, so that it must not be opened.
+        """
+        if segment.opening is not None and not closed:
             self._open(upstream, segment, segment.opening)
         sequence = self._sequences.get(upstream, {}).get(segment.session)
         if sequence is None:
             raise _contradiction(f"session {segment.session} is not open here")
+        if sequence.lost:
+            self.remove(upstream, segment.session)
+            raise Refused(shard_pb2.FAILURE_CAUSE_UNAVAILABLE, sequence.lost)
         expected = (sequence.epoch, sequence.cached)
         if (segment.epoch, segment.position) != expected:
             self.remove(upstream, segment.session)
@@ -83,29 +93,47 @@ class Intake:
         sequence.cached += segment.length
         return sequence
 
-    def remove(self, upstream: Upstream, session: int) -> Sequence | None:
-        """The session is over; its blocks are free. Returns what was kept of it, if anything was."""
+    def remove(self, upstream: Upstream, session: int) -> None:
+        """The session is over. Unknown ones are fine: closing twice does no harm."""
         sequence = self._sequences.get(upstream, {}).pop(session, None)
         if sequence is not None:
-            self._pool.release(sequence.number)
-        return sequence
+            self._free(sequence)
 
-    def remove_all(self, upstream: Upstream) -> list[Sequence]:
+    def remove_epoch(self, upstream: Upstream, session: int, epoch: int) -> None:
+        """The same, unless the session has begun anew since."""
+        sequence = self._sequences.get(upstream, {}).get(session)
+        if sequence is not None and sequence.epoch == epoch:
+            self.remove(upstream, session)
+
+    def remove_all(self, upstream: Upstream) -> None:
         """A link ended, and with it all of its sessions."""
-        sequences = list(self._sequences.pop(upstream, {}).values())
-        for sequence in sequences:
-            self._pool.release(sequence.number)
-        return sequences
+        for sequence in self._sequences.pop(upstream, {}).values():
+            self._free(sequence)
+
+    def lose(self, address: str, message: str) -> None:
+        """A shard behind is gone, and with it its part of these sessions: whoever goes on with one hears of it."""
+        for sequences in self._sequences.values():
+            for sequence in sequences.values():
+                if sequence.opened and sequence.chain[0] == address:
+                    sequence.lost = message
 
     def cut(self, sequence: Sequence) -> Cut:
         return self._cuts[sequence.route]
 
+    def _free(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.number)
+        if sequence.opened and self._forwarding is not None:
+            self._forwarding.close(sequence.chain, sequence.number)
+
     def _open(self, upstream: Upstream, segment: ReceivedSegment, opening: Opening) -> None:
         if opening.route not in self._cuts:
             raise _contradiction(f"route {opening.route} does not pass this shard, only {', '.join(self._cuts)}")
-        if self._last != (not opening.chain):
-            side = "the last of its chain" if self._last else "not the last of its chain"
+        last = self._forwarding is None
+        if last != (not opening.chain):
+            side = "the last of its chain" if last else "not the last of its chain"
             raise _contradiction(f"the session names {len(opening.chain)} shards behind this one, which is {side}")
+        if opening.reused_tokens % BLOCK_TOKENS:
+            raise _contradiction(f"{opening.reused_tokens} reused tokens are no whole blocks of {BLOCK_TOKENS}")
         sequence = Sequence(
             route=opening.route,
             chain=opening.chain,

@@ -90,8 +90,6 @@ class Origin:
         for step, _ in self._forwarding.lost(address):
             self._forwarding.settle(step)
         for session in [one for one in self._sessions.values() if one.chain[0] == address and one.opened]:
-            # The shard behind that link has forgotten it already.
-            session.opened = False
             self._end(session, Progress(error=_with_progress(error, session)))
 
     def _current(self, number: int, epoch: int) -> Session | None:

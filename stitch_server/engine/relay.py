@@ -49,6 +49,8 @@ class _Answer:
     failures: list[Failure] = field(default_factory=list)
     # Seconds by stage.
     stages: dict[str, float] = field(default_factory=dict)
+    # Sessions that were closed while the step waited.
+    closed: set[int] = field(default_factory=set)
 
     def spend(self, stages: Mapping[str, float]) -> None:
         for stage, seconds in stages.items():
@@ -98,15 +100,17 @@ class Relay:
         self._pending.append(_Answer(step, self._clock(), awaited=len(step.segments)))
 
     def close(self, upstream: Upstream, sessions: Sequenced[int]) -> None:
-        """These sessions of a link are over. Steps of theirs that still wait will find them closed."""
+        """These sessions of a link are over, and the steps of theirs that still wait must not open them again."""
         for session in sessions:
-            self._drop(self._intake.remove(upstream, session))
+            self._intake.remove(upstream, session)
+        for answer in self._pending:
+            if answer.step.upstream is upstream:
+                answer.closed.update(sessions)
 
     def link_closed(self, upstream: Upstream) -> None:
         """A link ended: nobody will hear of its sessions any more."""
         self._pending = deque(one for one in self._pending if one.step.upstream is not upstream)
-        for sequence in self._intake.remove_all(upstream):
-            self._drop(sequence)
+        self._intake.remove_all(upstream)
 
     def next_batch(self) -> Batch | None:
         if self._forwarding is not None and self._forwarding.full:
@@ -126,26 +130,25 @@ class Relay:
         parts: list[_Part] = [segment.origin for segment in batch.segments]
         for answer in _answers_of(parts):
             answer.spend(output.stages)
-        for index, (segment, part) in enumerate(zip(batch.segments, parts, strict=True)):
-            if index in output.spoilt:
-                self._spoil(segment, part)
-            else:
-                self._pool.publish(segment.sequence.number, segment.position + segment.length)
         if self._forwarding is None:
             self._sampled(batch, output)
         else:
             now = self._clock()
             for step in self._forwarding.send(batch, output, pipelined=bool(self._pending)):
                 self._sent_at[step] = now
+        # Only now, since what is refused here must be closed behind as well, if this very batch opened it there.
+        for index, (segment, part) in enumerate(zip(batch.segments, parts, strict=True)):
+            if index in output.spoilt:
+                self._spoil(segment, part)
+            else:
+                self._pool.publish(segment.sequence.number, segment.position + segment.length)
         self._reply_where_done(parts)
 
     def fail(self, batch: Batch, error: Exception) -> None:
         parts: list[_Part] = [segment.origin for segment in batch.segments]
         for part in parts:
             message = f"a shard failed to compute a step: {error}"
-            part.answer.refuse(part.received, shard_pb2.FAILURE_CAUSE_UNAVAILABLE, message)
-            part.answer.awaited -= 1
-            self._drop(self._intake.remove(part.answer.step.upstream, part.received.session))
+            self._refuse(part, shard_pb2.FAILURE_CAUSE_UNAVAILABLE, message)
         self._reply_where_done(parts)
 
     def replied(self, reply: Reply) -> None:
@@ -160,7 +163,7 @@ class Relay:
         for failure in reply.failures:
             if (part := by_number.get(failure.number)) is not None:
                 part.answer.refuse(part.received, failure.cause, failure.message)
-                self._intake.remove(part.answer.step.upstream, part.received.session)
+                self._end(part)
         away = self._clock() - self._sent_at.pop(reply.step, self._clock())
         wire = max(0.0, away - sum(reply.stages.values()))
         for answer in _answers_of(parts):
@@ -175,6 +178,8 @@ class Relay:
             cause = shard_pb2.FAILURE_CAUSE_UNAVAILABLE
             failures = (Failure(one.sequence.number, one.sequence.epoch, cause, str(error)) for one in segments)
             self.replied(Reply(step, failures=tuple(failures)))
+        # Those that have no step under way hear of it with their next one.
+        self._intake.lose(address, str(error))
 
     def _accepted(self, answer: _Answer) -> list[Segment]:
         """A step's segments that can be computed; the others are refused in its answer."""
@@ -185,7 +190,7 @@ class Relay:
             rows = hidden[row : row + received.length]
             row += received.length
             try:
-                sequence = self._intake.accept(step.upstream, received)
+                sequence = self._intake.accept(step.upstream, received, received.session in answer.closed)
             except Refused as refusal:
                 answer.refuse(received, refusal.cause, str(refusal))
                 answer.awaited -= 1
@@ -218,13 +223,15 @@ class Relay:
 
     def _spoil(self, segment: Segment, part: _Part) -> None:
         message = f"hidden states of session {part.received.session} at position {segment.position} are not finite"
-        part.answer.refuse(part.received, shard_pb2.FAILURE_CAUSE_PRECONDITION, message)
-        part.answer.awaited -= 1
-        self._drop(self._intake.remove(part.answer.step.upstream, part.received.session))
+        self._refuse(part, shard_pb2.FAILURE_CAUSE_PRECONDITION, message)
 
-    def _drop(self, sequence: Sequence | None) -> None:
-        if sequence is not None and sequence.opened and self._forwarding is not None:
-            self._forwarding.close(sequence.chain, sequence.number)
+    def _refuse(self, part: _Part, cause: FailureCause, message: str) -> None:
+        part.answer.refuse(part.received, cause, message)
+        part.answer.awaited -= 1
+        self._end(part)
+
+    def _end(self, part: _Part) -> None:
+        self._intake.remove_epoch(part.answer.step.upstream, part.received.session, part.received.epoch)
 
     def _reply_where_done(self, parts: Iterable[_Part]) -> None:
         for answer in _answers_of(parts):

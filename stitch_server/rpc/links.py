@@ -41,15 +41,13 @@ class Links:
         self._identity, self._engine, self._front = identity, engine, front
 
     def send(self, address: str, step: OutgoingStep) -> None:
-        # One decode step waits for no prompt's frames; frames of prompts keep their order among themselves.
-        urgent = not any(step.opens) and all(segment.length == 1 for segment in step.segments)
         frames = list(step_frames(step))
         self._count_sent(sum(len(frame.step.hidden.data) for frame in frames))
-        self._loop.call_soon_threadsafe(self._put, address, frames, urgent)
+        self._loop.call_soon_threadsafe(self._put, address, frames, step.urgent)
 
     def close(self, address: str, numbers: Sequenced[int]) -> None:
         frame = shard_pb2.LinkRequest(close=shard_pb2.Close(sessions=numbers))
-        self._loop.call_soon_threadsafe(self._put, address, [frame], False)
+        self._loop.call_soon_threadsafe(self._put_if_open, address, frame)
 
     async def aclose(self) -> None:
         """Ends all links; the shards behind free what came over them."""
@@ -62,6 +60,12 @@ class Links:
             link = self._links[address] = _Link(address, self._identity, self._replied, self._lost)
         for frame in frames:
             link.put(frame, urgent)
+
+    def _put_if_open(self, address: str, frame: shard_pb2.LinkRequest) -> None:
+        """What is at its end needs no new link: a session lives no longer than the link that it came over."""
+        link = self._links.get(address)
+        if link is not None:
+            link.put(frame, urgent=False)
 
     def _replied(self, message: shard_pb2.StepReply) -> None:
         if self._engine is not None and self._front is not None:

@@ -1,0 +1,106 @@
+"""What stands around a shard's engine, as objects that only write down what they are told. Knows no network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from stitch.sampling import Sampling
+from stitch_server.engine.batch import Batch, StepOutput, Token
+from stitch_server.engine.forwarding import OutgoingStep, Reply
+from stitch_server.engine.session import Progress, Session
+
+WIDTH = 4
+
+
+@dataclass
+class ManualClock:
+    """Seconds that pass when a test says so."""
+
+    now: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@dataclass
+class FakeDownstream:
+    """The links to the next shards."""
+
+    sent: list[tuple[str, OutgoingStep]] = field(default_factory=list)
+    closed: list[tuple[str, int]] = field(default_factory=list)
+
+    def send(self, address: str, step: OutgoingStep) -> None:
+        self.sent.append((address, step))
+
+    def close(self, address: str, numbers: Sequence[int]) -> None:
+        self.closed += [(address, number) for number in numbers]
+
+    @property
+    def last(self) -> OutgoingStep:
+        return self.sent[-1][1]
+
+    def answer(self, step: OutgoingStep, token_id: int = 7) -> Reply:
+        """A reply with one token for every segment that wants one."""
+        wanting = [segment for segment in step.segments if segment.wants_token]
+        tokens = [
+            (one.sequence.number, one.sequence.epoch, Token(token_id, one.position + one.length)) for one in wanting
+        ]
+        return Reply(step.number, tuple(tokens))
+
+
+@dataclass(eq=False)
+class FakeUpstream:
+    """The link that steps came from."""
+
+    replies: list[Reply] = field(default_factory=list)
+
+    def reply(self, reply: Reply) -> None:
+        self.replies.append(reply)
+
+    @property
+    def last(self) -> Reply:
+        return self.replies[-1]
+
+
+def computed(batch: Batch, spoilt: Sequence[int] = (), **stages: float) -> StepOutput:
+    """What a runner in the middle of a chain makes of a batch: rows of zeros."""
+    rows = tuple(torch.zeros(segment.length, WIDTH) for segment in batch.segments)
+    return StepOutput(hidden=rows, spoilt=frozenset(spoilt), stages=stages)
+
+
+def sampled(batch: Batch, spoilt: Sequence[int] = (), token_id: int = 7, **stages: float) -> StepOutput:
+    """What a runner at the end of a chain makes of a batch: always the same token."""
+    tokens = {
+        index: Token(token_id, segment.position + segment.length)
+        for index, segment in enumerate(batch.segments)
+        if segment.wants_token and index not in spoilt
+    }
+    return StepOutput(tokens=tokens, spoilt=frozenset(spoilt), stages=stages)
+
+
+def new_session(
+    tokens: int = 20,
+    route: str = "weak",
+    *,
+    chain: tuple[str, ...] = ("top:1",),
+    heard: list[Progress] | None = None,
+    first_token: int = 0,
+    **fields: Any,
+) -> Session:
+    """A session whose prompt counts upwards from `first_token`; fields of its sampling are told by their names."""
+    own = {name: fields.pop(name) for name in ("context_length", "prompt_tokens", "arrived") if name in fields}
+    return Session(
+        route=route,
+        chain=chain,
+        sampling=Sampling(**fields),
+        token_ids=list(range(first_token, first_token + tokens)),
+        report=[].append if heard is None else heard.append,
+        **{"context_length": 10_000, "prompt_tokens": tokens, **own},
+    )
