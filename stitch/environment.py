@@ -1,4 +1,4 @@
-"""Reads environment variables: the one module that does. Doesn't know what lies in the folders it names."""
+"""Reads environment variables, and sets one: the one module that does. Doesn't know what its folders hold."""
 
 from __future__ import annotations
 
@@ -10,3 +10,12 @@ def cache_folder() -> Path:
     """Where imported models and the state of local clusters lie: `$STITCH_CACHE`, else `~/.cache/stitch`."""
     configured = os.environ.get("STITCH_CACHE")
     return Path(configured) if configured else Path.home() / ".cache" / "stitch"
+
+
+def share_cores() -> None:
+    """Lets threads that wait for others sleep, unless the operator has said otherwise; call it before importing torch.
+
+    Threads that spin instead take the cores from a neighbouring shard: with both shards of a pair computing on two
+    cores, a decode step of 30 ms took 300 ms.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -71,6 +71,7 @@ def _run(parsed: argparse.Namespace) -> None:
     import logging
 
     from stitch.cluster import load_cluster
+    from stitch.environment import share_cores
     from stitch_server.settings import shard_settings
 
     settings = shard_settings(
@@ -82,6 +83,7 @@ def _run(parsed: argparse.Namespace) -> None:
         parsed.drain_seconds,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    share_cores()
     # Only now, so that --help is instant and a wrong flag is told at once.
     from stitch_server.server import serve
 
