@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from stitch_server.engine.forwarding import OutgoingStep, Reply
 from stitch_server.engine.session import Progress, Session
 
 WIDTH = 4
+# What every step of a fake chain answers.
+TOKEN_ID = 7
+NO_STAGES: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass
@@ -46,7 +50,7 @@ class FakeDownstream:
     def last(self) -> OutgoingStep:
         return self.sent[-1][1]
 
-    def answer(self, step: OutgoingStep, token_id: int = 7) -> Reply:
+    def answer(self, step: OutgoingStep, token_id: int = TOKEN_ID) -> Reply:
         """A reply with one token for every segment that wants one."""
         wanting = [segment for segment in step.segments if segment.wants_token]
         tokens = [
@@ -69,20 +73,20 @@ class FakeUpstream:
         return self.replies[-1]
 
 
-def computed(batch: Batch, spoilt: Sequence[int] = (), **stages: float) -> StepOutput:
+def computed(batch: Batch, spoilt: Sequence[int] = (), stages: Mapping[str, float] = NO_STAGES) -> StepOutput:
     """What a runner in the middle of a chain makes of a batch: rows of zeros."""
     rows = tuple(torch.zeros(segment.length, WIDTH) for segment in batch.segments)
-    return StepOutput(hidden=rows, spoilt=frozenset(spoilt), stages=stages)
+    return StepOutput(hidden=rows, spoilt=frozenset(spoilt), stages=dict(stages))
 
 
-def sampled(batch: Batch, spoilt: Sequence[int] = (), token_id: int = 7, **stages: float) -> StepOutput:
+def sampled(batch: Batch, spoilt: Sequence[int] = (), stages: Mapping[str, float] = NO_STAGES) -> StepOutput:
     """What a runner at the end of a chain makes of a batch: always the same token."""
     tokens = {
-        index: Token(token_id, segment.position + segment.length)
+        index: Token(TOKEN_ID, segment.position + segment.length)
         for index, segment in enumerate(batch.segments)
         if segment.wants_token and index not in spoilt
     }
-    return StepOutput(tokens=tokens, spoilt=frozenset(spoilt), stages=stages)
+    return StepOutput(tokens=tokens, spoilt=frozenset(spoilt), stages=dict(stages))
 
 
 def new_session(
@@ -95,12 +99,13 @@ def new_session(
     **fields: Any,
 ) -> Session:
     """A session whose prompt counts upwards from `first_token`; fields of its sampling are told by their names."""
-    own = {name: fields.pop(name) for name in ("context_length", "prompt_tokens", "arrived") if name in fields}
+    own = {name: fields.pop(name) for name in ("context_length", "prompt_tokens") if name in fields}
+    heard = [] if heard is None else heard
     return Session(
         route=route,
         chain=chain,
         sampling=Sampling(**fields),
         token_ids=list(range(first_token, first_token + tokens)),
-        report=[].append if heard is None else heard.append,
+        report=heard.append,
         **{"context_length": 10_000, "prompt_tokens": tokens, **own},
     )

@@ -75,7 +75,7 @@ class Bench:
 
     def compute(self, spoilt: tuple[int, ...] = (), **stages: float) -> Batch:
         batch = self.compose()
-        output = sampled(batch, spoilt, **stages) if self.last else computed(batch, spoilt, **stages)
+        output = sampled(batch, spoilt, stages) if self.last else computed(batch, spoilt, stages)
         self.relay.deliver(batch, output)
         return batch
 
