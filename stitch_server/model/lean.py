@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from stitch_server.model.attend import Attend, Rotary
 from stitch_server.model.description import head_dim, kv_heads
-from stitch_server.model.product import Product
+from stitch_server.model.product import Product, product
 from stitch_server.model.weights import Weights
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
@@ -117,7 +117,7 @@ def _product(weights: Weights, *names: str) -> Product:
     """One product in place of several with the same input."""
     weight = torch.cat([weights.read(f"{name}.weight") for name in names])
     has_bias = f"{names[0]}.bias" in weights
-    return Product(weight, torch.cat([weights.read(f"{name}.bias") for name in names]) if has_bias else None)
+    return product(weight, torch.cat([weights.read(f"{name}.bias") for name in names]) if has_bias else None)
 
 
 def _query_key_value(weights: Weights, at: str, heads: int, keys: int) -> Product:
@@ -126,7 +126,7 @@ def _query_key_value(weights: Weights, at: str, heads: int, keys: int) -> Produc
         key = _pairs_as_neighbours(weights.read(f"{at}.k_proj.{kind}"), keys)
         return torch.cat([query, key, weights.read(f"{at}.v_proj.{kind}")])
 
-    return Product(joined("weight"), joined("bias") if f"{at}.q_proj.bias" in weights else None)
+    return product(joined("weight"), joined("bias") if f"{at}.q_proj.bias" in weights else None)
 
 
 def _query_key_norm(weights: Weights, at: str, heads: int, keys: int) -> Tensor | None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from stitch.errors import Incompatible
 from stitch.v1 import inference_pb2
 from stitch_server.model.description import ModelDescription
-from stitch_server.model.product import Product
+from stitch_server.model.product import Product, product
 
 METADATA_KEY = "stitch"
 
@@ -110,7 +111,11 @@ class Stitch:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """`[tokens, bottom_hidden]` to `[tokens, top_hidden]`."""
-        return Product(self.weight, self.bias)(hidden.to(self.weight.dtype))
+        return self._product(hidden.to(self.weight.dtype))
+
+    @cached_property
+    def _product(self) -> Product:
+        return product(self.weight, self.bias)
 
     def check_models(self, bottom: inference_pb2.Model | None = None, top: inference_pb2.Model | None = None) -> None:
         """Raises Incompatible where one of the given models has other weights than the one it was made for.
