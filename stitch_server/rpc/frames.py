@@ -103,6 +103,8 @@ class Assembly:
         Packed(hidden.dtype, hidden.tokens, hidden.hidden_size, hidden.data, hidden.scales).check(
             self._width, self._dtype
         )
+        if hidden.tokens < 1:
+            raise InvalidRequest("step.hidden.tokens", hidden.tokens, "a frame brings at least 1")
         partial = self._partial.get(frame.step) or self._begin(frame)
         if partial.tokens_to_come != hidden.tokens + frame.tokens_to_come:
             raise OutOfStep(

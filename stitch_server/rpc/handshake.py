@@ -44,6 +44,11 @@ _COMPARED: dict[str, Callable[[Identity], object]] = {
 def _check_routes(caller: Identity, own: Identity, check_stitch: CheckStitch) -> None:
     if caller.role == own.role:
         _check_same_model(caller, _model(caller), own, _model(own))
+        if caller.end_layer != own.first_layer:
+            raise Incompatible(
+                f"{_named(caller)} holds layers before {caller.end_layer}, "
+                f"but {_named(own)} begins with layer {own.first_layer}"
+            )
         return
     theirs = {route.name: route for route in caller.routes}
     for route in own.routes:

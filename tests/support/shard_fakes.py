@@ -1,0 +1,143 @@
+"""A shard without weights behind a real servicer, and the calls of its clients. Knows no network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import grpc
+import torch
+from torch import Tensor
+
+from stitch.cluster import RouteCut
+from stitch.errors import InvalidRequest
+from stitch.v1 import inference_pb2, shard_pb2
+from stitch_server.cache.pool import BLOCK_TOKENS, BlockPool
+from stitch_server.engine.batch import Cut
+from stitch_server.engine.forwarding import Forwarding
+from stitch_server.engine.intake import Intake
+from stitch_server.engine.origin import Origin
+from stitch_server.engine.relay import Relay
+from stitch_server.engine.scheduler import Limits
+from stitch_server.engine.wire import Packed, unpack
+from stitch_server.rpc.servicer import ShardServicer
+from tests.support.engine_fakes import WIDTH, FakeDownstream, computed, sampled
+
+CUTS = {"weak": Cut(2, 4)}
+CONTEXT_LENGTH, VOCABULARY_SIZE = 64, 100
+BLOCKS = 8
+
+
+class Aborted(Exception):
+    """The status with which a call ended."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(f"{code.name}: {details}")
+        self.code = code
+        self.details = details
+
+
+class FakeContext:
+    """A call's context, which only ends it."""
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: object = ()) -> NoReturn:
+        raise Aborted(code, details)
+
+
+@dataclass
+class InlineEngine:
+    """Obeys at once, and computes whatever there is to compute; `computes` false: the chain stands still."""
+
+    front: Origin | Relay
+    downstream: FakeDownstream
+    computes: bool = True
+
+    def post(self, command: Callable[[], None]) -> None:
+        command()
+        while self.computes and (batch := self.front.next_batch()) is not None:
+            if isinstance(self.front, Relay):
+                self.front.deliver(batch, sampled(batch))
+            else:
+                self.front.deliver(batch, computed(batch, stages={"bottom_prefill": 0.5}))
+                self.front.replied(self.downstream.answer(self.downstream.last))
+
+
+@dataclass
+class FakeShard:
+    """What a servicer serves: the chain's first shard, or its last one."""
+
+    first: bool
+    tokenizer_files: list[Path] = field(default_factory=list)
+    received_bytes: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.pool, self.downstream = BlockPool(BLOCKS), FakeDownstream()
+        self.front = self._origin() if self.first else Relay(self.pool, Intake(self.pool, CUTS, None), None, 64)
+        self.engine = InlineEngine(self.front, self.downstream)
+        self.place = SimpleNamespace(name="bottom-0" if self.first else "top-0", role="bottom" if self.first else "top")
+        model = SimpleNamespace(vocabulary_size=VOCABULARY_SIZE, context_length=CONTEXT_LENGTH)
+        self.part = SimpleNamespace(model=model)
+        self.cluster = SimpleNamespace(route=self._route)
+        self.identity = new_identity(self.place.name, self.place.role)
+        self.metrics = SimpleNamespace(received=SimpleNamespace(inc=self.received_bytes.append))
+        self.max_step_tokens = 128
+
+    def _origin(self) -> Origin:
+        cuts = {"weak": Cut(0, 3)}
+        return Origin(self.pool, cuts, Limits(max_waiting_sessions=2), Forwarding(self.downstream, "float32"))
+
+    @staticmethod
+    def _route(name: str) -> RouteCut:
+        if name not in CUTS:
+            raise InvalidRequest("route", name, "this cluster has: weak, auto")
+        return RouteCut(name=name, bottom_layers=3, top_from=2, stitch="weak.safetensors")
+
+    @property
+    def kv_free_tokens(self) -> int:
+        return self.pool.free_blocks * BLOCK_TOKENS
+
+    def incoming_width(self, role: str) -> int:
+        return WIDTH
+
+    def unpack(self, rows: Packed) -> Tensor:
+        return unpack(rows, torch.device("cpu"), torch.float32)
+
+    def check_stitch(self, route: str, bottom: inference_pb2.Model) -> None:
+        """Every stitch fits."""
+
+    @property
+    def idle(self) -> bool:
+        counts = self.front.running_sessions, self.front.waiting_sessions
+        return counts == (0, 0) and self.pool.free_blocks == BLOCKS
+
+    @property
+    def servicer(self) -> ShardServicer:
+        shard: Any = self
+        return ShardServicer(shard)
+
+
+def new_identity(shard: str, role: str) -> shard_pb2.ShardIdentity:
+    """Of a shard with layers 0 to 3 of the bottom model, or 2 to 3 of the top model."""
+    identity = shard_pb2.ShardIdentity(shard=shard, role=role, first_layer=0 if role == "bottom" else 2, end_layer=4)
+    identity.routes.add(name="weak", bottom_layers=3, top_from=2, stitch="fingerprint")
+    identity.wire_dtype = shard_pb2.DTYPE_FLOAT32
+    return identity
+
+
+def call_context() -> Any:
+    """Typed as what a servicer takes."""
+    return FakeContext()
+
+
+async def stream(
+    frames: Sequence[shard_pb2.LinkRequest], end: asyncio.Event | None = None
+) -> AsyncIterator[shard_pb2.LinkRequest]:
+    """What a neighbour sends, and then the end of its stream: at once, or when `end` is set."""
+    for frame in frames:
+        yield frame
+    if end is not None:
+        await end.wait()

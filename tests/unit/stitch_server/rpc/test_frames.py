@@ -1,0 +1,219 @@
+"""Steps and replies survive their frames, and frames that are none are refused before anything is kept."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from stitch.channels import MAX_FRAME_BYTES
+from stitch.errors import InvalidRequest, OutOfStep
+from stitch.sampling import Sampling
+from stitch.v1 import shard_pb2
+from stitch_server.engine.batch import Cut, Segment, Token, TokenLogprobs
+from stitch_server.engine.forwarding import Failure, OutgoingStep, Reply
+from stitch_server.engine.session import Session
+from stitch_server.engine.wire import DTYPES, pack
+from stitch_server.rpc.frames import FRAME_BYTES, AssembledStep, Assembly, reply_frame, reply_of, step_frames
+from tests.support.engine_fakes import new_session
+
+WIDTH = 1024
+LIMIT = 4096
+
+
+def new_step(
+    *lengths: int,
+    number: int = 1,
+    dtype: str = "float32",
+    sessions: list[Session] | None = None,
+    opens: bool = False,
+    pipelined: bool = False,
+) -> OutgoingStep:
+    """A step of segments of these lengths, at position 3, with random rows."""
+    sessions = sessions or [new_session() for _ in lengths]
+    segments = tuple(
+        Segment(session, Cut(0, 1), 3, length, wants_token=length > 1, blocks=[])
+        for session, length in zip(sessions, lengths, strict=True)
+    )
+    rows = torch.randn(sum(lengths), WIDTH, generator=torch.Generator().manual_seed(number))
+    return OutgoingStep(number, segments, (opens,) * len(lengths), pack(rows, dtype), pipelined, urgent=False)
+
+
+def frames_of(step: OutgoingStep) -> list[shard_pb2.Step]:
+    """The frames as they come out of the socket."""
+    sent = [frame.SerializeToString() for frame in step_frames(step)]
+    assert all(len(frame) <= MAX_FRAME_BYTES for frame in sent)
+    return [shard_pb2.LinkRequest.FromString(frame).step for frame in sent]
+
+
+def assembly(dtype: str = "float32") -> Assembly:
+    return Assembly(WIDTH, DTYPES[dtype][0], LIMIT)
+
+
+def only(frames: list[shard_pb2.Step], into: Assembly) -> AssembledStep:
+    """The step that the last of these frames completes."""
+    finished = [into.add(frame) for frame in frames]
+    assert finished[:-1] == [None] * (len(frames) - 1)
+    assert finished[-1] is not None
+    return finished[-1]
+
+
+class TestSteps:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("lengths", [(1,), (1, 1, 1), (64,), (65,), (1, 300, 2), (1000,)])
+    def test_a_step_arrives_as_it_was_sent(self, lengths: tuple[int, ...], dtype: str) -> None:
+        step = new_step(*lengths, dtype=dtype, pipelined=True)
+        arrived = only(frames_of(step), assembly(dtype))
+        assert (arrived.number, arrived.pipelined, arrived.rows) == (1, True, step.rows)
+        assert [(one.session, one.epoch, one.position, one.length) for one in arrived.segments] == [
+            (one.sequence.number, 0, 3, one.length) for one in step.segments
+        ]
+        assert [one.wants_token for one in arrived.segments] == [one.wants_token for one in step.segments]
+        assert all(one.opening is None for one in arrived.segments)
+
+    def test_frames_are_cut_between_rows(self) -> None:
+        frames = frames_of(new_step(100))
+        assert [frame.hidden.tokens for frame in frames] == [64, 36]
+        assert [frame.tokens_to_come for frame in frames] == [36, 0]
+        assert all(len(frame.hidden.data) <= FRAME_BYTES for frame in frames)
+
+    def test_a_row_larger_than_a_frame_travels_alone(self) -> None:
+        step = new_step(2)
+        wide = torch.zeros(2, FRAME_BYTES // 4 + 1)
+        step = OutgoingStep(1, step.segments, step.opens, pack(wide, "float32"), pipelined=False, urgent=False)
+        assert [frame.hidden.tokens for frame in frames_of(step)] == [1, 1]
+
+    def test_only_the_first_frame_carries_the_segments(self) -> None:
+        assert [len(frame.segments) for frame in frames_of(new_step(100, 50))] == [2, 0, 0]
+
+    def test_an_opening_says_all_that_the_next_shard_must_know(self) -> None:
+        sampling = Sampling(temperature=0.5, top_k=3, seed=9, max_tokens=7, stop_token_ids=(1, 2), logprobs=2)
+        session = new_session(5, "strong", chain=("a:1", "b:1", "c:1"), prompt_tokens=4)
+        session.sampling, session.reused = sampling, 16
+        (received,) = only(frames_of(new_step(2, sessions=[session], opens=True)), assembly()).segments
+        assert received.opening is not None
+        opening = received.opening
+        assert (opening.route, opening.chain) == ("strong", ("b:1", "c:1"))
+        assert opening.sampling == sampling
+        assert (opening.token_ids, opening.prompt_tokens, opening.reused_tokens) == ((0, 1, 2, 3, 4), 4, 16)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_frames_of_several_steps_may_mix(self, seed: int) -> None:
+        steps = {number: new_step(number * 90, 2, number=number) for number in range(1, 5)}
+        queues = [frames_of(step) for step in steps.values()]
+        draw, into, arrived = random.Random(seed), assembly(), list[AssembledStep]()
+        while queues:
+            queue = draw.choice(queues)
+            if (step := into.add(queue.pop(0))) is not None:
+                arrived.append(step)
+            queues = [one for one in queues if one]
+        assert sorted(step.number for step in arrived) == [1, 2, 3, 4]
+        assert all(step.rows == steps[step.number].rows for step in arrived)
+
+    def test_a_number_may_come_again_once_it_is_done(self) -> None:
+        into = assembly()
+        for _ in range(2):
+            assert only(frames_of(new_step(100)), into).rows.tokens == 100
+
+
+class TestRefusals:
+    def refused(self, *frames: shard_pb2.Step, into: Assembly | None = None) -> InvalidRequest:
+        into = into or assembly()
+        for frame in frames[:-1]:
+            into.add(frame)
+        with pytest.raises(InvalidRequest) as caught:
+            into.add(frames[-1])
+        assert into._partial.keys() <= {frame.step for frame in frames[:-1]}
+        return caught.value
+
+    def frame(self, *lengths: int) -> shard_pb2.Step:
+        return frames_of(new_step(*lengths))[0]
+
+    def test_an_empty_step(self) -> None:
+        assert self.refused(shard_pb2.Step(step=1)).field == "hidden.dtype"
+        empty = shard_pb2.HiddenStates(dtype=DTYPES["float32"][0], hidden_size=WIDTH)
+        error = self.refused(shard_pb2.Step(step=1, hidden=empty))
+        assert (error.field, error.value) == ("step.hidden.tokens", 0)
+
+    def test_an_empty_frame_in_the_middle(self) -> None:
+        first, second = frames_of(new_step(100))
+        second.hidden.tokens, second.hidden.data, second.tokens_to_come = 0, b"", 36
+        assert self.refused(first, second).field == "step.hidden.tokens"
+
+    def test_bytes_that_do_not_fit_their_shape(self) -> None:
+        frame = self.frame(5)
+        frame.hidden.data = frame.hidden.data[:-1]
+        assert self.refused(frame).field == "hidden.data"
+
+    def test_another_dtype(self) -> None:
+        assert self.refused(self.frame(5), into=assembly("int8")).field == "hidden.dtype"
+
+    def test_another_width(self) -> None:
+        frame = self.frame(5)
+        frame.hidden.hidden_size = 7
+        assert self.refused(frame).field == "hidden.hidden_size"
+
+    def test_more_tokens_than_a_step_may_hold(self) -> None:
+        frame = self.frame(100)
+        frame.tokens_to_come = LIMIT
+        error = self.refused(frame)
+        assert (error.field, error.value) == ("step.hidden.tokens", 64 + LIMIT)
+        assert str(LIMIT) in error.limit
+
+    @pytest.mark.parametrize("length", [4, 6])
+    def test_segments_that_are_not_the_rows(self, length: int) -> None:
+        frame = self.frame(5)
+        frame.segments[0].length = length
+        error = self.refused(frame)
+        assert (error.field, error.value) == ("step.segments", f"{length} tokens")
+
+    def test_a_segment_without_tokens(self) -> None:
+        frame = self.frame(5)
+        frame.segments.add(session=9)
+        assert self.refused(frame).field == "step.segments.length"
+
+    def test_a_continuation_without_its_beginning(self) -> None:
+        assert self.refused(frames_of(new_step(100))[1]).field == "step.segments"
+
+    def test_sampling_out_of_its_limits(self) -> None:
+        frame = frames_of(new_step(5, opens=True))[0]
+        frame.segments[0].opening.sampling.temperature = -1.0
+        assert self.refused(frame).field == "sampling.temperature"
+
+    @pytest.mark.parametrize("to_come", [35, 37, 0])
+    def test_frames_that_do_not_follow_each_other(self, to_come: int) -> None:
+        into, frames = assembly(), frames_of(new_step(164))
+        into.add(frames[0])
+        frames[1].tokens_to_come = to_come
+        with pytest.raises(OutOfStep, match=f"step 1 has 100 tokens to come, .* 64 and announces {to_come} more"):
+            into.add(frames[1])
+
+    def test_a_frame_that_comes_twice(self) -> None:
+        into, (first, *_) = assembly(), frames_of(new_step(100))
+        into.add(first)
+        with pytest.raises(OutOfStep):
+            into.add(first)
+
+
+class TestReplies:
+    def roundtrip(self, reply: Reply) -> Reply:
+        sent = reply_frame(reply).SerializeToString()
+        return reply_of(shard_pb2.LinkResponse.FromString(sent).reply)
+
+    def test_an_empty_one(self) -> None:
+        assert self.roundtrip(Reply(3)) == Reply(3)
+
+    def test_one_with_everything(self) -> None:
+        logprobs = TokenLogprobs(-0.5, ((7, -0.5), (9, -1.25)))
+        reply = Reply(
+            step=4,
+            tokens=((1, 0, Token(7, 20, logprobs)), (2, 3, Token(0, 0))),
+            failures=(Failure(5, 1, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED, "no block"),),
+            stages={"queue": 0.5, "sample": 0.25},
+        )
+        assert self.roundtrip(reply) == reply
+
+    def test_logprobs_without_alternatives_stay(self) -> None:
+        reply = Reply(4, tokens=((1, 0, Token(7, 20, TokenLogprobs(0.0, ()))),))
+        assert self.roundtrip(reply) == reply

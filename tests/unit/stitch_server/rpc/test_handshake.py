@@ -1,0 +1,189 @@
+"""Neighbours that would say something else together than apart are refused, and both are named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from stitch.errors import Incompatible
+from stitch.v1 import inference_pb2, shard_pb2
+from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_neighbour, check_welcome
+
+Identity = shard_pb2.ShardIdentity
+Change = Callable[[Identity], object]
+
+
+def model(name: str, width: int) -> inference_pb2.Model:
+    return inference_pb2.Model(id=name, revision=f"{name}-1", hidden_size=width)
+
+
+def identity(shard: str, role: str, layers: tuple[int, int]) -> Identity:
+    made = Identity(
+        shard=shard,
+        role=role,
+        first_layer=layers[0],
+        end_layer=layers[1],
+        tokenizer="abc",
+        wire_dtype=shard_pb2.DTYPE_FLOAT32,
+        kv_block_tokens=16,
+    )
+    (made.bottom if role == "bottom" else made.top).CopyFrom(model("big", 8) if role == "bottom" else model("small", 4))
+    routes = {"weak": (3, 2), "strong": (4, 3)}
+    for name, (bottom_layers, top_from) in routes.items():
+        stitch = "fingerprint" if role == "top" else ""
+        made.routes.add(name=name, bottom_layers=bottom_layers, top_from=top_from, stitch=stitch)
+    return made
+
+
+def bottom() -> Identity:
+    return identity("bottom-0", "bottom", (0, 4))
+
+
+def top() -> Identity:
+    return identity("top-0", "top", (2, 4))
+
+
+def no_check(route: str, bottom: inference_pb2.Model) -> None:
+    """Every stitch fits."""
+
+
+def refused(caller: Identity, own: Identity, version: int = PROTOCOL_VERSION) -> str:
+    """The sentence of the refusal, which names both sides."""
+    with pytest.raises(Incompatible) as caught:
+        check_neighbour(shard_pb2.Hello(protocol_version=version, identity=caller), own, no_check)
+    assert f"shard {caller.shard}" in str(caught.value)
+    assert f"shard {own.shard}" in str(caught.value)
+    return str(caught.value)
+
+
+def accepted(caller: Identity, own: Identity) -> None:
+    check_neighbour(shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=caller), own, no_check)
+
+
+def test_neighbours_that_fit_are_accepted() -> None:
+    accepted(bottom(), top())
+
+
+def test_layers_of_one_model_may_follow_each_other() -> None:
+    accepted(identity("bottom-0", "bottom", (0, 2)), identity("bottom-1", "bottom", (2, 4)))
+    accepted(identity("top-0", "top", (2, 3)), identity("top-1", "top", (3, 4)))
+
+
+def test_another_protocol_version_is_refused() -> None:
+    said = refused(bottom(), top(), version=PROTOCOL_VERSION + 1)
+    assert said == "the protocol version of shard bottom-0 is 2, that of shard top-0 is 1"
+
+
+def set_tokenizer(one: Identity) -> None:
+    one.tokenizer = "xyz"
+
+
+def set_dtype(one: Identity) -> None:
+    one.wire_dtype = shard_pb2.DTYPE_INT8
+
+
+def set_block(one: Identity) -> None:
+    one.kv_block_tokens = 32
+
+
+COMPARED: list[tuple[Change, str]] = [
+    (set_tokenizer, "the tokenizer of shard bottom-0 is xyz, that of shard top-0 is abc"),
+    (set_dtype, "the wire dtype of shard bottom-0 is DTYPE_INT8, that of shard top-0 is DTYPE_FLOAT32"),
+    (set_block, "the tokens of a KV block of shard bottom-0 is 32, that of shard top-0 is 16"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), COMPARED)
+def test_what_must_be_the_same_is_compared(change: Change, said: str) -> None:
+    caller = bottom()
+    change(caller)
+    assert refused(caller, top()) == said
+
+
+@pytest.mark.parametrize(("change", "said"), COMPARED)
+def test_the_caller_compares_it_too(change: Change, said: str) -> None:
+    receiver = top()
+    change(receiver)
+    with pytest.raises(Incompatible) as caught:
+        check_welcome(shard_pb2.Welcome(identity=receiver), bottom())
+    swapped = said.replace("bottom-0", "?").replace("top-0", "bottom-0").replace("?", "top-0")
+    assert str(caught.value) == swapped
+
+
+def test_a_welcome_that_fits_is_accepted() -> None:
+    check_welcome(shard_pb2.Welcome(identity=top()), bottom())
+
+
+def test_the_top_can_not_come_before_the_bottom() -> None:
+    said = refused(top(), bottom())
+    assert said == "shard top-0 is a top shard and can't stand before shard bottom-0, a bottom shard"
+
+
+@pytest.mark.parametrize("layers", [(0, 3), (0, 1), (0, 4)])
+def test_layers_that_are_left_out_or_repeated_are_refused(layers: tuple[int, int]) -> None:
+    said = refused(identity("bottom-0", "bottom", layers), identity("bottom-1", "bottom", (2, 4)))
+    assert said == f"shard bottom-0 holds layers before {layers[1]}, but shard bottom-1 begins with layer 2"
+
+
+def test_another_revision_of_one_model_is_refused() -> None:
+    caller = identity("bottom-0", "bottom", (0, 2))
+    caller.bottom.revision = "big-2"
+    said = refused(caller, identity("bottom-1", "bottom", (2, 4)))
+    assert "big revision big-2 of width 8" in said
+    assert "big revision big-1 of width 8" in said
+
+
+def test_another_width_of_one_model_is_refused() -> None:
+    caller = identity("top-0", "top", (2, 3))
+    caller.top.hidden_size = 5
+    assert "of width 5" in refused(caller, identity("top-1", "top", (3, 4)))
+
+
+def test_another_cut_of_a_route_is_refused() -> None:
+    caller = bottom()
+    caller.routes[1].bottom_layers = 2
+    said = refused(caller, top())
+    assert said == "the cut of route strong of shard bottom-0 is (2, 3), that of shard top-0 is (4, 3)"
+
+
+def test_a_route_that_only_one_knows_does_no_harm() -> None:
+    caller = bottom()
+    caller.routes.add(name="other", bottom_layers=1, top_from=2)
+    del caller.routes[0]
+    accepted(caller, top())
+
+
+def test_a_route_that_enters_elsewhere_is_not_compared() -> None:
+    caller = bottom()
+    caller.routes[0].bottom_layers = 1
+    accepted(caller, identity("top-1", "top", (3, 4)))
+
+
+def test_every_stitch_is_asked_whether_it_knows_the_bottom() -> None:
+    asked: list[tuple[str, str]] = []
+    hello = shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=bottom())
+    check_neighbour(hello, top(), lambda route, model: asked.append((route, model.revision)))
+    assert asked == [("weak", "big-1"), ("strong", "big-1")]
+
+
+def test_a_stitch_that_was_made_for_another_bottom_refuses() -> None:
+    def check(route: str, model: inference_pb2.Model) -> None:
+        raise Incompatible(f"the stitch of {route} is not for {model.id}")
+
+    with pytest.raises(Incompatible, match="the stitch of weak is not for big"):
+        check_neighbour(shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=bottom()), top(), check)
+
+
+def test_without_a_stitch_both_must_be_one_model() -> None:
+    own = top()
+    own.routes[0].stitch = ""
+    said = refused(bottom(), own)
+    assert said.startswith("the model of shard bottom-0 is big revision big-1 of width 8")
+    own.top.CopyFrom(bottom().bottom)
+    accepted(bottom(), own)
+
+
+def test_a_caller_that_says_nothing_is_refused() -> None:
+    with pytest.raises(Incompatible, match=r"shard \? is 0, that of shard top-0 is 1"):
+        check_neighbour(shard_pb2.Hello(), top(), no_check)

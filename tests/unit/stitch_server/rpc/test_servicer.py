@@ -1,0 +1,283 @@
+"""Requests become sessions and steps, refusals become statuses, and whoever leaves leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+
+from stitch.v1 import inference_pb2, shard_pb2
+from stitch_server.engine.wire import pack
+from stitch_server.rpc.handshake import PROTOCOL_VERSION
+from stitch_server.rpc.servicer import PIECE_BYTES
+from tests.support.engine_fakes import TOKEN_ID, WIDTH
+from tests.support.shard_fakes import (
+    CONTEXT_LENGTH,
+    VOCABULARY_SIZE,
+    Aborted,
+    FakeShard,
+    call_context,
+    new_identity,
+    stream,
+)
+
+
+def request(tokens: int = 5, **fields: Any) -> shard_pb2.ShardGenerateRequest:
+    given = {
+        "token_ids": range(tokens),
+        "prompt_tokens": tokens,
+        "route": "weak",
+        "chain": ["top:1"],
+        "sampling": inference_pb2.Sampling(max_tokens=3),
+        **fields,
+    }
+    return shard_pb2.ShardGenerateRequest(**given)
+
+
+def generate(
+    shard: FakeShard, asked: shard_pb2.ShardGenerateRequest
+) -> AsyncGenerator[shard_pb2.ShardGenerateResponse, None]:
+    responses = shard.servicer.Generate(asked, call_context())
+    assert isinstance(responses, AsyncGenerator)
+    return responses
+
+
+async def refused(shard: FakeShard, asked: shard_pb2.ShardGenerateRequest) -> Aborted:
+    """How the call ended without an answer."""
+    with pytest.raises(Aborted) as caught:
+        await anext(generate(shard, asked))
+    assert shard.idle
+    return caught.value
+
+
+@pytest.fixture
+def first() -> FakeShard:
+    return FakeShard(first=True)
+
+
+@pytest.fixture
+def last() -> FakeShard:
+    return FakeShard(first=False)
+
+
+class TestGenerate:
+    async def test_tokens_stream_until_the_end(self, first: FakeShard) -> None:
+        responses = [response async for response in generate(first, request())]
+        tokens = [(one.id, one.position) for response in responses for one in response.tokens]
+        assert tokens == [(TOKEN_ID, 5), (TOKEN_ID, 6), (TOKEN_ID, 7)]
+        assert [one.finish_reason for one in responses] == [0, 0, inference_pb2.FINISH_REASON_LENGTH]
+        assert first.idle
+
+    async def test_the_first_token_says_where_the_time_went(self, first: FakeShard) -> None:
+        responses = [response async for response in generate(first, request())]
+        assert {stage.name for stage in responses[0].stages} == {"queue", "bottom_prefill", "wire"}
+        assert not responses[1].stages
+
+    async def test_what_an_earlier_try_said_counts(self, first: FakeShard) -> None:
+        responses = [response async for response in generate(first, request(7, prompt_tokens=5))]
+        assert len(responses) == 1
+        assert responses[0].tokens[0].position == 7
+
+    async def test_a_client_that_leaves_leaves_nothing(self, first: FakeShard) -> None:
+        first.engine.computes = False
+        responses = generate(first, request())
+        waiting = asyncio.ensure_future(anext(responses))
+        await asyncio.sleep(0)
+        assert first.front.waiting_sessions == 1
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert first.idle
+
+    async def test_a_client_that_leaves_between_two_tokens_leaves_nothing(self, first: FakeShard) -> None:
+        async with aclosing(generate(first, request(sampling=inference_pb2.Sampling(max_tokens=30)))) as responses:
+            await anext(responses)
+        assert first.idle
+
+    async def test_no_chain_begins_without_the_embedding(self, last: FakeShard) -> None:
+        error = await refused(last, request())
+        assert error.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert "shard top-0 holds top layers without the embedding" in error.details
+
+    @pytest.mark.parametrize(
+        ("fields", "said"),
+        [
+            (
+                {"token_ids": [], "prompt_tokens": 0},
+                f"token_ids is '0 tokens', but there must be 1 to {CONTEXT_LENGTH - 1}",
+            ),
+            ({"token_ids": range(CONTEXT_LENGTH)}, f"token_ids is '{CONTEXT_LENGTH} tokens', but there must be 1 to"),
+            ({"token_ids": [1, VOCABULARY_SIZE], "prompt_tokens": 1}, f"the vocabulary has {VOCABULARY_SIZE} tokens"),
+            ({"prompt_tokens": 0}, "prompt_tokens is 0, but it must be 1 to 5"),
+            ({"prompt_tokens": 6}, "prompt_tokens is 6, but it must be 1 to 5"),
+            ({"chain": []}, "chain is [], but a chain has at least one shard behind the first"),
+            ({"route": "medium"}, "route is 'medium', but this cluster has: weak, auto"),
+            ({"sampling": inference_pb2.Sampling(temperature=-1.0)}, "sampling.temperature is -1.0"),
+            ({"sampling": inference_pb2.Sampling(max_tokens=0)}, "sampling.max_tokens is 0"),
+        ],
+    )
+    async def test_a_bad_request_is_told_what_is_wrong(
+        self, first: FakeShard, fields: dict[str, Any], said: str
+    ) -> None:
+        error = await refused(first, request(**fields))
+        assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert said in error.details
+
+    async def test_a_full_queue_is_told(self, first: FakeShard) -> None:
+        first.engine.computes = False
+        waiting = [asyncio.ensure_future(anext(generate(first, request()))) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Aborted) as caught:
+            await anext(generate(first, request()))
+        assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert first.idle
+
+
+def hello(shard: str = "bottom-0", version: int = PROTOCOL_VERSION) -> shard_pb2.LinkRequest:
+    greeting = shard_pb2.Hello(protocol_version=version, identity=new_identity(shard, "bottom"))
+    return shard_pb2.LinkRequest(hello=greeting)
+
+
+def step(session: int, length: int = 3, number: int = 1) -> shard_pb2.LinkRequest:
+    """A session's first step."""
+    rows = pack(torch.zeros(length, WIDTH), "float32")
+    hidden = shard_pb2.HiddenStates(dtype=rows.dtype, tokens=length, hidden_size=WIDTH, data=rows.data)
+    frame = shard_pb2.Step(step=number, hidden=hidden)
+    opening = shard_pb2.Opening(route="weak", token_ids=range(length), prompt_tokens=length)
+    frame.segments.add(session=session, length=length, wants_token=True, opening=opening)
+    return shard_pb2.LinkRequest(step=frame)
+
+
+def link(
+    shard: FakeShard, requests: AsyncIterator[shard_pb2.LinkRequest]
+) -> AsyncGenerator[shard_pb2.LinkResponse, None]:
+    responses = shard.servicer.Link(requests, call_context())
+    assert isinstance(responses, AsyncGenerator)
+    return responses
+
+
+async def talk(shard: FakeShard, *frames: shard_pb2.LinkRequest) -> list[shard_pb2.LinkResponse]:
+    """All that the shard says to these frames."""
+    return [response async for response in link(shard, stream(frames))]
+
+
+async def ended(shard: FakeShard, frames: Sequence[shard_pb2.LinkRequest]) -> Aborted:
+    """How the link ended; the shard keeps nothing of it."""
+    with pytest.raises(Aborted) as caught:
+        await talk(shard, *frames)
+    assert shard.idle
+    return caught.value
+
+
+class TestLink:
+    async def test_a_neighbour_is_welcomed(self, last: FakeShard) -> None:
+        (welcome,) = await talk(last, hello())
+        assert welcome.welcome.identity == last.identity
+
+    async def test_steps_are_answered(self, last: FakeShard) -> None:
+        frames = stream([hello(), step(5), step(6, number=2)], asyncio.Event())
+        async with aclosing(link(last, frames)) as responses:
+            _, first, second = [await anext(responses) for _ in range(3)]
+        assert [(one.session, one.token.id, one.token.position) for one in first.reply.tokens] == [(5, TOKEN_ID, 3)]
+        assert (first.reply.step, second.reply.step) == (1, 2)
+        assert last.received_bytes == [3 * WIDTH * 4] * 2
+
+    async def test_the_end_of_a_link_frees_its_sessions(self, last: FakeShard) -> None:
+        end = asyncio.Event()
+        async with aclosing(link(last, stream([hello(), step(5)], end))) as responses:
+            await anext(responses)
+            await anext(responses)
+            assert last.front.running_sessions == 1
+            end.set()
+            assert await anext(responses, None) is None
+        assert last.idle
+
+    async def test_a_closed_session_is_freed(self, last: FakeShard) -> None:
+        close = shard_pb2.LinkRequest(close=shard_pb2.Close(sessions=[5]))
+        running = list[int]()
+
+        async def frames() -> AsyncIterator[shard_pb2.LinkRequest]:
+            for frame in (hello(), step(5), step(6, number=2), close):
+                yield frame
+            running.append(last.front.running_sessions)
+
+        assert [one async for one in link(last, frames())]
+        assert running == [1]
+
+    async def test_no_shard_stands_before_the_first(self, first: FakeShard) -> None:
+        error = await ended(first, [hello()])
+        assert error.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert error.details == "shard bottom-0 is the first of its chain: no shard stands before it"
+
+    @pytest.mark.parametrize("frames", [[], [step(5)], [shard_pb2.LinkRequest()]])
+    async def test_a_link_begins_with_a_hello(self, last: FakeShard, frames: list[shard_pb2.LinkRequest]) -> None:
+        error = await ended(last, frames)
+        assert error.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert error.details == "the first frame of a link must be a hello"
+
+    async def test_a_neighbour_that_does_not_fit_is_refused(self, last: FakeShard) -> None:
+        error = await ended(last, [hello(version=9), step(5)])
+        assert error.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert "protocol version" in error.details
+
+    async def test_bytes_that_are_no_step_end_the_link(self, last: FakeShard) -> None:
+        broken = step(6, number=2)
+        broken.step.hidden.data = b"abc"
+        error = await ended(last, [hello(), step(5), broken])
+        assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert error.details.startswith("hidden.data is '3 bytes'")
+
+    async def test_frames_that_do_not_fit_together_end_the_link(self, last: FakeShard) -> None:
+        begun, other = step(5), step(5)
+        begun.step.tokens_to_come = other.step.tokens_to_come = 1
+        begun.step.segments[0].length += 1
+        error = await ended(last, [hello(), begun, other])
+        assert error.code is grpc.StatusCode.FAILED_PRECONDITION
+
+    @pytest.mark.parametrize("frame", [hello(), shard_pb2.LinkRequest()])
+    async def test_anything_else_ends_the_link(self, last: FakeShard, frame: shard_pb2.LinkRequest) -> None:
+        error = await ended(last, [hello(), step(5), frame])
+        assert error.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert error.details.endswith("came in the middle of a link")
+
+    async def test_one_link_ends_for_itself(self, last: FakeShard) -> None:
+        async with aclosing(link(last, stream([hello(), step(5)], asyncio.Event()))) as responses:
+            await anext(responses)
+            await anext(responses)
+            with pytest.raises(Aborted):
+                await talk(last, hello(), step(5), hello())
+            assert last.front.running_sessions == 1
+
+
+class TestDescribe:
+    async def test_it_says_what_is_free(self, first: FakeShard) -> None:
+        first.engine.computes = False
+        waiting = asyncio.ensure_future(anext(generate(first, request())))
+        await asyncio.sleep(0)
+        described = await first.servicer.Describe(shard_pb2.ShardDescribeRequest(), call_context())
+        assert described.identity == first.identity
+        assert (described.kv_free_tokens, described.running_sessions, described.waiting_sessions) == (128, 0, 1)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
+class TestTokenizer:
+    async def test_files_come_in_pieces(self, first: FakeShard, tmp_path: Path) -> None:
+        contents = {"tokenizer.json": bytes(range(256)) * 2048, "config.json": b"{}", "empty.json": b""}
+        for name, content in contents.items():
+            (tmp_path / name).write_bytes(content)
+            first.tokenizer_files.append(tmp_path / name)
+        fetched: dict[str, bytes] = {}
+        pieces = first.servicer.FetchTokenizer(shard_pb2.FetchTokenizerRequest(), call_context())
+        async for piece in pieces:
+            assert len(piece.data) <= PIECE_BYTES
+            fetched[piece.file] = fetched.get(piece.file, b"") + piece.data
+        assert fetched == contents
