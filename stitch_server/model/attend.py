@@ -6,7 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-# What the positions of a batch turn queries and keys by. Made and read by one family's layers; opaque to others.
+# What the positions of a batch turn queries and keys by: tensors with one row a token, so that leading rows stand
+# for leading tokens. Made and read by one family's layers; opaque to others.
 Rotary = tuple[Tensor, ...]
 
 

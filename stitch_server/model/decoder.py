@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from stitch.errors import Incompatible
-from stitch_server.model import lean
+from stitch_server.model import borrowed, lean
 from stitch_server.model.attend import Attend, Layer, Rotary
 from stitch_server.model.description import head_dim, kv_heads, read_config
 from stitch_server.model.weights import Weights
@@ -37,8 +38,7 @@ class DecoderLayers:
         if not 0 <= first < end <= config.num_hidden_layers:
             raise Incompatible(f"layers {first} to {end} are no range of {folder}: it has {config.num_hidden_layers}")
         with Weights(folder, device, dtype) as weights:
-            layers = [lean.load_layer(config, index, weights) for index in range(first, end)]
-        rotary = lean.RotaryAngles(config, device)
+            layers, rotary = _of_family(config, first, end, weights)
         return cls(first, end, config.hidden_size, kv_heads(config), head_dim(config), layers, rotary)
 
     def rotary(self, positions: Tensor) -> Rotary:
@@ -50,3 +50,14 @@ class DecoderLayers:
         for layer in self._layers[first - self.first : end - self.first]:
             hidden = layer(hidden, rotary, attend)
         return hidden
+
+
+def _of_family(
+    config: PretrainedConfig, first: int, end: int, weights: Weights
+) -> tuple[Sequence[Layer], Callable[[Tensor], Rotary]]:
+    """Lean layers where there are some, else those of `transformers`."""
+    if lean.supports(config):
+        layers = [lean.load_layer(config, index, weights) for index in range(first, end)]
+        return layers, lean.RotaryAngles(config, weights.device)
+    angles = borrowed.BorrowedAngles(config, weights.device, weights.dtype)
+    return borrowed.load_layers(config, first, end, weights), angles

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stitch_server.model.description import read_config
+from stitch_server.model.scales import embedding_scale, scaled
 from stitch_server.model.weights import Weights
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -16,15 +18,16 @@ EMBEDDING = "model.embed_tokens.weight"
 class Embedding:
     """One row of hidden states a token of the vocabulary."""
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, scale: float = 1.0) -> None:
         self._rows = rows
+        self._scale = scale
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Embedding:
         """Raises Incompatible where the folder lacks the rows."""
         with Weights(folder, device, dtype) as weights:
-            return cls(weights.read(EMBEDDING))
+            return cls(weights.read(EMBEDDING), embedding_scale(read_config(folder)))
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """Token ids int64 `[tokens]` to hidden states `[tokens, hidden_size]`."""
-        return F.embedding(token_ids, self._rows)
+        return scaled(F.embedding(token_ids, self._rows), self._scale)

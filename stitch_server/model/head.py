@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from stitch_server.model import borrowed, lean
 from stitch_server.model.description import read_config
 from stitch_server.model.embedding import EMBEDDING
 from stitch_server.model.product import Product, product
+from stitch_server.model.scales import logit_scale, scaled
 from stitch_server.model.weights import Weights
 
 
 class Head:
     """Hidden states behind the last layer to logits."""
 
-    def __init__(self, norm: Tensor, norm_epsilon: float, to_logits: Product) -> None:
+    def __init__(self, norm: Callable[[Tensor], Tensor], to_logits: Product, scale: float = 1.0) -> None:
         self._norm = norm
-        self._norm_epsilon = norm_epsilon
         self._to_logits = to_logits
+        self._scale = scale
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, tokens: int | None = None) -> Head:
@@ -31,9 +33,10 @@ class Head:
         config = read_config(folder)
         with Weights(folder, device, dtype) as weights:
             rows = weights.read(EMBEDDING if config.tie_word_embeddings else "lm_head.weight")
-            return cls(weights.read("model.norm.weight"), config.rms_norm_eps, product(rows[:tokens]))
+            is_lean = lean.supports(config)
+            norm = lean.load_norm(config, "model.norm", weights) if is_lean else borrowed.load_norm(config, weights)
+            return cls(norm, product(rows[:tokens]), logit_scale(config))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states `[n, hidden_size]` to logits float32 `[n, vocabulary]`."""
-        normed = F.rms_norm(hidden, self._norm.shape, self._norm, self._norm_epsilon)
-        return self._to_logits(normed).float()
+        return scaled(self._to_logits(self._norm(hidden)).float(), self._scale)

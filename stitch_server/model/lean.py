@@ -47,6 +47,23 @@ class RotaryAngles:
 
 
 @dataclass(frozen=True, slots=True)
+class RmsNorm:
+    """x / sqrt(mean(x²) + ε) · weight: https://arxiv.org/abs/1910.07467."""
+
+    weight: Tensor
+    epsilon: float
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """`[tokens, hidden_size]` in and out."""
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
+
+
+def load_norm(config: PretrainedConfig, name: str, weights: Weights) -> RmsNorm:
+    """The norm of that name. Raises Incompatible where the folder lacks it."""
+    return RmsNorm(weights.read(f"{name}.weight"), config.rms_norm_eps)
+
+
+@dataclass(frozen=True, slots=True)
 class LeanLayer:
     """One decoder layer: attention and a gated feed-forward network, each behind an RMS norm."""
 
@@ -55,20 +72,20 @@ class LeanLayer:
     kv_heads: int
     head_dim: int
     window: int | None
-    norm_epsilon: float
-    attention_norm: Tensor
+    attention_norm: RmsNorm
     query_key_value: Product
     # [heads + kv_heads, head_dim], where the family has one
     query_key_norm: Tensor | None
+    query_key_epsilon: float
     attention_output: Product
-    feed_forward_norm: Tensor
+    feed_forward_norm: RmsNorm
     gate_up: Product
     down: Product
 
     def __call__(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """`[tokens, hidden_size]` in and out; leaves what it is given unchanged."""
-        hidden = self._attention(self._normed(hidden, self.attention_norm), rotary, attend).add_(hidden)
-        gate, up = self.gate_up(self._normed(hidden, self.feed_forward_norm)).chunk(2, dim=1)
+        hidden = self._attention(self.attention_norm(hidden), rotary, attend).add_(hidden)
+        gate, up = self.gate_up(self.feed_forward_norm(hidden)).chunk(2, dim=1)
         return self.down(F.silu(gate).mul_(up)).add_(hidden)
 
     def _attention(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
@@ -76,13 +93,10 @@ class LeanLayer:
         mixed = self.query_key_value(hidden).view(hidden.shape[0], -1, self.head_dim)
         query_key, value = mixed[:, :rotated], mixed[:, rotated:]
         if self.query_key_norm is not None:
-            query_key = F.rms_norm(query_key, (self.head_dim,), None, self.norm_epsilon).mul_(self.query_key_norm)
+            query_key = F.rms_norm(query_key, (self.head_dim,), None, self.query_key_epsilon).mul_(self.query_key_norm)
         query_key = _rotate(query_key, rotary[0])
         query, key = query_key[:, : self.heads], query_key[:, self.heads :]
         return self.attention_output(attend(self.index, query, key, value, self.head_dim**-0.5, self.window))
-
-    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(hidden, weight.shape, weight, self.norm_epsilon)
 
 
 def _rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
@@ -102,12 +116,12 @@ def load_layer(config: PretrainedConfig, index: int, weights: Weights) -> LeanLa
         kv_heads=keys,
         head_dim=width,
         window=_window(config, index),
-        norm_epsilon=config.rms_norm_eps,
-        attention_norm=weights.read(f"{at}.input_layernorm.weight"),
+        attention_norm=load_norm(config, f"{at}.input_layernorm", weights),
         query_key_value=_query_key_value(weights, f"{at}.self_attn", heads, keys),
         query_key_norm=_query_key_norm(weights, f"{at}.self_attn", heads, keys),
+        query_key_epsilon=config.rms_norm_eps,
         attention_output=_product(weights, f"{at}.self_attn.o_proj"),
-        feed_forward_norm=weights.read(f"{at}.post_attention_layernorm.weight"),
+        feed_forward_norm=load_norm(config, f"{at}.post_attention_layernorm", weights),
         gate_up=_product(weights, f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"),
         down=_product(weights, f"{at}.mlp.down_proj"),
     )

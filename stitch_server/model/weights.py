@@ -35,8 +35,8 @@ class Weights:
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self._folder = folder
-        self._device = device
-        self._dtype = dtype
+        self.device = device
+        self.dtype = dtype
         # safetensors' files have no types of their own.
         self._file_of: dict[str, Any] = {}
         for path in weight_files(folder):
@@ -60,4 +60,4 @@ class Weights:
         if name not in self._file_of:
             raise Incompatible(f"tensor {name} is not in {self._folder}")
         stored: Tensor = self._file_of[name].get_tensor(name)
-        return stored.to(self._device, self._dtype)
+        return stored.to(self.device, self.dtype)

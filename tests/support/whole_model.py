@@ -1,0 +1,43 @@
+"""Whole tiny models run through our own layers, as the tests of layers compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from stitch_server.model.decoder import DecoderLayers
+from stitch_server.model.embedding import Embedding
+from stitch_server.model.head import Head
+from tests.support.plain_attend import PlainAttend
+
+CPU = torch.device("cpu")
+PROMPT = [(17 * position + position**2) % 300 for position in range(40)]
+
+
+@torch.inference_mode()
+def our_logits(folder: Path, cuts: Sequence[int], chunks: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Logits `[tokens, vocabulary]` of PROMPT: `cuts` bound the shards' layers, `chunks` the passes' positions."""
+    shards = [DecoderLayers.load(folder, first, end, CPU, dtype) for first, end in pairwise(cuts)]
+    embedding, head = Embedding.load(folder, CPU, dtype), Head.load(folder, CPU, dtype)
+    attend = PlainAttend()
+    logits = []
+    for begin, stop in pairwise(chunks):
+        hidden = embedding(torch.tensor(PROMPT[begin:stop]))
+        for shard in shards:
+            rotary = shard.rotary(torch.arange(begin, stop))
+            hidden = shard.run(hidden, rotary, attend, shard.first, shard.end)
+        logits.append(head(hidden))
+    return torch.cat(logits)
+
+
+@torch.inference_mode()
+def their_logits(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same by `transformers`."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    logits: Tensor = model(torch.tensor([PROMPT])).logits[0].float()
+    return logits

@@ -1,0 +1,139 @@
+"""Layers of every family compute what `transformers` computes, however they are cut and fed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stitch.errors import Incompatible
+from stitch_server.model import borrowed, lean
+from stitch_server.model.decoder import DecoderLayers
+from stitch_server.model.description import read_config
+from tests.support.plain_attend import PlainAttend
+from tests.support.tiny_model import LEAN_FAMILIES, write_tiny_model
+from tests.support.whole_model import CPU, PROMPT, our_logits, their_logits
+
+WHOLE = (0, len(PROMPT))
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+# What each family can be configured to do beyond its defaults.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"head_dim": 16}),
+    ("llama", {"kv_heads": 4}),
+    ("llama", {"kv_heads": 1}),
+    ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    ("qwen2", {"rope_parameters": YARN_ROPE}),
+    ("mistral", {"rope_parameters": LINEAR_ROPE}),
+    ("mistral", {"sliding_window": 7}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    ("qwen3", {"attention_bias": True}),
+    ("granite", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
+    ("granite", {"attention_multiplier": 0.3}),
+    ("cohere", {"logit_scale": 0.5}),
+    ("cohere2", {"sliding_window": 6}),
+    ("phi3", {"sliding_window": 6}),
+    ("starcoder2", {"sliding_window": 6}),
+]
+
+
+@pytest.mark.parametrize("family", [*LEAN_FAMILIES, *borrowed.FAMILIES])
+def test_every_family_in_one_pass_and_in_chunks_over_shards(tmp_path: Path, family: str) -> None:
+    folder = write_tiny_model(tmp_path, family)
+    theirs = their_logits(folder)
+    torch.testing.assert_close(our_logits(folder, (0, 4), WHOLE), theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(our_logits(folder, (0, 1, 3, 4), (0, 11, 12, 13, 30, 40)), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "config"), VARIANTS, ids=str)
+def test_every_variant(tmp_path: Path, family: str, config: dict[str, Any]) -> None:
+    folder = write_tiny_model(tmp_path, family, **config)
+    torch.testing.assert_close(our_logits(folder, (0, 4), (0, 30, 31, 40)), their_logits(folder), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", LEAN_FAMILIES)
+def test_the_families_that_matter_are_lean(tmp_path: Path, family: str) -> None:
+    assert lean.supports(read_config(write_tiny_model(tmp_path, family, layers=1)))
+
+
+@pytest.mark.parametrize(
+    "config", [{"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}]
+)
+def test_a_variant_that_lean_layers_lack_is_not_theirs(tmp_path: Path, config: dict[str, Any]) -> None:
+    assert not lean.supports(read_config(write_tiny_model(tmp_path, layers=1, **config)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = write_tiny_model(tmp_path, "qwen3")
+    exact = their_logits(folder)
+    ours = (our_logits(folder, (0, 4), WHOLE, dtype) - exact).abs().mean()
+    theirs = (their_logits(folder, dtype) - exact).abs().mean()
+    assert 0 < ours <= 1.5 * theirs
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+def test_hidden_states_that_were_given_stay_as_they_were(tmp_path: Path, family: str) -> None:
+    layers = DecoderLayers.load(write_tiny_model(tmp_path, family), 0, 4, CPU, torch.float32)
+    given = torch.randn(5, 32)
+    before = given.clone()
+    with torch.inference_mode():
+        layers.run(given, layers.rotary(torch.arange(5)), PlainAttend(), 0, 4)
+    assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
+def test_leading_rows_of_the_rotary_are_those_of_leading_tokens(tmp_path: Path, family: str) -> None:
+    layers = DecoderLayers.load(write_tiny_model(tmp_path, family), 0, 1, CPU, torch.float32)
+    whole = layers.rotary(torch.tensor([4, 9, 2]))
+    for angles, leading in zip(whole, layers.rotary(torch.tensor([4, 9])), strict=True):
+        assert torch.equal(angles[:2], leading)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
+def test_gradients_reach_what_goes_in(tmp_path: Path, family: str) -> None:
+    layers = DecoderLayers.load(write_tiny_model(tmp_path, family), 1, 3, CPU, torch.float32)
+    rotary = layers.rotary(torch.arange(6))
+    hidden = torch.randn(6, 32, requires_grad=True)
+    direction = torch.randn(6, 32)
+
+    def through(states: torch.Tensor) -> torch.Tensor:
+        return layers.run(states, rotary, PlainAttend(), 1, 3).sum()
+
+    through(hidden).backward()  # type: ignore[no-untyped-call]
+    assert hidden.grad is not None
+    with torch.no_grad():
+        slope = (through(hidden + 1e-3 * direction) - through(hidden - 1e-3 * direction)) / 2e-3
+    assert float((hidden.grad * direction).sum()) == pytest.approx(float(slope), rel=0.02, abs=0.02)
+
+
+@pytest.mark.parametrize(("first", "end"), [(-1, 2), (2, 2), (3, 2), (0, 5)])
+def test_a_range_that_the_model_lacks_is_refused(tmp_path: Path, first: int, end: int) -> None:
+    with pytest.raises(Incompatible, match=f"layers {first} to {end} are no range of .*: it has 4"):
+        DecoderLayers.load(write_tiny_model(tmp_path), first, end, CPU, torch.float32)
+
+
+def test_a_family_that_nobody_compared_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, "gemma2")
+    with pytest.raises(Incompatible, match="the family gemma2 is none of arcee, "):
+        DecoderLayers.load(folder, 0, 1, CPU, torch.float32)
+
+
+def test_a_rotation_that_depends_on_the_length_is_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    folder = write_tiny_model(tmp_path, "olmo2", rope_parameters=rope)
+    with pytest.raises(Incompatible, match="the rotary embedding dynamic depends on the length"):
+        DecoderLayers.load(folder, 0, 1, CPU, torch.float32)
