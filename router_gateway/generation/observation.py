@@ -18,6 +18,11 @@ from stitch.errors import Exhausted, Expired, InvalidRequest, Unavailable
 
 _log = logging.getLogger(__name__)
 
+# A client's own clock ends its call, and its word may come before the deadline that was read here: gRPC sends a
+# timeout rounded up, by at most this share of it, and the way takes time.
+_ROUNDING = 0.01
+_WAY_SECONDS = 0.05
+
 _OUTCOMES: dict[type[BaseException], str] = {
     InvalidRequest: "invalid",
     Exhausted: "exhausted",
@@ -134,7 +139,10 @@ class Observation:
         return "failed" if kind is None else _OUTCOMES.get(kind, "failed")
 
     def _cancel_cause(self, outcome: str) -> str:
-        expired = self._deadline is not None and self._clock() >= self._deadline
+        expired = self._deadline is not None and self._is_at(self._deadline)
         if expired or outcome == "expired":
             return "deadline"
         return "shutdown" if self._stopping() else "client"
+
+    def _is_at(self, deadline: float) -> bool:
+        return self._clock() >= deadline - _WAY_SECONDS - _ROUNDING * (deadline - self._arrival)

@@ -89,7 +89,15 @@ def test_a_client_that_leaves_with_the_last_piece_has_its_answer(bench: Bench) -
 
 
 @pytest.mark.parametrize(
-    ("stopping", "now", "cause"), [(False, 101.0, "client"), (True, 101.0, "shutdown"), (True, 111.0, "deadline")]
+    ("stopping", "now", "cause"),
+    [
+        (False, 101.0, "client"),
+        (True, 101.0, "shutdown"),
+        (True, 111.0, "deadline"),
+        # The client's clock was a little earlier.
+        (False, 109.9, "deadline"),
+        (False, 109.8, "client"),
+    ],
 )
 def test_an_early_end_has_a_cause(bench: Bench, stopping: bool, now: float, cause: str) -> None:
     bench.stopping = stopping

@@ -1,0 +1,162 @@
+"""SmolLM2 cut in two says, token for token, what `transformers` says with the whole model. Knows no internals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from stitch.client import Answer
+from stitch.cluster import load_cluster
+from stitch.environment import cache_folder
+from stitch_server.sources.resolve import resolve
+from tests.support.processes import Cluster, running_cluster
+
+pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
+
+PRESET = "smollm2"
+ANSWER_TOKENS = 64
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):\n    ",
+    "Water boils at 100 degrees Celsius because",
+    "To make a good cup of tea, first",
+    "The three laws of thermodynamics are:\n1.",
+    "Q: How many legs does a spider have?\nA:",
+    "SELECT name, age FROM people WHERE",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "The prime numbers below 30 are 2, 3, 5,",
+    "In 1969, Neil Armstrong",
+    "<html>\n<head>\n<title>",
+    "Roses are red, violets are blue,",
+    "Photosynthesis is the process by which",
+    "My favourite recipe for pancakes: mix flour,",
+    "The quick brown fox",
+    "Für Elise ist ein Klavierstück von",
+    "Il était une fois une princesse qui",
+    "1 + 1 = 2, 2 + 2 = 4, 3 + 3 =",
+    "The difference between a virus and a bacterium is that",
+)
+# Through `generate` itself, which takes as long as an answer; the others by one pass over prompt and answer.
+GENERATED = PROMPTS[:2]
+LONG_TOKENS = 1_500
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running_cluster(PRESET, tmp_path_factory.mktemp("smollm2")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def folder() -> str:
+    """Where the whole model lies."""
+    return str(resolve(load_cluster(PRESET).models.bottom.source, cache_folder()))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: str) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: str) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model
+
+
+@pytest.fixture(scope="module")
+def alone(cluster: Cluster) -> dict[str, Answer]:
+    """The answer of every prompt while nothing else runs."""
+    return {prompt: strong(cluster, prompt) for prompt in PROMPTS}
+
+
+def strong(cluster: Cluster, prompt: str) -> Answer:
+    return cluster.generate(prompt, route="strong", max_tokens=ANSWER_TOKENS, ignore_eos=True)
+
+
+@torch.inference_mode()
+def greedy(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
+    """What the whole model would say at every position of the answer.
+
+    One pass over prompt and answer; equal to the answer exactly if greedy `generate` gives that answer.
+    """
+    logits = model(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0]
+    likeliest: list[int] = logits[len(prompt) - 1 : -1].argmax(dim=1).tolist()
+    return likeliest
+
+
+@torch.inference_mode()
+def generated(model: PreTrainedModel, prompt: Sequence[int], count: int, end: int | None = None) -> list[int]:
+    """The answer of greedy `generate`; the token `end` ends it."""
+    ids = torch.tensor([list(prompt)])
+    model.generation_config.eos_token_id = end
+    found: torch.Tensor = model.generate(  # type: ignore[operator]
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count
+    )
+    answer: list[int] = found[0, len(prompt) :].tolist()
+    return answer
+
+
+def test_twenty_answers_are_those_of_the_whole_model(
+    alone: dict[str, Answer], tokenizer: Any, whole: PreTrainedModel
+) -> None:
+    for prompt, answer in alone.items():
+        ids = tokenizer(prompt)["input_ids"]
+        assert (answer.route, answer.prompt_tokens, len(answer.token_ids)) == ("strong", len(ids), ANSWER_TOKENS)
+        assert list(answer.token_ids) == greedy(whole, ids, answer.token_ids), prompt
+
+
+def test_generate_itself_says_the_same(alone: dict[str, Answer], tokenizer: Any, whole: PreTrainedModel) -> None:
+    for prompt in GENERATED:
+        wanted = generated(whole, tokenizer(prompt)["input_ids"], ANSWER_TOKENS)
+        assert list(alone[prompt].token_ids) == wanted
+        assert alone[prompt].text == tokenizer.decode(wanted, skip_special_tokens=True)
+
+
+def test_a_conversation_ends_where_generate_ends(cluster: Cluster, tokenizer: Any, whole: PreTrainedModel) -> None:
+    messages = [{"role": "user", "content": "What is 2 + 2? Answer in one short sentence."}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    answer = cluster.generate(messages=messages, route="strong", max_tokens=ANSWER_TOKENS)
+    assert answer.prompt_tokens == len(ids)
+    assert answer.finish_reason == "stop"
+    assert list(answer.token_ids) == generated(whole, ids, ANSWER_TOKENS, end=tokenizer.eos_token_id)
+
+
+def test_a_long_prompt_has_the_whole_model_s_answer(cluster: Cluster, tokenizer: Any, whole: PreTrainedModel) -> None:
+    prompt = tokenizer.decode(tokenizer(" ".join(PROMPTS) * 8)["input_ids"][:LONG_TOKENS])
+    ids = tokenizer(prompt)["input_ids"]
+    answer = strong(cluster, prompt)
+    assert abs(len(ids) - LONG_TOKENS) < 10
+    assert answer.prompt_tokens == len(ids)
+    assert list(answer.token_ids) == greedy(whole, ids, answer.token_ids)
+
+
+def test_eight_at_once_say_the_same(cluster: Cluster, alone: dict[str, Answer]) -> None:
+    prompts = PROMPTS[:8]
+    fields = {"route": "strong", "max_tokens": ANSWER_TOKENS, "ignore_eos": True}
+    outcomes = cluster.client.batch([{"prompt": prompt, **fields} for prompt in prompts])
+    assert tokens_of(outcomes) == [alone[prompt].token_ids for prompt in prompts]
+
+
+def test_both_routes_at_once_say_the_same(cluster: Cluster, alone: dict[str, Answer]) -> None:
+    prompts = PROMPTS[8:12]
+    fields = {"max_tokens": ANSWER_TOKENS, "ignore_eos": True}
+    requests = [{"prompt": prompt, "route": route, **fields} for prompt in prompts for route in ("weak", "strong")]
+    outcomes = tokens_of(cluster.client.batch(requests))
+    assert outcomes[1::2] == [alone[prompt].token_ids for prompt in prompts]
+    weak_alone = [cluster.generate(prompt, route="weak", **fields).token_ids for prompt in prompts[:2]]
+    assert outcomes[:4:2] == weak_alone
+    assert weak_alone != outcomes[1:5:2]
+
+
+def tokens_of(outcomes: Sequence[Any]) -> list[tuple[int, ...]]:
+    """The answers' tokens; the errors among them are raised."""
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return [outcome.token_ids for outcome in outcomes]
