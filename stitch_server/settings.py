@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from stitch.cluster import Cluster, ShardPlace
 from stitch.errors import InvalidRequest
@@ -28,16 +28,23 @@ class ShardSettings(Settings):
 def shard_settings(
     cluster: Cluster, shard: str, listen: str | None, metrics_port: int | None, insecure: bool, drain_seconds: float
 ) -> ShardSettings:
-    """Fills in what no flag says. Raises InvalidRequest for an unknown shard or an address that is not allowed."""
+    """Fills in what no flag says.
+
+    Raises InvalidRequest for an unknown shard, a value outside of its limits or an address that is not allowed.
+    """
     place = cluster.shard(shard)
-    settings = ShardSettings(
-        cluster=cluster,
-        place=place,
-        listen=listen or place.address,
-        metrics_port=place.metrics_port if metrics_port is None else metrics_port,
-        insecure=insecure,
-        drain_seconds=drain_seconds,
-    )
+    try:
+        settings = ShardSettings(
+            cluster=cluster,
+            place=place,
+            listen=listen or place.address,
+            metrics_port=place.metrics_port if metrics_port is None else metrics_port,
+            insecure=insecure,
+            drain_seconds=drain_seconds,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidRequest(str(first["loc"][0]), first["input"], first["msg"]) from error
     if settings.host not in LOOPBACK and not insecure:
         raise InvalidRequest(
             "listen", settings.listen, "without TLS only a loopback address is allowed, or --insecure must be given"

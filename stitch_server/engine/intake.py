@@ -65,7 +65,8 @@ class Intake:
         self._sequences: dict[Upstream, dict[int, Sequence]] = {}
 
     def __len__(self) -> int:
-        return sum(len(sequences) for sequences in self._sequences.values())
+        # A copy, since metrics are read from another thread.
+        return sum(len(sequences) for sequences in list(self._sequences.values()))
 
     def accept(self, upstream: Upstream, segment: ReceivedSegment, closed: bool = False) -> Sequence:
         """The segment's sequence, with room for it in the cache; raises Refused.
