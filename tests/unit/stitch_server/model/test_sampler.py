@@ -1,0 +1,182 @@
+"""Tokens are chosen as `transformers` would, and a draw depends on seed and position alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from stitch.sampling import Sampling
+from stitch_server.model.sampler import SampleRequest, filtered, penalized, sample
+
+VOCABULARY = 50
+HISTORY = (3, 7, 7, 1, 12, 7, 12)
+
+
+def logits(rows: int = 1, seed: int = 0) -> Tensor:
+    return 3 * torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+
+
+def request(position: int = 7, prompt_tokens: int = 3, **sampling: object) -> SampleRequest:
+    return SampleRequest(replace(Sampling(), **sampling), position, HISTORY, prompt_tokens)  # type: ignore[arg-type]
+
+
+def dense(row: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution `[vocabulary]` that is drawn from."""
+    probabilities, ids = filtered(row, sampling)
+    spread = torch.zeros(len(row), dtype=torch.float64)
+    spread[ids] = probabilities
+    return spread / spread.sum()
+
+
+def warped(row: Tensor, *processors: LogitsProcessor) -> Tensor:
+    scores = row[None]
+    for processor in processors:
+        scores = processor(torch.tensor([HISTORY]), scores)
+    return scores[0].double().softmax(0)
+
+
+class TestGreedy:
+    def test_takes_the_likeliest_of_every_row(self) -> None:
+        rows = logits(4)
+        drawn = sample(rows, [request(), request(seed=9), request(position=1), request()])
+        assert [token.id for token in drawn] == rows.argmax(1).tolist()
+
+    def test_beside_a_row_that_is_drawn(self) -> None:
+        rows = logits(3)
+        drawn = sample(rows, [request(), request(temperature=1.0, top_k=1), request()])
+        assert [token.id for token in drawn] == rows.argmax(1).tolist()
+
+    def test_with_a_penalty_takes_the_likeliest_that_is_left(self) -> None:
+        row = torch.zeros(1, VOCABULARY)
+        row[0, 7], row[0, 20] = 2.0, 1.5
+        assert sample(row, [request(presence_penalty=1.0)])[0].id == 20
+
+
+class TestDistribution:
+    @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+    def test_temperature(self, temperature: float) -> None:
+        row = logits()[0]
+        expected = warped(row, TemperatureLogitsWarper(temperature))
+        torch.testing.assert_close(dense(row, Sampling(temperature=temperature)), expected)
+
+    @pytest.mark.parametrize("top_k", [1, 2, 10, 50, 60])
+    def test_top_k(self, top_k: int) -> None:
+        row = logits()[0]
+        expected = warped(row, TemperatureLogitsWarper(0.8), TopKLogitsWarper(top_k))
+        torch.testing.assert_close(dense(row, Sampling(temperature=0.8, top_k=top_k)), expected)
+
+    @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+    def test_top_p(self, top_p: float) -> None:
+        row = logits()[0]
+        expected = warped(row, TemperatureLogitsWarper(0.8), TopPLogitsWarper(top_p))
+        torch.testing.assert_close(dense(row, Sampling(temperature=0.8, top_p=top_p)), expected)
+
+    @pytest.mark.parametrize("min_p", [0.01, 0.1, 0.5, 1.0])
+    def test_min_p(self, min_p: float) -> None:
+        row = logits()[0]
+        expected = warped(row, TemperatureLogitsWarper(0.8), MinPLogitsWarper(min_p))
+        torch.testing.assert_close(dense(row, Sampling(temperature=0.8, min_p=min_p)), expected)
+
+    @pytest.mark.parametrize("seed", range(10))
+    def test_all_in_the_order_of_transformers(self, seed: int) -> None:
+        row = logits(seed=seed)[0]
+        order = (TemperatureLogitsWarper(1.7), TopKLogitsWarper(20), TopPLogitsWarper(0.8), MinPLogitsWarper(0.1))
+        sampling = Sampling(temperature=1.7, top_k=20, top_p=0.8, min_p=0.1)
+        torch.testing.assert_close(dense(row, sampling), warped(row, *order))
+
+    @pytest.mark.parametrize("temperature", [1e-30, 1e-6])
+    def test_a_temperature_near_zero_leaves_the_likeliest(self, temperature: float) -> None:
+        row = logits()[0]
+        assert dense(row, Sampling(temperature=temperature)).argmax() == row.argmax()
+        assert dense(row, Sampling(temperature=temperature)).max() == 1.0
+
+
+class TestPenalties:
+    @pytest.mark.parametrize("penalty", [0.5, 1.3, 10.0])
+    def test_repetition_counts_prompt_and_answer(self, penalty: float) -> None:
+        row = logits()[0]
+        expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([HISTORY]), row[None].clone())[0]
+        torch.testing.assert_close(penalized(row, request(repetition_penalty=penalty)), expected)
+
+    def test_presence_counts_the_answer_once(self) -> None:
+        change = penalized(torch.zeros(VOCABULARY), request(presence_penalty=0.5))
+        assert {at: value for at, value in enumerate(change.tolist()) if value} == {1: -0.5, 7: -0.5, 12: -0.5}
+
+    def test_frequency_counts_the_answer_every_time(self) -> None:
+        change = penalized(torch.zeros(VOCABULARY), request(frequency_penalty=0.5))
+        assert {at: value for at, value in enumerate(change.tolist()) if value} == {1: -0.5, 7: -0.5, 12: -1.0}
+
+    def test_the_first_token_has_no_answer_before_it(self) -> None:
+        row = logits()[0]
+        first = request(presence_penalty=1.0, frequency_penalty=1.0, prompt_tokens=len(HISTORY))
+        assert torch.equal(penalized(row, first), row)
+
+    def test_leave_the_logits_that_they_were_given(self) -> None:
+        row = logits()[0]
+        before = row.clone()
+        penalized(row, request(repetition_penalty=2.0, presence_penalty=1.0))
+        assert torch.equal(row, before)
+
+
+class TestDraw:
+    def test_depends_on_seed_and_position_alone(self) -> None:
+        rows = logits(3)
+        wanted = request(temperature=1.0, seed=5, position=100)
+        alone = sample(rows[:1], [wanted])[0]
+        others = [request(temperature=2.0, seed=1), request()]
+        assert sample(rows, [wanted, *others])[0] == alone
+        assert sample(rows.flip(0), [*others, wanted])[2] == alone
+
+    def test_another_seed_or_position_draws_anew(self) -> None:
+        row = torch.zeros(1, VOCABULARY)
+        draws = {sample(row, [request(temperature=1.0, seed=seed)])[0].id for seed in range(40)}
+        moves = {sample(row, [request(temperature=1.0, position=at)])[0].id for at in range(40)}
+        assert min(len(draws), len(moves)) > 20
+
+    def test_the_largest_seed_is_a_seed(self) -> None:
+        assert 0 <= sample(logits(), [request(temperature=1.0, seed=2**64 - 1)])[0].id < VOCABULARY
+
+    def test_follows_the_distribution(self) -> None:
+        row = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+        draws = 4000
+        counts = Counter(sample(row, [request(temperature=1.0, position=at)])[0].id for at in range(draws))
+        for token, probability in enumerate((0.5, 0.3, 0.15, 0.05)):
+            # Four standard deviations.
+            tolerance = 4 * (probability * (1 - probability) * draws) ** 0.5
+            assert abs(counts[token] - probability * draws) < tolerance
+
+    def test_never_takes_what_was_filtered_out(self) -> None:
+        row = logits()
+        wanted = request(temperature=3.0, top_k=8, top_p=0.9, min_p=0.05)
+        allowed = set(filtered(row[0], wanted.sampling)[1].tolist())
+        drawn = {sample(row, [replace(wanted, position=at)])[0].id for at in range(200)}
+        assert drawn <= allowed
+        assert len(drawn) > 1
+
+
+class TestLogprobs:
+    def test_none_where_none_were_asked_for(self) -> None:
+        plain, asked = sample(logits(2), [request(), request(logprobs=0)])
+        assert (plain.logprob, plain.alternatives) == (None, ())
+        assert (asked.logprob is None, asked.alternatives) == (False, ())
+
+    def test_are_those_of_the_untouched_logits(self) -> None:
+        rows = logits()
+        token = sample(rows, [request(temperature=0.5, repetition_penalty=5.0, top_k=2, logprobs=3)])[0]
+        expected = rows[0].log_softmax(0)
+        assert token.logprob == pytest.approx(float(expected[token.id]))
+        values, ids = expected.topk(3)
+        assert [at for at, _ in token.alternatives] == ids.tolist()
+        assert [value for _, value in token.alternatives] == pytest.approx(values.tolist())

@@ -1,0 +1,162 @@
+"""A stitch maps as its file says, and refuses, by name, whatever it was not made for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from stitch.errors import Incompatible
+from stitch.v1 import inference_pb2
+from stitch_server.model.stitch import Stitch, StitchBinding
+from tests.support.whole_model import CPU
+
+BINDING = StitchBinding(
+    bottom_id="big",
+    bottom_revision="b" * 16,
+    bottom_hidden=6,
+    bottom_layers=3,
+    top_id="small",
+    top_revision="c" * 16,
+    top_hidden=4,
+    top_from=2,
+    tokenizer="d" * 64,
+)
+MAKING = {"method": "least squares", "tokens": 1000, "loss_after": 1.5}
+
+
+def some_stitch(dtype: torch.dtype = torch.float32) -> Stitch:
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(4, 6, generator=generator), torch.randn(4, generator=generator)
+    return Stitch(weight.to(dtype), bias.to(dtype), BINDING, MAKING)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    some_stitch().save(tmp_path / "made" / "stitch.safetensors")
+    return tmp_path / "made" / "stitch.safetensors"
+
+
+def test_maps_hidden_states() -> None:
+    stitch, hidden = some_stitch(), torch.randn(5, 6)
+    torch.testing.assert_close(stitch(hidden), hidden @ stitch.weight.T + stitch.bias)
+
+
+def test_maps_hidden_states_of_another_dtype() -> None:
+    assert some_stitch()(torch.randn(5, 6, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_survives_its_file(file: Path) -> None:
+    loaded, made = Stitch.load(file, CPU, torch.float32), some_stitch()
+    assert torch.equal(loaded.weight, made.weight)
+    assert torch.equal(loaded.bias, made.bias)
+    assert (loaded.binding, loaded.making, loaded.fingerprint) == (BINDING, MAKING, made.fingerprint)
+
+
+def test_the_same_stitch_makes_the_same_bytes(file: Path, tmp_path: Path) -> None:
+    some_stitch().save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
+
+
+def test_loads_under_inference_mode(file: Path) -> None:
+    with torch.inference_mode():
+        assert Stitch.load(file, CPU, torch.float32)(torch.zeros(1, 6)).shape == (1, 4)
+
+
+class TestFingerprint:
+    def test_is_that_of_the_file_whatever_it_computes_in(self, file: Path) -> None:
+        computing = Stitch.load(file, CPU, torch.bfloat16)
+        assert computing.weight.dtype == torch.bfloat16
+        assert computing.fingerprint == some_stitch().fingerprint
+
+    def test_changes_with_a_value(self) -> None:
+        stitch = some_stitch()
+        changed = stitch.weight.clone()
+        changed[0, 0] += 1e-3
+        assert Stitch(changed, stitch.bias, BINDING).fingerprint != stitch.fingerprint
+
+    def test_changes_with_the_binding_and_not_with_how_it_was_made(self) -> None:
+        stitch = some_stitch()
+        elsewhere = replace(BINDING, top_from=1)
+        assert Stitch(stitch.weight, stitch.bias, elsewhere).fingerprint != stitch.fingerprint
+        assert Stitch(stitch.weight, stitch.bias, BINDING, {"method": "x"}).fingerprint == stitch.fingerprint
+
+    def test_changes_with_the_stored_dtype(self) -> None:
+        assert some_stitch(torch.bfloat16).fingerprint != some_stitch().fingerprint
+
+
+class TestRefusals:
+    def test_another_bottom(self) -> None:
+        other = inference_pb2.Model(id="huge", revision="e" * 16)
+        made_for = f"made for the bottom model big revision {'b' * 16}, not for huge revision {'e' * 16}"
+        with pytest.raises(Incompatible, match=f"the stitch from layer 3 to 2 is {made_for}"):
+            some_stitch().check_models(bottom=other)
+
+    def test_another_top(self) -> None:
+        same, other = (inference_pb2.Model(id="small", revision=letter * 16) for letter in "bf")
+        with pytest.raises(
+            Incompatible, match=f"top model small revision {'c' * 16}, not for small revision {'f' * 16}"
+        ):
+            some_stitch().check_models(bottom=same, top=other)
+
+    def test_not_the_same_weights_under_another_name(self) -> None:
+        renamed = inference_pb2.Model(id="/models/big", revision="b" * 16)
+        some_stitch().check_models(bottom=renamed, top=inference_pb2.Model(id="x", revision="c" * 16))
+
+    @pytest.mark.parametrize("cut", [(2, 2), (3, 1)])
+    def test_another_cut(self, cut: tuple[int, int]) -> None:
+        some_stitch().check_cut(3, 2)
+        with pytest.raises(Incompatible, match=f"from layer 3 to 2 can't serve a cut from layer {cut[0]} to {cut[1]}"):
+            some_stitch().check_cut(*cut)
+
+    def test_another_tokenizer(self) -> None:
+        some_stitch().check_tokenizer("d" * 64)
+        with pytest.raises(Incompatible, match=f"is for tokenizer {'d' * 16}, not for {'0' * 16}$"):
+            some_stitch().check_tokenizer("0" * 64)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    @pytest.mark.parametrize("tensor", ["weight", "bias"])
+    def test_values_that_are_not_finite(self, file: Path, tensor: str, value: float) -> None:
+        tensors = {"weight": some_stitch().weight, "bias": some_stitch().bias}
+        tensors[tensor].view(-1)[2] = value
+        with pytest.raises(Incompatible, match="from layer 3 to 2 has values that are not finite"):
+            Stitch(tensors["weight"], tensors["bias"], BINDING)
+
+    @pytest.mark.parametrize(("weight", "bias"), [((4, 5), 4), ((6, 4), 4), ((4, 6), 6)])
+    def test_another_shape(self, weight: tuple[int, int], bias: int) -> None:
+        with pytest.raises(Incompatible, match=rf"weight \({weight[0]}, {weight[1]}\) and .* can't map 6 to 4"):
+            Stitch(torch.zeros(weight), torch.zeros(bias), BINDING)
+
+    @pytest.mark.parametrize("kept", [0, 4, 100, -1])
+    def test_a_file_that_was_cut_off(self, file: Path, kept: int) -> None:
+        file.write_bytes(file.read_bytes()[:kept])
+        with pytest.raises(Incompatible, match=r"stitch\.safetensors is no stitch: "):
+            Stitch.load(file, CPU, torch.float32)
+
+    def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(Incompatible, match=r"none\.safetensors is no stitch: "):
+            Stitch.load(tmp_path / "none.safetensors", CPU, torch.float32)
+
+    @pytest.mark.parametrize("metadata", [None, {"other": "x"}, {"stitch": "{"}, {"stitch": "{}"}, {"stitch": "[]"}])
+    def test_a_file_of_something_else(self, tmp_path: Path, metadata: dict[str, str] | None) -> None:
+        file = tmp_path / "other.safetensors"
+        save_file({"weight": torch.zeros(4, 6), "bias": torch.zeros(4)}, file, metadata)
+        with pytest.raises(Incompatible, match=r"other\.safetensors is no stitch: "):
+            Stitch.load(file, CPU, torch.float32)
+
+    def test_a_file_that_lacks_a_tensor(self, tmp_path: Path) -> None:
+        file = tmp_path / "half.safetensors"
+        save_file({"weight": torch.zeros(4, 6)}, file, {"stitch": "{}"})
+        with pytest.raises(Incompatible, match=r"half\.safetensors is no stitch: .*bias"):
+            Stitch.load(file, CPU, torch.float32)
+
+    def test_a_file_whose_tensors_contradict_its_metadata(self, file: Path) -> None:
+        made = some_stitch()
+        narrow = Stitch(made.weight[:, :5], made.bias, replace(BINDING, bottom_hidden=5))
+        object.__setattr__(narrow, "binding", BINDING)
+        narrow.save(file)
+        with pytest.raises(Incompatible, match=r"stitch\.safetensors: a stitch with weight \(4, 5\)"):
+            Stitch.load(file, CPU, torch.float32)
