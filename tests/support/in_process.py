@@ -1,72 +1,100 @@
-"""The shards of a cluster in this process, with real gRPC between them on ports that the system chose.
-
-Knows no gateway: sessions begin at the first shard, with token ids.
-"""
+"""All shards of a cluster in one process and one thread; what travels between them are bytes. Opens no port."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
-from stitch.channels import open_channel
-from stitch.cluster import Cluster, load_cluster
-from stitch.sampling import Sampling
-from stitch.v1 import shard_pb2, shard_pb2_grpc
-from stitch_server.server import RunningShard, open_shard
-from stitch_server.settings import ShardSettings
+import torch
 
-ANY_PORT = "127.0.0.1:0"
+from stitch.cluster import Cluster
+from stitch.v1 import shard_pb2
+from stitch_server.engine.forwarding import OutgoingStep, Reply
+from stitch_server.engine.origin import Origin
+from stitch_server.engine.relay import ReceivedStep, Relay
+from stitch_server.engine.session import Progress
+from stitch_server.metrics import Metrics
+from stitch_server.rpc.frames import Assembly, reply_frame, reply_of, step_frames
+from stitch_server.shard import Shard, build_shard, load_part
+from tests.support.engine_fakes import new_session
+
+CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Shards:
-    """Shards that listen, by name."""
+@dataclass
+class ChainInProcess:
+    """The shards by name; a shard's name is its address."""
 
     cluster: Cluster
-    running: dict[str, RunningShard]
-    stubs: dict[str, shard_pb2_grpc.ShardAsyncStub]
+    shards: dict[str, Shard] = field(default_factory=dict)
 
-    def address(self, name: str) -> str:
-        """`host:port` of a shard."""
-        return f"127.0.0.1:{self.running[name].port}"
+    def __post_init__(self) -> None:
+        for place in self.cluster.shards:
+            part = load_part(self.cluster, place, CPU)
+            links = LinksInProcess(self, place.name)
+            self.shards[place.name] = build_shard(self.cluster, place, part, CPU, links, Metrics(place.name))
 
-    def chain(self, route: str) -> list[str]:
-        """The names of the shards that a route passes, the first of each stage's replicas."""
-        return [stage[0].name for stage in self.cluster.stages(self.cluster.route(route))]
+    def generate(self, token_ids: Sequence[int], route: str, chain: tuple[str, ...], count: int) -> list[int]:
+        """`count` greedy tokens behind `token_ids`; raises what the session ended with."""
+        heard: list[Progress] = []
+        session = new_session(len(token_ids), route, chain=chain, heard=heard, max_tokens=count)
+        session.token_ids = list(token_ids)
+        origin = self.shards["bottom-0"].front
+        assert isinstance(origin, Origin)
+        origin.admit(session)
+        while not heard or heard[-1].finish_reason is None:
+            for shard in self.shards.values():
+                shard.engine.step()
+            if heard and heard[-1].error is not None:
+                raise heard[-1].error
+        return [progress.token.id for progress in heard if progress.token is not None]
 
-    async def generate(
-        self, token_ids: Sequence[int], route: str, count: int, chain: Sequence[str] | None = None, **sampling: Any
-    ) -> list[int]:
-        """`count` tokens behind `token_ids`; end tokens end nothing. Raises grpc.aio.AioRpcError."""
-        first, *rest = chain or self.chain(route)
-        request = shard_pb2.ShardGenerateRequest(
-            token_ids=token_ids,
-            prompt_tokens=len(token_ids),
-            route=route,
-            chain=[self.address(name) for name in rest],
-            sampling=Sampling(max_tokens=count, **sampling).to_proto(),
-        )
-        return [token.id async for response in self.stubs[first].Generate(request) for token in response.tokens]
-
-    def used(self) -> dict[str, float]:
-        """The share of KV blocks that sessions hold, by shard."""
-        return {name: shard.shard.pool.usage for name, shard in self.running.items()}
+    @property
+    def idle(self) -> bool:
+        """Whether no shard holds a session or a block."""
+        return all(shard.front.running_sessions == 0 and shard.pool.usage == 0.0 for shard in self.shards.values())
 
 
-@asynccontextmanager
-async def open_shards(cluster_file: Path) -> AsyncIterator[Shards]:
-    """All shards of a cluster file; they listen inside of the block."""
-    cluster = load_cluster(str(cluster_file))
-    async with AsyncExitStack() as stack:
-        running: dict[str, RunningShard] = {}
-        stubs: dict[str, shard_pb2_grpc.ShardAsyncStub] = {}
-        # The first shard of a chain is stopped first.
-        for place in reversed(cluster.shards):
-            settings = ShardSettings(cluster=cluster, place=place, listen=ANY_PORT, metrics_port=0)
-            running[place.name] = await stack.enter_async_context(open_shard(settings))
-            channel = await stack.enter_async_context(open_channel(f"127.0.0.1:{running[place.name].port}"))
-            stubs[place.name] = shard_pb2_grpc.ShardStub(channel)
-        yield Shards(cluster, running, stubs)
+@dataclass
+class LinksInProcess:
+    """A shard's links to those behind it."""
+
+    chain: ChainInProcess
+    own: str
+    ends: dict[str, LinkEnd] = field(default_factory=dict)
+
+    def send(self, address: str, step: OutgoingStep) -> None:
+        end = self._end(address)
+        for frame in step_frames(step):
+            end.take(shard_pb2.LinkRequest.FromString(frame.SerializeToString()).step)
+
+    def close(self, address: str, numbers: Sequence[int]) -> None:
+        end = self._end(address)
+        end.relay.close(end, numbers)
+
+    def _end(self, address: str) -> LinkEnd:
+        if address not in self.ends:
+            self.ends[address] = LinkEnd(self.chain.shards[self.own], self.chain.shards[address])
+        return self.ends[address]
+
+
+class LinkEnd:
+    """The receiving end of one link."""
+
+    def __init__(self, sender: Shard, receiver: Shard) -> None:
+        assert isinstance(receiver.front, Relay)
+        self.relay = receiver.front
+        self._sender, self._receiver = sender, receiver
+        width = receiver.incoming_width(sender.place.role)
+        self._assembly = Assembly(width, receiver.identity.wire_dtype, receiver.max_step_tokens)
+
+    def take(self, frame: shard_pb2.Step) -> None:
+        step = self._assembly.add(frame)
+        if step is not None:
+            hidden = partial(self._receiver.unpack, step.rows)
+            self.relay.receive(ReceivedStep(self, step.number, step.segments, hidden, step.pipelined))
+
+    def reply(self, reply: Reply) -> None:
+        sent = reply_frame(reply).SerializeToString()
+        self._sender.front.replied(reply_of(shard_pb2.LinkResponse.FromString(sent).reply))

@@ -1,0 +1,238 @@
+"""Each shard of a tiny cluster holds its own part, says what it is, and two of them together are the models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import generate_latest
+
+from stitch.cluster import Cluster, RouteCut, ShardPlace, load_cluster
+from stitch.errors import Incompatible, StitchError
+from stitch.v1 import inference_pb2, shard_pb2
+from stitch_server.cache.pool import BLOCK_TOKENS
+from stitch_server.engine.batch import Cut
+from stitch_server.engine.origin import Origin
+from stitch_server.engine.relay import Relay
+from stitch_server.engine.wire import pack
+from stitch_server.metrics import Metrics
+from stitch_server.model.stitch import Stitch
+from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_neighbour, check_welcome
+from stitch_server.shard import Shard, build_shard, cut_of, load_part
+from tests.support.engine_fakes import FakeDownstream
+from tests.support.in_process import ChainInProcess
+from tests.support.stitched_reference import reference
+from tests.support.tiny_cluster import CUTS, Layers, write_tiny_cluster
+
+CPU = torch.device("cpu")
+# The first bottom shard computes alone for routes that leave in it; the last top shard owns the head.
+BOTTOMS: tuple[Layers, ...] = ((0, 2), (2, 4))
+TOPS: tuple[Layers, ...] = ((2, 3), (3, 4))
+
+
+def new_shard(cluster: Cluster, name: str) -> Shard:
+    place = cluster.shard(name)
+    return build_shard(cluster, place, load_part(cluster, place, CPU), CPU, FakeDownstream(), Metrics(name))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    return load_cluster(str(write_tiny_cluster(tmp_path_factory.mktemp("pair"))))
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    """Two shards of either model."""
+    file = write_tiny_cluster(tmp_path_factory.mktemp("deep"), bottoms=BOTTOMS, tops=TOPS)
+    return load_cluster(str(file))
+
+
+@pytest.mark.parametrize(
+    ("role", "layers", "cut"),
+    [
+        ("bottom", (0, 10), Cut(0, 6)),
+        ("bottom", (0, 4), Cut(0, 4)),
+        ("bottom", (4, 10), Cut(4, 6)),
+        ("bottom", (6, 10), None),
+        ("top", (0, 10), Cut(3, 10)),
+        ("top", (4, 10), Cut(4, 10)),
+        ("top", (2, 4), Cut(3, 4)),
+        ("top", (0, 3), None),
+    ],
+)
+def test_a_route_passes_the_layers_between_its_cuts(role: Any, layers: Layers, cut: Cut | None) -> None:
+    route = RouteCut(name="weak", bottom_layers=6, top_from=3, stitch="s")
+    assert cut_of(route, ShardPlace(name="a", role=role, layers=layers, address="a:1")) == cut
+
+
+class TestParts:
+    def test_the_first_shard_embeds_and_the_last_has_the_head(self, deep: Cluster) -> None:
+        ends = [
+            (part.embedding is not None, part.head is not None)
+            for part in (load_part(deep, place, CPU) for place in deep.shards)
+        ]
+        assert ends == [(True, False), (False, False), (False, False), (False, True)]
+
+    def test_each_has_the_stitches_of_the_routes_that_enter_there(self, deep: Cluster) -> None:
+        held = [sorted(load_part(deep, place, CPU).stitches) for place in deep.shards]
+        assert held == [[], [], ["weak"], ["strong"]]
+
+    def test_each_has_the_cuts_of_the_routes_that_pass(self, deep: Cluster) -> None:
+        cuts = [load_part(deep, place, CPU).cuts for place in deep.shards]
+        assert cuts == [
+            {"weak": Cut(0, 2), "strong": Cut(0, 2)},
+            {"weak": Cut(2, 3), "strong": Cut(2, 4)},
+            {"weak": Cut(2, 3)},
+            {"weak": Cut(3, 4), "strong": Cut(3, 4)},
+        ]
+
+    def test_layers_that_the_model_lacks_are_refused(self, cluster: Cluster) -> None:
+        place = ShardPlace(name="a", role="bottom", layers=(0, 9), address="a:1")
+        with pytest.raises(Incompatible, match="layers 0 to 9 are no range"):
+            load_part(cluster, place, CPU)
+
+    def changed(self, cluster: Cluster, change: Callable[[dict[str, Any]], object], tmp_path: Path) -> Cluster:
+        """A cluster file that says something else of the same files."""
+        fields = json.loads((cluster.folder / "cluster.json").read_text())
+        for model in fields["models"].values():
+            model["source"] = str(cluster.folder / model["source"])
+        for route in fields["routes"]:
+            route["stitch"] = str(cluster.folder / route["stitch"])
+        change(fields)
+        (tmp_path / "cluster.json").write_text(json.dumps(fields))
+        return load_cluster(str(tmp_path / "cluster.json"))
+
+    def test_a_stitch_for_another_cut_is_refused(self, cluster: Cluster, tmp_path: Path) -> None:
+        other = self.changed(cluster, lambda fields: fields["routes"][0].update(bottom_layers=2), tmp_path)
+        with pytest.raises(Incompatible, match="from layer 3 to 2 can't serve a cut from layer 2 to 2"):
+            load_part(other, other.shard("top-0"), CPU)
+
+    def test_a_stitch_for_another_model_is_refused(self, cluster: Cluster, tmp_path: Path) -> None:
+        def swap(fields: dict[str, Any]) -> None:
+            fields["models"]["top"] = fields["models"]["bottom"]
+
+        other = self.changed(cluster, swap, tmp_path)
+        with pytest.raises(Incompatible, match="made for the top model"):
+            load_part(other, other.shard("top-0"), CPU)
+
+    def test_a_stitch_that_is_gone_is_named(self, cluster: Cluster, tmp_path: Path) -> None:
+        other = self.changed(cluster, lambda fields: fields["routes"][0].update(stitch="gone.safetensors"), tmp_path)
+        with pytest.raises(Incompatible, match=r"gone\.safetensors is no stitch"):
+            load_part(other, other.shard("top-0"), CPU)
+
+
+class TestShards:
+    def test_the_first_drives_and_the_others_relay(self, deep: Cluster) -> None:
+        assert [type(new_shard(deep, place.name).front) for place in deep.shards] == [Origin, Relay, Relay, Relay]
+
+    def test_a_shard_says_what_it_is(self, cluster: Cluster) -> None:
+        shard = new_shard(cluster, "top-0")
+        said = shard.identity
+        assert (said.shard, said.role, said.first_layer, said.end_layer) == ("top-0", "top", 2, 4)
+        assert (said.kv_capacity_tokens, said.kv_block_tokens) == (8192, BLOCK_TOKENS)
+        assert (said.wire_dtype, said.device, said.compute_dtype) == (shard_pb2.DTYPE_FLOAT32, "cpu", "float32")
+        assert (said.top.id, said.top.hidden_size, said.HasField("bottom")) == ("top", 32, False)
+        assert [(route.name, route.bottom_layers, route.top_from) for route in said.routes] == [
+            ("weak", 3, 2),
+            ("strong", 4, 3),
+        ]
+        assert shard.kv_free_tokens == 8192
+
+    def test_a_route_names_its_stitch_where_it_is_held(self, cluster: Cluster) -> None:
+        bottom, top = (new_shard(cluster, name).identity for name in ("bottom-0", "top-0"))
+        held = {
+            route.name: Stitch.load(cluster.stitch_file(route) or Path(), CPU, torch.float32).fingerprint
+            for route in cluster.routes
+        }
+        assert {route.name: route.stitch for route in top.routes} == held
+        assert {route.stitch for route in bottom.routes} == {""}
+
+    def test_parameters_of_all_shards_are_those_of_the_route(self, cluster: Cluster, deep: Cluster) -> None:
+        def total(of: Cluster, route: str) -> int:
+            identities = [new_shard(of, place.name).identity for place in of.shards]
+            return sum(one.parameters for identity in identities for one in identity.routes if one.name == route)
+
+        assert total(cluster, "weak") == total(deep, "weak")
+        assert total(cluster, "strong") == total(deep, "strong")
+        assert 0 < total(cluster, "weak") != total(cluster, "strong")
+
+    def test_what_arrives_is_as_wide_as_its_model(self, deep: Cluster) -> None:
+        widths = [
+            [new_shard(deep, name).incoming_width(role) for role in ("bottom", "top")]
+            for name in ("bottom-1", "top-0", "top-1")
+        ]
+        assert widths == [[48, 48], [48, 32], [48, 32]]
+
+    def test_what_arrives_is_computed_with_in_its_own_dtype(self, deep: Cluster) -> None:
+        rows = torch.ones(2, 48)
+        arrived = new_shard(deep, "bottom-1").unpack(pack(rows, "int8"))
+        assert arrived.dtype is torch.float32
+        assert torch.equal(arrived, rows)
+
+    def test_a_stitch_knows_its_bottom(self, cluster: Cluster) -> None:
+        shard = new_shard(cluster, "top-0")
+        shard.check_stitch("weak", new_shard(cluster, "bottom-0").identity.bottom)
+        shard.check_stitch("medium", inference_pb2.Model())
+        with pytest.raises(Incompatible, match="made for the bottom model bottom"):
+            shard.check_stitch("weak", inference_pb2.Model(id="other", revision="1"))
+
+    def test_neighbours_of_one_cluster_fit(self, deep: Cluster) -> None:
+        shards = [new_shard(deep, place.name) for place in deep.shards]
+        for caller, receiver in ((0, 1), (1, 2), (1, 3), (2, 3)):
+            hello = shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=shards[caller].identity)
+            check_neighbour(hello, shards[receiver].identity, shards[receiver].check_stitch)
+            check_welcome(shard_pb2.Welcome(identity=shards[receiver].identity), shards[caller].identity)
+
+    def test_its_metrics_are_read_from_it(self, cluster: Cluster) -> None:
+        shard = new_shard(cluster, "bottom-0")
+        shard.pool.begin(1, [], 0)
+        shard.pool.grow(1, 2048)
+        said = generate_latest(shard.metrics.registry).decode()
+        for family in ("stitch_sessions_running", "stitch_sessions_waiting", "stitch_busy_seconds_total"):
+            assert f'{family}{{shard="bottom-0"}} 0.0' in said
+        assert 'stitch_kv_cache_usage_ratio{shard="bottom-0"} 0.25' in said
+        assert 'stitch_prefix_tokens_asked_total{shard="bottom-0"} 0.0' in said
+
+    def test_the_tokenizer_files_are_those_that_there_are(self, cluster: Cluster) -> None:
+        names = [path.name for path in new_shard(cluster, "bottom-0").tokenizer_files]
+        assert names == ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"]
+
+
+class TestChains:
+    """All shards of a cluster in one thread, with frames as bytes between them."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def chained(cls, deep: Cluster) -> ChainInProcess:
+        return ChainInProcess(deep)
+
+    @pytest.mark.parametrize(
+        ("route", "chain"), [("weak", ("bottom-1", "top-0", "top-1")), ("strong", ("bottom-1", "top-1"))]
+    )
+    def test_a_chain_says_what_the_models_say(
+        self, chained: ChainInProcess, tmp_path: Path, route: str, chain: tuple[str, ...]
+    ) -> None:
+        cluster = chained.cluster
+        prompt = [int(token) for token in torch.randint(3, 300, (150,), generator=torch.Generator().manual_seed(1))]
+        expected = reference(
+            cluster.folder / "bottom", cluster.folder / "top", cluster.stitch_file(cluster.route(route)), *CUTS[route]
+        ).generate(prompt, 6)
+        assert chained.generate(prompt, route, chain, 6) == expected
+        assert chained.idle
+
+    def test_a_beginning_that_all_shards_know_is_reused(self, chained: ChainInProcess) -> None:
+        chain, prompt = ("bottom-1", "top-1"), list(range(5, 60))
+        first = chained.generate(prompt, "strong", chain, 4)
+        before = [shard.pool.reused_tokens for shard in chained.shards.values()]
+        assert chained.generate(prompt, "strong", chain, 4) == first
+        reused = [shard.pool.reused_tokens - one for shard, one in zip(chained.shards.values(), before, strict=True)]
+        assert reused == [48, 48, 0, 48]
+
+    def test_a_chain_of_the_wrong_shards_is_refused(self, chained: ChainInProcess) -> None:
+        with pytest.raises(StitchError, match="not the last of its chain"):
+            chained.generate([5, 6, 7], "weak", ("bottom-1", "top-0"), 4)
+        assert chained.idle
