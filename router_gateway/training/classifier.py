@@ -1,7 +1,8 @@
 """Learns to tell kinds of texts apart: a source from the others, a task from a source's others. Knows no quality.
 
-Latent semantic analysis (a truncated singular value decomposition of the tf-idf matrix), then a multinomial logistic
-regression. Both are linear, so the two fold into one weight for every word and class.
+Both are multinomial logistic regressions. Sources differ in single words and signs, so theirs is on words themselves;
+tasks differ in what they are about, so theirs is on a latent semantic analysis (a truncated singular value
+decomposition of the tf-idf matrix), which is linear and folds into one weight for every word and class.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ Values: TypeAlias = NDArray[np.floating[Any]]
 
 DIMENSIONS = 120
 INVERSE_PENALTY = 20.0
+SOURCE_INVERSE_PENALTY = 3.0
 # The surface's share in what tells classes apart; words do most of it.
 SURFACE_WEIGHT = 0.1
 MOST_ITERATIONS = 40
@@ -43,7 +45,17 @@ class Classifier:
     bias: Floats
 
 
-def learn_classes(words: sp.csr_array, surface: Floats, labels: Sequence[str]) -> tuple[Classifier, Floats]:
+def learn_sources(words: sp.csr_array, surface: Floats, labels: Sequence[str]) -> Classifier:
+    """The classifier of [texts, rows] and [texts, surface] with few classes and many texts of each."""
+    classes = tuple(sorted(set(labels)))
+    if len(classes) == 1:
+        return _constant(classes, words, surface)[0]
+    seen = sp.hstack([words, SURFACE_WEIGHT * surface]).tocsr()
+    weights, bias = _fit(seen, np.searchsorted(classes, labels), len(classes), SOURCE_INVERSE_PENALTY)
+    return _classifier(classes, weights[: words.shape[1]], weights[words.shape[1] :], bias)
+
+
+def learn_topics(words: sp.csr_array, surface: Floats, labels: Sequence[str]) -> tuple[Classifier, Floats]:
     """The classifier, and the posterior [texts, classes] of every text by one that has not seen it.
 
     Words are [texts, rows], surfaces [texts, surface].
@@ -55,7 +67,9 @@ def learn_classes(words: sp.csr_array, surface: Floats, labels: Sequence[str]) -
     seen = np.hstack([words @ axes, SURFACE_WEIGHT * surface])
     index = np.searchsorted(classes, labels)
     posterior = _cross_fitted(seen, index, len(classes))
-    return _folded(classes, axes, *_fit(seen, index, len(classes))), posterior
+    weights, bias = _fit(seen, index, len(classes))
+    dimensions = axes.shape[1]
+    return _classifier(classes, axes @ weights[:dimensions], weights[dimensions:], bias), posterior
 
 
 def _constant(classes: tuple[str, ...], words: sp.csr_array, surface: Floats) -> tuple[Classifier, Floats]:
@@ -71,14 +85,16 @@ def _axes(words: sp.csr_array) -> Values:
     return axes
 
 
-def _fit(seen: Values, index: NDArray[Any], classes: int) -> tuple[Values, Values]:
+def _fit(
+    seen: Values | sp.csr_array, index: NDArray[Any], classes: int, inverse_penalty: float = INVERSE_PENALTY
+) -> tuple[Values, Values]:
     """Weights [dimensions + surface, classes] and bias [classes]."""
     weights, bias = np.zeros((seen.shape[1], classes)), np.full(classes, _ABSENT)
     present = np.unique(index)
     if len(present) == 1:
         bias[present] = 0
         return weights, bias
-    model = LogisticRegression(C=INVERSE_PENALTY, max_iter=MOST_ITERATIONS, tol=1e-3)
+    model = LogisticRegression(C=inverse_penalty, max_iter=MOST_ITERATIONS, tol=1e-3)
     with warnings.catch_warnings():
         # Stopping early is meant: later steps change held-out figures no more.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -101,6 +117,7 @@ def _cross_fitted(seen: Values, index: NDArray[Any], classes: int) -> Floats:
     return posterior
 
 
-def _folded(classes: tuple[str, ...], axes: Values, weights: Values, bias: Values) -> Classifier:
-    of_words, of_surface = axes @ weights[: axes.shape[1]], SURFACE_WEIGHT * weights[axes.shape[1] :]
-    return Classifier(classes, of_words.astype(np.float32), of_surface.astype(np.float32), bias.astype(np.float32))
+def _classifier(classes: tuple[str, ...], of_words: Values, of_surface: Values, bias: Values) -> Classifier:
+    """With weights [rows, classes] and, for the surface as it was fitted on, [surface, classes]."""
+    scaled = SURFACE_WEIGHT * of_surface
+    return Classifier(classes, of_words.astype(np.float32), scaled.astype(np.float32), bias.astype(np.float32))

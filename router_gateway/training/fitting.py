@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import Ridge
 
 from router_gateway.routing.text.model import Floats, TextModel
-from router_gateway.training.classifier import Classifier, learn_classes
+from router_gateway.training.classifier import Classifier, learn_sources, learn_topics
 from router_gateway.training.features import Texts, View, learn_view, see, shared_buckets
 from router_gateway.training.labels import LabelledSet, Qualities, same_prompt
 from stitch.errors import InvalidRequest
@@ -76,7 +76,7 @@ def fit(examples: Examples) -> TextModel:
     buckets = shared_buckets(examples.texts)
     view = learn_view(examples.texts, buckets)
     names = [examples.sources[index] for index in examples.source]
-    gate, _ = learn_classes(view.words(examples.texts), view.surface(examples.texts), names)
+    gate = learn_sources(view.words(examples.texts), view.surface(examples.texts), names)
     experts = [_fit_expert(examples[examples.source == index], buckets) for index in range(len(examples.sources))]
     return _assembled(examples, view, gate, experts)
 
@@ -92,17 +92,21 @@ class _Expert:
     topic_weights: Floats
     surface_weights: Floats
     bias: Floats
+    # [routes]: the mean of words and surface over the expert's rows.
+    centre: Floats
 
 
 def _fit_expert(examples: Examples, buckets: NDArray[np.int32]) -> _Expert:
     view = learn_view(examples.texts, buckets)
     words, surface = view.words(examples.texts), view.surface(examples.texts)
-    topics, posterior = learn_classes(words, surface, common_topics(examples.topics))
+    topics, posterior = learn_topics(words, surface, common_topics(examples.topics))
     seen = sp.hstack([words, posterior, SURFACE_WEIGHT * surface]).tocsr()
     ridge = Ridge(alpha=PENALTY, solver="sparse_cg", max_iter=60, tol=1e-3).fit(seen, examples.qualities)
     weights, bias = ridge.coef_.T.astype(np.float32), ridge.intercept_.astype(np.float32)
     of_words, of_topics, of_surface = np.split(weights, [len(buckets), len(buckets) + posterior.shape[1]])
-    return _Expert(view, topics, of_words, of_topics, np.float32(SURFACE_WEIGHT) * of_surface, bias)
+    of_surface *= np.float32(SURFACE_WEIGHT)
+    centre = (words @ of_words + surface @ of_surface).mean(axis=0)
+    return _Expert(view, topics, of_words, of_topics, of_surface, bias, centre)
 
 
 def common_topics(topics: Sequence[str]) -> list[str]:
@@ -129,6 +133,7 @@ def _assembled(examples: Examples, whole: View, gate: Classifier, experts: Seque
         surface_scale=np.stack([view.surface_scale for view in views]),
         surface_weights=np.hstack([block.surface_weights for _, block in blocks]).astype(np.float32),
         bias=np.concatenate([block.bias for _, block in blocks]).astype(np.float32),
+        centre=np.concatenate([expert.centre for expert in experts]).astype(np.float32),
         topic_source=np.repeat(np.arange(len(experts)), [len(one.topics.classes) for one in experts]).astype(np.int32),
         topic_weights=np.concatenate([expert.topic_weights for expert in experts]).astype(np.float32),
         source_weights=(len(examples) / np.bincount(examples.source)).astype(np.float32),

@@ -33,6 +33,7 @@ def word_model(gains: dict[str, float], routes: tuple[str, ...] = ("weak", "stro
         surface_scale=np.ones((2, SURFACE), np.float32),
         surface_weights=np.zeros((SURFACE, columns), np.float32),
         bias=np.array([0.0, 0.0, *(0.5 for _ in routes)], np.float32),
+        centre=np.zeros(len(routes), np.float32),
         topic_source=np.zeros(1, np.int32),
         topic_weights=np.zeros((1, len(routes)), np.float32),
         source_weights=np.ones(1, np.float32),

@@ -113,6 +113,7 @@ def _check_shapes(model: TextModel) -> None:
         "surface_scale": (views, len(SURFACE_FEATURES)),
         "surface_weights": (len(SURFACE_FEATURES), columns),
         "bias": (columns,),
+        "centre": (sources * len(model.routes),),
         "topic_source": (topics,),
         "topic_weights": (topics, len(model.routes)),
         "source_weights": (sources,),

@@ -3,14 +3,16 @@
 x_v = tf-idf of hashed words and pairs, Euclidean length 1            [buckets], sparse
 f_v = surface features, standardized, clipped                         [surface]
 r   = softmax(x_0·W_0 + f_0·F_0 + b_0)    which labelled set a text looks like          [sources]
+q_s ∝ r_s / the share of s in the training rows, sums to 1                              [sources]
 p_s = softmax(x_s·U_s + f_s·G_s + c_s)    which of its tasks                            [topics of s]
-Q_s = x_s·W_s + f_s·F_s + p_s·T_s + b_s   quality by the expert of s                    [routes]
-quality = Σ q_s Q_s,  q_s ∝ (r_s / the share of s in the training rows)²
+L_s = b_s + m_s + p_s·T_s                 level: what such a task's texts are worth     [routes]
+D_s = x_s·W_s + f_s·F_s - m_s             detail: how this text differs from them       [routes]
+quality = Σ r_s L_s + Σ q_s D_s
 
-View 0 weighs words and surfaces as all training texts have them, view s as the texts of source s do. Every set of
-labels is a source with an expert of its own, just as if it were the only one, so sets that disagree don't dilute each
-other; a text that looks like none of them takes a mixture. A small set counts like a large one; the square makes the
-mixture commit.
+m_s is the mean of x_s·W_s + f_s·F_s over the source's rows, so that D_s is 0 on average. View 0 weighs words and
+surfaces as all training texts have them, view s as the texts of source s do. Every set of labels is a source with an
+expert of its own, fitted as if it were the only one, so that sets that disagree don't dilute each other. Where sets
+look alike, a level is an average over rows, but a detail comes from the set whose kind of text it is, however small.
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ class TextModel:
     surface_weights: Floats
     # [columns]
     bias: Floats
+    # [sources x routes]: the mean of an expert's linear part, its bias left out, over its source's rows.
+    centre: Floats
     # [topics], rising: the index of the topic's source; each source has at least one.
     topic_source: NDArray[np.int32]
     # [topics, routes]: what the topic adds to its expert's quality.
@@ -79,12 +83,16 @@ class TextModel:
 
     def qualities(self, text: str) -> Floats:
         """[routes]: what a text's answer is expected to be worth on every route, in the labels' unit."""
-        linear = self._words(text) + self._surface(text) + self.bias
+        linear = self._words(text) + self._surface(text)
         sources, topics = len(self.sources), len(self.topic_source)
-        by_topic = self._topic_posterior(linear[sources : sources + topics])[:, None] * self.topic_weights
-        experts = linear[sources + topics :].reshape(sources, len(self.routes))
+        gate, tasks, experts = np.split(linear, [sources, sources + topics])
+        gate_bias, task_bias, expert_bias = np.split(self.bias, [sources, sources + topics])
+        by_topic = self._topic_posterior(tasks + task_bias)[:, None] * self.topic_weights
         summed: Floats = np.add.reduceat(by_topic, self._first_topic)
-        mixed: Floats = self._mixture(linear[:sources]) @ (experts + summed)
+        shape = sources, len(self.routes)
+        levels, details = (expert_bias + self.centre).reshape(shape) + summed, (experts - self.centre).reshape(shape)
+        posterior, even = self._source_posteriors(gate + gate_bias)
+        mixed: Floats = posterior @ levels + even @ details
         return mixed
 
     def gains(self, text: str) -> Floats:
@@ -101,11 +109,11 @@ class TextModel:
         posterior: Floats = powers / sums[self.topic_source]
         return posterior
 
-    def _mixture(self, logits: Floats) -> Floats:
-        """[sources], sums to 1."""
-        weights = (np.exp(logits - logits.max()) * self.source_weights) ** 2
-        mixture: Floats = weights / weights.sum()
-        return mixture
+    def _source_posteriors(self, logits: Floats) -> tuple[Floats, Floats]:
+        """r and q, [sources] each."""
+        powers: Floats = np.exp(logits - logits.max())
+        weighed = powers * self.source_weights
+        return powers / powers.sum(), weighed / weighed.sum()
 
     def _words(self, text: str) -> Floats:
         """[columns]: the part of words and pairs."""

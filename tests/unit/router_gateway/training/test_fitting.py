@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from router_gateway.routing.text.model import standardized
-from router_gateway.training.classifier import learn_classes
+from router_gateway.training.classifier import learn_topics
 from router_gateway.training.cross_validation import unseen_gains
 from router_gateway.training.features import LEAST_TEXTS, learn_view, see, shared_buckets
 from router_gateway.training.fitting import LEAST_ROWS, Examples, common_topics, fit, gather
@@ -119,7 +119,7 @@ def test_classes_are_told_apart_in_texts_that_the_classifier_has_not_seen(classe
     labels = [words[row % classes] for row in range(60)]
     texts = see([f"the {label} number {row} runs" for row, label in enumerate(labels)])
     view = learn_view(texts, shared_buckets(texts))
-    classifier, posterior = learn_classes(view.words(texts), view.surface(texts), labels)
+    classifier, posterior = learn_topics(view.words(texts), view.surface(texts), labels)
     assert posterior.sum(axis=1) == pytest.approx(1)
     assert [classifier.classes[best] for best in posterior.argmax(axis=1)] == labels
     logits = view.words(texts) @ classifier.word_weights + classifier.bias

@@ -61,8 +61,8 @@ def test_topics_add_by_their_posterior(model: TextModel) -> None:
     assert two.gains("prove")[1] == pytest.approx(0.5 + 0.75 * 0.4, abs=1e-3)
 
 
-def two_sources(model: TextModel, logit: float, source_weights: tuple[float, float]) -> TextModel:
-    """The first source's expert gains 1, the second's 0; the gate says `logit` for the first."""
+def two_sources(model: TextModel, logit: float, level: float, detail: float, weights: tuple[float, float]) -> TextModel:
+    """The first source's expert gains `level` + `detail`, the second's 0; the gate says `logit` for the first."""
     rows, surface = len(model.buckets), len(SURFACE_FEATURES)
     return replace(
         model,
@@ -72,21 +72,23 @@ def two_sources(model: TextModel, logit: float, source_weights: tuple[float, flo
         surface_mean=np.zeros((3, surface), np.float32),
         surface_scale=np.ones((3, surface), np.float32),
         surface_weights=np.zeros((surface, 8), np.float32),
-        bias=np.array([logit, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0], np.float32),
+        bias=np.array([logit, 0.0, 0.0, 0.0, 0.0, level + detail, 0.0, 0.0], np.float32),
+        # A text without words is as far from the mean as the mean is from it.
+        centre=np.array([0.0, -detail, 0.0, 0.0], np.float32),
         topic_source=np.array([0, 1], np.int32),
         topic_weights=np.zeros((2, 2), np.float32),
-        source_weights=np.array(source_weights, np.float32),
+        source_weights=np.array(weights, np.float32),
     )
 
 
-def test_sources_mix_by_the_square_of_their_posterior(model: TextModel) -> None:
-    mixed = two_sources(model, float(np.log(3)), (1.0, 1.0))
-    assert mixed.gains("x")[1] == pytest.approx(9 / 10, rel=1e-5)
+def test_levels_mix_by_the_rows_that_look_alike(model: TextModel) -> None:
+    mixed = two_sources(model, float(np.log(3)), level=1.0, detail=0.0, weights=(10.0, 10 / 9))
+    assert mixed.gains("x")[1] == pytest.approx(3 / 4, rel=1e-5)
 
 
-def test_a_small_source_counts_like_a_large_one(model: TextModel) -> None:
+def test_for_details_a_small_source_counts_like_a_large_one(model: TextModel) -> None:
     # The gate leans to the second by the factor 9, which has nine times the rows.
-    mixed = two_sources(model, float(-np.log(9)), (10.0, 10 / 9))
+    mixed = two_sources(model, float(-np.log(9)), level=0.0, detail=1.0, weights=(10.0, 10 / 9))
     assert mixed.gains("x")[1] == pytest.approx(0.5, rel=1e-4)
 
 
