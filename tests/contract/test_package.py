@@ -1,0 +1,50 @@
+"""What a user installs is all that the programs need. Builds no wheel."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = ("stitch", "stitch_server", "router_gateway")
+
+
+def test_every_data_file_is_packaged() -> None:
+    forgotten = [
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.*")
+        if path.suffix not in {".py", ".pyc"} and path.is_file() and path not in _packaged(package)
+    ]
+    assert forgotten == []
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    modules = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    assert {str(path) for path in modules if not (path.parent / "__init__.py").is_file()} == set()
+
+
+def test_every_program_has_its_function() -> None:
+    for name in PROJECT["project"]["scripts"]:
+        (entry,) = metadata.entry_points(group="console_scripts", name=name)
+        assert callable(entry.load())
+
+
+def test_the_changelog_has_a_place_for_the_next_change() -> None:
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_ci_runs_check_and_test() -> None:
+    script = ROOT / ".ci/run"
+    assert os.access(script, os.X_OK)
+    assert "make check test" in script.read_text()
+
+
+def _packaged(package: str) -> set[Path]:
+    """The files that the patterns of `package-data` take from a package and those below it."""
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]
+    everywhere = {path for pattern in patterns["*"] for path in (ROOT / package).rglob(pattern)}
+    return everywhere | {path for pattern in patterns.get(package, ()) for path in (ROOT / package).glob(pattern)}
