@@ -17,7 +17,7 @@ from stitch_server.engine.relay import Relay
 from stitch_server.engine.session import Progress, Session
 from stitch_server.rpc.frames import Assembly, stage_messages, token_message
 from stitch_server.rpc.handshake import check_neighbour
-from stitch_server.rpc.upstream import UpstreamLink
+from stitch_server.rpc.upstream import UpstreamLink, decoded
 
 if TYPE_CHECKING:
     from stitch_server.shard import Shard
@@ -61,7 +61,8 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             relay = shard.front
             if not isinstance(relay, Relay):
                 raise Incompatible(f"shard {shard.place.name} is the first of its chain: no shard stands before it")
-            first = await anext(aiter(requests), None)
+            frames = decoded(requests)
+            first = await anext(frames, None)
             if first is None or first.WhichOneof("frame") != "hello":
                 raise Incompatible("the first frame of a link must be a hello")
             check_neighbour(first.hello, shard.identity, shard.check_stitch)
@@ -69,7 +70,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             width = shard.incoming_width(first.hello.identity.role)
             assembly = Assembly(width, shard.identity.wire_dtype, shard.max_step_tokens)
             link = UpstreamLink(shard.engine, relay, assembly, shard.unpack, shard.metrics.received.inc)
-            async for response in link.responses(requests):
+            async for response in link.responses(frames):
                 yield response
 
     async def Describe(

@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from stitch.errors import Incompatible, StitchError
+from google.protobuf.message import DecodeError
+
+from stitch.errors import Incompatible, InvalidRequest, StitchError
 from stitch.v1 import shard_pb2
 from stitch_server.engine.engine import Engine
 from stitch_server.engine.forwarding import Reply
@@ -79,3 +81,12 @@ class UpstreamLink:
             hidden = partial(self._unpack, step.rows)
             received = ReceivedStep(self, step.number, step.segments, hidden, step.pipelined)
             self._engine.post(partial(self._relay.receive, received))
+
+
+async def decoded(requests: AsyncIterator[shard_pb2.LinkRequest]) -> AsyncIterator[shard_pb2.LinkRequest]:
+    """The frames of a stream. Raises InvalidRequest for bytes that are none."""
+    try:
+        async for request in requests:
+            yield request
+    except DecodeError as error:
+        raise InvalidRequest("frame", str(error), "it must be a stitch.v1.LinkRequest") from error

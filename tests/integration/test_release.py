@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from stitch.client import AsyncClient, Delta
 from stitch.errors import Expired
 from tests.support.processes import Cluster
+from tests.support.waiting import becomes_true
 
 # Takes seconds, so that it is far from its end when its client goes.
 LONG: dict[str, Any] = {"max_tokens": 1_500, "ignore_eos": True}
@@ -28,16 +28,6 @@ def usage(cluster: Cluster) -> list[float]:
     return [cluster.metric(shard, "stitch_kv_cache_usage_ratio") for shard in SHARDS]
 
 
-def becomes_true(happened: Callable[[], bool], timeout_seconds: float) -> bool:
-    """Whether `happened()` within that time; it is asked once more at its end."""
-    give_up = time.monotonic() + timeout_seconds
-    while not happened():
-        if time.monotonic() > give_up:
-            return happened()
-        time.sleep(0.01)
-    return True
-
-
 def cancelled(cluster: Cluster, cause: str) -> float:
     return cluster.metric("gateway", "stitch_cancelled_total", cause=cause)
 
@@ -45,7 +35,7 @@ def cancelled(cluster: Cluster, cause: str) -> float:
 @pytest.fixture(autouse=True)
 def released(tiny_cluster: Cluster) -> Iterator[None]:
     """The cluster is idle before and after every test."""
-    assert usage(tiny_cluster) == [0.0, 0.0]
+    assert becomes_true(lambda: usage(tiny_cluster) == [0.0, 0.0], RELEASE_SECONDS)
     yield
     assert usage(tiny_cluster) == [0.0, 0.0]
 

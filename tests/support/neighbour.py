@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import struct
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,9 @@ class Neighbour:
         return (await self.receive()).welcome
 
     async def send(self, **frame: Any) -> None:
-        await self.call.write(shard_pb2.LinkRequest(**frame))
+        # Where the shard has refused the link already, the next read says why.
+        with suppress(asyncio.InvalidStateError):
+            await self.call.write(shard_pb2.LinkRequest(**frame))
 
     async def receive(self) -> shard_pb2.LinkResponse:
         """The next frame. Raises grpc.aio.AioRpcError where the link has ended with an error."""

@@ -16,3 +16,11 @@ async def eventually(happened: Callable[[], object], timeout_seconds: float = 10
         if time.monotonic() > give_up:
             raise TimeoutError(f"it did not happen within {timeout_seconds:g} s")
         await asyncio.sleep(TRY_AGAIN_SECONDS)
+
+
+def becomes_true(happened: Callable[[], bool], timeout_seconds: float) -> bool:
+    """Whether `happened()` within that time; for tests without an event loop."""
+    give_up = time.monotonic() + timeout_seconds
+    while not (result := happened()) and time.monotonic() < give_up:
+        time.sleep(TRY_AGAIN_SECONDS)
+    return result

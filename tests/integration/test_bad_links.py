@@ -1,0 +1,225 @@
+"""What no shard would send on a link is refused: the link ends, the process and everybody else go on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+
+from stitch.channels import open_channel
+from stitch.v1 import shard_pb2
+from tests.support.neighbour import Neighbour, hidden_states, neighbour, opening_step
+from tests.support.processes import Cluster
+from tests.support.waiting import becomes_true
+
+WIDTH = 48
+RELEASE_SECONDS = 10.0
+
+
+@pytest.fixture(autouse=True)
+async def unharmed(tiny_cluster: Cluster) -> AsyncIterator[None]:
+    """Both shards hold nothing and answer after every test."""
+    yield
+    answer = tiny_cluster.generate("stitch", route="weak", max_tokens=3, ignore_eos=True)
+    assert answer.generated_tokens == 3
+    assert [tiny_cluster.running(name) for name in tiny_cluster.names] == [True] * 3
+    # The end of that answer comes to the gateway before it comes to the top shard.
+    assert becomes_true(lambda: tiny_cluster.metric("top-0", "stitch_kv_cache_usage_ratio") == 0, RELEASE_SECONDS)
+
+
+@pytest.fixture
+async def stranger(tiny_cluster: Cluster) -> AsyncIterator[Neighbour]:
+    """A link to the top shard that nobody has greeted yet."""
+    async with neighbour(tiny_cluster.address("top-0"), like=tiny_cluster.address("bottom-0")) as found:
+        yield found
+
+
+@pytest.fixture
+async def greeted(stranger: Neighbour) -> Neighbour:
+    welcome = await stranger.greet()
+    assert welcome.identity.shard == "top-0"
+    return stranger
+
+
+async def test_a_step_before_the_hello_is_refused(stranger: Neighbour) -> None:
+    await stranger.send(step=opening_step(1, "weak", 3, WIDTH))
+    assert await stranger.refusal() == (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "the first frame of a link must be a hello",
+    )
+
+
+async def test_a_second_hello_is_refused(greeted: Neighbour) -> None:
+    await greeted.send(hello=shard_pb2.Hello())
+    code, message = await greeted.refusal()
+    assert (code, message) == (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "a frame of kind hello came in the middle of a link",
+    )
+
+
+async def test_another_protocol_is_refused(stranger: Neighbour) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stranger.greet(protocol_version=7)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert caught.value.details() == "the protocol version of shard bottom-0 is 7, that of shard top-0 is 1"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentences"),
+    [
+        ({"tokenizer": "other"}, ["the tokenizer of shard bottom-0 is other, that of shard top-0 is "]),
+        ({"wire_dtype": shard_pb2.DTYPE_INT8}, ["the wire dtype of shard bottom-0 is DTYPE_INT8, that of shard top-0"]),
+        ({"role": "top"}, ["the model of shard bottom-0 is", "of width 0, that of shard top-0 is top revision"]),
+    ],
+)
+async def test_another_identity_is_refused(stranger: Neighbour, change: dict[str, Any], sentences: list[str]) -> None:
+    stranger.identity.MergeFrom(shard_pb2.ShardIdentity(**change))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stranger.greet()
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert all(sentence in (caught.value.details() or "") for sentence in sentences)
+
+
+async def test_a_bottom_model_that_the_stitch_was_not_made_for_is_refused(stranger: Neighbour) -> None:
+    stranger.identity.bottom.revision = "0123456789abcdef"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stranger.greet()
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    message = caught.value.details() or ""
+    assert message.startswith("the stitch from layer 3 to 2 is made for the bottom model bottom revision ")
+    assert message.endswith(", not for bottom revision 0123456789abcdef")
+
+
+async def test_another_cut_of_a_route_is_refused(stranger: Neighbour) -> None:
+    stranger.identity.routes[0].bottom_layers = 1
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stranger.greet()
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert caught.value.details() == "the cut of route weak of shard bottom-0 is (1, 2), that of shard top-0 is (3, 2)"
+
+
+def with_hidden(step: Any, **changes: Any) -> Any:
+    """The step with other hidden states."""
+    for name, value in changes.items():
+        setattr(step.hidden, name, value)
+    return step
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": b"\0" * 100}, "hidden.data is '100 bytes', but the shape [3, 48] takes 576"),
+        ({"data": b""}, "hidden.data is '0 bytes', but the shape [3, 48] takes 576"),
+        ({"tokens": 4_000_000_000}, "hidden.data is '576 bytes', but the shape [4000000000, 48] takes 768000000000"),
+        ({"hidden_size": 64}, "hidden.hidden_size is 64, but the receiver takes 48"),
+        ({"dtype": shard_pb2.DTYPE_FLOAT16}, "hidden.dtype is 'DTYPE_FLOAT16', but this link carries DTYPE_FLOAT32"),
+        ({"dtype": 99}, "hidden.dtype is '99', but this link carries DTYPE_FLOAT32"),
+        ({"scales": b"\0" * 12}, "hidden.scales is '12 bytes', but 3 tokens take 0"),
+    ],
+)
+async def test_bytes_that_do_not_fit_their_shape_are_refused(
+    greeted: Neighbour, changes: dict[str, Any], message: str
+) -> None:
+    await greeted.send(step=with_hidden(opening_step(1, "weak", 3, WIDTH), **changes))
+    assert await greeted.refusal() == (grpc.StatusCode.INVALID_ARGUMENT, message)
+
+
+async def test_a_step_that_announces_more_than_a_shard_takes_is_refused(greeted: Neighbour) -> None:
+    step = opening_step(1, "weak", 3, WIDTH)
+    step.tokens_to_come = 4_000_000_000
+    await greeted.send(step=step)
+    code, message = await greeted.refusal()
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert message.startswith("step.hidden.tokens is 4000000003, but a step holds at most ")
+
+
+async def test_segments_that_do_not_fit_the_rows_are_refused(greeted: Neighbour) -> None:
+    await greeted.send(step=opening_step(1, "weak", 3, WIDTH, length=2))
+    assert await greeted.refusal() == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "step.segments is '2 tokens', but the step's hidden states are 3",
+    )
+
+
+async def test_a_frame_of_no_kind_is_refused(greeted: Neighbour) -> None:
+    await greeted.send()
+    code, message = await greeted.refusal()
+    assert (code, message) == (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "a frame of kind unknown came in the middle of a link",
+    )
+
+
+@pytest.mark.parametrize("greeting", [True, False])
+async def test_bytes_that_are_no_frame_end_the_link(tiny_cluster: Cluster, stranger: Neighbour, greeting: bool) -> None:
+    hello = shard_pb2.LinkRequest(hello=shard_pb2.Hello(protocol_version=1, identity=stranger.identity))
+    async with open_channel(tiny_cluster.address("top-0")) as channel:
+        raw: Any = channel.stream_stream("/stitch.v1.Shard/Link", None, None)
+        call = raw()
+        if greeting:
+            await call.write(hello.SerializeToString())
+            assert shard_pb2.LinkResponse.FromString(await call.read()).HasField("welcome")
+        await call.write(b"\xff" * 64)
+        link = Neighbour(call, stranger.identity)
+        code, message = await link.refusal()
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert message.startswith("frame is ")
+        assert message.endswith("but it must be a stitch.v1.LinkRequest")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+async def test_values_that_are_not_finite_end_their_session_alone(greeted: Neighbour, value: float) -> None:
+    step = opening_step(1, "weak", 3, WIDTH, value=value)
+    sound = opening_step(2, "weak", 3, WIDTH)
+    step.segments.extend(sound.segments)
+    step.hidden.CopyFrom(hidden_states([value] * 3 * WIDTH + [0.5] * 3 * WIDTH, 6))
+    reply = await greeted.ask(step)
+    assert [(one.session, one.cause) for one in reply.failures] == [(1, shard_pb2.FAILURE_CAUSE_PRECONDITION)]
+    assert reply.failures[0].message == "hidden states of session 1 at position 0 are not finite"
+    assert [(one.session, one.token.position) for one in reply.tokens] == [(2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"position": 5}, "session 1 sends epoch 0, position 5, but epoch 0, position 3 comes next"),
+        ({"position": 3, "epoch": 2}, "session 1 sends epoch 2, position 3, but epoch 0, position 3 comes next"),
+        ({"session": 9, "position": 3}, "session 9 is not open here"),
+    ],
+)
+async def test_a_wrong_position_ends_its_session_alone(
+    greeted: Neighbour, changes: dict[str, Any], message: str
+) -> None:
+    assert len((await greeted.ask(opening_step(1, "weak", 3, WIDTH))).tokens) == 1
+    assert len((await greeted.ask(opening_step(2, "strong", 2, WIDTH))).tokens) == 1
+    lost = shard_pb2.Step(
+        step=3,
+        segments=[shard_pb2.Segment(**{"session": 1, "length": 1, "wants_token": True, **changes})],
+        hidden=hidden_states([0.5] * WIDTH, 1),
+    )
+    failures = (await greeted.ask(lost)).failures
+    assert [(one.cause, one.message) for one in failures] == [(shard_pb2.FAILURE_CAUSE_PRECONDITION, message)]
+    going_on = shard_pb2.Segment(session=2, position=2, length=1, wants_token=True)
+    reply = await greeted.ask(shard_pb2.Step(step=4, segments=[going_on], hidden=hidden_states([0.5] * WIDTH, 1)))
+    assert [(one.session, one.token.position) for one in reply.tokens] == [(2, 3)]
+
+
+async def test_a_session_must_name_the_shards_behind_it(greeted: Neighbour) -> None:
+    step = opening_step(1, "weak", 3, WIDTH)
+    step.segments[0].opening.chain.append("127.0.0.1:1")
+    failures = (await greeted.ask(step)).failures
+    assert [one.cause for one in failures] == [shard_pb2.FAILURE_CAUSE_PRECONDITION]
+    assert failures[0].message == "the session names 1 shards behind this one, which is the last of its chain"
+
+
+async def test_no_shard_stands_before_the_first(tiny_cluster: Cluster) -> None:
+    bottom = tiny_cluster.address("bottom-0")
+    async with neighbour(bottom, like=bottom) as link:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await link.greet()
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert caught.value.details() == "shard bottom-0 is the first of its chain: no shard stands before it"
