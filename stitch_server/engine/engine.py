@@ -41,12 +41,12 @@ class Engine:
             return False
         try:
             output = self._runner.run(batch)
+            self._observe(batch)
+            # A GPU may tell only here, where its results are read, what went wrong before.
+            self._front.deliver(batch, output)
         except Exception as error:  # the sessions of this batch end, the others and the process go on
             log.exception("a batch of %d tokens failed", batch.tokens)
             self._front.fail(batch, error)
-            return True
-        self._observe(batch)
-        self._front.deliver(batch, output)
         return True
 
     def post(self, command: Callable[[], None]) -> None:

@@ -54,6 +54,15 @@ class Refused(Exception):
         self.cause = cause
 
 
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """Why an epoch of a session can't go on."""
+
+    epoch: int
+    cause: FailureCause
+    message: str
+
+
 class Intake:
     """Keeps the sequences of every link, and their KV blocks."""
 
@@ -63,6 +72,8 @@ class Intake:
         # None on the last shard of the chain.
         self._forwarding = forwarding
         self._sequences: dict[Upstream, dict[int, Sequence]] = {}
+        # Why a session ended here, until its neighbour closes it: steps of it that are on their way hear the same.
+        self._ended: dict[Upstream, dict[int, _Ended]] = {}
 
     def __len__(self) -> int:
         # A copy, since metrics are read from another thread.
@@ -73,53 +84,75 @@ class Intake:
 
         `closed`: the session was closed after the segment was sent, so that it must not be opened.
         """
-        if segment.opening is not None and not closed:
-            self._open(upstream, segment, segment.opening)
+        known = segment.session in self._sequences.get(upstream, {})
+        opening = None if closed else segment.opening
+        try:
+            if opening is not None:
+                self._open(upstream, segment, opening)
+            return self._continued(upstream, segment)
+        except Refused as reason:
+            if known or opening is not None:
+                self._bury(upstream, segment.session, segment.epoch, reason)
+            raise
+
+    def _continued(self, upstream: Upstream, segment: ReceivedSegment) -> Sequence:
         sequence = self._sequences.get(upstream, {}).get(segment.session)
         if sequence is None:
-            raise _contradiction(f"session {segment.session} is not open here")
-        if sequence.lost:
-            self.remove(upstream, segment.session)
-            raise Refused(shard_pb2.FAILURE_CAUSE_UNAVAILABLE, sequence.lost)
+            raise self._why_not_open(upstream, segment)
         expected = (sequence.epoch, sequence.cached)
         if (segment.epoch, segment.position) != expected:
-            self.remove(upstream, segment.session)
             raise _contradiction(
                 f"session {segment.session} sends epoch {segment.epoch}, position {segment.position}, "
                 f"but epoch {expected[0]}, position {expected[1]} comes next"
             )
         if not self._pool.grow(sequence.number, sequence.cached + segment.length):
-            self.remove(upstream, segment.session)
             raise Refused(shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED, f"no KV block is free for session {segment.session}")
         sequence.cached += segment.length
         return sequence
 
     def remove(self, upstream: Upstream, session: int) -> None:
-        """The session is over. Unknown ones are fine: closing twice does no harm."""
+        """The neighbour closes the session. Unknown ones are fine: closing twice does no harm."""
+        self._ended.get(upstream, {}).pop(session, None)
         sequence = self._sequences.get(upstream, {}).pop(session, None)
         if sequence is not None:
             self._free(sequence)
 
-    def remove_epoch(self, upstream: Upstream, session: int, epoch: int) -> None:
-        """The same, unless the session has begun anew since."""
+    def end(self, upstream: Upstream, session: int, epoch: int, reason: Refused) -> Refused:
+        """The session can't go on here, unless it was closed or has begun anew since; returns the first reason."""
+        ended = self._ended.get(upstream, {}).get(session)
+        if ended is not None and ended.epoch == epoch:
+            return Refused(ended.cause, ended.message)
         sequence = self._sequences.get(upstream, {}).get(session)
         if sequence is not None and sequence.epoch == epoch:
-            self.remove(upstream, session)
+            self._bury(upstream, session, epoch, reason)
+        return reason
 
     def remove_all(self, upstream: Upstream) -> None:
         """A link ended, and with it all of its sessions."""
+        self._ended.pop(upstream, None)
         for sequence in self._sequences.pop(upstream, {}).values():
             self._free(sequence)
 
     def lose(self, address: str, message: str) -> None:
         """A shard behind is gone, and with it its part of these sessions: whoever goes on with one hears of it."""
-        for sequences in self._sequences.values():
-            for sequence in sequences.values():
+        reason = Refused(shard_pb2.FAILURE_CAUSE_UNAVAILABLE, message)
+        for upstream, sequences in self._sequences.items():
+            for session, sequence in list(sequences.items()):
                 if sequence.opened and sequence.chain[0] == address:
-                    sequence.lost = message
+                    self.end(upstream, session, sequence.epoch, reason)
 
     def cut(self, sequence: Sequence) -> Cut:
         return self._cuts[sequence.route]
+
+    def _bury(self, upstream: Upstream, session: int, epoch: int, reason: Refused) -> None:
+        self.remove(upstream, session)
+        self._ended.setdefault(upstream, {})[session] = _Ended(epoch, reason.cause, str(reason))
+
+    def _why_not_open(self, upstream: Upstream, segment: ReceivedSegment) -> Refused:
+        ended = self._ended.get(upstream, {}).get(segment.session)
+        if ended is None or ended.epoch != segment.epoch:
+            return _contradiction(f"session {segment.session} is not open here")
+        return Refused(ended.cause, ended.message)
 
     def _free(self, sequence: Sequence) -> None:
         self._pool.release(sequence.number)

@@ -122,7 +122,7 @@ class Relay:
             tokens += sum(segment.length for segment in step.segments)
             if segments and tokens > self._batch_tokens:
                 break
-            segments += self._accepted(self._pending.popleft())
+            self._accept(self._pending.popleft(), segments)
             pipelined = pipelined or step.pipelined
         return Batch(ordered(segments), pipelined) if segments else None
 
@@ -142,14 +142,15 @@ class Relay:
                 self._spoil(segment, part)
             else:
                 self._pool.publish(segment.sequence.number, segment.position + segment.length)
-        self._reply_where_done(parts)
+        _reply_where_done(_answers_of(parts))
 
     def fail(self, batch: Batch, error: Exception) -> None:
         parts: list[_Part] = [segment.origin for segment in batch.segments]
         for part in parts:
             message = f"a shard failed to compute a step: {error}"
             self._refuse(part, shard_pb2.FAILURE_CAUSE_UNAVAILABLE, message)
-        self._reply_where_done(parts)
+            part.answer.awaited -= 1
+        _reply_where_done(_answers_of(parts))
 
     def replied(self, reply: Reply) -> None:
         """A shard behind answered a step of this shard."""
@@ -162,8 +163,7 @@ class Relay:
                 part.answer.tokens.append((part.received.session, epoch, token))
         for failure in reply.failures:
             if (part := by_number.get(failure.number)) is not None:
-                part.answer.refuse(part.received, failure.cause, failure.message)
-                self._end(part)
+                self._refuse(part, failure.cause, failure.message)
         away = self._clock() - self._sent_at.pop(reply.step, self._clock())
         wire = max(0.0, away - sum(reply.stages.values()))
         for answer in _answers_of(parts):
@@ -171,7 +171,7 @@ class Relay:
             answer.spend({"wire": wire})
         for part in parts:
             part.answer.awaited -= 1
-        self._reply_where_done(parts)
+        _reply_where_done(_answers_of(parts))
 
     def lost(self, address: str, error: StitchError) -> None:
         for step, segments in [] if self._forwarding is None else self._forwarding.lost(address):
@@ -181,11 +181,11 @@ class Relay:
         # Those that have no step under way hear of it with their next one.
         self._intake.lose(address, str(error))
 
-    def _accepted(self, answer: _Answer) -> list[Segment]:
-        """A step's segments that can be computed; the others are refused in its answer."""
+    def _accept(self, answer: _Answer, segments: list[Segment]) -> None:
+        """Appends a step's segments that can be computed; the others are refused in its answer."""
         step = answer.step
         answer.spend({"queue": self._clock() - answer.arrived})
-        hidden, row, segments = step.hidden(), 0, []
+        hidden, row, touched = step.hidden(), 0, [answer]
         for received in step.segments:
             rows = hidden[row : row + received.length]
             row += received.length
@@ -194,11 +194,20 @@ class Relay:
             except Refused as refusal:
                 answer.refuse(received, refusal.cause, str(refusal))
                 answer.awaited -= 1
+                touched += self._withdraw(step.upstream, received.session, refusal, segments)
             else:
                 segments.append(self._segment(sequence, received, rows, answer))
-        if not segments:
-            step.upstream.reply(Reply(step.number, failures=tuple(answer.failures)))
-        return segments
+        _reply_where_done(touched)
+
+    def _withdraw(self, upstream: Upstream, session: int, reason: Refused, segments: list[Segment]) -> list[_Answer]:
+        """Takes back what this batch holds of a session that just ended: its blocks are free for others already."""
+        parts: list[_Part] = [segment.origin for segment in segments]
+        gone = [part for part in parts if (part.answer.step.upstream, part.received.session) == (upstream, session)]
+        for part in gone:
+            part.answer.refuse(part.received, reason.cause, str(reason))
+            part.answer.awaited -= 1
+        segments[:] = [segment for segment, part in zip(segments, parts, strict=True) if part not in gone]
+        return [part.answer for part in gone]
 
     def _segment(self, sequence: Sequence, received: ReceivedSegment, rows: Tensor, answer: _Answer) -> Segment:
         return Segment(
@@ -225,20 +234,25 @@ class Relay:
         message = f"hidden states of session {part.received.session} at position {segment.position} are not finite"
         self._refuse(part, shard_pb2.FAILURE_CAUSE_PRECONDITION, message)
 
-    def _refuse(self, part: _Part, cause: FailureCause, message: str) -> None:
-        part.answer.refuse(part.received, cause, message)
         part.answer.awaited -= 1
-        self._end(part)
 
-    def _end(self, part: _Part) -> None:
-        self._intake.remove_epoch(part.answer.step.upstream, part.received.session, part.received.epoch)
+    def _refuse(self, part: _Part, cause: FailureCause, message: str) -> None:
+        answer, received = part.answer, part.received
+        reason = Refused(cause, message)
+        first = self._intake.end(answer.step.upstream, received.session, received.epoch, reason)
+        answer.refuse(received, first.cause, str(first))
 
-    def _reply_where_done(self, parts: Iterable[_Part]) -> None:
-        for answer in _answers_of(parts):
-            if answer.awaited == 0:
-                reply = Reply(answer.step.number, tuple(answer.tokens), tuple(answer.failures), dict(answer.stages))
-                answer.step.upstream.reply(reply)
+
+def _reply_where_done(answers: Iterable[_Answer]) -> None:
+    for answer in _once(answers):
+        if answer.awaited == 0:
+            reply = Reply(answer.step.number, tuple(answer.tokens), tuple(answer.failures), dict(answer.stages))
+            answer.step.upstream.reply(reply)
 
 
 def _answers_of(parts: Iterable[_Part]) -> list[_Answer]:
-    return list({id(part.answer): part.answer for part in parts}.values())
+    return _once(part.answer for part in parts)
+
+
+def _once(answers: Iterable[_Answer]) -> list[_Answer]:
+    return list({id(answer): answer for answer in answers}.values())

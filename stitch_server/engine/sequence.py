@@ -31,5 +31,3 @@ class Sequence:
     reused: int = 0
     # Whether the next shard knows it already.
     opened: bool = False
-    # Why the next shard knows it no more, where it is gone; empty: it isn't.
-    lost: str = ""

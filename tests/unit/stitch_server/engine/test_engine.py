@@ -95,6 +95,19 @@ class TestStep:
         assert (front.failed, front.delivered, seen) == ([(batch, error)], [], [])
         assert "a batch of 3 tokens failed" in caplog.text
 
+    def test_a_batch_that_can_not_be_delivered_is_told_too(
+        self, front: FakeFront, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        batch, error = new_batch(), RuntimeError("out of paper")
+
+        def fail(batch: Batch, output: StepOutput) -> None:
+            raise error
+
+        monkeypatch.setattr(front, "deliver", fail)
+        front.batches.append(batch)
+        assert Engine(front, runner).step()
+        assert front.failed == [(batch, error)]
+
     def test_the_next_batch_is_computed_all_the_same(self, front: FakeFront, runner: FakeRunner) -> None:
         front.batches += [new_batch(), new_batch()]
         runner.errors.append(RuntimeError("out of paper"))

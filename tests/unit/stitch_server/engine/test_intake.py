@@ -20,6 +20,8 @@ OPENING = Opening("weak", (), Sampling(), PROMPT, len(PROMPT), 0)
 FIRST = ReceivedSegment(session=5, epoch=0, position=0, length=20, wants_token=False, opening=OPENING)
 NEXT = replace(FIRST, position=20, length=13, wants_token=True, opening=None)
 
+GONE = Refused(shard_pb2.FAILURE_CAUSE_UNAVAILABLE, "it is gone")
+
 
 @pytest.fixture
 def upstream() -> FakeUpstream:
@@ -112,6 +114,56 @@ def test_what_was_closed_meanwhile_is_not_opened(intake: Intake, upstream: FakeU
     assert pool.free_blocks == 8
 
 
+class TestReasons:
+    """Steps of a session that ended here are on their way already: they must not hear another reason."""
+
+    def ended(self, intake: Intake, upstream: FakeUpstream) -> None:
+        intake.accept(upstream, FIRST)
+        assert refusal(intake, upstream, replace(NEXT, length=200))[0] == "KV_EXHAUSTED"
+
+    def test_a_later_step_hears_the_same(self, intake: Intake, upstream: FakeUpstream) -> None:
+        self.ended(intake, upstream)
+        for position in (220, 240):
+            cause, message = refusal(intake, upstream, replace(NEXT, position=position))
+            assert (cause, message) == ("KV_EXHAUSTED", "no KV block is free for session 5")
+
+    def test_also_where_it_was_never_open(self, intake: Intake, upstream: FakeUpstream) -> None:
+        missing = replace(FIRST, position=16, opening=replace(OPENING, reused_tokens=16))
+        assert refusal(intake, upstream, missing)[0] == "PREFIX_MISSING"
+        assert refusal(intake, upstream, NEXT)[0] == "PREFIX_MISSING"
+
+    def test_also_where_it_ended_behind(self, intake: Intake, upstream: FakeUpstream) -> None:
+        intake.accept(upstream, FIRST)
+        intake.end(upstream, 5, 0, GONE)
+        assert refusal(intake, upstream, NEXT) == ("UNAVAILABLE", "it is gone")
+
+    def test_until_it_is_closed(self, intake: Intake, upstream: FakeUpstream) -> None:
+        self.ended(intake, upstream)
+        intake.remove(upstream, 5)
+        assert refusal(intake, upstream, NEXT)[1] == "session 5 is not open here"
+
+    def test_or_begins_anew(self, intake: Intake, upstream: FakeUpstream) -> None:
+        self.ended(intake, upstream)
+        intake.accept(upstream, replace(FIRST, epoch=1))
+        intake.accept(upstream, replace(NEXT, epoch=1))
+
+    def test_or_its_link_ends(self, intake: Intake, upstream: FakeUpstream) -> None:
+        self.ended(intake, upstream)
+        intake.remove_all(upstream)
+        assert refusal(intake, upstream, NEXT)[1] == "session 5 is not open here"
+
+    def test_another_epoch_hears_nothing_of_it(self, intake: Intake, upstream: FakeUpstream) -> None:
+        self.ended(intake, upstream)
+        assert refusal(intake, upstream, replace(NEXT, epoch=1))[1] == "session 5 is not open here"
+
+    def test_nothing_is_kept_of_a_session_that_was_closed(self, intake: Intake, upstream: FakeUpstream) -> None:
+        intake.accept(upstream, FIRST)
+        intake.remove(upstream, 5)
+        intake.end(upstream, 5, 0, GONE)
+        refusal(intake, upstream, FIRST, closed=True)
+        assert not any(intake._ended.values())
+
+
 class TestReuse:
     def reusing(self, tokens: int) -> ReceivedSegment:
         opening = replace(OPENING, reused_tokens=tokens)
@@ -198,10 +250,10 @@ class TestEnds:
 
     def test_an_earlier_epoch_ends_nothing(self, intake: Intake, upstream: FakeUpstream) -> None:
         self.opened(intake, upstream, epoch=1)
-        intake.remove_epoch(upstream, 5, 0)
-        intake.remove_epoch(upstream, 6, 1)
+        intake.end(upstream, 5, 0, GONE)
+        intake.end(upstream, 6, 1, GONE)
         assert len(intake) == 1
-        intake.remove_epoch(upstream, 5, 1)
+        intake.end(upstream, 5, 1, GONE)
         assert len(intake) == 0
 
     def test_with_the_shard_behind(self, intake: Intake, upstream: FakeUpstream, pool: BlockPool) -> None:

@@ -189,6 +189,21 @@ class TestLast:
         assert causes(bench.up.last) == [(5, "KV_EXHAUSTED")]
         assert bench.idle
 
+    def test_without_room_for_its_second_chunk_the_first_is_taken_back(self) -> None:
+        bench, other = Bench(last=True, batch_tokens=10_000), FakeUpstream()
+        bench.receive(segment(5, 40, wants_token=False), segment(6))
+        bench.receive(replace(segment(5, position=40), length=BLOCKS * 16))
+        bench.receive(segment(5, 32), upstream=other)
+        batch = bench.compute()
+        # Nobody computes into blocks that are another's now.
+        blocks = [block for one in batch.segments for block in one.blocks]
+        assert len(set(blocks)) == len(blocks)
+        assert [one.length for one in batch.segments] == [4, 32]
+        assert [reply.step for reply in bench.up.replies] == [2, 1]
+        assert [causes(reply) for reply in bench.up.replies] == [[(5, "KV_EXHAUSTED")]] * 2
+        assert len(other.last.tokens) == 1
+        assert bench.relay.running_sessions == 2
+
     def test_a_beginning_that_is_gone_is_told(self, bench: Bench) -> None:
         bench.receive(segment(5, position=32, reused=32))
         assert bench.relay.next_batch() is None
@@ -364,6 +379,26 @@ class TestMiddle:
         assert bench.relay.next_batch() is None
         assert causes(bench.up.last) == [(5, "KV_EXHAUSTED")]
         assert bench.downstream.closed == [("end:1", number)]
+
+    def test_what_was_taken_back_is_not_opened_behind(self) -> None:
+        bench = Bench(last=False, batch_tokens=10_000)
+        bench.receive(self.middle(5, 8, wants_token=False))
+        bench.receive(replace(self.middle(5, 4, 8), length=BLOCKS * 16))
+        assert bench.relay.next_batch() is None
+        assert sorted(reply.step for reply in bench.up.replies) == [1, 2]
+        assert bench.downstream.sent == []
+        assert bench.idle
+
+    def test_a_reason_that_is_told_behind_is_told_before(self, bench: Bench) -> None:
+        bench.receive(self.middle(5, 8, wants_token=False))
+        bench.compute()
+        sent = bench.downstream.last
+        bench.receive(replace(self.middle(5, 4, 8), length=BLOCKS * 16))
+        assert bench.relay.next_batch() is None
+        # Closed there meanwhile, so that the first chunk finds it so.
+        failure = Failure(sent.segments[0].sequence.number, 0, shard_pb2.FAILURE_CAUSE_PRECONDITION, "not open")
+        bench.relay.replied(Reply(sent.number, failures=(failure,)))
+        assert [causes(reply) for reply in bench.up.replies] == [[(5, "KV_EXHAUSTED")]] * 2
 
     def test_a_spoilt_chunk_closes_what_its_batch_has_opened_behind(self, bench: Bench) -> None:
         bench.receive(self.middle(5, 8, wants_token=False))
