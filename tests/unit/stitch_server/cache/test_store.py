@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from stitch_server.cache.pool import BLOCK_TOKENS, blocks_for
 from stitch_server.cache.store import KVStore, Span, causal_mask
-from stitch_server.planning import kv_bytes_per_token
 
 KV_HEADS, HEAD_DIM, BLOCKS = 2, 8, 24
 LAYER = 5
