@@ -25,8 +25,8 @@ from stitch_server.fit.sums import ClosedForm, Cut
 from stitch_server.fit.trainable import Coordinates, TrainableStitch
 from stitch_server.fit.workplace import Passes, Progress, run_passes
 
-# Damping of the coordinates that training moves in: directions with less than this share of the mean variance
-# are not blown up to unit variance, or they would only carry noise.
+# Damping of the coordinates that training moves in, unless the ridge asks for more: directions with less than this
+# share of the mean variance are not blown up to unit variance, or they would only carry noise.
 WHITENING_RIDGE = 1e-3
 
 
@@ -139,7 +139,7 @@ def coordinates(cut: Cut, passes: Passes, closed: ClosedForm, ridge: RidgeFit) -
         weight=ridge.map.weight.float(),
         bias=ridge.map.bias.float(),
         mean=spread.mean.float(),
-        whitening=spread.whitening(WHITENING_RIDGE).float(),
+        whitening=spread.whitening(max(WHITENING_RIDGE, ridge.ridge)).float(),
         deviations=variances.sqrt().float(),
         first=sums.first_top[j].mean().float(),
     )
