@@ -6,10 +6,29 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from router_gateway.training import calibrate, evaluate, label, train
+
+# The verbs that make a learned router, in the order in which they are used.
+TRAINING = {
+    "label": (label, "run prompts through the routes of a running cluster and note how good each answer is"),
+    "train": (train, "make a router from labelled prompts"),
+    "calibrate": (calibrate, "find the thresholds that keep a router within a budget"),
+    "evaluate": (evaluate, "compare a router with chance, prompt length and the best possible"),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 0; 2 where the gateway can't start with what it was given; 1 where a port is taken."""
-    return _run(build_parser().parse_args(arguments))
+    """The exit status: 0; 2 for what was asked for wrongly; 1 where a port is taken or a file can't be had."""
+    parsed = build_parser().parse_args(arguments)
+    # Only now, so that --help is instant.
+    from stitch.errors import StitchError
+
+    try:
+        status: int = parsed.call(parsed)
+    except (StitchError, OSError) as error:
+        print(f"router-gateway: {error}", file=sys.stderr)
+        return 2 if isinstance(error, StitchError) else 1
+    return status
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,6 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--insecure", action="store_true", help="allow an address that other machines reach, without TLS")
     run.add_argument("--drain-seconds", metavar="S", type=float, help="for running answers after SIGTERM; default: 30")
     run.add_argument("--replay-wait-seconds", metavar="S", type=float, help="for a lost chain's return; default: 5")
+    run.set_defaults(call=_run)
+    for name, (module, purpose) in TRAINING.items():
+        verb = commands.add_parser(name, help=purpose, description=purpose)
+        module.add_arguments(verb)
+        verb.set_defaults(call=module.run)
     return parser
 
 
@@ -34,14 +58,9 @@ def _run(parsed: argparse.Namespace) -> int:
 
     from router_gateway.server import serve
     from router_gateway.settings import from_flags
-    from stitch.errors import InvalidRequest
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        asyncio.run(serve(from_flags(vars(parsed))))
-    except (InvalidRequest, OSError) as error:
-        print(f"router-gateway: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InvalidRequest) else 1
+    asyncio.run(serve(from_flags(vars(parsed))))
     return 0
 
 

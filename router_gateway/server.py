@@ -28,13 +28,15 @@ from router_gateway.metrics import Metrics
 from router_gateway.routing.fallback import FallbackRouter
 from router_gateway.routing.interface import REASON_KINDS, Router
 from router_gateway.routing.ladder import Ladder
+from router_gateway.routing.text.router import open_text_router
 from router_gateway.routing.weighted import WeightedRouter
 from router_gateway.rpc.decoding import LenientDecoding, methods_of_inference
 from router_gateway.rpc.health import SERVICES, Health
 from router_gateway.rpc.inference import InferenceServicer
 from router_gateway.settings import FleetSettings, GatewaySettings, check
 from stitch import channels
-from stitch.cluster import Cluster, GatewayPlace
+from stitch.cluster import Cluster
+from stitch.errors import InvalidRequest
 from stitch.event_loop import observe_delay
 from stitch.stopping import StopSignals
 from stitch.v1 import inference_pb2_grpc
@@ -92,7 +94,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         placement, catalogue = Placement(cluster, fleet), Catalogue(cluster, fleet)
         source = VocabularySource([fleet.replicas[name] for name in first_shards(cluster)])
         threads = stack.enter_context(ThreadPoolExecutor(TEXT_THREADS, "text"))
-        preparation = Preparation(cluster, catalogue, source, _router(cluster.gateway), threads)
+        preparation = Preparation(cluster, catalogue, source, router_of(cluster), threads)
         persistence = Persistence(**settings.replay.model_dump())
         around = Surroundings(fleet, placement, metrics.replays, persistence, time.monotonic)
         door, health = Door(), Health()
@@ -147,5 +149,16 @@ async def _fleet(cluster: Cluster, settings: FleetSettings) -> AsyncIterator[Fle
         yield fleet
 
 
-def _router(place: GatewayPlace) -> Router:
-    return FallbackRouter(WeightedRouter(Ladder(place.thresholds)), place.fallback_route)
+def router_of(cluster: Cluster) -> Router:
+    """The router that the cluster file names; InvalidRequest where it was trained for other routes."""
+    place = cluster.gateway
+    if place.router is None:
+        return FallbackRouter(WeightedRouter(Ladder(place.thresholds)), place.fallback_route)
+    thresholds = None if place.router_thresholds is None else cluster.folder / place.router_thresholds
+    learned = open_text_router(cluster.folder / place.router, thresholds)
+    unknown = set(learned.routes) ^ {route.name for route in cluster.routes}
+    if unknown:
+        raise InvalidRequest(
+            "gateway.router", place.router, f"it and the cluster disagree on {', '.join(sorted(unknown))}"
+        )
+    return FallbackRouter(learned, place.fallback_route)

@@ -72,7 +72,11 @@ class GatewayPlace(Settings):
     metrics_port: int = Field(default=0, ge=0, le=65535)
     # Where the router fails or does not know, it takes this route; by default the most expensive one.
     fallback_route: str | None = None
-    # Scores from here on take the next dearer route; one threshold between every two neighbours.
+    # A learned router, and the thresholds of its calibration, which are read again when they change; relative to the
+    # cluster file. Without one, hand-set weights judge.
+    router: str | None = None
+    router_thresholds: str | None = None
+    # For the hand-set weights: scores from here on take the next dearer route; one threshold between every two neighbours.
     thresholds: tuple[float, ...] | None = Field(default=None, strict=False)
 
 

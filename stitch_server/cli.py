@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from stitch.errors import StitchError
 from stitch_server.fit import command as fitting
 from stitch_server.fit import evaluate_command as evaluating
 from stitch_server.fit import sweep_command as sweeping
@@ -15,6 +14,9 @@ from stitch_server.fit import sweep_command as sweeping
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0; 2 for what was asked for wrongly or does not fit together; 1 where a port is taken."""
     parsed = build_parser().parse_args(arguments)
+    # Only now, so that --help is instant.
+    from stitch.errors import StitchError
+
     try:
         status: int = parsed.call(parsed) or 0
     except (StitchError, OSError) as error:
