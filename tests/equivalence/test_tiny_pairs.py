@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stitch_server.cache.pool import BLOCK_TOKENS
-from tests.support.in_process import Shards, open_shards
+from tests.support.loopback_shards import Shards, open_shards
 from tests.support.neighbour import neighbour, opening_step
 from tests.support.stitched_reference import StitchedReference, reference
 from tests.support.tiny_cluster import BOTTOM, CUTS, TOP, write_tiny_cluster

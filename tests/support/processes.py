@@ -85,12 +85,15 @@ class Cluster:
         give_up = time.monotonic() + END_SECONDS
         while not self.all_serving():
             if time.monotonic() > give_up:
-                raise TimeoutError(f"the gateway does not reach every shard {END_SECONDS:g} s after {name} serves")
+                raise TimeoutError(
+                    f"the gateway does not reach every running shard {END_SECONDS:g} s after {name} serves"
+                )
             time.sleep(POLL_SECONDS)
 
     def all_serving(self) -> bool:
-        """Whether the gateway reaches every shard now."""
-        return all(shard.serving for shard in self.client.describe(timeout=END_SECONDS).shards)
+        """Whether the gateway reaches every shard now whose process runs."""
+        shards = self.client.describe(timeout=END_SECONDS).shards
+        return all(shard.serving for shard in shards if self.running(shard.name))
 
     def metrics(self, name: str) -> dict[str, float]:
         """All samples of a process now, as `name` or `name{label="value",…}` with its labels in alphabetical order."""

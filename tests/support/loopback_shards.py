@@ -1,0 +1,72 @@
+"""The shards of a cluster in this process, with real gRPC between them on ports that the system chose.
+
+Knows no gateway: sessions begin at the first shard, with token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stitch.channels import open_channel
+from stitch.cluster import Cluster, load_cluster
+from stitch.sampling import Sampling
+from stitch.v1 import shard_pb2, shard_pb2_grpc
+from stitch_server.server import RunningShard, open_shard
+from stitch_server.settings import ShardSettings
+
+ANY_PORT = "127.0.0.1:0"
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Shards that listen, by name."""
+
+    cluster: Cluster
+    running: dict[str, RunningShard]
+    stubs: dict[str, shard_pb2_grpc.ShardAsyncStub]
+
+    def address(self, name: str) -> str:
+        """`host:port` of a shard."""
+        return f"127.0.0.1:{self.running[name].port}"
+
+    def chain(self, route: str) -> list[str]:
+        """The names of the shards that a route passes, the first of each stage's replicas."""
+        return [stage[0].name for stage in self.cluster.stages(self.cluster.route(route))]
+
+    async def generate(
+        self, token_ids: Sequence[int], route: str, count: int, chain: Sequence[str] | None = None, **sampling: Any
+    ) -> list[int]:
+        """`count` tokens behind `token_ids`; end tokens end nothing. Raises grpc.aio.AioRpcError."""
+        first, *rest = chain or self.chain(route)
+        request = shard_pb2.ShardGenerateRequest(
+            token_ids=token_ids,
+            prompt_tokens=len(token_ids),
+            route=route,
+            chain=[self.address(name) for name in rest],
+            sampling=Sampling(max_tokens=count, **sampling).to_proto(),
+        )
+        return [token.id async for response in self.stubs[first].Generate(request) for token in response.tokens]
+
+    def used(self) -> dict[str, float]:
+        """The share of KV blocks that sessions hold, by shard."""
+        return {name: shard.shard.pool.usage for name, shard in self.running.items()}
+
+
+@asynccontextmanager
+async def open_shards(cluster_file: Path) -> AsyncIterator[Shards]:
+    """All shards of a cluster file; they listen inside of the block."""
+    cluster = load_cluster(str(cluster_file))
+    async with AsyncExitStack() as stack:
+        running: dict[str, RunningShard] = {}
+        stubs: dict[str, shard_pb2_grpc.ShardAsyncStub] = {}
+        # The first shard of a chain is stopped first.
+        for place in reversed(cluster.shards):
+            settings = ShardSettings(cluster=cluster, place=place, listen=ANY_PORT, metrics_port=0)
+            running[place.name] = await stack.enter_async_context(open_shard(settings))
+            channel = await stack.enter_async_context(open_channel(f"127.0.0.1:{running[place.name].port}"))
+            stubs[place.name] = shard_pb2_grpc.ShardStub(channel)
+        yield Shards(cluster, running, stubs)
