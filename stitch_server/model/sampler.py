@@ -16,6 +16,9 @@ from torch import Tensor
 
 from stitch.sampling import Sampling
 
+# Top-p seldom needs more of the likeliest tokens. Finding these among 152 k takes 0.5 ms, sorting all 11 ms.
+LIKELY = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
@@ -95,9 +98,9 @@ def filtered(row: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
 
     The probabilities sum to 1 before top-p; what it and min-p drop is missing from the sum.
     """
-    logits, ids = _by_rank(row, sampling)
     # From the largest down, so that a temperature near zero overflows to minus infinity and not to NaN.
-    probabilities = ((logits - logits.max()) / sampling.temperature).softmax(dim=0, dtype=torch.float64)
+    whole = ((row - row.max()) / sampling.temperature).softmax(dim=0, dtype=torch.float64)
+    probabilities, ids = _ranked(whole, sampling)
     if sampling.top_p < 1.0:
         # A token stays where those before it fall short of top_p: the smallest set that reaches it.
         before = probabilities.cumsum(dim=0) - probabilities
@@ -107,15 +110,15 @@ def filtered(row: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     return probabilities, ids
 
 
-def _by_rank(row: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The top-k logits and their ids; likeliest first where that matters."""
-    if 0 < sampling.top_k < len(row):
-        values, ids = row.topk(sampling.top_k)
-        return values, ids
+def _ranked(whole: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The candidates after top-k and their ids; likeliest first where top-p needs it, and as many as it needs."""
+    if 0 < sampling.top_k < len(whole):
+        values, ids = whole.topk(sampling.top_k)
+        return values / values.sum(), ids
     if sampling.top_p < 1.0:
-        values, ids = row.sort(descending=True)
-        return values, ids
-    return row, torch.arange(len(row), device=row.device)
+        values, ids = whole.topk(min(LIKELY, len(whole)))
+        return (values, ids) if float(values.sum()) >= sampling.top_p else torch.sort(whole, descending=True)
+    return whole, torch.arange(len(whole), device=whole.device)
 
 
 def _those(keep: Tensor, probabilities: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from stitch.sampling import Sampling
+from stitch_server.model import sampler
 from stitch_server.model.sampler import SampleRequest, filtered, penalized, sample
 
 VOCABULARY = 50
@@ -82,6 +83,13 @@ class TestDistribution:
         row = logits()[0]
         expected = warped(row, TemperatureLogitsWarper(0.8), TopPLogitsWarper(top_p))
         torch.testing.assert_close(dense(row, Sampling(temperature=0.8, top_p=top_p)), expected)
+
+    @pytest.mark.parametrize("likely", [1, 5, 49])
+    def test_top_p_beyond_the_likely(self, monkeypatch: pytest.MonkeyPatch, likely: int) -> None:
+        monkeypatch.setattr(sampler, "LIKELY", likely)
+        row = logits()[0]
+        expected = warped(row, TemperatureLogitsWarper(2.0), TopPLogitsWarper(0.95))
+        torch.testing.assert_close(dense(row, Sampling(temperature=2.0, top_p=0.95)), expected)
 
     @pytest.mark.parametrize("min_p", [0.01, 0.1, 0.5, 1.0])
     def test_min_p(self, min_p: float) -> None:
