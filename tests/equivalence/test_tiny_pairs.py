@@ -27,6 +27,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
     "qwen3": {},
     "mistral": {"sliding_window": 8},
+    # Computed by the layers of `transformers`.
+    "granite": {"residual_multiplier": 0.7, "attention_multiplier": 0.3},
 }
 # Bottom shards and top shards.
 LAYOUTS: dict[str, tuple[Ranges, Ranges]] = {

@@ -1,0 +1,92 @@
+"""The real pair, Qwen2.5-Coder 1.5B under 0.5B, through a stitch that is fitted here on a few tokens."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stitch.environment import cache_folder
+from tests.support.processes import Cluster, running_cluster
+
+NAMES = ("qwen2.5-coder-1.5b-instruct-q4_k_m", "qwen2.5-coder-0.5b-instruct-q4_k_m")
+FILES = [cache_folder() / "models" / f"{name}.gguf" for name in NAMES]
+MISSING = [str(file) for file in FILES if not file.is_file()]
+
+pytestmark = [
+    pytest.mark.qwen,
+    pytest.mark.slow,
+    pytest.mark.timeout(1_200),
+    pytest.mark.skipif(bool(MISSING), reason=f"the weights are not there: {', '.join(MISSING)}"),
+]
+
+# Late in both models, where a stitch of few tokens does best.
+BOTTOM_LAYERS, TOP_FROM = 24, 17
+FITTED_TOKENS, HELD_OUT_TOKENS = 4_096, 512
+ROOT = Path(__file__).parents[2]
+
+
+def write_cluster(folder: Path) -> Path:
+    fields = {
+        "name": "qwen",
+        "models": {
+            "bottom": {"id": "Qwen/Qwen2.5-Coder-1.5B-Instruct", "source": str(FILES[0])},
+            "top": {"id": "Qwen/Qwen2.5-Coder-0.5B-Instruct", "source": str(FILES[1])},
+        },
+        "routes": [
+            {"name": "strong", "bottom_layers": BOTTOM_LAYERS, "top_from": TOP_FROM, "stitch": "strong.safetensors"}
+        ],
+        "shards": [
+            {"name": "bottom-0", "role": "bottom", "layers": [0, BOTTOM_LAYERS], "address": "127.0.0.1:0"},
+            {"name": "top-0", "role": "top", "layers": [TOP_FROM, 24], "address": "127.0.0.1:0"},
+        ],
+        "gateway": {"address": "127.0.0.1:0"},
+        "compute": {"kv_tokens": 2048},
+    }
+    file = folder / "cluster.json"
+    file.write_text(json.dumps(fields))
+    return file
+
+
+def write_text(folder: Path) -> Path:
+    """Python that everyone has: the sources of this project."""
+    file = folder / "sources.jsonl"
+    sources = sorted(path for package in ("stitch", "stitch_server") for path in (ROOT / package).rglob("*.py"))
+    texts = [source.read_text() for source in sources if "_pb2" not in source.name]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("qwen")
+    file = write_cluster(folder)
+    amounts = ["--tokens", str(FITTED_TOKENS), "--held-out-tokens", str(HELD_OUT_TOKENS), "--sequence-tokens", "256"]
+    command = [sys.executable, "-m", "stitch_server.cli", "fit", str(file), "--route", "strong", "--epochs", "0"]
+    data = ["--data", str(write_text(folder)), "--out", str(folder / "strong.safetensors")]
+    subprocess.run([*command, *data, *amounts], check=True)
+    with running_cluster(file, folder / "run") as running:
+        yield running
+
+
+def test_the_pair_is_what_its_files_say(cluster: Cluster) -> None:
+    described = cluster.client.describe()
+    assert (described.bottom.hidden_size, described.bottom.layers) == (1536, 28)
+    assert (described.top.hidden_size, described.top.layers) == (896, 24)
+    assert [route.name for route in described.routes] == ["strong"]
+    assert described.routes[0].stitch
+
+
+def test_it_answers_in_words(cluster: Cluster) -> None:
+    messages = [{"role": "user", "content": "Write a Python function that adds two numbers."}]
+    answer = cluster.generate(messages=messages, max_tokens=48)
+    print(answer.text)
+    assert answer.route == "strong"
+    assert answer.generated_tokens > 8
+    assert "def " in answer.text or "return" in answer.text or "add" in answer.text
+    again = cluster.generate(messages=messages, max_tokens=48)
+    assert again.token_ids == answer.token_ids
