@@ -33,8 +33,9 @@ class KVStore:
     ) -> None:
         shape = (end - first, blocks * BLOCK_TOKENS, kv_heads, head_dim)
         self.first = first
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        # Not filled: a processor's memory is taken page by page, when a block is first written, and never read before.
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
 
     def attention(self, spans: Sequenced[Span]) -> PagedAttention:
         """The `attend` function for a batch of packed segments."""
