@@ -76,7 +76,7 @@ class GatewayPlace(Settings):
     # cluster file. Without one, hand-set weights judge.
     router: str | None = None
     router_thresholds: str | None = None
-    # For the hand-set weights: scores from here on take the next dearer route; one threshold between every two neighbours.
+    # For the hand-set weights: scores from here on take the next dearer route; one threshold between two neighbours.
     thresholds: tuple[float, ...] | None = Field(default=None, strict=False)
 
 
