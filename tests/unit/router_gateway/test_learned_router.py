@@ -19,9 +19,7 @@ from tests.support.word_model import word_model
 async def cluster_with(folder: Path, *routes: str) -> Cluster:
     model = word_model({"prove": 0.5, "hello": -0.25}, routes=routes)
     percentiles = tuple(np.linspace(-0.25, 0.5, 101).tolist())
-    save_router(
-        TextArtefact(model, (0.1,), percentiles, {"data": []}, fingerprint_of(model)), folder / "r.safetensors"
-    )
+    save_router(TextArtefact(model, (0.1,), percentiles, {"data": []}, fingerprint_of(model)), folder / "r.safetensors")
     async with fake_cluster(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as cluster:
         gateway = cluster.gateway.model_copy(update={"router": "r.safetensors"})
         return cluster.model_copy(update={"gateway": gateway, "folder": folder})
