@@ -95,9 +95,14 @@ def _run(parsed: argparse.Namespace) -> None:
 def _import(parsed: argparse.Namespace) -> None:
     from pathlib import Path
 
+    from stitch_server.fit.progress import ProgressLine
     from stitch_server.sources.resolve import import_model
 
-    print(import_model(parsed.source, None if parsed.out is None else Path(parsed.out)))
+    # Progress goes to standard error, so that standard output is the folder alone.
+    with ProgressLine() as line:
+        out = None if parsed.out is None else Path(parsed.out)
+        folder = import_model(parsed.source, out, lambda what, share: line(what, round(100 * share), 100))
+    print(folder)
 
 
 def _plan(parsed: argparse.Namespace) -> None:

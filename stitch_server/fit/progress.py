@@ -1,4 +1,4 @@
-"""A line that tells how far a long run is. Knows not of what."""
+"""A line on standard error that tells how far a long run is. Doesn't know what is run."""
 
 from __future__ import annotations
 
