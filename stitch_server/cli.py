@@ -99,7 +99,7 @@ def _import(parsed: argparse.Namespace) -> None:
     from stitch_server.sources.resolve import import_model
 
     # Progress goes to standard error, so that standard output is the folder alone.
-    with ProgressLine() as line:
+    with ProgressLine(sys.stderr) as line:
         out = None if parsed.out is None else Path(parsed.out)
         folder = import_model(parsed.source, out, lambda what, share: line(what, round(100 * share), 100))
     print(folder)

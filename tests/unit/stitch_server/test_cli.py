@@ -13,6 +13,7 @@ from stitch.errors import Incompatible
 from stitch_server import cli
 from stitch_server.cli import build_parser, main
 from stitch_server.sources import resolve
+from stitch_server.sources.progress import Progress
 
 HEAVY = ("torch", "transformers", "safetensors", "prometheus_client", "pydantic", "gguf", "numpy")
 
@@ -80,11 +81,14 @@ def test_an_import_says_where_the_model_is(
 ) -> None:
     asked: list[tuple[str, Path | None]] = []
 
-    def import_model(source: str, folder: Path | None) -> Path:
+    def import_model(source: str, folder: Path | None, progress: Progress) -> Path:
         asked.append((source, folder))
+        progress("importing", 1.0)
         return Path("models/it")
 
     monkeypatch.setattr(resolve, "import_model", import_model)
     assert main(["import", "some/model", *flags]) == 0
     assert asked == [("some/model", out)]
-    assert capsys.readouterr().out == "models/it\n"
+    printed = capsys.readouterr()
+    assert printed.out == "models/it\n"
+    assert printed.err == "importing: 100 of 100\n"
