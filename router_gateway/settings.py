@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, ValidationError
 
 from router_gateway.routing.ladder import check_thresholds
+from stitch.addresses import check_exposure
 from stitch.cluster import Cluster, load_cluster
 from stitch.errors import InvalidRequest
 from stitch.settings import Settings
@@ -78,20 +78,9 @@ def check(settings: GatewaySettings) -> None:
     host, _, port = settings.address.rpartition(":")
     if not host or not port.isdigit():
         raise InvalidRequest("listen", settings.address, "it must be host:port")
-    if not is_loopback(host) and not settings.insecure:
-        raise InvalidRequest("listen", settings.address, "other machines reach it without TLS; --insecure allows that")
+    check_exposure("listen", settings.address, settings.insecure)
     for shard in settings.cluster.shards:
         if shard.address.endswith(":0"):
             limit = "it needs a port; only `stitch up` chooses free ones"
             raise InvalidRequest(f"shards.{shard.name}.address", shard.address, limit)
     check_thresholds(settings.cluster.gateway.thresholds, len(settings.cluster.routes))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches it; a name other than localhost may be anybody's."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field, ValidationError
 
+from stitch.addresses import check_exposure
 from stitch.cluster import Cluster, ShardPlace
 from stitch.errors import InvalidRequest
 from stitch.settings import Settings
-
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 class ShardSettings(Settings):
@@ -45,8 +44,5 @@ def shard_settings(
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidRequest(str(first["loc"][0]), first["input"], first["msg"]) from error
-    if settings.host not in LOOPBACK and not insecure:
-        raise InvalidRequest(
-            "listen", settings.listen, "without TLS only a loopback address is allowed, or --insecure must be given"
-        )
+    check_exposure("listen", settings.listen, insecure)
     return settings

@@ -86,8 +86,9 @@ def penalized(row: Tensor, request: SampleRequest) -> Tensor:
     """
     sampling = request.sampling
     history = torch.as_tensor(request.history, device=row.device)
-    seen = torch.bincount(history, minlength=len(row)) > 0
-    said = torch.bincount(history[request.prompt_tokens :], minlength=len(row))
+    # A prompt may hold ids of rows that only pad the vocabulary and have no logit here.
+    seen = torch.bincount(history, minlength=len(row))[: len(row)] > 0
+    said = torch.bincount(history[request.prompt_tokens :], minlength=len(row))[: len(row)]
     repeated = torch.where(row > 0, row / sampling.repetition_penalty, row * sampling.repetition_penalty)
     row = torch.where(seen, repeated, row)
     return row - sampling.frequency_penalty * said - sampling.presence_penalty * (said > 0)

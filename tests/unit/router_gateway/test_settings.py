@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from router_gateway.settings import GatewaySettings, check, from_flags, is_loopback
+from router_gateway.settings import GatewaySettings, check, from_flags
 from stitch.cluster import load_cluster
 from stitch.errors import InvalidRequest
 
@@ -52,23 +52,6 @@ def cluster_file(tmp_path: Path) -> Path:
 
 def settings(cluster_file: Path, **fields: Any) -> GatewaySettings:
     return GatewaySettings(cluster=load_cluster(str(cluster_file)), **fields)
-
-
-@pytest.mark.parametrize(
-    ("host", "expected"),
-    [
-        ("127.0.0.1", True),
-        ("127.9.9.9", True),
-        ("localhost", True),
-        ("[::1]", True),
-        ("0.0.0.0", False),
-        ("[::]", False),
-        ("192.168.1.5", False),
-        ("localhost.example.org", False),
-    ],
-)
-def test_loopback_is_what_no_other_machine_reaches(host: str, expected: bool) -> None:
-    assert is_loopback(host) is expected
 
 
 def test_an_open_address_needs_a_word(cluster_file: Path) -> None:

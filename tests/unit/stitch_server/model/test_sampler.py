@@ -188,3 +188,11 @@ class TestLogprobs:
         values, ids = expected.topk(3)
         assert [at for at, _ in token.alternatives] == ids.tolist()
         assert [value for _, value in token.alternatives] == pytest.approx(values.tolist())
+
+
+def test_an_id_that_only_pads_the_vocabulary_is_no_matter() -> None:
+    padded = replace(request(repetition_penalty=2.0), history=[1, VOCABULARY + 5], prompt_tokens=2)
+    changed = penalized(torch.ones(VOCABULARY), padded)
+    assert changed.shape == (VOCABULARY,)
+    assert changed[1] == 0.5
+    assert bool((changed[2:] == 1.0).all())
