@@ -1,4 +1,4 @@
-"""How many tokens a second at 1, 8 and 16 sessions? Two shards against transformers `generate`, in alternation."""
+"""How many tokens a second at 1 to 64 sessions? Two shards against the engines people would run, in alternation."""
 
 from __future__ import annotations
 
@@ -7,67 +7,47 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
 from benchmarks.clusters import FirstShard, first_shard, preset, prompt, run, running
+from benchmarks.engines import Engine, engines
 from benchmarks.report import Options, options, write
-from stitch.cluster import Cluster
 from stitch.environment import cache_folder
 from stitch_server.sources.resolve import resolve
 
 PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 33
+OURS = "two shards"
 
 
 async def measure(options: Options) -> None:
     """Output tokens a second, from the first request to the last token, prefill included."""
-    rounds, crowds = (1, (1, 2)) if options.tiny else (5, (1, 8, 16))
+    rounds, crowds = (1, (1, 2)) if options.tiny else (5, (1, 4, 16, 64))
     cluster = preset()
-    model = _whole_model(cluster)
     samples: dict[str, list[float]] = {}
     ratios = {}
-    with running(cluster) as local:
+    with running(cluster) as local, engines(resolve(cluster.models.bottom.source, cache_folder())) as others:
         async with first_shard(local) as shard:
             for sessions in crowds:
+                rates: dict[str, list[float]] = {name: [] for name in (OURS, *others)}
                 for index in range(rounds + 1):
                     prompts = [prompt(PROMPT_TOKENS, index * 100 + number) for number in range(sessions)]
-                    theirs, ours = _generated(model, prompts), await _served(shard, prompts)
-                    if index:
-                        samples.setdefault(f"generate, {sessions} sessions, tokens/s", []).append(theirs)
-                        samples.setdefault(f"two shards, {sessions} sessions, tokens/s", []).append(ours)
-                ours_all, theirs_all = (
-                    samples[f"{who}, {sessions} sessions, tokens/s"] for who in ("two shards", "generate")
-                )
-                ratios[f"{sessions} sessions, two shards / generate"] = median(ours_all) / median(theirs_all)
+                    round_rates = await _round(shard, others, prompts)
+                    # The first round warms up.
+                    for name, rate in round_rates.items() if index else ():
+                        rates[name].append(rate)
+                for name, values in rates.items():
+                    samples[f"{name}, {sessions} sessions, tokens/s"] = values
+                for name in others:
+                    ratios[f"{sessions} sessions, {OURS} / {name}"] = median(rates[OURS]) / median(rates[name])
     write(options, samples, ratios)
 
 
-def _whole_model(cluster: Cluster) -> PreTrainedModel:
-    folder = resolve(cluster.models.bottom.source, cache_folder())
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model
-
-
-def _generated(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> float:
-    ids = torch.tensor(prompts)
-    started = time.perf_counter()
-    with torch.inference_mode():
-        model.generate(  # type: ignore[operator]
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=OUTPUT_TOKENS,
-            min_new_tokens=OUTPUT_TOKENS,
-            pad_token_id=0,
-        )
-    return len(prompts) * OUTPUT_TOKENS / (time.perf_counter() - started)
-
-
-async def _served(shard: FirstShard, prompts: Sequence[Sequence[int]]) -> float:
+async def _round(shard: FirstShard, others: dict[str, Engine], prompts: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Tokens a second by the engine's name, each asked alone."""
+    produced = len(prompts) * OUTPUT_TOKENS
+    rates = {name: produced / engine.seconds(prompts, OUTPUT_TOKENS) for name, engine in others.items()}
     started = time.perf_counter()
     await asyncio.gather(*(shard.generate(one, OUTPUT_TOKENS) for one in prompts))
-    return len(prompts) * OUTPUT_TOKENS / (time.perf_counter() - started)
+    return rates | {OURS: produced / (time.perf_counter() - started)}
 
 
 if __name__ == "__main__":

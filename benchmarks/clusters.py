@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,18 +57,21 @@ class Timed:
 class FirstShard:
     """Asks the first shard of a route directly, token ids in and out, without the gateway."""
 
-    def __init__(self, stub: shard_pb2_grpc.ShardAsyncStub, cluster: Cluster) -> None:
+    def __init__(self, stub: shard_pb2_grpc.ShardAsyncStub, cluster: Cluster, chain: Sequence[str] | None) -> None:
         self._stub = stub
         self._cluster = cluster
+        self._chain = chain
 
-    async def generate(self, token_ids: Sequence[int], tokens: int, route: str = "strong") -> Timed:
-        """Greedy, exactly `tokens` tokens."""
+    async def generate(
+        self, token_ids: Sequence[int], tokens: int, route: str = "strong", arrived: Callable[[], None] | None = None
+    ) -> Timed:
+        """Greedy, exactly `tokens` tokens; `arrived` is called with each."""
         stages = self._cluster.stages(self._cluster.route(route))
         request = shard_pb2.ShardGenerateRequest(
             token_ids=token_ids,
             prompt_tokens=len(token_ids),
             route=route,
-            chain=[replicas[0].address for replicas in stages[1:]],
+            chain=self._chain or [replicas[0].address for replicas in stages[1:]],
             sampling=inference_pb2.Sampling(max_tokens=tokens),
         )
         started = time.perf_counter()
@@ -76,16 +79,18 @@ class FirstShard:
         async for response in self._stub.Generate(request):
             timed.token_ids.extend(token.id for token in response.tokens)
             timed.arrivals.extend(time.perf_counter() - started for _ in response.tokens)
+            if arrived is not None and response.tokens:
+                arrived()
         return timed
 
 
 @asynccontextmanager
-async def first_shard(local: LocalCluster) -> AsyncIterator[FirstShard]:
-    """A connection to the shard that holds the embedding."""
+async def first_shard(local: LocalCluster, chain: Sequence[str] | None = None) -> AsyncIterator[FirstShard]:
+    """A connection to the shard that holds the embedding; `chain`: other addresses for the shards behind it."""
     first = local.cluster.stages(local.cluster.routes[-1])[0][0]
     async with open_channel(first.address) as channel:
         stub: shard_pb2_grpc.ShardAsyncStub = shard_pb2_grpc.ShardStub(channel)
-        yield FirstShard(stub, local.cluster)
+        yield FirstShard(stub, local.cluster, chain)
 
 
 def prompt(tokens: int, seed: int = 0) -> list[int]:

@@ -22,9 +22,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
+        if _interrupted(error):
+            return INTERRUPTED
         # Raised again where it is none of the failures that a user can do something about.
         print(f"stitch: {import_module('stitch.commands.failures').sentence(error)}", file=sys.stderr)
         return 1
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C lies behind it: where that hits a lock that gRPC is taking, the lock complains in its place."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,6 +12,12 @@ def cache_folder() -> Path:
     return Path(configured) if configured else Path.home() / ".cache" / "stitch"
 
 
+def step_log_folder() -> Path | None:
+    """Where shards note every step that they compute: `$STITCH_STEP_LOG`, else nowhere."""
+    configured = os.environ.get("STITCH_STEP_LOG")
+    return Path(configured) if configured else None
+
+
 def share_cores() -> None:
     """Lets threads that wait for others sleep, unless the operator has said otherwise; call it before importing torch.
 

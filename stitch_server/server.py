@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from stitch import channels
+from stitch.environment import step_log_folder
 from stitch.event_loop import observe_delay
 from stitch.stopping import StopSignals
 from stitch.v1 import shard_pb2, shard_pb2_grpc
@@ -25,6 +26,7 @@ from stitch_server.rpc.links import Links
 from stitch_server.rpc.servicer import ShardServicer
 from stitch_server.settings import ShardSettings
 from stitch_server.shard import Shard, build_shard, load_part
+from stitch_server.step_log import StepLog
 
 DRAIN_POLL_SECONDS = 0.05
 SWITCH_SECONDS = 0.0002
@@ -70,7 +72,9 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
         metrics = Metrics(settings.place.name)
         links = Links(metrics.sent.inc)
         stack.push_async_callback(links.aclose)
-        shard = build_shard(settings.cluster, settings.place, part, device, links, metrics)
+        folder, name = step_log_folder(), settings.place.name
+        step_log = None if folder is None else stack.enter_context(StepLog(folder, name))
+        shard = build_shard(settings.cluster, settings.place, part, device, links, metrics, step_log)
         links.attach(shard.identity, shard.engine, shard.front)
         shard.engine.start()
         stack.push_async_callback(asyncio.to_thread, shard.engine.stop)

@@ -14,7 +14,7 @@ from stitch.environment import cache_folder
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.cache.pool import BLOCK_TOKENS, BlockPool
 from stitch_server.cache.store import KVStore
-from stitch_server.engine.batch import Cut
+from stitch_server.engine.batch import Batch, Cut
 from stitch_server.engine.engine import Engine
 from stitch_server.engine.forwarding import Downstream, Forwarding
 from stitch_server.engine.intake import Intake
@@ -33,6 +33,7 @@ from stitch_server.model.stitch import Stitch
 from stitch_server.model.tokenizer_hash import token_count, tokenizer_hash
 from stitch_server.planning import kv_bytes_per_token, kv_tokens
 from stitch_server.sources.resolve import resolve
+from stitch_server.step_log import Observer
 
 # Sessions that may decode in one step beside its prompts.
 MOST_DECODING = 4096
@@ -150,7 +151,13 @@ class Shard:
 
 
 def build_shard(
-    cluster: Cluster, place: ShardPlace, part: Part, device: torch.device, links: Downstream, metrics: Metrics
+    cluster: Cluster,
+    place: ShardPlace,
+    part: Part,
+    device: torch.device,
+    links: Downstream,
+    metrics: Metrics,
+    step_log: Observer | None = None,
 ) -> Shard:
     """Puts cache, runner, front and engine around the loaded part; nothing runs yet."""
     compute = cluster.compute
@@ -174,7 +181,13 @@ def build_shard(
         head=part.head,
     )
     front = _front(cluster, part, pool, links)
-    engine = Engine(front, runner, lambda batch: metrics.batch_tokens.observe(batch.tokens))
+
+    def observe(batch: Batch, started: float, ended: float) -> None:
+        metrics.batch_tokens.observe(batch.tokens)
+        if step_log is not None:
+            step_log(batch, started, ended)
+
+    engine = Engine(front, runner, observe)
     _read(metrics, front, pool, runner)
     return Shard(
         cluster=cluster,

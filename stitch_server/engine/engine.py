@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -27,7 +28,12 @@ class Computes(Protocol):
 class Engine:
     """Runs a front's batches in a thread of its own."""
 
-    def __init__(self, front: Front, runner: Computes, observe: Callable[[Batch], None] = lambda batch: None) -> None:
+    def __init__(
+        self,
+        front: Front,
+        runner: Computes,
+        observe: Callable[[Batch, float, float], None] = lambda batch, started, ended: None,
+    ) -> None:
         self._front = front
         self._runner = runner
         self._observe = observe
@@ -39,9 +45,10 @@ class Engine:
         batch = self._front.next_batch()
         if batch is None:
             return False
+        started = time.perf_counter()
         try:
             output = self._runner.run(batch)
-            self._observe(batch)
+            self._observe(batch, started, time.perf_counter())
             # A GPU may tell only here, where its results are read, what went wrong before.
             self._front.deliver(batch, output)
         except Exception as error:  # the sessions of this batch end, the others and the process go on

@@ -79,6 +79,13 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["status"]) == 130
 
 
+def test_ctrl_c_that_breaks_a_lock_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("cannot release un-acquired lock")
+    error.__context__ = KeyboardInterrupt()
+    fail_with(monkeypatch, error)
+    assert main(["status"]) == 130
+
+
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("arguments", [["status"], ["ask", "x"], ["ttft"], ["down"]])
 def test_without_a_cluster_there_is_a_way_out(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,6 +111,5 @@ def test_ctrl_c_cancels_the_call(gateway: FakeGateway) -> None:
         assert asking.stdout.read(5) == b"echo:"
         asking.send_signal(signal.SIGINT)
         _, errors = asking.communicate(timeout=WAIT_SECONDS)
-    assert asking.returncode == 130
-    assert errors == b""
+    assert (asking.returncode, errors) == (130, b"")
     assert gateway.cancelled.wait(WAIT_SECONDS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stitch.environment import cache_folder
+from stitch.environment import cache_folder, step_log_folder
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -23,3 +23,13 @@ def test_the_cache_is_in_the_home_folder_otherwise(
     if value is not None:
         monkeypatch.setenv("STITCH_CACHE", value)
     assert cache_folder() == tmp_path / ".cache" / "stitch"
+
+
+@pytest.mark.parametrize(("value", "folder"), [(None, None), ("", None), ("steps", Path("steps"))])
+def test_steps_are_noted_only_where_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, folder: Path | None
+) -> None:
+    monkeypatch.delenv("STITCH_STEP_LOG", raising=False)
+    if value is not None:
+        monkeypatch.setenv("STITCH_STEP_LOG", value)
+    assert step_log_folder() == folder

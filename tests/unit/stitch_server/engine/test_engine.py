@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -79,19 +80,22 @@ class TestStep:
         assert runner.threads == set()
 
     def test_a_batch_is_computed_observed_and_delivered(self, front: FakeFront, runner: FakeRunner) -> None:
-        batch, seen = new_batch(), list[Batch]()
+        batch, seen = new_batch(), list[tuple[Batch, float, float]]()
         front.batches.append(batch)
-        assert Engine(front, runner, seen.append).step()
+        before = time.perf_counter()
+        assert Engine(front, runner, lambda *what: seen.append(what)).step()
         assert front.delivered == [(batch, runner.output)]
-        assert seen == [batch]
+        [(observed, started, ended)] = seen
+        assert observed is batch
+        assert before <= started <= ended <= time.perf_counter()
 
     def test_a_batch_that_fails_is_told_and_logged(
         self, front: FakeFront, runner: FakeRunner, caplog: pytest.LogCaptureFixture
     ) -> None:
-        batch, error, seen = new_batch(), RuntimeError("out of paper"), list[Batch]()
+        batch, error, seen = new_batch(), RuntimeError("out of paper"), list[object]()
         front.batches.append(batch)
         runner.errors.append(error)
-        assert Engine(front, runner, seen.append).step()
+        assert Engine(front, runner, lambda *what: seen.append(what)).step()
         assert (front.failed, front.delivered, seen) == ([(batch, error)], [], [])
         assert "a batch of 3 tokens failed" in caplog.text
 

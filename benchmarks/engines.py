@@ -1,0 +1,103 @@
+"""What people would run instead, behind one method: transformers' `generate`, and vLLM's build for processors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+ANSWER = "ANSWER "
+
+
+class Engine(Protocol):
+    """A whole model in one process."""
+
+    def seconds(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+        """How long it takes to generate exactly so many tokens, greedily, behind each prompt."""
+        ...
+
+
+class Generate:
+    """transformers, one batch of prompts of equal length."""
+
+    def __init__(self, folder: Path) -> None:
+        self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def seconds(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+        ids = torch.tensor(prompts)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            self._model.generate(  # type: ignore[operator]
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                pad_token_id=0,
+            )
+        return time.perf_counter() - started
+
+
+class Vllm:
+    """vLLM, stopped while nobody asks it: its threads would take the cores from whoever is measured."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        if process.stdin is None or process.stdout is None:
+            raise ValueError("the worker's standard input and output must be pipes")
+        self._process, self._asked, self._answered = process, process.stdin, process.stdout
+        self._answer()
+        self._signal(signal.SIGSTOP)
+
+    def seconds(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+        self._signal(signal.SIGCONT)
+        self._asked.write(json.dumps({"prompts": prompts, "tokens": tokens}) + "\n")
+        self._asked.flush()
+        answer = json.loads(self._answer())
+        self._signal(signal.SIGSTOP)
+        if answer["generated"] != [tokens] * len(prompts):
+            raise RuntimeError(f"vLLM generated {answer['generated']} tokens instead of {tokens} each")
+        return float(answer["seconds"])
+
+    def _answer(self) -> str:
+        for line in self._answered:
+            if line.startswith(ANSWER):
+                return line.removeprefix(ANSWER)
+        raise RuntimeError(f"vLLM ended with {self._process.wait()}")
+
+    def _signal(self, number: signal.Signals) -> None:
+        os.killpg(self._process.pid, number)
+
+
+@contextmanager
+def engines(folder: Path) -> Iterator[dict[str, Engine]]:
+    """By name: `generate`, and `vLLM` where `$VLLM_PYTHON` names an interpreter that has it."""
+    found: dict[str, Engine] = {"generate": Generate(folder)}
+    with ExitStack() as stack:
+        interpreter = os.environ.get("VLLM_PYTHON")
+        if interpreter:
+            found["vLLM"] = Vllm(stack.enter_context(_worker([interpreter, str(WORKER), str(folder)])))
+        yield found
+
+
+@contextmanager
+def _worker(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    pipe = subprocess.PIPE
+    log = Path("build/benchmarks/vllm.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, start_new_session=True)
+        try:
+            yield process
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

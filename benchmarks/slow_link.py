@@ -1,0 +1,76 @@
+"""A link with a round trip and a rate, for machines whose kernel has no netem. Knows no protocol but TCP.
+
+What is written on one side arrives on the other half a round trip later, and no faster than the rate allows. TCP's
+own slow start isn't modelled: both sockets are on this machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+CHUNK_BYTES = 16 * 1024
+# What is under way in one direction before its sender has to wait.
+MOST_CHUNKS = 256
+
+
+@dataclass(slots=True)
+class SlowLink:
+    """Change the fields at any time; they hold for what is written from then on."""
+
+    address: str
+    round_trip_seconds: float = 0.0
+    bits_per_second: float = 1e9
+
+
+@asynccontextmanager
+async def slow_link(to: str) -> AsyncIterator[SlowLink]:
+    """A port of this machine whose connections lead to `to`, `host:port`."""
+    host, _, port = to.rpartition(":")
+    link = SlowLink("")
+    pumps: set[asyncio.Task[None]] = set()
+
+    async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(host, int(port))
+        for source, sink in ((reader, back), (there, writer)):
+            pumps.add(asyncio.create_task(_pump(link, source, sink)))
+
+    server = await asyncio.start_server(accepted, "127.0.0.1", 0)
+    link.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
+        yield link
+    finally:
+        server.close()
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _pump(link: SlowLink, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(MOST_CHUNKS)
+    arriving = asyncio.create_task(_arrive(under_way, sink))
+    clock = asyncio.get_running_loop().time
+    sent = 0.0
+    try:
+        while chunk := await source.read(CHUNK_BYTES):
+            sent = max(sent, clock()) + 8 * len(chunk) / link.bits_per_second
+            await under_way.put((sent + link.round_trip_seconds / 2, chunk))
+        await under_way.put((clock(), b""))
+        await arriving
+    finally:
+        arriving.cancel()
+
+
+async def _arrive(under_way: asyncio.Queue[tuple[float, bytes]], sink: asyncio.StreamWriter) -> None:
+    clock = asyncio.get_running_loop().time
+    with suppress(ConnectionError):
+        while True:
+            due, chunk = await under_way.get()
+            await asyncio.sleep(max(0.0, due - clock()))
+            if not chunk:
+                sink.close()
+                return
+            sink.write(chunk)
+            await sink.drain()

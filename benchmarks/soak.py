@@ -1,0 +1,104 @@
+"""Does it hold? 64 sessions for ten minutes over a cache for 20: every answer is compared, every process weighed.
+
+Not part of `python -m benchmarks`, since it takes its time: `python -m benchmarks.soak --out FILE.json`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.clusters import FirstShard, first_shard, preset, prompt, run, running
+from benchmarks.one_process import OneProcess
+from benchmarks.report import Options, options, write
+from stitch.errors import Exhausted
+from stitch.local.running import LocalCluster
+from stitch_server.cache.pool import BLOCK_TOKENS
+
+SESSIONS = 64
+SESSIONS_OF_KV = 20
+PROMPTS = 24
+ROUTES = ("weak", "strong")
+# Seconds without any token from anybody that count as hanging.
+HANGING_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of the requests."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    resident_mb: dict[str, list[float]] = field(default_factory=dict)
+    longest_silence: float = 0.0
+
+
+async def measure(options: Options) -> None:
+    """Prompts of 20 to 250 tokens, answers of 16 to 100, both routes, greedy; a reference computed in one process."""
+    seconds, sessions, prompts = (5.0, 8, 4) if options.tiny else (600.0, SESSIONS, PROMPTS)
+    asked = [(prompt(20 + 10 * number, number), 16 + number * 84 // PROMPTS) for number in range(prompts)]
+    longest = max(len(ids) + tokens for ids, tokens in asked)
+    kv_tokens = SESSIONS_OF_KV * sessions // SESSIONS * -(-longest // BLOCK_TOKENS) * BLOCK_TOKENS
+    cluster = preset(kv_tokens=kv_tokens)
+    expected = {}
+    for route in ROUTES:
+        whole = OneProcess(cluster, route)
+        for number, (ids, tokens) in enumerate(asked):
+            expected[route, number] = whole.generate(ids, tokens).token_ids
+    tally = Tally()
+    with running(cluster) as local:
+        async with first_shard(local) as shard:
+            end = time.monotonic() + seconds
+            clients = [_client(shard, asked, expected, number, end, tally) for number in range(sessions)]
+            watch = asyncio.create_task(_watch(local, tally, seconds / 20))
+            await asyncio.gather(*clients)
+            watch.cancel()
+    resident = {f"{name}, resident MB": values for name, values in tally.resident_mb.items()}
+    growth = {f"{name}, last / middle": values[-1] / values[len(values) // 2] for name, values in resident.items()}
+    write(options, resident, growth, outcomes=dict(tally.outcomes), kv_tokens=kv_tokens)
+    print(f"  KV for {kv_tokens} tokens; {dict(tally.outcomes)}; longest answer {tally.longest_silence:.1f} s")
+
+
+async def _client(
+    shard: FirstShard,
+    asked: list[tuple[list[int], int]],
+    expected: dict[tuple[str, int], list[int]],
+    client: int,
+    end: float,
+    tally: Tally,
+) -> None:
+    turn = client
+    while time.monotonic() < end:
+        number, route = turn % len(asked), ROUTES[turn % 5 % 2]
+        ids, tokens = asked[number]
+        begun = time.monotonic()
+        try:
+            async with asyncio.timeout(HANGING_SECONDS * 10):
+                answer = await shard.generate(ids, tokens, route)
+        except TimeoutError:
+            tally.outcomes["hung"] += 1
+        except Exhausted:
+            tally.outcomes["refused"] += 1
+        else:
+            same = answer.token_ids == expected[route, number]
+            tally.outcomes["equal" if same else "different"] += 1
+        tally.longest_silence = max(tally.longest_silence, time.monotonic() - begun)
+        turn += SESSIONS + 1
+
+
+async def _watch(local: LocalCluster, tally: Tally, every_seconds: float) -> None:
+    while True:
+        await asyncio.sleep(every_seconds)
+        for name, process in local.processes.items():
+            tally.resident_mb.setdefault(name, []).append(_resident_mb(process.pid))
+
+
+def _resident_mb(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))
+
+
+if __name__ == "__main__":
+    run(measure(options(__doc__ or "")))
