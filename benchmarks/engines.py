@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +16,11 @@ from typing import Protocol
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+# GiB; and all cores, where vLLM would leave one to its other processes.
+VLLM_SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_CPU_OMP_THREADS_BIND": ",".join(str(core) for core in sorted(os.sched_getaffinity(0))),
+}
 WORKER = Path(__file__).with_name("vllm_worker.py")
 ANSWER = "ANSWER "
 
@@ -55,6 +61,8 @@ class Vllm:
         if process.stdin is None or process.stdout is None:
             raise ValueError("the worker's standard input and output must be pipes")
         self._process, self._asked, self._answered = process, process.stdin, process.stdout
+        # The end of what else it says.
+        self._log: deque[str] = deque(maxlen=60)
         self._answer()
         self._signal(signal.SIGSTOP)
 
@@ -72,7 +80,8 @@ class Vllm:
         for line in self._answered:
             if line.startswith(ANSWER):
                 return line.removeprefix(ANSWER)
-        raise RuntimeError(f"vLLM ended with {self._process.wait()}")
+            self._log.append(line)
+        raise RuntimeError(f"vLLM ended with {self._process.wait()}:\n{''.join(self._log)}")
 
     def _signal(self, number: signal.Signals) -> None:
         os.killpg(self._process.pid, number)
@@ -91,13 +100,17 @@ def engines(folder: Path) -> Iterator[dict[str, Engine]]:
 
 @contextmanager
 def _worker(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    pipe = subprocess.PIPE
-    log = Path("build/benchmarks/vllm.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as errors:
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, start_new_session=True)
-        try:
-            yield process
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=VLLM_SETTINGS | os.environ,
+    )
+    try:
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -14,8 +14,9 @@ from stitch.sampling import Sampling
 from stitch_server.cache.pool import BLOCK_TOKENS
 from stitch_server.cache.store import KVStore
 from stitch_server.engine.batch import Batch, Segment, StepOutput
-from stitch_server.engine.runner import Runner, Threads
+from stitch_server.engine.runner import Runner
 from stitch_server.engine.sequence import Sequence as Session
+from stitch_server.engine.threads import Threads
 from stitch_server.shard import Part, load_part
 
 MOST_TOKENS = 4096

@@ -20,8 +20,9 @@ from stitch_server.engine.forwarding import Downstream, Forwarding
 from stitch_server.engine.intake import Intake
 from stitch_server.engine.origin import Origin
 from stitch_server.engine.relay import Relay
-from stitch_server.engine.runner import Runner, Threads
+from stitch_server.engine.runner import Runner
 from stitch_server.engine.scheduler import Limits
+from stitch_server.engine.threads import Threads
 from stitch_server.engine.wire import DTYPES, Packed, unpack
 from stitch_server.metrics import Metrics
 from stitch_server.model.counting import ParameterCount

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from stitch_server.cache.pool import BLOCK_TOKENS
+
+# How much longer than the shortest past of a crowd its longest may be: a share, and some tokens.
+MOST_FILLING = 1.25
+FILLING_TOKENS = 64
+# Tokens that one call gathers at most, unless a single sequence has more.
+CROWD_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,44 +39,68 @@ class KVStore:
     def __init__(
         self, first: int, end: int, blocks: int, kv_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (end - first, blocks * BLOCK_TOKENS, kv_heads, head_dim)
         self.first = first
-        # Not filled: a processor's memory is taken page by page, when a block is first written, and never read before.
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        # A token's keys and values side by side, so that one gather fetches both. Not filled: a processor's memory is
+        # taken page by page, when a block is first written, and never read before.
+        shape = (end - first, blocks * BLOCK_TOKENS, 2 * kv_heads, head_dim)
+        self.pairs = torch.empty(shape, dtype=dtype, device=device)
+        self.keys, self.values = self.pairs[:, :, :kv_heads], self.pairs[:, :, kv_heads:]
 
     def attention(self, spans: Sequenced[Span]) -> PagedAttention:
         """The `attend` function for a batch of packed segments."""
         return PagedAttention(self, spans)
 
 
+@dataclass(frozen=True, slots=True)
+class _Crowd:
+    """Sequences with one new token each and pasts of similar length, which attend in one call."""
+
+    # Where their tokens lie in the batch.
+    rows: slice | Tensor
+    count: int
+    # Each one's past and present, one behind the other; shorter ones are filled up with their own first token.
+    slots: Tensor
+    # What hides the filling, [count, 1, 1, longest]; None where there is none.
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Several consecutive tokens of one sequence."""
+
+    rows: slice
+    slots: Tensor
+    # [length, end]; None where SDPA's own causal mask says the same.
+    mask: Tensor | None
+
+
 class PagedAttention:
     """Writes a batch's new keys and values into their blocks and attends over each segment's own past.
 
-    The reference implementation, for any device: it gathers a segment's blocks and calls PyTorch's SDPA. On a
-    processor the gather is a tenth of the attention itself (3 of 20 µs at 200 tokens, 11 of 65 µs at 1,000).
+    The reference implementation, for any device: it gathers tokens from their blocks and calls PyTorch's SDPA, once
+    for all sequences that decode behind pasts of similar length.
     """
 
     def __init__(self, store: KVStore, spans: Sequenced[Span]) -> None:
         self._store = store
         self._spans = spans
-        device = store.keys.device
+        device = store.pairs.device
         offsets = torch.arange(BLOCK_TOKENS, device=device)
         # All slots of each segment's past and present, [position + length].
         self._slots = [
             (torch.tensor(span.blocks, device=device)[:, None] * BLOCK_TOKENS + offsets).view(-1)[: span.end]
             for span in spans
         ]
-        new = [slots[span.position :] for slots, span in zip(self._slots, spans, strict=True)]
-        self._new_slots = torch.cat(new) if new else torch.empty(0, dtype=torch.long, device=device)
-        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+        self._new_slots = self._new()
+        # By the layers' window.
+        self._parts: dict[int | None, tuple[list[_Crowd], list[_Chunk]]] = {}
 
     def first(self, segments: int) -> PagedAttention:
         """The same for the leading `segments` of the batch alone; the others have left or not yet joined."""
         part = object.__new__(PagedAttention)
-        part._store, part._masks = self._store, self._masks
+        part._store, part._parts = self._store, {}
         part._spans, part._slots = self._spans[:segments], self._slots[:segments]
-        part._new_slots = self._new_slots[: sum(span.length for span in part._spans)]
+        part._new_slots = part._new()
         return part
 
     def __call__(
@@ -78,42 +110,108 @@ class PagedAttention:
 
         Returns `[tokens, heads * head_dim]`. `window`: how many tokens back a token sees, itself included.
         """
-        keys, values = self._store.keys[layer - self._store.first], self._store.values[layer - self._store.first]
-        keys.index_copy_(0, self._new_slots, key)
-        values.index_copy_(0, self._new_slots, value)
-        row, outputs = 0, []
-        for index, span in enumerate(self._spans):
-            rows = query[row : row + span.length]
-            row += span.length
-            past = keys.index_select(0, self._slots[index]), values.index_select(0, self._slots[index])
-            outputs.append(self._attend(rows, *past, scale, self._mask(index, span, window)))
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        index = layer - self._store.first
+        self._store.keys[index].index_copy_(0, self._new_slots, key)
+        self._store.values[index].index_copy_(0, self._new_slots, value)
+        if window not in self._parts:
+            self._parts[window] = self._crowds(window), self._chunks(window)
+        crowds, chunks = self._parts[window]
+        pairs = self._store.pairs[index]
+        mixed = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
+        for crowd in crowds:
+            mixed[crowd.rows] = _decode(query[crowd.rows], pairs.index_select(0, crowd.slots), crowd, scale)
+        for chunk in chunks:
+            mixed[chunk.rows] = _prefill(query[chunk.rows], pairs.index_select(0, chunk.slots), chunk, scale)
+        return mixed
 
-    @staticmethod
-    def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-        tokens, heads, head_dim = query.shape
-        kv_heads = keys.shape[1]
-        keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-        if tokens == 1:
-            # The query heads of a group become rows of one small product, which spares expanding the keys.
-            grouped = query.view(1, kv_heads, heads // kv_heads, head_dim)
-            mixed = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-            return mixed.reshape(1, heads * head_dim)
-        rows = query.transpose(0, 1)[None]
-        causal = mask is None
-        mixed = functional.scaled_dot_product_attention(
-            rows, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=heads != kv_heads
-        )
-        return mixed[0].transpose(0, 1).reshape(tokens, heads * head_dim)
+    def _new(self) -> Tensor:
+        """The slots of the tokens that this batch adds."""
+        new = [slots[span.position :] for slots, span in zip(self._slots, self._spans, strict=True)]
+        return torch.cat(new) if new else torch.empty(0, dtype=torch.long, device=self._store.pairs.device)
 
-    def _mask(self, index: int, span: Span, window: int | None) -> Tensor | None:
-        """None where SDPA's own causal mask, or none at all, says the same."""
+    def _rows(self) -> list[int]:
+        """Each segment's first row in the batch, and one behind the last."""
+        return [0, *accumulate(span.length for span in self._spans)]
+
+    def _crowds(self, window: int | None) -> list[_Crowd]:
+        rows = self._rows()
+        seen = {
+            rows[index]: self._slots[index] if window is None else self._slots[index][-window:]
+            for index, span in enumerate(self._spans)
+            if span.length == 1
+        }
+        lengths = {row: len(slots) for row, slots in seen.items()}
+        return [_crowd({row: seen[row] for row in members}, self._store.pairs) for members in _alike(lengths)]
+
+    def _chunks(self, window: int | None) -> list[_Chunk]:
+        rows = self._rows()
+        return [
+            _Chunk(slice(rows[index], rows[index + 1]), self._slots[index], self._mask(span, window))
+            for index, span in enumerate(self._spans)
+            if span.length > 1
+        ]
+
+    def _mask(self, span: Span, window: int | None) -> Tensor | None:
         window = window if window is not None and window < span.end else None
-        if window is None and (span.length == 1 or span.position == 0):
-            return None
-        if (index, window) not in self._masks:
-            self._masks[index, window] = causal_mask(span, window, self._store.keys)
-        return self._masks[index, window]
+        return None if window is None and span.position == 0 else causal_mask(span, window, self._store.pairs)
+
+
+def _alike(lengths: Mapping[int, int]) -> list[list[int]]:
+    """Keys in groups of similar lengths, each group small enough for the caches of a processor."""
+    groups: list[list[int]] = []
+    for key in sorted(lengths, key=lambda key: (lengths[key], key)):
+        if groups and _joins(lengths[key], lengths[groups[-1][0]], len(groups[-1])):
+            groups[-1].append(key)
+        else:
+            groups.append([key])
+    return [sorted(group) for group in groups]
+
+
+def _joins(length: int, shortest: int, members: int) -> bool:
+    similar = length <= shortest * MOST_FILLING + FILLING_TOKENS
+    return similar and length * (members + 1) <= CROWD_TOKENS
+
+
+def _crowd(slots: Mapping[int, Tensor], like: Tensor) -> _Crowd:
+    """`slots` by row; the mask in the dtype of `like`."""
+    lengths = [len(one) for one in slots.values()]
+    longest = max(lengths)
+    filled = [torch.cat([one, one[:1].expand(longest - len(one))]) for one in slots.values()]
+    mask = None
+    if min(lengths) < longest:
+        filling = torch.arange(longest, device=like.device) >= torch.tensor(lengths, device=like.device)[:, None]
+        mask = _hiding(filling, like)[:, None, None]
+    rows = list(slots)
+    together = rows[-1] - rows[0] == len(rows) - 1
+    where = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=like.device)
+    return _Crowd(where, len(rows), torch.cat(filled), mask)
+
+
+def _decode(query: Tensor, pairs: Tensor, crowd: _Crowd, scale: float) -> Tensor:
+    _, heads, head_dim = query.shape
+    kv_heads = pairs.shape[1] // 2
+    past = pairs.view(crowd.count, -1, 2 * kv_heads, head_dim).transpose(1, 2)
+    # The query heads of a group become rows of one small product, which spares expanding the keys.
+    grouped = query.view(crowd.count, kv_heads, heads // kv_heads, head_dim)
+    keys, values = past[:, :kv_heads], past[:, kv_heads:]
+    mixed = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=crowd.mask, scale=scale)
+    return mixed.reshape(crowd.count, heads * head_dim)
+
+
+def _prefill(query: Tensor, pairs: Tensor, chunk: _Chunk, scale: float) -> Tensor:
+    tokens, heads, head_dim = query.shape
+    kv_heads = pairs.shape[1] // 2
+    past = pairs.transpose(0, 1)[None]
+    mixed = functional.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        past[:, :kv_heads],
+        past[:, kv_heads:],
+        attn_mask=chunk.mask,
+        is_causal=chunk.mask is None,
+        scale=scale,
+        enable_gqa=heads != kv_heads,
+    )
+    return mixed[0].transpose(0, 1).reshape(tokens, heads * head_dim)
 
 
 def causal_mask(span: Span, window: int | None, like: Tensor) -> Tensor:
@@ -123,4 +221,9 @@ def causal_mask(span: Span, window: int | None, like: Tensor) -> Tensor:
     hidden = columns > rows
     if window is not None:
         hidden |= columns <= rows - window
+    return _hiding(hidden, like)
+
+
+def _hiding(hidden: Tensor, like: Tensor) -> Tensor:
+    """What is added to scores: minus infinity where `hidden` is true."""
     return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))

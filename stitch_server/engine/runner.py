@@ -18,16 +18,9 @@ from torch import Tensor
 
 from stitch_server.cache.store import KVStore, Span
 from stitch_server.engine.batch import Batch, Segment, StepOutput, Token, TokenLogprobs
+from stitch_server.engine.threads import Threads
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.sampler import SampledToken, SampleRequest, sample
-
-
-@dataclass(frozen=True, slots=True)
-class Threads:
-    """Processor threads for a pass: all of them, or fewer while a neighbour on this machine computes as well."""
-
-    alone: int
-    pipelined: int
 
 
 @dataclass(slots=True)
@@ -52,8 +45,10 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepOutput:
         """One pass over all segments of `batch`."""
+        threads = self.threads.choose(batch.tokens, batch.pipelined)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
         started = time.perf_counter()
-        self._set_threads(batch.pipelined)
         hidden, spoilt = self._entering(batch.segments)
         stitched = time.perf_counter()
         hidden = self._through_layers(batch.segments, hidden)
@@ -66,13 +61,10 @@ class Runner:
         else:
             tokens = self._tokens(self.head, batch.segments, hidden, spoilt, stages)
             output = StepOutput(tokens=tokens, spoilt=spoilt, stages=stages)
-        self.busy_seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.threads.took(batch.tokens, batch.pipelined, threads, seconds)
+        self.busy_seconds += seconds
         return output
-
-    def _set_threads(self, pipelined: bool) -> None:
-        wanted = self.threads.pipelined if pipelined else self.threads.alone
-        if torch.get_num_threads() != wanted:
-            torch.set_num_threads(wanted)
 
     def _entering(self, segments: Sequenced[Segment]) -> tuple[Tensor, frozenset[int]]:
         """The batch's rows `[tokens, hidden]` as the first layers take them, and which segments are spoilt."""

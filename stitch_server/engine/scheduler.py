@@ -23,7 +23,7 @@ class Limits:
     # Prompt tokens in one pass while nobody decodes.
     prefill_tokens: int = 128
     # Prompt tokens in one pass beside decoding sessions, whose next token they delay.
-    prefill_tokens_beside_decode: int = 32
+    prefill_tokens_beside_decode: int = 64
     # Into how many groups the decoding sessions are split, so that neighbours work at the same time.
     groups: int = 2
     max_waiting_sessions: int = 256

@@ -119,6 +119,52 @@ def test_two_chunks_of_one_sequence_may_come_in_one_batch() -> None:
         check(*part, got)
 
 
+class TestCrowds:
+    """Sequences that decode together."""
+
+    @pytest.mark.parametrize("window", [None, 9, 200])
+    @pytest.mark.parametrize("ends", [(20, 20, 20), (3, 17, 31), (31, 1, 16)])
+    def test_each_sees_its_own_past_alone(self, window: int | None, ends: tuple[int, ...]) -> None:
+        pasts = scattered(3, 40)
+        store = new_store()
+        # What nobody has written yet, and what a broken session has left behind.
+        store.pairs.fill_(float("nan"))
+        for past, end in zip(pasts, ends, strict=True):
+            if end > 1:
+                attend(store, [(past, 0, end - 1)], window=window)
+        parts = [(past, end - 1, end) for past, end in zip(pasts, ends, strict=True)]
+        for part, got in zip(parts, attend(store, parts, window=window), strict=True):
+            check(*part, got, window=window)
+
+    @pytest.mark.parametrize("most_tokens", [1, 45, 1000])
+    def test_long_pasts_are_gathered_one_by_one(self, monkeypatch: pytest.MonkeyPatch, most_tokens: int) -> None:
+        monkeypatch.setattr("stitch_server.cache.store.CROWD_TOKENS", most_tokens)
+        monkeypatch.setattr("stitch_server.cache.store.FILLING_TOKENS", 2)
+        pasts, ends = scattered(4, 40), (18, 40, 19, 39)
+        store = new_store()
+        attend(store, [(past, 0, end - 1) for past, end in zip(pasts, ends, strict=True)])
+        parts = [(past, end - 1, end) for past, end in zip(pasts, ends, strict=True)]
+        for part, got in zip(parts, attend(store, parts), strict=True):
+            check(*part, got)
+
+    def test_chunks_may_lie_between_them(self) -> None:
+        first, chunked, second = scattered(3, 40)
+        store = new_store()
+        attend(store, [(first, 0, 20), (chunked, 0, 5), (second, 0, 22)])
+        parts = [(first, 20, 21), (chunked, 5, 25), (second, 22, 23)]
+        for part, got in zip(parts, attend(store, parts), strict=True):
+            check(*part, got)
+
+    def test_one_that_is_broken_spoils_no_other(self) -> None:
+        sound, broken = scattered(2, 40)
+        broken.key = broken.key * float("nan")
+        store = new_store()
+        attend(store, [(sound, 0, 30), (broken, 0, 10)])
+        got, spoilt = attend(store, [(sound, 30, 31), (broken, 10, 11)])
+        check(sound, 30, 31, got)
+        assert bool(spoilt.isnan().any())
+
+
 def test_layers_are_kept_apart() -> None:
     first, second = scattered(2, 10)
     second.blocks = first.blocks
