@@ -85,6 +85,8 @@ class Compute(Settings):
 
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # How the weights of layers and head are kept: as `dtype`, or as bytes, which is faster and a little less exact.
+    quantization: Literal["none", "int8"] = "none"
     wire_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     # Tokens for which each shard keeps KV; 0: planned from the memory that is free at start.
     kv_tokens: int = Field(default=0, ge=0)

@@ -62,9 +62,11 @@ def _plan_of(cluster: Cluster, place: ShardPlace, device: torch.device) -> Shard
     first, end = place.layers
     last = place.role == "top" and end == model.layers
     ends = place.role == "bottom" and first == 0
-    parameters = count.between(first, end) + (count.head if last or ends else 0)
+    multiplied = count.between(first, end) + (count.head if last else 0)
     token_bytes = kv_bytes_per_token(end - first, model.kv_heads, model.head_dim, dtype)
-    weights = parameters * dtype.itemsize
+    weights = multiplied * (1 if cluster.compute.quantization == "int8" else dtype.itemsize)
+    # The embedding's rows are looked up, not multiplied by.
+    weights += count.head * dtype.itemsize if ends else 0
     tokens = kv_tokens(cluster.compute.kv_tokens, token_bytes, model.context_length, device, weights)
     link = 0 if last else bytes_per_token(model.hidden_size, cluster.compute.wire_dtype)
     return ShardPlan(place.name, f"{place.role} {first} to {end - 1}", weights, token_bytes, tokens, link)

@@ -68,9 +68,9 @@ def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part
     source = cluster.models.bottom if place.role == "bottom" else cluster.models.top
     folder = resolve(cluster.model_source(place.role), cache_folder())
     model = ModelDescription.read(folder, source.id)
-    dtype = getattr(torch, cluster.compute.dtype)
+    dtype, quantization = getattr(torch, cluster.compute.dtype), cluster.compute.quantization
     first, end = place.layers
-    decoder = DecoderLayers.load(folder, first, end, device, dtype)
+    decoder = DecoderLayers.load(folder, first, end, device, dtype, quantization)
     tokenizer = tokenizer_hash(folder)
     cuts = {route.name: cut for route in cluster.routes if (cut := cut_of(route, place)) is not None}
     entered = [route for route in cluster.routes if place.role == "top" and first <= route.top_from < end]
@@ -80,7 +80,7 @@ def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part
         model=model,
         decoder=decoder,
         embedding=Embedding.load(folder, device, dtype) if (place.role, first) == ("bottom", 0) else None,
-        head=Head.load(folder, device, dtype, token_count(folder)) if is_last else None,
+        head=Head.load(folder, device, dtype, token_count(folder), quantization) if is_last else None,
         stitches={route.name: _stitch(cluster, route, model, tokenizer, device, dtype) for route in entered},
         cuts=cuts,
         tokenizer=tokenizer,

@@ -14,6 +14,7 @@ from stitch.errors import Incompatible
 from stitch_server.model import borrowed, lean
 from stitch_server.model.attend import Attend, Layer, Rotary
 from stitch_server.model.description import head_dim, kv_heads, read_config
+from stitch_server.model.product import Quantization
 from stitch_server.model.weights import Weights
 
 __all__ = ["Attend", "DecoderLayers", "Rotary"]
@@ -32,12 +33,23 @@ class DecoderLayers:
     _rotary: Callable[[Tensor], Rotary]
 
     @classmethod
-    def load(cls, folder: Path, first: int, end: int, device: torch.device, dtype: torch.dtype) -> DecoderLayers:
-        """Reads these layers' weights alone. Raises Incompatible where the model has no such range."""
+    def load(
+        cls,
+        folder: Path,
+        first: int,
+        end: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: Quantization = "none",
+    ) -> DecoderLayers:
+        """Reads these layers' weights alone.
+
+        Raises Incompatible where the model has no such range, or its layers can't be quantized.
+        """
         config = read_config(folder)
         if not 0 <= first < end <= config.num_hidden_layers:
             raise Incompatible(f"layers {first} to {end} are no range of {folder}: it has {config.num_hidden_layers}")
-        with Weights(folder, device, dtype) as weights:
+        with Weights(folder, device, dtype, quantization) as weights:
             layers, rotary = _of_family(config, first, end, weights)
         return cls(first, end, config.hidden_size, kv_heads(config), head_dim(config), layers, rotary)
 
@@ -59,5 +71,10 @@ def _of_family(
     if lean.supports(config):
         layers = [lean.load_layer(config, index, weights) for index in range(first, end)]
         return layers, lean.RotaryAngles(config, weights.device)
+    if weights.quantization != "none":
+        families = ", ".join(lean.FAMILIES)
+        raise Incompatible(
+            f"layers of {config.model_type} can't be quantized to {weights.quantization}, only: {families}"
+        )
     angles = borrowed.BorrowedAngles(config, weights.device, weights.dtype)
     return borrowed.load_layers(config, first, end, weights), angles

@@ -11,7 +11,7 @@ from torch import Tensor
 from stitch_server.model import borrowed, lean
 from stitch_server.model.description import read_config
 from stitch_server.model.embedding import EMBEDDING
-from stitch_server.model.product import Product, product
+from stitch_server.model.product import Product, Quantization, product
 from stitch_server.model.scales import logit_scale, scaled
 from stitch_server.model.weights import Weights
 
@@ -25,7 +25,14 @@ class Head:
         self._scale = scale
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, tokens: int | None = None) -> Head:
+    def load(
+        cls,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        tokens: int | None = None,
+        quantization: Quantization = "none",
+    ) -> Head:
         """Reads norm and head; a tied head is the embedding. Raises Incompatible where either is missing.
 
         Rows behind the first `tokens` only pad the vocabulary; without them no such token can be chosen.
@@ -35,7 +42,7 @@ class Head:
             rows = weights.read(EMBEDDING if config.tie_word_embeddings else "lm_head.weight")
             is_lean = lean.supports(config)
             norm = lean.load_norm(config, "model.norm", weights) if is_lean else borrowed.load_norm(config, weights)
-            return cls(norm, product(rows[:tokens]), logit_scale(config))
+            return cls(norm, product(rows[:tokens], None, quantization), logit_scale(config))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states `[n, hidden_size]` to logits float32 `[n, vocabulary]`."""

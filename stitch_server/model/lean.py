@@ -131,7 +131,8 @@ def _product(weights: Weights, *names: str) -> Product:
     """One product in place of several with the same input."""
     weight = torch.cat([weights.read(f"{name}.weight") for name in names])
     has_bias = f"{names[0]}.bias" in weights
-    return product(weight, torch.cat([weights.read(f"{name}.bias") for name in names]) if has_bias else None)
+    bias = torch.cat([weights.read(f"{name}.bias") for name in names]) if has_bias else None
+    return product(weight, bias, weights.quantization)
 
 
 def _query_key_value(weights: Weights, at: str, heads: int, keys: int) -> Product:
@@ -140,7 +141,8 @@ def _query_key_value(weights: Weights, at: str, heads: int, keys: int) -> Produc
         key = _pairs_as_neighbours(weights.read(f"{at}.k_proj.{kind}"), keys)
         return torch.cat([query, key, weights.read(f"{at}.v_proj.{kind}")])
 
-    return product(joined("weight"), joined("bias") if f"{at}.q_proj.bias" in weights else None)
+    bias = joined("bias") if f"{at}.q_proj.bias" in weights else None
+    return product(joined("weight"), bias, weights.quantization)
 
 
 def _query_key_norm(weights: Weights, at: str, heads: int, keys: int) -> Tensor | None:

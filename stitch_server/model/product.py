@@ -3,13 +3,17 @@
 On a processor the matrix is kept in the blocked layout of oneDNN. A product of one row then reads it at nearly the
 speed of the memory, and one of many rows is faster as well: on one AMD core with AVX-512, float32, a matrix of
 3,072 x 576 takes as long as MKL's row-major kernels behind `F.linear` divided by 2 to 3, at any number of rows.
+
+Quantized to int8, the matrix keeps one scale for each output, and the rows get one each when they come. The product
+is then one of small integers, for which processors have instructions of their own: all products of one token of
+SmolLM2 take 8 ms instead of 18 on that core, those of 128 tokens 77 instead of 247.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +22,33 @@ from torch import Tensor
 # `[tokens, inputs]` to a new tensor `[tokens, outputs]`.
 Product = Callable[[Tensor], Tensor]
 
+Quantization = Literal["none", "int8"]
+
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # The number of rows that the layout is chosen for; layouts for 8, 64 and 512 measured alike.
 TYPICAL_ROWS = 8
+# Signed bytes without their lowest value, so that both signs reach equally far.
+MOST_INT8 = 127
+# oneDNN's fast kernels take the rows as unsigned bytes: 128 stands for zero.
+ZERO_POINT = 128
+# Added before bytes are cut off behind the point, so that they are rounded.
+ROUNDED_ZERO = torch.tensor(ZERO_POINT + 0.5)
+# Keeps a row of zeros from being divided by zero.
+LEAST_SCALE = 1e-30
 
 
-def product(weight: Tensor, bias: Tensor | None = None) -> Product:
+def product(weight: Tensor, bias: Tensor | None = None, quantization: Quantization = "none") -> Product:
     """x → x · weightᵀ + bias, with weight `[outputs, inputs]` and bias `[outputs]`.
 
-    Keeps its own copy of the weight where that is faster. Gradients go through to x, not to the weight.
+    Keeps its own copy of the weight where that is faster. Gradients go through to x, not to the weight; a quantized
+    product has none.
     """
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if has_onednn and weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES:
+    has_onednn = torch.backends.mkldnn.is_available() and weight.device.type == "cpu"  # type: ignore[no-untyped-call]
+    if quantization == "int8":
+        # Older processors add pairs of products in 16 bits, which may be too few.
+        exact = has_onednn and torch.cpu._is_vnni_supported()
+        return (PackedInt8Product if exact else PlainInt8Product).quantized(weight, bias)
+    if has_onednn and weight.dtype in PACKED_DTYPES:
         return PackedProduct(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_ROWS), bias)
     return PlainProduct(weight, bias)
 
@@ -62,6 +81,70 @@ class PackedProduct:
         """The product alone, without a trace for gradients."""
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return result
+
+
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`[outputs, inputs]` to int8 of that shape and float32 scales `[outputs]`: weight ≈ int8 · scale."""
+    scales = (weight.float().abs().amax(dim=1) / MOST_INT8).clamp_min(LEAST_SCALE)
+    return torch.round(weight.float() / scales[:, None]).to(torch.int8), scales
+
+
+@dataclass(frozen=True, slots=True)
+class PlainInt8Product:
+    """The matrix as bytes on any device: a quarter of float32's memory, and no faster."""
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def quantized(cls, weight: Tensor, bias: Tensor | None) -> PlainInt8Product:
+        return cls(*quantized(weight), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result = F.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
+        return result if self.bias is None else result.add_(self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInt8Product:
+    """The matrix as bytes for oneDNN; the operators are those of `torch.compile`'s quantized models.
+
+    Rows become bytes as well, one scale for each: value ≈ (byte - 128) · max |row| / 127.
+    """
+
+    packed: Tensor
+    # Of the weights and of what rows are divided by: a row's bytes stand for its values / max |row| * 127.
+    scales: Tensor
+    zero_points: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def quantized(cls, weight: Tensor, bias: Tensor | None) -> PackedInt8Product:
+        rows, scales = quantized(weight)
+        packed = torch.ops.onednn.qlinear_prepack(rows, [TYPICAL_ROWS, weight.shape[1]])
+        return cls(packed, scales / MOST_INT8, torch.zeros(len(scales), dtype=torch.int32), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True, dtype=torch.float32).add_(LEAST_SCALE)
+        rows = torch.addcdiv(ROUNDED_ZERO, x, largest, value=MOST_INT8).to(torch.uint8)
+        result: Tensor = torch.ops.onednn.qlinear_pointwise(
+            rows,
+            1.0,
+            ZERO_POINT,
+            self.packed,
+            self.scales,
+            self.zero_points,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        result = result.mul_(largest) if self.bias is None else torch.addcmul(self.bias, result, largest)
+        return result.to(x.dtype)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -137,3 +137,22 @@ def test_a_rotation_that_depends_on_the_length_is_refused(tmp_path: Path) -> Non
     folder = write_tiny_model(tmp_path, "olmo2", rope_parameters=rope)
     with pytest.raises(Incompatible, match="the rotary embedding dynamic depends on the length"):
         DecoderLayers.load(folder, 0, 1, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_quantized_layers_come_close(tmp_path: Path, family: str) -> None:
+    folder = write_tiny_model(tmp_path, family)
+    hidden = torch.randn(6, DecoderLayers.load(folder, 0, 1, CPU, torch.float32).hidden_size)
+    exact, rough = (
+        layers.run(hidden, layers.rotary(torch.arange(6)), PlainAttend(), 0, 4)
+        for layers in (
+            DecoderLayers.load(folder, 0, 4, CPU, torch.float32),
+            DecoderLayers.load(folder, 0, 4, CPU, torch.float32, "int8"),
+        )
+    )
+    assert 0 < float((rough - exact).norm() / exact.norm()) < 0.03
+
+
+def test_a_family_that_can_not_be_quantized_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Incompatible, match="layers of olmo2 can't be quantized to int8, only: llama, "):
+        DecoderLayers.load(write_tiny_model(tmp_path, "olmo2"), 0, 1, CPU, torch.float32, "int8")

@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from stitch_server.model.product import PackedProduct, PlainProduct, Product, product
+from stitch_server.model.product import (
+    PackedInt8Product,
+    PackedProduct,
+    PlainInt8Product,
+    PlainProduct,
+    Product,
+    product,
+    quantized,
+)
 
 
 def operands(rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,3 +74,49 @@ def test_works_on_what_inference_mode_made() -> None:
     with torch.inference_mode():
         made = product(weight.clone(), bias.clone())(x)
     torch.testing.assert_close(made, x @ weight.T + bias)
+
+
+class TestInt8:
+    def test_a_weight_is_its_bytes_times_their_scale(self) -> None:
+        _, weight, _ = operands(1)
+        rows, scales = quantized(weight)
+        assert (rows.dtype, rows.abs().amax()) == (torch.int8, 127)
+        # Half of a step, and what float32 leaves of it.
+        assert bool(((rows * scales[:, None] - weight).abs() <= 0.5001 * scales[:, None]).all())
+
+    @pytest.mark.parametrize("kind", [PackedInt8Product, PlainInt8Product])
+    @pytest.mark.parametrize("rows", [0, 1, 2, 8, 33, 200])
+    @pytest.mark.parametrize("biased", [True, False])
+    def test_is_the_product_but_for_a_percent(self, kind: type[PackedInt8Product], rows: int, biased: bool) -> None:
+        x, weight, bias = operands(rows)
+        # Rows of very different sizes do not share a scale.
+        x = x * torch.logspace(-3, 3, rows)[:, None]
+        exact = F.linear(x, weight)
+        got = kind.quantized(weight, bias if biased else None)(x) - (bias if biased else 0.0)
+        assert got.shape == exact.shape
+        error = (got - exact).norm(dim=1) / exact.norm(dim=1)
+        assert bool((error < 0.02).all())
+
+    @pytest.mark.parametrize("kind", [PackedInt8Product, PlainInt8Product])
+    def test_a_row_of_zeros_is_the_bias(self, kind: type[PackedInt8Product]) -> None:
+        _, weight, bias = operands(1)
+        torch.testing.assert_close(kind.quantized(weight, bias)(torch.zeros(2, 37)), bias.expand(2, -1))
+
+    def test_an_output_without_weights_is_zero(self) -> None:
+        x, weight, _ = operands(3)
+        weight[5] = 0.0
+        assert bool((product(weight, None, "int8")(x)[:, 5] == 0).all())
+
+    def test_takes_rows_that_lie_apart(self) -> None:
+        x, weight, bias = operands(5)
+        wide, multiply = torch.cat([x, x], dim=1), product(weight, bias, "int8")
+        assert torch.equal(multiply(wide[:, :37]), multiply(x))
+
+    def test_keeps_the_dtype_of_the_rows(self) -> None:
+        x, weight, bias = operands(5)
+        multiply = product(weight.bfloat16(), bias.bfloat16(), "int8")
+        assert multiply(x.bfloat16()).dtype is torch.bfloat16
+
+    def test_processors_without_the_instructions_stay_plain(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+        assert isinstance(product(torch.zeros(3, 2), None, "int8"), PlainInt8Product)

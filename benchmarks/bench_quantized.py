@@ -1,0 +1,80 @@
+"""What do weights of one byte give and cost? Two shards with int8 against float32 weights, in alternation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+
+import torch
+from tokenizers import Tokenizer
+from torch.nn import functional
+
+from benchmarks.clusters import FirstShard, first_shard, preset, prompt, run, running
+from benchmarks.report import Options, options, ratio, write
+from stitch.environment import cache_folder
+from stitch_server.cache.pool import BLOCK_TOKENS
+from stitch_server.cache.store import KVStore, Span
+from stitch_server.model.decoder import DecoderLayers
+from stitch_server.model.description import read_config
+from stitch_server.model.embedding import Embedding
+from stitch_server.model.head import Head
+from stitch_server.model.product import Quantization
+from stitch_server.sources.resolve import resolve
+
+KINDS: tuple[Quantization, ...] = ("none", "int8")
+SEQUENCE_TOKENS = 512
+CPU = torch.device("cpu")
+
+
+async def measure(options: Options) -> None:
+    """Decode and TTFT of one stream; then the whole model's loss on this project's documentation."""
+    rounds, decoded, sequences = (2, 8, 2) if options.tiny else (12, 48, 40)
+    clusters = [preset(quantization=kind) for kind in KINDS]
+    samples: dict[str, list[float]] = {}
+    with running(clusters[0]) as whole, running(clusters[1]) as bytes_:
+        async with first_shard(whole) as first, first_shard(bytes_) as second:
+            for index in range(rounds + 1):
+                for kind, shard in zip(KINDS, (first, second), strict=True):
+                    found = await _sample(shard, index, decoded)
+                    for name, milliseconds in found.items() if index else ():
+                        samples.setdefault(f"{name}, {kind}, ms", []).append(milliseconds)
+    names = ("a token", "TTFT at 512")
+    ratios = {
+        f"{name}, none / int8": ratio(samples[f"{name}, none, ms"], samples[f"{name}, int8, ms"]) for name in names
+    }
+    folder = resolve(clusters[0].models.bottom.source, cache_folder())
+    losses = {kind: _losses(folder, kind, sequences) for kind in KINDS}
+    more = mean(rough - exact for exact, rough in zip(*losses.values(), strict=True))
+    write(options, samples, ratios, losses=losses)
+    for kind, values in losses.items():
+        print(f"  cross-entropy a token, {kind:<16} {mean(values):10.4f}")
+    print(f"  int8 costs {more:.4f} nats a token ({len(losses['none'])} sequences of {SEQUENCE_TOKENS} tokens)")
+
+
+async def _sample(shard: FirstShard, index: int, decoded: int) -> dict[str, float]:
+    timed = await shard.generate(prompt(64, index), decoded)
+    long = await shard.generate(prompt(512, index), 1)
+    return {"a token": timed.token_ms, "TTFT at 512": long.ttft_ms}
+
+
+@torch.inference_mode()
+def _losses(folder: Path, kind: Quantization, sequences: int) -> list[float]:
+    """Mean cross-entropy of each sequence of the documentation, in nats a token."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = "\n".join(path.read_text() for path in sorted(Path().glob("**/*.md")) if ".venv" not in path.parts)
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
+    decoder = DecoderLayers.load(folder, 0, read_config(folder).num_hidden_layers, CPU, torch.float32, kind)
+    embed, head = Embedding.load(folder, CPU, torch.float32), Head.load(folder, CPU, torch.float32, None, kind)
+    blocks = SEQUENCE_TOKENS // BLOCK_TOKENS
+    store = KVStore(0, decoder.end, blocks, decoder.kv_heads, decoder.head_dim, CPU, torch.float32)
+    losses = []
+    for row in ids[: len(ids) // SEQUENCE_TOKENS * SEQUENCE_TOKENS].view(-1, SEQUENCE_TOKENS)[:sequences]:
+        attention = store.attention([Span(0, SEQUENCE_TOKENS, range(blocks))])
+        rotary = decoder.rotary(torch.arange(SEQUENCE_TOKENS))
+        logits = head(decoder.run(embed(row), rotary, attention, 0, decoder.end))
+        losses.append(float(functional.cross_entropy(logits[:-1], row[1:])))
+    return losses
+
+
+if __name__ == "__main__":
+    run(measure(options(__doc__ or "")))
