@@ -23,7 +23,7 @@ class Limits:
     # Prompt tokens in one pass while nobody decodes.
     prefill_tokens: int = 128
     # Prompt tokens in one pass beside decoding sessions, whose next token they delay.
-    prefill_tokens_beside_decode: int = 64
+    prefill_tokens_beside_decode: int = 32
     # Into how many groups the decoding sessions are split, so that neighbours work at the same time.
     groups: int = 2
     max_waiting_sessions: int = 256
@@ -31,6 +31,9 @@ class Limits:
 
 class Scheduler:
     """Continuous batching: decode first, then prompts in the order of their arrival, in chunks.
+
+    While somebody decodes, prompts ride along with decode steps alone: a token on its way back would find its shard
+    in the middle of another chunk, and would have to wait for that.
 
     `drop` is called with a session whose KV is gone here and must go on the shards behind, too.
     """
@@ -84,13 +87,16 @@ class Scheduler:
     @property
     def ready(self) -> bool:
         """Whether the next batch would hold anything, as far as can be told without composing it."""
-        return any(session.remaining for session in self.running.values())
+        decoding = [session for session in self.running.values() if session.decoding]
+        return any(session.remaining for session in decoding or self.running.values())
 
     def next_segments(self) -> list[Segment]:
         """The segments of the next pass, none where there is nothing to compute."""
         self._turn += 1
+        decoding = any(session.decoding for session in self.running.values())
         segments = self._decodes()
-        decoding = any(session.answered for session in self.running.values())
+        if decoding and not segments:
+            return []
         budget = self._limits.prefill_tokens_beside_decode if decoding else self._limits.prefill_tokens
         for session in list(self.running.values()):
             if budget <= 0:

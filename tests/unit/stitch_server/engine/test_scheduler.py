@@ -99,8 +99,19 @@ class TestPrompts:
         prompt = new_session(30)
         bench.add(prompt)
         assert bench.take() == [(decoding, 4, 1), (prompt, 0, 5)]
-        # Also while the decoding session waits for its token.
-        assert bench.take() == [(prompt, 5, 5)]
+
+    def test_prompts_wait_for_the_tokens_that_are_under_way(self) -> None:
+        bench = Bench(prefill_tokens=50, prefill_tokens_beside_decode=5)
+        (decoding,) = bench.decoding(4)
+        prompt = new_session(30)
+        bench.add(prompt)
+        bench.take()
+        assert (bench.take(), bench.scheduler.ready) == ([], False)
+        bench.answer(decoding)
+        assert bench.scheduler.ready
+        assert bench.take() == [(decoding, 5, 1), (prompt, 5, 5)]
+        bench.scheduler.remove(decoding)
+        assert bench.take() == [(prompt, 10, 20)]
 
     def test_the_time_of_the_first_pass_is_kept(self) -> None:
         bench, session = Bench(prefill_tokens=4), new_session(8)
