@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -57,7 +58,7 @@ async def measure(options: Options) -> None:
 
 
 async def _stream(shard: FirstShard, number: int) -> None:
-    for turn in range(10_000):
+    for turn in count():
         await shard.generate(prompt(128, number * 100 + turn), 64 + 7 * number)
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from benchmarks.clusters import FirstShard, first_shard, preset, prompt, run, running
 from benchmarks.report import Options, options, ratio, write
+from stitch.cluster import Quantization
 from stitch.environment import cache_folder
 from stitch_server.cache.pool import BLOCK_TOKENS
 from stitch_server.cache.store import KVStore, Span
@@ -18,7 +19,6 @@ from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import read_config
 from stitch_server.model.embedding import Embedding
 from stitch_server.model.head import Head
-from stitch_server.model.product import Quantization
 from stitch_server.sources.resolve import resolve
 
 KINDS: tuple[Quantization, ...] = ("none", "int8")

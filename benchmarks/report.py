@@ -37,7 +37,7 @@ def ratio(candidate: Sequence[float], baseline: Sequence[float]) -> float:
 
 
 def write(options: Options, samples: Mapping[str, Sequence[float]], ratios: Mapping[str, float], **more: Any) -> None:
-    """Prints a table of medians and ratios, and writes all of it as JSON. Samples are in milliseconds."""
+    """Prints a table of medians and ratios, and writes all of it as JSON. Names end with the unit of their samples."""
     for name, values in samples.items():
         print(f"  {name:<40} {median(values):10.2f}   ({min(values):.2f} to {max(values):.2f}, {len(values)} samples)")
     for name, value in ratios.items():

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from stitch.errors import InvalidRequest
 from stitch.settings import Settings
 
+Quantization = Literal["none", "int8"]
 Role = Literal["bottom", "top"]
 ROLES: tuple[Role, Role] = ("bottom", "top")
 
@@ -86,7 +87,7 @@ class Compute(Settings):
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     # How the weights of layers and head are kept: as `dtype`, or as bytes, which is faster and a little less exact.
-    quantization: Literal["none", "int8"] = "none"
+    quantization: Quantization = "none"
     wire_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     # Tokens for which each shard keeps KV; 0: planned from the memory that is free at start.
     kv_tokens: int = Field(default=0, ge=0)

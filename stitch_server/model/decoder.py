@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from stitch.cluster import Quantization
 from stitch.errors import Incompatible
 from stitch_server.model import borrowed, lean
 from stitch_server.model.attend import Attend, Layer, Rotary
 from stitch_server.model.description import head_dim, kv_heads, read_config
-from stitch_server.model.product import Quantization
 from stitch_server.model.weights import Weights
 
 __all__ = ["Attend", "DecoderLayers", "Rotary"]

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stitch.cluster import Quantization
 from stitch_server.model import borrowed, lean
 from stitch_server.model.description import read_config
 from stitch_server.model.embedding import EMBEDDING
-from stitch_server.model.product import Product, Quantization, product
+from stitch_server.model.product import Product, product
 from stitch_server.model.scales import logit_scale, scaled
 from stitch_server.model.weights import Weights
 

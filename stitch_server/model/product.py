@@ -5,24 +5,24 @@ speed of the memory, and one of many rows is faster as well: on one AMD core wit
 3,072 x 576 takes as long as MKL's row-major kernels behind `F.linear` divided by 2 to 3, at any number of rows.
 
 Quantized to int8, the matrix keeps one scale for each output, and the rows get one each when they come. The product
-is then one of small integers, for which processors have instructions of their own: all products of one token of
-SmolLM2 take 8 ms instead of 18 on that core, those of 128 tokens 77 instead of 247.
+is then one of small integers, for which processors have instructions of their own: on that core, 30 such matrices
+take 2.9 ms instead of 6.5 for one row, and 21 instead of 68 for 128.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stitch.cluster import Quantization
+
 # `[tokens, inputs]` to a new tensor `[tokens, outputs]`.
 Product = Callable[[Tensor], Tensor]
-
-Quantization = Literal["none", "int8"]
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # The number of rows that the layout is chosen for; layouts for 8, 64 and 512 measured alike.

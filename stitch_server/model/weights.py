@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from stitch.cluster import Quantization
 from stitch.errors import Incompatible
-from stitch_server.model.product import Quantization
 
 INDEX_FILE = "model.safetensors.index.json"
 
