@@ -95,7 +95,7 @@ class Compute(Settings):
     batch_tokens: int = Field(default=512, ge=16)
     # Prompt tokens in one pass of the first shard while nobody decodes ...
     prefill_tokens: int = Field(default=128, ge=1)
-    # ... and while others do, whose next token they delay.
+    # ... and, for each prompt that waits, while others do, whose next token they delay.
     prefill_tokens_beside_decode: int = Field(default=32, ge=1)
     # Into how many groups the decoding sessions are split, so that neighbouring shards work at the same time.
     groups: int = Field(default=2, ge=1)

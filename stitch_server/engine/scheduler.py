@@ -22,7 +22,7 @@ class Limits:
 
     # Prompt tokens in one pass while nobody decodes.
     prefill_tokens: int = 128
-    # Prompt tokens in one pass beside decoding sessions, whose next token they delay.
+    # The same for each prompt that waits, beside decoding sessions, whose next token they delay.
     prefill_tokens_beside_decode: int = 32
     # Into how many groups the decoding sessions are split, so that neighbours work at the same time.
     groups: int = 2
@@ -93,11 +93,11 @@ class Scheduler:
     def next_segments(self) -> list[Segment]:
         """The segments of the next pass, none where there is nothing to compute."""
         self._turn += 1
-        decoding = any(session.decoding for session in self.running.values())
+        decoding = sum(session.decoding for session in self.running.values())
         segments = self._decodes()
         if decoding and not segments:
             return []
-        budget = self._limits.prefill_tokens_beside_decode if decoding else self._limits.prefill_tokens
+        budget = self._prompt_tokens(decoding)
         for session in list(self.running.values()):
             if budget <= 0:
                 return segments
@@ -107,6 +107,14 @@ class Scheduler:
         while budget > 0 and (admitted := self._admit()) is not None:
             budget -= self._schedule(admitted, budget, segments)
         return segments
+
+    def _prompt_tokens(self, decoding: int) -> int:
+        """How many of a pass beside so many decoding sessions: every prompt that waits brings its share."""
+        most, share = self._limits.prefill_tokens, self._limits.prefill_tokens_beside_decode
+        if not decoding:
+            return most
+        prompts = len(self.waiting) + len(self.running) - decoding
+        return max(share, min(most, share * prompts))
 
     def _decodes(self) -> list[Segment]:
         decoding = [session for session in self.running.values() if session.decoding]

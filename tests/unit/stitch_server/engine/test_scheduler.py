@@ -93,6 +93,17 @@ class TestPrompts:
         bench.add(new_session(60), new_session(3))
         assert [length for _, _, length in bench.take()] == [1]
 
+    def test_beside_decode_every_prompt_that_waits_brings_its_share(self) -> None:
+        bench = Bench(prefill_tokens=12, prefill_tokens_beside_decode=5)
+        (decoding,) = bench.decoding(4)
+        first, second, third = (new_session(40, first_token=1_000 * index) for index in range(1, 4))
+        bench.add(first, second)
+        assert bench.take() == [(decoding, 4, 1), (first, 0, 10)]
+        bench.add(third)
+        bench.answer(decoding)
+        # As much as if nobody decoded, and no more.
+        assert bench.take() == [(decoding, 5, 1), (first, 10, 12)]
+
     def test_beside_decode_prompts_get_less(self) -> None:
         bench = Bench(prefill_tokens=50, prefill_tokens_beside_decode=5)
         (decoding,) = bench.decoding(4)
