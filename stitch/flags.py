@@ -21,6 +21,7 @@ _SAMPLING: tuple[tuple[str, _Kind, str, str], ...] = (
     ("seed", int, "N", "same seed, same text"),
     ("logprobs", int, "N", "report log-probabilities and N alternatives (with --json)"),
 )
+_OTHERS = ("route", "stop", "stop_token_ids", "forced_token_ids", "forced_answer", "ignore_eos")
 
 
 def add_sampling(verb: argparse.ArgumentParser) -> None:
@@ -33,12 +34,21 @@ def add_sampling(verb: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stop-token-id", dest="stop_token_ids", action="append", type=int, metavar="ID", help="end at this token"
     )
+    group.add_argument(
+        "--forced-token-id",
+        dest="forced_token_ids",
+        action="append",
+        type=int,
+        metavar="ID",
+        help="begin with this token; may be repeated",
+    )
+    group.add_argument("--forced-answer", metavar="TEXT", help="answer this; --logprobs says how likely it is")
     group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the model's end token")
 
 
 def request_fields(parsed: argparse.Namespace) -> dict[str, Any]:
     """What `add_sampling` has read, as fields of a request; what was not given is absent."""
-    names = ("route", "stop", "stop_token_ids", "ignore_eos", *(name for name, *_ in _SAMPLING))
+    names = (*_OTHERS, *(name for name, *_ in _SAMPLING))
     given = {name: getattr(parsed, name) for name in names}
     return {name: value for name, value in given.items() if value is not None}
 

@@ -11,6 +11,8 @@ from stitch.v1 import inference_pb2
 MAX_LOGPROBS = 20
 DEFAULT_MAX_TOKENS = 1024
 
+_REPEATED = ("stop_token_ids", "forced_token_ids")
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -29,6 +31,8 @@ class Sampling:
     ignore_eos: bool = False
     # Alternatives beside each token; None: no log-probabilities at all.
     logprobs: int | None = None
+    # What the answer begins with, whatever the model thinks of it.
+    forced_token_ids: tuple[int, ...] = ()
 
     @property
     def greedy(self) -> bool:
@@ -46,7 +50,7 @@ class Sampling:
         Raises InvalidRequest for a value outside of its limits.
         """
         given = {field.name: getattr(message, field.name) for field in fields(cls) if _is_set(message, field.name)}
-        given["stop_token_ids"] = tuple(message.stop_token_ids)
+        given |= {name: tuple(getattr(message, name)) for name in _REPEATED}
         sampling = cls(**given)
         sampling._check()
         return sampling
@@ -70,7 +74,7 @@ class Sampling:
 
 
 def _is_set(message: inference_pb2.Sampling, name: str) -> bool:
-    if name == "stop_token_ids":
+    if name in _REPEATED:
         return False
     return name == "ignore_eos" or message.HasField(name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
@@ -50,9 +51,13 @@ class Preparation:
         if request.route is not None:
             self._cluster.route(request.route)
         vocabulary = self._vocabulary(request.prompt)
-        validation.check_stop_tokens(request.sampling.stop_token_ids, self._catalogue.vocabulary_size)
+        for field in ("stop_token_ids", "forced_token_ids"):
+            validation.check_tokens(field, getattr(request.sampling, field), self._catalogue.vocabulary_size)
         ids = await self._tokenize(request.prompt, vocabulary)
-        sampling = complete(request.sampling, len(ids), self._catalogue.context_tokens, vocabulary.end_tokens)
+        asked = request.sampling
+        if request.forced_answer is not None:
+            asked = await self._forced(request.forced_answer, asked, len(ids), vocabulary)
+        sampling = complete(asked, len(ids), self._catalogue.context_tokens, vocabulary.end_tokens)
         return Prepared(request, tuple(ids), self._judge(request.prompt, request.route), sampling, vocabulary)
 
     async def judge(self, prompt: Prompt) -> tuple[Judgement, int]:
@@ -67,12 +72,22 @@ class Preparation:
     async def _tokenize(self, prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
         context_tokens = self._catalogue.context_tokens
         validation.check_size(prompt, context_tokens, vocabulary.longest_token_bytes)
-        if validation.size_bytes(prompt) <= INLINE_BYTES:
-            ids = tokenize(prompt, vocabulary)
-        else:
-            ids = await asyncio.get_running_loop().run_in_executor(self._threads, tokenize, prompt, vocabulary)
+        ids = await self._encode(prompt, lambda: tokenize(prompt, vocabulary))
         validation.check_fits(prompt, len(ids), context_tokens)
         return ids
+
+    async def _encode(self, text: Prompt, encode: Callable[[], list[int]]) -> list[int]:
+        if validation.size_bytes(text) <= INLINE_BYTES:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+
+    async def _forced(self, answer: str, sampling: Sampling, prompt_tokens: int, vocabulary: Vocabulary) -> Sampling:
+        """The sampling that gives this answer and ends behind it."""
+        context_tokens = self._catalogue.context_tokens
+        validation.check_forced(answer, sampling.forced_token_ids, context_tokens * vocabulary.longest_token_bytes)
+        ids = await self._encode(answer, lambda: vocabulary.encode_rendered(answer))
+        validation.check_answer_fits(len(ids), context_tokens - prompt_tokens)
+        return replace(sampling, forced_token_ids=tuple(ids), max_tokens=min(sampling.max_tokens, len(ids)))
 
     def _judge(self, prompt: Prompt, requested: str | None) -> Judgement:
         judgement = self._router.judge(Query(user_turns(prompt), tuple(self._catalogue.routes())))

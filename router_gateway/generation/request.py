@@ -30,6 +30,8 @@ class Request:
     stop: tuple[str, ...] = ()
     # None: the router decides.
     route: str | None = None
+    # What the answer is; None: what the model says.
+    forced_answer: str | None = None
 
 
 class FinishReason(Enum):

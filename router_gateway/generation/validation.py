@@ -53,11 +53,28 @@ def check_stop(stop: Sequence[str]) -> None:
         check_count(f"stop[{index}]", string, MAX_STOP_CHARACTERS, "characters")
 
 
-def check_stop_tokens(ids: Iterable[int], vocabulary_size: int) -> None:
+def check_tokens(field: str, ids: Iterable[int], vocabulary_size: int) -> None:
     for index, token_id in enumerate(ids):
         if token_id >= vocabulary_size:
             limit = f"the vocabulary ends at {vocabulary_size - 1:,}"
-            raise InvalidRequest(f"sampling.stop_token_ids[{index}]", token_id, limit)
+            raise InvalidRequest(f"sampling.{field}[{index}]", token_id, limit)
+
+
+def check_forced(answer: str, forced_token_ids: Sized, most_bytes: int) -> None:
+    """Refuses a forced answer beside forced tokens, and one that can't fit, however it is tokenized."""
+    if forced_token_ids:
+        limit = "a forced answer says all of its tokens itself"
+        raise InvalidRequest("sampling.forced_token_ids", Amount(f"{len(forced_token_ids):,} ids"), limit)
+    if (size := len(answer.encode())) > most_bytes:
+        limit = f"the context holds at most {most_bytes:,}"
+        raise InvalidRequest("forced_answer", Amount(f"{size:,} bytes"), limit)
+
+
+def check_answer_fits(tokens: int, room_tokens: int) -> None:
+    """A forced answer has a token, and ends with the context at the latest."""
+    if not 0 < tokens <= room_tokens:
+        limit = f"it must have at least one, and behind this prompt the context holds {room_tokens:,}"
+        raise InvalidRequest("forced_answer", Amount(f"{tokens:,} tokens"), limit)
 
 
 def check_size(prompt: Prompt, context_tokens: int, longest_token_bytes: int) -> None:

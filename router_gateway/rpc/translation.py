@@ -22,6 +22,7 @@ MAX_REQUEST_ID_CHARACTERS = 128
 # What is longer would keep the event loop busy before the context is known that it does not fit into.
 MAX_MESSAGES = 32_768
 MAX_STOP_TOKENS = 1_024
+MAX_FORCED_TOKENS = 32_768
 
 _REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -41,6 +42,7 @@ def to_request(message: inference_pb2.GenerateRequest) -> Request:
         sampling=_to_sampling(message.sampling),
         stop=tuple(message.stop),
         route=None if message.route in ("", AUTO) else message.route,
+        forced_answer=message.forced_answer if message.HasField("forced_answer") else None,
     )
 
 
@@ -73,6 +75,7 @@ def to_judgement(judgement: Judgement) -> inference_pb2.Judgement:
 
 def _to_sampling(message: inference_pb2.Sampling) -> Sampling:
     validation.check_count("sampling.stop_token_ids", message.stop_token_ids, MAX_STOP_TOKENS, "ids")
+    validation.check_count("sampling.forced_token_ids", message.forced_token_ids, MAX_FORCED_TOKENS, "ids")
     sampling = Sampling.from_proto(message)
     return sampling if message.HasField("seed") else replace(sampling, seed=secrets.randbits(64))
 

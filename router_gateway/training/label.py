@@ -9,15 +9,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO, TypeAlias
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from router_gateway.training.arguments import said
+from router_gateway.training.quality import Graded, Routes, grade
+
+if TYPE_CHECKING:
+    from stitch.client import AsyncClient
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -26,10 +32,29 @@ ANSWER_TIMEOUT_SECONDS = 600.0
 _REPORT_EVERY_SECONDS = 5.0
 
 
-class Answerer(Protocol):
-    """The answer of one route to a prompt, as text; raises StitchError where there is none."""
+@dataclass(frozen=True)
+class ClusterRoutes:
+    """The routes behind a gateway, asked greedily."""
 
-    async def __call__(self, prompt: str, route: str) -> str: ...
+    client: AsyncClient
+    max_tokens: int
+    # Prompts go as they are, not as a chat.
+    plain: bool
+
+    async def answer(self, prompt: str, route: str) -> str:
+        """See `Routes`."""
+        asked = self._asked(prompt, route) | {"temperature": 0.0}
+        return (await self.client.generate(**asked, timeout=ANSWER_TIMEOUT_SECONDS)).text
+
+    async def likelihood(self, prompt: str, route: str, answer: str) -> float:
+        """See `Routes`; of the answer's first `max_tokens` tokens."""
+        asked = self._asked(prompt, route) | {"forced_answer": answer, "logprobs": 0, "ignore_eos": True}
+        found = await self.client.generate(**asked, timeout=ANSWER_TIMEOUT_SECONDS)
+        return math.exp(fmean(token.logprob for token in found.logprobs))
+
+    def _asked(self, prompt: str, route: str) -> dict[str, Any]:
+        said = {"prompt": prompt} if self.plain else {"messages": [{"role": "user", "content": prompt}]}
+        return {**said, "route": route, "max_tokens": self.max_tokens}
 
 
 @dataclass
@@ -79,34 +104,28 @@ async def _labelled(args: argparse.Namespace) -> int:
     async with AsyncClient(args.gateway) as client:
         given = args.routes.split(",") if args.routes else [route.name for route in (await client.describe()).routes]
 
-        async def answer(prompt: str, route: str) -> str:
-            asked: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]}
-            if args.plain:
-                asked = {"prompt": prompt}
-            asked |= {"route": route, "temperature": 0.0, "max_tokens": args.max_tokens}
-            return (await client.generate(**asked, timeout=ANSWER_TIMEOUT_SECONDS)).text
-
+        routes = ClusterRoutes(client, args.max_tokens, args.plain)
         with open_for_more(args.out) as out:
-            progress = await label(rows, given, answer, out, args.at_once, _reporter())
+            progress = await label(rows, given, routes, out, args.at_once, _reporter())
     return progress.failed
 
 
 async def label(
     rows: Sequence[Row],
-    routes: Sequence[str],
-    answer: Answerer,
+    names: Sequence[str],
+    routes: Routes,
     out: TextIO,
     at_once: int,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Writes one line for each row that every route answered, as they come, `at_once` rows under way.
+    """Writes one line for each row that every named route answered, as they come, `at_once` rows under way.
 
     Raises InvalidRequest for fewer than two routes: one alone has nothing to be compared with.
     """
     from stitch.errors import InvalidRequest, StitchError
 
-    if len(routes) < 2 or at_once < 1:
-        field, value = ("routes", list(routes)) if len(routes) < 2 else ("at_once", at_once)
+    if len(names) < 2 or at_once < 1:
+        field, value = ("routes", list(names)) if len(names) < 2 else ("at_once", at_once)
         raise InvalidRequest(field, value, "there must be at least two routes, and one prompt at once")
     progress, waiting = Progress(len(rows)), iter(rows)
 
@@ -114,12 +133,12 @@ async def label(
         # All workers draw from one iterator, so each row has one worker.
         for row in waiting:
             try:
-                answers = [await answer(row["prompt"], route) for route in routes]
+                line = _line(row, await grade(row, names, routes))
             except StitchError as error:
                 progress.failed += 1
                 print(f"router-gateway: {error}", file=sys.stderr)
             else:
-                out.write(_line(row, dict(zip(routes, answers, strict=True)), routes))
+                out.write(line)
                 out.flush()
                 progress.done += 1
             report(progress)
@@ -163,10 +182,7 @@ def _drop_torn_line(out: Path) -> None:
         file.truncate()
 
 
-def _line(row: Row, answers: Mapping[str, str], routes: Sequence[str]) -> str:
-    from router_gateway.training.quality import grade
-
-    graded = grade(row, answers, routes)
+def _line(row: Row, graded: Graded) -> str:
     label = {"prompt": row["prompt"], "routes": graded.qualities, "measure": graded.measure}
     if "task" in row:
         label["task"] = row["task"]

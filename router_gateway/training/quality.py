@@ -1,17 +1,16 @@
-"""How good an answer is, by the best measure that its row allows. Knows no cluster.
+"""How good a route is on a prompt, by the best measure that its row allows. Knows no connection.
 
-gold        1 where the answer states the row's `answer`, else 0
-reference   F1 of the words that the answer shares with the row's `reference` (as SQuAD counts them, arXiv 1606.05250)
-agreement   the same against the strongest route's answer, where a row has neither
+gold        1 where the route's answer states the row's `answer`, else 0
+reference   how likely the route finds the row's `reference`: the geometric mean of its tokens' probabilities
+agreement   the same of the strongest route's answer, where a row has neither
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 Measure: TypeAlias = Literal["gold", "reference", "agreement"]
 
@@ -21,22 +20,39 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _GOLD_MARK = "####"
 
 
+class Routes(Protocol):
+    """The routes of a cluster; both raise StitchError where there is no answer."""
+
+    async def answer(self, prompt: str, route: str) -> str:
+        """What a route says to a prompt."""
+        ...
+
+    async def likelihood(self, prompt: str, route: str, answer: str) -> float:
+        """The geometric mean of the probabilities, 0 to 1, that a route gives to the tokens of an answer."""
+        ...
+
+
 @dataclass(frozen=True)
 class Graded:
-    """The quality of every route's answer to one prompt, 0 to 1, and how it was measured."""
+    """The quality of every route on one prompt, 0 to 1, and how it was measured."""
 
     qualities: dict[str, float]
     measure: Measure
 
 
-def grade(row: Mapping[str, Any], answers: Mapping[str, str], routes: Sequence[str]) -> Graded:
-    """Grades one answer of each route; `routes` are cheapest first."""
-    if isinstance(row.get("answer"), str):
-        return Graded({route: float(states(answers[route], row["answer"])) for route in routes}, "gold")
-    if isinstance(row.get("reference"), str):
-        return Graded({route: shared_words(answers[route], row["reference"]) for route in routes}, "reference")
-    strongest = answers[routes[-1]]
-    return Graded({route: shared_words(answers[route], strongest) for route in routes}, "agreement")
+async def grade(row: Mapping[str, Any], names: Sequence[str], routes: Routes) -> Graded:
+    """Grades the named routes, which are cheapest first, on one row. Raises what `routes` raises."""
+    prompt, gold, reference = row["prompt"], row.get("answer"), row.get("reference")
+    if isinstance(gold, str):
+        return Graded({name: float(states(await routes.answer(prompt, name), gold)) for name in names}, "gold")
+    if isinstance(reference, str):
+        return Graded(await _likelihoods(prompt, names, routes, reference), "reference")
+    strongest = await routes.answer(prompt, names[-1])
+    return Graded(await _likelihoods(prompt, names, routes, strongest), "agreement")
+
+
+async def _likelihoods(prompt: str, names: Sequence[str], routes: Routes, answer: str) -> dict[str, float]:
+    return {name: await routes.likelihood(prompt, name, answer) for name in names}
 
 
 def states(answer: str, gold: str) -> bool:
@@ -47,14 +63,6 @@ def states(answer: str, gold: str) -> bool:
         return bool(numbers) and _number(numbers[-1]) == _number(wanted)
     words, given = _words(wanted), _words(answer)
     return bool(words) and words in (given[: len(words)], given[-len(words) :])
-
-
-def shared_words(answer: str, reference: str) -> float:
-    """The harmonic mean of precision and recall of words, 0 to 1; 1 where both are empty."""
-    given, wanted = Counter(_words(answer)), Counter(_words(reference))
-    if not given or not wanted:
-        return float(given == wanted)
-    return 2 * (given & wanted).total() / (given.total() + wanted.total())
 
 
 def _words(text: str) -> list[str]:

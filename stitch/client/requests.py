@@ -39,11 +39,14 @@ class RequestFields(TypedDict, total=False):
     stop: str | Sequence[str] | None
     # A route's name, or `auto`.
     route: str | None
+    # What the answer begins with, and what it is as a whole.
+    forced_token_ids: Sequence[int] | None
+    forced_answer: str | None
     request_id: str | None
 
 
 _SAMPLING = frozenset(inference_pb2.Sampling.DESCRIPTOR.fields_by_name)
-_PLAIN = ("stop", "route", "request_id")
+_PLAIN = ("stop", "route", "request_id", "forced_answer")
 _INPUT = ("prompt", "messages")
 
 _KINDS = {

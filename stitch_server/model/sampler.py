@@ -52,12 +52,16 @@ def sample(logits: Tensor, requests: Sequence[SampleRequest]) -> list[SampledTok
 
 
 def _ids(logits: Tensor, requests: Sequence[SampleRequest]) -> list[int]:
-    plain = [request.sampling.greedy and not request.sampling.penalizes for request in requests]
+    plain = [_is_plain(request.sampling) for request in requests]
     ids: list[int] = logits.argmax(dim=1).tolist() if any(plain) else [0] * len(requests)
     for index, request in enumerate(requests):
         if not plain[index]:
             ids[index] = _chosen(logits[index], request)
     return ids
+
+
+def _is_plain(sampling: Sampling) -> bool:
+    return sampling.greedy and not sampling.penalizes and not sampling.forced_token_ids
 
 
 def _with_logprobs(row: Tensor, token: int, request: SampleRequest) -> SampledToken:
@@ -70,6 +74,9 @@ def _with_logprobs(row: Tensor, token: int, request: SampleRequest) -> SampledTo
 
 
 def _chosen(row: Tensor, request: SampleRequest) -> int:
+    forced, said = request.sampling.forced_token_ids, request.position - request.prompt_tokens
+    if 0 <= said < len(forced):
+        return forced[said]
     if request.sampling.penalizes:
         row = penalized(row, request)
     if request.sampling.greedy:

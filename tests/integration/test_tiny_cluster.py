@@ -29,6 +29,17 @@ def test_the_same_question_has_the_same_answer(tiny_cluster: Cluster) -> None:
     assert first.token_ids == second.token_ids
 
 
+def test_a_forced_answer_is_the_answer_and_as_likely_as_when_it_was_sampled(tiny_cluster: Cluster) -> None:
+    said = tiny_cluster.generate("stitch", route="weak", max_tokens=6, ignore_eos=True, logprobs=0)
+    asked = {"ignore_eos": True, "logprobs": 0}
+    begun = tiny_cluster.generate("stitch", route="weak", max_tokens=6, forced_token_ids=said.token_ids[:3], **asked)
+    assert begun.token_ids == said.token_ids
+    assert [one.logprob for one in begun.logprobs] == pytest.approx([one.logprob for one in said.logprobs], rel=1e-4)
+    forced = tiny_cluster.generate("stitch", route="strong", forced_answer="another text", **asked)
+    assert (forced.text, forced.finish_reason) == ("another text", "length")
+    assert len(forced.logprobs) == forced.generated_tokens > 1
+
+
 def test_routes_answer_differently(tiny_cluster: Cluster) -> None:
     answers = {
         tiny_cluster.generate("stitch", route=route, max_tokens=8, ignore_eos=True).token_ids

@@ -31,11 +31,13 @@ def test_every_flag_is_a_field() -> None:
             *("--route", "weak", "--max-tokens", "3", "--temperature", "0.5", "--top-k", "4", "--top-p", "0.9"),
             *("--min-p", "0.1", "--repetition-penalty", "1.1", "--presence-penalty", "-1", "--frequency-penalty", "1"),
             *("--seed", "7", "--logprobs", "2", "--stop", "a", "--stop", "b", "--stop-token-id", "5", "--ignore-eos"),
+            *("--forced-token-id", "8", "--forced-token-id", "9", "--forced-answer", "so"),
         )
     )
     request = generate_request({"prompt": "x", **fields})
     assert request.route == "weak"
     assert list(request.stop) == ["a", "b"]
+    assert (list(request.sampling.forced_token_ids), request.forced_answer) == ([8, 9], "so")
     assert {field.name for field, _ in request.sampling.ListFields()} == set(
         inference_pb2.Sampling.DESCRIPTOR.fields_by_name
     )

@@ -37,6 +37,7 @@ def test_every_field_survives_the_wire() -> None:
         stop_token_ids=(1, 2),
         ignore_eos=True,
         logprobs=3,
+        forced_token_ids=(4, 5, 4),
     )
     assert all(getattr(sampling, field.name) != getattr(Sampling(), field.name) for field in fields(Sampling))
     assert Sampling.from_proto(sampling.to_proto()) == sampling

@@ -36,10 +36,24 @@ def test_stop_strings_are_few_short_and_not_empty() -> None:
     validation.check_stop(["x" * 1_024] * 16)
 
 
-def test_stop_tokens_are_tokens() -> None:
-    message = refused(lambda: validation.check_stop_tokens([399, 400], 400))
+def test_tokens_are_in_the_vocabulary() -> None:
+    message = refused(lambda: validation.check_tokens("stop_token_ids", [399, 400], 400))
     assert message == "sampling.stop_token_ids[1] is 400, but the vocabulary ends at 399"
-    validation.check_stop_tokens([0, 399], 400)
+    validation.check_tokens("forced_token_ids", [0, 399], 400)
+
+
+def test_a_forced_answer_has_tokens_and_room() -> None:
+    assert refused(lambda: validation.check_answer_fits(0, 5)).startswith("forced_answer is 0 tokens, but it must")
+    assert refused(lambda: validation.check_answer_fits(6, 5)).endswith("behind this prompt the context holds 5")
+    validation.check_answer_fits(5, 5)
+
+
+def test_a_forced_answer_is_alone_and_no_longer_than_any_that_fits() -> None:
+    assert refused(lambda: validation.check_forced("x", [1], 9)).startswith("sampling.forced_token_ids is 1 ids, but a")
+    assert refused(lambda: validation.check_forced("ä" * 5, [], 9)) == (
+        "forced_answer is 10 bytes, but the context holds at most 9"
+    )
+    validation.check_forced("ä" * 4, [], 9)
 
 
 def test_a_text_that_can_t_fit_is_refused_by_its_size_alone() -> None:

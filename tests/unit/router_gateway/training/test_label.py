@@ -35,7 +35,10 @@ class Cluster:
         self.most_at_once = 0
         self._now = 0
 
-    async def __call__(self, prompt: str, route: str) -> str:
+    async def likelihood(self, prompt: str, route: str, answer: str) -> float:
+        raise NotImplementedError
+
+    async def answer(self, prompt: str, route: str) -> str:
         self.asked.append((prompt, route))
         self._now += 1
         self.most_at_once = max(self.most_at_once, self._now)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser
 from collections.abc import Iterator
+from math import exp
 from pathlib import Path
 
 import pytest
@@ -44,12 +45,21 @@ def test_all_routes_of_the_cluster_are_labelled(
 
 
 def test_requests_are_greedy_chats_of_the_length_asked_for(gateway: FakeGateway, tmp_path: Path) -> None:
-    write(tmp_path / "data.jsonl", [{"prompt": "one two"}])
+    write(tmp_path / "data.jsonl", [{"prompt": "one two", "answer": "two"}])
     assert ran(gateway, tmp_path, "--max-tokens", "2", "--routes", "weak,strong") == 0
     assert sorted(request.route for request in gateway.requests) == ["strong", "weak"]
     for request in gateway.requests:
         assert [message.content for message in request.chat.messages] == ["one two"]
         assert (request.sampling.temperature, request.sampling.max_tokens) == (0.0, 2)
+
+
+def test_a_reference_is_scored_instead_of_an_answer(gateway: FakeGateway, tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", [{"prompt": "one two", "reference": "three"}])
+    assert ran(gateway, tmp_path) == 0
+    assert [(request.forced_answer, request.sampling.logprobs) for request in gateway.requests] == [("three", 0)] * 2
+    # Every token of the fake gateway has the log-probability -0.5.
+    (row,) = labels(tmp_path)
+    assert (row["routes"], row["measure"]) == ({"weak": exp(-0.5), "strong": exp(-0.5)}, "reference")
 
 
 def test_a_plain_prompt_is_sent_as_it_is(gateway: FakeGateway, tmp_path: Path) -> None:

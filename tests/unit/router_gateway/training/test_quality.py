@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router_gateway.training.quality import grade, shared_words, states
+from router_gateway.training.quality import grade, states
 
 
 @pytest.mark.parametrize(
@@ -28,36 +28,40 @@ def test_an_answer_states_the_gold_or_not(answer: str, gold: str, right: bool) -
     assert states(answer, gold) is right
 
 
-@pytest.mark.parametrize(
-    ("answer", "reference", "shared"),
-    [
-        ("the cat sat", "The cat sat!", 1.0),
-        ("the cat", "a dog", 0.0),
-        ("a b c d", "a b", 2 * 0.5 * 1 / 1.5),
-        ("a a a", "a", 0.5),
-        ("", "", 1.0),
-        ("", "a", 0.0),
-    ],
-)
-def test_shared_words_are_the_mean_of_precision_and_recall(answer: str, reference: str, shared: float) -> None:
-    assert shared_words(answer, reference) == pytest.approx(shared)
+class Routes:
+    """Strong says 5 and finds it sure, weak says 4 and finds everything unlikely."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, ...]] = []
+
+    async def answer(self, prompt: str, route: str) -> str:
+        self.asked.append(("answer", prompt, route))
+        return {"weak": "it is 4", "strong": "it is 5"}[route]
+
+    async def likelihood(self, prompt: str, route: str, answer: str) -> float:
+        self.asked.append(("likelihood", prompt, route, answer))
+        return {"weak": 0.25, "strong": 0.75}[route]
 
 
-ANSWERS = {"weak": "it is 4", "strong": "it is 5"}
+NAMES = ("weak", "strong")
 
 
-def test_a_gold_answer_is_the_best_measure() -> None:
-    graded = grade({"answer": "#### 5", "reference": "it is 4"}, ANSWERS, ("weak", "strong"))
+async def test_a_gold_answer_is_the_best_measure() -> None:
+    graded = await grade({"prompt": "2+3", "answer": "#### 5", "reference": "it is 4"}, NAMES, Routes())
     assert (graded.qualities, graded.measure) == ({"weak": 0.0, "strong": 1.0}, "gold")
 
 
-def test_then_a_reference() -> None:
-    graded = grade({"reference": "it is 4"}, ANSWERS, ("weak", "strong"))
-    assert graded.measure == "reference"
-    assert graded.qualities["weak"] == 1.0 > graded.qualities["strong"]
+async def test_then_how_likely_a_reference_is_without_an_answer_of_any_route() -> None:
+    routes = Routes()
+    graded = await grade({"prompt": "2+3", "reference": "it is 4"}, NAMES, routes)
+    assert (graded.qualities, graded.measure) == ({"weak": 0.25, "strong": 0.75}, "reference")
+    assert routes.asked == [("likelihood", "2+3", route, "it is 4") for route in NAMES]
 
 
-def test_then_the_agreement_with_the_strongest_route() -> None:
-    graded = grade({"answer": None}, ANSWERS, ("weak", "strong"))
-    assert graded.measure == "agreement"
-    assert graded.qualities == {"weak": pytest.approx(2 / 3), "strong": 1.0}
+async def test_then_how_likely_the_strongest_route_s_answer_is() -> None:
+    routes = Routes()
+    graded = await grade({"prompt": "2+3", "answer": None}, NAMES, routes)
+    assert (graded.qualities, graded.measure) == ({"weak": 0.25, "strong": 0.75}, "agreement")
+    first, *others = routes.asked
+    assert first == ("answer", "2+3", "strong")
+    assert others == [("likelihood", "2+3", route, "it is 5") for route in NAMES]

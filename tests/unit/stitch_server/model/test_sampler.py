@@ -48,6 +48,24 @@ def warped(row: Tensor, *processors: LogitsProcessor) -> Tensor:
     return scores[0].double().softmax(0)
 
 
+class TestForced:
+    def test_tokens_come_by_their_place_in_the_answer_and_then_the_model_goes_on(self) -> None:
+        rows = logits(3)
+        forced = {"forced_token_ids": (9, 4), "temperature": 1.0, "top_k": 1}
+        drawn = sample(rows, [request(position=position, prompt_tokens=3, **forced) for position in (3, 4, 5)])
+        assert [token.id for token in drawn] == [9, 4, int(rows[2].argmax())]
+
+    def test_the_log_probability_is_the_model_s(self) -> None:
+        row = logits()
+        (token,) = sample(row, [request(position=3, forced_token_ids=(9,), logprobs=0)])
+        assert token.logprob == pytest.approx(float(row.log_softmax(1)[0, 9]))
+
+    def test_a_neighbour_is_chosen_as_before(self) -> None:
+        rows = logits(2)
+        drawn = sample(rows, [request(position=3, forced_token_ids=(9,)), request(position=3)])
+        assert [token.id for token in drawn] == [9, int(rows[1].argmax())]
+
+
 class TestGreedy:
     def test_takes_the_likeliest_of_every_row(self) -> None:
         rows = logits(4)
