@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tomllib
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -123,6 +124,8 @@ class Cluster(Settings):
             names = [item.name for item in getattr(self, part)]
             if len(set(names)) < len(names):
                 raise ValueError(f"two {part} have one name: {', '.join(names)}")
+        for role in ROLES:
+            self._check_apart(role)
         for route in self.routes:
             self._check_covered("bottom", 0, route.bottom_layers, route)
             if route.stitch is None and route.bottom_layers != route.top_from:
@@ -131,9 +134,19 @@ class Cluster(Settings):
             raise ValueError(f"gateway.fallback_route names no route: {self.gateway.fallback_route}")
         return self
 
+    def _check_apart(self, role: Role) -> None:
+        for (first, end), (start, stop) in pairwise(self._ranges(role)):
+            if start < end:
+                ranges = f"{first} to {end} and {start} to {stop}"
+                raise ValueError(f"{role} shards hold layers {ranges}: ranges are equal, of replicas, or apart")
+
+    def _ranges(self, role: Role) -> list[tuple[int, int]]:
+        """The different ranges of layers that shards of a model hold, in order."""
+        return sorted({shard.layers for shard in self.shards if shard.role == role})
+
     def _check_covered(self, role: Role, first: int, end: int, route: RouteCut) -> None:
         reached = first
-        for start, stop in sorted({shard.layers for shard in self.shards if shard.role == role}):
+        for start, stop in self._ranges(role):
             if start <= reached < stop:
                 reached = stop
         if reached < end:
@@ -168,8 +181,7 @@ class Cluster(Settings):
         """The chain of a route: for every stage the replicas that can take it, in order."""
         ranges: list[tuple[Role, tuple[int, int]]] = []
         for role in ROLES:
-            held = sorted({shard.layers for shard in self.shards if shard.role == role})
-            ranges += [(role, layers) for layers in held if _takes_part(role, layers, route)]
+            ranges += [(role, layers) for layers in self._ranges(role) if _takes_part(role, layers, route)]
         return [[shard for shard in self.shards if (shard.role, shard.layers) == stage] for stage in ranges]
 
 

@@ -56,7 +56,7 @@ def table(plans: list[ShardPlan]) -> str:
 
 def _plan_of(cluster: Cluster, place: ShardPlace, device: torch.device) -> ShardPlan:
     source = cluster.models.bottom if place.role == "bottom" else cluster.models.top
-    folder = resolve(source.source, cache_folder())
+    folder = resolve(cluster.model_source(place.role), cache_folder())
     model, count = ModelDescription.read(folder, source.id), ParameterCount.read(folder)
     dtype: torch.dtype = getattr(torch, cluster.compute.dtype)
     first, end = place.layers

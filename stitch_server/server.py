@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -21,6 +22,7 @@ from stitch.event_loop import observe_delay
 from stitch.stopping import StopSignals
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.devices import pick_device
+from stitch_server.engine.engine import Engine
 from stitch_server.metrics import Metrics
 from stitch_server.rpc.links import Links
 from stitch_server.rpc.servicer import ShardServicer
@@ -41,8 +43,18 @@ async def serve(settings: ShardSettings) -> None:
     signals.install()
     async with open_shard(settings) as running:
         print(f"stitch-server: shard {settings.place.name} listens on {settings.host}:{running.port}", flush=True)
-        await signals.first.wait()
+        await asked_to_stop(signals, running.shard.engine)
         await signals.drained(running.drain(settings.drain_seconds))
+
+
+async def asked_to_stop(signals: StopSignals, engine: Engine) -> None:
+    """Waits for the first signal. Raises what broke the engine's loop, so that the process ends with it."""
+    asked, ended = asyncio.create_task(signals.first.wait()), asyncio.wrap_future(engine.ended)
+    both: set[asyncio.Future[Any]] = {asked, ended}
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    if ended.done():
+        ended.result()
 
 
 @dataclass(frozen=True, slots=True)

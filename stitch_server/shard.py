@@ -243,6 +243,7 @@ def _identity(
         kv_block_tokens=BLOCK_TOKENS,
         device=str(device),
         compute_dtype=cluster.compute.dtype,
+        quantization=cluster.compute.quantization,
     )
     (identity.bottom if place.role == "bottom" else identity.top).CopyFrom(part.model.to_proto())
     identity.routes.extend(_description(route, part) for route in cluster.routes if route.name in part.cuts)

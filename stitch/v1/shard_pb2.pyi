@@ -23,6 +23,7 @@ class FailureCause(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FAILURE_CAUSE_PREFIX_MISSING: _ClassVar[FailureCause]
     FAILURE_CAUSE_UNAVAILABLE: _ClassVar[FailureCause]
     FAILURE_CAUSE_PRECONDITION: _ClassVar[FailureCause]
+    FAILURE_CAUSE_TOO_LONG: _ClassVar[FailureCause]
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_FLOAT32: Dtype
 DTYPE_BFLOAT16: Dtype
@@ -33,6 +34,7 @@ FAILURE_CAUSE_KV_EXHAUSTED: FailureCause
 FAILURE_CAUSE_PREFIX_MISSING: FailureCause
 FAILURE_CAUSE_UNAVAILABLE: FailureCause
 FAILURE_CAUSE_PRECONDITION: FailureCause
+FAILURE_CAUSE_TOO_LONG: FailureCause
 
 class ShardGenerateRequest(_message.Message):
     __slots__ = ("request_id", "token_ids", "prompt_tokens", "route", "chain", "sampling")
@@ -105,7 +107,7 @@ class Welcome(_message.Message):
     def __init__(self, identity: _Optional[_Union[ShardIdentity, _Mapping]] = ...) -> None: ...
 
 class ShardIdentity(_message.Message):
-    __slots__ = ("shard", "role", "first_layer", "end_layer", "bottom", "top", "tokenizer", "wire_dtype", "routes", "kv_capacity_tokens", "kv_block_tokens", "device", "compute_dtype")
+    __slots__ = ("shard", "role", "first_layer", "end_layer", "bottom", "top", "tokenizer", "wire_dtype", "routes", "kv_capacity_tokens", "kv_block_tokens", "device", "compute_dtype", "quantization")
     SHARD_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +121,7 @@ class ShardIdentity(_message.Message):
     KV_BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     shard: str
     role: str
     first_layer: int
@@ -132,7 +135,8 @@ class ShardIdentity(_message.Message):
     kv_block_tokens: int
     device: str
     compute_dtype: str
-    def __init__(self, shard: _Optional[str] = ..., role: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., bottom: _Optional[_Union[_inference_pb2.Model, _Mapping]] = ..., top: _Optional[_Union[_inference_pb2.Model, _Mapping]] = ..., tokenizer: _Optional[str] = ..., wire_dtype: _Optional[_Union[Dtype, str]] = ..., routes: _Optional[_Iterable[_Union[_inference_pb2.RouteDescription, _Mapping]]] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_block_tokens: _Optional[int] = ..., device: _Optional[str] = ..., compute_dtype: _Optional[str] = ...) -> None: ...
+    quantization: str
+    def __init__(self, shard: _Optional[str] = ..., role: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., bottom: _Optional[_Union[_inference_pb2.Model, _Mapping]] = ..., top: _Optional[_Union[_inference_pb2.Model, _Mapping]] = ..., tokenizer: _Optional[str] = ..., wire_dtype: _Optional[_Union[Dtype, str]] = ..., routes: _Optional[_Iterable[_Union[_inference_pb2.RouteDescription, _Mapping]]] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_block_tokens: _Optional[int] = ..., device: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class HiddenStates(_message.Message):
     __slots__ = ("dtype", "tokens", "hidden_size", "data", "scales")

@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Protocol
 
 from stitch_server.engine.batch import Batch, StepOutput
@@ -37,6 +38,8 @@ class Engine:
         self._front = front
         self._runner = runner
         self._observe = observe
+        # Done when the thread is: with the exception, where the loop itself broke.
+        self.ended: Future[None] = Future()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
@@ -70,8 +73,13 @@ class Engine:
 
     def _loop(self) -> None:
         worked = True
-        while self._drain(wait=not worked):
-            worked = self.step()
+        try:
+            while self._drain(wait=not worked):
+                worked = self.step()
+        except Exception as error:  # whoever waits for the end hears of it; a shard without its loop is of no use
+            self.ended.set_exception(error)
+        else:
+            self.ended.set_result(None)
 
     def _drain(self, wait: bool) -> bool:
         """Obeys all that has arrived, since a cancelled session must not be computed once more; False: stop."""

@@ -12,7 +12,7 @@ from typing import Protocol
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
-from stitch_server.cache.pool import BLOCK_TOKENS, BlockPool, prefix_hashes
+from stitch_server.cache.pool import BLOCK_TOKENS, BlockPool, blocks_for, prefix_hashes
 from stitch_server.engine.batch import Cut
 from stitch_server.engine.forwarding import Forwarding, Reply
 from stitch_server.engine.sequence import Sequence
@@ -105,10 +105,18 @@ class Intake:
                 f"session {segment.session} sends epoch {segment.epoch}, position {segment.position}, "
                 f"but epoch {expected[0]}, position {expected[1]} comes next"
             )
-        if not self._pool.grow(sequence.number, sequence.cached + segment.length):
-            raise Refused(shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED, f"no KV block is free for session {segment.session}")
+        self._make_room(sequence, sequence.cached + segment.length, segment.session)
         sequence.cached += segment.length
         return sequence
+
+    def _make_room(self, sequence: Sequence, tokens: int, session: int) -> None:
+        if self._pool.grow(sequence.number, tokens):
+            return
+        if blocks_for(tokens) > self._pool.blocks:
+            room = self._pool.blocks * BLOCK_TOKENS
+            message = f"session {session} has {tokens} tokens, but the KV cache holds {room}"
+            raise Refused(shard_pb2.FAILURE_CAUSE_TOO_LONG, message)
+        raise Refused(shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED, f"no KV block is free for session {session}")
 
     def remove(self, upstream: Upstream, session: int) -> None:
         """The neighbour closes the session. Unknown ones are fine: closing twice does no harm."""

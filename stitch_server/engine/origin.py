@@ -119,13 +119,12 @@ class Origin:
         }
 
     def _failed(self, session: Session, failure: Failure) -> None:
-        alone = len(self.scheduler.running) == 1
         if failure.cause == shard_pb2.FAILURE_CAUSE_PREFIX_MISSING:
             session.reusable = False
             self.scheduler.postpone(session)
-        elif failure.cause == shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED and not alone:
-            self.scheduler.postpone(session)
         elif failure.cause == shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED:
+            self.scheduler.postpone(session)
+        elif failure.cause == shard_pb2.FAILURE_CAUSE_TOO_LONG:
             self._end(session, Progress(error=Exhausted(failure.message, 60.0)))
         elif failure.cause == shard_pb2.FAILURE_CAUSE_UNAVAILABLE:
             self._end(session, Progress(error=_with_progress(Unavailable(failure.message), session)))

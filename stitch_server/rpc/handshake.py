@@ -37,6 +37,8 @@ def check_welcome(welcome: shard_pb2.Welcome, own: Identity) -> None:
 _COMPARED: dict[str, Callable[[Identity], object]] = {
     "tokenizer": lambda identity: identity.tokenizer,
     "wire dtype": lambda identity: shard_pb2.Dtype.Name(identity.wire_dtype),
+    "compute dtype": lambda identity: identity.compute_dtype,
+    "quantization": lambda identity: identity.quantization,
     "tokens of a KV block": lambda identity: identity.kv_block_tokens,
 }
 

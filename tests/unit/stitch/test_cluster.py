@@ -133,6 +133,11 @@ def shard(name: str, role: str, first: int, end: int) -> dict[str, Any]:
         ({"routes": [{"name": "a", "bottom_layers": 4, "top_from": 4}] * 2}, "cluster", "two routes have one name"),
         ({"shards": [shard("a", "bottom", 0, 8), shard("a", "top", 3, 12)]}, "cluster", "two shards have one name"),
         ({"shards": [shard("a", "bottom", 0, 3), shard("b", "bottom", 5, 8)]}, "cluster", "passes bottom layer 3"),
+        (
+            {"shards": [shard("a", "bottom", 0, 6), shard("b", "bottom", 5, 8), shard("c", "top", 3, 12)]},
+            "cluster",
+            "bottom shards hold layers 0 to 6 and 5 to 8: ranges are equal, of replicas, or apart",
+        ),
         ({"shards": [shard("a", "bottom", 0, 8), shard("b", "top", 5, 5)]}, "shards.1", "layers 5 to 5 are no range"),
         ({"shards": [shard("a", "middle", 0, 8)] * 2}, "shards.0.role", "'bottom' or 'top'"),
         ({"gateway": {"address": "x:0", "metrics_port": 70000}}, "gateway.metrics_port", "less than or equal to 65535"),

@@ -163,4 +163,18 @@ class TestLoop:
         engine.stop()
         engine.post(lambda: front.batches.append(new_batch()))
         assert not engine._thread.is_alive()
+        assert engine.ended.result(timeout=0) is None
         assert front.batches == []
+
+    def test_whoever_waits_for_the_end_hears_what_broke_the_loop(
+        self, front: FakeFront, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken() -> Batch | None:
+            raise RuntimeError("out of paper")
+
+        monkeypatch.setattr(front, "next_batch", broken)
+        engine = Engine(front, runner)
+        engine.start()
+        with pytest.raises(RuntimeError, match="out of paper"):
+            engine.ended.result(PATIENCE_SECONDS)
+        engine.stop()

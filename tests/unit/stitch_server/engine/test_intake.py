@@ -95,10 +95,19 @@ def test_a_chain_that_ends_too_early_is_refused(pool: BlockPool, upstream: FakeU
     assert refusal(intake, upstream, FIRST)[1].endswith("which is not the last of its chain")
 
 
-def test_without_room_a_session_is_freed(intake: Intake, upstream: FakeUpstream, pool: BlockPool) -> None:
+def test_what_would_fit_if_others_were_not_there_is_told_so(
+    intake: Intake, upstream: FakeUpstream, pool: BlockPool
+) -> None:
+    intake.accept(upstream, FIRST)
+    intake.accept(upstream, replace(FIRST, session=6))
+    assert refusal(intake, upstream, replace(NEXT, length=100)) == ("KV_EXHAUSTED", "no KV block is free for session 5")
+    assert (len(intake), pool.free_blocks) == (1, 6)
+
+
+def test_what_never_fits_is_freed(intake: Intake, upstream: FakeUpstream, pool: BlockPool) -> None:
     intake.accept(upstream, FIRST)
     cause, message = refusal(intake, upstream, replace(NEXT, length=200))
-    assert (cause, message) == ("KV_EXHAUSTED", "no KV block is free for session 5")
+    assert (cause, message) == ("TOO_LONG", "session 5 has 220 tokens, but the KV cache holds 128")
     assert (len(intake), pool.free_blocks) == (0, 8)
 
 
@@ -119,13 +128,13 @@ class TestReasons:
 
     def ended(self, intake: Intake, upstream: FakeUpstream) -> None:
         intake.accept(upstream, FIRST)
-        assert refusal(intake, upstream, replace(NEXT, length=200))[0] == "KV_EXHAUSTED"
+        assert refusal(intake, upstream, replace(NEXT, length=200))[0] == "TOO_LONG"
 
     def test_a_later_step_hears_the_same(self, intake: Intake, upstream: FakeUpstream) -> None:
         self.ended(intake, upstream)
         for position in (220, 240):
             cause, message = refusal(intake, upstream, replace(NEXT, position=position))
-            assert (cause, message) == ("KV_EXHAUSTED", "no KV block is free for session 5")
+            assert (cause, message) == ("TOO_LONG", "session 5 has 220 tokens, but the KV cache holds 128")
 
     def test_also_where_it_was_never_open(self, intake: Intake, upstream: FakeUpstream) -> None:
         missing = replace(FIRST, position=16, opening=replace(OPENING, reused_tokens=16))

@@ -245,9 +245,14 @@ class TestFailures:
         bench.reply(step, 51)
         assert ids(heard) == [50, 51]
 
-    def test_alone_it_hears_that_it_never_fits(self, bench: Bench) -> None:
+    def test_alone_here_it_may_still_wait_for_sessions_of_another_first_shard(self, bench: Bench) -> None:
         session, heard = bench.admit()
         bench.refuse(bench.compute(), session, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED)
+        assert (heard, bench.origin.waiting_sessions) == ([], 1)
+
+    def test_it_hears_that_it_never_fits(self, bench: Bench) -> None:
+        session, heard = bench.admit()
+        bench.refuse(bench.compute(), session, shard_pb2.FAILURE_CAUSE_TOO_LONG)
         error = error_of(heard)
         assert isinstance(error, Exhausted)
         assert error.retry_after_seconds == 60.0

@@ -108,7 +108,7 @@ class TestLast:
     def test_without_room_a_session_is_told_so(self, bench: Bench) -> None:
         bench.receive(replace(segment(5), length=BLOCKS * 16 + 1))
         assert bench.relay.next_batch() is None
-        assert causes(bench.up.last) == [(5, "KV_EXHAUSTED")]
+        assert causes(bench.up.last) == [(5, "TOO_LONG")]
         assert bench.idle
 
     def test_without_room_for_its_second_chunk_the_first_is_taken_back(self) -> None:
@@ -122,7 +122,7 @@ class TestLast:
         assert len(set(blocks)) == len(blocks)
         assert [one.length for one in batch.segments] == [4, 32]
         assert [reply.step for reply in bench.up.replies] == [2, 1]
-        assert [causes(reply) for reply in bench.up.replies] == [[(5, "KV_EXHAUSTED")]] * 2
+        assert [causes(reply) for reply in bench.up.replies] == [[(5, "TOO_LONG")]] * 2
         assert len(other.last.tokens) == 1
         assert bench.relay.running_sessions == 2
 

@@ -108,7 +108,7 @@ class TestMiddle:
         number = bench.downstream.last.segments[0].sequence.number
         bench.receive(replace(self.middle(5, 1, 4), length=BLOCKS * 16))
         assert bench.relay.next_batch() is None
-        assert causes(bench.up.last) == [(5, "KV_EXHAUSTED")]
+        assert causes(bench.up.last) == [(5, "TOO_LONG")]
         assert bench.downstream.closed == [("end:1", number)]
 
     def test_what_was_taken_back_is_not_opened_behind(self) -> None:
@@ -129,7 +129,7 @@ class TestMiddle:
         # Closed there meanwhile, so that the first chunk finds it so.
         failure = Failure(sent.segments[0].sequence.number, 0, shard_pb2.FAILURE_CAUSE_PRECONDITION, "not open")
         bench.relay.replied(Reply(sent.number, failures=(failure,)))
-        assert [causes(reply) for reply in bench.up.replies] == [[(5, "KV_EXHAUSTED")]] * 2
+        assert [causes(reply) for reply in bench.up.replies] == [[(5, "TOO_LONG")]] * 2
 
     def test_a_spoilt_chunk_closes_what_its_batch_has_opened_behind(self, bench: Bench) -> None:
         bench.receive(self.middle(5, 8, wants_token=False))

@@ -27,6 +27,8 @@ def identity(shard: str, role: str, layers: tuple[int, int]) -> Identity:
         tokenizer="abc",
         wire_dtype=shard_pb2.DTYPE_FLOAT32,
         kv_block_tokens=16,
+        compute_dtype="float32",
+        quantization="none",
     )
     (made.bottom if role == "bottom" else made.top).CopyFrom(model("big", 8) if role == "bottom" else model("small", 4))
     routes = {"weak": (3, 2), "strong": (4, 3)}
@@ -83,6 +85,14 @@ def set_dtype(one: Identity) -> None:
     one.wire_dtype = shard_pb2.DTYPE_INT8
 
 
+def set_compute(one: Identity) -> None:
+    one.compute_dtype = "bfloat16"
+
+
+def set_quantization(one: Identity) -> None:
+    one.quantization = "int8"
+
+
 def set_block(one: Identity) -> None:
     one.kv_block_tokens = 32
 
@@ -90,6 +100,8 @@ def set_block(one: Identity) -> None:
 COMPARED: list[tuple[Change, str]] = [
     (set_tokenizer, "the tokenizer of shard bottom-0 is xyz, that of shard top-0 is abc"),
     (set_dtype, "the wire dtype of shard bottom-0 is DTYPE_INT8, that of shard top-0 is DTYPE_FLOAT32"),
+    (set_compute, "the compute dtype of shard bottom-0 is bfloat16, that of shard top-0 is float32"),
+    (set_quantization, "the quantization of shard bottom-0 is int8, that of shard top-0 is none"),
     (set_block, "the tokens of a KV block of shard bottom-0 is 32, that of shard top-0 is 16"),
 ]
 

@@ -1,0 +1,68 @@
+"""What a cluster's shards are said to take is what they take once they are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stitch.cluster import Cluster, load_cluster
+from stitch_server.plan import SESSION_TOKENS, plan, table
+from stitch_server.planning import kv_bytes_per_token
+from stitch_server.shard import load_part
+from tests.support.tiny_cluster import write_tiny_cluster
+
+CPU = torch.device("cpu")
+
+
+def tiny(folder: Path, **compute: Any) -> Cluster:
+    return load_cluster(str(write_tiny_cluster(folder, bottoms=((0, 2), (2, 4)), tops=((2, 4),), **compute)))
+
+
+def test_every_shard_has_a_plan_in_the_order_of_the_file(tmp_path: Path) -> None:
+    plans = plan(tiny(tmp_path), CPU)
+    assert [(one.shard, one.layers) for one in plans] == [
+        ("bottom-0", "bottom 0 to 1"),
+        ("bottom-1", "bottom 2 to 3"),
+        ("top-0", "top 2 to 3"),
+    ]
+
+
+def test_kv_is_what_the_shard_s_store_takes(tmp_path: Path) -> None:
+    cluster = tiny(tmp_path, kv_tokens=4096)
+    for one, place in zip(plan(cluster, CPU), cluster.shards, strict=True):
+        part = load_part(cluster, place, CPU)
+        model = part.model
+        layers = place.layers[1] - place.layers[0]
+        assert one.kv_bytes_per_token == kv_bytes_per_token(layers, model.kv_heads, model.head_dim, torch.float32)
+        assert (one.kv_tokens, one.sessions) == (4096, 4096 // SESSION_TOKENS)
+
+
+def test_the_ends_of_the_chain_take_embedding_and_head(tmp_path: Path) -> None:
+    cluster = tiny(tmp_path)
+    first, middle, last = plan(cluster, CPU)
+    embedding = load_part(cluster, cluster.shard("bottom-0"), CPU).count.head * torch.float32.itemsize
+    assert first.weight_bytes == middle.weight_bytes + embedding
+    top = load_part(cluster, cluster.shard("top-0"), CPU).count
+    assert last.weight_bytes == (top.between(2, 4) + top.head) * torch.float32.itemsize
+    assert (first.link_bytes_per_token, last.link_bytes_per_token) == (middle.link_bytes_per_token, 0)
+
+
+def test_bytes_take_a_quarter_of_float32_except_the_embedding(tmp_path: Path) -> None:
+    whole, small = plan(tiny(tmp_path), CPU), plan(tiny(tmp_path, quantization="int8"), CPU)
+    assert [one.weight_bytes * 4 for one in small[1:]] == [one.weight_bytes for one in whole[1:]]
+    assert small[0].weight_bytes - small[1].weight_bytes == whole[0].weight_bytes - whole[1].weight_bytes
+
+
+def test_half_the_wire_dtype_is_half_the_link(tmp_path: Path) -> None:
+    (whole, *_), (half, *_) = (plan(tiny(tmp_path, wire_dtype=dtype), CPU) for dtype in ("float32", "bfloat16"))
+    assert half.link_bytes_per_token * 2 == whole.link_bytes_per_token > 0
+
+
+def test_the_table_has_a_line_for_each_shard(tmp_path: Path) -> None:
+    head, *rows, foot = table(plan(tiny(tmp_path, kv_tokens=4096), CPU)).splitlines()
+    assert head.split()[0] == "shard"
+    assert [row.split()[0] for row in rows] == ["bottom-0", "bottom-1", "top-0"]
+    assert all("4,096" in row for row in rows)
+    assert "1,024 tokens" in foot

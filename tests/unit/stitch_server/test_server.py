@@ -1,0 +1,67 @@
+"""What ends a shard's process: a signal, or an engine whose loop broke."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from stitch.stopping import StopSignals
+from stitch_server.engine.batch import Batch, StepOutput
+from stitch_server.engine.engine import Engine
+from stitch_server.engine.forwarding import Reply
+from stitch_server.server import asked_to_stop
+
+
+class Front:
+    """Has nothing to compute, or breaks."""
+
+    broken = False
+
+    def next_batch(self) -> Batch | None:
+        if self.broken:
+            raise RuntimeError("out of paper")
+        return None
+
+    def deliver(self, batch: Batch, output: StepOutput) -> None:
+        raise NotImplementedError
+
+    def fail(self, batch: Batch, error: Exception) -> None:
+        raise NotImplementedError
+
+    def replied(self, reply: Reply) -> None:
+        raise NotImplementedError
+
+    def lost(self, address: str, error: Exception) -> None:
+        raise NotImplementedError
+
+
+class Runner:
+    def run(self, batch: Batch) -> StepOutput:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def front() -> Front:
+    return Front()
+
+
+@pytest.fixture
+def engine(front: Front) -> Iterator[Engine]:
+    engine = Engine(front, Runner())
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+async def test_a_signal_does(engine: Engine) -> None:
+    signals = StopSignals()
+    signals.received()
+    await asked_to_stop(signals, engine)
+    assert not engine.ended.done()
+
+
+async def test_an_engine_that_broke_does_and_is_named(engine: Engine, front: Front) -> None:
+    front.broken = True
+    with pytest.raises(RuntimeError, match="out of paper"):
+        await asked_to_stop(StopSignals(), engine)
