@@ -1,10 +1,17 @@
-"""What does the hop cost? One stream over two shards against the same pair in one process, in alternation."""
+"""What does the hop cost? One stream over two shards, against the same pair in one process and a bare round trip."""
 
 from __future__ import annotations
+
+from statistics import median
 
 from benchmarks.clusters import first_shard, preset, prompt, run, running
 from benchmarks.one_process import OneProcess
 from benchmarks.report import Options, options, ratio, write
+from benchmarks.tcp_echo import tcp_echo
+
+# A token's hidden states in float32, and about what a sampled token takes on its way back.
+HIDDEN_BYTES, REPLY_BYTES = 576 * 4, 32
+TRIPS = 200
 
 
 async def measure(options: Options) -> None:
@@ -13,7 +20,7 @@ async def measure(options: Options) -> None:
     cluster = preset()
     whole = OneProcess(cluster)
     samples: dict[str, list[float]] = {}
-    with running(cluster) as local:
+    with running(cluster) as local, tcp_echo(HIDDEN_BYTES, REPLY_BYTES) as echo:
         async with first_shard(local) as shard:
             for index in range(rounds + 1):
                 one, two = whole.generate(prompt(64), decoded), await shard.generate(prompt(64, index), decoded)
@@ -24,8 +31,15 @@ async def measure(options: Options) -> None:
                     samples.setdefault("decode, two shards, ms a token", []).append(two.token_ms)
                     samples.setdefault("TTFT at 512, one process, ms", []).append(long_one.ttft_ms)
                     samples.setdefault("TTFT at 512, two shards, ms", []).append(long_two.ttft_ms)
-    one_token, two_token, one_first, two_first = samples.values()
-    write(options, samples, {"decode": ratio(two_token, one_token), "TTFT at 512": ratio(two_first, one_first)})
+                    trips = [echo.seconds() * 1e3 for _ in range(TRIPS)]
+                    samples.setdefault("bare round trip over TCP, ms", []).append(median(trips))
+    one_token, two_token, one_first, two_first, bare = samples.values()
+    ratios = {
+        "decode": ratio(two_token, one_token),
+        "TTFT at 512": ratio(two_first, one_first),
+        "hop / bare round trip": (median(two_token) - median(one_token)) / median(bare),
+    }
+    write(options, samples, ratios)
 
 
 if __name__ == "__main__":
