@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from stitch.flags import add_gateway, add_sampling, lengths, positive
+from stitch.flags import add_gateway, add_generation, lengths, positive
 
 INTERRUPTED = 130
 DEFAULT_CLUSTER = "smollm2"
@@ -60,13 +60,13 @@ def _ask(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--system", metavar="TEXT", help="what the model is told before the question")
     verb.add_argument("--json", action="store_true", help="print one JSON object when the answer is complete")
     verb.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this time")
-    add_sampling(verb)
+    add_generation(verb)
     add_gateway(verb)
 
 
 def _chat(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
-    add_sampling(verb)
+    add_generation(verb)
     add_gateway(verb)
 
 
@@ -75,7 +75,7 @@ def _batch(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--out", required=True, metavar="FILE.jsonl", help="one answer or error a line, in order")
     verb.add_argument("--resume", action="store_true", help="keep the answers in --out, ask for the rest alone")
     verb.add_argument("--concurrency", type=positive, default=16, metavar="N", help="requests at once (16)")
-    add_sampling(verb)
+    add_generation(verb)
     add_gateway(verb)
 
 

@@ -5,6 +5,7 @@ StitchError
 ├── Incompatible         FAILED_PRECONDITION   two sides that do not fit together
 ├── OutOfStep            FAILED_PRECONDITION   a frame that the cache has no place for
 ├── Exhausted            RESOURCE_EXHAUSTED    no room now; carries when to come back
+├── ObjectivesUnmet      OUT_OF_RANGE          no route is predicted to keep to what the request asks for
 ├── Unavailable          UNAVAILABLE           no shard can go on; carries how far it came
 └── Expired              DEADLINE_EXCEEDED     the deadline passed
 """
@@ -79,6 +80,12 @@ class Exhausted(StitchError):
         yield retry
 
 
+class ObjectivesUnmet(StitchError):
+    """No route is predicted to keep to a request's objectives; says what was predicted of each."""
+
+    code = grpc.StatusCode.OUT_OF_RANGE
+
+
 class Unavailable(StitchError):
     """A shard of the chain is gone, and no other can take its place."""
 
@@ -140,6 +147,8 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
         return Incompatible(message)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Expired(message)
+    if code is grpc.StatusCode.OUT_OF_RANGE:
+        return ObjectivesUnmet(message)
     return error
 
 
@@ -156,6 +165,8 @@ def from_code(code: int, message: str) -> StitchError:
             return Incompatible(message)
         case code_pb2.DEADLINE_EXCEEDED:
             return Expired(message)
+        case code_pb2.OUT_OF_RANGE:
+            return ObjectivesUnmet(message)
     return StitchError(message)
 
 

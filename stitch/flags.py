@@ -22,12 +22,20 @@ _SAMPLING: tuple[tuple[str, _Kind, str, str], ...] = (
     ("logprobs", int, "N", "report log-probabilities and N alternatives (with --json)"),
 )
 _OTHERS = ("route", "stop", "stop_token_ids", "forced_token_ids", "forced_answer", "ignore_eos")
+_OBJECTIVES: tuple[tuple[str, _Kind, str, str], ...] = (
+    ("max_ttft_seconds", float, "S", "take a route whose first text is predicted to come within S seconds"),
+    ("max_cost", float, "C", "take a route that costs at most C times what the dearest does"),
+    ("min_quality", float, "Q", "take the cheapest route whose answer a learned router expects to be worth Q"),
+)
 
 
-def add_sampling(verb: argparse.ArgumentParser) -> None:
-    """The route, and everything that decides the next token."""
-    group = verb.add_argument_group("generation")
+def add_generation(verb: argparse.ArgumentParser) -> None:
+    """What decides the route, and what decides the next token."""
+    group = verb.add_argument_group("route")
     group.add_argument("--route", metavar="R", help="a route's name; by default the router decides")
+    for name, kind, metavar, explanation in _OBJECTIVES:
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=explanation)
+    group = verb.add_argument_group("generation")
     for name, kind, metavar, explanation in _SAMPLING:
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=explanation)
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
@@ -47,8 +55,9 @@ def add_sampling(verb: argparse.ArgumentParser) -> None:
 
 
 def request_fields(parsed: argparse.Namespace) -> dict[str, Any]:
-    """What `add_sampling` has read, as fields of a request; what was not given is absent."""
-    names = (*_OTHERS, *(name for name, *_ in _SAMPLING))
+    """What `add_generation` has read, as fields of a request; what was not given is absent."""
+    tabled = (name for name, *_ in (*_OBJECTIVES, *_SAMPLING))
+    names = (*_OTHERS, *tabled)
     given = {name: getattr(parsed, name) for name in names}
     return {name: value for name, value in given.items() if value is not None}
 

@@ -7,7 +7,7 @@ with Client("127.0.0.1:7001") as client:
 from stitch.client.answers import Alternative, Answer, Delta, Judgement, TokenLogprobs
 from stitch.client.asynchronous import AsyncClient, AsyncStream
 from stitch.client.blocking import Client, Stream
-from stitch.client.requests import Message, RequestFields
+from stitch.client.requests import Message, RequestFields, RouteFields
 
 __all__ = [
     "Alternative",
@@ -19,6 +19,7 @@ __all__ = [
     "Judgement",
     "Message",
     "RequestFields",
+    "RouteFields",
     "Stream",
     "TokenLogprobs",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -12,7 +12,7 @@ from stitch.channels import open_sync_channel
 from stitch.client.answers import Answer, Collector, Delta, Judgement, judgement_of
 from stitch.client.batches import Batch, Outcome
 from stitch.client.failures import translated_rpc_errors
-from stitch.client.requests import Message, RequestFields, generate_request, route_request
+from stitch.client.requests import RequestFields, RouteFields, generate_request, route_request
 from stitch.v1 import inference_pb2
 from stitch.v1.inference_pb2_grpc import InferenceStub
 
@@ -87,11 +87,12 @@ class Client:
         return batch.outcomes()
 
     def route(
-        self, prompt: str | None = None, *, messages: Sequence[Message] | None = None, timeout: float | None = None
+        self, prompt: str | None = None, *, timeout: float | None = None, **fields: Unpack[RouteFields]
     ) -> Judgement:
-        """What the router makes of a query, without an answer."""
+        """The route that a query would take, without an answer."""
+        request = route_request({"prompt": prompt, **fields})
         with translated_rpc_errors():
-            return judgement_of(self._stub.Route(route_request(prompt, messages), timeout=timeout))
+            return judgement_of(self._stub.Route(request, timeout=timeout))
 
     def describe(self, *, timeout: float | None = None) -> inference_pb2.DescribeResponse:
         """The models, routes and shards behind the gateway."""

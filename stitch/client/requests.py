@@ -16,11 +16,22 @@ Message = Mapping[str, str]
 """One turn of a conversation: `{"role": "user", "content": "…"}`."""
 
 
-class RequestFields(TypedDict, total=False):
-    """What a request may carry beside its prompt. A field that is absent or None takes the gateway's default."""
+class RouteFields(TypedDict, total=False):
+    """What the choice of a route goes by. A field that is absent or None takes the gateway's default."""
 
     # A conversation, in place of the prompt.
     messages: Sequence[Message] | None
+    # Objectives; the comments of `Objectives` in inference.proto say how each is kept to.
+    max_ttft_seconds: float | None
+    max_cost: float | None
+    min_quality: float | None
+    # Requests that name one conversation stay on its route.
+    conversation_id: str | None
+
+
+class RequestFields(RouteFields, total=False):
+    """What a request may carry beside its prompt."""
+
     # 0 is greedy.
     temperature: float | None
     top_k: int | None
@@ -46,7 +57,9 @@ class RequestFields(TypedDict, total=False):
 
 
 _SAMPLING = frozenset(inference_pb2.Sampling.DESCRIPTOR.fields_by_name)
-_PLAIN = ("stop", "route", "request_id", "forced_answer")
+_OBJECTIVES = frozenset(inference_pb2.Objectives.DESCRIPTOR.fields_by_name)
+_PLAIN = ("stop", "route", "request_id", "conversation_id", "forced_answer")
+_ROUTE_FIELDS = frozenset((*_OBJECTIVES, "conversation_id"))
 _INPUT = ("prompt", "messages")
 
 _KINDS = {
@@ -72,19 +85,27 @@ def generate_request(fields: Mapping[str, Any]) -> inference_pb2.GenerateRequest
     return request
 
 
-def route_request(prompt: str | None, messages: Sequence[Message] | None) -> inference_pb2.RouteRequest:
-    """The message that asks for a judgement alone; errors as `generate_request`."""
+def route_request(fields: Mapping[str, Any]) -> inference_pb2.RouteRequest:
+    """The message that asks for a judgement alone: `prompt` or `messages`, and any of RouteFields; errors likewise."""
     request = inference_pb2.RouteRequest()
-    _set_input(request, {"prompt": prompt, "messages": messages})
+    _set_input(request, fields)
+    for name, value in fields.items():
+        if name not in _INPUT and value is not None:
+            if name not in _ROUTE_FIELDS:
+                raise InvalidRequest(name, value, f"a judgement takes: {', '.join([*_INPUT, *sorted(_ROUTE_FIELDS)])}")
+            _assign(request.objectives if name in _OBJECTIVES else request, name, value)
     return request
 
 
 def _owner(request: inference_pb2.GenerateRequest, name: str, value: object) -> ProtoMessage:
     if name in _SAMPLING:
         return request.sampling
+    if name in _OBJECTIVES:
+        return request.objectives
     if name in _PLAIN:
         return request
-    raise InvalidRequest(name, value, f"a request has: {', '.join([*_INPUT, *_PLAIN, *sorted(_SAMPLING)])}")
+    known = [*_INPUT, *_PLAIN, *sorted(_OBJECTIVES), *sorted(_SAMPLING)]
+    raise InvalidRequest(name, value, f"a request has: {', '.join(known)}")
 
 
 def _set_input(request: inference_pb2.GenerateRequest | inference_pb2.RouteRequest, fields: Mapping[str, Any]) -> None:

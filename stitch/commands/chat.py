@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from stitch.commands.screen import show_stream
 from stitch.errors import StitchError
 from stitch.flags import request_fields
 
-HELP = "/new begins anew · /route NAME asks for a route, /route auto for the router's choice · /quit, Ctrl-D"
+HELP = "/new begins anew · /route NAME goes on with a route, /route auto with the router's choice · /quit, Ctrl-D"
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -35,6 +36,10 @@ def run(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _new_name() -> str:
+    return uuid.uuid4().hex
+
+
 @dataclass(slots=True)
 class Conversation:
     """The turns so far, and what every request carries beside them."""
@@ -44,6 +49,8 @@ class Conversation:
     fields: dict[str, Any]
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
+    # Names it at the gateway, which keeps it on one route.
+    name: str = field(default_factory=_new_name)
 
     def hold(self, read_line: Callable[[str], str]) -> None:
         """Goes on until `read_line` raises EOFError, or a line says /quit."""
@@ -64,8 +71,11 @@ class Conversation:
                 pass
             case "/new":
                 self.turns.clear()
+                self.name = _new_name()
             case "/route":
                 self.fields["route"] = argument.strip() or "auto"
+                # Under its old name the conversation would stay where it is.
+                self.name = _new_name()
             case "/help":
                 self.console.print(HELP, style="dim", highlight=False)
             case _:
@@ -76,7 +86,7 @@ class Conversation:
         turn = {"role": "user", "content": question}
         system = [{"role": "system", "content": self.system}] if self.system else []
         try:
-            stream = self.client.stream(messages=[*system, *self.turns, turn], **self.fields)
+            stream = self.client.stream(messages=[*system, *self.turns, turn], conversation_id=self.name, **self.fields)
             answer = show_stream(self.console, stream)
         except (StitchError, grpc.RpcError) as error:
             self.console.print(sentence(error), style="red", highlight=False, markup=False)

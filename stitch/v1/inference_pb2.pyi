@@ -60,14 +60,26 @@ class Sampling(_message.Message):
     forced_token_ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., forced_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class Objectives(_message.Message):
+    __slots__ = ("max_ttft_seconds", "max_cost", "min_quality")
+    MAX_TTFT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_COST_FIELD_NUMBER: _ClassVar[int]
+    MIN_QUALITY_FIELD_NUMBER: _ClassVar[int]
+    max_ttft_seconds: float
+    max_cost: float
+    min_quality: float
+    def __init__(self, max_ttft_seconds: _Optional[float] = ..., max_cost: _Optional[float] = ..., min_quality: _Optional[float] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "chat", "sampling", "stop", "route", "request_id", "forced_answer")
+    __slots__ = ("prompt", "chat", "sampling", "stop", "route", "request_id", "objectives", "conversation_id", "forced_answer")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    OBJECTIVES_FIELD_NUMBER: _ClassVar[int]
+    CONVERSATION_ID_FIELD_NUMBER: _ClassVar[int]
     FORCED_ANSWER_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     chat: Chat
@@ -75,8 +87,10 @@ class GenerateRequest(_message.Message):
     stop: _containers.RepeatedScalarFieldContainer[str]
     route: str
     request_id: str
+    objectives: Objectives
+    conversation_id: str
     forced_answer: str
-    def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., route: _Optional[str] = ..., request_id: _Optional[str] = ..., forced_answer: _Optional[str] = ...) -> None: ...
+    def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., route: _Optional[str] = ..., request_id: _Optional[str] = ..., objectives: _Optional[_Union[Objectives, _Mapping]] = ..., conversation_id: _Optional[str] = ..., forced_answer: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("started", "delta", "finished")
@@ -185,12 +199,16 @@ class RequestError(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class RouteRequest(_message.Message):
-    __slots__ = ("prompt", "chat")
+    __slots__ = ("prompt", "chat", "objectives", "conversation_id")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
+    OBJECTIVES_FIELD_NUMBER: _ClassVar[int]
+    CONVERSATION_ID_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     chat: Chat
-    def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ...) -> None: ...
+    objectives: Objectives
+    conversation_id: str
+    def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., objectives: _Optional[_Union[Objectives, _Mapping]] = ..., conversation_id: _Optional[str] = ...) -> None: ...
 
 class RouteResponse(_message.Message):
     __slots__ = ("judgement", "prompt_tokens")

@@ -17,6 +17,7 @@ EXAMPLES: dict[type[StitchError], StitchError] = {
     errors.Incompatible: errors.Incompatible("bottom-0 has tokenizer ab12, top-0 has cd34"),
     errors.OutOfStep: errors.OutOfStep("session 7 is at position 12, not 40"),
     errors.Exhausted: errors.Exhausted("256 sessions wait already", retry_after_seconds=2.5),
+    errors.ObjectivesUnmet: errors.ObjectivesUnmet("no route keeps to ttft ≤ 0.5 s: weak has ttft 0.82 s"),
     errors.Unavailable: errors.Unavailable("top-0 is gone", generated_tokens=17),
     errors.Expired: errors.Expired("the deadline passed after 31 tokens"),
 }

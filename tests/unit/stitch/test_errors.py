@@ -16,6 +16,7 @@ from stitch.errors import (
     Expired,
     Incompatible,
     InvalidRequest,
+    ObjectivesUnmet,
     OutOfStep,
     StitchError,
     Unavailable,
@@ -32,6 +33,7 @@ ERRORS = [
     Exhausted("256 sessions wait already", retry_after_seconds=2.5),
     Unavailable("top-0 is gone", generated_tokens=17),
     Expired("the deadline passed after 3 tokens"),
+    ObjectivesUnmet("no route keeps to cost ≤ 0.5: weak has cost 0.79"),
 ]
 
 

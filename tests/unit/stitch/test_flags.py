@@ -7,13 +7,13 @@ import argparse
 import pytest
 
 from stitch.client.requests import generate_request
-from stitch.flags import add_sampling, lengths, positive, request_fields
+from stitch.flags import add_generation, lengths, positive, request_fields
 from stitch.v1 import inference_pb2
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_sampling(parser)
+    add_generation(parser)
     return parser.parse_args(arguments)
 
 
@@ -30,6 +30,7 @@ def test_every_flag_is_a_field() -> None:
         parsed(
             *("--route", "weak", "--max-tokens", "3", "--temperature", "0.5", "--top-k", "4", "--top-p", "0.9"),
             *("--min-p", "0.1", "--repetition-penalty", "1.1", "--presence-penalty", "-1", "--frequency-penalty", "1"),
+            *("--max-ttft-seconds", "0.5", "--max-cost", "0.9", "--min-quality", "-0.5"),
             *("--seed", "7", "--logprobs", "2", "--stop", "a", "--stop", "b", "--stop-token-id", "5", "--ignore-eos"),
             *("--forced-token-id", "8", "--forced-token-id", "9", "--forced-answer", "so"),
         )
@@ -41,6 +42,7 @@ def test_every_flag_is_a_field() -> None:
     assert {field.name for field, _ in request.sampling.ListFields()} == set(
         inference_pb2.Sampling.DESCRIPTOR.fields_by_name
     )
+    assert request.objectives == inference_pb2.Objectives(max_ttft_seconds=0.5, max_cost=0.9, min_quality=-0.5)
 
 
 def test_lengths_are_sorted_and_different() -> None:

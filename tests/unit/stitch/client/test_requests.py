@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stitch.client.requests import RequestFields, generate_request, route_request
+from stitch.client.requests import RequestFields, RouteFields, generate_request, route_request
 from stitch.errors import InvalidRequest
 from stitch.v1 import inference_pb2
 
@@ -49,9 +49,38 @@ def test_every_sampling_field_arrives() -> None:
 
 
 def test_the_fields_of_a_request_are_those_of_the_messages() -> None:
-    sampling = set(inference_pb2.Sampling.DESCRIPTOR.fields_by_name)
-    request = set(inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name) - {"prompt", "chat", "sampling"}
-    assert set(RequestFields.__annotations__) == sampling | request | {"messages"}
+    parts = inference_pb2.Sampling, inference_pb2.Objectives
+    within = {name for part in parts for name in part.DESCRIPTOR.fields_by_name}
+    request = set(inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name)
+    assert set(RequestFields.__annotations__) == within | (request - {"prompt", "chat", "sampling", "objectives"}) | {
+        "messages"
+    }
+
+
+OBJECTIVES = {"max_ttft_seconds": 0.5, "max_cost": 0.9, "min_quality": -1.5}
+
+
+def test_objectives_and_conversation_arrive() -> None:
+    fields = {"prompt": "x", **OBJECTIVES, "conversation_id": "mine"}
+    for request in (generate_request(fields), route_request(fields)):
+        assert {name: getattr(request.objectives, name) for name in OBJECTIVES} == OBJECTIVES
+        assert request.conversation_id == "mine"
+
+
+def test_an_objective_of_zero_is_not_left_out() -> None:
+    assert generate_request({"prompt": "x", "min_quality": 0}).objectives.HasField("min_quality")
+    assert not generate_request({"prompt": "x"}).HasField("objectives")
+
+
+def test_the_fields_of_a_judgement_are_those_of_its_message() -> None:
+    request = set(inference_pb2.RouteRequest.DESCRIPTOR.fields_by_name) - {"prompt", "chat", "objectives"}
+    within = set(inference_pb2.Objectives.DESCRIPTOR.fields_by_name)
+    assert set(RouteFields.__annotations__) == request | within | {"messages"}
+
+
+def test_a_judgement_takes_no_sampling() -> None:
+    with pytest.raises(InvalidRequest, match="a judgement takes: prompt, messages, conversation_id, max_cost"):
+        route_request({"prompt": "x", "temperature": 1.0})
 
 
 def test_what_is_none_is_not_set() -> None:
@@ -125,5 +154,6 @@ def test_a_turn_has_a_role_and_a_content(messages: object, expected: str) -> Non
 
 
 def test_a_judgement_is_asked_for_with_the_same_input() -> None:
-    assert route_request("x", None).prompt == "x"
-    assert route_request(None, [{"role": "user", "content": "x"}]).chat.messages[0].content == "x"
+    assert route_request({"prompt": "x"}).prompt == "x"
+    turns = [{"role": "user", "content": "x"}]
+    assert route_request({"prompt": None, "messages": turns}).chat.messages[0].content == "x"

@@ -153,6 +153,12 @@ class TestChat:
         self.hold(talk, "a", "/route strong", "b", "c", "/route", "d")
         assert [request.route for request in gateway.requests] == ["", "strong", "strong", "auto"]
 
+    def test_every_conversation_has_one_name(self, talk: Conversation, gateway: FakeGateway) -> None:
+        self.hold(talk, "a", "b", "/new", "c", "/route strong", "d", "e")
+        names = [request.conversation_id for request in gateway.requests]
+        assert "" not in names
+        assert [names.index(name) for name in names] == [0, 0, 2, 3, 3]
+
     def test_a_failure_ends_its_turn_alone(self, talk: Conversation, gateway: FakeGateway) -> None:
         failures = iter([Unavailable("top-0 is gone")])
         gateway.failure = lambda request: next(failures, None)
