@@ -15,7 +15,7 @@ from stitch import buckets
 
 # Label of a request that ended before it had a route.
 NO_ROUTE = "none"
-OUTCOMES = ("stop", "length", "invalid", "exhausted", "unavailable", "cancelled", "expired", "failed")
+OUTCOMES = ("stop", "length", "invalid", "unmet", "exhausted", "unavailable", "cancelled", "expired", "failed")
 STAGES = ("route", "queue", "bottom_prefill", "wire", "stitch", "top_prefill", "sample")
 REPLAY_CAUSES = ("unavailable", "cancelled", "unreachable", "cut", "out_of_step")
 CANCEL_CAUSES = ("client", "deadline", "shutdown")
@@ -58,6 +58,16 @@ class Metrics:
         self.prompt_tokens = self._histogram(name, about, buckets.PROMPT_TOKENS, route=routes)
         name, about = "stitch_route_score", "How much a query asks for the strongest route."
         self.route_score = self._histogram(name, about, buckets.SCORE)
+        name, about = "stitch_route_share", "Of the latest judgements, by route."
+        self.route_share = Gauge(name, about, ["route"], registry=self.registry)
+        for route in routes:
+            self.route_share.labels(route=route)
+        name, about = "stitch_route_mean_cost", "Of the latest judgements: 0 all cheapest, 1 all dearest."
+        self.route_mean_cost = Gauge(name, about, registry=self.registry)
+        name, about = "stitch_route_budget", "The mean cost that the router is calibrated to; NaN: to none."
+        self.route_budget = Gauge(name, about, registry=self.registry)
+        name, about = "stitch_route_drift", "How far the latest scores are off those of the calibration, 0 to 1."
+        self.route_drift = Gauge(name, about, registry=self.registry)
         name, about = "stitch_requests_running", "Requests handed to a chain."
         self.requests_running = Gauge(name, about, registry=self.registry)
         name, about = "stitch_requests_waiting", "Requests accepted and not yet handed to a chain."
@@ -68,6 +78,8 @@ class Metrics:
         self.generated_tokens = self._counter(name, about, route=routes)
         name, about = "stitch_routed_total", "Judgements that led to a route."
         self.routed = self._counter(name, about, route=routes, reason=reasons)
+        name, about = "stitch_ttft_objectives_total", "First texts of requests with an objective for them."
+        self.ttft_objectives = self._counter(name, about, route=routes, outcome=("met", "missed"))
         name, about = "stitch_replays_total", "Answers resumed on a chain after another one was lost."
         self.replays = self._counter(name, about, cause=REPLAY_CAUSES)
         name, about = "stitch_cancelled_total", "Answers that nobody waited for to the end."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -21,14 +21,19 @@ from router_gateway.fleet.placement import Placement
 from router_gateway.fleet.replica import Patience
 from router_gateway.generation.door import Door
 from router_gateway.generation.generator import Generator
+from router_gateway.generation.pace import Pace
 from router_gateway.generation.preparation import Preparation
 from router_gateway.generation.resumption import Persistence, Surroundings
+from router_gateway.generation.selection import Selection
 from router_gateway.generation.vocabulary_source import VocabularySource, first_shards
+from router_gateway.generation.watch import Watch
 from router_gateway.metrics import Metrics
+from router_gateway.routing.conversations import Conversations
 from router_gateway.routing.fallback import FallbackRouter
 from router_gateway.routing.interface import REASON_KINDS, Router
 from router_gateway.routing.ladder import Ladder
 from router_gateway.routing.text.router import open_text_router
+from router_gateway.routing.text.thresholds import Thresholds
 from router_gateway.routing.weighted import WeightedRouter
 from router_gateway.rpc.decoding import LenientDecoding, methods_of_inference
 from router_gateway.rpc.health import SERVICES, Health
@@ -92,13 +97,20 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         metrics_port = await stack.enter_async_context(_exposed(metrics, settings))
         fleet = await stack.enter_async_context(_fleet(cluster, settings.fleet))
         placement, catalogue = Placement(cluster, fleet), Catalogue(cluster, fleet)
-        source = VocabularySource([fleet.replicas[name] for name in first_shards(cluster)])
         threads = stack.enter_context(ThreadPoolExecutor(TEXT_THREADS, "text"))
-        preparation = Preparation(cluster, catalogue, source, router_of(cluster), threads)
+        firsts = [fleet.replicas[name] for name in first_shards(cluster)]
+        source = VocabularySource(firsts)
+        pace = Pace(
+            [route.name for route in cluster.routes], lambda: sum(first.serving for first in firsts), time.monotonic
+        )
+        router, calibration = router_of(cluster)
+        conversations, watch = Conversations(time.monotonic), Watch(metrics, calibration)
+        selection = Selection(router, catalogue, pace, conversations, watch)
+        preparation = Preparation(cluster, catalogue, source, selection, threads)
         persistence = Persistence(**settings.replay.model_dump())
         around = Surroundings(fleet, placement, metrics.replays, persistence, time.monotonic)
         door, health = Door(), Health()
-        generator = Generator(preparation, around, metrics, lambda: door.cleared)
+        generator = Generator(preparation, around, pace, metrics, lambda: door.cleared)
         servicer = InferenceServicer(generator, catalogue, door, metrics, settings.batch_at_once)
         server, port = await _listening(servicer, health, settings.address)
         gateway = Gateway(port, metrics_port, metrics, server, health, door)
@@ -149,11 +161,14 @@ async def _fleet(cluster: Cluster, settings: FleetSettings) -> AsyncIterator[Fle
         yield fleet
 
 
-def router_of(cluster: Cluster) -> Router:
-    """The router that the cluster file names; InvalidRequest where it was trained for other routes."""
+def router_of(cluster: Cluster) -> tuple[Router, Callable[[], Thresholds | None] | None]:
+    """The router that the cluster file names, and what a learned one is calibrated to at the moment.
+
+    Raises InvalidRequest where it was trained for other routes.
+    """
     place = cluster.gateway
     if place.router is None:
-        return FallbackRouter(WeightedRouter(Ladder(place.thresholds)), place.fallback_route)
+        return FallbackRouter(WeightedRouter(Ladder(place.thresholds)), place.fallback_route), None
     thresholds = None if place.router_thresholds is None else cluster.folder / place.router_thresholds
     learned = open_text_router(cluster.folder / place.router, thresholds)
     unknown = set(learned.routes) ^ {route.name for route in cluster.routes}
@@ -161,4 +176,4 @@ def router_of(cluster: Cluster) -> Router:
         raise InvalidRequest(
             "gateway.router", place.router, f"it and the cluster disagree on {', '.join(sorted(unknown))}"
         )
-    return FallbackRouter(learned, place.fallback_route)
+    return FallbackRouter(learned, place.fallback_route), lambda: learned.calibration

@@ -41,6 +41,12 @@ class Catalogue:
         )
         return [route.name for route in cheapest_first]
 
+    def costs(self) -> dict[str, float]:
+        """Parameters read for a token by route, as a share of the most; empty until all are known."""
+        parameters = {route.name: self._route(route).parameters for route in self._cluster.routes}
+        most = max(parameters.values())
+        return {name: count / most for name, count in parameters.items()} if all(parameters.values()) else {}
+
     def describe(self) -> inference_pb2.DescribeResponse:
         return inference_pb2.DescribeResponse(
             cluster=self._cluster.name,

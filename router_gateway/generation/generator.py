@@ -7,8 +7,9 @@ from contextlib import aclosing
 
 from router_gateway.generation.answer import Answer
 from router_gateway.generation.observation import Observation
+from router_gateway.generation.pace import Pace
 from router_gateway.generation.preparation import Preparation, Prepared
-from router_gateway.generation.request import Event, Finished, FinishReason, Prompt, Request, Started
+from router_gateway.generation.request import Event, Finished, FinishReason, Request, Started
 from router_gateway.generation.resumption import Resumption, Surroundings
 from router_gateway.generation.token_stream import TokenStream
 from router_gateway.metrics import Metrics
@@ -19,9 +20,15 @@ class Generator:
     """Answers requests, any number at once. `stopping` says whether the program is cutting its answers short."""
 
     def __init__(
-        self, preparation: Preparation, around: Surroundings, metrics: Metrics, stopping: Callable[[], bool]
+        self,
+        preparation: Preparation,
+        around: Surroundings,
+        pace: Pace,
+        metrics: Metrics,
+        stopping: Callable[[], bool],
     ) -> None:
         self._preparation = preparation
+        self._pace = pace
         self._around = around
         self._metrics = metrics
         self._stopping = stopping
@@ -30,9 +37,9 @@ class Generator:
         """The moment, on the clock of arrivals and deadlines."""
         return self._around.clock()
 
-    async def judge(self, prompt: Prompt) -> tuple[Judgement, int]:
+    async def judge(self, request: Request) -> tuple[Judgement, int]:
         """The judgement and the number of prompt tokens, without generating anything."""
-        return await self._preparation.judge(prompt)
+        return await self._preparation.judge(request)
 
     async def generate(
         self, read: Callable[[], Request], arrival: float, deadline: float | None
@@ -43,10 +50,10 @@ class Generator:
         Raises any StitchError; see `Preparation.prepare` and `TokenStream.steps`.
         """
         clock, stopping = self._around.clock, self._stopping
-        with Observation(arrival, deadline, self._metrics, clock, stopping) as seen:
+        with Observation(arrival, deadline, self._pace, self._metrics, clock, stopping) as seen:
             request = read()
             seen.named(request.request_id)
-            prepared = await self._preparation.prepare(request)
+            prepared = await self._preparation.prepare(request, seen.elapsed_seconds)
             seen.prepared(prepared)
             yield Started(request.request_id, prepared.judgement, len(prepared.token_ids))
             async with aclosing(self._answer(prepared, deadline, seen)) as events:

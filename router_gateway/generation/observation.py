@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
+from router_gateway.generation.pace import Pace, Run
 from router_gateway.generation.preparation import Prepared
 from router_gateway.generation.request import FinishReason, Stage
 from router_gateway.metrics import NO_ROUTE, STAGES, Metrics, prompt_bucket
-from stitch.errors import Exhausted, Expired, InvalidRequest, Unavailable
+from stitch.errors import Exhausted, Expired, InvalidRequest, ObjectivesUnmet, Unavailable
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ _OUTCOMES: dict[type[BaseException], str] = {
     Exhausted: "exhausted",
     Unavailable: "unavailable",
     Expired: "expired",
+    ObjectivesUnmet: "unmet",
     asyncio.CancelledError: "cancelled",
     # The reader of the answer went away.
     GeneratorExit: "cancelled",
@@ -41,6 +43,7 @@ class Observation:
         self,
         arrival: float,
         deadline: float | None,
+        pace: Pace,
         metrics: Metrics,
         clock: Callable[[], float],
         stopping: Callable[[], bool],
@@ -48,6 +51,7 @@ class Observation:
         self._request_id = "without a name"
         self._arrival = arrival
         self._deadline = deadline
+        self._pace = pace
         self._metrics = metrics
         self._clock = clock
         self._stopping = stopping
@@ -57,6 +61,8 @@ class Observation:
         self._last_token: float | None = None
         self._place = metrics.requests_waiting
         self._finish: FinishReason | None = None
+        self._run: Run | None = None
+        self._max_ttft_seconds: float | None = None
         self.ttft_seconds: float | None = None
         self.stages: tuple[Stage, ...] = ()
 
@@ -75,6 +81,8 @@ class Observation:
         self._metrics.prompt_tokens.labels(route=self._route).observe(self._prompt_tokens)
         self._metrics.routed.labels(route=self._route, reason=judgement.kind).inc()
         self._metrics.route_score.observe(judgement.score)
+        self._run = self._pace.begin(self._route, self._prompt_tokens)
+        self._max_ttft_seconds = prepared.request.objectives.max_ttft_seconds
 
     def handed_over(self) -> None:
         """From here on the shards work on it."""
@@ -87,6 +95,7 @@ class Observation:
         """So many came at once."""
         if not count:
             return
+        self._prompt_is_computed()
         self._add_stages(stages)
         now = self._clock()
         if self._last_token is not None:
@@ -103,6 +112,11 @@ class Observation:
             return
         self.ttft_seconds = self.elapsed_seconds()
         self._metrics.time_to_first_token.labels(route=self._route).observe(self.ttft_seconds)
+        if self._run is not None:
+            self._run.text()
+        if self._max_ttft_seconds is not None:
+            outcome = "met" if self.ttft_seconds <= self._max_ttft_seconds else "missed"
+            self._metrics.ttft_objectives.labels(route=self._route, outcome=outcome).inc()
         by_prompt = self._metrics.time_to_first_token_by_prompt
         by_prompt.labels(route=self._route, prompt_bucket=prompt_bucket(self._prompt_tokens)).observe(self.ttft_seconds)
 
@@ -116,6 +130,7 @@ class Observation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._place.dec()
+        self._prompt_is_computed()
         outcome = self._outcome(kind)
         self._metrics.request_duration.labels(route=self._route, outcome=outcome).observe(self.elapsed_seconds())
         if outcome in ("cancelled", "expired"):
@@ -125,6 +140,11 @@ class Observation:
             *(self._request_id, outcome, self._route, self._prompt_tokens, self._generated_tokens),
             self.elapsed_seconds(),
         )
+
+    def _prompt_is_computed(self) -> None:
+        """Or never will be."""
+        if self._run is not None:
+            self._run.token()
 
     def _add_stages(self, stages: Iterable[Stage]) -> None:
         self.stages = (*self.stages, *stages)

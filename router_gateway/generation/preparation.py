@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from router_gateway.fleet.catalogue import Catalogue
 from router_gateway.generation import validation
 from router_gateway.generation.request import Prompt, Request
+from router_gateway.generation.selection import Selection
 from router_gateway.generation.vocabulary_source import VocabularySource
-from router_gateway.routing.interface import Judgement, Query, Router
+from router_gateway.routing.interface import Judgement
 from router_gateway.text.chat_template import TemplateRefusal
 from router_gateway.text.vocabulary import Vocabulary
 from stitch.cluster import Cluster
@@ -38,16 +39,19 @@ class Preparation:
     """Validates, tokenizes and judges; every refusal comes from here, before a shard is asked."""
 
     def __init__(
-        self, cluster: Cluster, catalogue: Catalogue, source: VocabularySource, router: Router, threads: Executor
+        self, cluster: Cluster, catalogue: Catalogue, source: VocabularySource, selection: Selection, threads: Executor
     ) -> None:
         self._cluster = cluster
         self._catalogue = catalogue
         self._source = source
-        self._router = router
+        self._selection = selection
         self._threads = threads
 
-    async def prepare(self, request: Request) -> Prepared:
-        """Raises InvalidRequest, or Unavailable before the first shard has answered."""
+    async def prepare(self, request: Request, waited_seconds: Callable[[], float] = lambda: 0.0) -> Prepared:
+        """Raises InvalidRequest, ObjectivesUnmet, or Unavailable before the first shard has answered.
+
+        `waited_seconds` says how long ago the request came.
+        """
         if request.route is not None:
             self._cluster.route(request.route)
         vocabulary = self._vocabulary(request.prompt)
@@ -58,12 +62,14 @@ class Preparation:
         if request.forced_answer is not None:
             asked = await self._forced(request.forced_answer, asked, len(ids), vocabulary)
         sampling = complete(asked, len(ids), self._catalogue.context_tokens, vocabulary.end_tokens)
-        return Prepared(request, tuple(ids), self._judge(request.prompt, request.route), sampling, vocabulary)
+        judgement = self._selection.select(request, len(ids), waited_seconds())
+        self._selection.take(request, judgement)
+        return Prepared(request, tuple(ids), judgement, sampling, vocabulary)
 
-    async def judge(self, prompt: Prompt) -> tuple[Judgement, int]:
-        """The router's judgement alone, and how many tokens the prompt has; refuses what `prepare` refuses."""
-        ids = await self._tokenize(prompt, self._vocabulary(prompt))
-        return self._judge(prompt, None), len(ids)
+    async def judge(self, request: Request) -> tuple[Judgement, int]:
+        """The judgement, and how many tokens the prompt has; refuses what `prepare` refuses, and keeps nothing."""
+        ids = await self._tokenize(request.prompt, self._vocabulary(request.prompt))
+        return self._selection.select(request, len(ids)), len(ids)
 
     def _vocabulary(self, prompt: Prompt) -> Vocabulary:
         validation.check_prompt(prompt)
@@ -89,13 +95,6 @@ class Preparation:
         validation.check_answer_fits(len(ids), context_tokens - prompt_tokens)
         return replace(sampling, forced_token_ids=tuple(ids), max_tokens=min(sampling.max_tokens, len(ids)))
 
-    def _judge(self, prompt: Prompt, requested: str | None) -> Judgement:
-        judgement = self._router.judge(Query(user_turns(prompt), tuple(self._catalogue.routes())))
-        if requested is None:
-            return judgement
-        reason = f"the request names it; the router would take {judgement.route} ({judgement.reason})"
-        return Judgement(requested, judgement.score, reason, "requested")
-
 
 def tokenize(prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
     """Raises InvalidRequest where the chat template refuses the conversation."""
@@ -109,13 +108,6 @@ def tokenize(prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
     except TemplateRefusal as error:
         raise InvalidRequest("chat", roles, f"the chat template refuses it: {shown(str(error), 200)}") from error
     return vocabulary.encode_rendered(rendered)
-
-
-def user_turns(prompt: Prompt) -> tuple[str, ...]:
-    """What the user said, oldest first."""
-    if isinstance(prompt, str):
-        return (prompt,)
-    return tuple(turn.content for turn in prompt if turn.role == "user")
 
 
 def complete(sampling: Sampling, prompt_tokens: int, context_tokens: int, end_tokens: tuple[int, ...]) -> Sampling:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from router_gateway.routing.interface import Judgement
+from router_gateway.routing.objectives import ANYTHING, Objectives
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2
 
@@ -32,6 +33,9 @@ class Request:
     route: str | None = None
     # What the answer is; None: what the model says.
     forced_answer: str | None = None
+    objectives: Objectives = ANYTHING
+    # Empty: it belongs to none.
+    conversation_id: str = ""
 
 
 class FinishReason(Enum):

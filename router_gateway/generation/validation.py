@@ -5,11 +5,15 @@ Everything here raises InvalidRequest with the field, its value and its limit. S
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence, Sized
 
 from router_gateway.generation.request import Prompt
+from router_gateway.routing.objectives import Objectives
 from stitch.errors import InvalidRequest
 
+# The id of a request stands in every log line of it, on every shard.
+MAX_ID_CHARACTERS = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1_024
 
@@ -43,6 +47,24 @@ def check_prompt(prompt: Prompt) -> None:
     for index, turn in enumerate(prompt):
         if not turn.role:
             raise InvalidRequest(f"chat.messages[{index}].role", turn.role, "every message needs a role")
+
+
+def check_id(field: str, name: str) -> None:
+    """A name that a client gave: it stands in log lines, or is remembered."""
+    check_count(field, name, MAX_ID_CHARACTERS, "characters")
+    if not name.isprintable():
+        raise InvalidRequest(field, name, "it must be printable")
+
+
+def check_objectives(objectives: Objectives) -> None:
+    seconds, cost, quality = objectives.max_ttft_seconds, objectives.max_cost, objectives.min_quality
+    # Comparing the other way round would let NaN pass.
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise InvalidRequest("objectives.max_ttft_seconds", seconds, "it must be above 0 and finite")
+    if cost is not None and not 0 < cost <= 1:
+        raise InvalidRequest("objectives.max_cost", cost, "it must be above 0 and at most 1, the dearest route's")
+    if quality is not None and not math.isfinite(quality):
+        raise InvalidRequest("objectives.min_quality", quality, "it must be finite")
 
 
 def check_stop(stop: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 # Why a query took its route, in a word that is fit for a metric's label.
-ReasonKind = Literal["requested", "length", "content", "gain", "fallback"]
+ReasonKind = Literal["requested", "length", "content", "gain", "fallback", "objective", "conversation"]
 REASON_KINDS: tuple[ReasonKind, ...] = get_args(ReasonKind)
 
 
@@ -28,6 +28,8 @@ class Judgement:
     # For a person to read.
     reason: str
     kind: ReasonKind
+    # What the answer is expected to be worth on every route of the query, where the router has learned it.
+    qualities: tuple[float, ...] | None = None
 
 
 class Router(Protocol):

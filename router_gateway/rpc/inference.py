@@ -17,7 +17,7 @@ from router_gateway.generation.door import Door
 from router_gateway.generation.generator import Generator
 from router_gateway.metrics import Metrics
 from router_gateway.rpc.batch import Batch
-from router_gateway.rpc.translation import to_judgement, to_prompt, to_request, to_response
+from router_gateway.rpc.translation import to_judgement, to_question, to_request, to_response
 from stitch.v1 import inference_pb2, inference_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -57,7 +57,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     await context.write(response)
 
     async def Route(self, request: inference_pb2.RouteRequest, context: Context) -> inference_pb2.RouteResponse:
-        judgement, prompt_tokens = await self._generator.judge(to_prompt(request))
+        judgement, prompt_tokens = await self._generator.judge(to_question(request))
         return inference_pb2.RouteResponse(judgement=to_judgement(judgement), prompt_tokens=prompt_tokens)
 
     async def Describe(

@@ -11,14 +11,13 @@ from router_gateway.generation import validation
 from router_gateway.generation.request import Delta, Event, Finished, FinishReason, Prompt, Request, Started, Turn
 from router_gateway.generation.validation import Amount
 from router_gateway.routing.interface import Judgement
+from router_gateway.routing.objectives import Objectives
 from stitch.errors import InvalidRequest
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2
 
 # Asks for the router's judgement, as no name at all does.
 AUTO = "auto"
-# A request id stands in every log line of its request, on every shard.
-MAX_REQUEST_ID_CHARACTERS = 128
 # What is longer would keep the event loop busy before the context is known that it does not fit into.
 MAX_MESSAGES = 32_768
 MAX_STOP_TOKENS = 1_024
@@ -32,9 +31,7 @@ _REASONS = {
 
 def to_request(message: inference_pb2.GenerateRequest) -> Request:
     """Raises InvalidRequest for a message without input, or with a sampling outside of its limits."""
-    validation.check_count("request_id", message.request_id, MAX_REQUEST_ID_CHARACTERS, "characters")
-    if not message.request_id.isprintable():
-        raise InvalidRequest("request_id", message.request_id, "it must be printable, for it stands in logs")
+    validation.check_id("request_id", message.request_id)
     validation.check_stop(message.stop)
     return Request(
         request_id=message.request_id or uuid.uuid4().hex,
@@ -42,7 +39,20 @@ def to_request(message: inference_pb2.GenerateRequest) -> Request:
         sampling=_to_sampling(message.sampling),
         stop=tuple(message.stop),
         route=None if message.route in ("", AUTO) else message.route,
+        objectives=_to_objectives(message.objectives),
+        conversation_id=_to_conversation_id(message),
         forced_answer=message.forced_answer if message.HasField("forced_answer") else None,
+    )
+
+
+def to_question(message: inference_pb2.RouteRequest) -> Request:
+    """A request that is only to be judged; errors as `to_request`."""
+    return Request(
+        request_id="",
+        prompt=to_prompt(message),
+        sampling=Sampling(),
+        objectives=_to_objectives(message.objectives),
+        conversation_id=_to_conversation_id(message),
     )
 
 
@@ -71,6 +81,18 @@ def to_response(event: Event) -> inference_pb2.GenerateResponse:
 
 def to_judgement(judgement: Judgement) -> inference_pb2.Judgement:
     return inference_pb2.Judgement(route=judgement.route, score=judgement.score, reason=judgement.reason)
+
+
+def _to_objectives(message: inference_pb2.Objectives) -> Objectives:
+    given = {field.name: value for field, value in message.ListFields()}
+    objectives = Objectives(**given)
+    validation.check_objectives(objectives)
+    return objectives
+
+
+def _to_conversation_id(message: inference_pb2.GenerateRequest | inference_pb2.RouteRequest) -> str:
+    validation.check_id("conversation_id", message.conversation_id)
+    return message.conversation_id
 
 
 def _to_sampling(message: inference_pb2.Sampling) -> Sampling:

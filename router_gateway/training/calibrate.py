@@ -62,7 +62,15 @@ def calibrate(
     prompts = [prompt for path in data for prompt in read_prompts(path)]
     gains = np.array([artefact.model.gains(prompt) for prompt in prompts], np.float64)
     found = calibration.calibrate(gains, relative, budget)
-    _put(Thresholds(routes=routes, thresholds=found.thresholds, router=artefact.fingerprint, budget=budget), out)
+    thresholds = Thresholds(
+        routes=routes,
+        thresholds=found.thresholds,
+        router=artefact.fingerprint,
+        budget=budget,
+        costs=tuple(relative.tolist()),
+        gain_percentiles=tuple(np.quantile(gains[:, -1], np.linspace(0, 1, 101)).tolist()),
+    )
+    _put(thresholds, out)
     _say(found, routes, len(prompts))
 
 

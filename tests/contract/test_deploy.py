@@ -78,6 +78,13 @@ def test_prometheus_scrapes_every_process(cluster: Cluster) -> None:
     assert sorted(scraped) == sorted(f"{one.address.rpartition(':')[0]}:{one.metrics_port}" for one in places)
 
 
+def test_prometheus_finds_its_alerts() -> None:
+    config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
+    mounted = {Path(target).name for mount in SERVICES["prometheus"]["volumes"] for target in mount.split(":")[1:2]}
+    assert set(config["rule_files"]) <= mounted
+    assert all((DEPLOY / name).is_file() for name in config["rule_files"])
+
+
 @pytest.mark.parametrize("name", PROCESSES)
 def test_a_container_may_drain_before_it_is_killed(name: str) -> None:
     assert _seconds(SERVICES[name]["stop_grace_period"]) > DRAIN_SECONDS

@@ -9,13 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from router_gateway.generation.watch import DRIFT_LIMIT
 from tests.support.processes import Cluster, running_cluster
 from tests.support.tiny_cluster import write_tiny_cluster
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/stitch.json").read_text())
 EXPRESSIONS = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
+ALERTS = [
+    rule for group in yaml.safe_load((ROOT / "deploy/alerts.yml").read_text())["groups"] for rule in group["rules"]
+]
 # Labels that are not the processes': a histogram's bound, and what Prometheus adds to every scrape.
 FOREIGN_LABELS = {"le", "instance", "job"}
 Labels = dict[str, dict[str, set[str]]]
@@ -31,8 +36,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Labels]:
         yield _scraped(cluster)
 
 
-@pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_a_panel_asks_for_what_is_served(expression: str, served: Labels) -> None:
+@pytest.mark.parametrize("expression", [*EXPRESSIONS, *(rule["expr"] for rule in ALERTS)])
+def test_a_panel_or_an_alert_asks_for_what_is_served(expression: str, served: Labels) -> None:
     for name, matchers in re.findall(r"(stitch_\w+)(?:\{([^}]*)\})?", expression):
         assert name in served
         for label, value in re.findall(r'(\w+)="([^"]*)"', matchers):
@@ -46,7 +51,7 @@ def test_legends_show_labels_that_the_query_keeps() -> None:
         for target in panel.get("targets", []):
             shown = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
             kept = {label for group in re.findall(r"by \(([^)]*)\)", target["expr"]) for label in group.split(", ")}
-            assert shown <= kept or (not kept and shown == {"shard"}), panel["title"]
+            assert shown <= kept or (not kept and shown in ({"shard"}, {"route"})), panel["title"]
 
 
 def test_the_readme_names_what_is_served(served: Labels) -> None:
@@ -61,6 +66,17 @@ def test_the_readme_names_what_is_served(served: Labels) -> None:
 def test_the_dashboard_shows_everything_that_the_readme_names() -> None:
     asked = {re.sub("_(bucket|sum|count)$", "", name) for one in EXPRESSIONS for name in re.findall(r"stitch_\w+", one)}
     assert {name for name, _ in _in_readme()} == asked
+
+
+def test_an_alert_says_what_to_do() -> None:
+    for rule in ALERTS:
+        assert set(rule) == {"alert", "expr", "for", "annotations"}
+        assert set(rule["annotations"]) == {"summary", "description"}
+
+
+def test_the_alert_for_drift_has_the_gateway_s_limit() -> None:
+    [expression] = [rule["expr"] for rule in ALERTS if rule["alert"] == "RouterDrift"]
+    assert expression == f"stitch_route_drift > {DRIFT_LIMIT}"
 
 
 def test_nothing_is_asked_twice() -> None:

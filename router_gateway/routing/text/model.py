@@ -97,9 +97,7 @@ class TextModel:
 
     def gains(self, text: str) -> Floats:
         """[routes]: the same less the cheapest route's, so the first is 0."""
-        qualities = self.qualities(text)
-        above: Floats = qualities - qualities[0]
-        return above
+        return gains_of(self.qualities(text))
 
     def _topic_posterior(self, logits: Floats) -> Floats:
         """[topics], sums to 1 within every source."""
@@ -133,6 +131,12 @@ class TextModel:
         seen = standardized(surface(text), self.surface_mean, self.surface_scale)
         by_view: Floats = (seen @ self.surface_weights)[self._view_of_column, np.arange(len(self.bias))]
         return by_view
+
+
+def gains_of(qualities: Floats) -> Floats:
+    """[routes]: what every route is worth beyond the cheapest."""
+    above: Floats = qualities - qualities[0]
+    return above
 
 
 def term_frequency(counts: NDArray[np.int64]) -> Floats:

@@ -10,8 +10,8 @@ import numpy as np
 from router_gateway.routing.interface import Judgement, Query
 from router_gateway.routing.text.artefact import TextArtefact, load_router
 from router_gateway.routing.text.choice import chosen
-from router_gateway.routing.text.model import Floats
-from router_gateway.routing.text.thresholds import FixedThresholds, ThresholdSource, WatchedThresholds
+from router_gateway.routing.text.model import Floats, gains_of
+from router_gateway.routing.text.thresholds import FixedThresholds, Thresholds, ThresholdSource, WatchedThresholds
 from stitch.errors import InvalidRequest
 
 
@@ -27,18 +27,27 @@ class TextRouter:
         """The routes that it was trained for, cheapest first."""
         return self._artefact.model.routes
 
+    @property
+    def calibration(self) -> Thresholds | None:
+        """What it is calibrated to now; None where the thresholds are those of its training."""
+        return self._thresholds.calibration
+
     def judge(self, query: Query) -> Judgement:
         """The route for a query. Raises InvalidRequest where its routes are not those of the training."""
         if query.routes != self.routes:
             raise InvalidRequest("routes", query.routes, f"the router was trained for {', '.join(self.routes)}")
-        gains = self._artefact.model.gains("\n".join(query.turns))
+        qualities = self._artefact.model.qualities("\n".join(query.turns))
+        gains = gains_of(qualities)
         thresholds = self._thresholds.current()
         rung = int(chosen(gains[None, :], np.array(thresholds))[0])
-        return Judgement(self.routes[rung], self._score(gains), _reason(gains, thresholds, rung), "gain")
+        reason, worth = _reason(gains, thresholds, rung), tuple(qualities.tolist())
+        return Judgement(self.routes[rung], self._score(gains), reason, "gain", worth)
 
     def _score(self, gains: Floats) -> float:
-        """The share of training texts that ask less for the strongest route."""
-        percentiles = self._artefact.gain_percentiles
+        """The share of texts that ask less for the strongest route: of the calibration's, else of the training's."""
+        calibration = self.calibration
+        of_calibration = None if calibration is None else calibration.gain_percentiles
+        percentiles = of_calibration or self._artefact.gain_percentiles
         return bisect_left(percentiles, float(gains[-1])) / len(percentiles)
 
 

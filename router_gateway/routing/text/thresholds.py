@@ -34,6 +34,10 @@ class Thresholds(Settings):
     router: str
     # What they were calibrated to: the mean cost between all cheapest (0) and all dearest (1).
     budget: float = Field(ge=0, le=1, strict=False)
+    # That cost by route, from 0 to 1; None: equal steps.
+    costs: tuple[float, ...] | None = Field(default=None, strict=False)
+    # The strongest route's gain at 0 %, 1 %, … 100 % of the texts of the calibration; None: as in the training.
+    gain_percentiles: tuple[float, ...] | None = Field(default=None, min_length=101, max_length=101, strict=False)
 
 
 class ThresholdSource(Protocol):
@@ -43,9 +47,16 @@ class ThresholdSource(Protocol):
         """One for each route but the cheapest."""
         ...
 
+    @property
+    def calibration(self) -> Thresholds | None:
+        """Where they come from; None: from the router's training."""
+        ...
+
 
 class FixedThresholds:
     """The same ones always."""
+
+    calibration = None
 
     def __init__(self, thresholds: tuple[float, ...]) -> None:
         self._thresholds = thresholds
@@ -60,14 +71,14 @@ class WatchedThresholds:
     def __init__(self, path: Path, router: str, routes: int, now: Callable[[], float] = time.monotonic) -> None:
         self._path, self._router, self._routes, self._now = path, router, routes, now
         self._stamp = _stamp(path)
-        self._thresholds = self._read()
+        self.calibration = self._read()
         self._look_at = now() + LOOK_AGAIN_SECONDS
 
     def current(self) -> tuple[float, ...]:
         if self._now() >= self._look_at:
             self._look_at = self._now() + LOOK_AGAIN_SECONDS
             self._look()
-        return self._thresholds
+        return self.calibration.thresholds
 
     def _look(self) -> None:
         stamp = _stamp(self._path)
@@ -75,20 +86,25 @@ class WatchedThresholds:
             return
         self._stamp = stamp
         try:
-            self._thresholds = self._read()
+            self.calibration = self._read()
         except InvalidRequest as error:
             _log.error("the thresholds stay as they are: %s", error)
         else:
-            _log.info("new thresholds: %s", ", ".join(f"{threshold:.3f}" for threshold in self._thresholds))
+            thresholds = self.calibration.thresholds
+            _log.info("new thresholds: %s", ", ".join(f"{threshold:.3f}" for threshold in thresholds))
 
-    def _read(self) -> tuple[float, ...]:
+    def _read(self) -> Thresholds:
         found = read_thresholds(self._path)
         if found.router != self._router:
             raise InvalidRequest("thresholds.router", found.router, f"this router is {self._router}")
         if len(found.thresholds) != self._routes - 1:
             limit = f"{self._routes} routes need {self._routes - 1} of them"
             raise InvalidRequest("thresholds.thresholds", found.thresholds, limit)
-        return found.thresholds
+        if found.costs is not None and len(found.costs) != self._routes:
+            raise InvalidRequest(
+                "thresholds.costs", found.costs, f"there must be one for each of {self._routes} routes"
+            )
+        return found
 
 
 def read_thresholds(path: Path) -> Thresholds:

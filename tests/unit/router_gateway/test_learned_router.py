@@ -26,10 +26,13 @@ async def cluster_with(folder: Path, *routes: str) -> Cluster:
 
 
 async def test_the_named_router_judges(tmp_path: Path) -> None:
-    router = router_of(await cluster_with(tmp_path, "weak", "strong"))
+    router, calibration = router_of(await cluster_with(tmp_path, "weak", "strong"))
     judgements = [router.judge(Query((text,), ("weak", "strong"))) for text in ("prove it", "hello you")]
     assert [judgement.route for judgement in judgements] == ["strong", "weak"]
     assert judgements[0].reason == "gain 0.50 > 0.10"
+    assert judgements[0].qualities == (0.5, 1.0)
+    assert calibration is not None
+    assert calibration() is None
 
 
 async def test_a_router_of_other_routes_is_refused(tmp_path: Path) -> None:

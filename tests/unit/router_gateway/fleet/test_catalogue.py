@@ -70,3 +70,13 @@ async def test_routes_are_ordered_by_layers_while_one_is_unknown() -> None:
     async with fleet_of(bottom, FakeShard("top-0", "top")) as (cluster, fleet):
         await fleet.refresh()
         assert Catalogue(cluster, fleet).routes() == ["weak", "strong"]
+
+
+async def test_costs_are_shares_of_the_dearest_once_all_are_known() -> None:
+    bottom = FakeShard("bottom-0", "bottom")
+    async with fleet_of(bottom, FakeShard("top-0", "top")) as (cluster, fleet):
+        catalogue = Catalogue(cluster, fleet)
+        await fleet.refresh(["bottom-0"])
+        assert catalogue.costs() == {}
+        await fleet.refresh(["top-0"])
+        assert catalogue.costs() == {"weak": 1_100 / 1_400, "strong": 1.0}

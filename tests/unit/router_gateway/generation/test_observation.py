@@ -9,12 +9,13 @@ import pytest
 from prometheus_client import generate_latest
 
 from router_gateway.generation.observation import Observation
+from router_gateway.generation.pace import Pace
 from router_gateway.generation.preparation import Prepared
 from router_gateway.generation.request import FinishReason, Request, Stage
 from router_gateway.metrics import OUTCOMES, Metrics
 from router_gateway.routing.interface import REASON_KINDS, Judgement
 from router_gateway.text.vocabulary import Vocabulary
-from stitch.errors import Exhausted, Expired, InvalidRequest, StitchError, Unavailable
+from stitch.errors import Exhausted, Expired, InvalidRequest, ObjectivesUnmet, StitchError, Unavailable
 from stitch.sampling import Sampling
 from tests.support.byte_tokenizer import tokenizer_files
 
@@ -27,10 +28,11 @@ class Bench:
     def __init__(self) -> None:
         self.now = 100.0
         self.metrics = Metrics(["weak", "strong"], REASON_KINDS)
+        self.pace = Pace(["weak", "strong"], lambda: 1, lambda: self.now)
         self.stopping = False
 
     def observe(self, deadline: float | None = None) -> Observation:
-        return Observation(100.0, deadline, self.metrics, lambda: self.now, lambda: self.stopping)
+        return Observation(100.0, deadline, self.pace, self.metrics, lambda: self.now, lambda: self.stopping)
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.metrics.registry.get_sample_value(name, labels)
@@ -58,6 +60,7 @@ def prepared(prompt_tokens: int = 100) -> Prepared:
         (Exhausted("full"), "exhausted"),
         (Unavailable("gone"), "unavailable"),
         (Expired("late"), "expired"),
+        (ObjectivesUnmet("too slow"), "unmet"),
         (asyncio.CancelledError(), "cancelled"),
         (GeneratorExit(), "cancelled"),
         (StitchError("broken"), "failed"),

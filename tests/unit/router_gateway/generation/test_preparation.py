@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
@@ -10,10 +11,15 @@ from typing import Any, cast
 import pytest
 
 from router_gateway.fleet.catalogue import Catalogue
-from router_gateway.generation.preparation import Preparation, complete, tokenize, user_turns
+from router_gateway.generation.pace import Pace
+from router_gateway.generation.preparation import Preparation, complete, tokenize
 from router_gateway.generation.request import Prompt, Request, Turn
+from router_gateway.generation.selection import Selection, user_turns
 from router_gateway.generation.vocabulary_source import VocabularySource
-from router_gateway.routing.interface import Judgement, Query
+from router_gateway.generation.watch import Watch
+from router_gateway.metrics import Metrics
+from router_gateway.routing.conversations import Conversations
+from router_gateway.routing.interface import REASON_KINDS, Judgement, Query
 from router_gateway.text.vocabulary import Vocabulary
 from stitch.cluster import Cluster, GatewayPlace, Models, ModelSource, ShardPlace
 from stitch.errors import InvalidRequest, Unavailable
@@ -69,7 +75,12 @@ def source() -> VocabularySource:
 @pytest.fixture
 def preparation(router: AlwaysWeak, source: VocabularySource) -> Iterator[Preparation]:
     with ThreadPoolExecutor(1, "text") as threads:
-        yield Preparation(CLUSTER, cast(Catalogue, SmallModel()), source, router, threads)
+        catalogue = cast(Catalogue, SmallModel())
+        pace, conversations = Pace(catalogue.routes(), lambda: 1, time.monotonic), Conversations(time.monotonic)
+        selection = Selection(
+            router, catalogue, pace, conversations, Watch(Metrics(catalogue.routes(), REASON_KINDS), None)
+        )
+        yield Preparation(CLUSTER, catalogue, source, selection, threads)
 
 
 def request(prompt: Prompt = "hello", sampling: Sampling | None = None, **fields: Any) -> Request:
@@ -101,7 +112,7 @@ async def test_a_named_route_is_taken_and_the_score_is_said_all_the_same(prepara
 
 
 async def test_judging_alone_counts_the_tokens(preparation: Preparation) -> None:
-    judgement, prompt_tokens = await preparation.judge("hello world")
+    judgement, prompt_tokens = await preparation.judge(request("hello world"))
     assert judgement.route == "weak"
     assert prompt_tokens == len(tokens("hello world"))
 
@@ -144,8 +155,8 @@ async def test_long_text_is_tokenized_off_the_event_loop(
 
     monkeypatch.setattr("router_gateway.generation.preparation.INLINE_BYTES", 8)
     monkeypatch.setattr("router_gateway.generation.preparation.tokenize", spy)
-    await preparation.judge("x" * 8)
-    await preparation.judge("x" * 9)
+    await preparation.judge(request("x" * 8))
+    await preparation.judge(request("x" * 9))
     assert threads[0] is threading.main_thread()
     assert threads[1] is not threading.main_thread()
 

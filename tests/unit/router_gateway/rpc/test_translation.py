@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from router_gateway.generation.request import Delta, Finished, FinishReason, Stage, Started, Token, Turn
 from router_gateway.routing.interface import Judgement
-from router_gateway.rpc.translation import to_prompt, to_request, to_response
+from router_gateway.routing.objectives import Objectives
+from router_gateway.rpc.translation import to_prompt, to_question, to_request, to_response
 from stitch.errors import InvalidRequest
 from stitch.v1 import inference_pb2
 
@@ -42,6 +45,21 @@ def test_auto_is_no_route() -> None:
     assert to_request(message(route="auto")).route is None
 
 
+def test_objectives_that_are_not_set_ask_for_nothing() -> None:
+    assert not to_request(message()).objectives.given
+    given = inference_pb2.Objectives(max_cost=1.0, min_quality=0.0)
+    assert to_request(message(objectives=given)).objectives == Objectives(max_cost=1.0, min_quality=0.0)
+
+
+def test_a_question_is_a_request_that_is_only_judged() -> None:
+    objectives = inference_pb2.Objectives(max_ttft_seconds=2.0)
+    question = to_question(inference_pb2.RouteRequest(prompt="hi", objectives=objectives, conversation_id="mine"))
+    assert (question.prompt, question.conversation_id, question.route) == ("hi", "mine", None)
+    assert question.objectives == Objectives(max_ttft_seconds=2.0)
+    with pytest.raises(InvalidRequest, match=r"objectives\.max_cost"):
+        to_question(inference_pb2.RouteRequest(prompt="hi", objectives=inference_pb2.Objectives(max_cost=2)))
+
+
 def test_a_conversation_keeps_its_turns() -> None:
     chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
     assert to_prompt(inference_pb2.RouteRequest(chat=chat)) == (Turn("user", "hi"),)
@@ -53,6 +71,14 @@ def test_a_conversation_keeps_its_turns() -> None:
         (inference_pb2.GenerateRequest(), "input"),
         (message(request_id="x" * 129), "request_id"),
         (message(request_id="mine\nnext line"), "request_id"),
+        (message(conversation_id="x" * 129), "conversation_id"),
+        (message(conversation_id="mine\x00"), "conversation_id"),
+        (message(objectives=inference_pb2.Objectives(max_ttft_seconds=0)), "objectives.max_ttft_seconds"),
+        (message(objectives=inference_pb2.Objectives(max_ttft_seconds=math.inf)), "objectives.max_ttft_seconds"),
+        (message(objectives=inference_pb2.Objectives(max_ttft_seconds=math.nan)), "objectives.max_ttft_seconds"),
+        (message(objectives=inference_pb2.Objectives(max_cost=0)), "objectives.max_cost"),
+        (message(objectives=inference_pb2.Objectives(max_cost=1.01)), "objectives.max_cost"),
+        (message(objectives=inference_pb2.Objectives(min_quality=math.nan)), "objectives.min_quality"),
         (message(stop=["a", ""]), "stop[1]"),
         (message(stop=["a"] * 1_000_000), "stop"),
         (message(sampling=inference_pb2.Sampling(stop_token_ids=[1] * 1_025)), "sampling.stop_token_ids"),

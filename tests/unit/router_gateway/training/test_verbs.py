@@ -80,6 +80,17 @@ def test_a_threshold_file_names_its_router(folder: Path) -> None:
     assert read_thresholds(out).router == load_router(folder / "router.safetensors").fingerprint
 
 
+def test_a_threshold_file_says_what_texts_and_costs_it_comes_from(folder: Path) -> None:
+    out = folder / "whole.json"
+    flags = ("--router", folder / "router.safetensors", "--data", folder / "unseen.jsonl", "--out", out)
+    assert ran(calibrate, *flags, "--budget", 0.3) == 0
+    found = read_thresholds(out)
+    assert found.costs == (0.0, 1.0)
+    assert found.gain_percentiles is not None
+    # Three of ten texts gain more than the threshold of that budget.
+    assert found.gain_percentiles[69] <= found.thresholds[0] <= found.gain_percentiles[71]
+
+
 def test_evaluation_prints_draws_and_writes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--router", folder / "router.safetensors", "--data", folder / "unseen.jsonl")
     assert ran(evaluate, *flags, "--plot", folder / "curves.png", "--json", folder / "report.json") == 0

@@ -90,6 +90,27 @@ def test_other_thresholds_are_asked_for_at_every_judgement(artefact: TextArtefac
     assert router.judge(Query(("prove",), ROUTES)).route == "weak"
 
 
+def test_a_score_is_the_share_of_the_calibration_s_texts_where_there_is_one(
+    artefact: TextArtefact, tmp_path: Path
+) -> None:
+    path, thresholds = tmp_path / "router.safetensors", tmp_path / "thresholds.json"
+    save_router(artefact, path)
+    # Texts of which nine of ten ask for more than "prove" does.
+    percentiles = [0.0] * 10 + [0.75] * 91
+    fields = {"routes": ROUTES, "thresholds": [0.6], "router": artefact.fingerprint, "budget": 0.1}
+    thresholds.write_text(json.dumps({**fields, "gain_percentiles": percentiles}))
+    router = open_text_router(path, thresholds)
+    assert router.judge(Query(("prove",), ROUTES)).score == pytest.approx(0.1, abs=0.01)
+    assert router.calibration is not None
+    assert router.calibration.budget == 0.1
+    assert TextRouter(artefact).calibration is None
+
+
+def test_a_judgement_says_what_every_route_is_expected_to_be_worth(artefact: TextArtefact) -> None:
+    judgement = TextRouter(artefact).judge(Query(("hello",), ROUTES))
+    assert judgement.qualities == (0.5, 0.25)
+
+
 def test_a_router_opens_from_its_files(artefact: TextArtefact, tmp_path: Path) -> None:
     path, thresholds = tmp_path / "router.safetensors", tmp_path / "thresholds.json"
     save_router(artefact, path)

@@ -61,6 +61,8 @@ def test_a_new_file_is_in_force_after_a_look(path: Path) -> None:
         {"thresholds": None},
         {"router": "0" * 64},
         {"budget": 2},
+        {"costs": [0.0, 0.5, 1.0]},
+        {"gain_percentiles": [0.0, 1.0]},
         {"surprise": 1},
     ],
 )
@@ -84,6 +86,16 @@ def test_a_broken_file_is_complained_about_once(path: Path, caplog: pytest.LogCa
         clock.now += LOOK_AGAIN_SECONDS
         watched.current()
     assert len(caplog.records) == 1
+
+
+def test_a_calibration_is_known_with_its_thresholds(path: Path) -> None:
+    clock = Clock()
+    watched = WatchedThresholds(path, ROUTER, 2, clock)
+    assert (watched.calibration.budget, watched.calibration.costs) == (0.3, None)
+    written(path, [0.75], budget=0.1, costs=[0, 1])
+    clock.now += LOOK_AGAIN_SECONDS
+    watched.current()
+    assert (watched.calibration.budget, watched.calibration.costs) == (0.1, (0.0, 1.0))
 
 
 def test_a_file_that_vanishes_changes_nothing(path: Path) -> None:
