@@ -43,6 +43,7 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         self.script = list(script)
         self.files = tokenizer_files()
         self.tokenizer = "bytes"
+        self.context_tokens = CONTEXT_TOKENS
         self.kv_capacity_tokens = self.free_kv_tokens = 10_000
         # Parameters that this shard reads for a token, by route.
         self.parameters = {"weak": 600, "strong": 900} if role == "bottom" else {"weak": 500, "strong": 500}
@@ -139,7 +140,9 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
 
     def _identity(self) -> shard_pb2.ShardIdentity:
         first, end = LAYERS[self.role]
-        model = inference_pb2.Model(id="fake", layers=8, vocabulary_size=VOCABULARY_SIZE, context_length=CONTEXT_TOKENS)
+        model = inference_pb2.Model(
+            id="fake", layers=8, vocabulary_size=VOCABULARY_SIZE, context_length=self.context_tokens
+        )
         return shard_pb2.ShardIdentity(
             shard=self.name,
             role=self.role,
@@ -186,10 +189,11 @@ async def cuts_short(context: Context) -> None:
 
 
 @asynccontextmanager
-async def fake_cluster(
-    *shards: FakeShard, thresholds: tuple[float, ...] | None = None, fallback_route: str | None = None
-) -> AsyncIterator[Cluster]:
-    """A cluster of these shards, which serve as long as the block lasts, with the routes `weak` and `strong`."""
+async def fake_cluster(*shards: FakeShard, **gateway: Any) -> AsyncIterator[Cluster]:
+    """A cluster of these shards, which serve as long as the block lasts, with the routes `weak` and `strong`.
+
+    `gateway`: fields of its place.
+    """
     for shard in shards:
         await shard.start()
     source = ModelSource(id="fake", source="nowhere")
@@ -199,7 +203,7 @@ async def fake_cluster(
             models=Models(bottom=source, top=source),
             routes=ROUTES,
             shards=tuple(shard.place for shard in shards),
-            gateway=GatewayPlace(address="127.0.0.1:0", thresholds=thresholds, fallback_route=fallback_route),
+            gateway=GatewayPlace(address="127.0.0.1:0", **gateway),
         )
     finally:
         for shard in shards:
