@@ -24,11 +24,16 @@ class FallbackRouter:
         except Exception:
             _log.exception("the router failed")
             return self._fallback(query, "the router failed")
-        if judgement.route not in query.routes or not math.isfinite(judgement.score):
+        if not _is_proper(judgement, query):
             _log.error("the router answered %s", judgement)
-            return self._fallback(query, "the router's answer is no route")
+            return self._fallback(query, "the router's answer is no judgement")
         return judgement
 
     def _fallback(self, query: Query, why: str) -> Judgement:
         route = self._fallback_route or query.routes[-1]
         return Judgement(route, 1.0, f"{why}, so the fallback", "fallback")
+
+
+def _is_proper(judgement: Judgement, query: Query) -> bool:
+    complete = judgement.qualities is None or len(judgement.qualities) == len(query.routes)
+    return judgement.route in query.routes and math.isfinite(judgement.score) and complete

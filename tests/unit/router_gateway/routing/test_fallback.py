@@ -33,6 +33,7 @@ def test_a_proper_judgement_passes_unchanged() -> None:
         ValueError("broken"),
         Judgement("gone", 0.5, "", "content"),
         Judgement("weak", math.nan, "", "content"),
+        Judgement("weak", 0.5, "", "gain", qualities=(0.5,)),
     ],
 )
 def test_a_failure_takes_the_dearest_route_and_says_so(answer: Judgement | Exception) -> None:
