@@ -1,12 +1,14 @@
 """How long requests take to their first text at this gateway, and what is under way. Knows no text and no limit.
 
-Prompts are computed in the order of their arrival, so a request waits for those before it, whatever their routes.
+Prompts are computed in the order of their arrival, so a request waits for those before it, whatever their routes; of
+one that is being computed, only what the pace of its route leaves by now.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from router_gateway.routing.ttft import TtftLine
 
@@ -18,7 +20,9 @@ class Pace:
         self._lines = {route: TtftLine() for route in routes}
         self._lanes = lanes
         self._clock = clock
-        # Tokens of prompts whose first token has not come.
+        # Those whose first token has not come, in the order of their arrival, by the identity of their Run.
+        self._waiting: dict[int, Run] = {}
+        # The tokens of their prompts.
         self._ahead = 0
 
     def seconds(self, route: str, prompt_tokens: int) -> float | None:
@@ -28,25 +32,47 @@ class Pace:
     def begin(self, route: str, prompt_tokens: int) -> Run:
         """A request takes a route now."""
         run = Run(self, route, prompt_tokens, self._tokens(prompt_tokens), self._clock())
+        self._waiting[id(run)] = run
         self._ahead += prompt_tokens
+        self._go_on()
         return run
 
-    def computed(self, prompt_tokens: int) -> None:
+    def computed(self, run: Run) -> None:
         """A prompt stands before nobody any more."""
-        self._ahead -= prompt_tokens
+        if self._waiting.pop(id(run), None) is not None:
+            self._ahead -= run.prompt_tokens
+            self._go_on()
 
-    def arrived(self, route: str, tokens: float, began: float) -> None:
-        """The first text of a request that began then, with so much to compute."""
+    def arrived(self, run: Run) -> None:
+        """Its first text is there."""
         now = self._clock()
         # A clock may be too coarse for a fake shard.
-        self._lines[route].observe(tokens, max(now - began, 1e-6), now)
+        self._lines[run.route].observe(run.tokens, max(now - run.began, 1e-6), now)
+
+    def _go_on(self) -> None:
+        for run in self._computing():
+            if run.computing_since is None:
+                run.computing_since = self._clock()
+
+    def _computing(self) -> Iterator[Run]:
+        """The first in line."""
+        return islice(self._waiting.values(), max(self._lanes(), 1))
 
     def _tokens(self, prompt_tokens: int) -> float:
         """To be computed before the first token of such a prompt, its own among them."""
-        return prompt_tokens + self._ahead / max(self._lanes(), 1)
+        ahead = self._ahead - sum(map(self._done, self._computing()))
+        return prompt_tokens + ahead / max(self._lanes(), 1)
+
+    def _done(self, run: Run) -> float:
+        """Tokens of a prompt that are computed already, as far as its route's pace tells."""
+        now = self._clock()
+        slope = self._lines[run.route].slope(now)
+        if run.computing_since is None or not slope:
+            return 0.0
+        return min((now - run.computing_since) / slope, run.prompt_tokens)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Run:
     """One request on its route. Each of its moments counts once, however often it is told."""
 
@@ -56,17 +82,15 @@ class Run:
     # To be computed before its first token.
     tokens: float
     began: float
-    _computed: bool = False
+    computing_since: float | None = None
     _arrived: bool = False
 
     def token(self) -> None:
         """A token came, so the prompt is computed; or none will come."""
-        if not self._computed:
-            self._computed = True
-            self.pace.computed(self.prompt_tokens)
+        self.pace.computed(self)
 
     def text(self) -> None:
         """Text leaves for the client."""
         if not self._arrived:
             self._arrived = True
-            self.pace.arrived(self.route, self.tokens, self.began)
+            self.pace.arrived(self)

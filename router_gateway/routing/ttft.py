@@ -48,6 +48,12 @@ class TtftLine:
         line, factor = self._line(), self._factor()
         return None if line is None or factor is None else _at(line, tokens) * factor
 
+    def slope(self, at: float) -> float | None:
+        """Seconds for each token more; None where too little is known."""
+        self._forget(at)
+        line = self._line()
+        return None if line is None else line[1]
+
     def _forget(self, at: float) -> None:
         while self._samples and self._samples[0].at < at - MAX_AGE_SECONDS:
             self._samples.popleft()

@@ -74,4 +74,18 @@ def test_a_first_text_counts_once(gateway: Gateway) -> None:
     run.text()
     gateway.now += 100.0
     run.text()
-    assert gateway.pace.seconds("weak", 200) == pytest.approx(2.0 + 10 * SECONDS_A_TOKEN)
+    assert gateway.pace.seconds("weak", 200) == pytest.approx(2.0)
+
+
+def test_of_a_prompt_that_is_being_computed_only_the_rest_stands_before_others(gateway: Gateway) -> None:
+    first, second = gateway.pace.begin("weak", 300), gateway.pace.begin("weak", 100)
+    gateway.now += 1.0
+    assert gateway.pace.seconds("weak", 200) == pytest.approx(5.0)
+    # It takes longer than its route's pace, but the second one has not begun.
+    gateway.now += 3.0
+    assert gateway.pace.seconds("weak", 200) == pytest.approx(3.0)
+    first.token()
+    gateway.now += 0.5
+    assert gateway.pace.seconds("weak", 200) == pytest.approx(2.5)
+    second.token()
+    assert gateway.pace.seconds("weak", 200) == pytest.approx(2.0)
