@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from router_gateway.training.arguments import add_data, named_numbers, said
 
 if TYPE_CHECKING:
-    from router_gateway.routing.text.thresholds import Thresholds
-    from router_gateway.training.calibration import Calibration
+    from stitch.routing.calibration import Calibration
+    from stitch.routing.thresholds import Thresholds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,10 +47,10 @@ def calibrate(
     import numpy as np
 
     from router_gateway.routing.text.artefact import load_router
-    from router_gateway.routing.text.thresholds import Thresholds
-    from router_gateway.training import calibration
-    from router_gateway.training.labels import read_prompts
     from stitch.errors import InvalidRequest
+    from stitch.routing import calibration
+    from stitch.routing.labels import read_prompts
+    from stitch.routing.thresholds import Thresholds
 
     artefact = load_router(router)
     routes, known = artefact.model.routes, named_numbers(costs, "costs")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from router_gateway.training.fitting import Examples, fit
-from router_gateway.training.folds import folds
-from router_gateway.training.pgr import Numbers
+from stitch.routing.folds import folds
+from stitch.routing.pgr import Numbers
 
 FOLDS = 5
 

@@ -12,8 +12,8 @@ from router_gateway.training.arguments import add_data, named, said
 
 if TYPE_CHECKING:
     from router_gateway.routing.text.artefact import TextArtefact
-    from router_gateway.training.labels import LabelledSet
-    from router_gateway.training.report import Rankings
+    from stitch.routing.labels import LabelledSet
+    from stitch.routing.report import Rankings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +35,8 @@ def evaluate(router: Path, data: list[Path], renamed: list[str], plot: Path | No
     Raises InvalidRequest where the artefact or the data is off.
     """
     from router_gateway.routing.text.artefact import load_router
-    from router_gateway.training.labels import read_labels
-    from router_gateway.training.report import as_json
+    from stitch.routing.labels import read_labels
+    from stitch.routing.report import as_json
 
     artefact = load_router(router)
     report: dict[str, Any] = {"router": artefact.fingerprint, "data": {}}
@@ -59,8 +59,8 @@ def _measured(artefact: TextArtefact, labelled: LabelledSet) -> tuple[dict[str, 
     """The rankings of every pair, and what the artefact's own thresholds make of the prompts; both printed."""
     import numpy as np
 
-    from router_gateway.routing.text.choice import chosen
-    from router_gateway.training.report import curve_table, pairs, table
+    from stitch.routing.choice import chosen
+    from stitch.routing.report import curve_table, pairs, table
 
     if _was_seen(artefact, labelled):
         print(f"{labelled.name}: the router was trained on this very file, so its figures flatter it", file=sys.stderr)
@@ -83,7 +83,7 @@ def _was_seen(artefact: TextArtefact, labelled: LabelledSet) -> bool:
 
 
 def _draw(found: dict[str, Rankings], plot: Path | None, name: str | None) -> None:
-    from router_gateway.training.report import draw
+    from stitch.routing.report import draw
 
     if plot is not None:
         draw(found, plot if name is None else plot.with_stem(f"{plot.stem}-{name}"))

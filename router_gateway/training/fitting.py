@@ -19,8 +19,8 @@ from sklearn.linear_model import Ridge
 from router_gateway.routing.text.model import Floats, TextModel
 from router_gateway.training.classifier import Classifier, learn_sources, learn_topics
 from router_gateway.training.features import Texts, View, learn_view, see, shared_buckets
-from router_gateway.training.labels import LabelledSet, Qualities, same_prompt
 from stitch.errors import InvalidRequest
+from stitch.routing.labels import LabelledSet, Qualities, same_prompt
 
 PENALTY = 10.0
 # Surface features are of size 1, a word of a text of a hundred words of size 0.1: so they count about alike.

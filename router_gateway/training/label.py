@@ -151,14 +151,14 @@ async def label(
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a file; `question` stands for `prompt` where there is none. InvalidRequest where a line is off."""
-    from router_gateway.training.labels import read_json_lines
+    from stitch.routing.labels import read_json_lines
 
     return [row for _, row in read_json_lines(path)]
 
 
 def remaining(rows: Sequence[Row], out: Path) -> list[Row]:
     """The rows whose prompts the output doesn't have yet, each prompt once."""
-    from router_gateway.training.labels import read_json_lines
+    from stitch.routing.labels import read_json_lines
 
     done = set()
     if out.exists():

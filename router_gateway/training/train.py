@@ -11,9 +11,9 @@ from router_gateway.training.arguments import add_data, named, said
 
 if TYPE_CHECKING:
     from router_gateway.training.fitting import Examples
-    from router_gateway.training.labels import LabelledSet
-    from router_gateway.training.pgr import Numbers
-    from router_gateway.training.report import Rankings
+    from stitch.routing.labels import LabelledSet
+    from stitch.routing.pgr import Numbers
+    from stitch.routing.report import Rankings
 
 # What a fresh router is set to until it is calibrated: half of the way from cheapest to dearest.
 FIRST_BUDGET = 0.5
@@ -42,10 +42,10 @@ def train(data: list[Path], out: Path, routes: tuple[str, ...], renamed: list[st
     import numpy as np
 
     from router_gateway.routing.text.artefact import TextArtefact, fingerprint_of, save_router
-    from router_gateway.training.calibration import calibrate, relative_costs
     from router_gateway.training.cross_validation import unseen_gains
     from router_gateway.training.fitting import fit, gather
-    from router_gateway.training.labels import read_labels
+    from stitch.routing.calibration import calibrate, relative_costs
+    from stitch.routing.labels import read_labels
 
     check(routes, folds)
     sets = [read_labels(path, routes, named(renamed, "rename")) for path in data]
@@ -77,7 +77,7 @@ def check(routes: tuple[str, ...], folds: int) -> None:
 
 def _figures(sets: list[LabelledSet], examples: Examples, gains: Numbers) -> dict[str, dict[str, Rankings]]:
     """By source and pair; printed as they are found."""
-    from router_gateway.training.report import pairs, table
+    from stitch.routing.report import pairs, table
 
     found = {}
     for index, labelled in enumerate(sets):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from pathlib import Path
 
 import numpy as np
 
 from router_gateway.routing.interface import Judgement, Query
 from router_gateway.routing.text.artefact import TextArtefact, load_router
-from router_gateway.routing.text.choice import chosen
-from router_gateway.routing.text.model import Floats, gains_of
-from router_gateway.routing.text.thresholds import FixedThresholds, Thresholds, ThresholdSource, WatchedThresholds
+from router_gateway.routing.text.model import gains_of
 from stitch.errors import InvalidRequest
+from stitch.routing.choice import chosen, reason, score
+from stitch.routing.thresholds import FixedThresholds, Thresholds, ThresholdSource, WatchedThresholds
 
 
 class TextRouter:
@@ -40,15 +39,14 @@ class TextRouter:
         gains = gains_of(qualities)
         thresholds = self._thresholds.current()
         rung = int(chosen(gains[None, :], np.array(thresholds))[0])
-        reason, worth = _reason(gains, thresholds, rung), tuple(qualities.tolist())
-        return Judgement(self.routes[rung], self._score(gains), reason, "gain", worth)
+        why, worth = reason("gain", gains.tolist(), thresholds, rung), tuple(qualities.tolist())
+        return Judgement(self.routes[rung], self._score(float(gains[-1])), why, "gain", worth)
 
-    def _score(self, gains: Floats) -> float:
-        """The share of texts that ask less for the strongest route: of the calibration's, else of the training's."""
+    def _score(self, strongest: float) -> float:
+        """Among the texts of the calibration, else of the training."""
         calibration = self.calibration
         of_calibration = None if calibration is None else calibration.gain_percentiles
-        percentiles = of_calibration or self._artefact.gain_percentiles
-        return bisect_left(percentiles, float(gains[-1])) / len(percentiles)
+        return score(strongest, of_calibration or self._artefact.gain_percentiles)
 
 
 def open_text_router(path: Path, thresholds: Path | None = None) -> TextRouter:
@@ -60,13 +58,3 @@ def open_text_router(path: Path, thresholds: Path | None = None) -> TextRouter:
     if thresholds is None:
         return TextRouter(artefact)
     return TextRouter(artefact, WatchedThresholds(thresholds, artefact.fingerprint, len(artefact.model.routes)))
-
-
-def _reason(gains: Floats, thresholds: tuple[float, ...], rung: int) -> str:
-    """The comparison that decided: with the threshold of the route, or of the one that came nearest to its own."""
-    if not thresholds:
-        return "the only route"
-    if rung:
-        return f"gain {gains[rung]:.2f} > {thresholds[rung - 1]:.2f}"
-    nearest = int(np.argmax(gains[1:] - np.array(thresholds)))
-    return f"gain {gains[nearest + 1]:.2f} ≤ {thresholds[nearest]:.2f}"

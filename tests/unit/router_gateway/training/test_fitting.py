@@ -12,8 +12,8 @@ from router_gateway.training.classifier import learn_topics
 from router_gateway.training.cross_validation import unseen_gains
 from router_gateway.training.features import LEAST_TEXTS, learn_view, see, shared_buckets
 from router_gateway.training.fitting import LEAST_ROWS, Examples, common_topics, fit, gather
-from router_gateway.training.labels import LabelledSet, read_labels
 from stitch.errors import InvalidRequest
+from stitch.routing.labels import LabelledSet, read_labels
 from tests.support.labelled_prompts import rows, write
 
 

@@ -19,8 +19,8 @@ from router_gateway.training.label import (
     read_rows,
     remaining,
 )
-from router_gateway.training.labels import read_labels
 from stitch.errors import InvalidRequest, Unavailable
+from stitch.routing.labels import read_labels
 from tests.support.labelled_prompts import write
 
 ROUTES = ("weak", "strong")

@@ -12,9 +12,9 @@ import pytest
 from router_gateway.routing.interface import Query
 from router_gateway.routing.text.artefact import load_router
 from router_gateway.routing.text.router import open_text_router
-from router_gateway.routing.text.thresholds import read_thresholds
 from router_gateway.training import calibrate, evaluate, train
 from stitch.errors import InvalidRequest
+from stitch.routing.thresholds import read_thresholds
 from tests.support.labelled_prompts import rows, write
 
 

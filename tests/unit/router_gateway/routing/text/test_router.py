@@ -11,8 +11,8 @@ from router_gateway.routing.fallback import FallbackRouter
 from router_gateway.routing.interface import REASON_KINDS, Query
 from router_gateway.routing.text.artefact import TextArtefact, fingerprint_of, save_router
 from router_gateway.routing.text.router import TextRouter, open_text_router
-from router_gateway.routing.text.thresholds import FixedThresholds
 from stitch.errors import InvalidRequest
+from stitch.routing.thresholds import FixedThresholds
 from tests.support.word_model import word_model
 
 ROUTES = ("weak", "strong")

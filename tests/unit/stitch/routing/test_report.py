@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from router_gateway.training.pgr import Numbers
-from router_gateway.training.report import Rankings, as_json, curve_table, draw, pairs, rankings, table
+from stitch.routing.pgr import Numbers
+from stitch.routing.report import Rankings, as_json, curve_table, draw, pairs, rankings, table
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from router_gateway.training.pgr import Numbers, apgr, cpt, curve, recovery
 from stitch.errors import InvalidRequest
+from stitch.routing.pgr import Numbers, apgr, cpt, curve, recovery
 
 
 def labels(count: int = 1_000, gaining: float = 0.2) -> tuple[Numbers, Numbers]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from router_gateway.training.folds import folds
+from stitch.routing.folds import folds
 
 
 def test_folds_are_of_one_size() -> None:

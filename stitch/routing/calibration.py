@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from router_gateway.routing.text.choice import chosen
-from router_gateway.training.pgr import Numbers
 from stitch.errors import InvalidRequest
+from stitch.routing.choice import chosen
+from stitch.routing.pgr import Numbers
 
 # Halvings of the range of prices: far below a float's resolution of gains.
 _HALVINGS = 60

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from router_gateway.training.labels import read_json_lines, read_labels, read_prompts, same_prompt
 from stitch.errors import InvalidRequest
+from stitch.routing.labels import read_json_lines, read_labels, read_prompts, same_prompt
 from tests.support.labelled_prompts import write
 
 

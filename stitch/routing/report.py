@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from router_gateway.training.labels import Qualities
-from router_gateway.training.pgr import STEPS, Figure, Numbers, Recovery, recovery
+from stitch.routing.labels import Qualities
+from stitch.routing.pgr import STEPS, Figure, Numbers, Recovery, recovery
 
 Rankings = Mapping[str, Recovery]
 

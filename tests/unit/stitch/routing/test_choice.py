@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from router_gateway.routing.text.choice import chosen
+from stitch.routing.choice import chosen, reason, score
 
 
 @pytest.mark.parametrize(("gain", "rung"), [(-1.0, 0), (0.2, 0), (0.25, 0), (0.26, 1), (1.0, 1)])
@@ -29,3 +29,24 @@ def test_of_several_routes_the_one_that_exceeds_most(gains: list[float], rung: i
 
 def test_one_route_takes_everything() -> None:
     assert chosen(np.zeros((3, 1)), np.zeros(0)).tolist() == [0, 0, 0]
+
+
+def test_a_score_is_the_share_of_smaller_gains() -> None:
+    percentiles = np.linspace(-1, 1, 101).tolist()
+    assert score(-2.0, percentiles) == 0.0
+    assert score(2.0, percentiles) == 1.0
+    assert score(0.01, percentiles) == pytest.approx(51 / 101)
+
+
+@pytest.mark.parametrize(
+    ("gains", "thresholds", "rung", "said"),
+    [
+        ([0.0, 0.82], [0.61], 1, "probe 0.82 > 0.61"),
+        ([0.0, 0.5], [0.61], 0, "probe 0.50 ≤ 0.61"),
+        # The one that came nearest to its threshold, not the largest gain.
+        ([0.0, 0.19, 0.3], [0.2, 0.9], 0, "probe 0.19 ≤ 0.20"),
+        ([0.0], [], 0, "the only route"),
+    ],
+)
+def test_a_reason_names_the_comparison(gains: list[float], thresholds: list[float], rung: int, said: str) -> None:
+    assert reason("probe", gains, thresholds, rung) == said

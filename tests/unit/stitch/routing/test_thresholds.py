@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from router_gateway.routing.text.thresholds import LOOK_AGAIN_SECONDS, WatchedThresholds, read_thresholds
 from stitch.errors import InvalidRequest
+from stitch.routing.thresholds import LOOK_AGAIN_SECONDS, WatchedThresholds, read_thresholds
 
 ROUTER = "f" * 64
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from router_gateway.training.calibration import budget_for, calibrate, relative_costs
-from router_gateway.training.pgr import Numbers
 from stitch.errors import InvalidRequest
+from stitch.routing.calibration import budget_for, calibrate, relative_costs
+from stitch.routing.pgr import Numbers
 
 
 def gains(*columns: Numbers) -> Numbers:
