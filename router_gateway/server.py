@@ -33,7 +33,6 @@ from router_gateway.routing.fallback import FallbackRouter
 from router_gateway.routing.interface import REASON_KINDS, Router
 from router_gateway.routing.ladder import Ladder
 from router_gateway.routing.text.router import open_text_router
-from router_gateway.routing.text.thresholds import Thresholds
 from router_gateway.routing.weighted import WeightedRouter
 from router_gateway.rpc.decoding import LenientDecoding, methods_of_inference
 from router_gateway.rpc.health import SERVICES, Health
@@ -43,6 +42,7 @@ from stitch import channels
 from stitch.cluster import Cluster
 from stitch.errors import InvalidRequest
 from stitch.event_loop import observe_delay
+from stitch.routing.thresholds import Thresholds
 from stitch.stopping import StopSignals
 from stitch.v1 import inference_pb2_grpc
 

@@ -78,6 +78,10 @@ class GatewayPlace(Settings):
     # cluster file. Without one, hand-set weights judge.
     router: str | None = None
     router_thresholds: str | None = None
+    # Instead of a router: a probe, with which the first shards decide by hidden states at the earliest cut, and the
+    # thresholds of its calibration; relative to the cluster file as well.
+    probe: str | None = None
+    probe_thresholds: str | None = None
     # For the hand-set weights: scores from here on take the next dearer route; one threshold between two neighbours.
     thresholds: tuple[float, ...] | None = Field(default=None, strict=False)
 
@@ -132,6 +136,7 @@ class Cluster(Settings):
                 raise ValueError(f"route {route.name} leaves out or repeats layers, so it needs a stitch")
         if self.gateway.fallback_route not in (None, *(route.name for route in self.routes)):
             raise ValueError(f"gateway.fallback_route names no route: {self.gateway.fallback_route}")
+        self._check_probe()
         return self
 
     def _check_apart(self, role: Role) -> None:
@@ -143,6 +148,18 @@ class Cluster(Settings):
     def _ranges(self, role: Role) -> list[tuple[int, int]]:
         """The different ranges of layers that shards of a model hold, in order."""
         return sorted({shard.layers for shard in self.shards if shard.role == role})
+
+    def _check_probe(self) -> None:
+        """A first shard that decides must see the states that it decides by."""
+        gateway, cut = self.gateway, self.earliest_cut
+        if gateway.probe is None:
+            return
+        if gateway.router is not None:
+            raise ValueError("gateway.router and gateway.probe exclude each other: one of them judges")
+        for shard in self.shards:
+            if (shard.role, shard.layers[0]) == ("bottom", 0) and shard.layers[1] < cut:
+                held = shard.layers[1]
+                raise ValueError(f"gateway.probe reads behind layer {cut}, but shard {shard.name} ends at {held}")
 
     def _check_covered(self, role: Role, first: int, end: int, route: RouteCut) -> None:
         reached = first
@@ -176,6 +193,22 @@ class Cluster(Settings):
     def stitch_file(self, route: RouteCut) -> Path | None:
         """The route's stitch as a path, or None where it needs none."""
         return None if route.stitch is None else self.folder / route.stitch
+
+    @property
+    def earliest_cut(self) -> int:
+        """The bottom layers that all routes pass."""
+        return min(route.bottom_layers for route in self.routes)
+
+    @property
+    def probe_file(self) -> Path | None:
+        """The probe as a path, or None where no shard decides."""
+        return None if self.gateway.probe is None else self.folder / self.gateway.probe
+
+    @property
+    def probe_thresholds_file(self) -> Path | None:
+        """The probe's thresholds as a path, or None where its own are in force."""
+        named = self.gateway.probe_thresholds
+        return None if named is None else self.folder / named
 
     def stages(self, route: RouteCut) -> list[list[ShardPlace]]:
         """The chain of a route: for every stage the replicas that can take it, in order."""

@@ -1,9 +1,9 @@
-"""Flags that several verbs of the `stitch` command share. Doesn't know the limits of their values: the gateway does."""
+"""Flags that several verbs share. Doesn't know the limits of a request's values: the gateway does."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _Kind = Callable[[str], Any]
@@ -80,3 +80,14 @@ def lengths(text: str) -> tuple[int, ...]:
     if len(found) < 2:
         raise argparse.ArgumentTypeError(f"a line needs two lengths or more, not {text}")
     return found
+
+
+def named(pairs: Sequence[str], field: str) -> dict[str, str]:
+    """`["a=b"]` as {"a": "b"}; InvalidRequest where one has no `=`."""
+    # Only now, so that --help is instant.
+    from stitch.errors import InvalidRequest
+
+    for pair in pairs:
+        if not all(pair.partition("=")):
+            raise InvalidRequest(field, pair, "it must be NAME=VALUE")
+    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from stitch.cluster import Cluster, RouteCut, ShardPlace
 from stitch.environment import cache_folder
+from stitch.routing.thresholds import FixedThresholds, ThresholdSource, WatchedThresholds
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.cache.pool import BLOCK_TOKENS, BlockPool
 from stitch_server.cache.store import KVStore
@@ -18,6 +20,7 @@ from stitch_server.engine.batch import Batch, Cut
 from stitch_server.engine.engine import Engine
 from stitch_server.engine.forwarding import Downstream, Forwarding
 from stitch_server.engine.intake import Intake
+from stitch_server.engine.judge import Judge
 from stitch_server.engine.origin import Origin
 from stitch_server.engine.relay import Relay
 from stitch_server.engine.runner import Runner
@@ -30,6 +33,7 @@ from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import ModelDescription
 from stitch_server.model.embedding import Embedding
 from stitch_server.model.head import Head
+from stitch_server.model.probe import MOST_TOKENS, Probe
 from stitch_server.model.stitch import Stitch
 from stitch_server.model.tokenizer_hash import token_count, tokenizer_hash
 from stitch_server.planning import kv_bytes_per_token, kv_tokens
@@ -61,6 +65,8 @@ class Part:
     cuts: dict[str, Cut]
     tokenizer: str
     count: ParameterCount
+    # On the first shard, where the cluster file names one.
+    probe: Probe | None = None
 
 
 def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part:
@@ -85,6 +91,7 @@ def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part
         cuts=cuts,
         tokenizer=tokenizer,
         count=ParameterCount.read(folder),
+        probe=_probe(cluster, model, tokenizer, device) if (place.role, first) == ("bottom", 0) else None,
     )
 
 
@@ -109,6 +116,14 @@ def _stitch(
     stitch.check_models(top=top.to_proto())
     stitch.check_tokenizer(tokenizer)
     return stitch
+
+
+def _probe(cluster: Cluster, bottom: ModelDescription, tokenizer: str, device: torch.device) -> Probe | None:
+    if (path := cluster.probe_file) is None:
+        return None
+    probe = Probe.load(path, device)
+    probe.check(bottom, cluster.earliest_cut, [route.name for route in cluster.routes], tokenizer)
+    return probe
 
 
 @dataclass(slots=True, kw_only=True)
@@ -143,6 +158,11 @@ class Shard:
     def unpack(self, rows: Packed) -> Tensor:
         """What a neighbour sent, as this shard computes with it; runs in the engine's thread."""
         return unpack(rows, self.device, getattr(torch, self.cluster.compute.dtype))
+
+    def fallback_route(self, candidates: Iterable[str]) -> str:
+        """Where nobody decides: as the cluster file says, or the route that passes most layers."""
+        dearest = max(candidates, key=lambda name: self.cluster.route(name).bottom_layers)
+        return self.cluster.gateway.fallback_route or dearest
 
     def check_stitch(self, route: str, bottom: inference_pb2.Model) -> None:
         """Incompatible where the route's stitch was not made for this bottom model."""
@@ -180,6 +200,8 @@ def build_shard(
         stage=f"{place.role}_prefill",
         stitches={route: stitch for route, stitch in part.stitches.items() if stitch is not None},
         head=part.head,
+        judge=_judge(cluster, part),
+        cuts=part.cuts,
     )
     front = _front(cluster, part, pool, links)
 
@@ -200,8 +222,19 @@ def build_shard(
         front=front,
         pool=pool,
         device=device,
-        max_step_tokens=max(compute.batch_tokens, compute.prefill_tokens) + MOST_DECODING,
+        max_step_tokens=max(compute.batch_tokens, compute.prefill_tokens, MOST_TOKENS) + MOST_DECODING,
     )
+
+
+def _judge(cluster: Cluster, part: Part) -> Judge | None:
+    """Raises InvalidRequest where the thresholds are another probe's."""
+    probe, file = part.probe, cluster.probe_thresholds_file
+    if probe is None:
+        return None
+    thresholds: ThresholdSource = FixedThresholds(probe.thresholds)
+    if file is not None:
+        thresholds = WatchedThresholds(file, probe.fingerprint, len(probe.binding.routes))
+    return Judge(probe, thresholds, cluster.gateway.fallback_route)
 
 
 def _front(cluster: Cluster, part: Part, pool: BlockPool, links: Downstream) -> Origin | Relay:
@@ -212,6 +245,7 @@ def _front(cluster: Cluster, part: Part, pool: BlockPool, links: Downstream) -> 
             prefill_tokens_beside_decode=compute.prefill_tokens_beside_decode,
             groups=compute.groups,
             max_waiting_sessions=compute.max_waiting_sessions,
+            probe_tokens=0 if part.probe is None else part.probe.binding.tokens,
         )
         return Origin(pool, part.cuts, limits, Forwarding(links, compute.wire_dtype))
     forwarding = None if part.head is not None else Forwarding(links, compute.wire_dtype)
@@ -243,6 +277,7 @@ def _identity(
         kv_block_tokens=BLOCK_TOKENS,
         device=str(device),
         compute_dtype=cluster.compute.dtype,
+        probe="" if part.probe is None else part.probe.fingerprint,
         quantization=cluster.compute.quantization,
     )
     (identity.bottom if place.role == "bottom" else identity.top).CopyFrom(part.model.to_proto())

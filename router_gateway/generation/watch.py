@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from router_gateway.metrics import Metrics
 from router_gateway.routing.drift import Latest
 from router_gateway.routing.interface import Judgement
-from router_gateway.routing.text.thresholds import Thresholds
+from stitch.routing.thresholds import Thresholds
 
 _log = logging.getLogger(__name__)
 

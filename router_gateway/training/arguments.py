@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from stitch.flags import named
+
 
 def add_data(parser: argparse.ArgumentParser, purpose: str) -> None:
     """--data and --rename."""
@@ -21,16 +23,6 @@ def add_data(parser: argparse.ArgumentParser, purpose: str) -> None:
         default=[],
         help="a name in the files stands for this route, such as qwen2.5-7b-instruct=weak",
     )
-
-
-def named(pairs: Sequence[str], field: str) -> dict[str, str]:
-    """`["a=b"]` as {"a": "b"}; InvalidRequest where one has no `=`."""
-    from stitch.errors import InvalidRequest
-
-    for pair in pairs:
-        if not all(pair.partition("=")):
-            raise InvalidRequest(field, pair, "it must be NAME=VALUE")
-    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
 
 
 def named_numbers(pairs: Sequence[str], field: str) -> dict[str, float] | None:

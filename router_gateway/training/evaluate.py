@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from router_gateway.training.arguments import add_data, named, said
+from router_gateway.training.arguments import add_data, said
+from stitch.flags import named
 
 if TYPE_CHECKING:
     from router_gateway.routing.text.artefact import TextArtefact

@@ -113,7 +113,7 @@ def _portable(cluster: Cluster) -> dict[str, Any]:
     for route, cut in zip(fields["routes"], cluster.routes, strict=True):
         file = cluster.stitch_file(cut)
         route["stitch"] = str(file.resolve()) if file else None
-    for name in ("router", "router_thresholds"):
+    for name in ("router", "router_thresholds", "probe", "probe_thresholds"):
         if fields["gateway"][name] is not None:
             fields["gateway"][name] = str((cluster.folder / fields["gateway"][name]).resolve())
     for model in fields["models"].values():

@@ -37,30 +37,56 @@ FAILURE_CAUSE_PRECONDITION: FailureCause
 FAILURE_CAUSE_TOO_LONG: FailureCause
 
 class ShardGenerateRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "prompt_tokens", "route", "chain", "sampling")
+    __slots__ = ("request_id", "token_ids", "prompt_tokens", "route", "chain", "sampling", "candidates")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     CHAIN_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     prompt_tokens: int
     route: str
     chain: _containers.RepeatedScalarFieldContainer[str]
     sampling: _inference_pb2.Sampling
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., route: _Optional[str] = ..., chain: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ...) -> None: ...
+    candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., route: _Optional[str] = ..., chain: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ...) -> None: ...
+
+class Candidate(_message.Message):
+    __slots__ = ("route", "chain")
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_FIELD_NUMBER: _ClassVar[int]
+    route: str
+    chain: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, route: _Optional[str] = ..., chain: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ShardGenerateResponse(_message.Message):
-    __slots__ = ("tokens", "finish_reason", "stages")
+    __slots__ = ("tokens", "finish_reason", "stages", "judged")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
+    JUDGED_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[GeneratedToken]
     finish_reason: _inference_pb2.FinishReason
     stages: _containers.RepeatedCompositeFieldContainer[_inference_pb2.Stage]
-    def __init__(self, tokens: _Optional[_Iterable[_Union[GeneratedToken, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stages: _Optional[_Iterable[_Union[_inference_pb2.Stage, _Mapping]]] = ...) -> None: ...
+    judged: Judged
+    def __init__(self, tokens: _Optional[_Iterable[_Union[GeneratedToken, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stages: _Optional[_Iterable[_Union[_inference_pb2.Stage, _Mapping]]] = ..., judged: _Optional[_Union[Judged, _Mapping]] = ...) -> None: ...
+
+class Judged(_message.Message):
+    __slots__ = ("route", "score", "gains", "thresholds", "failure")
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    GAINS_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLDS_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    route: str
+    score: float
+    gains: _containers.RepeatedScalarFieldContainer[float]
+    thresholds: _containers.RepeatedScalarFieldContainer[float]
+    failure: str
+    def __init__(self, route: _Optional[str] = ..., score: _Optional[float] = ..., gains: _Optional[_Iterable[float]] = ..., thresholds: _Optional[_Iterable[float]] = ..., failure: _Optional[str] = ...) -> None: ...
 
 class GeneratedToken(_message.Message):
     __slots__ = ("id", "position", "logprobs")
@@ -107,7 +133,7 @@ class Welcome(_message.Message):
     def __init__(self, identity: _Optional[_Union[ShardIdentity, _Mapping]] = ...) -> None: ...
 
 class ShardIdentity(_message.Message):
-    __slots__ = ("shard", "role", "first_layer", "end_layer", "bottom", "top", "tokenizer", "wire_dtype", "routes", "kv_capacity_tokens", "kv_block_tokens", "device", "compute_dtype", "quantization")
+    __slots__ = ("shard", "role", "first_layer", "end_layer", "bottom", "top", "tokenizer", "wire_dtype", "routes", "kv_capacity_tokens", "kv_block_tokens", "device", "compute_dtype", "probe", "quantization")
     SHARD_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +147,7 @@ class ShardIdentity(_message.Message):
     KV_BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     shard: str
     role: str
@@ -135,8 +162,9 @@ class ShardIdentity(_message.Message):
     kv_block_tokens: int
     device: str
     compute_dtype: str
+    probe: str
     quantization: str
-    def __init__(self, shard: _Optional[str] = ..., role: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., bottom: _Optional[_Union[_inference_pb2.Model, _Mapping]] = ..., top: _Optional[_Union[_inference_pb2.Model, _Mapping]] = ..., tokenizer: _Optional[str] = ..., wire_dtype: _Optional[_Union[Dtype, str]] = ..., routes: _Optional[_Iterable[_Union[_inference_pb2.RouteDescription, _Mapping]]] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_block_tokens: _Optional[int] = ..., device: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., quantization: _Optional[str] = ...) -> None: ...
+    def __init__(self, shard: _Optional[str] = ..., role: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., bottom: _Optional[_Union[_inference_pb2.Model, _Mapping]] = ..., top: _Optional[_Union[_inference_pb2.Model, _Mapping]] = ..., tokenizer: _Optional[str] = ..., wire_dtype: _Optional[_Union[Dtype, str]] = ..., routes: _Optional[_Iterable[_Union[_inference_pb2.RouteDescription, _Mapping]]] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_block_tokens: _Optional[int] = ..., device: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., probe: _Optional[str] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class HiddenStates(_message.Message):
     __slots__ = ("dtype", "tokens", "hidden_size", "data", "scales")

@@ -82,6 +82,10 @@ class BlockPool:
         self.reused_tokens += reused * BLOCK_TOKENS
         return True
 
+    def name(self, number: int, hashes: Sequenced[bytes]) -> None:
+        """What a sequence that was begun without hashes holds: only now it is known, with its route."""
+        self._held[number].hashes = list(hashes)
+
     def grow(self, number: int, tokens: int) -> bool:
         """Makes room for `tokens` tokens of a sequence in all; False, and nothing changed, where there is none."""
         holding = self._held[number]

@@ -36,6 +36,9 @@ class Segment:
     hidden: Tensor | None = None
     # Whose step this is part of; only the composer of the batch looks at it.
     origin: Any = None
+    # Whether the sequence gets its route in this very pass. It then holds what the probe reads, and its cut is the
+    # earliest one.
+    undecided: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,20 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """The route that a sequence takes from here on, and why."""
+
+    route: str
+    # How much the prompt asks for the dearest route, 0 to 1.
+    score: float = 1.0
+    # Expected gain over the cheapest route, by route; what it must exceed, for each but the cheapest.
+    gains: tuple[float, ...] = ()
+    thresholds: tuple[float, ...] = ()
+    # Why there is no proper judgement, where the route is the fallback.
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
     """The result of a batch: hidden states to send on, or tokens."""
 
@@ -85,3 +102,5 @@ class StepOutput:
     spoilt: frozenset[int] = frozenset()
     # Seconds by stage.
     stages: dict[str, float] = field(default_factory=dict)
+    # By the index of the segment that was undecided.
+    verdicts: dict[int, Verdict] = field(default_factory=dict)

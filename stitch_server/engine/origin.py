@@ -64,15 +64,19 @@ class Origin:
         return Batch(ordered(segments), pipelined=self._forwarding.steps_in_flight > 0)
 
     def deliver(self, batch: Batch, output: StepOutput) -> None:
+        for index, session, _ in _sessions_of(batch):
+            if (verdict := output.verdicts.get(index)) is not None:
+                session.settle(verdict)
+                self.scheduler.settled(session)
         self._forwarding.send(batch, output, pipelined=self.scheduler.ready)
         now = self._clock()
-        for session, segment in _sessions_of(batch):
+        for _, session, segment in _sessions_of(batch):
             session.last_sent = now
             if session.number in self.scheduler.running:
                 self._pool.publish(session.number, segment.position + segment.length)
 
     def fail(self, batch: Batch, error: Exception) -> None:
-        for session, _ in _sessions_of(batch):
+        for _, session, _ in _sessions_of(batch):
             self._end(session, Progress(error=StitchError(f"this shard failed to compute a step: {error}")))
 
     def replied(self, reply: Reply) -> None:
@@ -89,7 +93,7 @@ class Origin:
     def lost(self, address: str, error: StitchError) -> None:
         for step, _ in self._forwarding.lost(address):
             self._forwarding.settle(step)
-        for session in [one for one in self._sessions.values() if one.chain[0] == address and one.opened]:
+        for session in [one for one in self._sessions.values() if one.opened and one.chain[0] == address]:
             self._end(session, Progress(error=_with_progress(error, session)))
 
     def _current(self, number: int, epoch: int) -> Session | None:
@@ -140,8 +144,9 @@ class Origin:
             self._forwarding.close(session.chain, session.number)
 
 
-def _sessions_of(batch: Batch) -> list[tuple[Session, Segment]]:
-    return [(one.sequence, one) for one in batch.segments if isinstance(one.sequence, Session)]
+def _sessions_of(batch: Batch) -> list[tuple[int, Session, Segment]]:
+    """With each segment's index."""
+    return [(i, one.sequence, one) for i, one in enumerate(batch.segments) if isinstance(one.sequence, Session)]
 
 
 def _with_progress(error: StitchError, session: Session) -> StitchError:

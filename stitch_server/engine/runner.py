@@ -10,14 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Sequenced
-from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, groupby, pairwise
 
 import torch
 from torch import Tensor
 
 from stitch_server.cache.store import KVStore, Span
-from stitch_server.engine.batch import Batch, Segment, StepOutput, Token, TokenLogprobs
+from stitch_server.engine.batch import Batch, Cut, Segment, StepOutput, Token, TokenLogprobs, Verdict
+from stitch_server.engine.judge import Judge
 from stitch_server.engine.threads import Threads
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.sampler import SampledToken, SampleRequest, sample
@@ -39,6 +40,9 @@ class Runner:
     stitches: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     # On the last shard: hidden states to logits.
     head: Callable[[Tensor], Tensor] | None = None
+    # On a first shard that decides: who does, and the layers that each route then passes here.
+    judge: Judge | None = None
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
     # Seconds spent in `run` so far.
     busy_seconds: float = 0.0
 
@@ -51,13 +55,17 @@ class Runner:
         started = time.perf_counter()
         hidden, spoilt = self._entering(batch.segments)
         stitched = time.perf_counter()
-        hidden = self._through_layers(batch.segments, hidden)
+        verdicts: dict[int, Verdict] = {}
+        if self.judge is not None and any(segment.undecided for segment in batch.segments):
+            hidden, verdicts = self._deciding(self.judge, batch.segments, hidden)
+        else:
+            hidden = self._through_layers(batch.segments, hidden)
         stages = {self.stage: time.perf_counter() - stitched}
         if self.stitches:
             stages["stitch"] = stitched - started
         if self.head is None:
             rows = torch.split(hidden, [segment.length for segment in batch.segments])
-            output = StepOutput(hidden=tuple(rows), spoilt=spoilt, stages=stages)
+            output = StepOutput(hidden=tuple(rows), spoilt=spoilt, stages=stages, verdicts=verdicts)
         else:
             tokens = self._tokens(self.head, batch.segments, hidden, spoilt, stages)
             output = StepOutput(tokens=tokens, spoilt=spoilt, stages=stages)
@@ -101,6 +109,33 @@ class Runner:
                 moved = self.decoder.run(hidden[:rows], part, attention.first(len(present)), first, end)
                 hidden = torch.cat([moved, hidden[rows:]])
         return hidden
+
+    def _deciding(
+        self, judge: Judge, segments: Sequenced[Segment], hidden: Tensor
+    ) -> tuple[Tensor, dict[int, Verdict]]:
+        """As `_through_layers`, but undecided segments get their routes where the first ones leave.
+
+        Up to there all segments pass the same layers, and then those that go on are gathered anew.
+        """
+        hidden = self._through_layers([replace(one, cut=Cut(one.cut.enter, judge.layer)) for one in segments], hidden)
+        rows = [0, *accumulate(one.length for one in segments)]
+        verdicts = {
+            index: judge.judge(hidden[rows[index] : rows[index + 1]])
+            for index, one in enumerate(segments)
+            if one.undecided
+        }
+        leaves = [
+            self.cuts[verdicts[index].route].leave if index in verdicts else one.cut.leave
+            for index, one in enumerate(segments)
+        ]
+        staying = sorted(
+            (index for index, leave in enumerate(leaves) if leave > judge.layer), key=lambda index: -leaves[index]
+        )
+        if staying:
+            taken = torch.cat([torch.arange(rows[index], rows[index + 1]) for index in staying]).to(self.device)
+            onward = [replace(segments[index], cut=Cut(judge.layer, leaves[index])) for index in staying]
+            hidden[taken] = self._through_layers(onward, hidden[taken])
+        return hidden, verdicts
 
     @staticmethod
     def _tokens(

@@ -27,6 +27,8 @@ class Limits:
     # Into how many groups the decoding sessions are split, so that neighbours work at the same time.
     groups: int = 2
     max_waiting_sessions: int = 256
+    # Prompt tokens of which the route of an undecided session is read, in one pass.
+    probe_tokens: int = 0
 
 
 class Scheduler:
@@ -48,6 +50,8 @@ class Scheduler:
     ) -> None:
         self._pool = pool
         self._cuts = cuts
+        # What all routes have in common.
+        self._earliest = min(cuts.values(), key=lambda cut: cut.leave)
         self._limits = limits
         self._drop = drop
         self._clock = clock
@@ -84,6 +88,10 @@ class Scheduler:
         session.not_before = self._clock() + BACKOFF_SECONDS
         self.waiting.appendleft(session)
 
+    def settled(self, session: Session) -> None:
+        """The session has its route: what it computes may serve others on the same one."""
+        self._pool.name(session.number, _hashes(session))
+
     @property
     def ready(self) -> bool:
         """Whether the next batch would hold anything, as far as can be told without composing it."""
@@ -97,15 +105,15 @@ class Scheduler:
         segments = self._decodes()
         if decoding and not segments:
             return []
-        budget = self._prompt_tokens(decoding)
+        whole = budget = self._prompt_tokens(decoding)
         for session in list(self.running.values()):
             if budget <= 0:
                 return segments
             # Making room for an earlier one may have pushed this one out.
             if session.number in self.running and session.remaining and not session.decoding:
                 budget -= self._schedule(session, budget, segments)
-        while budget > 0 and (admitted := self._admit()) is not None:
-            budget -= self._schedule(admitted, budget, segments)
+        while budget > 0 and (admitted := self._admit(budget, budget == whole)) is not None:
+            budget -= self._schedule(admitted, max(budget, self._least(admitted)), segments)
         return segments
 
     def _prompt_tokens(self, decoding: int) -> int:
@@ -126,13 +134,22 @@ class Scheduler:
                 self._schedule(session, 1, segments)
         return segments
 
-    def _admit(self) -> Session | None:
-        """The next waiting session, if there is room for all that is known of it."""
+    def _least(self, session: Session) -> int:
+        """Tokens that the session's next pass must hold: what the probe reads, whatever the budget."""
+        return min(self._limits.probe_tokens, session.prompt_tokens) if session.undecided else 1
+
+    def _admit(self, budget: int, alone: bool) -> Session | None:
+        """The next waiting session, if there is room for all that is known of it.
+
+        One that must exceed the budget has to be `alone`, the first prompt of its pass.
+        """
         if not self.waiting or self.waiting[0].not_before > self._clock():
             return None
         session = self.waiting[0]
-        prompt = session.token_ids[: session.prompt_tokens]
-        hashes = prefix_hashes(session.route, prompt)
+        if self._least(session) > budget and not alone:
+            return None
+        # What others left behind belongs to a route; and the probe must see the beginning computed.
+        hashes = [] if session.undecided else _hashes(session)
         reused = self._pool.matching(hashes) if session.reusable else 0
         if blocks_for(len(session.token_ids) + 1) > self._pool.free_blocks:
             return None
@@ -151,11 +168,12 @@ class Scheduler:
         segments.append(
             Segment(
                 sequence=session,
-                cut=self._cuts[session.route],
+                cut=self._earliest if session.undecided else self._cuts[session.route],
                 position=session.cached,
                 length=length,
                 wants_token=length == session.remaining,
                 blocks=self._pool.blocks_of(session.number),
+                undecided=session.undecided,
             )
         )
         session.cached += length
@@ -172,3 +190,7 @@ class Scheduler:
             if youngest is session:
                 return False
         return True
+
+
+def _hashes(session: Session) -> list[bytes]:
+    return prefix_hashes(session.route, session.token_ids[: session.prompt_tokens])

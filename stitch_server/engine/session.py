@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from stitch.errors import StitchError
 from stitch.v1.inference_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, FinishReason
-from stitch_server.engine.batch import Token
+from stitch_server.engine.batch import Token, Verdict
 from stitch_server.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a session's client hears: a token, perhaps the end, or an error instead of both."""
+    """What a session's client hears: a token, perhaps the end, or an error instead of both; a verdict before all."""
 
     token: Token | None = None
     finish_reason: FinishReason | None = None
     # With the first token: seconds by stage.
     stages: dict[str, float] = field(default_factory=dict)
     error: StitchError | None = None
+    verdict: Verdict | None = None
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Session(Sequence):
     """A sequence that this shard drives."""
 
+    # The shards behind by route, while the route is still to be decided; then `route` and `chain` are empty.
+    candidates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     context_length: int
     # Called in the engine's thread; must not block.
     report: Callable[[Progress], None]
@@ -40,6 +43,17 @@ class Session(Sequence):
     not_before: float = 0.0
     # How many leading tokens others may have left behind are not to be counted on any more.
     reusable: bool = True
+
+    @property
+    def undecided(self) -> bool:
+        """Whether its first pass is to decide its route."""
+        return bool(self.candidates)
+
+    def settle(self, verdict: Verdict) -> None:
+        """It takes this route from now on, also when it begins anew."""
+        self.route, self.chain = verdict.route, self.candidates[verdict.route]
+        self.candidates = {}
+        self.report(Progress(verdict=verdict))
 
     @property
     def remaining(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import grpc
 from stitch.errors import Incompatible, InvalidRequest, translated_errors
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2, shard_pb2_grpc
+from stitch_server.engine.batch import Verdict
 from stitch_server.engine.origin import Origin
 from stitch_server.engine.relay import Relay
 from stitch_server.engine.session import Progress, Session
@@ -96,17 +97,23 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         shard = self._shard
         model = shard.part.model
         _check(request, model.vocabulary_size, model.context_length)
-        route = shard.cluster.route(request.route)
+        if request.candidates:
+            _check_candidates(request, [route.name for route in shard.cluster.routes])
+        candidates = {one.route: tuple(one.chain) for one in request.candidates}
         loop = asyncio.get_running_loop()
-        return Session(
-            route=route.name,
+        session = Session(
+            route="" if candidates else shard.cluster.route(request.route).name,
             chain=tuple(request.chain),
+            candidates=candidates,
             sampling=Sampling.from_proto(request.sampling),
             token_ids=list(request.token_ids),
             prompt_tokens=request.prompt_tokens,
             context_length=model.context_length,
             report=lambda progress: _report(loop, outbox, progress),
         )
+        if candidates and shard.part.probe is None:
+            session.settle(Verdict(shard.fallback_route(candidates), failure="the first shard has no probe"))
+        return session
 
 
 def _check(request: shard_pb2.ShardGenerateRequest, vocabulary_size: int, context_length: int) -> None:
@@ -118,8 +125,28 @@ def _check(request: shard_pb2.ShardGenerateRequest, vocabulary_size: int, contex
     largest = max(request.token_ids)
     if largest >= vocabulary_size:
         raise InvalidRequest("token_ids", largest, f"the vocabulary has {vocabulary_size} tokens")
-    if not request.chain:
+    if not request.candidates and not request.chain:
         raise InvalidRequest("chain", [], "a chain has at least one shard behind the first")
+
+
+def _check_candidates(request: shard_pb2.ShardGenerateRequest, routes: Sequence[str]) -> None:
+    named = [one.route for one in request.candidates]
+    if sorted(named) != sorted(routes):
+        raise InvalidRequest("candidates.route", ", ".join(named), f"they must be {', '.join(routes)}, each once")
+    if not all(one.chain for one in request.candidates):
+        raise InvalidRequest("candidates.chain", [], "a chain has at least one shard behind the first")
+    if request.route or request.chain:
+        raise InvalidRequest("candidates", ", ".join(named), "they stand instead of route and chain")
+
+
+def _judged(verdict: Verdict) -> shard_pb2.Judged:
+    return shard_pb2.Judged(
+        route=verdict.route,
+        score=verdict.score,
+        gains=verdict.gains,
+        thresholds=verdict.thresholds,
+        failure=verdict.failure,
+    )
 
 
 def _report(loop: asyncio.AbstractEventLoop, outbox: asyncio.Queue[Progress], progress: Progress) -> None:
@@ -131,6 +158,8 @@ def _response(progress: Progress) -> shard_pb2.ShardGenerateResponse:
     if progress.error is not None:
         raise progress.error
     response = shard_pb2.ShardGenerateResponse(stages=stage_messages(progress.stages))
+    if progress.verdict is not None:
+        response.judged.CopyFrom(_judged(progress.verdict))
     if progress.token is not None:
         response.tokens.append(token_message(progress.token))
     if progress.finish_reason is not None:

@@ -51,6 +51,20 @@ class Shards:
         )
         return [token.id async for response in self.stubs[first].Generate(request) for token in response.tokens]
 
+    async def ask(self, token_ids: Sequence[int], count: int, **sampling: Any) -> tuple[shard_pb2.Judged, list[int]]:
+        """The same where the first shard decides the route: what it decided, and the tokens."""
+        request = shard_pb2.ShardGenerateRequest(
+            token_ids=token_ids,
+            prompt_tokens=len(token_ids),
+            sampling=Sampling(max_tokens=count, **sampling).to_proto(),
+        )
+        for route in self.cluster.routes:
+            _, *rest = self.chain(route.name)
+            request.candidates.add(route=route.name, chain=[self.address(name) for name in rest])
+        responses = [response async for response in self.stubs[self.chain(route.name)[0]].Generate(request)]
+        (judged,) = (response.judged for response in responses if response.HasField("judged"))
+        return judged, [token.id for response in responses for token in response.tokens]
+
     def used(self) -> dict[str, float]:
         """The share of KV blocks that sessions hold, by shard."""
         return {name: shard.shard.pool.usage for name, shard in self.running.items()}

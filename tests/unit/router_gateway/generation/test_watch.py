@@ -7,12 +7,12 @@ import math
 import random
 
 import pytest
-from router_gateway.routing.text.thresholds import Thresholds
 
 from router_gateway.generation.watch import DRIFT_LIMIT, Watch
 from router_gateway.metrics import Metrics
 from router_gateway.routing.drift import LEAST, WINDOW
 from router_gateway.routing.interface import REASON_KINDS, Judgement, ReasonKind
+from stitch.routing.thresholds import Thresholds
 
 ROUTES = ("small", "middle", "large")
 

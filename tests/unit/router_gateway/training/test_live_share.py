@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from router_gateway.training.labels import read_json_lines
 
 from router_gateway.training.calibrate import calibrate
 from router_gateway.training.train import train
+from stitch.routing.labels import read_json_lines
 from stitch.v1 import inference_pb2
 from tests.support.byte_tokenizer import tokens
 from tests.support.fake_shard import FakeShard

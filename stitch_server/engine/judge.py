@@ -1,0 +1,41 @@
+"""Which route an undecided session takes, by its first hidden states. Knows neither links nor batches."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from torch import Tensor
+
+from stitch.routing.choice import chosen, score
+from stitch.routing.thresholds import ThresholdSource
+from stitch_server.engine.batch import Verdict
+from stitch_server.model.probe import Probe
+
+
+class Judge:
+    """A probe with the thresholds of this moment, and the route where it has no proper answer."""
+
+    def __init__(self, probe: Probe, thresholds: ThresholdSource, fallback_route: str | None = None) -> None:
+        self._probe = probe
+        self._thresholds = thresholds
+        self._fallback_route = fallback_route or probe.binding.routes[-1]
+
+    @property
+    def layer(self) -> int:
+        """The states are those behind so many layers."""
+        return self._probe.binding.layer
+
+    @property
+    def tokens(self) -> int:
+        """Of a prompt's first states so many are read."""
+        return self._probe.binding.tokens
+
+    def judge(self, states: Tensor) -> Verdict:
+        """The route for a prompt whose states `[tokens or more, hidden]` begin at its first token."""
+        gains, thresholds = self._probe.gains(states[: self.tokens]), self._thresholds.current()
+        if not all(map(math.isfinite, gains)):
+            return Verdict(self._fallback_route, failure="the probe's gains are not finite")
+        rung = int(chosen(np.array([gains]), np.array(thresholds))[0])
+        share = score(gains[-1], self._probe.percentiles)
+        return Verdict(self._probe.binding.routes[rung], share, gains, thresholds)

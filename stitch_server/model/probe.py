@@ -1,0 +1,176 @@
+"""The probe: hidden states at the earliest cut to what each dearer route is expected to gain. Knows no session.
+
+    gain[route] = weight[route] · pooled(states) + bias[route]
+
+One safetensors file holds `weight` [routes - 1, features] and `bias` [routes - 1], and as JSON in its metadata what
+they are bound to and how they were made. Nothing is unpickled; whatever does not fit is refused by its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stitch.errors import Incompatible
+from stitch_server.model.description import ModelDescription
+
+FORMAT = "stitch-probe/1"
+PERCENTILES = 101
+# Tokens of one prompt that may be read: they are computed in one pass, and travel in one step.
+MOST_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeBinding:
+    """What a probe fits to, and nothing else."""
+
+    bottom_id: str
+    bottom_revision: str
+    bottom_hidden: int
+    # The states are those behind so many layers: where the earliest route leaves.
+    layer: int
+    # Of a prompt's first tokens so many are read.
+    tokens: int
+    # Cheapest first.
+    routes: tuple[str, ...]
+    tokenizer: str
+
+    @classmethod
+    def of(
+        cls, bottom: ModelDescription, layer: int, tokens: int, routes: Sequence[str], tokenizer: str
+    ) -> ProbeBinding:
+        """The binding to a model at one depth; `tokenizer` is its tokenizer's hash."""
+        return cls(bottom.id, bottom.revision, bottom.hidden_size, layer, tokens, tuple(routes), tokenizer)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Hidden states of a prompt's beginning to gains over the cheapest route."""
+
+    weight: Tensor
+    bias: Tensor
+    binding: ProbeBinding
+    # What a gain must exceed; one for each route but the cheapest.
+    thresholds: tuple[float, ...]
+    # The dearest route's gain at 0 %, 1 %, … 100 % of the training prompts, each judged unseen.
+    percentiles: tuple[float, ...]
+    # Data fingerprints, rows, settings and cross-validated figures; JSON.
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        dearer = len(self.binding.routes) - 1
+        shapes = tuple(self.weight.shape), tuple(self.bias.shape)
+        wanted = (dearer, features(self.binding.bottom_hidden)), (dearer,)
+        if shapes != wanted:
+            raise Incompatible(f"weight and bias have the shapes {shapes}, but {dearer + 1} routes need {wanted}")
+        if self.weight.dtype != torch.float32 or self.bias.dtype != torch.float32:
+            raise Incompatible(f"weight and bias are {self.weight.dtype} and {self.bias.dtype}, not float32")
+        if dearer < 1 or self.binding.tokens < 1 or self.binding.layer < 1:
+            raise Incompatible("a probe needs two routes, a layer and a token at least")
+        if self.binding.tokens > MOST_TOKENS:
+            raise Incompatible(f"it reads {self.binding.tokens} tokens, and {MOST_TOKENS} is the limit")
+        counts = len(self.thresholds), len(self.percentiles)
+        if counts != (dearer, PERCENTILES):
+            raise Incompatible(f"{counts[0]} thresholds and {counts[1]} percentiles, not {dearer} and {PERCENTILES}")
+        values = torch.cat([self.weight.flatten(), self.bias, torch.tensor([*self.thresholds, *self.percentiles])])
+        if not bool(values.isfinite().all()):
+            raise Incompatible("it has values that are not finite")
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of the tensors and the binding."""
+        digest = hashlib.sha256(json.dumps(asdict(self.binding), sort_keys=True).encode())
+        for tensor in (self.weight, self.bias):
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def gains(self, states: Tensor) -> tuple[float, ...]:
+        """Of a prompt's first states `[tokens, bottom_hidden]`: one gain for each route, 0 for the cheapest."""
+        found: list[float] = torch.addmv(self.bias, self.weight, pooled(states)).tolist()
+        return (0.0, *found)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> Probe:
+        """Reads a probe. Raises Incompatible where the file is missing, cut off, or holds something else."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in ("weight", "bias")}
+                metadata = file.metadata()
+            stored = cls(**tensors, **_fields(metadata))
+            if stored.fingerprint != metadata["fingerprint"]:
+                raise Incompatible(f"its fingerprint is {metadata['fingerprint']}, but it holds {stored.fingerprint}")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise Incompatible(f"{path} is no probe: {error}") from error
+        except Incompatible as error:
+            raise Incompatible(f"{path} is no probe: {error}") from error
+        return stored.to(device)
+
+    def save(self, path: Path) -> None:
+        """Writes it; the same probe makes the same bytes."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parts = {
+            "binding": asdict(self.binding),
+            "thresholds": self.thresholds,
+            "percentiles": self.percentiles,
+            "training": dict(self.training),
+        }
+        metadata = {name: json.dumps(part, sort_keys=True) for name, part in parts.items()}
+        tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
+        save_file(tensors, path, metadata={"format": FORMAT, "fingerprint": self.fingerprint, **metadata})
+
+    def to(self, device: torch.device) -> Probe:
+        """The same probe, ready to compute there."""
+        moved = self.weight.to(device), self.bias.to(device)
+        return Probe(*moved, self.binding, self.thresholds, self.percentiles, self.training)
+
+    def check(self, bottom: ModelDescription, layer: int, routes: Sequence[str], tokenizer: str) -> None:
+        """Raises Incompatible where it was made for another model, another cut or other routes."""
+        bound = self.binding
+        for what, made_for, found in (
+            ("bottom model of revision", bound.bottom_revision, bottom.revision),
+            ("tokenizer", bound.tokenizer[:16], tokenizer[:16]),
+            ("earliest cut behind layer", bound.layer, layer),
+            ("set of routes", ", ".join(sorted(bound.routes)), ", ".join(sorted(routes))),
+        ):
+            if made_for != found:
+                raise Incompatible(f"the probe is made for the {what} {made_for}, not for {found}")
+
+
+def features(hidden_size: int) -> int:
+    """How many numbers `pooled` makes of states of this width."""
+    return hidden_size
+
+
+def pooled(states: Tensor) -> Tensor:
+    """`[tokens, hidden]`, at least one, to float32 `[features]`: the mean direction.
+
+    Every state counts alike, whatever its length. The first is left out: models park attention there, and its state
+    says more of that than of the text.
+    """
+    directions = F.rms_norm(states.float(), states.shape[-1:])
+    return directions[1:].mean(dim=0) if len(states) > 1 else directions[0]
+
+
+def _fields(metadata: Mapping[str, str]) -> dict[str, Any]:
+    if metadata.get("format") != FORMAT:
+        raise Incompatible(f"its format is {metadata.get('format')}, and this version reads {FORMAT}")
+    binding, thresholds, percentiles, training = (
+        json.loads(metadata[name]) for name in ("binding", "thresholds", "percentiles", "training")
+    )
+    bound = ProbeBinding(**{**binding, "routes": tuple(binding["routes"])})
+    return {
+        "binding": bound,
+        "thresholds": tuple(map(float, thresholds)),
+        "percentiles": tuple(map(float, percentiles)),
+        "training": training,
+    }

@@ -1,0 +1,1 @@
+"""Teaching a probe which route a prompt needs, offline. Knows no running shard."""

@@ -1,0 +1,135 @@
+"""A session that the probe sends down a route says what it says where that route is named."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from stitch_server.cache.pool import BLOCK_TOKENS
+from tests.support.loopback_shards import Shards, open_shards
+from tests.support.tiny_cluster import BOTTOM, TOP, write_tiny_cluster
+from tests.support.tiny_probe import WINDOW, drawn, with_tiny_probe
+from tests.support.waiting import eventually
+
+ANSWER_TOKENS = 10
+PROMPTS = [drawn(seed, length) for seed, length in enumerate((1, 5, WINDOW, WINDOW + 1, 45, 46, 60, 33, 21, 50))]
+
+LAYOUTS = {
+    "two shards": ([BOTTOM], [TOP]),
+    "the first shard ends at the earliest cut": ([(0, 3), (3, 4)], [TOP]),
+    "tops in two": ([BOTTOM], [(2, 3), (3, 4)]),
+}
+
+
+def with_probe(folder: Path, layout: str = "two shards", **compute: Any) -> Path:
+    bottoms, tops = LAYOUTS[layout]
+    return with_tiny_probe(write_tiny_cluster(folder, bottoms=bottoms, tops=tops, **compute))
+
+
+async def routes_of(shards: Shards, prompts: list[list[int]]) -> list[str]:
+    """Asks all at once, checks each against its route by name, and returns the routes."""
+    asked = await asyncio.gather(*(shards.ask(prompt, ANSWER_TOKENS) for prompt in prompts))
+    routes = [judged.route for judged, _ in asked]
+    assert [judged.failure for judged, _ in asked] == [""] * len(prompts)
+    named = [await shards.generate(prompt, route, ANSWER_TOKENS) for prompt, route in zip(prompts, routes, strict=True)]
+    assert [tokens for _, tokens in asked] == named
+    return routes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_a_judged_session_says_what_its_route_says(layout: str, tmp_path: Path) -> None:
+    async with open_shards(with_probe(tmp_path, layout, prefill_tokens=16)) as shards:
+        routes = await routes_of(shards, PROMPTS)
+        assert set(routes) == {"weak", "strong"}
+        await eventually(lambda: set(shards.used().values()) == {0.0})
+
+
+async def test_chunks_and_neighbours_decide_nothing(tmp_path: Path) -> None:
+    found = []
+    for name, compute in {"small": {"prefill_tokens": 5}, "large": {"prefill_tokens": 256}}.items():
+        (tmp_path / name).mkdir()
+        async with open_shards(with_probe(tmp_path / name, **compute)) as shards:
+            together = await routes_of(shards, PROMPTS)
+            alone = [(await shards.ask(prompt, 1))[0].route for prompt in PROMPTS]
+            found += [together, alone]
+    assert found[1:] == found[:1] * 3
+
+
+async def test_a_judgement_says_its_gains(tmp_path: Path) -> None:
+    async with open_shards(with_probe(tmp_path)) as shards:
+        judged, _ = await shards.ask(PROMPTS[4], 1)
+        (free, gain), (threshold,) = judged.gains, judged.thresholds
+        assert free == 0.0
+        assert (judged.route == "strong") == (gain > threshold)
+        assert 0 <= judged.score <= 1
+
+
+async def test_what_lies_behind_the_window_decides_nothing(tmp_path: Path) -> None:
+    async with open_shards(with_probe(tmp_path)) as shards:
+        first, _ = await shards.ask(drawn(1, WINDOW) + drawn(2, 30), 1)
+        second, _ = await shards.ask(drawn(1, WINDOW) + drawn(3, 20), 1)
+        assert list(second.gains) == pytest.approx(list(first.gains), rel=1e-4)
+        third, _ = await shards.ask(drawn(4, WINDOW) + drawn(2, 30), 1)
+        assert list(third.gains) != pytest.approx(list(first.gains), rel=1e-2)
+
+
+async def test_a_session_that_loses_its_kv_keeps_its_route(tmp_path: Path) -> None:
+    # Three prompts fit at once, but not with their answers.
+    async with open_shards(with_probe(tmp_path, kv_tokens=10 * BLOCK_TOKENS)) as shards:
+        pool = shards.running["bottom-0"].shard.pool
+        await asyncio.gather(*(shards.ask(drawn(seed, 45), ANSWER_TOKENS) for seed in range(4)))
+        assert pool.asked_tokens > 0, "no session began anew: undecided ones look nothing up"
+        await routes_of(shards, [drawn(seed, 45) for seed in range(10, 14)])
+        await eventually(lambda: set(shards.used().values()) == {0.0})
+
+
+async def test_what_a_judged_session_leaves_behind_serves_its_route(tmp_path: Path) -> None:
+    async with open_shards(with_probe(tmp_path)) as shards:
+        prompt = drawn(5, 45)
+        judged, tokens = await shards.ask(prompt, ANSWER_TOKENS)
+        assert await shards.generate(prompt, judged.route, ANSWER_TOKENS) == tokens
+        for name in ("bottom-0", "top-0"):
+            assert shards.running[name].shard.pool.reused_tokens == 2 * BLOCK_TOKENS
+
+
+async def test_a_sampled_answer_is_the_same(tmp_path: Path) -> None:
+    async with open_shards(with_probe(tmp_path)) as shards:
+        chosen: dict[str, Any] = {"temperature": 0.9, "repetition_penalty": 1.1, "seed": 3}
+        judged, tokens = await shards.ask(PROMPTS[5], ANSWER_TOKENS, **chosen)
+        assert await shards.generate(PROMPTS[5], judged.route, ANSWER_TOKENS, **chosen) == tokens
+
+
+async def test_without_a_probe_the_fallback_is_taken(tmp_path: Path) -> None:
+    async with open_shards(write_tiny_cluster(tmp_path)) as shards:
+        judged, tokens = await shards.ask(PROMPTS[4], ANSWER_TOKENS)
+        assert (judged.route, judged.failure) == ("strong", "the first shard has no probe")
+        assert tokens == await shards.generate(PROMPTS[4], "strong", ANSWER_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda request: request.candidates.pop(), "candidates.route"),
+        (lambda request: request.candidates[0].ClearField("chain"), "candidates.chain"),
+        (lambda request: setattr(request, "route", "weak"), "candidates"),
+        (lambda request: setattr(request.candidates[0], "route", "strong"), "candidates.route"),
+    ],
+)
+async def test_candidates_that_do_not_fit_are_refused_by_name(tmp_path: Path, change: Any, field: str) -> None:
+    async with open_shards(with_probe(tmp_path)) as shards:
+        stub = shards.stubs["bottom-0"]
+
+        class Changed:
+            def Generate(self, request: Any) -> Any:
+                change(request)
+                return stub.Generate(request)
+
+        shards.stubs["bottom-0"] = Changed()  # type: ignore[assignment]
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await shards.ask(PROMPTS[4], 1)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert (raised.value.details() or "").startswith(f"{field} ")
