@@ -32,6 +32,7 @@ from router_gateway.routing.conversations import Conversations
 from router_gateway.routing.fallback import FallbackRouter
 from router_gateway.routing.interface import REASON_KINDS, Router
 from router_gateway.routing.ladder import Ladder
+from router_gateway.routing.probe import ProbeRouter
 from router_gateway.routing.text.router import open_text_router
 from router_gateway.routing.weighted import WeightedRouter
 from router_gateway.rpc.decoding import LenientDecoding, methods_of_inference
@@ -110,7 +111,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         persistence = Persistence(**settings.replay.model_dump())
         around = Surroundings(fleet, placement, metrics.replays, persistence, time.monotonic)
         door, health = Door(), Health()
-        generator = Generator(preparation, around, pace, metrics, lambda: door.cleared)
+        generator = Generator(preparation, selection, around, pace, metrics, lambda: door.cleared)
         servicer = InferenceServicer(generator, catalogue, door, metrics, settings.batch_at_once)
         server, port = await _listening(servicer, health, settings.address)
         gateway = Gateway(port, metrics_port, metrics, server, health, door)
@@ -167,6 +168,8 @@ def router_of(cluster: Cluster) -> tuple[Router, Callable[[], Thresholds | None]
     Raises InvalidRequest where it was trained for other routes.
     """
     place = cluster.gateway
+    if place.probe is not None:
+        return ProbeRouter(), lambda: None
     if place.router is None:
         return FallbackRouter(WeightedRouter(Ladder(place.thresholds)), place.fallback_route), None
     thresholds = None if place.router_thresholds is None else cluster.folder / place.router_thresholds

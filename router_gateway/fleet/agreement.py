@@ -28,6 +28,7 @@ def _facts(identity: shard_pb2.ShardIdentity) -> Iterator[tuple[str, str]]:
         ("tokenizer", identity.tokenizer),
         ("bottom model", identity.bottom.revision),
         ("top model", identity.top.revision),
+        ("probe", identity.probe),
         *((f"stitch of route {route.name}", route.stitch) for route in identity.routes),
     ]
     return ((fact, stated) for fact, stated in facts if stated)

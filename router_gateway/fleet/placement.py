@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -49,6 +49,17 @@ class Chain:
             yield
 
 
+@dataclass(frozen=True, slots=True)
+class Fork(Chain):
+    """The chains of several routes, of which their common first shard takes one; `replicas` are those of all.
+
+    If any of them goes away, all is begun anew: what the first shard takes is known a moment later.
+    """
+
+    # By route.
+    branches: Mapping[str, Chain]
+
+
 class Placement:
     """Finds chains of shards that serve now."""
 
@@ -70,6 +81,18 @@ class Placement:
                 return None
             chosen.append(min(serving, key=lambda one: (failures[one.place.name], -one.free_kv_tokens)))
         return Chain(tuple(chosen))
+
+    def fork(self, routes: Sequence[str], failures: Counter[str]) -> Fork | None:
+        """A chain as `choose` finds it for each route; None where one of them has none.
+
+        All have one first shard: the first stage is the same for every route, and so is the choice.
+        """
+        chains = {route: self.choose(route, failures) for route in routes}
+        found = {route: chain for route, chain in chains.items() if chain is not None}
+        if len(found) < len(chains):
+            return None
+        replicas = {replica.place.name: replica for chain in found.values() for replica in chain.replicas}
+        return Fork(tuple(replicas.values()), found)
 
     def reachable(self, route: RouteCut) -> bool:
         """Whether every stage of the route has a shard that serves."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 from router_gateway.generation.answer import Answer
 from router_gateway.generation.observation import Observation
@@ -11,9 +13,12 @@ from router_gateway.generation.pace import Pace
 from router_gateway.generation.preparation import Preparation, Prepared
 from router_gateway.generation.request import Event, Finished, FinishReason, Request, Started
 from router_gateway.generation.resumption import Resumption, Surroundings
+from router_gateway.generation.selection import Selection
 from router_gateway.generation.token_stream import TokenStream
 from router_gateway.metrics import Metrics
 from router_gateway.routing.interface import Judgement
+from stitch.errors import Unavailable
+from stitch.sampling import Sampling
 
 
 class Generator:
@@ -22,12 +27,14 @@ class Generator:
     def __init__(
         self,
         preparation: Preparation,
+        selection: Selection,
         around: Surroundings,
         pace: Pace,
         metrics: Metrics,
         stopping: Callable[[], bool],
     ) -> None:
         self._preparation = preparation
+        self._selection = selection
         self._pace = pace
         self._around = around
         self._metrics = metrics
@@ -38,8 +45,19 @@ class Generator:
         return self._around.clock()
 
     async def judge(self, request: Request) -> tuple[Judgement, int]:
-        """The judgement and the number of prompt tokens, without generating anything."""
-        return await self._preparation.judge(request)
+        """The judgement and the number of prompt tokens, without generating anything.
+
+        Where the first shard judges, it is asked for one token and left as soon as it has judged.
+        """
+        judgement, prompt_tokens = await self._preparation.judge(request)
+        if isinstance(judgement, Judgement):
+            return judgement, prompt_tokens
+        question = replace(request, request_id=uuid.uuid4().hex, sampling=Sampling(max_tokens=1))
+        async with aclosing(self._stream(await self._preparation.prepare(question), None).steps()) as steps:
+            async for step in steps:
+                if step.judgement is not None:
+                    return step.judgement, prompt_tokens
+        raise Unavailable("the first shard answered without a judgement")
 
     async def generate(
         self, read: Callable[[], Request], arrival: float, deadline: float | None
@@ -55,7 +73,6 @@ class Generator:
             seen.named(request.request_id)
             prepared = await self._preparation.prepare(request, seen.elapsed_seconds)
             seen.prepared(prepared)
-            yield Started(request.request_id, prepared.judgement, len(prepared.token_ids))
             async with aclosing(self._answer(prepared, deadline, seen)) as events:
                 async for event in events:
                     yield event
@@ -64,11 +81,14 @@ class Generator:
         self, prepared: Prepared, deadline: float | None, seen: Observation
     ) -> AsyncGenerator[Event, None]:
         answer = Answer(prepared.vocabulary.detokenizer(), prepared.request.stop)
-        resumption = Resumption(prepared.judgement.route, self._around)
         reason = FinishReason.LENGTH
+        if isinstance(prepared.judgement, Judgement):
+            yield self._started(prepared, prepared.judgement, seen)
         seen.handed_over()
-        async with aclosing(TokenStream(prepared, resumption, deadline, self._around.clock).steps()) as steps:
+        async with aclosing(self._stream(prepared, deadline).steps()) as steps:
             async for step in steps:
+                if step.judgement is not None:
+                    yield self._started(prepared, step.judgement, seen)
                 seen.tokens(len(step.tokens), step.stages)
                 if (delta := answer.push(step.tokens)) is not None:
                     seen.text()
@@ -81,6 +101,16 @@ class Generator:
                 seen.text()
             yield delta
         yield _finished(FinishReason.STOP if answer.stopped else reason, prepared, answer, seen)
+
+    def _stream(self, prepared: Prepared, deadline: float | None) -> TokenStream:
+        judgement = prepared.judgement
+        routes = (judgement.route,) if isinstance(judgement, Judgement) else judgement.routes
+        return TokenStream(prepared, Resumption(routes, self._around), deadline, self._around.clock)
+
+    def _started(self, prepared: Prepared, judgement: Judgement, seen: Observation) -> Started:
+        self._selection.take(prepared.request, judgement)
+        seen.judged(judgement)
+        return Started(prepared.request.request_id, judgement, len(prepared.token_ids))
 
 
 def _finished(reason: FinishReason, prepared: Prepared, answer: Answer, seen: Observation) -> Finished:

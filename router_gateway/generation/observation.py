@@ -15,6 +15,7 @@ from router_gateway.generation.pace import Pace, Run
 from router_gateway.generation.preparation import Prepared
 from router_gateway.generation.request import FinishReason, Stage
 from router_gateway.metrics import NO_ROUTE, STAGES, Metrics, prompt_bucket
+from router_gateway.routing.interface import Judgement
 from stitch.errors import Exhausted, Expired, InvalidRequest, ObjectivesUnmet, Unavailable
 
 _log = logging.getLogger(__name__)
@@ -75,14 +76,20 @@ class Observation:
         self._request_id = request_id
 
     def prepared(self, prepared: Prepared) -> None:
+        """Its prompt is known and stands in line."""
+        self._prompt_tokens = len(prepared.token_ids)
+        self._run = self._pace.begin(self._prompt_tokens)
+        self._max_ttft_seconds = prepared.request.objectives.max_ttft_seconds
+
+    def judged(self, judgement: Judgement) -> None:
         """It has a route."""
-        judgement = prepared.judgement
-        self._route, self._prompt_tokens = judgement.route, len(prepared.token_ids)
+        self._route = judgement.route
         self._metrics.prompt_tokens.labels(route=self._route).observe(self._prompt_tokens)
         self._metrics.routed.labels(route=self._route, reason=judgement.kind).inc()
-        self._metrics.route_score.observe(judgement.score)
-        self._run = self._pace.begin(self._route, self._prompt_tokens)
-        self._max_ttft_seconds = prepared.request.objectives.max_ttft_seconds
+        if judgement.score is not None:
+            self._metrics.route_score.observe(judgement.score)
+        if self._run is not None:
+            self._run.takes(judgement.route)
 
     def handed_over(self) -> None:
         """From here on the shards work on it."""

@@ -29,9 +29,9 @@ class Pace:
         """From now to the first text, which nearly all requests keep to; None where too little is known."""
         return self._lines[route].bound(self._tokens(prompt_tokens), self._clock())
 
-    def begin(self, route: str, prompt_tokens: int) -> Run:
-        """A request takes a route now."""
-        run = Run(self, route, prompt_tokens, self._tokens(prompt_tokens), self._clock())
+    def begin(self, prompt_tokens: int, route: str | None = None) -> Run:
+        """A prompt stands in line from now on. Without a route, `Run.takes` will say it."""
+        run = Run(self, prompt_tokens, self._tokens(prompt_tokens), self._clock(), route)
         self._waiting[id(run)] = run
         self._ahead += prompt_tokens
         self._go_on()
@@ -46,8 +46,9 @@ class Pace:
     def arrived(self, run: Run) -> None:
         """Its first text is there."""
         now = self._clock()
-        # A clock may be too coarse for a fake shard.
-        self._lines[run.route].observe(run.tokens, max(now - run.began, 1e-6), now)
+        if run.route is not None:
+            # A clock may be too coarse for a fake shard.
+            self._lines[run.route].observe(run.tokens, max(now - run.began, 1e-6), now)
 
     def _go_on(self) -> None:
         for run in self._computing():
@@ -66,7 +67,7 @@ class Pace:
     def _done(self, run: Run) -> float:
         """Tokens of a prompt that are computed already, as far as its route's pace tells."""
         now = self._clock()
-        slope = self._lines[run.route].slope(now)
+        slope = None if run.route is None else self._lines[run.route].slope(now)
         if run.computing_since is None or not slope:
             return 0.0
         return min((now - run.computing_since) / slope, run.prompt_tokens)
@@ -74,16 +75,21 @@ class Pace:
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """One request on its route. Each of its moments counts once, however often it is told."""
+    """One request. Each of its moments counts once, however often it is told."""
 
     pace: Pace
-    route: str
     prompt_tokens: int
     # To be computed before its first token.
     tokens: float
     began: float
+    # None: not known yet.
+    route: str | None = None
     computing_since: float | None = None
     _arrived: bool = False
+
+    def takes(self, route: str) -> None:
+        """It is computed on that route."""
+        self.route = route
 
     def token(self) -> None:
         """A token came, so the prompt is computed; or none will come."""

@@ -12,7 +12,7 @@ from router_gateway.generation import validation
 from router_gateway.generation.request import Prompt, Request
 from router_gateway.generation.selection import Selection
 from router_gateway.generation.vocabulary_source import VocabularySource
-from router_gateway.routing.interface import Judgement
+from router_gateway.routing.interface import Deferred, Judgement
 from router_gateway.text.chat_template import TemplateRefusal
 from router_gateway.text.vocabulary import Vocabulary
 from stitch.cluster import Cluster
@@ -29,7 +29,7 @@ class Prepared:
 
     request: Request
     token_ids: tuple[int, ...]
-    judgement: Judgement
+    judgement: Judgement | Deferred
     # max_tokens ends with the context at the latest; the model's own end tokens are among stop_token_ids.
     sampling: Sampling
     vocabulary: Vocabulary
@@ -63,11 +63,10 @@ class Preparation:
             asked = await self._forced(request.forced_answer, asked, len(ids), vocabulary)
         sampling = complete(asked, len(ids), self._catalogue.context_tokens, vocabulary.end_tokens)
         judgement = self._selection.select(request, len(ids), waited_seconds())
-        self._selection.take(request, judgement)
         return Prepared(request, tuple(ids), judgement, sampling, vocabulary)
 
-    async def judge(self, request: Request) -> tuple[Judgement, int]:
-        """The judgement, and how many tokens the prompt has; refuses what `prepare` refuses, and keeps nothing."""
+    async def judge(self, request: Request) -> tuple[Judgement | Deferred, int]:
+        """The judgement, and how many tokens the prompt has; refuses what `prepare` refuses."""
         ids = await self._tokenize(request.prompt, self._vocabulary(request.prompt))
         return self._selection.select(request, len(ids)), len(ids)
 

@@ -57,10 +57,15 @@ class Losses:
 class Resumption:
     """The chains of one answer, one after the other."""
 
-    def __init__(self, route: str, around: Surroundings) -> None:
-        self._route = route
+    def __init__(self, routes: tuple[str, ...], around: Surroundings) -> None:
+        # Those between which a first shard is to decide, or the one that it took.
+        self.routes = routes
         self._around = around
         self._losses = Losses()
+
+    def settle(self, route: str) -> None:
+        """The answer takes this route from now on, whatever is lost."""
+        self.routes = (route,)
 
     def progressed(self) -> None:
         """A token came: what happened before is forgotten."""
@@ -92,14 +97,16 @@ class Resumption:
         return chain
 
     def _choice(self, even_failed: bool) -> Chain | None:
-        chain = self._around.placement.choose(self._route, self._losses.by_shard)
+        placement, failures = self._around.placement, self._losses.by_shard
+        decided = len(self.routes) == 1
+        chain = placement.choose(self.routes[0], failures) if decided else placement.fork(self.routes, failures)
         failed = chain is not None and chain.names in self._losses.chains
         return None if failed and not even_failed else chain
 
     async def _pause(self, generated_tokens: int) -> None:
         fleet, persistence = self._around.fleet, self._around.persistence
         version = fleet.version
-        await fleet.refresh(self._around.placement.shards(self._route))
+        await fleet.refresh({name for route in self.routes for name in self._around.placement.shards(route)})
         if fleet.version != version:
             return
         patience = self._patience_seconds()
@@ -119,5 +126,5 @@ class Resumption:
         if isinstance(self._losses.last, Exhausted):
             return self._losses.last
         why = f": {self._losses.last}" if self._losses.last else ""
-        message = f"no chain of route {self._route} can go on after {generated_tokens:,} tokens{why}"
+        message = f"no chain of route {' or '.join(self.routes)} can go on after {generated_tokens:,} tokens{why}"
         return Unavailable(message, generated_tokens)

@@ -12,8 +12,8 @@ from router_gateway.generation.pace import Pace
 from router_gateway.generation.request import Prompt, Request
 from router_gateway.generation.watch import Watch
 from router_gateway.routing.conversations import Conversations
-from router_gateway.routing.interface import Judgement, Query, Router
-from router_gateway.routing.objectives import Forecast, Objectives, settled
+from router_gateway.routing.interface import Deferred, Judgement, Query, ReasonKind, Router
+from router_gateway.routing.objectives import Forecast, Objectives, narrowed, settled
 from stitch.errors import InvalidRequest
 
 
@@ -29,8 +29,10 @@ class Selection:
         self._conversations = conversations
         self._watch = watch
 
-    def select(self, request: Request, prompt_tokens: int, waited_seconds: float = 0.0) -> Judgement:
-        """The route and why, for a request that came `waited_seconds` ago; nothing is kept of it.
+    def select(self, request: Request, prompt_tokens: int, waited_seconds: float = 0.0) -> Judgement | Deferred:
+        """The route and why, or between which routes the first shard is to judge; nothing is kept of the request.
+
+        It came `waited_seconds` ago.
 
         Raises ObjectivesUnmet, or InvalidRequest for an objective that the router has no prediction for.
         """
@@ -41,8 +43,12 @@ class Selection:
         if not objectives.given:
             return preferred
         open_to = query.routes if request.route is None else (request.route,)
-        forecasts = self._forecasts(judged, query.routes, prompt_tokens, waited_seconds)
-        return settled(objectives, preferred, [one for one in forecasts if one.route in open_to])
+        qualities = judged.qualities if isinstance(judged, Judgement) else None
+        forecasts = self._forecasts(qualities, query.routes, prompt_tokens, waited_seconds)
+        possible = [one for one in forecasts if one.route in open_to]
+        if isinstance(preferred, Deferred):
+            return narrowed(objectives, possible)
+        return settled(objectives, preferred, possible)
 
     def take(self, request: Request, judgement: Judgement) -> None:
         """The request is answered on that route: its conversation stays there, if it wasn't on one already.
@@ -59,20 +65,20 @@ class Selection:
         elif judgement.kind not in ("fallback", "objective"):
             self._conversations.keep(name, judgement.route)
 
-    def _preferred(self, request: Request, judged: Judgement) -> Judgement:
-        otherwise = f"the router would take {judged.route} ({judged.reason})"
+    def _preferred(self, request: Request, judged: Judgement | Deferred) -> Judgement | Deferred:
         if request.route is not None:
-            reason = f"the request names it; {otherwise}"
-            return replace(judged, route=request.route, reason=reason, kind="requested")
+            return _instead(judged, request.route, "the request names it", "requested")
         kept = self._conversations.route_of(request.conversation_id) if request.conversation_id else None
         if kept is not None:
-            return replace(
-                judged, route=kept, reason=f"the conversation keeps {kept}; {otherwise}", kind="conversation"
-            )
+            return _instead(judged, kept, f"the conversation keeps {kept}", "conversation")
         return judged
 
     def _forecasts(
-        self, judged: Judgement, routes: tuple[str, ...], prompt_tokens: int, waited_seconds: float
+        self,
+        qualities: tuple[float, ...] | None,
+        routes: tuple[str, ...],
+        prompt_tokens: int,
+        waited_seconds: float,
     ) -> Iterator[Forecast]:
         costs = self._catalogue.costs()
         for index, route in enumerate(routes):
@@ -81,7 +87,7 @@ class Selection:
                 route,
                 ttft_seconds=None if seconds is None else waited_seconds + seconds,
                 cost=costs.get(route),
-                quality=None if judged.qualities is None else judged.qualities[index],
+                quality=None if qualities is None else qualities[index],
             )
 
 
@@ -92,11 +98,22 @@ def user_turns(prompt: Prompt) -> tuple[str, ...]:
     return tuple(turn.content for turn in prompt if turn.role == "user")
 
 
-def _applicable(objectives: Objectives, judged: Judgement) -> Objectives:
+def _instead(judged: Judgement | Deferred, route: str, why: str, kind: ReasonKind) -> Judgement:
+    """`route`, whatever the router says; its score and choice are told where it judges here."""
+    if isinstance(judged, Deferred):
+        return Judgement(route, None, why, kind)
+    reason = f"{why}; the router would take {judged.route} ({judged.reason})"
+    return replace(judged, route=route, reason=reason, kind=kind)
+
+
+def _applicable(objectives: Objectives, judged: Judgement | Deferred) -> Objectives:
     """Those that can be held against a prediction; a router that failed is no reason to refuse a request."""
-    if objectives.min_quality is None or judged.qualities is not None:
+    if objectives.min_quality is None:
         return objectives
-    if judged.kind == "fallback":
-        return replace(objectives, min_quality=None)
-    limit = "only a learned router predicts quality, and this gateway has none"
+    if isinstance(judged, Judgement):
+        if judged.qualities is not None:
+            return objectives
+        if judged.kind == "fallback":
+            return replace(objectives, min_quality=None)
+    limit = "only a learned router of texts predicts quality, and this gateway has none"
     raise InvalidRequest("objectives.min_quality", objectives.min_quality, limit)

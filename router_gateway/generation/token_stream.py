@@ -10,11 +10,13 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from router_gateway.fleet.placement import Chain
+from router_gateway.fleet.placement import Chain, Fork
 from router_gateway.generation.attempt import ChainLost, attempt
 from router_gateway.generation.preparation import Prepared
 from router_gateway.generation.request import FinishReason, Stage, Token
 from router_gateway.generation.resumption import Resumption
+from router_gateway.routing.interface import Deferred, Judgement
+from router_gateway.routing.probe import judgement_of
 from stitch.errors import Exhausted, Expired
 from stitch.v1 import inference_pb2, shard_pb2
 
@@ -33,6 +35,8 @@ class Step:
     stages: tuple[Stage, ...] = ()
     # On the last step.
     finish: FinishReason | None = None
+    # Where it was deferred: once, before the first token.
+    judgement: Judgement | None = None
 
 
 class TokenStream:
@@ -89,16 +93,32 @@ class TokenStream:
 
     def _message(self, chain: Chain) -> shard_pb2.ShardGenerateRequest:
         prepared = self._prepared
-        return shard_pb2.ShardGenerateRequest(
+        message = shard_pb2.ShardGenerateRequest(
             request_id=prepared.request.request_id,
             token_ids=[*prepared.token_ids, *self._generated],
             prompt_tokens=len(prepared.token_ids),
-            route=prepared.judgement.route,
-            chain=chain.rest,
             sampling=prepared.sampling.to_proto(),
         )
+        if isinstance(chain, Fork):
+            for route, branch in chain.branches.items():
+                message.candidates.add(route=route, chain=branch.rest)
+        else:
+            message.route = self._resumption.routes[0]
+            message.chain.extend(chain.rest)
+        return message
+
+    def _judgement(self, response: shard_pb2.ShardGenerateResponse) -> Judgement | None:
+        """What the first shard decided, where it was asked to. Raises ChainLost where it does something else."""
+        routes, deferred = self._resumption.routes, self._prepared.judgement
+        if len(routes) == 1 or not isinstance(deferred, Deferred):
+            return None
+        if response.judged.route not in routes:
+            raise ChainLost("out_of_step", f"the first shard was to take one of {', '.join(routes)} and did not")
+        self._resumption.settle(response.judged.route)
+        return deferred.settled(judgement_of(response.judged))
 
     def _step(self, response: shard_pb2.ShardGenerateResponse) -> Step:
+        judgement = self._judgement(response)
         for position, token in enumerate(response.tokens, self._length):
             if token.position != position:
                 raise ChainLost("out_of_step", f"token {token.position} came in place of {position}")
@@ -106,7 +126,7 @@ class TokenStream:
         self._generated += [token.id for token in response.tokens]
         if response.tokens:
             self._resumption.progressed()
-        return Step(tuple(map(_token, response.tokens)), stages, _FINISH.get(response.finish_reason))
+        return Step(tuple(map(_token, response.tokens)), stages, _FINISH.get(response.finish_reason), judgement)
 
     def _left_seconds(self) -> float | None:
         """Until the client's deadline. Raises Expired behind it."""

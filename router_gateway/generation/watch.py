@@ -1,6 +1,7 @@
 """Whether the router does what its calibration promised: gauges, and a warning where texts change. Judges nothing.
 
-Counts the judgements that decided a route, not requests that name one, nor conversations that keep one.
+Counts the judgements that decided a route, not requests that name one, nor conversations that keep one,
+nor objectives that leave only one.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Watch:
 
     def judged(self, judgement: Judgement, routes: Sequence[str]) -> None:
         """A request takes its route by this judgement; `routes` are all there are, cheapest first."""
-        if judgement.kind in ("requested", "conversation"):
+        if judgement.kind in ("requested", "conversation") or judgement.score is None:
             return
         calibration = self._calibration() if self._calibration is not None else None
         if calibration is not self._known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 
-from router_gateway.routing.interface import Judgement, Query, Router
+from router_gateway.routing.interface import Deferred, Judgement, Query, Router
 
 _log = logging.getLogger(__name__)
 
@@ -17,13 +17,15 @@ class FallbackRouter:
         self._router = router
         self._fallback_route = fallback_route
 
-    def judge(self, query: Query) -> Judgement:
+    def judge(self, query: Query) -> Judgement | Deferred:
         try:
             judgement = self._router.judge(query)
         # A router is a plug-in: whatever goes wrong in it, the query has a route all the same.
         except Exception:
             _log.exception("the router failed")
             return self._fallback(query, "the router failed")
+        if isinstance(judgement, Deferred):
+            return judgement
         if not _is_proper(judgement, query):
             _log.error("the router answered %s", judgement)
             return self._fallback(query, "the router's answer is no judgement")
@@ -36,4 +38,5 @@ class FallbackRouter:
 
 def _is_proper(judgement: Judgement, query: Query) -> bool:
     complete = judgement.qualities is None or len(judgement.qualities) == len(query.routes)
-    return judgement.route in query.routes and math.isfinite(judgement.score) and complete
+    finite = judgement.score is not None and math.isfinite(judgement.score)
+    return judgement.route in query.routes and finite and complete

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 # Why a query took its route, in a word that is fit for a metric's label.
-ReasonKind = Literal["requested", "length", "content", "gain", "fallback", "objective", "conversation"]
+ReasonKind = Literal["requested", "length", "content", "gain", "probe", "fallback", "objective", "conversation"]
 REASON_KINDS: tuple[ReasonKind, ...] = get_args(ReasonKind)
 
 
@@ -23,8 +24,8 @@ class Query:
 @dataclass(frozen=True, slots=True)
 class Judgement:
     route: str
-    # How much the query asks for the strongest route, 0 to 1.
-    score: float
+    # How much the query asks for the strongest route, 0 to 1; None where the request names the route and nobody judged.
+    score: float | None
     # For a person to read.
     reason: str
     kind: ReasonKind
@@ -32,9 +33,23 @@ class Judgement:
     qualities: tuple[float, ...] | None = None
 
 
+def _as_it_is(judgement: Judgement) -> Judgement:
+    return judgement
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """No judgement yet: the first shard takes one of these routes while it computes the prompt."""
+
+    # Cheapest first.
+    routes: tuple[str, ...]
+    # What the request's objectives make of the first shard's judgement.
+    settled: Callable[[Judgement], Judgement] = _as_it_is
+
+
 class Router(Protocol):
     """Anything that picks a route. It is called on the event loop, so it takes well under a millisecond."""
 
-    def judge(self, query: Query) -> Judgement:
+    def judge(self, query: Query) -> Judgement | Deferred:
         """The route for a query; any text has one. An exception makes the gateway take its fallback."""
         ...

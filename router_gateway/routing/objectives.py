@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from router_gateway.routing.interface import Judgement
+from router_gateway.routing.interface import Deferred, Judgement
 from stitch.errors import ObjectivesUnmet
 
 
@@ -44,17 +44,24 @@ class Forecast:
     quality: float | None
 
 
+def narrowed(objectives: Objectives, forecasts: Sequence[Forecast]) -> Judgement | Deferred:
+    """The routes that keep to the objectives, where the first shard is to judge; the only one needs no judgement.
+
+    Raises ObjectivesUnmet where none does.
+    """
+    fitting = _fitting(objectives, forecasts)
+    if len(fitting) > 1:
+        return Deferred(tuple(one.route for one in fitting), lambda found: settled(objectives, found, forecasts))
+    reason = "; ".join(_said(objectives, one) for one in forecasts)
+    return Judgement(fitting[0].route, None, f"only {fitting[0].route} keeps to the objectives: {reason}", "objective")
+
+
 def settled(objectives: Objectives, preferred: Judgement, forecasts: Sequence[Forecast]) -> Judgement:
     """The judgement that keeps to the objectives; `forecasts` are of the routes to choose from, cheapest first.
 
     Raises ObjectivesUnmet where none does.
     """
-    fitting = [forecast for forecast in forecasts if all(check.kept for check in _checks(objectives, forecast))]
-    if not fitting:
-        found = "; ".join(_said(objectives, forecast) for forecast in forecasts)
-        asked = ", ".join(check.asked for check in _checks(objectives, forecasts[0]))
-        raise ObjectivesUnmet(f"no route keeps to {asked}: {found}")
-    taken = _taken(objectives, preferred.route, fitting)
+    taken = _taken(objectives, preferred.route, _fitting(objectives, forecasts))
     compared = ", ".join(check.compared for check in _checks(objectives, taken))
     if taken.route == preferred.route:
         return replace(preferred, reason=f"{preferred.reason}; {compared}")
@@ -62,6 +69,15 @@ def settled(objectives: Objectives, preferred: Judgement, forecasts: Sequence[Fo
     wish = f"otherwise it would be {preferred.route} ({preferred.reason})"
     reason = "; ".join([f"{compared} on {taken.route}", *others, wish])
     return replace(preferred, route=taken.route, reason=reason, kind="objective")
+
+
+def _fitting(objectives: Objectives, forecasts: Sequence[Forecast]) -> list[Forecast]:
+    fitting = [forecast for forecast in forecasts if all(check.kept for check in _checks(objectives, forecast))]
+    if fitting:
+        return fitting
+    found = "; ".join(_said(objectives, forecast) for forecast in forecasts)
+    asked = ", ".join(check.asked for check in _checks(objectives, forecasts[0]))
+    raise ObjectivesUnmet(f"no route keeps to {asked}: {found}")
 
 
 def _taken(objectives: Objectives, preferred: str, fitting: Sequence[Forecast]) -> Forecast:

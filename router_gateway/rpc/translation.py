@@ -80,7 +80,7 @@ def to_response(event: Event) -> inference_pb2.GenerateResponse:
 
 
 def to_judgement(judgement: Judgement) -> inference_pb2.Judgement:
-    return inference_pb2.Judgement(route=judgement.route, score=judgement.score, reason=judgement.reason)
+    return inference_pb2.Judgement(route=judgement.route, score=judgement.score or 0.0, reason=judgement.reason)
 
 
 def _to_objectives(message: inference_pb2.Objectives) -> Objectives:

@@ -20,6 +20,11 @@ from stitch.sampling import Sampling
 from tests.support.byte_tokenizer import tokenizer_files
 
 VOCABULARY = Vocabulary.from_files(tokenizer_files())
+JUDGEMENT = Judgement("strong", 0.7, "why", "content")
+
+
+def prepared() -> Prepared:
+    return Prepared(Request("id", "x", Sampling()), (1,) * 100, JUDGEMENT, Sampling(), VOCABULARY)
 
 
 class Bench:
@@ -48,11 +53,6 @@ def bench() -> Bench:
     return Bench()
 
 
-def prepared(prompt_tokens: int = 100) -> Prepared:
-    judgement = Judgement("strong", 0.7, "why", "content")
-    return Prepared(Request("id", "x", Sampling()), (1,) * prompt_tokens, judgement, Sampling(), VOCABULARY)
-
-
 @pytest.mark.parametrize(
     ("error", "outcome"),
     [
@@ -77,6 +77,7 @@ def test_an_error_is_an_outcome(bench: Bench, error: BaseException, outcome: str
 def test_an_end_is_an_outcome_of_its_route_with_its_time(bench: Bench, reason: FinishReason, outcome: str) -> None:
     with bench.observe() as seen:
         seen.prepared(prepared())
+        seen.judged(JUDGEMENT)
         bench.now = 103.0
         seen.finished(reason)
     assert bench.outcomes("strong") == {outcome: 1}
@@ -117,7 +118,8 @@ def test_an_early_end_has_a_cause(bench: Bench, stopping: bool, now: float, caus
 
 def test_the_first_text_alone_sets_the_time(bench: Bench) -> None:
     with bench.observe() as seen:
-        seen.prepared(prepared(100))
+        seen.prepared(prepared())
+        seen.judged(JUDGEMENT)
         assert seen.ttft_seconds is None
         bench.now = 100.5
         seen.text()
@@ -133,6 +135,7 @@ def test_the_first_text_alone_sets_the_time(bench: Bench) -> None:
 def test_tokens_that_come_at_once_share_the_time(bench: Bench) -> None:
     with bench.observe() as seen:
         seen.prepared(prepared())
+        seen.judged(JUDGEMENT)
         seen.tokens(1, [])
         bench.now = 100.6
         seen.tokens(3, [])

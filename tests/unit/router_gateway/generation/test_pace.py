@@ -19,7 +19,7 @@ class Gateway:
         self.pace = Pace(["weak", "strong"], lambda: self.lanes, lambda: self.now)
 
     def answer(self, route: str, tokens: int) -> None:
-        run = self.pace.begin(route, tokens)
+        run = self.pace.begin(tokens, route)
         self.now += tokens * SECONDS_A_TOKEN
         run.token()
         run.text()
@@ -42,7 +42,7 @@ def test_each_route_is_learned_by_itself(gateway: Gateway) -> None:
 
 
 def test_a_request_waits_for_the_prompts_before_it_on_any_route(gateway: Gateway) -> None:
-    run = gateway.pace.begin("strong", 300)
+    run = gateway.pace.begin(300, "strong")
     assert gateway.pace.seconds("weak", 200) == pytest.approx(5.0)
     run.token()
     run.token()
@@ -51,7 +51,7 @@ def test_a_request_waits_for_the_prompts_before_it_on_any_route(gateway: Gateway
 
 def test_first_shards_share_the_work(gateway: Gateway) -> None:
     gateway.lanes = 2
-    gateway.pace.begin("strong", 300)
+    gateway.pace.begin(300, "strong")
     assert gateway.pace.seconds("weak", 200) == pytest.approx(3.5)
     # Nobody serves; whoever asks gets a prediction all the same.
     gateway.lanes = 0
@@ -59,7 +59,7 @@ def test_first_shards_share_the_work(gateway: Gateway) -> None:
 
 
 def test_what_stood_before_a_request_is_part_of_what_is_learned(gateway: Gateway) -> None:
-    first, second = gateway.pace.begin("weak", 100), gateway.pace.begin("weak", 50)
+    first, second = gateway.pace.begin(100, "weak"), gateway.pace.begin(50, "weak")
     for run, tokens in ((first, 100), (second, 50)):
         gateway.now += tokens * SECONDS_A_TOKEN
         run.token()
@@ -69,7 +69,7 @@ def test_what_stood_before_a_request_is_part_of_what_is_learned(gateway: Gateway
 
 
 def test_a_first_text_counts_once(gateway: Gateway) -> None:
-    run = gateway.pace.begin("weak", 10)
+    run = gateway.pace.begin(10, "weak")
     gateway.now += 0.1
     run.text()
     gateway.now += 100.0
@@ -78,7 +78,7 @@ def test_a_first_text_counts_once(gateway: Gateway) -> None:
 
 
 def test_of_a_prompt_that_is_being_computed_only_the_rest_stands_before_others(gateway: Gateway) -> None:
-    first, second = gateway.pace.begin("weak", 300), gateway.pace.begin("weak", 100)
+    first, second = gateway.pace.begin(300, "weak"), gateway.pace.begin(100, "weak")
     gateway.now += 1.0
     assert gateway.pace.seconds("weak", 200) == pytest.approx(5.0)
     # It takes longer than its route's pace, but the second one has not begun.

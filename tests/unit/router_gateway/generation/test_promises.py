@@ -64,7 +64,7 @@ def promised(pace: Callable[[float], float], mean_gap: float, seed: int = 1) -> 
         shards.pass_time(shards.now + draw.expovariate(1 / mean_gap))
         tokens, preferred = int(16 * 2 ** draw.uniform(0, 6)), draw.choice(list(SECONDS_A_TOKEN))
         if index < LEARNING:
-            shards.compute(known.begin(preferred, tokens), preferred, tokens)
+            shards.compute(known.begin(tokens, preferred), preferred, tokens)
             continue
         idle = OVERHEAD_SECONDS + tokens * SECONDS_A_TOKEN["weak"]
         limit = idle * 0.7 * 10 ** draw.random()
@@ -77,7 +77,7 @@ def promised(pace: Callable[[float], float], mean_gap: float, seed: int = 1) -> 
             kept.wrongly += waited + tokens * SECONDS_A_TOKEN["weak"] * pace(shards.now) + OVERHEAD_SECONDS <= limit
             continue
         began = shards.now
-        done = shards.compute(known.begin(judged.route, tokens), judged.route, tokens)
+        done = shards.compute(known.begin(tokens, judged.route), judged.route, tokens)
         kept.taken += 1
         kept.met += done - began <= limit
     return kept

@@ -54,7 +54,7 @@ class Desk:
 
     def learn(self, route: str, seconds_a_token: float) -> None:
         for index in range(2 * LEAST_SAMPLES):
-            run = self.pace.begin(route, 10 + index)
+            run = self.pace.begin(10 + index, route)
             self.now += (10 + index) * seconds_a_token
             run.token()
             run.text()
@@ -97,7 +97,7 @@ class TestObjectives:
             desk.ask(waited=0.6, objectives=Objectives(max_ttft_seconds=1.5))
 
     def test_prompts_that_stand_before_it_count(self, desk: Desk) -> None:
-        desk.pace.begin("weak", 200)
+        desk.pace.begin(200, "weak")
         with pytest.raises(ObjectivesUnmet, match=r"weak has ttft 3\.00 s"):
             desk.ask(objectives=Objectives(max_ttft_seconds=1.5))
 

@@ -37,6 +37,10 @@ def prepared(**sampling: int) -> Prepared:
     return Prepared(request, PROMPT, Judgement("strong", 0.9, "", "content"), filled, VOCABULARY)
 
 
+def routes_of(what: Prepared) -> tuple[str, ...]:
+    return (what.judgement.route,) if isinstance(what.judgement, Judgement) else what.judgement.routes
+
+
 class Running:
     """A stream in front of fake shards, with what it counts."""
 
@@ -45,7 +49,7 @@ class Running:
         self._metrics = metrics
 
     def steps(self, what: Prepared, deadline: float | None = None) -> aclosing[AsyncIterator[Step]]:
-        resumption = Resumption(what.judgement.route, self._around)
+        resumption = Resumption(routes_of(what), self._around)
         return aclosing(TokenStream(what, resumption, deadline, self._around.clock).steps())
 
     async def all(self, what: Prepared | None = None, deadline: float | None = None) -> list[Step]:
