@@ -25,6 +25,7 @@ from stitch.errors import Incompatible
 from stitch_server.model.description import ModelDescription
 
 FORMAT = "stitch-probe/1"
+METADATA_KEY = "probe"
 PERCENTILES = 101
 # Tokens of one prompt that may be read: they are computed in one pass, and travel in one step.
 MOST_TOKENS = 1024
@@ -105,10 +106,10 @@ class Probe:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in ("weight", "bias")}
-                metadata = file.metadata()
-            stored = cls(**tensors, **_fields(metadata))
-            if stored.fingerprint != metadata["fingerprint"]:
-                raise Incompatible(f"its fingerprint is {metadata['fingerprint']}, but it holds {stored.fingerprint}")
+                fields = json.loads(file.metadata()[METADATA_KEY])
+            stored = cls(**tensors, **_parts(fields))
+            if stored.fingerprint != fields["fingerprint"]:
+                raise Incompatible(f"its fingerprint is {fields['fingerprint']}, but it holds {stored.fingerprint}")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise Incompatible(f"{path} is no probe: {error}") from error
         except Incompatible as error:
@@ -118,15 +119,17 @@ class Probe:
     def save(self, path: Path) -> None:
         """Writes it; the same probe makes the same bytes."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        parts = {
+        fields = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
             "binding": asdict(self.binding),
             "thresholds": self.thresholds,
             "percentiles": self.percentiles,
             "training": dict(self.training),
         }
-        metadata = {name: json.dumps(part, sort_keys=True) for name, part in parts.items()}
         tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
-        save_file(tensors, path, metadata={"format": FORMAT, "fingerprint": self.fingerprint, **metadata})
+        # One entry, since several would stand in any order.
+        save_file(tensors, path, metadata={METADATA_KEY: json.dumps(fields, sort_keys=True)})
 
     def to(self, device: torch.device) -> Probe:
         """The same probe, ready to compute there."""
@@ -161,16 +164,13 @@ def pooled(states: Tensor) -> Tensor:
     return directions[1:].mean(dim=0) if len(states) > 1 else directions[0]
 
 
-def _fields(metadata: Mapping[str, str]) -> dict[str, Any]:
-    if metadata.get("format") != FORMAT:
-        raise Incompatible(f"its format is {metadata.get('format')}, and this version reads {FORMAT}")
-    binding, thresholds, percentiles, training = (
-        json.loads(metadata[name]) for name in ("binding", "thresholds", "percentiles", "training")
-    )
-    bound = ProbeBinding(**{**binding, "routes": tuple(binding["routes"])})
+def _parts(fields: Mapping[str, Any]) -> dict[str, Any]:
+    if fields.get("format") != FORMAT:
+        raise Incompatible(f"its format is {fields.get('format')}, and this version reads {FORMAT}")
+    binding = fields["binding"]
     return {
-        "binding": bound,
-        "thresholds": tuple(map(float, thresholds)),
-        "percentiles": tuple(map(float, percentiles)),
-        "training": training,
+        "binding": ProbeBinding(**{**binding, "routes": tuple(binding["routes"])}),
+        "thresholds": tuple(map(float, fields["thresholds"])),
+        "percentiles": tuple(map(float, fields["percentiles"])),
+        "training": fields["training"],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ def run(parsed: argparse.Namespace) -> None:
     routes, renamed = cheapest_first(cluster), named(parsed.rename, "rename")
     sets = [read_labels(path, routes, renamed) for path in parsed.data]
     use_threads(parsed)
-    with ProgressLine() as progress:
+    with ProgressLine(sys.stderr) as progress:
         write(teach(settings, sets, progress), parsed.out)
 
 

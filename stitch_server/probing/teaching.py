@@ -49,6 +49,7 @@ class TeachingSettings:
     def __post_init__(self) -> None:
         checks: tuple[tuple[str, bool, object, str], ...] = (
             ("tokens", 1 <= self.tokens <= MOST_TOKENS, self.tokens, f"it must be 1 to {MOST_TOKENS}"),
+            ("budget", 0 <= self.budget <= 1, self.budget, "it must be 0 to 1"),
             ("folds", self.folds >= 2, self.folds, "it must be at least 2"),
             ("routes", len(self.cluster.routes) >= 2, len(self.cluster.routes), "there must be two to decide between"),
         )

@@ -99,7 +99,7 @@ def new_session(
     **fields: Any,
 ) -> Session:
     """A session whose prompt counts upwards from `first_token`; fields of its sampling are told by their names."""
-    own = {name: fields.pop(name) for name in ("context_length", "prompt_tokens") if name in fields}
+    own = {name: fields.pop(name) for name in ("context_length", "prompt_tokens", "candidates") if name in fields}
     heard = [] if heard is None else heard
     return Session(
         route=route,

@@ -11,7 +11,7 @@ from stitch.v1 import shard_pb2
 from stitch.v1.inference_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
 from stitch.v1.shard_pb2 import FailureCause
 from stitch_server.cache.pool import BLOCK_TOKENS, BlockPool
-from stitch_server.engine.batch import Batch, Cut
+from stitch_server.engine.batch import Batch, Cut, Verdict
 from stitch_server.engine.forwarding import Failure, Forwarding, OutgoingStep, Reply
 from stitch_server.engine.origin import Origin
 from stitch_server.engine.scheduler import BACKOFF_SECONDS, Limits
@@ -363,3 +363,51 @@ class TestLoss:
         bench.compute()
         bench.origin.lost("top:1", Unavailable("gone"))
         assert bench.downstream.closed == [("top:1", session.number)]
+
+
+class TestVerdicts:
+    """A session that came with candidates takes the route that its first pass decides."""
+
+    @staticmethod
+    def decided(bench: Bench, verdict: Verdict) -> OutgoingStep:
+        batch = bench.compose()
+        bench.origin.deliver(batch, replace(computed(batch), verdicts={0: verdict}))
+        return bench.downstream.last
+
+    def admit(self, bench: Bench) -> tuple[Session, list[Progress]]:
+        return bench.admit(route="", chain=(), candidates={"weak": ("top:1",), "strong": ("top:2",)})
+
+    def test_its_rows_go_where_the_verdict_says(self) -> None:
+        bench = Bench(probe_tokens=8)
+        session, heard = self.admit(bench)
+        verdict = Verdict("strong", 0.8, (0.0, 0.5), (0.2,))
+        step = self.decided(bench, verdict)
+        assert bench.downstream.sent[-1][0] == "top:2"
+        assert (session.route, session.chain) == ("strong", ("top:2",))
+        assert heard == [Progress(verdict=verdict)]
+        bench.reply(step)
+        assert heard[-1].token is not None
+
+    def test_a_lost_shard_does_not_touch_the_undecided(self) -> None:
+        bench = Bench(probe_tokens=8)
+        _, heard = self.admit(bench)
+        bench.origin.lost("top:1", Unavailable("gone"))
+        assert heard == []
+
+    def test_it_can_be_abandoned_before_and_after(self) -> None:
+        bench = Bench(probe_tokens=8)
+        session, _ = self.admit(bench)
+        bench.origin.abandon(session)
+        assert bench.idle
+        session, _ = self.admit(bench)
+        self.decided(bench, Verdict("weak"))
+        bench.origin.abandon(session)
+        assert bench.idle
+        assert bench.downstream.closed == [("top:1", session.number)]
+
+    def test_a_pass_that_fails_ends_it(self) -> None:
+        bench = Bench(probe_tokens=8)
+        _, heard = self.admit(bench)
+        bench.origin.fail(bench.compose(), ZeroDivisionError("no"))
+        assert heard[-1].error is not None
+        assert bench.idle

@@ -8,7 +8,7 @@ import pytest
 
 from stitch.errors import Exhausted
 from stitch_server.cache.pool import BLOCK_TOKENS, BlockPool
-from stitch_server.engine.batch import Cut, Segment, Token
+from stitch_server.engine.batch import Cut, Segment, Token, Verdict
 from stitch_server.engine.scheduler import BACKOFF_SECONDS, Limits, Scheduler
 from stitch_server.engine.session import Session
 from tests.support.engine_fakes import TOKEN_ID, ManualClock, new_session
@@ -436,3 +436,98 @@ def test_whatever_comes_everybody_ends_and_nothing_stays(seed: int) -> None:
     assert simulation.bench.pool.free_blocks == simulation.bench.pool.blocks
     assert not simulation.bench.scheduler.running
     assert not simulation.bench.scheduler.waiting
+
+
+class TestUndecided:
+    """Sessions whose route the probe reads of their first tokens, in one pass."""
+
+    @staticmethod
+    def new(tokens: int = 20) -> Session:
+        return new_session(tokens, "", chain=(), candidates={"weak": ("top:1",), "strong": ("top:2",)})
+
+    @staticmethod
+    def settled(bench: Bench, session: Session, route: str = "strong") -> None:
+        session.settle(Verdict(route))
+        bench.scheduler.settled(session)
+
+    def test_its_window_comes_in_one_pass_beyond_every_budget(self) -> None:
+        bench = Bench(prefill_tokens=4, probe_tokens=12)
+        session = self.new(20)
+        bench.add(session)
+        assert bench.take() == [(session, 0, 12)]
+        self.settled(bench, session)
+        assert bench.take() == [(session, 12, 4)]
+
+    def test_a_prompt_shorter_than_the_window_comes_whole(self) -> None:
+        bench = Bench(prefill_tokens=4, probe_tokens=12)
+        session = self.new(7)
+        bench.add(session)
+        (segment,) = bench.scheduler.next_segments()
+        assert (segment.length, segment.wants_token, segment.undecided) == (7, True, True)
+
+    def test_a_larger_budget_is_used(self) -> None:
+        bench = Bench(prefill_tokens=16, probe_tokens=12)
+        session = self.new(20)
+        bench.add(session)
+        assert bench.take() == [(session, 0, 16)]
+
+    def test_it_passes_what_all_routes_do(self) -> None:
+        bench = Bench(probe_tokens=12)
+        session = self.new()
+        bench.add(session)
+        (segment,) = bench.scheduler.next_segments()
+        assert segment.cut == CUTS["weak"]
+        self.settled(bench, session, "weak")
+        assert (session.route, session.chain, session.undecided) == ("weak", ("top:1",), False)
+
+    def test_beside_decoding_sessions_it_comes_all_the_same(self) -> None:
+        bench = Bench(prefill_tokens_beside_decode=4, probe_tokens=12, groups=1)
+        (decoding,) = bench.decoding(3)
+        session, other = self.new(), self.new()
+        bench.add(session, other)
+        # One a pass: a second window would delay whoever decodes once more.
+        assert bench.take() == [(decoding, 3, 1), (session, 0, 12)]
+        self.settled(bench, session)
+        bench.answer(decoding)
+        assert bench.take() == [(decoding, 4, 1), (session, 12, 4)]
+
+    def test_it_waits_where_its_window_no_longer_fits_the_pass(self) -> None:
+        bench = Bench(prefill_tokens=16, probe_tokens=12)
+        first, session = new_session(10), self.new()
+        bench.add(first, session)
+        assert bench.take() == [(first, 0, 10)]
+        assert bench.take() == [(session, 0, 16)]
+
+    def test_it_reuses_no_beginning_and_leaves_its_own_to_its_route(self) -> None:
+        bench = Bench(probe_tokens=12)
+        prompt = 3 * BLOCK_TOKENS
+        first, second = self.new(prompt), self.new(prompt)
+        for session in (first, second):
+            bench.add(session)
+            assert bench.take() == [(session, 0, prompt)]
+            self.settled(bench, session)
+            bench.pool.publish(session.number, prompt)
+        weak, strong = new_session(prompt, "weak"), new_session(prompt, "strong")
+        bench.add(weak, strong)
+        assert bench.take() == [(weak, 0, prompt), (strong, 2 * BLOCK_TOKENS, BLOCK_TOKENS)]
+
+    def test_one_that_makes_room_before_its_verdict_is_judged_later(self) -> None:
+        bench = Bench(probe_tokens=12)
+        session = self.new()
+        bench.add(session)
+        bench.take()
+        bench.scheduler.postpone(session)
+        bench.clock.advance(BACKOFF_SECONDS)
+        assert session.undecided
+        assert bench.take() == [(session, 0, 20)]
+
+    def test_one_that_makes_room_after_its_verdict_keeps_its_route(self) -> None:
+        bench = Bench(probe_tokens=12)
+        session = self.new()
+        bench.add(session)
+        bench.take()
+        self.settled(bench, session)
+        bench.scheduler.postpone(session)
+        bench.clock.advance(BACKOFF_SECONDS)
+        (segment,) = bench.scheduler.next_segments()
+        assert (segment.cut, segment.undecided) == (CUTS["strong"], False)

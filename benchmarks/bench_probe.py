@@ -1,0 +1,117 @@
+"""What does the probe add to prefill? The first shard's passes over one prompt, judged there against route named.
+
+One process, one segment a pass, in alternation and in changing order; both take the same route. Processor time of one
+thread, which other processes hardly lengthen. The probe has random weights: its time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+import torch
+
+from benchmarks.clusters import preset, prompt, run
+from benchmarks.report import Options, options, write
+from stitch.cluster import Cluster
+from stitch.routing.thresholds import FixedThresholds
+from stitch.sampling import Sampling
+from stitch_server.cache.pool import BLOCK_TOKENS
+from stitch_server.cache.store import KVStore
+from stitch_server.engine.batch import Batch, Cut, Segment
+from stitch_server.engine.judge import Judge
+from stitch_server.engine.runner import Runner
+from stitch_server.engine.sequence import Sequence
+from stitch_server.engine.threads import Threads
+from stitch_server.model.probe import PERCENTILES, Probe, ProbeBinding, features
+from stitch_server.shard import Part, load_part
+
+ROUTES = ("weak", "strong")
+WINDOW = 128
+LENGTHS = (128, 256)
+CPU = torch.device("cpu")
+
+
+class Bottom:
+    """The first shard's runner, and a judge that always takes one route."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        part = load_part(cluster, cluster.shards[0], CPU)
+        decoder, blocks = part.decoder, max(LENGTHS) // BLOCK_TOKENS
+        self._chunk = cluster.compute.prefill_tokens
+        self._cuts = part.cuts
+        self._earliest = Cut(0, cluster.earliest_cut)
+        self._blocks = range(blocks)
+        self._judges = {route: judge_for(route, part, cluster.earliest_cut) for route in ROUTES}
+        self._runner = Runner(
+            decoder=decoder,
+            store=KVStore(decoder.first, decoder.end, blocks, decoder.kv_heads, decoder.head_dim, CPU, torch.float32),
+            device=CPU,
+            threads=Threads(1, 1),
+            embed=part.embedding,
+            cuts=part.cuts,
+        )
+
+    def prefill_ms(self, token_ids: list[int], route: str, judged: bool) -> float:
+        """All chunks of a prompt; where it is judged, the first one decides."""
+        self._runner.judge = self._judges[route]
+        sequence = Sequence(route, (), Sampling(), token_ids, len(token_ids))
+        started = time.process_time()
+        for position in range(0, len(token_ids), self._chunk):
+            length = min(self._chunk, len(token_ids) - position)
+            undecided = judged and position == 0
+            cut = self._earliest if undecided else self._cuts[route]
+            segment = Segment(sequence, cut, position, length, False, self._blocks, undecided=undecided)
+            output = self._runner.run(Batch((segment,)))
+            if undecided and output.verdicts[0].route != route:
+                raise RuntimeError(f"the probe took {output.verdicts[0].route} and not {route}")
+        return (time.process_time() - started) * 1e3
+
+
+def judge_for(route: str, part: Part, layer: int) -> Judge:
+    """A probe of random weights and a threshold that it never or always exceeds."""
+    drawn = torch.Generator().manual_seed(0)
+    probe = Probe(
+        weight=torch.randn(1, features(part.model.hidden_size), generator=drawn),
+        bias=torch.zeros(1),
+        binding=ProbeBinding.of(part.model, layer, WINDOW, ROUTES, part.tokenizer),
+        thresholds=(0.0,),
+        percentiles=tuple(step / (PERCENTILES - 1) for step in range(PERCENTILES)),
+    )
+    return Judge(probe, FixedThresholds((-1e9 if route == "strong" else 1e9,)))
+
+
+async def measure(options: Options) -> None:
+    """Every round has every length on every route, with and without; the ratio is the median of the pairs'."""
+    rounds = 3 if options.tiny else 40
+    bottom = Bottom(preset())
+    samples: dict[str, list[float]] = {}
+    for index in range(rounds + 1):
+        for length in LENGTHS:
+            for route in ROUTES:
+                for judged in (index % 2 == 0, index % 2 == 1):
+                    taken_ms = bottom.prefill_ms(prompt(length, index), route, judged)
+                    if index:
+                        samples.setdefault(named(length, route, judged), []).append(taken_ms)
+    write(options, samples, {name: value for length in LENGTHS for name, value in added(samples, length).items()})
+
+
+def named(length: int, route: str, judged: bool) -> str:
+    return f"{length} tokens, {route} {'judged' if judged else 'named'}, ms"
+
+
+def added(samples: dict[str, list[float]], length: int) -> dict[str, float]:
+    """By route: judged ÷ named, of neighbours in time, since the machine's pace wanders by more than the probe adds."""
+    return {
+        f"{length} tokens, {route}: judged / named": median(
+            judged / by_name
+            for judged, by_name in zip(
+                samples[named(length, route, True)], samples[named(length, route, False)], strict=True
+            )
+        )
+        for route in ROUTES
+    }
+
+
+if __name__ == "__main__":
+    run(measure(options(__doc__ or "")))
