@@ -153,6 +153,8 @@ class Cluster(Settings):
         """A first shard that decides must see the states that it decides by."""
         gateway, cut = self.gateway, self.earliest_cut
         if gateway.probe is None:
+            if gateway.probe_thresholds is not None:
+                raise ValueError("gateway.probe_thresholds needs gateway.probe")
             return
         if gateway.router is not None:
             raise ValueError("gateway.router and gateway.probe exclude each other: one of them judges")

@@ -56,6 +56,10 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         self.position_error = 0
         self.forgets_the_end = False
         self.logprob: float | None = None
+        # What its probe says where it is asked to decide; None: nothing.
+        self.verdict: shard_pb2.Judged | None = shard_pb2.Judged(
+            route="weak", score=0.3, gains=[0.0, 0.25], thresholds=[0.5]
+        )
         self.requests: list[shard_pb2.ShardGenerateRequest] = []
         self.deadlines: list[float | None] = []
         self.running = 0
@@ -117,6 +121,8 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         raise NotImplementedError
 
     async def _say(self, request: shard_pb2.ShardGenerateRequest, context: Context) -> None:
+        if request.candidates and self.verdict is not None:
+            await context.write(shard_pb2.ShardGenerateResponse(judged=self.verdict))
         first = len(request.token_ids) - request.prompt_tokens
         for index in range(first, request.sampling.max_tokens):
             if index in self.faults:

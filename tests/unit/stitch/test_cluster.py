@@ -180,3 +180,34 @@ def test_a_file_that_is_not_there_is_answered_with_the_presets() -> None:
 def test_a_cluster_never_changes() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_cluster("smollm2").name = "other"  # type: ignore[misc]
+
+
+class TestProbe:
+    """Shards that decide by the states at the earliest cut."""
+
+    def test_its_files_start_from_the_cluster_file(self, tmp_path: Path) -> None:
+        gateway = {"address": "127.0.0.1:0", "probe": "probe.safetensors", "probe_thresholds": "thresholds.json"}
+        found = cluster(tmp_path, gateway=gateway)
+        assert found.earliest_cut == 4
+        assert (found.probe_file, found.probe_thresholds_file) == (
+            tmp_path / "probe.safetensors",
+            tmp_path / "thresholds.json",
+        )
+        assert cluster(tmp_path).probe_file is None
+
+    def test_there_is_one_router(self, tmp_path: Path) -> None:
+        gateway = {"address": "127.0.0.1:0", "probe": "probe.safetensors", "router": "router.safetensors"}
+        with pytest.raises(InvalidRequest, match="exclude each other"):
+            cluster(tmp_path, gateway=gateway)
+
+    def test_thresholds_alone_are_no_probe(self, tmp_path: Path) -> None:
+        with pytest.raises(InvalidRequest, match="probe_thresholds needs"):
+            cluster(tmp_path, gateway={"address": "127.0.0.1:0", "probe_thresholds": "thresholds.json"})
+
+    def test_the_first_shard_must_reach_the_earliest_cut(self, tmp_path: Path) -> None:
+        shards = fields()["shards"]
+        shards[0]["layers"], shards[1]["layers"] = [0, 3], [3, 8]
+        gateway = {"address": "127.0.0.1:0", "probe": "probe.safetensors"}
+        assert cluster(tmp_path, shards=shards)
+        with pytest.raises(InvalidRequest, match="behind layer 4, but shard bottom-0 ends at 3"):
+            cluster(tmp_path, shards=shards, gateway=gateway)

@@ -15,6 +15,7 @@ FIRST = ShardIdentity(
     bottom=Model(revision="b1"),
     top=Model(revision="t1"),
     routes=[RouteDescription(name="weak", stitch="s1")],
+    probe="p1",
 )
 
 
@@ -23,6 +24,7 @@ FIRST = ShardIdentity(
     [
         (ShardIdentity(tokenizer="xyz"), "its tokenizer is xyz, but the other shards have abc"),
         (ShardIdentity(bottom=Model(revision="b2")), "its bottom model is b2, but the other shards have b1"),
+        (ShardIdentity(probe="p2"), "its probe is p2, but the other shards have p1"),
         (ShardIdentity(top=Model(revision="t2")), "its top model is t2, but the other shards have t1"),
         (
             ShardIdentity(routes=[RouteDescription(name="weak", stitch="s2")]),

@@ -93,3 +93,30 @@ async def test_the_shards_of_a_route_are_all_replicas_of_its_stages() -> None:
 async def _only(fleet: Fleet) -> Chain:
     await fleet.refresh()
     return Chain(tuple(fleet.replicas.values()))
+
+
+async def test_a_fork_has_one_first_shard_and_a_chain_for_every_route() -> None:
+    fakes = shards()
+    fakes[1].free_kv_tokens += 1
+    async with fleet_of(*fakes) as (cluster, fleet):
+        await fleet.refresh()
+        fork = Placement(cluster, fleet).fork(("weak", "strong"), NO_FAILURES)
+        assert fork is not None
+        assert {route: chain.names for route, chain in fork.branches.items()} == {
+            "weak": ("bottom-1", "top-0"),
+            "strong": ("bottom-1", "top-0"),
+        }
+        assert fork.names == ("bottom-1", "top-0")
+        fork.reserve(100)
+        assert [fleet.replicas[name].free_kv_tokens for name in ("bottom-1", "top-0", "top-1")] == [
+            9_901,
+            9_900,
+            10_000,
+        ]
+
+
+async def test_a_fork_needs_a_chain_for_every_route() -> None:
+    fakes = shards()
+    async with fleet_of(*fakes) as (cluster, fleet):
+        await fleet.refresh(["bottom-0", "bottom-1"])
+        assert Placement(cluster, fleet).fork(("weak", "strong"), NO_FAILURES) is None

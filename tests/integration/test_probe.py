@@ -1,0 +1,63 @@
+"""A cluster of real processes whose first shard decides routes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import Cluster, running_cluster
+from tests.support.tiny_cluster import BOTTOM, TOP, write_tiny_cluster
+from tests.support.tiny_probe import with_tiny_probe
+
+PROMPTS = ["stitch", "a quick brown fox", "0 1 2 3 4 5 6 7 8 9", "layers of a larger model", "?", "über", "def f(x):"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder: Path = tmp_path_factory.mktemp("probe")
+    file = with_tiny_probe(write_tiny_cluster(folder, bottoms=[BOTTOM, BOTTOM], tops=[TOP]))
+    with running_cluster(file, folder / "run") as cluster:
+        yield cluster
+
+
+def test_the_probe_s_route_is_that_of_the_answer(cluster: Cluster) -> None:
+    routes = set()
+    for prompt in PROMPTS:
+        judged = cluster.generate(prompt, max_tokens=6, ignore_eos=True)
+        named = cluster.generate(prompt, route=judged.route, max_tokens=6, ignore_eos=True)
+        assert judged.token_ids == named.token_ids
+        assert judged.reason.startswith("probe ")
+        routes.add(judged.route)
+    counts = [cluster.metric("gateway", "stitch_routed_total", route=route, reason="probe") for route in routes]
+    assert sum(counts) == len(PROMPTS)
+
+
+def test_a_judgement_is_the_same_without_an_answer(cluster: Cluster) -> None:
+    for prompt in PROMPTS[:3]:
+        answer = cluster.generate(prompt, max_tokens=1)
+        said = cluster.client.route(prompt)
+        assert (said.route, said.reason) == (answer.route, answer.reason)
+
+
+def test_an_answer_outlives_the_shard_that_judged(cluster: Cluster) -> None:
+    prompt = PROMPTS[1]
+    wanted = cluster.generate(prompt, max_tokens=8, ignore_eos=True)
+    cluster.kill("bottom-0")
+    assert cluster.generate(prompt, max_tokens=8, ignore_eos=True).token_ids == wanted.token_ids
+    cluster.restart("bottom-0")
+
+
+def test_a_probe_of_another_cut_keeps_its_shard_from_starting(tmp_path: Path) -> None:
+    file = with_tiny_probe(write_tiny_cluster(tmp_path))
+    fields = json.loads(file.read_text())
+    # Both routes leave behind layer 4 now.
+    fields["routes"] = [route for route in fields["routes"] if route["name"] == "strong"]
+    file.write_text(json.dumps(fields))
+    with (
+        pytest.raises(Exception, match="the probe is made for the earliest cut behind layer 3, not for 4"),
+        running_cluster(file, tmp_path / "run"),
+    ):
+        pass
