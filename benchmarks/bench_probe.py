@@ -83,7 +83,7 @@ def judge_for(route: str, part: Part, layer: int) -> Judge:
 
 async def measure(options: Options) -> None:
     """Every round has every length on every route, with and without; the ratio is the median of the pairs'."""
-    rounds = 3 if options.tiny else 24
+    rounds = 3 if options.tiny else 16
     bottom = Bottom(preset())
     samples: dict[str, list[float]] = {}
     for index in range(rounds + 1):

@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from stitch_server.fit import command as fitting
 from stitch_server.fit import evaluate_command as evaluating
 from stitch_server.fit import sweep_command as sweeping
+from stitch_server.probing import calibrate_command as calibrating
 from stitch_server.probing import command as probing
+
+TOOLS = {
+    "fit": fitting,
+    "sweep": sweeping,
+    "evaluate": evaluating,
+    "probe": probing,
+    "calibrate": calibrating,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(verbs)
     _add_import(verbs)
     _add_plan(verbs)
-    for name, command in (("fit", fitting), ("sweep", sweeping), ("evaluate", evaluating), ("probe", probing)):
+    for name, command in TOOLS.items():
         verb = verbs.add_parser(name, help=command.PURPOSE, description=command.PURPOSE)
         command.add_arguments(verb)
         verb.set_defaults(call=command.run)

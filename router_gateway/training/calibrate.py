@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING
 from router_gateway.training.arguments import add_data, named_numbers, said
 
 if TYPE_CHECKING:
-    from stitch.routing.calibration import Calibration
     from stitch.routing.thresholds import Thresholds
 
 
@@ -71,21 +69,11 @@ def calibrate(
         gain_percentiles=tuple(np.quantile(gains[:, -1], np.linspace(0, 1, 101)).tolist()),
     )
     _put(thresholds, out)
-    _say(found, routes, len(prompts))
+    print(found.said(routes, len(prompts)), file=sys.stderr)
 
 
 def _put(thresholds: Thresholds, out: Path | None) -> None:
-    text = thresholds.model_dump_json(indent=1) + "\n"
     if out is None:
-        print(text, end="")
-        return
-    # In one step, so that a gateway that reads it meanwhile sees the old file or the new one.
-    fresh = out.with_name(f".{out.name}.new")
-    fresh.write_text(text)
-    os.replace(fresh, out)
-
-
-def _say(found: Calibration, routes: tuple[str, ...], prompts: int) -> None:
-    shares = ", ".join(f"{route} {share:.1%}" for route, share in zip(routes, found.shares, strict=True))
-    line = f"{prompts:,} prompts: {shares}; mean cost {found.cost:.3f} of a budget of {found.budget:.3f}"
-    print(line, file=sys.stderr)
+        print(thresholds.model_dump_json(indent=1))
+    else:
+        thresholds.write(out)

@@ -33,6 +33,11 @@ class Calibration:
     # The share of texts on every route.
     shares: tuple[float, ...]
 
+    def said(self, routes: Sequence[str], prompts: int) -> str:
+        """A line for a person."""
+        shares = ", ".join(f"{route} {share:.1%}" for route, share in zip(routes, self.shares, strict=True))
+        return f"{prompts:,} prompts: {shares}; mean cost {self.cost:.3f} of a budget of {self.budget:.3f}"
+
 
 def calibrate(gains: Numbers, relative_costs: Numbers, budget: float) -> Calibration:
     """For gains [texts, routes], first column 0, and costs [routes] that rise from 0 to 1.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,12 @@ class Thresholds(Settings):
     costs: tuple[float, ...] | None = Field(default=None, strict=False)
     # The strongest route's gain at 0 %, 1 %, … 100 % of the texts of the calibration; None: as in the training.
     gain_percentiles: tuple[float, ...] | None = Field(default=None, min_length=101, max_length=101, strict=False)
+
+    def write(self, path: Path) -> None:
+        """In one step, so that whoever reads it meanwhile sees the old file or the new one."""
+        fresh = path.with_name(f".{path.name}.new")
+        fresh.write_text(self.model_dump_json(indent=1) + "\n")
+        os.replace(fresh, path)
 
 
 class ThresholdSource(Protocol):

@@ -55,6 +55,15 @@ def test_a_model_s_folder_beside_the_cluster_file_is_found(tmp_path: Path) -> No
     assert folder.cluster().models.top.source == "org/on-the-hub"
 
 
+def test_a_probe_beside_the_cluster_file_is_found(tmp_path: Path) -> None:
+    gateway = {"address": "127.0.0.1:0", "probe": "probe.safetensors", "probe_thresholds": "thresholds.json"}
+    fields = {**load_cluster("smollm2").model_dump(mode="json", exclude={"folder"}), "gateway": gateway}
+    folder = run_folder("smollm2")
+    folder.begin(Cluster.model_validate({**fields, "folder": tmp_path}))
+    assert folder.cluster().probe_file == tmp_path / "probe.safetensors"
+    assert folder.cluster().probe_thresholds_file == tmp_path / "thresholds.json"
+
+
 def test_processes_that_run_are_found_again_in_their_order() -> None:
     folder = begun(processes=(this_process("bottom-0"), gone("top-0"), this_process("gateway")))
     assert [process.name for process in folder.processes()] == ["bottom-0", "gateway"]

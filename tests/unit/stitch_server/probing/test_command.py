@@ -13,10 +13,13 @@ import torch
 
 from stitch.cluster import load_cluster
 from stitch.errors import InvalidRequest
+from stitch.routing.thresholds import read_thresholds
+from stitch_server.engine.runner import Runner
 from stitch_server.model.probe import Probe
-from stitch_server.probing import command
+from stitch_server.probing import calibrate_command, command
 from stitch_server.probing.teaching import cheapest_first
 from stitch_server.shard import load_part
+from tests.support.in_process import ChainInProcess
 from tests.support.tiny_cluster import write_tiny_cluster
 
 CPU = torch.device("cpu")
@@ -105,3 +108,49 @@ def test_a_flag_beyond_its_limits_is_named(flags: list[Any], field: str, cluster
 
 def test_routes_are_ordered_by_what_they_read(cluster_file: Path) -> None:
     assert cheapest_first(load_cluster(str(cluster_file))) == ("weak", "strong")
+
+
+class TestCalibration:
+    @pytest.fixture
+    def taught(self, cluster_file: Path) -> Path:
+        labels, out = write_labels(cluster_file.parent / "labels.jsonl"), cluster_file.parent / "probe.safetensors"
+        called(cluster_file, "--data", labels, "--out", out, "--tokens", 10)
+        return cluster_file
+
+    @staticmethod
+    def calibrated(cluster_file: Path, budget: float) -> Path:
+        folder, out = cluster_file.parent, cluster_file.parent / "thresholds.json"
+        parser = argparse.ArgumentParser()
+        calibrate_command.add_arguments(parser)
+        given = [cluster_file, "--probe", folder / "probe.safetensors", "--data", folder / "labels.jsonl"]
+        calibrate_command.run(parser.parse_args([*map(str, given), "--budget", str(budget), "--out", str(out)]))
+        return out
+
+    def test_thresholds_keep_the_budget_and_reach_the_shard(
+        self, taught: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        thresholds = self.calibrated(taught, 0.25)
+        assert "strong 25.0%" in capsys.readouterr().out
+        fields = json.loads(taught.read_text())
+        fields["gateway"] |= {"probe": "probe.safetensors", "probe_thresholds": thresholds.name}
+        taught.write_text(json.dumps(fields))
+        chain = ChainInProcess(load_cluster(str(taught)))
+        runner = chain.shards["bottom-0"].engine._runner
+        assert isinstance(runner, Runner)
+        assert runner.judge is not None
+        verdict = runner.judge.judge(torch.randn(10, 48))
+        assert verdict.thresholds == read_thresholds(thresholds).thresholds
+
+    def test_thresholds_of_another_probe_are_refused(self, taught: Path) -> None:
+        thresholds = self.calibrated(taught, 0.25)
+        named = json.loads(thresholds.read_text()) | {"router": "another"}
+        thresholds.write_text(json.dumps(named))
+        fields = json.loads(taught.read_text())
+        fields["gateway"] |= {"probe": "probe.safetensors", "probe_thresholds": thresholds.name}
+        taught.write_text(json.dumps(fields))
+        with pytest.raises(InvalidRequest, match="another"):
+            ChainInProcess(load_cluster(str(taught)))
+
+    def test_a_budget_beyond_its_limits_is_named(self, taught: Path) -> None:
+        with pytest.raises(InvalidRequest, match=r"^budget "):
+            self.calibrated(taught, 1.5)
