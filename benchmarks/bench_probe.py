@@ -61,7 +61,8 @@ class Bottom:
             length = min(self._chunk, len(token_ids) - position)
             undecided = judged and position == 0
             cut = self._earliest if undecided else self._cuts[route]
-            segment = Segment(sequence, cut, position, length, False, self._blocks, undecided=undecided)
+            candidates = tuple(self._cuts) if undecided else ()
+            segment = Segment(sequence, cut, position, length, False, self._blocks, candidates=candidates)
             output = self._runner.run(Batch((segment,)))
             if undecided and output.verdicts[0].route != route:
                 raise RuntimeError(f"the probe took {output.verdicts[0].route} and not {route}")

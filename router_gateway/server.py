@@ -32,7 +32,7 @@ from router_gateway.routing.conversations import Conversations
 from router_gateway.routing.fallback import FallbackRouter
 from router_gateway.routing.interface import REASON_KINDS, Router
 from router_gateway.routing.ladder import Ladder
-from router_gateway.routing.probe import ProbeRouter
+from router_gateway.routing.probe import open_probe_router
 from router_gateway.routing.text.router import open_text_router
 from router_gateway.routing.weighted import WeightedRouter
 from router_gateway.rpc.decoding import LenientDecoding, methods_of_inference
@@ -169,7 +169,8 @@ def router_of(cluster: Cluster) -> tuple[Router, Callable[[], Thresholds | None]
     """
     place = cluster.gateway
     if place.probe is not None:
-        return ProbeRouter(), lambda: None
+        probe = open_probe_router(cluster)
+        return probe, lambda: probe.calibration
     if place.router is None:
         return FallbackRouter(WeightedRouter(Ladder(place.thresholds)), place.fallback_route), None
     thresholds = None if place.router_thresholds is None else cluster.folder / place.router_thresholds

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,11 +157,6 @@ class Shard:
     def unpack(self, rows: Packed) -> Tensor:
         """What a neighbour sent, as this shard computes with it; runs in the engine's thread."""
         return unpack(rows, self.device, getattr(torch, self.cluster.compute.dtype))
-
-    def fallback_route(self, candidates: Iterable[str]) -> str:
-        """Where nobody decides: as the cluster file says, or the route that passes most layers."""
-        dearest = max(candidates, key=lambda name: self.cluster.route(name).bottom_layers)
-        return self.cluster.gateway.fallback_route or dearest
 
     def check_stitch(self, route: str, bottom: inference_pb2.Model) -> None:
         """Incompatible where the route's stitch was not made for this bottom model."""

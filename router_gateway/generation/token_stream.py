@@ -112,10 +112,12 @@ class TokenStream:
         routes, deferred = self._resumption.routes, self._prepared.judgement
         if len(routes) == 1 or not isinstance(deferred, Deferred):
             return None
-        if response.judged.route not in routes:
-            raise ChainLost("out_of_step", f"the first shard was to take one of {', '.join(routes)} and did not")
-        self._resumption.settle(response.judged.route)
-        return deferred.settled(judgement_of(response.judged))
+        judgement = deferred.settled(judgement_of(response.judged))
+        if judgement.route != response.judged.route or judgement.route not in routes:
+            taken = response.judged.route or "none"
+            raise ChainLost("out_of_step", f"the first shard took {taken} of the routes {', '.join(routes)}")
+        self._resumption.settle(judgement.route)
+        return judgement
 
     def _step(self, response: shard_pb2.ShardGenerateResponse) -> Step:
         judgement = self._judgement(response)

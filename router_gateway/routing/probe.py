@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 from router_gateway.routing.interface import Deferred, Judgement, Query
+from stitch.cluster import Cluster
 from stitch.routing.choice import reason
+from stitch.routing.thresholds import Thresholds, ThresholdSource, WatchedThresholds
 from stitch.v1 import shard_pb2
 
 
 class ProbeRouter:
-    """Defers every query: the shards' probe decides while the prompt is being computed."""
+    """Defers every query: the shards' probe decides while the prompt is being computed.
+
+    `thresholds` are the file that the shards decide by, where the gateway has it, too.
+    """
+
+    def __init__(self, thresholds: ThresholdSource | None = None) -> None:
+        self._thresholds = thresholds
+
+    @property
+    def calibration(self) -> Thresholds | None:
+        """What the shards' probe is calibrated to now; None where the gateway doesn't know."""
+        if self._thresholds is None:
+            return None
+        self._thresholds.current()
+        return self._thresholds.calibration
 
     def judge(self, query: Query) -> Deferred:
         return Deferred(query.routes)
 
 
+def open_probe_router(cluster: Cluster) -> ProbeRouter:
+    """The router of a cluster with a probe; InvalidRequest where its thresholds are not those of these routes."""
+    name = cluster.gateway.probe_thresholds
+    if name is None or not (cluster.folder / name).exists():
+        return ProbeRouter()
+    return ProbeRouter(WatchedThresholds(cluster.folder / name, None, len(cluster.routes)))
+
+
 def judgement_of(judged: shard_pb2.Judged) -> Judgement:
-    """What a shard says of its probe, as every other judgement."""
+    """What a shard's probe takes of all routes, as every other judgement."""
+    route = judged.preferred or judged.route
     if judged.failure or len(judged.thresholds) != len(judged.gains) - 1:
-        return Judgement(judged.route, 1.0, f"{judged.failure or 'no gains came'}, so the fallback", "fallback")
+        return Judgement(route, 1.0, f"{judged.failure or 'no gains came'}, so the fallback", "fallback")
     # Of several routes the one that exceeds its threshold by most was taken.
     worth = [gain - threshold for gain, threshold in zip(judged.gains, (0.0, *judged.thresholds), strict=True)]
     why = reason("probe", judged.gains, judged.thresholds, worth.index(max(worth)))
-    return Judgement(judged.route, judged.score, why, "probe")
+    return Judgement(route, judged.score, why, "probe")

@@ -48,7 +48,6 @@ def calibrate(
     from stitch.errors import InvalidRequest
     from stitch.routing import calibration
     from stitch.routing.labels import read_prompts
-    from stitch.routing.thresholds import Thresholds
 
     artefact = load_router(router)
     routes, known = artefact.model.routes, named_numbers(costs, "costs")
@@ -60,15 +59,7 @@ def calibrate(
     prompts = [prompt for path in data for prompt in read_prompts(path)]
     gains = np.array([artefact.model.gains(prompt) for prompt in prompts], np.float64)
     found = calibration.calibrate(gains, relative, budget)
-    thresholds = Thresholds(
-        routes=routes,
-        thresholds=found.thresholds,
-        router=artefact.fingerprint,
-        budget=budget,
-        costs=tuple(relative.tolist()),
-        gain_percentiles=tuple(np.quantile(gains[:, -1], np.linspace(0, 1, 101)).tolist()),
-    )
-    _put(thresholds, out)
+    _put(found.thresholds_file(routes, artefact.fingerprint, gains, relative), out)
     print(found.said(routes, len(prompts)), file=sys.stderr)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from stitch.errors import InvalidRequest
 from stitch.routing.choice import chosen
 from stitch.routing.pgr import Numbers
+from stitch.routing.thresholds import Thresholds
 
 # Halvings of the range of prices: far below a float's resolution of gains.
 _HALVINGS = 60
@@ -32,6 +33,17 @@ class Calibration:
     cost: float
     # The share of texts on every route.
     shares: tuple[float, ...]
+
+    def thresholds_file(self, routes: Sequence[str], router: str, gains: Numbers, costs: Numbers) -> Thresholds:
+        """What a router of that fingerprint reads; `gains` and relative `costs` are those that it was made from."""
+        return Thresholds(
+            routes=tuple(routes),
+            thresholds=self.thresholds,
+            router=router,
+            budget=self.budget,
+            costs=tuple(costs.tolist()),
+            gain_percentiles=tuple(np.quantile(gains[:, -1], np.linspace(0, 1, 101)).tolist()),
+        )
 
     def said(self, routes: Sequence[str], prompts: int) -> str:
         """A line for a person."""

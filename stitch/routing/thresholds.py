@@ -75,7 +75,11 @@ class FixedThresholds:
 class WatchedThresholds:
     """Those of a file, read again when its date or size changes; what can't be read leaves the last ones in force."""
 
-    def __init__(self, path: Path, router: str, routes: int, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: Path, router: str | None, routes: int, now: Callable[[], float] = time.monotonic) -> None:
+        """`router` is the fingerprint that they must be for; None: any.
+
+        Raises InvalidRequest where the file is none of thresholds, or of others.
+        """
         self._path, self._router, self._routes, self._now = path, router, routes, now
         self._stamp = _stamp(path)
         self.calibration = self._read()
@@ -102,7 +106,7 @@ class WatchedThresholds:
 
     def _read(self) -> Thresholds:
         found = read_thresholds(self._path)
-        if found.router != self._router:
+        if self._router not in (None, found.router):
             raise InvalidRequest("thresholds.router", found.router, f"this router is {self._router}")
         if len(found.thresholds) != self._routes - 1:
             limit = f"{self._routes} routes need {self._routes - 1} of them"

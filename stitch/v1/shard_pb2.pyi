@@ -75,18 +75,20 @@ class ShardGenerateResponse(_message.Message):
     def __init__(self, tokens: _Optional[_Iterable[_Union[GeneratedToken, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stages: _Optional[_Iterable[_Union[_inference_pb2.Stage, _Mapping]]] = ..., judged: _Optional[_Union[Judged, _Mapping]] = ...) -> None: ...
 
 class Judged(_message.Message):
-    __slots__ = ("route", "score", "gains", "thresholds", "failure")
+    __slots__ = ("route", "score", "gains", "thresholds", "failure", "preferred")
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     GAINS_FIELD_NUMBER: _ClassVar[int]
     THRESHOLDS_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    PREFERRED_FIELD_NUMBER: _ClassVar[int]
     route: str
     score: float
     gains: _containers.RepeatedScalarFieldContainer[float]
     thresholds: _containers.RepeatedScalarFieldContainer[float]
     failure: str
-    def __init__(self, route: _Optional[str] = ..., score: _Optional[float] = ..., gains: _Optional[_Iterable[float]] = ..., thresholds: _Optional[_Iterable[float]] = ..., failure: _Optional[str] = ...) -> None: ...
+    preferred: str
+    def __init__(self, route: _Optional[str] = ..., score: _Optional[float] = ..., gains: _Optional[_Iterable[float]] = ..., thresholds: _Optional[_Iterable[float]] = ..., failure: _Optional[str] = ..., preferred: _Optional[str] = ...) -> None: ...
 
 class GeneratedToken(_message.Message):
     __slots__ = ("id", "position", "logprobs")

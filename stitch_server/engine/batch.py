@@ -36,9 +36,9 @@ class Segment:
     hidden: Tensor | None = None
     # Whose step this is part of; only the composer of the batch looks at it.
     origin: Any = None
-    # Whether the sequence gets its route in this very pass. It then holds what the probe reads, and its cut is the
-    # earliest one.
-    undecided: bool = False
+    # The routes, cheapest first, of which the sequence gets one in this very pass; none where it has its route. The
+    # segment then holds what the probe reads, and its cut is the earliest one.
+    candidates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,8 @@ class Verdict:
     thresholds: tuple[float, ...] = ()
     # Why there is no proper judgement, where the route is the fallback.
     failure: str = ""
+    # What it would take if that were a candidate.
+    preferred: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,5 +104,5 @@ class StepOutput:
     spoilt: frozenset[int] = frozenset()
     # Seconds by stage.
     stages: dict[str, float] = field(default_factory=dict)
-    # By the index of the segment that was undecided.
+    # By the index of the segment that had candidates.
     verdicts: dict[int, Verdict] = field(default_factory=dict)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -31,11 +33,29 @@ class Judge:
         """Of a prompt's first states so many are read."""
         return self._probe.binding.tokens
 
-    def judge(self, states: Tensor) -> Verdict:
-        """The route for a prompt whose states `[tokens or more, hidden]` begin at its first token."""
+    def judge(self, states: Tensor, candidates: Sequence[str]) -> Verdict:
+        """One of the candidates, cheapest first, for a prompt whose states `[tokens or more, hidden]` these are."""
         gains, thresholds = self._probe.gains(states[: self.tokens]), self._thresholds.current()
         if not all(map(math.isfinite, gains)):
-            return Verdict(self._fallback_route, failure="the probe's gains are not finite")
+            return fallback(self._fallback_route, candidates, "the probe's gains are not finite")
         rung = int(chosen(np.array([gains]), np.array(thresholds))[0])
-        share = score(gains[-1], self._probe.percentiles)
-        return Verdict(self._probe.binding.routes[rung], share, gains, thresholds)
+        preferred = self._probe.binding.routes[rung]
+        return among(candidates, Verdict(preferred, self._score(gains[-1]), gains, thresholds))
+
+    def _score(self, strongest: float) -> float:
+        """Among the prompts of the calibration, else of the training."""
+        calibration = self._thresholds.calibration
+        of_calibration = None if calibration is None else calibration.gain_percentiles
+        return score(strongest, of_calibration or self._probe.percentiles)
+
+
+def fallback(route: str | None, candidates: Sequence[str], why: str) -> Verdict:
+    """The verdict where nobody judges; without a `route` the dearest."""
+    return among(candidates, Verdict(route or candidates[-1], failure=why))
+
+
+def among(candidates: Sequence[str], verdict: Verdict) -> Verdict:
+    """The same where its route is a candidate; else the dearest candidate."""
+    if verdict.route in candidates:
+        return verdict
+    return replace(verdict, route=candidates[-1], preferred=verdict.route)

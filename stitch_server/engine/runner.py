@@ -56,7 +56,7 @@ class Runner:
         hidden, spoilt = self._entering(batch.segments)
         stitched = time.perf_counter()
         verdicts: dict[int, Verdict] = {}
-        if self.judge is not None and any(segment.undecided for segment in batch.segments):
+        if self.judge is not None and any(segment.candidates for segment in batch.segments):
             hidden, verdicts = self._deciding(self.judge, batch.segments, hidden)
         else:
             hidden = self._through_layers(batch.segments, hidden)
@@ -113,16 +113,16 @@ class Runner:
     def _deciding(
         self, judge: Judge, segments: Sequenced[Segment], hidden: Tensor
     ) -> tuple[Tensor, dict[int, Verdict]]:
-        """As `_through_layers`, but undecided segments get their routes where the first ones leave.
+        """As `_through_layers`, but segments with candidates get their routes where the first ones leave.
 
         Up to there all segments pass the same layers, and then those that go on are gathered anew.
         """
         hidden = self._through_layers([replace(one, cut=Cut(one.cut.enter, judge.layer)) for one in segments], hidden)
         rows = [0, *accumulate(one.length for one in segments)]
         verdicts = {
-            index: judge.judge(hidden[rows[index] : rows[index + 1]])
+            index: judge.judge(hidden[rows[index] : rows[index + 1]], one.candidates)
             for index, one in enumerate(segments)
-            if one.undecided
+            if one.candidates
         }
         leaves = [
             self.cuts[verdicts[index].route].leave if index in verdicts else one.cut.leave

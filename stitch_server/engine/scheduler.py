@@ -173,7 +173,7 @@ class Scheduler:
                 length=length,
                 wants_token=length == session.remaining,
                 blocks=self._pool.blocks_of(session.number),
-                undecided=session.undecided,
+                candidates=tuple(session.candidates),
             )
         )
         session.cached += length

@@ -27,7 +27,7 @@ class Progress:
 class Session(Sequence):
     """A sequence that this shard drives."""
 
-    # The shards behind by route, while the route is still to be decided; then `route` and `chain` are empty.
+    # The shards behind by route, cheapest first, while it is still to be decided; then `route` and `chain` are empty.
     candidates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     context_length: int
     # Called in the engine's thread; must not block.

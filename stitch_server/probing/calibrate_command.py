@@ -40,7 +40,6 @@ def run(parsed: argparse.Namespace) -> None:
     from stitch.environment import cache_folder
     from stitch.routing.calibration import calibrate, relative_costs
     from stitch.routing.labels import read_prompts
-    from stitch.routing.thresholds import Thresholds
     from stitch_server.fit.progress import ProgressLine
     from stitch_server.model.description import ModelDescription
     from stitch_server.model.probe import Probe
@@ -63,7 +62,7 @@ def run(parsed: argparse.Namespace) -> None:
         seen = reader.read(prompts, lambda done, of: progress("reading prompts", done, of))
     dearer = seen @ probe.weight.double().numpy().T + probe.bias.double().numpy()
     gains, routes = np.hstack([np.zeros((len(seen), 1)), dearer]), probe.binding.routes
-    found = calibrate(gains, relative_costs(routes, None), parsed.budget)
-    written = Thresholds(routes=routes, thresholds=found.thresholds, router=probe.fingerprint, budget=parsed.budget)
-    written.write(parsed.out)
+    costs = relative_costs(routes, None)
+    found = calibrate(gains, costs, parsed.budget)
+    found.thresholds_file(routes, probe.fingerprint, gains, costs).write(parsed.out)
     print(found.said(routes, len(prompts)))

@@ -13,6 +13,7 @@ from stitch.errors import Incompatible, InvalidRequest, translated_errors
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.engine.batch import Verdict
+from stitch_server.engine.judge import fallback
 from stitch_server.engine.origin import Origin
 from stitch_server.engine.relay import Relay
 from stitch_server.engine.session import Progress, Session
@@ -112,7 +113,8 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             report=lambda progress: _report(loop, outbox, progress),
         )
         if candidates and shard.part.probe is None:
-            session.settle(Verdict(shard.fallback_route(candidates), failure="the first shard has no probe"))
+            route = shard.cluster.gateway.fallback_route
+            session.settle(fallback(route, tuple(candidates), "the first shard has no probe"))
         return session
 
 
@@ -131,8 +133,9 @@ def _check(request: shard_pb2.ShardGenerateRequest, vocabulary_size: int, contex
 
 def _check_candidates(request: shard_pb2.ShardGenerateRequest, routes: Sequence[str]) -> None:
     named = [one.route for one in request.candidates]
-    if sorted(named) != sorted(routes):
-        raise InvalidRequest("candidates.route", ", ".join(named), f"they must be {', '.join(routes)}, each once")
+    if not set(named) <= set(routes) or not 1 < len(named) == len(set(named)):
+        limit = f"they must be two or more of {', '.join(routes)}, each once"
+        raise InvalidRequest("candidates.route", ", ".join(named), limit)
     if not all(one.chain for one in request.candidates):
         raise InvalidRequest("candidates.chain", [], "a chain has at least one shard behind the first")
     if request.route or request.chain:
@@ -146,6 +149,7 @@ def _judged(verdict: Verdict) -> shard_pb2.Judged:
         gains=verdict.gains,
         thresholds=verdict.thresholds,
         failure=verdict.failure,
+        preferred=verdict.preferred,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -10,6 +11,7 @@ import pytest
 
 from router_gateway.routing.interface import Deferred
 from stitch.errors import Unavailable
+from stitch.routing.thresholds import Thresholds
 from stitch.v1 import inference_pb2, shard_pb2
 from tests.support.fake_shard import END_TOKEN, FakeShard, aborts
 from tests.support.waiting import eventually
@@ -123,3 +125,28 @@ class TestGateway:
             [request] = bottom.requests
             assert request.sampling.max_tokens == 1
             await eventually(lambda: bottom.running == 0)
+
+    async def test_a_conversation_keeps_what_the_probe_took(self, reach: Any) -> None:
+        bottom, above = self.shards()
+        async with reach(bottom, above, cluster={"probe": "probe.safetensors"}) as reached:
+            await reached.generate(conversation_id="c")
+            started = (await reached.generate(conversation_id="c"))[0].started
+            assert (started.judgement.route, started.judgement.reason) == ("weak", "the conversation keeps weak")
+            assert [len(request.candidates) for request in bottom.requests] == [2, 0]
+
+    async def test_an_objective_that_leaves_one_route_asks_no_probe(self, reach: Any) -> None:
+        bottom, above = self.shards()
+        async with reach(bottom, above, cluster={"probe": "probe.safetensors"}) as reached:
+            wanted = inference_pb2.Objectives(max_cost=0.8)
+            started = (await reached.generate(objectives=wanted))[0].started
+            assert started.judgement.reason.startswith("only weak keeps to the objectives: weak has cost 0.79")
+            assert [len(request.candidates) for request in bottom.requests] == [0]
+
+    async def test_the_budget_is_that_of_the_thresholds(self, reach: Any, tmp_path: Path) -> None:
+        file = tmp_path / "thresholds.json"
+        Thresholds(routes=("weak", "strong"), thresholds=(0.5,), router="r", budget=0.3).write(file)
+        place = {"probe": "probe.safetensors", "probe_thresholds": str(file)}
+        async with reach(*self.shards(), cluster=place) as reached:
+            await reached.generate()
+            assert reached.metric("stitch_route_budget") == 0.3
+            assert reached.metric("stitch_route_share", route="weak") == 1

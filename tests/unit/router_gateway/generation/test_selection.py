@@ -14,7 +14,7 @@ from router_gateway.generation.selection import Selection
 from router_gateway.generation.watch import Watch
 from router_gateway.metrics import Metrics
 from router_gateway.routing.conversations import Conversations
-from router_gateway.routing.interface import REASON_KINDS, Judgement, Query
+from router_gateway.routing.interface import REASON_KINDS, Deferred, Judgement, Query
 from router_gateway.routing.objectives import Objectives
 from router_gateway.routing.ttft import LEAST_SAMPLES
 from stitch.errors import InvalidRequest, ObjectivesUnmet
@@ -35,9 +35,10 @@ class Scripted:
     """A router that says what a test wants."""
 
     judgement = Judgement("strong", 0.9, "hard", "gain", qualities=(0.25, 0.75))
+    defers = False
 
-    def judge(self, query: Query) -> Judgement:
-        return self.judgement
+    def judge(self, query: Query) -> Judgement | Deferred:
+        return Deferred(query.routes) if self.defers else self.judgement
 
 
 class Desk:
@@ -63,10 +64,12 @@ class Desk:
         """As for a request that is answered."""
         request = Request("id", "text", Sampling(), **fields)
         judgement = self.selection.select(request, 100, waited)
+        if isinstance(judgement, Deferred):
+            judgement = judgement.settled(self.router.judgement)
         self.selection.take(request, judgement)
         return judgement
 
-    def explain(self, **fields: Any) -> Judgement:
+    def explain(self, **fields: Any) -> Judgement | Deferred:
         """As for a request that is only judged."""
         return self.selection.select(Request("", "text", Sampling(), **fields), 100)
 
@@ -153,7 +156,9 @@ class TestConversations:
         desk.now_judged("weak")
         assert desk.ask(conversation_id="c").route == "weak"
         desk.now_judged("strong")
-        assert desk.explain(conversation_id="c").route == "weak"
+        explained = desk.explain(conversation_id="c")
+        assert isinstance(explained, Judgement)
+        assert explained.route == "weak"
 
     def test_a_fallback_is_no_route_to_stay_on(self, desk: Desk) -> None:
         desk.now_judged("strong", "fallback")
@@ -184,3 +189,39 @@ class TestConversations:
             desk.ask(conversation_id="c", route="strong", objectives=Objectives(max_cost=0.9))
         desk.now_judged("weak")
         assert desk.ask(conversation_id="c").route == "weak"
+
+
+class TestDeferred:
+    """The first shard judges; the gateway holds what it can against its own predictions."""
+
+    @pytest.fixture(autouse=True)
+    def defers(self, desk: Desk) -> None:
+        desk.router.defers = True
+
+    def test_both_routes_are_open(self, desk: Desk) -> None:
+        deferred = desk.explain()
+        assert isinstance(deferred, Deferred)
+        assert deferred.routes == ("weak", "strong")
+
+    def test_what_a_request_or_its_conversation_says_needs_no_judgement(self, desk: Desk) -> None:
+        assert desk.explain(route="weak") == Judgement("weak", None, "the request names it", "requested")
+        desk.ask(conversation_id="c")
+        kept = Judgement("strong", None, "the conversation keeps strong", "conversation")
+        assert desk.explain(conversation_id="c") == kept
+
+    def test_objectives_narrow_the_choice(self, desk: Desk) -> None:
+        narrow = desk.explain(objectives=Objectives(max_ttft_seconds=1.5))
+        assert isinstance(narrow, Judgement)
+        assert (narrow.route, narrow.kind) == ("weak", "objective")
+        wide = desk.explain(objectives=Objectives(max_ttft_seconds=2.5))
+        assert isinstance(wide, Deferred)
+
+    def test_a_quality_is_not_predicted(self, desk: Desk) -> None:
+        with pytest.raises(
+            InvalidRequest, match=r"objectives\.min_quality is 0\.5, but only a learned router of texts"
+        ):
+            desk.explain(objectives=Objectives(min_quality=0.5))
+
+    def test_what_nobody_judged_is_no_share(self, desk: Desk) -> None:
+        desk.ask(objectives=Objectives(max_cost=0.9))
+        assert desk.metrics.registry.get_sample_value("stitch_route_share", {"route": "weak"}) in (None, 0)

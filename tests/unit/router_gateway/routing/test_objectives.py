@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from router_gateway.routing.interface import Judgement
-from router_gateway.routing.objectives import Forecast, Objectives, settled
+from router_gateway.routing.interface import Deferred, Judgement
+from router_gateway.routing.objectives import Forecast, Objectives, narrowed, settled
 from stitch.errors import ObjectivesUnmet
 
 LADDER = [
@@ -78,3 +78,26 @@ def test_an_unknown_cost_or_quality_keeps_to_nothing(objectives: Objectives) -> 
     unknown = Forecast("only", ttft_seconds=0.1, cost=None, quality=None)
     with pytest.raises(ObjectivesUnmet, match=r"only has (cost|quality) not known yet"):
         settled(objectives, preferring("only"), [unknown])
+
+
+class TestNarrowed:
+    """Where the first shard is to judge."""
+
+    def test_it_judges_between_those_that_keep_to_them(self) -> None:
+        deferred = narrowed(Objectives(max_ttft_seconds=1.0), LADDER)
+        assert isinstance(deferred, Deferred)
+        assert deferred.routes == ("small", "middle")
+        assert deferred.settled(preferring("small")).reason == "gain 0.20 > 0.10; ttft 0.50 s ≤ 1 s"
+        moved = deferred.settled(preferring("large"))
+        assert (moved.route, moved.kind, moved.score) == ("middle", "objective", 0.7)
+
+    def test_the_only_one_needs_no_judgement(self) -> None:
+        judged = narrowed(Objectives(max_cost=0.3), LADDER)
+        assert isinstance(judged, Judgement)
+        assert (judged.route, judged.score, judged.kind) == ("small", None, "objective")
+        costs = "small has cost 0.25; middle has cost 0.50; large has cost 1.00"
+        assert judged.reason == f"only small keeps to the objectives: {costs}"
+
+    def test_none_is_refused(self) -> None:
+        with pytest.raises(ObjectivesUnmet, match=r"no route keeps to cost ≤ 0\.2"):
+            narrowed(Objectives(max_cost=0.2), LADDER)

@@ -30,6 +30,11 @@ def test_the_reason_is_the_comparison(gains: list[float], thresholds: list[float
     assert (judgement.route, judgement.score, judgement.reason, judgement.kind) == ("any", 0.7, reason, "probe")
 
 
+def test_it_tells_the_probe_s_own_choice_where_that_was_no_candidate() -> None:
+    judged = Judged(route="weak", preferred="strong", score=0.7, gains=[0.0, 0.9], thresholds=[0.5])
+    assert judgement_of(judged).route == "strong"
+
+
 @pytest.mark.parametrize(
     ("judged", "why"),
     [

@@ -30,7 +30,7 @@ class Scripted:
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
 
-    def judge(self, states: torch.Tensor) -> Verdict:
+    def judge(self, states: torch.Tensor, candidates: tuple[str, ...]) -> Verdict:
         self.seen.append(states.clone())
         return Verdict(tuple(CUTS)[len(states) % 3])
 
@@ -50,7 +50,9 @@ def segment(route: str, tokens: int, slot: int, undecided: bool = False) -> Segm
     """A prompt with four blocks of its own."""
     sequence = Sequence("" if undecided else route, (), Sampling(), drawn(slot, tokens), tokens)
     cut = CUTS["weak"] if undecided else CUTS[route]
-    return Segment(sequence, cut, 0, tokens, True, range(4 * slot, 4 * slot + 4), undecided=undecided)
+    return Segment(
+        sequence, cut, 0, tokens, True, range(4 * slot, 4 * slot + 4), candidates=tuple(CUTS) if undecided else ()
+    )
 
 
 def route_of(tokens: int) -> str:
@@ -92,7 +94,7 @@ def test_the_judge_sees_the_states_behind_its_layer(runner: Runner, folder: Path
     one = segment("", 7, 0, undecided=True)
     runner.run(Batch((segment("strong", 5, 1), one)))
     shallow = new_runner(folder, 0, 2, embed=Embedding.load(folder, CPU, DTYPE))
-    (states,) = shallow.run(Batch((replace(one, undecided=False),))).hidden
+    (states,) = shallow.run(Batch((replace(one, candidates=()),))).hidden
     (seen,) = runner.judge.seen  # type: ignore[union-attr]
     assert torch.allclose(seen, states, atol=1e-5)
 
@@ -102,7 +104,7 @@ def test_later_chunks_find_the_keys_of_the_deeper_layers(runner: Runner) -> None
     whole = Sequence("strong", (), Sampling(), token_ids, 20)
     (wanted,) = runner.run(Batch((Segment(whole, CUTS["strong"], 0, 20, True, range(4)),))).hidden
     judged = Sequence("", (), Sampling(), token_ids, 20)
-    runner.run(Batch((Segment(judged, CUTS["weak"], 0, 8, False, range(8, 12), undecided=True),)))
+    runner.run(Batch((Segment(judged, CUTS["weak"], 0, 8, False, range(8, 12), candidates=tuple(CUTS)),)))
     judged.route = "strong"
     (rest,) = runner.run(Batch((Segment(judged, CUTS["strong"], 8, 12, True, range(8, 12)),))).hidden
     assert torch.allclose(rest, wanted[8:], atol=1e-5)

@@ -463,7 +463,7 @@ class TestUndecided:
         session = self.new(7)
         bench.add(session)
         (segment,) = bench.scheduler.next_segments()
-        assert (segment.length, segment.wants_token, segment.undecided) == (7, True, True)
+        assert (segment.length, segment.wants_token, segment.candidates) == (7, True, ("weak", "strong"))
 
     def test_a_larger_budget_is_used(self) -> None:
         bench = Bench(prefill_tokens=16, probe_tokens=12)
@@ -489,7 +489,7 @@ class TestUndecided:
         assert bench.take() == [(decoding, 3, 1), (session, 0, 12)]
         self.settled(bench, session)
         bench.answer(decoding)
-        assert bench.take() == [(decoding, 4, 1), (session, 12, 4)]
+        assert bench.take() == [(decoding, 4, 1), (session, 12, 8)]
 
     def test_it_waits_where_its_window_no_longer_fits_the_pass(self) -> None:
         bench = Bench(prefill_tokens=16, probe_tokens=12)
@@ -530,4 +530,4 @@ class TestUndecided:
         bench.scheduler.postpone(session)
         bench.clock.advance(BACKOFF_SECONDS)
         (segment,) = bench.scheduler.next_segments()
-        assert (segment.cut, segment.undecided) == (CUTS["strong"], False)
+        assert (segment.cut, segment.candidates) == (CUTS["strong"], ())

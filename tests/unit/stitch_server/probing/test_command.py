@@ -138,7 +138,7 @@ class TestCalibration:
         runner = chain.shards["bottom-0"].engine._runner
         assert isinstance(runner, Runner)
         assert runner.judge is not None
-        verdict = runner.judge.judge(torch.randn(10, 48))
+        verdict = runner.judge.judge(torch.randn(10, 48), ("weak", "strong"))
         assert verdict.thresholds == read_thresholds(thresholds).thresholds
 
     def test_thresholds_of_another_probe_are_refused(self, taught: Path) -> None:
