@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -45,6 +46,7 @@ from stitch.errors import InvalidRequest
 from stitch.event_loop import observe_delay
 from stitch.routing.thresholds import Thresholds
 from stitch.stopping import StopSignals
+from stitch.tls import Tls, load_tls
 from stitch.v1 import inference_pb2_grpc
 
 # Tokenizing long texts; more threads would take the cores from shards on the same machine.
@@ -93,10 +95,11 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
     """A gateway that listens inside of the block. Raises InvalidRequest, or OSError where a port is taken."""
     check(settings)
     cluster = settings.cluster
+    tls = load_tls(cluster.tls, cluster.folder)
     async with AsyncExitStack() as stack:
         metrics = Metrics([route.name for route in cluster.routes], REASON_KINDS)
         metrics_port = await stack.enter_async_context(_exposed(metrics, settings))
-        fleet = await stack.enter_async_context(_fleet(cluster, settings.fleet))
+        fleet = await stack.enter_async_context(_fleet(cluster, settings.fleet, tls))
         placement, catalogue = Placement(cluster, fleet), Catalogue(cluster, fleet)
         threads = stack.enter_context(ThreadPoolExecutor(TEXT_THREADS, "text"))
         firsts = [fleet.replicas[name] for name in first_shards(cluster)]
@@ -113,7 +116,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         door, health = Door(), Health()
         generator = Generator(preparation, selection, around, pace, metrics, lambda: door.cleared)
         servicer = InferenceServicer(generator, catalogue, door, metrics, settings.batch_at_once)
-        server, port = await _listening(servicer, health, settings.address)
+        server, port = await _listening(servicer, health, settings.address, tls)
         gateway = Gateway(port, metrics_port, metrics, server, health, door)
         stack.push_async_callback(gateway.stop)
         coming_up = _serve_health(health, source, fleet, placement, settings)
@@ -129,14 +132,16 @@ async def _serve_health(
     await health.follow(fleet, lambda: any(map(placement.reachable, settings.cluster.routes)))
 
 
-async def _listening(servicer: InferenceServicer, health: Health, address: str) -> tuple[grpc.aio.Server, int]:
+async def _listening(
+    servicer: InferenceServicer, health: Health, address: str, tls: Tls | None
+) -> tuple[grpc.aio.Server, int]:
     server = channels.open_server([LenientDecoding(methods_of_inference())])
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     names = (*filter(None, SERVICES), "grpc.health.v1.Health", reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     await health.set(False)
-    port = channels.listen(server, address)
+    port = channels.listen(server, address, tls.server(mutual=False) if tls else None)
     await server.start()
     return server, port
 
@@ -156,9 +161,10 @@ async def _exposed(metrics: Metrics, settings: GatewaySettings) -> AsyncIterator
 
 
 @asynccontextmanager
-async def _fleet(cluster: Cluster, settings: FleetSettings) -> AsyncIterator[Fleet]:
+async def _fleet(cluster: Cluster, settings: FleetSettings, tls: Tls | None) -> AsyncIterator[Fleet]:
     patience = Patience(settings.answer_seconds, settings.silent_polls)
-    async with watched(Fleet(cluster, channels.open_channel, patience), settings.poll_seconds) as fleet:
+    connect = partial(channels.open_channel, credentials=tls.client() if tls else None)
+    async with watched(Fleet(cluster, connect, patience), settings.poll_seconds) as fleet:
         yield fleet
 
 

@@ -78,7 +78,7 @@ def check(settings: GatewaySettings) -> None:
     host, _, port = settings.address.rpartition(":")
     if not host or not port.isdigit():
         raise InvalidRequest("listen", settings.address, "it must be host:port")
-    check_exposure("listen", settings.address, settings.insecure)
+    check_exposure("listen", settings.address, settings.cluster.tls is not None, settings.insecure)
     for shard in settings.cluster.shards:
         if shard.address.endswith(":0"):
             limit = "it needs a port; only `stitch up` chooses free ones"

@@ -7,10 +7,11 @@ import ipaddress
 from stitch.errors import InvalidRequest
 
 
-def check_exposure(field: str, address: str, insecure: bool) -> None:
+def check_exposure(field: str, address: str, secured: bool, insecure: bool) -> None:
     """InvalidRequest where other machines reach `host:port` without TLS and nobody has allowed it."""
-    if not insecure and not is_loopback(address.rpartition(":")[0]):
-        raise InvalidRequest(field, address, "other machines reach it without TLS; --insecure allows that")
+    if not secured and not insecure and not is_loopback(address.rpartition(":")[0]):
+        limit = "other machines reach it without TLS: the cluster file needs [tls], or --insecure allows it"
+        raise InvalidRequest(field, address, limit)
 
 
 def is_loopback(host: str) -> bool:

@@ -39,14 +39,18 @@ _SERVER: Options = (
 )
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to `host:port`; it connects by itself, and again after a loss."""
-    return grpc.aio.insecure_channel(address, options=list(_CLIENT))
+def open_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
+    """A channel to `host:port`; it connects by itself, and again after a loss. Without credentials in the clear."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=list(_CLIENT))
+    return grpc.aio.secure_channel(address, credentials, options=list(_CLIENT))
 
 
-def open_sync_channel(address: str) -> grpc.Channel:
+def open_sync_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
     """The same for callers without an event loop."""
-    return grpc.insecure_channel(address, options=list(_CLIENT))
+    if credentials is None:
+        return grpc.insecure_channel(address, options=list(_CLIENT))
+    return grpc.secure_channel(address, credentials, options=list(_CLIENT))
 
 
 def open_server(interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = ()) -> grpc.aio.Server:
@@ -54,13 +58,16 @@ def open_server(interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (
     return grpc.aio.server(options=list(_SERVER), interceptors=list(interceptors))
 
 
-def listen(server: grpc.aio.Server, address: str) -> int:
-    """Binds `server` to `host:port` (port 0: any free one) and returns the port.
+def listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
+    """Binds `server` to `host:port` (port 0: any free one) and returns the port; without credentials in the clear.
 
     Raises OSError where the port is taken.
     """
     try:
-        port = server.add_insecure_port(address)
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise OSError(f"can't listen on {address}: {error}") from error
     if port == 0:

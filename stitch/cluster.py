@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from stitch.errors import InvalidRequest
 from stitch.settings import Settings
+from stitch.tls import TlsFiles
 
 Quantization = Literal["none", "int8"]
 Role = Literal["bottom", "top"]
@@ -119,6 +120,8 @@ class Cluster(Settings):
     shards: tuple[ShardPlace, ...] = Field(min_length=2, strict=False)
     gateway: GatewayPlace
     compute: Compute = Compute()
+    # Without it everything travels in the clear.
+    tls: TlsFiles | None = None
     # The folder that relative paths start from; set by `load_cluster`.
     folder: Path = Field(default=Path("."), strict=False)
 

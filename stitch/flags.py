@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 _Kind = Callable[[str], Any]
@@ -64,6 +65,12 @@ def request_fields(parsed: argparse.Namespace) -> dict[str, Any]:
 
 def add_gateway(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--gateway", metavar="HOST:PORT", help="default: the cluster that runs on this machine")
+    add_authority(verb)
+
+
+def add_authority(verb: argparse.ArgumentParser) -> None:
+    """Whose signature on a gateway's certificate is believed."""
+    verb.add_argument("--authority", type=Path, metavar="FILE", help="a PEM file: connect by TLS to whom it has signed")
 
 
 def positive(text: str) -> int:

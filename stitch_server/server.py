@@ -20,6 +20,7 @@ from stitch import channels
 from stitch.environment import step_log_folder
 from stitch.event_loop import observe_delay
 from stitch.stopping import StopSignals
+from stitch.tls import load_tls
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.devices import pick_device
 from stitch_server.engine.engine import Engine
@@ -77,12 +78,16 @@ class RunningShard:
 
 @asynccontextmanager
 async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
-    """A shard that listens inside of the block. Raises Incompatible, or OSError where a port is taken."""
+    """A shard that listens inside of the block.
+
+    Raises Incompatible, InvalidRequest for a certificate, or OSError for a port that is taken.
+    """
+    tls = load_tls(settings.cluster.tls, settings.cluster.folder)
     device = pick_device(settings.cluster.compute.device)
     part = await asyncio.to_thread(load_part, settings.cluster, settings.place, device)
     async with AsyncExitStack() as stack:
         metrics = Metrics(settings.place.name)
-        links = Links(metrics.sent.inc)
+        links = Links(metrics.sent.inc, tls.client() if tls else None)
         stack.push_async_callback(links.aclose)
         folder, name = step_log_folder(), settings.place.name
         step_log = None if folder is None else stack.enter_context(StepLog(folder, name))
@@ -94,19 +99,21 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
         stack.callback(metrics_server.server_close)
         stack.callback(metrics_server.shutdown)
         health = HealthServicer()
-        server, port = await _listening(shard, health, settings.listen)
+        server, port = await _listening(shard, health, settings.listen, tls.server(mutual=True) if tls else None)
         stack.push_async_callback(server.stop, None)
         delay = asyncio.create_task(observe_delay(metrics.event_loop_delay))
         stack.callback(delay.cancel)
         yield RunningShard(port, metrics_server.server_port, shard, health)
 
 
-async def _listening(shard: Shard, health: HealthServicer, address: str) -> tuple[grpc.aio.Server, int]:
+async def _listening(
+    shard: Shard, health: HealthServicer, address: str, credentials: grpc.ServerCredentials | None
+) -> tuple[grpc.aio.Server, int]:
     server = channels.open_server()
     shard_pb2_grpc.add_ShardServicer_to_server(ShardServicer(shard), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
-    port = channels.listen(server, address)
+    port = channels.listen(server, address, credentials)
     for service in ("", SERVICE):
         await health.set(service, health_pb2.HealthCheckResponse.SERVING)
     await server.start()

@@ -44,5 +44,5 @@ def shard_settings(
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidRequest(str(first["loc"][0]), first["input"], first["msg"]) from error
-    check_exposure("listen", settings.listen, insecure)
+    check_exposure("listen", settings.listen, cluster.tls is not None, insecure)
     return settings

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from router_gateway.training.arguments import said
 from router_gateway.training.quality import Graded, Routes, grade
+from stitch.flags import add_authority
 
 if TYPE_CHECKING:
     from stitch.client import AsyncClient
@@ -74,6 +75,7 @@ class Progress:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `label`."""
     parser.add_argument("--gateway", metavar="HOST:PORT", required=True, help="of a running cluster")
+    add_authority(parser)
     parser.add_argument(
         "--data",
         metavar="FILE",
@@ -101,7 +103,7 @@ async def _labelled(args: argparse.Namespace) -> int:
     from stitch.client import AsyncClient
 
     rows = remaining(read_rows(args.data), args.out)
-    async with AsyncClient(args.gateway) as client:
+    async with AsyncClient(args.gateway, args.authority) as client:
         given = args.routes.split(",") if args.routes else [route.name for route in (await client.describe()).routes]
 
         routes = ClusterRoutes(client, args.max_tokens, args.plain)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -16,6 +17,7 @@ from stitch.client.answers import Answer, Collector, Delta, Judgement, judgement
 from stitch.client.batches import Batch, Outcome
 from stitch.client.failures import translated_rpc_errors
 from stitch.client.requests import RequestFields, RouteFields, generate_request, route_request
+from stitch.tls import gateway_credentials
 from stitch.v1 import inference_pb2
 from stitch.v1.inference_pb2_grpc import InferenceStub
 
@@ -57,11 +59,12 @@ class AsyncStream:
 class AsyncClient:
     """One connection to a gateway at `host:port`; to be made inside of a running event loop.
 
-    Every call raises a StitchError where the gateway refuses or fails; `timeout` is in seconds.
+    `authority`: the PEM file whose signature on the gateway's certificate is believed; None: no TLS. Every call raises
+    a StitchError where the gateway refuses or fails; `timeout` is in seconds.
     """
 
-    def __init__(self, address: str) -> None:
-        self._channel = open_channel(address)
+    def __init__(self, address: str, authority: Path | None = None) -> None:
+        self._channel = open_channel(address, gateway_credentials(authority))
         self._stub = InferenceStub(self._channel)
 
     async def generate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -13,6 +14,7 @@ from stitch.client.answers import Answer, Collector, Delta, Judgement, judgement
 from stitch.client.batches import Batch, Outcome
 from stitch.client.failures import translated_rpc_errors
 from stitch.client.requests import RequestFields, RouteFields, generate_request, route_request
+from stitch.tls import gateway_credentials
 from stitch.v1 import inference_pb2
 from stitch.v1.inference_pb2_grpc import InferenceStub
 
@@ -49,11 +51,12 @@ class Stream:
 class Client:
     """One connection to a gateway at `host:port`, usable from many threads.
 
-    Every call raises a StitchError where the gateway refuses or fails; `timeout` is in seconds.
+    `authority`: the PEM file whose signature on the gateway's certificate is believed; None: no TLS. Every call raises
+    a StitchError where the gateway refuses or fails; `timeout` is in seconds.
     """
 
-    def __init__(self, address: str) -> None:
-        self._channel = open_sync_channel(address)
+    def __init__(self, address: str, authority: Path | None = None) -> None:
+        self._channel = open_sync_channel(address, gateway_credentials(authority))
         self._stub = InferenceStub(self._channel)
 
     def generate(

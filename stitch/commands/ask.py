@@ -8,14 +8,14 @@ import sys
 from typing import Any
 
 from stitch.client import Client, Stream
-from stitch.commands.connection import gateway_address
+from stitch.commands.connection import gateway
 from stitch.errors import InvalidRequest
 from stitch.flags import request_fields
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Asks, and prints the answer while it comes, or as JSON at its end."""
-    with Client(gateway_address(parsed)) as client:
+    with Client(*gateway(parsed)) as client:
         stream = client.stream(**_input(parsed), timeout=parsed.timeout, **request_fields(parsed))
         if parsed.json:
             _print_json(stream)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from stitch.batch_file import Outcomes, answered_lines, outcome_lines, read_lines
 from stitch.client import AsyncClient
-from stitch.commands.connection import gateway_address
+from stitch.commands.connection import gateway
 from stitch.flags import request_fields
 
 
@@ -21,15 +21,15 @@ def run(parsed: argparse.Namespace) -> int:
     """Answers every line; returns 1 where one of them has an error."""
     lines = read_lines(Path(parsed.file))
     kept = answered_lines(Path(parsed.out)) if parsed.resume else {}
-    failed = asyncio.run(_answer(gateway_address(parsed), lines, kept, parsed))
+    failed = asyncio.run(_answer(lines, kept, parsed))
     print(f"{len(lines) - failed} answered, {failed} failed: {parsed.out}", file=sys.stderr)
     return 1 if failed else 0
 
 
-async def _answer(address: str, lines: list[bytes], kept: dict[int, str], parsed: argparse.Namespace) -> int:
+async def _answer(lines: list[bytes], kept: dict[int, str], parsed: argparse.Namespace) -> int:
     """Writes the outcome of every line; returns how many are errors."""
     failed = 0
-    async with AsyncClient(address) as client:
+    async with AsyncClient(*gateway(parsed)) as client:
         with Outcomes(Path(parsed.out), kept) as outcomes, _progress() as progress:
             found = outcome_lines(client, lines, kept, request_fields(parsed), parsed.concurrency)
             task = progress.add_task("answering", total=len(lines))

@@ -13,7 +13,7 @@ import grpc
 from rich.console import Console
 
 from stitch.client import Client
-from stitch.commands.connection import gateway_address
+from stitch.commands.connection import gateway
 from stitch.commands.failures import sentence
 from stitch.commands.screen import show_stream
 from stitch.errors import StitchError
@@ -29,7 +29,7 @@ def run(parsed: argparse.Namespace) -> int:
         import readline  # noqa: F401
 
     console = Console()
-    with Client(gateway_address(parsed)) as client:
+    with Client(*gateway(parsed)) as client:
         conversation = Conversation(client, console, request_fields(parsed), parsed.system)
         console.print(HELP, style="dim", highlight=False)
         conversation.hold(input)

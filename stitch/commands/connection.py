@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from stitch.cluster import Cluster
 from stitch.local.state import the_running_cluster
 
 
-def gateway_address(parsed: argparse.Namespace) -> str:
-    """`--gateway`, else the address of the cluster that runs on this machine; Unavailable where there is none."""
+def gateway(parsed: argparse.Namespace) -> tuple[str, Path | None]:
+    """What a client takes: `--gateway` and `--authority`, else those of the cluster that runs on this machine.
+
+    Raises Unavailable where there is none.
+    """
     if parsed.gateway:
-        return str(parsed.gateway)
-    return the_running_cluster().cluster().gateway.address
+        return parsed.gateway, parsed.authority
+    address, authority = gateway_of(the_running_cluster().cluster())
+    return address, parsed.authority or authority
+
+
+def gateway_of(cluster: Cluster) -> tuple[str, Path | None]:
+    """The same of a cluster on this machine."""
+    return cluster.gateway.address, cluster.folder / cluster.tls.authority if cluster.tls else None

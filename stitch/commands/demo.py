@@ -12,6 +12,7 @@ from rich.text import Text
 
 from stitch.client import Answer, Client
 from stitch.cluster import load_cluster
+from stitch.commands.connection import gateway_of
 from stitch.commands.lines import judgement_line, seconds
 from stitch.commands.screen import show_stream
 from stitch.commands.status import show_description
@@ -40,7 +41,7 @@ REPEAT = 3
 def run(parsed: argparse.Namespace) -> int:
     """The whole demonstration; a cluster that runs already is used, and left running."""
     console = Console()
-    with _serving(console, parsed.cluster) as address, Client(address) as client:
+    with _serving(console, parsed.cluster) as gateway, Client(*gateway) as client:
         found = client.describe()
         routes = [route.name for route in found.routes]
         console.rule("1 · two models, one forward pass")
@@ -57,16 +58,16 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _serving(console: Console, name_or_path: str) -> Iterator[str]:
-    """The address of a gateway of that cluster."""
+def _serving(console: Console, name_or_path: str) -> Iterator[tuple[str, Path | None]]:
+    """What a client of that cluster's gateway takes."""
     folder = run_folder(load_cluster(name_or_path).name)
     if folder.processes():
-        yield folder.cluster().gateway.address
+        yield gateway_of(folder.cluster())
         return
     console.rule("0 · a cluster on this machine")
     cluster = bring_up(console, name_or_path)
     try:
-        yield cluster.gateway
+        yield gateway_of(cluster.cluster)
     finally:
         take_down(console, cluster)
 

@@ -9,15 +9,15 @@ from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 
 from stitch.client import Client
-from stitch.commands.connection import gateway_address
+from stitch.commands.connection import gateway
 from stitch.commands.tables import models_table, routes_table, shards_table
 from stitch.v1 import inference_pb2
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Prints the gateway's description."""
-    address = gateway_address(parsed)
-    with Client(address) as client:
+    address, authority = gateway(parsed)
+    with Client(address, authority) as client:
         found = client.describe()
     if parsed.json:
         fields = MessageToDict(found, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)

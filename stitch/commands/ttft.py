@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from stitch.client import Client
-from stitch.commands.connection import gateway_address
+from stitch.commands.connection import gateway
 from stitch.commands.tables import lines_table, ttft_table
 from stitch.ttft import Sample, fitting, measure, report
 
@@ -19,7 +19,7 @@ from stitch.ttft import Sample, fitting, measure, report
 def run(parsed: argparse.Namespace) -> int:
     """Measures every route, and writes what was asked for."""
     console = Console()
-    with Client(gateway_address(parsed)) as client:
+    with Client(*gateway(parsed)) as client:
         found = client.describe()
         routes = [route.name for route in found.routes]
         context = min(found.bottom.context_length, found.top.context_length)

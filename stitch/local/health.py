@@ -10,9 +10,9 @@ from stitch.channels import open_sync_channel
 ASK_SECONDS = 1.0
 
 
-def serves(address: str) -> bool:
+def serves(address: str, credentials: grpc.ChannelCredentials | None = None) -> bool:
     """Whether the process at `host:port` says now that it serves."""
-    with open_sync_channel(address) as channel:
+    with open_sync_channel(address, credentials) as channel:
         try:
             health = health_pb2_grpc.HealthStub(channel)
             reply = health.Check(health_pb2.HealthCheckRequest(), timeout=ASK_SECONDS)

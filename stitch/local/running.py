@@ -15,6 +15,7 @@ from stitch.local.health import serves
 from stitch.local.ports import with_ports
 from stitch.local.processes import LocalProcess, spawn, stop
 from stitch.local.state import RunFolder
+from stitch.tls import load_tls
 
 GATEWAY = "gateway"
 POLL_SECONDS = 0.1
@@ -73,11 +74,13 @@ class LocalCluster:
     def wait_until_serving(self, names: list[str], serving: Serving, timeout_seconds: float = START_SECONDS) -> None:
         """Waits for those processes; Unavailable where one ends instead, or the time is over."""
         begin = time.monotonic()
+        tls = load_tls(self.cluster.tls, self.cluster.folder)
+        credentials = tls.client() if tls else None
         waiting = list(names)
         while waiting:
             for name in list(waiting):
                 self.check_running(name)
-                if serves(self.address(name)):
+                if serves(self.address(name), credentials):
                     waiting.remove(name)
                     serving(name, time.monotonic() - begin)
             if waiting and time.monotonic() - begin > timeout_seconds:

@@ -28,8 +28,9 @@ CountBytes = Callable[[int], None]
 class Links:
     """One link an address; `send` and `close` are called in the engine's thread, all else in the event loop."""
 
-    def __init__(self, count_sent: CountBytes) -> None:
+    def __init__(self, count_sent: CountBytes, credentials: grpc.ChannelCredentials | None = None) -> None:
         self._count_sent = count_sent
+        self._connect = partial(open_channel, credentials=credentials)
         self._links: dict[str, _Link] = {}
         self._loop = asyncio.get_running_loop()
         self._identity = shard_pb2.ShardIdentity()
@@ -57,7 +58,7 @@ class Links:
     def _put(self, address: str, frames: Sequenced[shard_pb2.LinkRequest], urgent: bool) -> None:
         link = self._links.get(address)
         if link is None:
-            link = self._links[address] = _Link(address, self._identity, self._replied, self._lost)
+            link = self._links[address] = _Link(address, self._connect, self._identity, self._replied, self._lost)
         for frame in frames:
             link.put(frame, urgent)
 
@@ -82,11 +83,13 @@ class _Link:
     def __init__(
         self,
         address: str,
+        connect: Callable[[str], grpc.aio.Channel],
         identity: shard_pb2.ShardIdentity,
         replied: Callable[[shard_pb2.StepReply], None],
         lost: Callable[[str, StitchError], None],
     ) -> None:
         self._address = address
+        self._connect = connect
         self._identity = identity
         self._replied = replied
         self._lost = lost
@@ -103,7 +106,7 @@ class _Link:
 
     async def _run(self) -> None:
         try:
-            async with open_channel(self._address) as channel:
+            async with self._connect(self._address) as channel:
                 await self._talk(channel)
         except grpc.aio.AioRpcError as error:
             self._lost(self._address, self._as_loss(error))

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from stitch.client import Answer, Client
 from stitch.cluster import load_cluster
+from stitch.commands.connection import gateway_of
 from stitch.local.running import GATEWAY, LocalCluster, import_models, prepared
 from stitch.local.state import RunFolder
 
@@ -27,7 +28,7 @@ class Cluster:
 
     def __init__(self, local: LocalCluster) -> None:
         self._local = local
-        self.client = Client(local.gateway)
+        self.client = Client(*gateway_of(local.cluster))
 
     @property
     def gateway(self) -> str:

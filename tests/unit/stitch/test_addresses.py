@@ -26,7 +26,8 @@ def test_loopback_is_what_no_other_machine_reaches(host: str, expected: bool) ->
 
 
 def test_an_exposed_address_needs_a_word() -> None:
-    with pytest.raises(InvalidRequest, match=r"listen is '0\.0\.0\.0:7', but .*--insecure allows that"):
-        check_exposure("listen", "0.0.0.0:7", insecure=False)
-    check_exposure("listen", "0.0.0.0:7", insecure=True)
-    check_exposure("listen", "127.0.0.1:7", insecure=False)
+    with pytest.raises(InvalidRequest, match=r"listen is '0\.0\.0\.0:7', but .*--insecure allows it"):
+        check_exposure("listen", "0.0.0.0:7", secured=False, insecure=False)
+    check_exposure("listen", "0.0.0.0:7", secured=False, insecure=True)
+    check_exposure("listen", "0.0.0.0:7", secured=True, insecure=False)
+    check_exposure("listen", "127.0.0.1:7", secured=False, insecure=False)

@@ -40,7 +40,7 @@ def test_every_verb_says_what_it_is_for() -> None:
         (["run", "smollm2", "--shard", "x"], "stitch-server: shard is 'x', but the cluster file has: bottom-0, top-0"),
         (
             ["run", "smollm2", "--shard", "top-0", "--listen", "0.0.0.0:1"],
-            "stitch-server: listen is '0.0.0.0:1', but other machines reach it without TLS; --insecure allows that",
+            "stitch-server: listen is '0.0.0.0:1', but other machines reach it without TLS: the cluster file",
         ),
         (["run", "smollm2", "--shard", "top-0", "--drain-seconds", "-1"], "stitch-server: drain_seconds is -1.0, but"),
         (["plan", "gone.toml"], "stitch-server: cluster is 'gone.toml', but it is no file and none of the presets"),

@@ -36,7 +36,7 @@ def test_a_loopback_address_is_allowed(listen: str) -> None:
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:7", "10.0.0.1:7", ":7", "[::]:7", "localhost.example:7", "7"])
 def test_any_other_needs_a_word(listen: str) -> None:
-    with pytest.raises(InvalidRequest, match="--insecure allows that") as caught:
+    with pytest.raises(InvalidRequest, match="--insecure allows it") as caught:
         settings(listen=listen)
     assert (caught.value.field, caught.value.value) == ("listen", listen)
     assert settings(listen=listen, insecure=True).listen == listen

@@ -1,0 +1,77 @@
+"""A cluster of real processes that believe one authority and nobody else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from stitch.cli import main
+from stitch.client import Client
+from stitch.errors import Unavailable
+from stitch.local.health import serves
+from stitch.tls import Tls, TlsFiles, load_tls
+from tests.support.certificates import write_certificates
+from tests.support.processes import Cluster, running_cluster
+from tests.support.tiny_cluster import write_tiny_cluster
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_certificates(tmp_path_factory.mktemp("ours"))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, files: dict[str, str]) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("tls")
+    file = write_tiny_cluster(folder)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tls": files}))
+    with running_cluster(file, folder / "run") as cluster:
+        yield cluster
+
+
+def loaded(files: dict[str, str]) -> Tls:
+    tls = load_tls(TlsFiles(**files), Path())
+    assert tls is not None
+    return tls
+
+
+def test_an_answer_comes_over_both_hops(cluster: Cluster) -> None:
+    answer = cluster.generate("stitch", route="strong", max_tokens=8, ignore_eos=True)
+    assert len(answer.token_ids) == 8
+
+
+def test_a_command_takes_the_authority(
+    cluster: Cluster, files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--gateway", cluster.gateway, "--authority", files["authority"]]
+    assert main(["ask", "--plain", "stitch", "--max-tokens", "2", "--json", *where]) == 0
+    assert json.loads(capsys.readouterr().out)["generated_tokens"] == 2
+
+
+def test_a_client_must_believe_the_authority(cluster: Cluster, tmp_path: Path) -> None:
+    others = write_certificates(tmp_path)
+    for authority in (None, Path(others["authority"])):
+        with Client(cluster.gateway, authority) as client, pytest.raises(Unavailable):
+            client.generate("stitch", max_tokens=1, timeout=5)
+
+
+def test_a_shard_talks_to_its_like_alone(cluster: Cluster, files: dict[str, str], tmp_path: Path) -> None:
+    ours, others = loaded(files), loaded(write_certificates(tmp_path))
+    anonymous = grpc.ssl_channel_credentials(ours.authority)
+    strange = grpc.ssl_channel_credentials(ours.authority, others.key, others.certificate)
+    for name in ("bottom-0", "top-0"):
+        assert serves(cluster.address(name), ours.client())
+        for credentials in (None, anonymous, strange):
+            assert not serves(cluster.address(name), credentials)
+
+
+def test_a_gateway_s_client_needs_no_certificate(cluster: Cluster, files: dict[str, str]) -> None:
+    believing = grpc.ssl_channel_credentials(Path(files["authority"]).read_bytes())
+    with grpc.secure_channel(cluster.gateway, believing) as channel:
+        reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+    assert reply.status == health_pb2.HealthCheckResponse.SERVING
