@@ -26,6 +26,9 @@ def add_data(parser: argparse.ArgumentParser, tokens: int | None = None) -> None
     parser.add_argument("--sequence-tokens", metavar="N", type=int, default=512, help="in one sequence; default: 512")
     if tokens is not None:
         parser.add_argument("--tokens", metavar="N", type=int, default=tokens, help=f"to fit on; default: {tokens}")
+        parser.add_argument(
+            "--shares", metavar="N", nargs="+", type=int, default=[], help="sequences of each FILE in turn; default: 1"
+        )
         parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order of the data; default: 0")
 
 
@@ -35,12 +38,16 @@ def data_settings(parsed: argparse.Namespace) -> DataSettings:
     for field, least in (("tokens", 1), ("held_out_tokens", 1), ("sequence_tokens", 16)):
         if given.get(field, least) < least:
             raise InvalidRequest(field, getattr(parsed, field), f"it must be at least {least}")
+    shares = tuple(given.get("shares", ()))
+    if shares and (len(shares) != len(parsed.data) or min(shares) < 1):
+        raise InvalidRequest("shares", shares, f"it must be one number over 0 for each of {len(parsed.data)} files")
     return DataSettings(
         files=tuple(parsed.data),
         tokens=given.get("tokens", 0),
         held_out_tokens=parsed.held_out_tokens,
         sequence_tokens=parsed.sequence_tokens,
         seed=given.get("seed", 0),
+        shares=shares,
     )
 
 

@@ -1,7 +1,7 @@
 """One pass over the data through both models: sums for least squares, a trace for distillation. Knows no stitch.
 
 It can be interrupted at any point: what counts is the last checkpoint, and a resumed pass adds the same numbers in
-the same order as one that never stopped.
+the same order as one that never stopped. A finished pass can be taken up again for more sequences.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Collected:
 
 @dataclass(frozen=True)
 class Pass:
-    """What a pass is over. Two passes with equal fields give equal results, so a checkpoint names them all."""
+    """What a pass is over. Two passes with equal fields give equal results, so a checkpoint names them."""
 
     name: str
     sequences: int
@@ -73,9 +73,15 @@ class Collector:
                 raise InvalidRequest("work", self._checkpoint.name, limit)
             self.sums.load({name: file.get_tensor(name) for name in list(file.keys())})
         self.done, self.fingerprint = int(metadata["done"]), metadata["fingerprint"]
+        if self.done > self._pass.sequences:
+            had = self.done * self._pass.sequence_tokens
+            raise InvalidRequest("tokens", self._pass.sequences * self._pass.sequence_tokens, f"work has {had} already")
 
     def _described(self) -> str:
-        return json.dumps(asdict(self._pass))
+        """All but its length: a pass may go on for more sequences."""
+        fields = asdict(self._pass)
+        del fields["sequences"]
+        return json.dumps(fields)
 
     def add(self, batch: list[PackedSequence]) -> None:
         """Runs a batch through both models and counts it in."""

@@ -24,6 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--route", metavar="R", required=True, help="the route whose stitch to make")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="a .safetensors file")
     parser.add_argument("--work", metavar="DIR", type=Path, help="kept for resuming; default: FILE.work")
+    parser.add_argument(
+        "--aim", choices=["states", "answers"], default="states",
+        help="of least squares: the top's states, or the bottom's answers through the top's head; default: states",
+    )  # fmt: skip
     parser.add_argument("--epochs", metavar="N", type=int, default=1, help="of distillation; 0: least squares alone")
     parser.add_argument("--learning-rate", metavar="X", type=float, default=1e-3, help="at the start; default: 0.001")
     parser.add_argument(
@@ -34,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weight of the bottom's distribution against the next token, 0 to 1; default: 0.5",
     )
     parser.add_argument("--batch-sequences", metavar="N", type=int, default=4, help="in one step; default: 4")
+    parser.add_argument("--evaluations", metavar="N", type=int, default=10, help="of held-out loss; default: 10")
     parser.add_argument(
         "--store", choices=["float32", "bfloat16"], default="float32", help="how the file keeps it; default: float32"
     )
@@ -66,15 +71,18 @@ def training_settings(parsed: argparse.Namespace) -> Training:
         ("learning_rate", 0 < parsed.learning_rate <= 1, "it must be over 0 and at most 1"),
         ("teacher_share", 0 <= parsed.teacher_share <= 1, "it must be 0 to 1"),
         ("batch_sequences", parsed.batch_sequences >= 1, "it must be at least 1"),
+        ("evaluations", parsed.evaluations >= 1, "it must be at least 1"),
     )
     for field, fits, limit in checks:
         if not fits:
             raise InvalidRequest(field, getattr(parsed, field), limit)
     return Training(
+        aim=parsed.aim,
         epochs=parsed.epochs,
         batch_sequences=parsed.batch_sequences,
         learning_rate=parsed.learning_rate,
         teacher_share=parsed.teacher_share,
+        evaluations=parsed.evaluations,
         seed=parsed.seed,
     )
 

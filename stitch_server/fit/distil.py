@@ -20,6 +20,7 @@ from torch import Tensor
 from stitch.errors import InvalidRequest
 from stitch_server.fit.frozen import Pair
 from stitch_server.fit.objective import Choice, head_loss
+from stitch_server.fit.starting import Aim
 from stitch_server.fit.sums import Cut
 from stitch_server.fit.trace import Trace
 from stitch_server.fit.trainable import TrainableStitch
@@ -35,6 +36,8 @@ SAMPLED_TOKENS = 4096
 class Training:
     """How to train; equal settings on equal data give equal stitches."""
 
+    # What least squares aims at before: see `starting.Aim`.
+    aim: Aim = "states"
     epochs: int = 1
     batch_sequences: int = 4
     learning_rate: float = 1e-3

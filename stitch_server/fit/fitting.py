@@ -16,18 +16,15 @@ import torch
 from stitch.cluster import Cluster, RouteCut
 from stitch.errors import InvalidRequest
 from stitch_server.fit.distil import Distillation, Training
-from stitch_server.fit.frozen import next_token_losses
-from stitch_server.fit.leastsquares import AffineMap, RidgeFit
+from stitch_server.fit.held_out import alone_losses, applied, tail_losses
+from stitch_server.fit.leastsquares import AffineMap
 from stitch_server.fit.packing import Corpus, DataSettings
 from stitch_server.fit.pairs import LoadedPair, load_pair
-from stitch_server.fit.scoring import BATCH_SEQUENCES, alone, by_file, left_out, losses, stitched
+from stitch_server.fit.scoring import by_file
+from stitch_server.fit.starting import coordinates, needed, start_of
 from stitch_server.fit.sums import ClosedForm, Cut
-from stitch_server.fit.trainable import Coordinates, TrainableStitch
-from stitch_server.fit.workplace import Passes, Progress, run_passes
-
-# Damping of the coordinates that training moves in, unless the ridge asks for more: directions with less than this
-# share of the mean variance are not blown up to unit variance, or they would only carry noise.
-WHITENING_RIDGE = 1e-3
+from stitch_server.fit.trainable import TrainableStitch
+from stitch_server.fit.workplace import HELD_OUT, Passes, Progress, run_passes, taken_up
 
 
 @dataclass(frozen=True)
@@ -63,22 +60,22 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
     cut = cut_of(settings.cluster.route(settings.route))
     loaded = load_pair(settings.cluster, getattr(torch, settings.dtype))
     check_cut(loaded, cut)
-    passes = passes_for(loaded, (cut,), settings.data, settings.dtype, settings.work, progress)
+    cuts, will_do = needed(cut, loaded.bottom.layers, settings.training.aim)
+    passes = passes_for(loaded, cuts, settings.data, settings.dtype, settings.work, progress, will_do)
     closed = ClosedForm(passes.training.sums, passes.held_out.sums)
-    ridge = closed.ridge_fit(cut)
-    start = closed.hold_first(cut, ridge.map, ridge.ridge)
-    final, history = start, {}
+    start = start_of(loaded.pair, cut, passes, closed, settings.training.aim)
+    ridge, final, history = start.ridge, start.map, {}
     if settings.training.epochs:
-        run = _distilled(loaded, cut, passes, closed, ridge, settings, progress)
-        final = closed.hold_first(cut, run.stitch.to_map(), ridge.ridge)
+        run = _distilled(loaded, cut, passes, TrainableStitch(coordinates(cut[0], start, closed)), settings, progress)
+        final = closed.hold_first(cut[0], run.stitch.to_map(), start.first, ridge.ridge)
         history = asdict(run.history)
     report = {
         **described(loaded, passes, settings.data, settings.dtype),
         "route": settings.route,
         "cut": {"bottom_layers": cut[0], "top_from": cut[1]},
-        "ridge": {"chosen": ridge.ridge, "held_out_residual": {f"{r:g}": v for r, v in ridge.residuals.items()}},
+        "ridge": {"chosen": ridge.ridge, "held_out_explained": {f"{r:g}": v for r, v in ridge.explained.items()}},
         "training": asdict(settings.training),
-        "losses": scores(loaded, cut, passes, settings.data, {"least squares": start, "stitched": final}),
+        "losses": scores(loaded, cut, passes, settings, {"least squares": start.map, "stitched": final}),
         "history": history,
         "seconds": time.monotonic() - began,
     }
@@ -103,11 +100,18 @@ def check_cut(loaded: LoadedPair, cut: Cut) -> None:
 
 
 def passes_for(
-    loaded: LoadedPair, cuts: tuple[Cut, ...], data: DataSettings, dtype: str, work: Path, progress: Progress
+    loaded: LoadedPair,
+    cuts: tuple[Cut, ...],
+    data: DataSettings,
+    dtype: str,
+    work: Path,
+    progress: Progress,
+    will_do: Callable[[tuple[Cut, ...]], bool] | None = None,
 ) -> Passes:
-    """Both passes over the data for these cuts, new or taken up again."""
-    corpus = Corpus(data.files, loaded.encoder, data.sequence_tokens, seed=data.seed)
+    """Both passes over the data for these cuts, new or taken up again, if those of an earlier one `will_do`."""
+    corpus = Corpus(data.files, loaded.encoder, data.sequence_tokens, seed=data.seed, shares=data.shares)
     models = (loaded.bottom.revision, loaded.top.revision)
+    cuts = taken_up(cuts, work, will_do or (lambda found: set(cuts) <= set(found)))
     return run_passes(loaded.pair, cuts, corpus, data, data.described(models, dtype), work, progress)
 
 
@@ -115,12 +119,10 @@ def _distilled(
     loaded: LoadedPair,
     cut: Cut,
     passes: Passes,
-    closed: ClosedForm,
-    ridge: RidgeFit,
+    stitch: TrainableStitch,
     settings: FitSettings,
     progress: Progress,
 ) -> Distillation:
-    stitch = TrainableStitch(coordinates(cut, passes, closed, ridge))
     training = passes.training
     known = replace(settings.training, data=training.fingerprint)
     checkpoint = settings.work / f"distil-{cut[0]}-{cut[1]}.safetensors"
@@ -129,51 +131,21 @@ def _distilled(
     return run
 
 
-def coordinates(cut: Cut, passes: Passes, closed: ClosedForm, ridge: RidgeFit) -> Coordinates:
-    """Where training of a cut starts, from the sums alone."""
-    sums, (k, j) = passes.training.sums, cut
-    spread = closed.spread(k)
-    # Of what least squares predicts: nearly that of the targets, and known per channel without another sum.
-    variances = (ridge.map.weight @ spread.vectors).square() @ spread.values
-    return Coordinates(
-        weight=ridge.map.weight.float(),
-        bias=ridge.map.bias.float(),
-        mean=spread.mean.float(),
-        whitening=spread.whitening(max(WHITENING_RIDGE, ridge.ridge)).float(),
-        deviations=variances.sqrt().float(),
-        first=sums.first_top[j].mean().float(),
-    )
-
-
 def held_out_loss(loaded: LoadedPair, cut: Cut, passes: Passes) -> Callable[[TrainableStitch], float]:
     """Mean cross-entropy of a stitch in training over the held-out trace."""
-    trace, rows, (k, j) = passes.held_out.trace, torch.arange(passes.held_out.sequences), cut
-    top = loaded.pair.top
-
-    def loss(stitch: TrainableStitch) -> float:
-        total = 0.0
-        with torch.no_grad():
-            for part in torch.split(rows, BATCH_SEQUENCES):
-                hidden = top.run(stitch(trace.hidden(k, part).float()), j, top.depth)
-                total += float(next_token_losses(top, hidden, trace.tokens(part)).mean(1).sum())
-        return total / len(rows)
-
-    return loss
+    return lambda stitch: float(tail_losses(loaded.pair.top, passes.held_out, cut, stitch).mean())
 
 
 def scores(
-    loaded: LoadedPair, cut: Cut, passes: Passes, data: DataSettings, maps: dict[str, AffineMap]
+    loaded: LoadedPair, cut: Cut, passes: Passes, settings: FitSettings, maps: dict[str, AffineMap]
 ) -> dict[str, Any]:
     """Held-out cross-entropy of both models alone, of layers left out where one model is cut, and of every map."""
-    pair, held = loaded.pair, passes.held_out
-    rows = torch.arange(held.sequences)
-    tokens, files = held.trace.tokens(rows), held.trace.files(rows)
-    systems = {"bottom": (pair.bottom, alone(pair.bottom)), "top": (pair.top, alone(pair.top))}
+    held, top = passes.held_out, loaded.pair.top
+    found = alone_losses(loaded.pair, held, settings.work / HELD_OUT)
     if loaded.is_one_model:
-        systems = {"bottom": systems["bottom"], "layers left out": (pair.top, left_out(pair.top, cut))}
-    systems |= {name: (pair.top, stitched(pair, cut, stitch)) for name, stitch in maps.items()}
-    names = [path.name for path in data.files]
-    found = {name: losses(head, system, tokens) for name, (head, system) in systems.items()}
+        found = {"bottom": found["bottom"], "layers left out": tail_losses(top, held, cut, lambda states: states)}
+    found |= {name: tail_losses(top, held, cut, applied(stitch)) for name, stitch in maps.items()}
+    files, names = held.trace.files(torch.arange(held.sequences)), [path.name for path in settings.data.files]
     return {name: {file: asdict(i) for file, i in by_file(v, files, names).items()} for name, v in found.items()}
 
 
@@ -189,4 +161,5 @@ def described(loaded: LoadedPair, passes: Passes, data: DataSettings, dtype: str
         "sequence_tokens": data.sequence_tokens,
         "held_out_tokens": passes.held_out.sequences * data.sequence_tokens,
         "seed": data.seed,
+        "shares": data.shares,
     }

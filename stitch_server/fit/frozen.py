@@ -35,6 +35,9 @@ class FrozenModel(Protocol):
     def logits(self, rows: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Hidden states `[rows, hidden]` behind the last layer to float32 `[rows, vocabulary]`, or of these tokens."""
 
+    def head_rows(self) -> Tensor:
+        """The LM head with the final norm's gains multiplied in, `[vocabulary, hidden]`."""
+
 
 @dataclass(frozen=True)
 class Pair:

@@ -1,7 +1,7 @@
 """Packed token sequences out of training files, with a part held out. Knows no model.
 
 Documents follow one another, each closed by the separator, and are cut into sequences of one length. Files take
-turns, so that every one of them gives the same number of tokens until it is exhausted.
+turns, so that every one of them gives its share of the tokens until it is exhausted.
 """
 
 from __future__ import annotations
@@ -46,11 +46,14 @@ class DataSettings:
     held_out_tokens: int
     sequence_tokens: int = 512
     seed: int = 0
+    # Sequences that each file gives in a turn, to fit on; empty: one each.
+    shares: tuple[int, ...] = ()
 
     def described(self, models: tuple[str, str], dtype: str) -> str:
         """All of it as one string, with the models and the dtype that computes."""
         names = [path.name for path in self.files]
-        return json.dumps({"models": models, "dtype": dtype, "files": names, "seed": self.seed})
+        mixture = {"shares": self.shares} if self.shares else {}
+        return json.dumps({"models": models, "dtype": dtype, "files": names, "seed": self.seed, **mixture})
 
 
 @dataclass(frozen=True)
@@ -74,31 +77,35 @@ class Corpus:
     sequence_tokens: int = 512
     held_out_percent: int = 10
     seed: int = 0
+    # Of every file in a turn of training; of the held-out part all give one.
+    shares: tuple[int, ...] = ()
 
     def training(self) -> Iterator[PackedSequence]:
         """Sequences to fit on, endless only as the files are."""
-        return self._in_turns(held_out=False)
+        return self._in_turns(self.shares or self._ones(), held_out=False)
 
     def held_out(self, tokens: int) -> list[PackedSequence]:
         """At least `tokens` tokens of the held-out part, or all of it; the same ones for every seed.
 
         Raises InvalidRequest where not even one sequence is there.
         """
-        found = list(islice(self._in_turns(held_out=True), -(-tokens // self.sequence_tokens)))
+        found = list(islice(self._in_turns(self._ones(), held_out=True), -(-tokens // self.sequence_tokens)))
         if not found:
             limit = f"its held-out {self.held_out_percent} % must fill a sequence of {self.sequence_tokens} tokens"
             raise InvalidRequest("data", ", ".join(path.name for path in self.files), limit)
         return found
 
-    def _in_turns(self, held_out: bool) -> Iterator[PackedSequence]:
-        streams = [self._of_file(number, held_out) for number in range(len(self.files))]
+    def _ones(self) -> tuple[int, ...]:
+        return (1,) * len(self.files)
+
+    def _in_turns(self, shares: Sequence[int], held_out: bool) -> Iterator[PackedSequence]:
+        streams = {number: self._of_file(number, held_out) for number in range(len(self.files))}
         while streams:
-            for stream in list(streams):
-                sequence = next(stream, None)
-                if sequence is None:
-                    streams.remove(stream)
-                else:
-                    yield sequence
+            for number, stream in list(streams.items()):
+                taken = list(islice(stream, shares[number]))
+                yield from taken
+                if len(taken) < shares[number]:
+                    del streams[number]
 
     def _of_file(self, number: int, held_out: bool) -> Iterator[PackedSequence]:
         documents = read_documents(self.files[number])

@@ -69,7 +69,19 @@ class ClosedForm:
         sums, held, k = self._training, self._held, cut[0]
         return fit_ridge(self.spread(k), sums.crosses[cut], sums.grams[k], held.grams[k], held.crosses[cut])
 
-    def hold_first(self, cut: Cut, fitted: AffineMap, ridge: float) -> AffineMap:
-        """`fitted` with the mean state of first tokens taken to the top model's mean of them."""
-        state, target = self._training.first_bottom[cut[0]].mean(), self._training.first_top[cut[1]].mean()
-        return holding(fitted, self.spread(cut[0]), state, target, ridge)
+    def first_state(self, k: int) -> Tensor:
+        """The bottom model's mean state of first tokens at depth `k`."""
+        return self._training.first_bottom[k].mean()
+
+    def first_target(self, j: int) -> Tensor:
+        """The top model's mean state of first tokens at depth `j`."""
+        return self._training.first_top[j].mean()
+
+    def mean_square(self, k: int, weight: Tensor, bias: Tensor) -> float:
+        """E |W x + b|² of the states x at depth `k`."""
+        spread = self.spread(k)
+        return float(spread.variances(weight).sum() + (weight @ spread.mean + bias).square().sum())
+
+    def hold_first(self, k: int, fitted: AffineMap, target: Tensor, ridge: float) -> AffineMap:
+        """`fitted` with the mean state of first tokens at depth `k` taken to `target`."""
+        return holding(fitted, self.spread(k), self.first_state(k), target, ridge)

@@ -9,14 +9,13 @@ import torch
 
 from stitch.cluster import Cluster
 from stitch_server.fit.fitting import check_cut, described, passes_for
-from stitch_server.fit.frozen import next_token_losses
+from stitch_server.fit.held_out import alone_losses, applied, tail_losses
 from stitch_server.fit.ladder import BOTTOM, TOP, Ladder, Rung, parameters_of, whole_parameters
-from stitch_server.fit.leastsquares import AffineMap
 from stitch_server.fit.packing import DataSettings
 from stitch_server.fit.pairs import LoadedPair, load_pair
-from stitch_server.fit.scoring import BATCH_SEQUENCES, alone, by_file, losses
+from stitch_server.fit.scoring import by_file
 from stitch_server.fit.sums import ClosedForm, Cut
-from stitch_server.fit.workplace import Passes, Progress
+from stitch_server.fit.workplace import HELD_OUT, Passes, Progress
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,12 @@ def sweep(settings: SweepSettings, progress: Progress) -> tuple[Ladder, dict[str
     rungs = []
     for number, cut in enumerate(cuts, 1):
         ridge = closed.ridge_fit(cut)
-        stitch = closed.hold_first(cut, ridge.map, ridge.ridge)
-        values = traced_losses(loaded, cut, stitch, passes)
+        stitch = applied(closed.hold_first(cut[0], ridge.map, closed.first_target(cut[1]), ridge.ridge))
+        values = tail_losses(loaded.pair.top, passes.held_out, cut, stitch)
         name = f"{cut[0]} → {cut[1]}"
         rungs.append(Rung(name, parameters_of(loaded, cut), by_file(values, _files(passes), names)))
         progress("solve", number, len(cuts))
-    ladder = Ladder(*both_alone(loaded, passes, names), tuple(rungs))
+    ladder = Ladder(*both_alone(loaded, passes, names, settings.work), tuple(rungs))
     return ladder, described(loaded, passes, settings.data, settings.dtype)
 
 
@@ -74,23 +73,8 @@ def _files(passes: Passes) -> torch.Tensor:
     return passes.held_out.trace.files(torch.arange(passes.held_out.sequences))
 
 
-def both_alone(loaded: LoadedPair, passes: Passes, names: list[str]) -> tuple[Rung, Rung]:
+def both_alone(loaded: LoadedPair, passes: Passes, names: list[str], work: Path) -> tuple[Rung, Rung]:
     """The bottom and the top model alone on the held-out sequences."""
-    tokens = passes.held_out.trace.tokens(torch.arange(passes.held_out.sequences))
-    models = {BOTTOM: loaded.pair.bottom, TOP: loaded.pair.top}
-    rungs = [
-        Rung(name, whole_parameters(loaded)[name], by_file(losses(model, alone(model), tokens), _files(passes), names))
-        for name, model in models.items()
-    ]
-    return rungs[0], rungs[1]
-
-
-def traced_losses(loaded: LoadedPair, cut: Cut, stitch: AffineMap, passes: Passes) -> torch.Tensor:
-    """Mean cross-entropy `[sequences]` behind a stitch, from the held-out trace instead of the bottom model."""
-    trace, top, (k, j) = passes.held_out.trace, loaded.pair.top, cut
-    weight, bias, found = stitch.weight.float(), stitch.bias.float(), []
-    with torch.no_grad():
-        for rows in torch.split(torch.arange(passes.held_out.sequences), BATCH_SEQUENCES):
-            states = torch.nn.functional.linear(trace.hidden(k, rows).float(), weight, bias)
-            found.append(next_token_losses(top, top.run(states, j, top.depth), trace.tokens(rows)).mean(1))
-    return torch.cat(found).double()
+    found, parameters = alone_losses(loaded.pair, passes.held_out, work / HELD_OUT), whole_parameters(loaded)
+    bottom, top = (by_file(found[name], _files(passes), names) for name in ("bottom", "top"))
+    return Rung(BOTTOM, parameters[BOTTOM], bottom), Rung(TOP, parameters[TOP], top)

@@ -52,6 +52,10 @@ class WholeModel:
         """Hidden states `[rows, hidden]` behind the last layer to float32 `[rows, vocabulary]`, or of these tokens."""
         return self._head(rows.to(self._dtype), token_ids)
 
+    def head_rows(self) -> Tensor:
+        """The LM head with the final norm's gains multiplied in, `[vocabulary, hidden]`."""
+        return self._head.rows * self._head.norm
+
 
 @dataclass(frozen=True)
 class DenseHead:

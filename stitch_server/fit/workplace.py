@@ -15,6 +15,7 @@ from stitch_server.fit.frozen import Pair
 from stitch_server.fit.packing import Corpus, DataSettings
 from stitch_server.fit.sums import Cut
 
+HELD_OUT, TRAINING = "held-out", "training"
 Progress = Callable[[str, int, int], None]
 
 
@@ -26,20 +27,23 @@ class Passes:
     held_out: Collected
 
 
+def taken_up(cuts: tuple[Cut, ...], work: Path, will_do: Callable[[tuple[Cut, ...]], bool]) -> tuple[Cut, ...]:
+    """The cuts to go over: those of the pass that an earlier sweep or fit left, where they `will_do`, else `cuts`."""
+    found = cuts_of(work / TRAINING)
+    return found if will_do(found) else cuts
+
+
 def run_passes(
     pair: Pair, cuts: tuple[Cut, ...], corpus: Corpus, data: DataSettings, settings: str, work: Path, progress: Progress
 ) -> Passes:
     """Goes over the held-out and the training sequences, or takes up what `work` already has of it.
 
-    A folder that an earlier sweep left serves too, where it covers all of `cuts`.
     Raises InvalidRequest where the data are too few, or the folder holds something else.
     """
     held_sequences = corpus.held_out(data.held_out_tokens)
-    found = cuts_of(work / "training")
-    cuts = found if set(cuts) <= set(found) else cuts
-    held = Pass("held-out", len(held_sequences), data.sequence_tokens, cuts, settings)
-    training = Pass("training", -(-data.tokens // data.sequence_tokens), data.sequence_tokens, cuts, settings)
+    held = Pass(HELD_OUT, len(held_sequences), data.sequence_tokens, cuts, settings)
+    training = Pass(TRAINING, -(-data.tokens // data.sequence_tokens), data.sequence_tokens, cuts, settings)
     return Passes(
-        held_out=collect(pair, held, work / "held-out", held_sequences, lambda *done: progress("held-out", *done)),
-        training=collect(pair, training, work / "training", corpus.training(), lambda *done: progress("data", *done)),
+        held_out=collect(pair, held, work / HELD_OUT, held_sequences, lambda *done: progress("held-out", *done)),
+        training=collect(pair, training, work / TRAINING, corpus.training(), lambda *done: progress("data", *done)),
     )

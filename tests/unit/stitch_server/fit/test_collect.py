@@ -97,6 +97,23 @@ def test_a_finished_pass_is_not_run_again(pair: Pair, tmp_path: Path) -> None:
     assert collected(pair, tmp_path / "work", 4, stop_after=4).sequences == 4
 
 
+def test_a_finished_pass_goes_on_for_more_sequences(pair: Pair, tmp_path: Path) -> None:
+    whole = collected(pair, tmp_path / "whole", 12)
+    collected(pair, tmp_path / "grown", 8)
+    grown = collected(pair, tmp_path / "grown", 12)
+    assert (grown.fingerprint, grown.sequences) == (whole.fingerprint, 12)
+    for name, value in whole.sums.state().items():
+        assert torch.equal(grown.sums.state()[name], value)
+    for name in ("tokens", "hidden-2", "teacher-ids"):
+        assert (tmp_path / "grown" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_pass_cannot_become_shorter(pair: Pair, tmp_path: Path) -> None:
+    collected(pair, tmp_path / "work", 8)
+    with pytest.raises(InvalidRequest, match=f"tokens is {4 * SEQUENCE_TOKENS}, but work has {8 * SEQUENCE_TOKENS}"):
+        collected(pair, tmp_path / "work", 4)
+
+
 def test_data_that_end_early_make_a_shorter_pass(pair: Pair, tmp_path: Path) -> None:
     whole = Pass("training", 100, SEQUENCE_TOKENS, CUTS, "x")
     found = collect(pair, whole, tmp_path / "work", drawn_sequences(3), lambda done, of: None)

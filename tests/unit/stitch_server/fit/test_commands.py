@@ -75,6 +75,15 @@ def test_least_squares_alone_is_a_stitch_too(bench: Workbench) -> None:
     assert 2 * 32 * 49 < out.stat().st_size < 4 * 32 * 49
 
 
+def test_answers_are_another_aim(bench: Workbench) -> None:
+    states, answers = bench.fit("states.safetensors"), bench.fit("answers.safetensors", "--aim", "answers")
+    assert states.read_bytes() != answers.read_bytes()
+    assert answers.read_bytes() == bench.fit("again.safetensors", "--aim", "answers").read_bytes()
+    assert Stitch.load(answers, torch.device("cpu"), torch.float32).making["training"]["aim"] == "answers"
+    with pytest.raises(InvalidRequest, match=r"begun with other settings; remove .*distil-2-1"):
+        bench.fit("x.safetensors", "--work", bench.folder / "answers.safetensors.work")
+
+
 def contents(path: Path) -> dict[str, list[float]]:
     """Every tensor's values; the order of a file's metadata is no matter."""
     return {name: tensor.flatten().tolist() for name, tensor in load_file(path).items()}
@@ -135,6 +144,9 @@ def test_a_stitch_of_another_cut_is_not_evaluated(bench: Workbench) -> None:
         (("--learning-rate", "nan"), "learning_rate"),
         (("--teacher-share", 1.5), "teacher_share"),
         (("--batch-sequences", 0), "batch_sequences"),
+        (("--evaluations", 0), "evaluations"),
+        (("--shares", 1), "shares"),
+        (("--shares", 1, 0), "shares"),
         (("--route", "strong"), "route"),
     ],
 )

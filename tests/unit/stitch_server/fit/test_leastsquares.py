@@ -29,8 +29,8 @@ def summed(states: Tensor, targets: Tensor, parts: int = 1) -> tuple[Gram, Cross
     return gram, cross
 
 
-def solved(ridge: float) -> AffineMap:
-    gram, cross = summed(*drawn(400), parts=7)
+def solved(ridge: float, states: Tensor | None = None, targets: Tensor | None = None) -> AffineMap:
+    gram, cross = summed(*drawn(400), parts=7) if states is None or targets is None else summed(states, targets)
     spread = Spread(gram)
     mean = cross.total / gram.count
     covariance = cross.products / gram.count - torch.outer(mean, spread.mean)
@@ -54,23 +54,36 @@ def test_batches_do_not_change_the_sums() -> None:
             torch.testing.assert_close(many.state()[name], value, rtol=1e-12, atol=1e-12)
 
 
-def test_the_held_out_error_is_that_of_the_tokens() -> None:
-    gram, cross = summed(*drawn(60, noise=8.0))
-    states, targets = drawn(200, noise=8.0, seed=1)
+def test_what_is_explained_is_that_of_the_held_out_tokens() -> None:
+    seen, (states, targets) = drawn(60, noise=8.0), drawn(200, noise=8.0, seed=1)
+    gram, cross = summed(*seen)
     found = fit_ridge(Spread(gram), cross, gram, *summed(states, targets))
     left = targets - (states.double() @ found.map.weight.T + found.map.bias)
     about = targets - cross.total / gram.count
-    share = float(left.square().sum() / about.square().sum())
-    assert found.residuals[found.ridge] == pytest.approx(share, rel=1e-6)
+    units = (seen[0].double() @ solved(RIDGES[0], *seen).weight.T).var(0, correction=0)
+    share = float(((about.square() - left.square()).mean(0) / units).mean())
+    assert found.explained[found.ridge] == pytest.approx(share, rel=1e-6)
 
 
-def test_the_ridge_with_the_least_held_out_error_is_chosen() -> None:
+def test_ridge_and_choice_do_not_depend_on_the_size_of_channels() -> None:
+    larger = torch.logspace(3, -3, INPUTS), torch.logspace(-2, 2, OUTPUTS)
+    plain, scaled = [], []
+    for found, (by_input, by_output) in ((plain, (torch.ones(INPUTS), torch.ones(OUTPUTS))), (scaled, larger)):
+        seen, held = drawn(30, noise=20.0), drawn(200, noise=20.0, seed=1)
+        gram, cross = summed(seen[0] * by_input, seen[1] * by_output)
+        fitted = fit_ridge(Spread(gram), cross, gram, *summed(held[0] * by_input, held[1] * by_output))
+        found += [fitted.ridge, fitted.map.weight * by_input / by_output[:, None]]
+    assert plain[0] == scaled[0]
+    torch.testing.assert_close(plain[1], scaled[1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_ridge_that_explains_most_is_chosen() -> None:
     # Few tokens with much noise: hardly any damping would follow the noise.
     gram, cross = summed(*drawn(9, noise=60.0))
     found = fit_ridge(Spread(gram), cross, gram, *summed(*drawn(500, noise=0.0, seed=1)))
-    assert set(found.residuals) == set(RIDGES)
-    assert found.residuals[found.ridge] == min(found.residuals.values())
-    assert found.residuals[found.ridge] < found.residuals[RIDGES[0]]
+    assert set(found.explained) == set(RIDGES)
+    assert found.explained[found.ridge] == max(found.explained.values())
+    assert found.explained[found.ridge] > found.explained[RIDGES[0]]
 
 
 def test_a_channel_that_never_varies_is_no_obstacle() -> None:
@@ -87,6 +100,13 @@ def test_whitening_gives_unit_variance() -> None:
     spread = Spread(summed(states, targets)[0])
     white = (states.double() - spread.mean) @ spread.whitening(0.0).T
     torch.testing.assert_close(white.T @ white / 300, torch.eye(INPUTS, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_the_variance_of_a_map_is_that_of_its_outputs() -> None:
+    states, targets = drawn(300)
+    weight = torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    expected = (states.double() @ weight.T).var(0, correction=0)
+    torch.testing.assert_close(Spread(summed(states, targets)[0]).variances(weight), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_holding_maps_the_state_and_hardly_moves_the_others() -> None:

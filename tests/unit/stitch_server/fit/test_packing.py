@@ -65,6 +65,15 @@ def test_files_take_turns_until_they_are_exhausted(tmp_path: Path) -> None:
     assert set(files[2 * files.count(0) :]) == {1}
 
 
+def test_files_give_their_shares(tmp_path: Path) -> None:
+    data = corpus(tmp_path, 90, 90, 20)
+    shared = Corpus(data.files, data.encoder, data.sequence_tokens, 20, shares=(3, 1, 1))
+    files = [sequence.file for sequence in shared.training()]
+    assert files[:10] == [0, 0, 0, 1, 2, 0, 0, 0, 1, 2]
+    assert sorted(shared.training(), key=str) == sorted(data.training(), key=str)
+    assert shared.held_out(96) == data.held_out(96)
+
+
 def test_held_out_documents_are_never_trained_on(tmp_path: Path) -> None:
     data = corpus(tmp_path, 200, sequence_tokens=1)
     trained = "".join(chr(sequence.token_ids[0]) for sequence in data.training()).split("\0")
@@ -105,9 +114,11 @@ def test_too_little_held_out_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_description_names_what_decides_the_numbers() -> None:
-    def described(seed: int = 0, dtype: str = "float32", name: str = "a.txt") -> str:
-        return DataSettings((Path("folder") / name,), 100, 10, seed=seed).described(("r1", "r2"), dtype)
+    def described(seed: int = 0, dtype: str = "float32", name: str = "a.txt", shares: tuple[int, ...] = ()) -> str:
+        data = DataSettings((Path("folder") / name,), 100, 10, seed=seed, shares=shares)
+        return data.described(("r1", "r2"), dtype)
 
     assert described() == described()
     assert len({described(), described(seed=1), described(dtype="bfloat16"), described(name="b.txt")}) == 4
+    assert described(shares=(2,)) != described()
     assert "folder" not in described()
