@@ -7,17 +7,13 @@ agreement   the same of the strongest route's answer, where a row has neither
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
-Measure: TypeAlias = Literal["gold", "reference", "agreement"]
+from stitch.routing.gold import states
 
-_WORD = re.compile(r"\w+")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-# GSM8K's gold answers are a derivation, then this and the number.
-_GOLD_MARK = "####"
+Measure: TypeAlias = Literal["gold", "reference", "agreement"]
 
 
 class Routes(Protocol):
@@ -53,21 +49,3 @@ async def grade(row: Mapping[str, Any], names: Sequence[str], routes: Routes) ->
 
 async def _likelihoods(prompt: str, names: Sequence[str], routes: Routes, answer: str) -> dict[str, float]:
     return {name: await routes.likelihood(prompt, name, answer) for name in names}
-
-
-def states(answer: str, gold: str) -> bool:
-    """Whether an answer's last number is the gold number, or its first or last words are the gold words."""
-    wanted = gold.rpartition(_GOLD_MARK)[2].strip()
-    if _NUMBER.fullmatch(wanted):
-        numbers = _NUMBER.findall(answer)
-        return bool(numbers) and _number(numbers[-1]) == _number(wanted)
-    words, given = _words(wanted), _words(answer)
-    return bool(words) and words in (given[: len(words)], given[-len(words) :])
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
-
-
-def _number(text: str) -> float:
-    return float(text.replace(",", ""))

@@ -39,7 +39,7 @@ class KVStore:
     def __init__(
         self, first: int, end: int, blocks: int, kv_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.first = first
+        self.first, self.end = first, end
         # A token's keys and values side by side, so that one gather fetches both. Not filled: a processor's memory is
         # taken page by page, when a block is first written, and never read before.
         shape = (end - first, blocks * BLOCK_TOKENS, 2 * kv_heads, head_dim)

@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--held-out-percent", metavar="P", type=int, default=10,
         help="of documents to judge on; 10 are those that no fit has seen, 100 is for files that no fit was given",
     )  # fmt: skip
+    parser.add_argument("--gold", metavar="FILE", type=Path, help="questions to ask; each has its `answer`")
+    parser.add_argument("--gold-rows", metavar="N", type=int, default=100, help="of --gold; default: 100")
+    parser.add_argument("--gold-tokens", metavar="N", type=int, default=256, help="of an answer; default: 256")
     parser.add_argument("--out", metavar="FILE", type=Path, help="a .json file; the plot lies beside it")
 
 
@@ -27,13 +30,22 @@ def run(parsed: argparse.Namespace) -> None:
     """Prints the table; writes FILE and FILE's name with .png. Raises whatever `evaluating.evaluate` raises."""
     if not 1 <= parsed.held_out_percent <= 100:
         raise InvalidRequest("held_out_percent", parsed.held_out_percent, "it must be 1 to 100")
+    for field in ("gold_rows", "gold_tokens"):
+        if getattr(parsed, field) < 1:
+            raise InvalidRequest(field, getattr(parsed, field), "it must be at least 1")
 
     from stitch.cluster import load_cluster
     from stitch_server.fit.evaluating import EvaluationSettings, evaluate
     from stitch_server.fit.report import write_json
 
     settings = EvaluationSettings(
-        load_cluster(parsed.cluster), data_settings(parsed), parsed.dtype, parsed.held_out_percent
+        load_cluster(parsed.cluster),
+        data_settings(parsed),
+        parsed.dtype,
+        parsed.held_out_percent,
+        parsed.gold,
+        parsed.gold_rows,
+        parsed.gold_tokens,
     )
     use_threads(parsed)
     with ProgressLine() as progress:

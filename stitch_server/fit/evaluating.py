@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from stitch.cluster import Cluster, RouteCut
+from stitch_server.fit.exam import Exam, read_questions
 from stitch_server.fit.fitting import check_cut
-from stitch_server.fit.frozen import FrozenModel
 from stitch_server.fit.ladder import BOTTOM, TOP, Ladder, Rung, parameters_of, whole_parameters
 from stitch_server.fit.leastsquares import AffineMap
 from stitch_server.fit.packing import Corpus, DataSettings
@@ -29,18 +31,24 @@ class EvaluationSettings:
     data: DataSettings
     dtype: str
     held_out_percent: int = 10
+    # Questions with a gold `answer`, how many of them, and how long an answer may be; None: nothing is asked.
+    gold: Path | None = None
+    gold_rows: int = 100
+    gold_tokens: int = 256
 
 
 def evaluate(settings: EvaluationSettings, progress: Progress) -> Ladder:
-    """Cross-entropy and agreement with the bottom's greedy tokens for both models and every route.
+    """Cross-entropy, agreement with the bottom's greedy tokens, and right answers, of both models and every route.
 
-    Raises Incompatible where a route's stitch was made for other models, another cut or another tokenizer.
+    Raises InvalidRequest for data or questions that can't be read, and Incompatible where a route's stitch was made for
+    other models, another cut or another tokenizer.
     """
+    questions = read_questions(settings.gold, settings.gold_rows) if settings.gold is not None else []
     loaded = load_pair(settings.cluster, getattr(torch, settings.dtype))
-    systems = {BOTTOM: (loaded.pair.bottom, alone(loaded.pair.bottom)), TOP: (loaded.pair.top, alone(loaded.pair.top))}
+    systems = {BOTTOM: alone(loaded.pair.bottom), TOP: alone(loaded.pair.top)}
     costs = whole_parameters(loaded)
     for route in settings.cluster.routes:
-        systems[route.name] = (loaded.pair.top, system_of(loaded, settings.cluster, route))
+        systems[route.name] = system_of(loaded, settings.cluster, route)
         cut = route.bottom_layers, route.top_from
         costs[route.name] = parameters_of(loaded, cut, route.stitch is not None)
     corpus = Corpus(settings.data.files, loaded.encoder, settings.data.sequence_tokens, settings.held_out_percent)
@@ -48,11 +56,13 @@ def evaluate(settings: EvaluationSettings, progress: Progress) -> Ladder:
     tokens = torch.tensor([sequence.token_ids for sequence in held])
     files = torch.tensor([sequence.file for sequence in held])
     names = [path.name for path in settings.data.files]
-    reference = greedy_tokens(*systems[BOTTOM], tokens)
+    reference = greedy_tokens(systems[BOTTOM], tokens)
+    exam = Exam(loaded.encoder, questions, loaded.pair.vocabulary, settings.gold_tokens)
     rungs = []
-    for number, (name, (head, system)) in enumerate(systems.items(), 1):
-        values, agreement = measured(head, system, tokens, reference)
-        rungs.append(Rung(name, costs[name], by_file(values, files, names), bootstrapped(agreement)))
+    for number, (name, system) in enumerate(systems.items(), 1):
+        values, agreement = measured(system, tokens, reference)
+        right = exam.grade(system, partial(progress, f"answer, {name}"))
+        rungs.append(Rung(name, costs[name], by_file(values, files, names), bootstrapped(agreement), right))
         progress("evaluate", number, len(systems))
     return Ladder(rungs[0], rungs[1], tuple(rungs[2:]))
 
@@ -71,7 +81,7 @@ def system_of(loaded: LoadedPair, cluster: Cluster, route: RouteCut) -> System:
     return stitched(loaded.pair, cut, AffineMap(stitch.weight, stitch.bias))
 
 
-def measured(head: FrozenModel, system: System, tokens: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+def measured(system: System, tokens: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Per sequence: mean cross-entropy, and the share of tokens where the greedy choice is the reference's."""
-    agreement = (greedy_tokens(head, system, tokens) == reference).double().mean(1)
-    return losses(head, system, tokens), agreement
+    agreement = (greedy_tokens(system, tokens) == reference).double().mean(1)
+    return losses(system, tokens), agreement

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from stitch_server.cache.store import KVStore, Span
 from stitch_server.fit.trace import TEACHER_TOKENS, Teacher
 
 # Rows of logits in memory at a time; with a vocabulary of 152 k and in float32 one has 0.6 MB.
@@ -31,6 +32,12 @@ class FrozenModel(Protocol):
 
     def run(self, hidden: Tensor, first: int, end: int) -> Tensor:
         """Hidden states `[sequences, tokens, hidden]` through layers [first, end)."""
+
+    def new_store(self, first: int, end: int, blocks: int) -> KVStore:
+        """Room for the keys and values of layers [first, end)."""
+
+    def extend(self, rows: Tensor, spans: Sequence[Span], store: KVStore) -> Tensor:
+        """Hidden states `[rows, hidden]` of sequences that extend their `spans`, through the layers of `store`."""
 
     def logits(self, rows: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Hidden states `[rows, hidden]` behind the last layer to float32 `[rows, vocabulary]`, or of these tokens."""

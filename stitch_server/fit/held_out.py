@@ -58,4 +58,4 @@ def _of_bottom(model: FrozenModel, held: Collected) -> Tensor:
 
 
 def _whole(model: FrozenModel, held: Collected) -> Tensor:
-    return losses(model, alone(model), held.trace.tokens(torch.arange(held.sequences)))
+    return losses(alone(model), held.trace.tokens(torch.arange(held.sequences)))

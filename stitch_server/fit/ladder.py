@@ -28,6 +28,8 @@ class Rung:
     losses: dict[str, Interval]
     # Share of tokens at which its likeliest next token is the bottom model's; not measured by a sweep.
     agreement: Interval | None = None
+    # Share of questions answered as their gold answer says, where any were asked.
+    exact_match: Interval | None = None
 
 
 def parameters_of(loaded: LoadedPair, cut: Cut, has_stitch: bool = True) -> int:
@@ -69,11 +71,12 @@ class Ladder:
     def lines(self) -> list[str]:
         """The rows as a table for people."""
         files = list(self.bottom.losses)
-        lines = [f"{'system':16s} {'parameters':>12s} {'under line':>11s} {'agreement':>10s}  " + "  ".join(files)]
+        shares = f"{'agreement':>18s} {'exact match':>18s}"
+        lines = [f"{'system':16s} {'parameters':>12s} {'under line':>11s} {shares}  " + "  ".join(files)]
         for row in self.rows():
             means = "  ".join(f"{row['losses'][file]['mean']:{max(5, len(file))}.3f}" for file in files)
-            agreement = f"{row['agreement']['mean']:.3f}" if row["agreement"] else "-"
-            lines.append(f"{row['name']:16s} {row['parameters']:12,d} {row['gain']:11.3f} {agreement:>10s}  {means}")
+            shares = f"{_shown(row['agreement']):>18s} {_shown(row['exact_match']):>18s}"
+            lines.append(f"{row['name']:16s} {row['parameters']:12,d} {row['gain']:11.3f} {shares}  {means}")
         return lines
 
     def plot(self, path: Path) -> None:
@@ -95,3 +98,7 @@ class Ladder:
         axes.set_ylabel("held-out cross-entropy, nats per token")
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
+
+
+def _shown(share: dict[str, float] | None) -> str:
+    return f"{share['mean']:.3f} [{share['low']:.2f}, {share['high']:.2f}]" if share else "-"

@@ -12,8 +12,6 @@ from stitch_server.fit.frozen import LOGIT_ROWS, FrozenModel, Pair, next_token_l
 from stitch_server.fit.leastsquares import AffineMap
 from stitch_server.fit.sums import Cut
 
-# A system takes tokens [sequences, tokens] to the states behind the last layer of the model that has its head.
-System = Callable[[Tensor], Tensor]
 BATCH_SEQUENCES = 4
 RESAMPLES = 1000
 
@@ -27,40 +25,68 @@ class Interval:
     high: float
 
 
+@dataclass(frozen=True)
+class Leg:
+    """Layers [first, end) of one model."""
+
+    model: FrozenModel
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
+class System:
+    """What text passes: one leg after the other, and the head of the last one's model."""
+
+    legs: tuple[Leg, ...]
+    # Between two legs, on every token.
+    between: Callable[[Tensor], Tensor] = lambda states: states
+
+    @property
+    def head(self) -> FrozenModel:
+        """The model whose head answers."""
+        return self.legs[-1].model
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """`[sequences, tokens]` to the states behind the last layer, `[sequences, tokens, hidden]`."""
+        hidden = self.legs[0].model.embed(tokens)
+        for index, leg in enumerate(self.legs):
+            hidden = leg.model.run(self.between(hidden) if index else hidden, leg.first, leg.end)
+        return hidden
+
+
 def alone(model: FrozenModel) -> System:
     """A model by itself."""
-    return lambda tokens: model.run(model.embed(tokens), 0, model.depth)
+    return System((Leg(model, 0, model.depth),))
 
 
 def stitched(pair: Pair, cut: Cut, stitch: AffineMap) -> System:
     """The bottom's layers [0, k), an affine map on every token, the first one too, the top's layers [j, …)."""
     weight, bias, (k, j) = stitch.weight.float(), stitch.bias.float(), cut
-
-    def run(tokens: Tensor) -> Tensor:
-        states = pair.bottom.run(pair.bottom.embed(tokens), 0, k).float()
-        return pair.top.run(torch.nn.functional.linear(states, weight, bias), j, pair.top.depth)
-
-    return run
+    legs = Leg(pair.bottom, 0, k), Leg(pair.top, j, pair.top.depth)
+    return System(legs, lambda states: torch.nn.functional.linear(states.float(), weight, bias))
 
 
 def left_out(model: FrozenModel, cut: Cut) -> System:
     """One model with its layers [k, j) left out: what a stitch inside it must beat."""
-    k, j = cut
-    return lambda tokens: model.run(model.run(model.embed(tokens), 0, k), j, model.depth)
+    return System((Leg(model, 0, cut[0]), Leg(model, cut[1], model.depth)))
 
 
-def losses(head: FrozenModel, system: System, tokens: Tensor) -> Tensor:
+def losses(system: System, tokens: Tensor) -> Tensor:
     """Mean cross-entropy `[sequences]` in nats a token over held-out `tokens` `[sequences, tokens]`."""
     with torch.no_grad():
-        parts = [next_token_losses(head, system(part), part).mean(1) for part in torch.split(tokens, BATCH_SEQUENCES)]
+        parts = [
+            next_token_losses(system.head, system.states(part), part).mean(1)
+            for part in torch.split(tokens, BATCH_SEQUENCES)
+        ]
     return torch.cat(parts).double()
 
 
-def greedy_tokens(head: FrozenModel, system: System, tokens: Tensor) -> Tensor:
+def greedy_tokens(system: System, tokens: Tensor) -> Tensor:
     """The likeliest next token after every token, `[sequences, tokens]`."""
     with torch.no_grad():
-        rows = torch.cat([system(part) for part in torch.split(tokens, BATCH_SEQUENCES)]).flatten(0, 1)
-        chosen = [head.logits(part).argmax(1) for part in torch.split(rows, LOGIT_ROWS)]
+        rows = torch.cat([system.states(part) for part in torch.split(tokens, BATCH_SEQUENCES)]).flatten(0, 1)
+        chosen = [system.head.logits(part).argmax(1) for part in torch.split(rows, LOGIT_ROWS)]
     return torch.cat(chosen).view(tokens.shape)
 
 

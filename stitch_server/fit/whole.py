@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stitch_server.cache.store import KVStore, Span
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import read_config
 from stitch_server.model.embedding import EMBEDDING, Embedding
@@ -20,6 +22,7 @@ class WholeModel:
 
     def __init__(self, embedding: Embedding, layers: DecoderLayers, head: DenseHead, dtype: torch.dtype) -> None:
         self._embedding, self._layers, self._head, self._dtype = embedding, layers, head, dtype
+        self._device = head.rows.device
 
     @classmethod
     def load(cls, folder: Path, layers: int, device: torch.device, dtype: torch.dtype) -> WholeModel:
@@ -47,6 +50,17 @@ class WholeModel:
         rotary = self._layers.rotary(torch.arange(length, device=hidden.device).repeat(sequences))
         packed = hidden.to(self._dtype).flatten(0, 1)
         return self._layers.run(packed, rotary, CausalSequences(sequences), first, end).view(sequences, length, -1)
+
+    def new_store(self, first: int, end: int, blocks: int) -> KVStore:
+        """Room for the keys and values of layers [first, end)."""
+        layers = self._layers
+        return KVStore(first, end, blocks, layers.kv_heads, layers.head_dim, self._device, self._dtype)
+
+    def extend(self, rows: Tensor, spans: Sequence[Span], store: KVStore) -> Tensor:
+        """Hidden states `[rows, hidden]` of sequences that extend their `spans`, through the layers of `store`."""
+        positions = torch.cat([torch.arange(span.position, span.end, device=rows.device) for span in spans])
+        rotary = self._layers.rotary(positions)
+        return self._layers.run(rows.to(self._dtype), rotary, store.attention(spans), store.first, store.end)
 
     def logits(self, rows: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Hidden states `[rows, hidden]` behind the last layer to float32 `[rows, vocabulary]`, or of these tokens."""

@@ -126,6 +126,19 @@ def test_an_evaluation_measures_every_route(bench: Workbench) -> None:
     assert 0 <= systems["weak"]["agreement"]["mean"] < 1
 
 
+def test_gold_answers_are_asked_for(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.fit("weak.safetensors", "--epochs", 0)
+    gold, out = bench.folder / "gold.jsonl", bench.folder / "quality.json"
+    rows = [{"question": "What is it?", "answer": answer} for answer in ("no such words", "so #### 12345", "nor these")]
+    gold.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ("--gold", gold, "--gold-rows", 2, "--gold-tokens", 4, "--out", out)
+    called(evaluate_command, bench.cluster, "--data", *bench.data, "--sequence-tokens", 32, *asked)
+    assert [row["exact_match"]["mean"] for row in json.loads(out.read_text())["systems"]] == [0.0, 0.0, 0.0]
+    gold.write_text('{"question": "What is it?"}\n')
+    with pytest.raises(InvalidRequest, match=r"gold is 'gold\.jsonl:1', but it needs an `answer`"):
+        called(evaluate_command, bench.cluster, "--data", *bench.data, *asked)
+
+
 def test_a_stitch_of_another_cut_is_not_evaluated(bench: Workbench) -> None:
     bench.fit("weak.safetensors", "--epochs", 0)
     bench.cluster.write_text(bench.cluster.read_text().replace("bottom_layers = 2", "bottom_layers = 1"))

@@ -46,7 +46,7 @@ def test_the_table_has_a_line_for_every_system() -> None:
     lines = LADDER.lines()
     assert len(lines) == 5
     assert lines[2].split()[:6] == ["8", "→", "7", "600", "-0.100", "-"]
-    assert lines[1].split()[-2:] == ["0.500", "2.000"]
+    assert lines[1].split()[-5:] == ["0.500", "[0.50,", "0.50]", "-", "2.000"]
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ def tokens() -> Tensor:
 def test_the_loss_is_the_cross_entropy_of_each_sequence(pair: Pair) -> None:
     model, given = pair.bottom, tokens()
     with torch.no_grad():
-        logits = model.logits(alone(model)(given).flatten(0, 1)).view(6, SEQUENCE_TOKENS, -1)
+        logits = model.logits(alone(model).states(given).flatten(0, 1)).view(6, SEQUENCE_TOKENS, -1)
     expected = torch.stack([F.cross_entropy(row[:-1], ids[1:]) for row, ids in zip(logits, given, strict=True)])
-    torch.testing.assert_close(losses(model, alone(model), given), expected.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses(alone(model), given), expected.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_an_identity_stitch_changes_nothing(pair: Pair) -> None:
@@ -37,7 +37,7 @@ def test_an_identity_stitch_changes_nothing(pair: Pair) -> None:
     width = pair.top.hidden_size
     identity = AffineMap(torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
     through, whole = stitched(same, (1, 1), identity), alone(pair.top)
-    torch.testing.assert_close(through(tokens()), whole(tokens()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(through.states(tokens()), whole.states(tokens()), rtol=1e-5, atol=1e-5)
 
 
 def test_a_stitch_is_applied_to_every_token(pair: Pair) -> None:
@@ -45,20 +45,20 @@ def test_a_stitch_is_applied_to_every_token(pair: Pair) -> None:
     stitch = AffineMap(torch.randn(32, 48, generator=draw).double(), torch.randn(32, generator=draw).double())
     states = pair.bottom.run(pair.bottom.embed(tokens()), 0, 2)
     expected = pair.top.run(states @ stitch.weight.float().T + stitch.bias.float(), 1, 2)
-    torch.testing.assert_close(stitched(pair, (2, 1), stitch)(tokens()), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stitched(pair, (2, 1), stitch).states(tokens()), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_leaving_no_layer_out_is_the_whole(pair: Pair) -> None:
     model = pair.bottom
-    torch.testing.assert_close(left_out(model, (2, 2))(tokens()), alone(model)(tokens()))
-    assert not torch.equal(left_out(model, (1, 2))(tokens()), alone(model)(tokens()))
+    torch.testing.assert_close(left_out(model, (2, 2)).states(tokens()), alone(model).states(tokens()))
+    assert not torch.equal(left_out(model, (1, 2)).states(tokens()), alone(model).states(tokens()))
 
 
 def test_greedy_tokens_are_the_likeliest(pair: Pair) -> None:
     model = pair.bottom
     with torch.no_grad():
-        expected = model.logits(alone(model)(tokens()).flatten(0, 1)).argmax(1).view(6, -1)
-    assert torch.equal(greedy_tokens(model, alone(model), tokens()), expected)
+        expected = model.logits(alone(model).states(tokens()).flatten(0, 1)).argmax(1).view(6, -1)
+    assert torch.equal(greedy_tokens(alone(model), tokens()), expected)
 
 
 def test_an_interval_covers_the_mean_and_shrinks_with_more_sequences() -> None:
