@@ -75,6 +75,9 @@ def _add_plan(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     purpose = "print what each shard of a cluster takes: weights, KV, link"
     planning = verbs.add_parser("plan", help=purpose, description=purpose)
     planning.add_argument("cluster", metavar="CLUSTER", help="a cluster file, or the name of a preset")
+    planning.add_argument(
+        "--memory-gb", metavar="GB", type=float, help="what each shard's device has; default: what is free here now"
+    )
     planning.set_defaults(call=_plan)
 
 
@@ -116,12 +119,22 @@ def _import(parsed: argparse.Namespace) -> None:
 
 
 def _plan(parsed: argparse.Namespace) -> None:
+    import torch
+
     from stitch.cluster import load_cluster
+    from stitch.errors import InvalidRequest
     from stitch_server.devices import pick_device
     from stitch_server.plan import plan, table
 
     cluster = load_cluster(parsed.cluster)
-    print(table(plan(cluster, pick_device(cluster.compute.device))))
+    if parsed.memory_gb is None:
+        print(table(plan(cluster, pick_device(cluster.compute.device))))
+    elif parsed.memory_gb <= 0:
+        raise InvalidRequest("memory_gb", parsed.memory_gb, "it must be over 0")
+    else:
+        wanted = cluster.compute.device
+        device = pick_device(wanted) if wanted == "auto" else torch.device(wanted)
+        print(table(plan(cluster, device, int(parsed.memory_gb * 1e9))))
 
 
 if __name__ == "__main__":

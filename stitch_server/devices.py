@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from stitch.errors import InvalidRequest
+
 
 def pick_device(wanted: str) -> torch.device:
-    """`auto` is the first GPU where there is one, else the processor."""
+    """`auto` is the first GPU where there is one, else the processor.
+
+    Raises InvalidRequest for a GPU that isn't there.
+    """
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(wanted)
+    device = torch.device(wanted)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequest("compute.device", wanted, "this machine has no GPU that torch can use")
+    return device

@@ -35,9 +35,9 @@ class ShardPlan:
         return self.kv_tokens // SESSION_TOKENS
 
 
-def plan(cluster: Cluster, device: torch.device) -> list[ShardPlan]:
-    """One plan a shard; memory is what is free on this machine's `device` now, less the shard's weights."""
-    return [_plan_of(cluster, place, device) for place in cluster.shards]
+def plan(cluster: Cluster, device: torch.device, memory_bytes: int | None = None) -> list[ShardPlan]:
+    """One plan a shard, for `memory_bytes` on each device; None: what is free on this machine's `device` now."""
+    return [_plan_of(cluster, place, device, memory_bytes) for place in cluster.shards]
 
 
 def table(plans: list[ShardPlan]) -> str:
@@ -54,7 +54,7 @@ def table(plans: list[ShardPlan]) -> str:
     return "\n".join([head, *rows, f"sessions: of {SESSION_TOKENS:,} tokens each, all at once"])
 
 
-def _plan_of(cluster: Cluster, place: ShardPlace, device: torch.device) -> ShardPlan:
+def _plan_of(cluster: Cluster, place: ShardPlace, device: torch.device, memory_bytes: int | None) -> ShardPlan:
     source = cluster.models.bottom if place.role == "bottom" else cluster.models.top
     folder = resolve(cluster.model_source(place.role), cache_folder())
     model, count = ModelDescription.read(folder, source.id), ParameterCount.read(folder)
@@ -67,6 +67,6 @@ def _plan_of(cluster: Cluster, place: ShardPlace, device: torch.device) -> Shard
     weights = multiplied * (1 if cluster.compute.quantization == "int8" else dtype.itemsize)
     # The embedding's rows are looked up, not multiplied by.
     weights += count.head * dtype.itemsize if ends else 0
-    tokens = kv_tokens(cluster.compute.kv_tokens, token_bytes, model.context_length, device, weights)
+    tokens = kv_tokens(cluster.compute.kv_tokens, token_bytes, model.context_length, device, weights, memory_bytes)
     link = 0 if last else bytes_per_token(model.hidden_size, cluster.compute.wire_dtype)
     return ShardPlan(place.name, f"{place.role} {first} to {end - 1}", weights, token_bytes, tokens, link)

@@ -21,9 +21,14 @@ def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: torch.d
 
 
 def kv_tokens(
-    configured: int, bytes_per_token: int, context_length: int, device: torch.device, weight_bytes: int = 0
+    configured: int,
+    bytes_per_token: int,
+    context_length: int,
+    device: torch.device,
+    weight_bytes: int = 0,
+    memory_bytes: int | None = None,
 ) -> int:
-    """Tokens for which a shard keeps KV: as configured, or planned from the memory that is free now.
+    """Tokens for which a shard keeps KV: as configured, or planned from `memory_bytes`; None: what is free now.
 
     `weight_bytes`: weights that are still to be loaded. Always a whole number of blocks, and at least one.
     """
@@ -31,7 +36,8 @@ def kv_tokens(
         tokens = configured
     else:
         share = GPU_SHARE if device.type == "cuda" else PROCESSOR_SHARE
-        room = max(0, free_bytes(device) - weight_bytes)
+        free = free_bytes(device) if memory_bytes is None else memory_bytes
+        room = max(0, free - weight_bytes)
         tokens = min(int(room * share) // bytes_per_token, MOST_CONTEXTS * context_length)
     return max(1, tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 

@@ -66,3 +66,10 @@ def test_the_table_has_a_line_for_each_shard(tmp_path: Path) -> None:
     assert [row.split()[0] for row in rows] == ["bottom-0", "bottom-1", "top-0"]
     assert all("4,096" in row for row in rows)
     assert "1,024 tokens" in foot
+
+
+def test_a_plan_for_other_machines_needs_none_of_their_devices(tmp_path: Path) -> None:
+    cluster, cuda = tiny(tmp_path, kv_tokens=0), torch.device("cuda")
+    less, more = (plan(cluster, cuda, memory)[0] for memory in (10_000_000, 20_000_000))
+    assert less.kv_tokens * less.kv_bytes_per_token <= 0.9 * (10_000_000 - less.weight_bytes)
+    assert 0 < less.kv_tokens < more.kv_tokens
