@@ -144,7 +144,8 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
         generated = details["ErrorInfo"].metadata.get("generated_tokens", "0") if "ErrorInfo" in details else "0"
         return Unavailable(message, int(generated))
     if code is grpc.StatusCode.FAILED_PRECONDITION:
-        return Incompatible(message)
+        reason = details["ErrorInfo"].reason if "ErrorInfo" in details else ""
+        return OutOfStep(message) if reason == OutOfStep.__name__ else Incompatible(message)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Expired(message)
     if code is grpc.StatusCode.OUT_OF_RANGE:

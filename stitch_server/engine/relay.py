@@ -13,7 +13,7 @@ from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from stitch.errors import StitchError
+from stitch.errors import Incompatible, OutOfStep, StitchError
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
 from stitch_server.cache.pool import BlockPool
@@ -174,8 +174,9 @@ class Relay:
         _reply_where_done(_answers_of(parts))
 
     def lost(self, address: str, error: StitchError) -> None:
+        refused = isinstance(error, Incompatible | OutOfStep)
+        cause = shard_pb2.FAILURE_CAUSE_PRECONDITION if refused else shard_pb2.FAILURE_CAUSE_UNAVAILABLE
         for step, segments in [] if self._forwarding is None else self._forwarding.lost(address):
-            cause = shard_pb2.FAILURE_CAUSE_UNAVAILABLE
             failures = (Failure(one.sequence.number, one.sequence.epoch, cause, str(error)) for one in segments)
             self.replied(Reply(step, failures=tuple(failures)))
         # Those that have no step under way hear of it with their next one.

@@ -12,7 +12,7 @@ from functools import partial
 import grpc
 
 from stitch.channels import open_channel
-from stitch.errors import Incompatible, StitchError, Unavailable, from_rpc_error
+from stitch.errors import Incompatible, OutOfStep, StitchError, Unavailable, from_rpc_error
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.engine.engine import Engine
 from stitch_server.engine.forwarding import Front, OutgoingStep
@@ -148,6 +148,6 @@ class _Link:
 
     def _as_loss(self, error: grpc.aio.AioRpcError) -> StitchError:
         known = from_rpc_error(error)
-        if isinstance(known, Incompatible):
+        if isinstance(known, Incompatible | OutOfStep):
             return known
         return Unavailable(f"{self._address} is gone: {error.details()}")

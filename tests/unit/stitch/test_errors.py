@@ -86,7 +86,8 @@ async def test_what_an_error_carries_comes_along() -> None:
 async def test_a_frame_out_of_step_is_a_failed_precondition() -> None:
     failure = await received(OutOfStep("position 7 is not 5"))
     assert failure.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert str(from_rpc_error(failure)) == "position 7 is not 5"
+    translated = from_rpc_error(failure)
+    assert (type(translated), str(translated)) == (OutOfStep, "position 7 is not 5")
 
 
 async def test_what_was_not_meant_to_fail_is_not_translated() -> None:

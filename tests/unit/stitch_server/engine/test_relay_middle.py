@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stitch.errors import Unavailable
+from stitch.errors import Incompatible, Unavailable
 from stitch.v1 import shard_pb2
 from stitch_server.engine.batch import StepOutput, Token
 from stitch_server.engine.forwarding import Failure, Reply
@@ -163,6 +163,13 @@ class TestMiddle:
         assert causes(bench.up.last) == [(5, "UNAVAILABLE")]
         assert bench.up.last.failures[0].message == "a:1 is gone"
         assert [number for number, _, _ in bench.up.last.tokens] == [6]
+
+    def test_a_shard_that_refuses_the_link_is_no_shard_that_is_gone(self, bench: Bench) -> None:
+        bench.receive(self.middle(5))
+        bench.compute()
+        bench.relay.lost("end:1", Incompatible("another tokenizer"))
+        assert causes(bench.up.last) == [(5, "PRECONDITION")]
+        assert bench.up.last.failures[0].message == "another tokenizer"
 
     def test_a_lost_shard_fails_what_comes_next_of_the_others(self, bench: Bench) -> None:
         bench.receive(self.middle(5))

@@ -1,0 +1,63 @@
+"""Draws the ladder of a pair out of the reports of its fits: loss against parameters read per token. Measures nothing.
+
+    python benchmarks/quality/ladder.py CLUSTER REPORT.json... --out ladder.json
+
+Every report has both models alone and its stitch on the same held-out sequences; reports of other ones are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from stitch.cluster import load_cluster
+from stitch.environment import cache_folder
+from stitch_server.fit.ladder import BOTTOM, TOP, Ladder, Rung
+from stitch_server.fit.report import write_json
+from stitch_server.fit.scoring import Interval
+from stitch_server.model.counting import ParameterCount
+from stitch_server.model.description import ModelDescription
+from stitch_server.sources.resolve import resolve
+
+
+def ladder_of(cluster_name: str, reports: list[dict[str, Any]]) -> Ladder:
+    """Rungs by the reports' cuts, costs by the models' files. Raises SystemExit where reports don't fit together."""
+    cluster = load_cluster(cluster_name)
+    folders = [resolve(cluster.model_source(role), cache_folder()) for role in ("bottom", "top")]
+    bottom, top = (ParameterCount.read(folder) for folder in folders)
+    widths = [ModelDescription.read(folder, folder.name).hidden_size for folder in folders]
+    first = reports[0]["losses"]
+    rungs = []
+    for report in reports:
+        if (report["losses"]["bottom"], report["losses"]["top"]) != (first["bottom"], first["top"]):
+            raise SystemExit("the reports are of other models or held-out sequences")
+        k, j = report["cut"]["bottom_layers"], report["cut"]["top_from"]
+        read = bottom.between(0, k) + widths[1] * (widths[0] + 1) + top.between(j, len(top.layers)) + top.head
+        rungs.append(Rung(f"{k} → {j}", read, _intervals(report["losses"]["stitched"])))
+    ends = [
+        Rung(name, count.between(0, len(count.layers)) + count.head, _intervals(first[role]))
+        for name, count, role in ((BOTTOM, bottom, "bottom"), (TOP, top, "top"))
+    ]
+    return Ladder(ends[0], ends[1], tuple(rungs))
+
+
+def _intervals(losses: dict[str, dict[str, float]]) -> dict[str, Interval]:
+    return {name: Interval(**one) for name, one in losses.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cluster", metavar="CLUSTER")
+    parser.add_argument("reports", metavar="REPORT.json", nargs="+", type=Path)
+    parser.add_argument("--out", metavar="FILE.json", type=Path, required=True, help="the plot lies beside it")
+    parsed = parser.parse_args()
+    ladder = ladder_of(parsed.cluster, [json.loads(path.read_text()) for path in parsed.reports])
+    print("\n".join(ladder.lines()))
+    write_json(parsed.out, {"systems": ladder.rows()})
+    ladder.plot(parsed.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
