@@ -1,0 +1,40 @@
+"""Reports of fits become one ladder, if they are of the same text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.quality import ladder
+from stitch_server.fit.ladder import BOTTOM, TOP
+from tests.support.tiny_fit import write_cluster
+
+
+def report(k: int, j: int, stitched: float, top: float = 2.0) -> dict[str, Any]:
+    losses = {"bottom": 1.0, "top": top, "stitched": stitched}
+    return {
+        "cut": {"bottom_layers": k, "top_from": j},
+        "losses": {name: {"all": {"mean": one, "low": one, "high": one}} for name, one in losses.items()},
+    }
+
+
+def test_a_rung_for_every_report(tmp_path: Path) -> None:
+    found = ladder.ladder_of(str(write_cluster(tmp_path)), [report(2, 1, 1.5), report(1, 1, 1.75)])
+    assert [rung.name for rung in found.rungs] == ["2 → 1", "1 → 1"]
+    assert [rung.losses["all"].mean for rung in (found.bottom, found.top, *found.rungs)] == [1.0, 2.0, 1.5, 1.75]
+    assert found.rungs[0].parameters > found.rungs[1].parameters
+    with pytest.raises(SystemExit, match="other models or held-out sequences"):
+        ladder.ladder_of(str(tmp_path / "cluster.toml"), [report(2, 1, 1.5), report(1, 1, 1.5, top=2.5)])
+
+
+def test_a_table_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, out = tmp_path / "one.json", tmp_path / "ladder.json"
+    file.write_text(json.dumps(report(2, 1, 1.5)))
+    monkeypatch.setattr(sys, "argv", ["ladder.py", str(write_cluster(tmp_path)), str(file), "--out", str(out)])
+    ladder.main()
+    assert {row["name"] for row in json.loads(out.read_text())["systems"]} == {BOTTOM, TOP, "2 → 1"}
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
