@@ -85,8 +85,12 @@ class _Partial:
     scales: list[bytes] = field(default_factory=list)
 
 
+# Steps of which some frames are still to come; a sender has one, or two where an urgent one overtakes.
+MOST_BEGUN = 16
+
+
 class Assembly:
-    """Puts the frames of one link's steps together, and holds no more than `max_tokens` rows of each."""
+    """Puts the frames of one link's steps together, and holds no more than `max_tokens` rows of each of a few."""
 
     def __init__(self, width: int, dtype: shard_pb2.Dtype, max_tokens: int) -> None:
         self._width = width
@@ -121,6 +125,8 @@ class Assembly:
         return self._assembled(partial)
 
     def _begin(self, frame: shard_pb2.Step) -> _Partial:
+        if len(self._partial) >= MOST_BEGUN:
+            raise OutOfStep(f"step {frame.step} begins while {MOST_BEGUN} others are not complete, which is the limit")
         announced = frame.hidden.tokens + frame.tokens_to_come
         if announced > self._max_tokens:
             raise InvalidRequest("step.hidden.tokens", announced, f"a step holds at most {self._max_tokens}")

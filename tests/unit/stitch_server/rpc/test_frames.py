@@ -15,7 +15,15 @@ from stitch_server.engine.batch import Cut, Segment, Token, TokenLogprobs
 from stitch_server.engine.forwarding import Failure, OutgoingStep, Reply
 from stitch_server.engine.session import Session
 from stitch_server.engine.wire import DTYPES, pack
-from stitch_server.rpc.frames import FRAME_BYTES, AssembledStep, Assembly, reply_frame, reply_of, step_frames
+from stitch_server.rpc.frames import (
+    FRAME_BYTES,
+    MOST_BEGUN,
+    AssembledStep,
+    Assembly,
+    reply_frame,
+    reply_of,
+    step_frames,
+)
 from tests.support.engine_fakes import new_session
 
 WIDTH = 1024
@@ -188,6 +196,15 @@ class TestRefusals:
         frames[1].tokens_to_come = to_come
         with pytest.raises(OutOfStep, match=f"step 1 has 100 tokens to come, .* 64 and announces {to_come} more"):
             into.add(frames[1])
+
+    def test_steps_that_are_begun_and_never_ended(self) -> None:
+        into, (first, *_) = assembly(), frames_of(new_step(100))
+        for number in range(MOST_BEGUN):
+            first.step = number
+            assert into.add(first) is None
+        first.step = MOST_BEGUN
+        with pytest.raises(OutOfStep, match=f"step {MOST_BEGUN} begins while {MOST_BEGUN} others are not complete"):
+            into.add(first)
 
     def test_a_frame_that_comes_twice(self) -> None:
         into, (first, *_) = assembly(), frames_of(new_step(100))
