@@ -64,10 +64,12 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
     passes = passes_for(loaded, cuts, settings.data, settings.dtype, settings.work, progress, will_do)
     closed = ClosedForm(passes.training.sums, passes.held_out.sums)
     start = start_of(loaded.pair, cut, passes, closed, settings.training.aim)
-    ridge, final, history = start.ridge, start.map, {}
+    ridge, final, first_token, history = start.ridge, start.map, "held", {}
     if settings.training.epochs:
         run = _distilled(loaded, cut, passes, TrainableStitch(coordinates(cut[0], start, closed)), settings, progress)
-        final = closed.hold_first(cut[0], run.stitch.to_map(), start.first, ridge.ridge)
+        free = run.stitch.to_map()
+        held = closed.hold_first(cut[0], free, start.first, ridge.ridge)
+        first_token, final = better(loaded, cut, passes, {"held": held, "free": free})
         history = asdict(run.history)
     report = {
         **described(loaded, passes, settings.data, settings.dtype),
@@ -75,6 +77,7 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
         "cut": {"bottom_layers": cut[0], "top_from": cut[1]},
         "ridge": {"chosen": ridge.ridge, "held_out_explained": {f"{r:g}": v for r, v in ridge.explained.items()}},
         "training": asdict(settings.training),
+        "first_token": first_token,
         "losses": scores(loaded, cut, passes, settings, {"least squares": start.map, "stitched": final}),
         "history": history,
         "seconds": time.monotonic() - began,
@@ -134,6 +137,18 @@ def _distilled(
 def held_out_loss(loaded: LoadedPair, cut: Cut, passes: Passes) -> Callable[[TrainableStitch], float]:
     """Mean cross-entropy of a stitch in training over the held-out trace."""
     return lambda stitch: float(tail_losses(loaded.pair.top, passes.held_out, cut, stitch).mean())
+
+
+def better(loaded: LoadedPair, cut: Cut, passes: Passes, maps: dict[str, AffineMap]) -> tuple[str, AffineMap]:
+    """The map with the least held-out loss, and its name.
+
+    Where first tokens differ too much for one mean to stand for them, as behind few layers, the hold costs the others
+    more than it gives.
+    """
+    top, held = loaded.pair.top, passes.held_out
+    losses = {name: float(tail_losses(top, held, cut, applied(one)).mean()) for name, one in maps.items()}
+    best = min(losses, key=losses.__getitem__)
+    return best, maps[best]
 
 
 def scores(
