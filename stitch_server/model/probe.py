@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from stitch.errors import Incompatible
@@ -129,7 +129,8 @@ class Probe:
         }
         tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
         # One entry, since several would stand in any order.
-        save_file(tensors, path, metadata={METADATA_KEY: json.dumps(fields, sort_keys=True)})
+        # `save_file` would make a file that only its owner reads, and shards run as others.
+        path.write_bytes(save(tensors, metadata={METADATA_KEY: json.dumps(fields, sort_keys=True)}))
 
     def to(self, device: torch.device) -> Probe:
         """The same probe, ready to compute there."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from stitch.errors import Incompatible
@@ -102,7 +102,8 @@ class Stitch:
         path.parent.mkdir(parents=True, exist_ok=True)
         fields = {"binding": asdict(self.binding), "making": dict(self.making)}
         tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
-        save_file(tensors, path, metadata={METADATA_KEY: json.dumps(fields, sort_keys=True)})
+        # `save_file` would make a file that only its owner reads, and shards run as others.
+        path.write_bytes(save(tensors, metadata={METADATA_KEY: json.dumps(fields, sort_keys=True)}))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Stitch:
         """The same stitch, ready to compute there."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from router_gateway.routing.text.hashing import BUCKETS
 from router_gateway.routing.text.model import TextModel
@@ -67,7 +67,8 @@ def save_router(artefact: TextArtefact, path: Path) -> None:
     }
     tensors = {name: np.ascontiguousarray(getattr(artefact.model, name)) for name in _TENSORS}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, str(path), metadata=metadata)
+    # `save_file` would make a file that only its owner reads, and gateways run as others.
+    path.write_bytes(save(tensors, metadata=metadata))
 
 
 def load_router(path: Path) -> TextArtefact:

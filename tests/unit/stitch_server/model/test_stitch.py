@@ -56,6 +56,11 @@ def test_survives_its_file(file: Path) -> None:
     assert (loaded.binding, loaded.making, loaded.fingerprint) == (BINDING, MAKING, made.fingerprint)
 
 
+def test_whoever_may_read_new_files_may_read_a_stitch(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    assert file.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_the_same_stitch_makes_the_same_bytes(file: Path, tmp_path: Path) -> None:
     some_stitch().save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
