@@ -49,14 +49,14 @@ class Generator:
 
         Where the first shard judges, it is asked for one token and left as soon as it has judged.
         """
-        judgement, prompt_tokens = await self._preparation.judge(request)
-        if isinstance(judgement, Judgement):
-            return judgement, prompt_tokens
         question = replace(request, request_id=uuid.uuid4().hex, sampling=Sampling(max_tokens=1))
-        async with aclosing(self._stream(await self._preparation.prepare(question), None).steps()) as steps:
+        prepared = await self._preparation.prepare(question)
+        if isinstance(prepared.judgement, Judgement):
+            return prepared.judgement, len(prepared.token_ids)
+        async with aclosing(self._stream(prepared, None).steps()) as steps:
             async for step in steps:
                 if step.judgement is not None:
-                    return step.judgement, prompt_tokens
+                    return step.judgement, len(prepared.token_ids)
         raise Unavailable("the first shard answered without a judgement")
 
     async def generate(

@@ -65,11 +65,6 @@ class Preparation:
         judgement = self._selection.select(request, len(ids), waited_seconds())
         return Prepared(request, tuple(ids), judgement, sampling, vocabulary)
 
-    async def judge(self, request: Request) -> tuple[Judgement | Deferred, int]:
-        """The judgement, and how many tokens the prompt has; refuses what `prepare` refuses."""
-        ids = await self._tokenize(request.prompt, self._vocabulary(request.prompt))
-        return self._selection.select(request, len(ids)), len(ids)
-
     def _vocabulary(self, prompt: Prompt) -> Vocabulary:
         validation.check_prompt(prompt)
         return self._source.require()

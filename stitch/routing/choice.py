@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stitch.routing.thresholds import Thresholds
+
 
 def chosen(gains: NDArray[np.floating[Any]], thresholds: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
     """[texts]: the index of the route for gains [texts, routes], first column 0, and thresholds [routes - 1]."""
@@ -23,8 +25,13 @@ def chosen(gains: NDArray[np.floating[Any]], thresholds: NDArray[np.floating[Any
     return best
 
 
-def score(gain: float, percentiles: Sequence[float]) -> float:
-    """The share of training texts whose gain of the strongest route is below `gain`, 0 to 1."""
+def score(gain: float, calibration: Thresholds | None, trained: Sequence[float]) -> float:
+    """The share of texts whose gain of the strongest route is below `gain`, 0 to 1.
+
+    They are those of the calibration, where that knows their percentiles, else of the training.
+    """
+    calibrated = None if calibration is None else calibration.gain_percentiles
+    percentiles = calibrated or trained
     return bisect_left(percentiles, gain) / len(percentiles)
 
 

@@ -40,13 +40,8 @@ class Judge:
             return fallback(self._fallback_route, candidates, "the probe's gains are not finite")
         rung = int(chosen(np.array([gains]), np.array(thresholds))[0])
         preferred = self._probe.binding.routes[rung]
-        return among(candidates, Verdict(preferred, self._score(gains[-1]), gains, thresholds))
-
-    def _score(self, strongest: float) -> float:
-        """Among the prompts of the calibration, else of the training."""
-        calibration = self._thresholds.calibration
-        of_calibration = None if calibration is None else calibration.gain_percentiles
-        return score(strongest, of_calibration or self._probe.percentiles)
+        share = score(gains[-1], self._thresholds.calibration, self._probe.percentiles)
+        return among(candidates, Verdict(preferred, share, gains, thresholds))
 
 
 def fallback(route: str | None, candidates: Sequence[str], why: str) -> Verdict:

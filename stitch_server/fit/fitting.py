@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stitch.cluster import Cluster, RouteCut
 from stitch.errors import InvalidRequest
 from stitch_server.fit.distil import Distillation, Training
-from stitch_server.fit.held_out import alone_losses, applied, tail_losses
+from stitch_server.fit.held_out import alone_losses, tail_losses
 from stitch_server.fit.leastsquares import AffineMap
 from stitch_server.fit.packing import Corpus, DataSettings
 from stitch_server.fit.pairs import LoadedPair, load_pair
-from stitch_server.fit.scoring import by_file
+from stitch_server.fit.scoring import applied, by_file
 from stitch_server.fit.starting import coordinates, needed, start_of
 from stitch_server.fit.sums import ClosedForm, Cut
 from stitch_server.fit.trainable import TrainableStitch
@@ -50,6 +51,14 @@ class Fit:
     report: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A map, and its mean cross-entropy `[sequences]` on the held-out ones."""
+
+    map: AffineMap
+    losses: Tensor
+
+
 def fit(settings: FitSettings, progress: Progress) -> Fit:
     """Fits the stitch of a route.
 
@@ -64,12 +73,16 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
     passes = passes_for(loaded, cuts, settings.data, settings.dtype, settings.work, progress, will_do)
     closed = ClosedForm(passes.training.sums, passes.held_out.sums)
     start = start_of(loaded.pair, cut, passes, closed, settings.training.aim)
-    ridge, final, first_token, history = start.ridge, start.map, "held", {}
+    ridge, first_token, history = start.ridge, "held", {}
+    begun = final = measured(loaded, cut, passes, start.map)
     if settings.training.epochs:
         run = _distilled(loaded, cut, passes, TrainableStitch(coordinates(cut[0], start, closed)), settings, progress)
         free = run.stitch.to_map()
         held = closed.hold_first(cut[0], free, start.first, ridge.ridge)
-        first_token, final = better(loaded, cut, passes, {"held": held, "free": free})
+        # Where first tokens differ too much for one mean to stand for them, as behind few layers, the hold costs the
+        # others more than it gives.
+        tried = {name: measured(loaded, cut, passes, one) for name, one in (("held", held), ("free", free))}
+        first_token, final = min(tried.items(), key=lambda one: float(one[1].losses.mean()))
         history = asdict(run.history)
     report = {
         **described(loaded, passes, settings.data, settings.dtype),
@@ -78,11 +91,11 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
         "ridge": {"chosen": ridge.ridge, "held_out_explained": {f"{r:g}": v for r, v in ridge.explained.items()}},
         "training": asdict(settings.training),
         "first_token": first_token,
-        "losses": scores(loaded, cut, passes, settings, {"least squares": start.map, "stitched": final}),
+        "losses": scores(loaded, cut, passes, settings, {"least squares": begun.losses, "stitched": final.losses}),
         "history": history,
         "seconds": time.monotonic() - began,
     }
-    return Fit(final, cut, loaded, report)
+    return Fit(final.map, cut, loaded, report)
 
 
 def cut_of(route: RouteCut) -> Cut:
@@ -139,27 +152,20 @@ def held_out_loss(loaded: LoadedPair, cut: Cut, passes: Passes) -> Callable[[Tra
     return lambda stitch: float(tail_losses(loaded.pair.top, passes.held_out, cut, stitch).mean())
 
 
-def better(loaded: LoadedPair, cut: Cut, passes: Passes, maps: dict[str, AffineMap]) -> tuple[str, AffineMap]:
-    """The map with the least held-out loss, and its name.
-
-    Where first tokens differ too much for one mean to stand for them, as behind few layers, the hold costs the others
-    more than it gives.
-    """
-    top, held = loaded.pair.top, passes.held_out
-    losses = {name: float(tail_losses(top, held, cut, applied(one)).mean()) for name, one in maps.items()}
-    best = min(losses, key=losses.__getitem__)
-    return best, maps[best]
+def measured(loaded: LoadedPair, cut: Cut, passes: Passes, stitch: AffineMap) -> Measured:
+    """A map with what it loses on held-out text."""
+    return Measured(stitch, tail_losses(loaded.pair.top, passes.held_out, cut, applied(stitch)))
 
 
 def scores(
-    loaded: LoadedPair, cut: Cut, passes: Passes, settings: FitSettings, maps: dict[str, AffineMap]
+    loaded: LoadedPair, cut: Cut, passes: Passes, settings: FitSettings, stitched: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """Held-out cross-entropy of both models alone, of layers left out where one model is cut, and of every map."""
+    """Held-out cross-entropy of both models alone, of layers left out where one model is cut, and of every stitch."""
     held, top = passes.held_out, loaded.pair.top
     found = alone_losses(loaded.pair, held, settings.work / HELD_OUT)
     if loaded.is_one_model:
         found = {"bottom": found["bottom"], "layers left out": tail_losses(top, held, cut, lambda states: states)}
-    found |= {name: tail_losses(top, held, cut, applied(stitch)) for name, stitch in maps.items()}
+    found |= stitched
     files, names = held.trace.files(torch.arange(held.sequences)), [path.name for path in settings.data.files]
     return {name: {file: asdict(i) for file, i in by_file(v, files, names).items()} for name, v in found.items()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,19 +11,10 @@ from torch import Tensor
 
 from stitch_server.fit.collect import Collected
 from stitch_server.fit.frozen import FrozenModel, Pair, next_token_losses
-from stitch_server.fit.leastsquares import AffineMap
-from stitch_server.fit.scoring import BATCH_SEQUENCES, alone, losses
+from stitch_server.fit.scoring import BATCH_SEQUENCES, Mapping, alone, losses
 from stitch_server.fit.sums import Cut
 
-# The bottom's states `[sequences, tokens, inputs]` to the top's, `[sequences, tokens, outputs]`.
-Mapping = Callable[[Tensor], Tensor]
 ALONE = "alone.safetensors"
-
-
-def applied(stitch: AffineMap) -> Mapping:
-    """An affine map on every token, as a shard applies it."""
-    weight, bias = stitch.weight.float(), stitch.bias.float()
-    return lambda states: torch.nn.functional.linear(states, weight, bias)
 
 
 def tail_losses(top: FrozenModel, held: Collected, cut: Cut, mapping: Mapping) -> Tensor:
@@ -32,7 +22,7 @@ def tail_losses(top: FrozenModel, held: Collected, cut: Cut, mapping: Mapping) -
     found, (k, j) = [], cut
     with torch.no_grad():
         for rows in torch.split(torch.arange(held.sequences), BATCH_SEQUENCES):
-            hidden = top.run(mapping(held.trace.hidden(k, rows).float()), j, top.depth)
+            hidden = top.run(mapping(held.trace.hidden(k, rows)), j, top.depth)
             found.append(next_token_losses(top, hidden, held.trace.tokens(rows)).mean(1))
     return torch.cat(found).double()
 

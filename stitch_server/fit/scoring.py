@@ -12,6 +12,8 @@ from stitch_server.fit.frozen import LOGIT_ROWS, FrozenModel, Pair, next_token_l
 from stitch_server.fit.leastsquares import AffineMap
 from stitch_server.fit.sums import Cut
 
+# The bottom's states `[..., inputs]` to the top's, `[..., outputs]`.
+Mapping = Callable[[Tensor], Tensor]
 BATCH_SEQUENCES = 4
 RESAMPLES = 1000
 
@@ -23,6 +25,12 @@ class Interval:
     mean: float
     low: float
     high: float
+
+
+def applied(stitch: AffineMap) -> Mapping:
+    """An affine map on every token, the first one too, as a shard applies it."""
+    weight, bias = stitch.weight.float(), stitch.bias.float()
+    return lambda states: torch.nn.functional.linear(states.float(), weight, bias)
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class System:
 
     legs: tuple[Leg, ...]
     # Between two legs, on every token.
-    between: Callable[[Tensor], Tensor] = lambda states: states
+    between: Mapping = lambda states: states
 
     @property
     def head(self) -> FrozenModel:
@@ -61,10 +69,8 @@ def alone(model: FrozenModel) -> System:
 
 
 def stitched(pair: Pair, cut: Cut, stitch: AffineMap) -> System:
-    """The bottom's layers [0, k), an affine map on every token, the first one too, the top's layers [j, …)."""
-    weight, bias, (k, j) = stitch.weight.float(), stitch.bias.float(), cut
-    legs = Leg(pair.bottom, 0, k), Leg(pair.top, j, pair.top.depth)
-    return System(legs, lambda states: torch.nn.functional.linear(states.float(), weight, bias))
+    """The bottom's layers [0, k), an affine map, the top's layers [j, …)."""
+    return System((Leg(pair.bottom, 0, cut[0]), Leg(pair.top, cut[1], pair.top.depth)), applied(stitch))
 
 
 def left_out(model: FrozenModel, cut: Cut) -> System:

@@ -9,11 +9,11 @@ import torch
 
 from stitch.cluster import Cluster
 from stitch_server.fit.fitting import check_cut, described, passes_for
-from stitch_server.fit.held_out import alone_losses, applied, tail_losses
+from stitch_server.fit.held_out import alone_losses, tail_losses
 from stitch_server.fit.ladder import BOTTOM, TOP, Ladder, Rung, parameters_of, whole_parameters
 from stitch_server.fit.packing import DataSettings
 from stitch_server.fit.pairs import LoadedPair, load_pair
-from stitch_server.fit.scoring import by_file
+from stitch_server.fit.scoring import applied, by_file
 from stitch_server.fit.sums import ClosedForm, Cut
 from stitch_server.fit.workplace import HELD_OUT, Passes, Progress
 

@@ -40,13 +40,8 @@ class TextRouter:
         thresholds = self._thresholds.current()
         rung = int(chosen(gains[None, :], np.array(thresholds))[0])
         why, worth = reason("gain", gains.tolist(), thresholds, rung), tuple(qualities.tolist())
-        return Judgement(self.routes[rung], self._score(float(gains[-1])), why, "gain", worth)
-
-    def _score(self, strongest: float) -> float:
-        """Among the texts of the calibration, else of the training."""
-        calibration = self.calibration
-        of_calibration = None if calibration is None else calibration.gain_percentiles
-        return score(strongest, of_calibration or self._artefact.gain_percentiles)
+        share = score(float(gains[-1]), self.calibration, self._artefact.gain_percentiles)
+        return Judgement(self.routes[rung], share, why, "gain", worth)
 
 
 def open_text_router(path: Path, thresholds: Path | None = None) -> TextRouter:

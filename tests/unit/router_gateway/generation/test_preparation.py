@@ -111,12 +111,6 @@ async def test_a_named_route_is_taken_and_the_score_is_said_all_the_same(prepara
     assert "weak" in judgement.reason
 
 
-async def test_judging_alone_counts_the_tokens(preparation: Preparation) -> None:
-    judgement, prompt_tokens = await preparation.judge(request("hello world"))
-    assert judgement.route == "weak"
-    assert prompt_tokens == len(tokens("hello world"))
-
-
 @pytest.mark.parametrize(
     ("bad", "field"),
     [
@@ -155,8 +149,8 @@ async def test_long_text_is_tokenized_off_the_event_loop(
 
     monkeypatch.setattr("router_gateway.generation.preparation.INLINE_BYTES", 8)
     monkeypatch.setattr("router_gateway.generation.preparation.tokenize", spy)
-    await preparation.judge(request("x" * 8))
-    await preparation.judge(request("x" * 9))
+    await preparation.prepare(request("x" * 8))
+    await preparation.prepare(request("x" * 9))
     assert threads[0] is threading.main_thread()
     assert threads[1] is not threading.main_thread()
 

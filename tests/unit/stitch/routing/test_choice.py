@@ -33,9 +33,9 @@ def test_one_route_takes_everything() -> None:
 
 def test_a_score_is_the_share_of_smaller_gains() -> None:
     percentiles = np.linspace(-1, 1, 101).tolist()
-    assert score(-2.0, percentiles) == 0.0
-    assert score(2.0, percentiles) == 1.0
-    assert score(0.01, percentiles) == pytest.approx(51 / 101)
+    assert score(-2.0, None, percentiles) == 0.0
+    assert score(2.0, None, percentiles) == 1.0
+    assert score(0.01, None, percentiles) == pytest.approx(51 / 101)
 
 
 @pytest.mark.parametrize(

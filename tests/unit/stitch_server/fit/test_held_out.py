@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
 
 from stitch_server.fit import held_out
 from stitch_server.fit.collect import Collected, Pass, collect
-from stitch_server.fit.fitting import better
 from stitch_server.fit.frozen import Pair
-from stitch_server.fit.held_out import alone_losses, applied, tail_losses
+from stitch_server.fit.held_out import alone_losses, tail_losses
 from stitch_server.fit.leastsquares import AffineMap
-from stitch_server.fit.scoring import alone, losses, stitched
+from stitch_server.fit.scoring import alone, applied, losses, stitched
 from stitch_server.fit.sums import Cut
 from tests.support.tiny_fit import BOTTOM_LAYERS, SEQUENCE_TOKENS, drawn_sequences, tiny_pair
 
@@ -61,13 +59,3 @@ def test_they_are_computed_once_for_the_same_tokens(
     other = Collected(held.sums, held.trace, held.sequences, "another fingerprint")
     with pytest.raises(TypeError):
         alone_losses(pair, other, tmp_path / "held-out")
-
-
-def test_the_better_of_two_maps_is_taken(pair: Pair, tmp_path: Path) -> None:
-    cut, held = (2, 1), collected(pair, tmp_path, ((2, 1),))
-    bias = torch.ones(32, dtype=torch.float64)
-    maps = {str(factor): AffineMap(torch.full((32, 48), factor, dtype=torch.float64), bias) for factor in (0.0, 9.0)}
-    losses = {name: tail_losses(pair.top, held, cut, applied(one)).mean() for name, one in maps.items()}
-    name, taken = better(Mock(pair=pair), cut, Mock(held_out=held), maps)
-    assert taken is maps[name]
-    assert losses[name] < max(losses.values())
