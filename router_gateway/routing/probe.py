@@ -32,10 +32,10 @@ class ProbeRouter:
 
 def open_probe_router(cluster: Cluster) -> ProbeRouter:
     """The router of a cluster with a probe; InvalidRequest where its thresholds are not those of these routes."""
-    name = cluster.gateway.probe_thresholds
-    if name is None or not (cluster.folder / name).exists():
+    file = cluster.probe_thresholds_file
+    if file is None or not file.exists():
         return ProbeRouter()
-    return ProbeRouter(WatchedThresholds(cluster.folder / name, None, len(cluster.routes)))
+    return ProbeRouter(WatchedThresholds(file, None, len(cluster.routes)))
 
 
 def judgement_of(judged: shard_pb2.Judged) -> Judgement:
