@@ -12,6 +12,16 @@ def cache_folder() -> Path:
     return Path(configured) if configured else Path.home() / ".cache" / "stitch"
 
 
+def compiled_folder() -> Path | None:
+    """Where compiled functions are kept, in the cache folder; None where nothing can be written there."""
+    folder = cache_folder() / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
 def step_log_folder() -> Path | None:
     """Where shards note every step that they compute: `$STITCH_STEP_LOG`, else nowhere."""
     configured = os.environ.get("STITCH_STEP_LOG")

@@ -33,6 +33,7 @@ from stitch_server.model.description import ModelDescription
 from stitch_server.model.embedding import Embedding
 from stitch_server.model.head import Head
 from stitch_server.model.probe import MOST_TOKENS, Probe
+from stitch_server.model.product import Keeping
 from stitch_server.model.stitch import Stitch
 from stitch_server.model.tokenizer_hash import token_count, tokenizer_hash
 from stitch_server.planning import kv_bytes_per_token, kv_tokens
@@ -73,9 +74,9 @@ def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part
     source = cluster.models.bottom if place.role == "bottom" else cluster.models.top
     folder = resolve(cluster.model_source(place.role), cache_folder())
     model = ModelDescription.read(folder, source.id)
-    dtype, quantization = getattr(torch, cluster.compute.dtype), cluster.compute.quantization
+    dtype, keeping = getattr(torch, cluster.compute.dtype), Keeping.of(cluster.compute)
     first, end = place.layers
-    decoder = DecoderLayers.load(folder, first, end, device, dtype, quantization)
+    decoder = DecoderLayers.load(folder, first, end, device, dtype, keeping)
     tokenizer = tokenizer_hash(folder)
     cuts = {route.name: cut for route in cluster.routes if (cut := cut_of(route, place)) is not None}
     entered = [route for route in cluster.routes if place.role == "top" and first <= route.top_from < end]
@@ -85,7 +86,7 @@ def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part
         model=model,
         decoder=decoder,
         embedding=Embedding.load(folder, device, dtype) if (place.role, first) == ("bottom", 0) else None,
-        head=Head.load(folder, device, dtype, token_count(folder), quantization) if is_last else None,
+        head=Head.load(folder, device, dtype, token_count(folder), keeping) if is_last else None,
         stitches={route.name: _stitch(cluster, route, model, tokenizer, device, dtype) for route in entered},
         cuts=cuts,
         tokenizer=tokenizer,

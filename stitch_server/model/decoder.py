@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from stitch.cluster import Quantization
 from stitch.errors import Incompatible
 from stitch_server.model import borrowed, lean
 from stitch_server.model.attend import Attend, Layer, Rotary
 from stitch_server.model.description import head_dim, kv_heads, read_config
+from stitch_server.model.product import PLAINLY, Keeping
 from stitch_server.model.weights import Weights
 
 __all__ = ["Attend", "DecoderLayers", "Rotary"]
@@ -40,7 +40,7 @@ class DecoderLayers:
         end: int,
         device: torch.device,
         dtype: torch.dtype,
-        quantization: Quantization = "none",
+        keeping: Keeping = PLAINLY,
     ) -> DecoderLayers:
         """Reads these layers' weights alone.
 
@@ -49,7 +49,7 @@ class DecoderLayers:
         config = read_config(folder)
         if not 0 <= first < end <= config.num_hidden_layers:
             raise Incompatible(f"layers {first} to {end} are no range of {folder}: it has {config.num_hidden_layers}")
-        with Weights(folder, device, dtype, quantization) as weights:
+        with Weights(folder, device, dtype, keeping) as weights:
             layers, rotary = _of_family(config, first, end, weights)
         return cls(first, end, config.hidden_size, kv_heads(config), head_dim(config), layers, rotary)
 
@@ -71,10 +71,9 @@ def _of_family(
     if lean.supports(config):
         layers = [lean.load_layer(config, index, weights) for index in range(first, end)]
         return layers, lean.RotaryAngles(config, weights.device)
-    if weights.quantization != "none":
+    quantization = weights.keeping.quantization
+    if quantization != "none":
         families = ", ".join(lean.FAMILIES)
-        raise Incompatible(
-            f"layers of {config.model_type} can't be quantized to {weights.quantization}, only: {families}"
-        )
+        raise Incompatible(f"layers of {config.model_type} can't be quantized to {quantization}, only: {families}")
     angles = borrowed.BorrowedAngles(config, weights.device, weights.dtype)
     return borrowed.load_layers(config, first, end, weights), angles

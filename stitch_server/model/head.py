@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stitch.cluster import Quantization
 from stitch_server.model import borrowed, lean
 from stitch_server.model.description import read_config
 from stitch_server.model.embedding import EMBEDDING
-from stitch_server.model.product import Product, product
+from stitch_server.model.product import PLAINLY, Keeping, Product, product
 from stitch_server.model.scales import logit_scale, scaled
 from stitch_server.model.weights import Weights
 
@@ -32,7 +31,7 @@ class Head:
         device: torch.device,
         dtype: torch.dtype,
         tokens: int | None = None,
-        quantization: Quantization = "none",
+        keeping: Keeping = PLAINLY,
     ) -> Head:
         """Reads norm and head; a tied head is the embedding. Raises Incompatible where either is missing.
 
@@ -43,7 +42,7 @@ class Head:
             rows = weights.read(EMBEDDING if config.tie_word_embeddings else "lm_head.weight")
             is_lean = lean.supports(config)
             norm = lean.load_norm(config, "model.norm", weights) if is_lean else borrowed.load_norm(config, weights)
-            return cls(norm, product(rows[:tokens], None, quantization), logit_scale(config))
+            return cls(norm, product(rows[:tokens], None, keeping), logit_scale(config))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states `[n, hidden_size]` to logits float32 `[n, vocabulary]`."""

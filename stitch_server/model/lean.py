@@ -132,7 +132,7 @@ def _product(weights: Weights, *names: str) -> Product:
     weight = torch.cat([weights.read(f"{name}.weight") for name in names])
     has_bias = f"{names[0]}.bias" in weights
     bias = torch.cat([weights.read(f"{name}.bias") for name in names]) if has_bias else None
-    return product(weight, bias, weights.quantization)
+    return product(weight, bias, weights.keeping)
 
 
 def _query_key_value(weights: Weights, at: str, heads: int, keys: int) -> Product:
@@ -142,7 +142,7 @@ def _query_key_value(weights: Weights, at: str, heads: int, keys: int) -> Produc
         return torch.cat([query, key, weights.read(f"{at}.v_proj.{kind}")])
 
     bias = joined("bias") if f"{at}.q_proj.bias" in weights else None
-    return product(joined("weight"), bias, weights.quantization)
+    return product(joined("weight"), bias, weights.keeping)
 
 
 def _query_key_norm(weights: Weights, at: str, heads: int, keys: int) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from stitch.cluster import Cluster, load_cluster
@@ -45,12 +46,19 @@ def test_the_ends_of_the_chain_take_embedding_and_head(tmp_path: Path) -> None:
     embedding = load_part(cluster, cluster.shard("bottom-0"), CPU).count.head * torch.float32.itemsize
     assert first.weight_bytes == middle.weight_bytes + embedding
     top = load_part(cluster, cluster.shard("top-0"), CPU).count
-    assert last.weight_bytes == (top.between(2, 4) + top.head) * torch.float32.itemsize
+    # What is multiplied by is kept twice.
+    assert last.weight_bytes == 2 * (top.between(2, 4) + top.head) * torch.float32.itemsize
     assert (first.link_bytes_per_token, last.link_bytes_per_token) == (middle.link_bytes_per_token, 0)
 
 
+@pytest.mark.parametrize(("device", "fields"), [("cpu", {"row_copies": False}), ("cuda", {})])
+def test_without_row_copies_weights_are_kept_once(tmp_path: Path, device: str, fields: dict[str, Any]) -> None:
+    twice, once = plan(tiny(tmp_path), CPU), plan(tiny(tmp_path, kv_tokens=64, **fields), torch.device(device))
+    assert [one.weight_bytes for one in twice[1:]] == [2 * one.weight_bytes for one in once[1:]]
+
+
 def test_bytes_take_a_quarter_of_float32_except_the_embedding(tmp_path: Path) -> None:
-    whole, small = plan(tiny(tmp_path), CPU), plan(tiny(tmp_path, quantization="int8"), CPU)
+    whole, small = (plan(tiny(tmp_path, row_copies=False, quantization=kind), CPU) for kind in ("none", "int8"))
     assert [one.weight_bytes * 4 for one in small[1:]] == [one.weight_bytes for one in whole[1:]]
     assert small[0].weight_bytes - small[1].weight_bytes == whole[0].weight_bytes - whole[1].weight_bytes
 

@@ -12,6 +12,7 @@ from stitch.errors import Incompatible
 from stitch_server.model import borrowed, lean
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import read_config
+from stitch_server.model.product import Keeping
 from tests.support.plain_attend import PlainAttend
 from tests.support.tiny_model import LEAN_FAMILIES, write_tiny_model
 from tests.support.whole_model import CPU, PROMPT, our_logits, their_logits
@@ -147,7 +148,7 @@ def test_quantized_layers_come_close(tmp_path: Path, family: str) -> None:
         layers.run(hidden, layers.rotary(torch.arange(6)), PlainAttend(), 0, 4)
         for layers in (
             DecoderLayers.load(folder, 0, 4, CPU, torch.float32),
-            DecoderLayers.load(folder, 0, 4, CPU, torch.float32, "int8"),
+            DecoderLayers.load(folder, 0, 4, CPU, torch.float32, Keeping("int8")),
         )
     )
     assert 0 < float((rough - exact).norm() / exact.norm()) < 0.03
@@ -155,4 +156,4 @@ def test_quantized_layers_come_close(tmp_path: Path, family: str) -> None:
 
 def test_a_family_that_can_not_be_quantized_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Incompatible, match="layers of olmo2 can't be quantized to int8, only: llama, "):
-        DecoderLayers.load(write_tiny_model(tmp_path, "olmo2"), 0, 1, CPU, torch.float32, "int8")
+        DecoderLayers.load(write_tiny_model(tmp_path, "olmo2"), 0, 1, CPU, torch.float32, Keeping("int8"))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from stitch_server.model.product import (
+    Keeping,
     PackedInt8Product,
     PackedProduct,
     PlainInt8Product,
     PlainProduct,
     Product,
+    TwiceKeptProduct,
     product,
     quantized,
 )
+
+TWICE = Keeping(row_copies=True)
 
 
 def operands(rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,6 +40,67 @@ def test_is_the_product(rows: int, biased: bool) -> None:
     exact = x.double() @ weight.double().T + (bias.double() if biased else 0.0)
     for multiply in layouts(weight, bias if biased else None):
         torch.testing.assert_close(multiply(x).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+class TestRowCopies:
+    @pytest.fixture(autouse=True)
+    def _one_thread(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(before)
+
+    @pytest.mark.parametrize("rows", [0, 1, 2, 3])
+    @pytest.mark.parametrize("biased", [True, False])
+    def test_is_the_product(self, rows: int, biased: bool) -> None:
+        x, weight, bias = operands(rows)
+        exact = x.double() @ weight.double().T + (bias.double() if biased else 0.0)
+        kept = product(weight, bias if biased else None, TWICE)
+        torch.testing.assert_close(kept(x).double(), exact, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("rows", [1, 2])
+    def test_is_the_product_in_bfloat16(self, rows: int) -> None:
+        x, weight, bias = (one.bfloat16() for one in operands(rows))
+        got = product(weight, bias, TWICE)(x)
+        assert got.dtype is torch.bfloat16
+        exact = x.double() @ weight.double().T + bias.double()
+        # A bfloat16 has eight bits; the bias is added to one.
+        torch.testing.assert_close(got.double(), exact, rtol=2**-7, atol=2**-6)
+
+    @pytest.mark.parametrize(("rows", "threads", "few"), [(1, 1, True), (2, 1, True), (3, 1, False), (1, 2, False)])
+    def test_the_copy_is_for_few_rows_on_one_thread(self, rows: int, threads: int, few: bool) -> None:
+        _, weight, _ = operands(rows)
+        kept = product(weight, None, TWICE)
+        assert isinstance(kept, TwiceKeptProduct)
+        torch.set_num_threads(threads)
+        marked = TwiceKeptProduct(kept.packed, lambda x: torch.full((len(x), 53), 7.0))
+        assert bool((marked(torch.ones(rows, 37)) == 7.0).all()) is few
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    def test_what_is_not_finite_stays_so(self, value: float) -> None:
+        x, weight, _ = operands(2)
+        x[1, 5] = value
+        got = product(weight, None, TWICE)(x)
+        assert bool(got[0].isfinite().all())
+        assert not bool(got[1].isfinite().any())
+
+    def test_passes_gradients_on(self) -> None:
+        _, weight, bias = operands(1)
+        leaf = torch.ones(1, 37, requires_grad=True)
+        product(weight, bias, TWICE)(leaf).sum().backward()  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad, weight.sum(0, keepdim=True))
+
+    def test_keeps_its_own_copy(self) -> None:
+        x, weight, _ = operands(1)
+        kept = product(weight, None, TWICE)
+        before = kept(x)
+        weight.zero_()
+        assert torch.equal(kept(x), before)
+
+    @pytest.mark.parametrize("keeping", [Keeping(), Keeping("int8", row_copies=True)])
+    def test_is_for_whole_weights_that_ask_for_it(self, keeping: Keeping) -> None:
+        assert not isinstance(product(torch.zeros(3, 2), None, keeping), TwiceKeptProduct)
 
 
 def test_a_processor_packs_float32() -> None:
@@ -105,18 +172,18 @@ class TestInt8:
     def test_an_output_without_weights_is_zero(self) -> None:
         x, weight, _ = operands(3)
         weight[5] = 0.0
-        assert bool((product(weight, None, "int8")(x)[:, 5] == 0).all())
+        assert bool((product(weight, None, Keeping("int8"))(x)[:, 5] == 0).all())
 
     def test_takes_rows_that_lie_apart(self) -> None:
         x, weight, bias = operands(5)
-        wide, multiply = torch.cat([x, x], dim=1), product(weight, bias, "int8")
+        wide, multiply = torch.cat([x, x], dim=1), product(weight, bias, Keeping("int8"))
         assert torch.equal(multiply(wide[:, :37]), multiply(x))
 
     def test_keeps_the_dtype_of_the_rows(self) -> None:
         x, weight, bias = operands(5)
-        multiply = product(weight.bfloat16(), bias.bfloat16(), "int8")
+        multiply = product(weight.bfloat16(), bias.bfloat16(), Keeping("int8"))
         assert multiply(x.bfloat16()).dtype is torch.bfloat16
 
     def test_processors_without_the_instructions_stay_plain(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-        assert isinstance(product(torch.zeros(3, 2), None, "int8"), PlainInt8Product)
+        assert isinstance(product(torch.zeros(3, 2), None, Keeping("int8")), PlainInt8Product)

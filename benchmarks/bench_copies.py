@@ -1,0 +1,37 @@
+"""What do row copies of the weights give? Two shards with and without them, in alternation."""
+
+from __future__ import annotations
+
+from benchmarks.clusters import first_shard, preset, prompt, run, running
+from benchmarks.report import Options, options, ratio, write
+
+DTYPES = ("float32", "bfloat16")
+
+
+async def measure(options: Options) -> None:
+    """Time per token of one stream, in both dtypes."""
+    samples: dict[str, list[float]] = {}
+    ratios = {}
+    for dtype in DTYPES:
+        without, copied = await _token_ms(dtype, *((1, 8) if options.tiny else (8, 96)))
+        samples |= {f"{dtype}, packed alone, ms a token": without, f"{dtype}, row copies, ms a token": copied}
+        ratios[f"{dtype}, row copies / packed alone"] = ratio(copied, without)
+    write(options, samples, ratios)
+
+
+async def _token_ms(dtype: str, rounds: int, decoded: int) -> tuple[list[float], list[float]]:
+    """Without and with copies, round by round."""
+    without, copied = (preset(dtype=dtype, row_copies=row_copies) for row_copies in (False, True))
+    samples: tuple[list[float], list[float]] = [], []
+    with running(without) as first, running(copied) as second:
+        async with first_shard(first) as one, first_shard(second) as other:
+            for index in range(rounds + 1):
+                for shard, values in zip((one, other), samples, strict=True):
+                    timed = await shard.generate(prompt(64, index), decoded)
+                    # In the first round, shards try how many threads are best.
+                    values.extend([timed.token_ms] if index else [])
+    return samples
+
+
+if __name__ == "__main__":
+    run(measure(options(__doc__ or "")))

@@ -1,0 +1,61 @@
+"""Products of one or two rows, compiled by Numba for a processor. Knows arrays, no layer.
+
+Such a product is bound by reading the matrix. The plainest loop, one row of weights behind the other, reads it at the
+memory's full speed on one thread, which the kernels that are made for many rows do not.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from numba import config, njit
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stitch.environment import compiled_folder
+
+# Compiled once for a machine, where it can be kept.
+_folder = compiled_folder()
+config.CACHE_DIR = str(_folder or "")  # type: ignore[attr-defined]
+# Sums may be taken in any order, which lets them use vector registers. What is not finite stays so.
+_compiled = partial(njit, nogil=True, cache=_folder is not None, fastmath={"reassoc", "contract", "arcp", "nsz"})
+Floats = NDArray[np.float32]
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ, with x `[rows, inputs]` and a contiguous weight `[outputs, inputs]`, both float32 or bfloat16."""
+    result = torch.empty(x.shape[0], weight.shape[0])
+    values = x.float().contiguous().numpy()
+    if weight.dtype == torch.bfloat16:
+        _multiply_bfloat16(values, weight.view(torch.uint16).numpy(), result.numpy())
+    else:
+        _multiply_float32(values, weight.numpy(), result.numpy())
+    return result.to(x.dtype)
+
+
+@_compiled("void(f4[:, ::1], f4[:, ::1], f4[:, ::1])")
+def _multiply_float32(x: Floats, weight: Floats, result: Floats) -> None:
+    for output in range(weight.shape[0]):
+        factors = weight[output]
+        for row in range(x.shape[0]):
+            values = x[row]
+            total = np.float32(0)
+            for place in range(factors.size):
+                total += factors[place] * values[place]
+            result[row, output] = total
+
+
+@_compiled("void(f4[:, ::1], u2[:, ::1], f4[:, ::1])")
+def _multiply_bfloat16(x: Floats, weight: NDArray[np.uint16], result: Floats) -> None:
+    for output in range(weight.shape[0]):
+        factors = weight[output]
+        for row in range(x.shape[0]):
+            values = x[row]
+            total = np.float32(0)
+            for place in range(factors.size):
+                # A bfloat16 is the upper half of a float32.
+                widened = np.uint32(np.uint32(factors[place]) << np.uint32(16))
+                total += widened.view(np.float32) * values[place]
+            result[row, output] = total
