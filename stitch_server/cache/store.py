@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ MOST_FILLING = 1.25
 FILLING_TOKENS = 64
 # Tokens that one call gathers at most, unless a single sequence has more.
 CROWD_TOKENS = 8192
+
+# `decoding.attend`.
+Singly = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +49,54 @@ class KVStore:
         shape = (end - first, blocks * BLOCK_TOKENS, 2 * kv_heads, head_dim)
         self.pairs = torch.empty(shape, dtype=dtype, device=device)
         self.keys, self.values = self.pairs[:, :, :kv_heads], self.pairs[:, :, kv_heads:]
+        # For single new tokens, in a pass on one thread.
+        self.singly = _compiled() if (device.type, dtype) == ("cpu", torch.float32) else None
 
     def attention(self, spans: Sequenced[Span]) -> PagedAttention:
         """The `attend` function for a batch of packed segments."""
         return PagedAttention(self, spans)
 
 
+class _Part(Protocol):
+    """Some rows of a batch, which attend in one call."""
+
+    @property
+    def rows(self) -> slice | Tensor:
+        """Where they are in the batch."""
+        ...
+
+    def attend(self, query: Tensor, pairs: Tensor, scale: float) -> Tensor:
+        """query `[rows, heads, head_dim]`, one layer's `pairs`; returns `[rows, heads * head_dim]`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Singles:
+    """Sequences with one new token each, for a loop that reads each one's past where it lies."""
+
+    rows: slice | Tensor
+    # Each one's past and present, one behind the other, and where each begins and the last ends.
+    slots: Tensor
+    bounds: Tensor
+    singly: Singly
+
+    def attend(self, query: Tensor, pairs: Tensor, scale: float) -> Tensor:
+        return self.singly(query, pairs, self.slots, self.bounds, scale)
+
+
 @dataclass(frozen=True, slots=True)
 class _Crowd:
-    """Sequences with one new token each and pasts of similar length, which attend in one call."""
+    """Sequences with one new token each and pasts of similar length, gathered."""
 
-    # Where their tokens lie in the batch.
     rows: slice | Tensor
     count: int
     # Each one's past and present, one behind the other; shorter ones are filled up with their own first token.
     slots: Tensor
     # What hides the filling, [count, 1, 1, longest]; None where there is none.
     mask: Tensor | None
+
+    def attend(self, query: Tensor, pairs: Tensor, scale: float) -> Tensor:
+        return _decode(query, pairs.index_select(0, self.slots), self, scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +108,15 @@ class _Chunk:
     # [length, end]; None where SDPA's own causal mask says the same.
     mask: Tensor | None
 
+    def attend(self, query: Tensor, pairs: Tensor, scale: float) -> Tensor:
+        return _prefill(query, pairs.index_select(0, self.slots), self, scale)
+
 
 class PagedAttention:
     """Writes a batch's new keys and values into their blocks and attends over each segment's own past.
 
-    The reference implementation, for any device: it gathers tokens from their blocks and calls PyTorch's SDPA, once
-    for all sequences that decode behind pasts of similar length.
+    For any device: it gathers tokens from their blocks and calls PyTorch's SDPA, once for all sequences that decode
+    behind pasts of similar length. On one thread of a processor a compiled loop takes those that decode.
     """
 
     def __init__(self, store: KVStore, spans: Sequenced[Span]) -> None:
@@ -93,7 +131,7 @@ class PagedAttention:
         ]
         self._new_slots = self._new()
         # By the layers' window.
-        self._parts: dict[int | None, tuple[list[_Crowd], list[_Chunk]]] = {}
+        self._parts: dict[int | None, list[_Part]] = {}
 
     def first(self, segments: int) -> PagedAttention:
         """The same for the leading `segments` of the batch alone; the others have left or not yet joined."""
@@ -114,14 +152,11 @@ class PagedAttention:
         self._store.keys[index].index_copy_(0, self._new_slots, key)
         self._store.values[index].index_copy_(0, self._new_slots, value)
         if window not in self._parts:
-            self._parts[window] = self._crowds(window), self._chunks(window)
-        crowds, chunks = self._parts[window]
+            self._parts[window] = [*self._decoding(window), *self._chunks(window)]
         pairs = self._store.pairs[index]
         mixed = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
-        for crowd in crowds:
-            mixed[crowd.rows] = _decode(query[crowd.rows], pairs.index_select(0, crowd.slots), crowd, scale)
-        for chunk in chunks:
-            mixed[chunk.rows] = _prefill(query[chunk.rows], pairs.index_select(0, chunk.slots), chunk, scale)
+        for part in self._parts[window]:
+            mixed[part.rows] = part.attend(query[part.rows], pairs, scale)
         return mixed
 
     def _new(self) -> Tensor:
@@ -133,13 +168,15 @@ class PagedAttention:
         """Each segment's first row in the batch, and one behind the last."""
         return [0, *accumulate(span.length for span in self._spans)]
 
-    def _crowds(self, window: int | None) -> list[_Crowd]:
+    def _decoding(self, window: int | None) -> list[_Singles] | list[_Crowd]:
         rows = self._rows()
         seen = {
             rows[index]: self._slots[index] if window is None else self._slots[index][-window:]
             for index, span in enumerate(self._spans)
             if span.length == 1
         }
+        if seen and self._store.singly is not None and torch.get_num_threads() == 1:
+            return [_singles(seen, self._store.singly)]
         lengths = {row: len(slots) for row, slots in seen.items()}
         return [_crowd({row: seen[row] for row in members}, self._store.pairs) for members in _alike(lengths)]
 
@@ -172,6 +209,19 @@ def _joins(length: int, shortest: int, members: int) -> bool:
     return similar and length * (members + 1) <= CROWD_TOKENS
 
 
+def _compiled() -> Singly:
+    # Only who needs it pays for loading the compiler.
+    from stitch_server.cache.decoding import attend
+
+    return attend
+
+
+def _singles(slots: Mapping[int, Tensor], singly: Singly) -> _Singles:
+    """`slots` by row."""
+    bounds = torch.tensor([0, *accumulate(len(one) for one in slots.values())])
+    return _Singles(_where(list(slots), bounds), torch.cat(list(slots.values())), bounds, singly)
+
+
 def _crowd(slots: Mapping[int, Tensor], like: Tensor) -> _Crowd:
     """`slots` by row; the mask in the dtype of `like`."""
     lengths = [len(one) for one in slots.values()]
@@ -181,10 +231,13 @@ def _crowd(slots: Mapping[int, Tensor], like: Tensor) -> _Crowd:
     if min(lengths) < longest:
         filling = torch.arange(longest, device=like.device) >= torch.tensor(lengths, device=like.device)[:, None]
         mask = _hiding(filling, like)[:, None, None]
-    rows = list(slots)
+    return _Crowd(_where(list(slots), like), len(slots), torch.cat(filled), mask)
+
+
+def _where(rows: list[int], like: Tensor) -> slice | Tensor:
+    """Rows in ascending order, as an index: a view of the batch where they are neighbours."""
     together = rows[-1] - rows[0] == len(rows) - 1
-    where = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=like.device)
-    return _Crowd(where, len(rows), torch.cat(filled), mask)
+    return slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=like.device)
 
 
 def _decode(query: Tensor, pairs: Tensor, crowd: _Crowd, scale: float) -> Tensor:

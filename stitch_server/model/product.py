@@ -5,7 +5,7 @@ speed of the memory, and one of many rows is faster as well: on one AMD core wit
 3,072 x 576 takes as long as MKL's row-major kernels behind `F.linear` divided by 2 to 3, at any number of rows.
 
 With a row copy, the matrix is kept a second time, one row behind the other, for products of one or two rows on one
-thread (`compiled.py`): on that core half to two thirds of the time.
+thread (`few_rows.py`): on that core half to two thirds of the time.
 
 Quantized to int8, the matrix keeps one scale for each output, and the rows get one each when they come. The product
 is then one of small integers, for which processors have instructions of their own: on that core, 30 such matrices
@@ -80,9 +80,9 @@ def product(weight: Tensor, bias: Tensor | None = None, keeping: Keeping = PLAIN
     if not keeping.copies_rows(weight.device, weight.dtype):
         return packed
     # Only who needs it pays for loading the compiler.
-    from stitch_server.model import compiled
+    from stitch_server.model import few_rows
 
-    return TwiceKeptProduct(packed, partial(compiled.multiply, weight=weight.contiguous().clone()))
+    return TwiceKeptProduct(packed, partial(few_rows.multiply, weight=weight.contiguous().clone()))
 
 
 @dataclass(frozen=True, slots=True)

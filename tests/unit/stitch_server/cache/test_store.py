@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +16,15 @@ from stitch_server.cache.store import KVStore, Span, causal_mask
 KV_HEADS, HEAD_DIM, BLOCKS = 2, 8, 24
 LAYER = 5
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[1, 2], autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On one thread a compiled loop attends for single tokens, on two PyTorch does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
 
 
 class Past:

@@ -6,21 +6,13 @@ memory's full speed on one thread, which the kernels that are made for many rows
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import torch
-from numba import config, njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stitch.environment import compiled_folder
+from stitch_server.compiling import compiled
 
-# Compiled once for a machine, where it can be kept.
-_folder = compiled_folder()
-config.CACHE_DIR = str(_folder or "")  # type: ignore[attr-defined]
-# Sums may be taken in any order, which lets them use vector registers. What is not finite stays so.
-_compiled = partial(njit, nogil=True, cache=_folder is not None, fastmath={"reassoc", "contract", "arcp", "nsz"})
 Floats = NDArray[np.float32]
 
 
@@ -35,7 +27,7 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
     return result.to(x.dtype)
 
 
-@_compiled("void(f4[:, ::1], f4[:, ::1], f4[:, ::1])")
+@compiled("void(f4[:, ::1], f4[:, ::1], f4[:, ::1])")
 def _multiply_float32(x: Floats, weight: Floats, result: Floats) -> None:
     for output in range(weight.shape[0]):
         factors = weight[output]
@@ -47,7 +39,7 @@ def _multiply_float32(x: Floats, weight: Floats, result: Floats) -> None:
             result[row, output] = total
 
 
-@_compiled("void(f4[:, ::1], u2[:, ::1], f4[:, ::1])")
+@compiled("void(f4[:, ::1], u2[:, ::1], f4[:, ::1])")
 def _multiply_bfloat16(x: Floats, weight: NDArray[np.uint16], result: Floats) -> None:
     for output in range(weight.shape[0]):
         factors = weight[output]
