@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stitch.cluster import Compute, Quantization
+from stitch_server.model.pages import LargePages
 
 # `[tokens, inputs]` to a new tensor `[tokens, outputs]`.
 Product = Callable[[Tensor], Tensor]
@@ -41,6 +42,8 @@ ZERO_POINT = 128
 ROUNDED_ZERO = torch.tensor(ZERO_POINT + 0.5)
 # Keeps a row of zeros from being divided by zero.
 LEAST_SCALE = 1e-30
+# Row copies, one behind the other.
+_LARGE_PAGES = LargePages()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ def product(weight: Tensor, bias: Tensor | None = None, keeping: Keeping = PLAIN
     # Only who needs it pays for loading the compiler.
     from stitch_server.model import few_rows
 
-    return TwiceKeptProduct(packed, partial(few_rows.multiply, weight=weight.contiguous().clone()))
+    return TwiceKeptProduct(packed, partial(few_rows.multiply, weight=_LARGE_PAGES.copied(weight)))
 
 
 @dataclass(frozen=True, slots=True)
