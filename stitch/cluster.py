@@ -102,10 +102,12 @@ class Compute(Settings):
     kv_tokens: int = Field(default=0, ge=0)
     # Tokens of several waiting steps that a shard computes in one pass.
     batch_tokens: int = Field(default=512, ge=16)
-    # Prompt tokens in one pass of the first shard while nobody decodes ...
+    # Tokens of one prompt in one pass of the first shard ...
     prefill_tokens: int = Field(default=128, ge=1)
-    # ... and, for each prompt that waits, while others do, whose next token they delay.
-    prefill_tokens_beside_decode: int = Field(default=32, ge=1)
+    # ... which holds as many as so many prompts bring ...
+    prompts_together: int = Field(default=2, ge=1)
+    # ... and, for each prompt that waits, so many while others decode, whose next token they delay.
+    prefill_tokens_beside_decode: int = Field(default=20, ge=1)
     # Into how many groups the decoding sessions are split, so that neighbouring shards work at the same time.
     groups: int = Field(default=2, ge=1)
     max_waiting_sessions: int = Field(default=256, ge=1)

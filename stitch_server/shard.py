@@ -199,6 +199,7 @@ def build_shard(
         cuts=part.cuts,
     )
     front = _front(cluster, part, pool, links)
+    prompt_tokens = compute.prefill_tokens * compute.prompts_together
 
     def observe(batch: Batch, started: float, ended: float) -> None:
         metrics.batch_tokens.observe(batch.tokens)
@@ -217,7 +218,7 @@ def build_shard(
         front=front,
         pool=pool,
         device=device,
-        max_step_tokens=max(compute.batch_tokens, compute.prefill_tokens, MOST_TOKENS) + MOST_DECODING,
+        max_step_tokens=max(compute.batch_tokens, prompt_tokens, MOST_TOKENS) + MOST_DECODING,
     )
 
 
@@ -237,6 +238,7 @@ def _front(cluster: Cluster, part: Part, pool: BlockPool, links: Downstream) -> 
     if part.embedding is not None:
         limits = Limits(
             prefill_tokens=compute.prefill_tokens,
+            prompts_together=compute.prompts_together,
             prefill_tokens_beside_decode=compute.prefill_tokens_beside_decode,
             groups=compute.groups,
             max_waiting_sessions=compute.max_waiting_sessions,

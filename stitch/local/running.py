@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -113,17 +112,9 @@ def prepared(cluster: Cluster, folder: RunFolder) -> LocalCluster:
     if running:
         names = ", ".join(process.name for process in running)
         raise Unavailable(f"{folder.name} runs already ({names}) at {folder.cluster().gateway.address}")
-    placed = sharing_cores(with_ports(cluster), len(os.sched_getaffinity(0)))
+    placed = with_ports(cluster)
     folder.begin(placed)
     return LocalCluster(folder, folder.cluster())
-
-
-def sharing_cores(cluster: Cluster, cores: int) -> Cluster:
-    """Gives each shard its share of this machine's cores while the others compute as well, unless the file says."""
-    if cluster.compute.pipelined_threads:
-        return cluster
-    share = max(1, cores // len(cluster.shards))
-    return cluster.model_copy(update={"compute": cluster.compute.model_copy(update={"pipelined_threads": share})})
 
 
 def attached(folder: RunFolder) -> LocalCluster:

@@ -20,9 +20,11 @@ BACKOFF_SECONDS = 0.05
 class Limits:
     """How much one pass may hold."""
 
-    # Prompt tokens in one pass while nobody decodes.
+    # Tokens of one prompt in a pass.
     prefill_tokens: int = 128
-    # The same for each prompt that waits, beside decoding sessions, whose next token they delay.
+    # A pass holds at most as many prompt tokens as so many prompts bring.
+    prompts_together: int = 1
+    # Beside decoding sessions, whose next token they delay, each prompt that waits brings so many.
     prefill_tokens_beside_decode: int = 32
     # Into how many groups the decoding sessions are split, so that neighbours work at the same time.
     groups: int = 2
@@ -111,18 +113,17 @@ class Scheduler:
                 return segments
             # Making room for an earlier one may have pushed this one out.
             if session.number in self.running and session.remaining and not session.decoding:
-                budget -= self._schedule(session, budget, segments)
+                budget -= self._schedule(session, min(budget, self._limits.prefill_tokens), segments)
         while budget > 0 and (admitted := self._admit(budget, budget == whole)) is not None:
-            budget -= self._schedule(admitted, max(budget, self._least(admitted)), segments)
+            chunk = max(min(budget, self._limits.prefill_tokens), self._least(admitted))
+            budget -= self._schedule(admitted, chunk, segments)
         return segments
 
     def _prompt_tokens(self, decoding: int) -> int:
         """How many of a pass beside so many decoding sessions: every prompt that waits brings its share."""
-        most, share = self._limits.prefill_tokens, self._limits.prefill_tokens_beside_decode
-        if not decoding:
-            return most
-        prompts = len(self.waiting) + len(self.running) - decoding
-        return max(share, min(most, share * prompts))
+        limits, prompts = self._limits, len(self.waiting) + len(self.running) - decoding
+        most, share = limits.prefill_tokens * limits.prompts_together, limits.prefill_tokens_beside_decode
+        return most if not decoding else max(share, min(most, share * prompts))
 
     def _decodes(self) -> list[Segment]:
         decoding = [session for session in self.running.values() if session.decoding]

@@ -93,6 +93,18 @@ class TestPrompts:
         bench.add(new_session(60), new_session(3))
         assert [length for _, _, length in bench.take()] == [1]
 
+    def test_several_prompts_fill_a_larger_pass_with_one_chunk_each(self) -> None:
+        bench = Bench(prefill_tokens=8, prompts_together=2)
+        first, second, third = (new_session(count, first_token=100 * count) for count in (20, 5, 9))
+        bench.add(first, second, third)
+        assert bench.take() == [(first, 0, 8), (second, 0, 5), (third, 0, 3)]
+        assert bench.take() == [(first, 8, 8), (third, 3, 6)]
+
+    def test_one_prompt_alone_still_comes_in_its_chunks(self) -> None:
+        bench, session = Bench(prefill_tokens=8, prompts_together=4), new_session(20)
+        bench.add(session)
+        assert [bench.take() for _ in range(3)] == [[(session, 0, 8)], [(session, 8, 8)], [(session, 16, 4)]]
+
     def test_beside_decode_every_prompt_that_waits_brings_its_share(self) -> None:
         bench = Bench(prefill_tokens=12, prefill_tokens_beside_decode=5)
         (decoding,) = bench.decoding(4)
@@ -351,6 +363,7 @@ class Simulation:
         self.bench = Bench(
             blocks=self.draw.randrange(4, 12),
             prefill_tokens=self.draw.choice([8, 16, 40]),
+            prompts_together=self.draw.choice([1, 3]),
             prefill_tokens_beside_decode=self.draw.choice([1, 8]),
             groups=self.draw.randrange(1, 4),
         )
@@ -392,7 +405,7 @@ class Simulation:
         assert pool.free_blocks == pool.blocks - len(held)
         limits = scheduler._limits
         prefill = sum(one.length for one in segments if not (one_of(one).answered and one.length == 1))
-        assert prefill <= limits.prefill_tokens
+        assert prefill <= limits.prefill_tokens * limits.prompts_together
 
     def reply(self) -> None:
         session, epoch = self.pending.pop(self.draw.randrange(len(self.pending)))
