@@ -9,8 +9,9 @@ import torch
 from stitch.cluster import Cluster, ShardPlace
 from stitch.environment import cache_folder
 from stitch_server.engine.wire import bytes_per_token
+from stitch_server.model import lean
 from stitch_server.model.counting import ParameterCount
-from stitch_server.model.description import ModelDescription
+from stitch_server.model.description import ModelDescription, read_config
 from stitch_server.model.product import Keeping
 from stitch_server.planning import kv_bytes_per_token, kv_tokens
 from stitch_server.sources.resolve import resolve
@@ -63,10 +64,12 @@ def _plan_of(cluster: Cluster, place: ShardPlace, device: torch.device, memory_b
     first, end = place.layers
     last = place.role == "top" and end == model.layers
     ends = place.role == "bottom" and first == 0
-    multiplied = count.between(first, end) + (count.head if last else 0)
+    layers, head = count.between(first, end), count.head if last else 0
     token_bytes = kv_bytes_per_token(end - first, model.kv_heads, model.head_dim, dtype)
-    weights = multiplied * (1 if cluster.compute.quantization == "int8" else dtype.itemsize)
-    weights *= 2 if Keeping.of(cluster.compute).copies_rows(device, dtype) else 1
+    weights = (layers + head) * (1 if cluster.compute.quantization == "int8" else dtype.itemsize)
+    if Keeping.of(cluster.compute).copies_rows(device, dtype):
+        # Layers that come from `transformers` multiply in their own way.
+        weights += (head + (layers if lean.supports(read_config(folder)) else 0)) * dtype.itemsize
     # The embedding's rows are looked up, not multiplied by.
     weights += count.head * dtype.itemsize if ends else 0
     tokens = kv_tokens(cluster.compute.kv_tokens, token_bytes, model.context_length, device, weights, memory_bytes)

@@ -112,8 +112,7 @@ def prepared(cluster: Cluster, folder: RunFolder) -> LocalCluster:
     if running:
         names = ", ".join(process.name for process in running)
         raise Unavailable(f"{folder.name} runs already ({names}) at {folder.cluster().gateway.address}")
-    placed = with_ports(cluster)
-    folder.begin(placed)
+    folder.begin(with_ports(cluster))
     return LocalCluster(folder, folder.cluster())
 
 

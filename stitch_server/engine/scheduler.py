@@ -23,9 +23,9 @@ class Limits:
     # Tokens of one prompt in a pass.
     prefill_tokens: int = 128
     # A pass holds at most as many prompt tokens as so many prompts bring.
-    prompts_together: int = 1
+    prompts_together: int = 2
     # Beside decoding sessions, whose next token they delay, each prompt that waits brings so many.
-    prefill_tokens_beside_decode: int = 32
+    prefill_tokens_beside_decode: int = 20
     # Into how many groups the decoding sessions are split, so that neighbours work at the same time.
     groups: int = 2
     max_waiting_sessions: int = 256

@@ -57,6 +57,15 @@ def test_without_row_copies_weights_are_kept_once(tmp_path: Path, device: str, f
     assert [one.weight_bytes for one in twice[1:]] == [2 * one.weight_bytes for one in once[1:]]
 
 
+def test_of_families_without_lean_layers_only_the_head_is_kept_twice(tmp_path: Path) -> None:
+    file = write_tiny_cluster(tmp_path, "olmo2", bottoms=((0, 4),), tops=((2, 4),))
+    cluster = load_cluster(str(file))
+    first, last = plan(cluster, CPU)
+    bottom, top = (load_part(cluster, place, CPU).count for place in cluster.shards)
+    assert first.weight_bytes == (bottom.between(0, 4) + bottom.head) * torch.float32.itemsize
+    assert last.weight_bytes == (top.between(2, 4) + 2 * top.head) * torch.float32.itemsize
+
+
 def test_bytes_take_a_quarter_of_float32_except_the_embedding(tmp_path: Path) -> None:
     whole, small = (plan(tiny(tmp_path, row_copies=False, quantization=kind), CPU) for kind in ("none", "int8"))
     assert [one.weight_bytes * 4 for one in small[1:]] == [one.weight_bytes for one in whole[1:]]

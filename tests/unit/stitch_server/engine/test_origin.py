@@ -27,7 +27,11 @@ class Bench:
     def __init__(self, blocks: int = 64, **limits: int) -> None:
         self.pool, self.clock, self.downstream = BlockPool(blocks), ManualClock(), FakeDownstream()
         self.origin = Origin(
-            self.pool, CUTS, Limits(**limits), Forwarding(self.downstream, "float32", window_steps=2), self.clock
+            self.pool,
+            CUTS,
+            Limits(**{"prompts_together": 1} | limits),
+            Forwarding(self.downstream, "float32", window_steps=2),
+            self.clock,
         )
 
     def admit(self, tokens: int = 20, **fields: object) -> tuple[Session, list[Progress]]:

@@ -22,7 +22,9 @@ class Bench:
     def __init__(self, blocks: int = 64, **limits: int) -> None:
         self.pool, self.clock = BlockPool(blocks), ManualClock()
         self.dropped: list[Session] = []
-        self.scheduler = Scheduler(self.pool, CUTS, Limits(**limits), self.dropped.append, self.clock)
+        self.scheduler = Scheduler(
+            self.pool, CUTS, Limits(**{"prompts_together": 1} | limits), self.dropped.append, self.clock
+        )
 
     def add(self, *sessions: Session) -> None:
         for session in sessions:
