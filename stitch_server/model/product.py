@@ -5,7 +5,7 @@ speed of the memory, and one of many rows is faster as well: on one AMD core wit
 3,072 x 576 takes as long as MKL's row-major kernels behind `F.linear` divided by 2 to 3, at any number of rows.
 
 With a row copy, the matrix is kept a second time, one row behind the other, for products of one or two rows on one
-thread (`few_rows.py`): on that core half to two thirds of the time.
+thread (`few_rows.py`): half to two thirds of the time of such a product, .8 of a token's.
 
 Quantized to int8, the matrix keeps one scale for each output, and the rows get one each when they come. The product
 is then one of small integers, for which processors have instructions of their own: on that core, 30 such matrices
