@@ -151,7 +151,8 @@ def test_quantized_layers_come_close(tmp_path: Path, family: str) -> None:
             DecoderLayers.load(folder, 0, 4, CPU, torch.float32, Keeping("int8")),
         )
     )
-    assert 0 < float((rough - exact).norm() / exact.norm()) < 0.03
+    # Over 200 draws it is .013 to .039.
+    assert 0 < float((rough - exact).norm() / exact.norm()) < 0.05
 
 
 def test_a_family_that_can_not_be_quantized_is_refused(tmp_path: Path) -> None:
