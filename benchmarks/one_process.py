@@ -71,5 +71,6 @@ class OneProcess:
             threads=Threads(self._threads, self._threads),
             embed=part.embedding,
             stitches={route: stitch for route, stitch in part.stitches.items() if stitch is not None},
+            adapters=part.adapters,
             head=part.head,
         )

@@ -27,6 +27,7 @@ from stitch_server.engine.scheduler import Limits
 from stitch_server.engine.threads import Threads
 from stitch_server.engine.wire import DTYPES, Packed, unpack
 from stitch_server.metrics import Metrics
+from stitch_server.model.adapters import Adapters
 from stitch_server.model.counting import ParameterCount
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import ModelDescription
@@ -62,6 +63,10 @@ class Part:
     head: Head | None
     # By the name of the route that enters the top model here; None: bottom and top are one model.
     stitches: dict[str, Stitch | None]
+    # By the name of the route whose stitch adapts layers of the top model here, wherever the route enters it.
+    adapters: dict[str, Adapters]
+    # Of the stitches that are held here, in whole or in part.
+    fingerprints: dict[str, str]
     cuts: dict[str, Cut]
     tokenizer: str
     count: ParameterCount
@@ -79,7 +84,14 @@ def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part
     decoder = DecoderLayers.load(folder, first, end, device, dtype, keeping)
     tokenizer = tokenizer_hash(folder)
     cuts = {route.name: cut for route in cluster.routes if (cut := cut_of(route, place)) is not None}
-    entered = [route for route in cluster.routes if place.role == "top" and first <= route.top_from < end]
+    passed = {
+        route.name: _stitch(cluster, route, model, tokenizer, device, dtype)
+        for route in cluster.routes
+        if place.role == "top" and route.name in cuts
+    }
+    entered = {route.name for route in cluster.routes if first <= route.top_from < end}
+    beside = {name: _adapters(stitch, place) for name, stitch in passed.items()}
+    adapters = {name: found for name, found in beside.items() if found is not None}
     is_last = (place.role, end) == ("top", model.layers)
     return Part(
         folder=folder,
@@ -87,7 +99,13 @@ def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part
         decoder=decoder,
         embedding=Embedding.load(folder, device, dtype) if (place.role, first) == ("bottom", 0) else None,
         head=Head.load(folder, device, dtype, token_count(folder), keeping) if is_last else None,
-        stitches={route.name: _stitch(cluster, route, model, tokenizer, device, dtype) for route in entered},
+        stitches={name: stitch for name, stitch in passed.items() if name in entered},
+        adapters=adapters,
+        fingerprints={
+            name: stitch.fingerprint
+            for name, stitch in passed.items()
+            if stitch is not None and (name in entered or name in adapters)
+        },
         cuts=cuts,
         tokenizer=tokenizer,
         count=ParameterCount.read(folder),
@@ -115,7 +133,13 @@ def _stitch(
     stitch.check_cut(route.bottom_layers, route.top_from)
     stitch.check_models(top=top.to_proto())
     stitch.check_tokenizer(tokenizer)
+    stitch.check_depth(top.layers)
     return stitch
+
+
+def _adapters(stitch: Stitch | None, place: ShardPlace) -> Adapters | None:
+    """Those of the layers that lie here."""
+    return None if stitch is None or stitch.adapters is None else stitch.adapters.between(*place.layers)
 
 
 def _probe(cluster: Cluster, bottom: ModelDescription, tokenizer: str, device: torch.device) -> Probe | None:
@@ -194,6 +218,7 @@ def build_shard(
         embed=part.embedding,
         stage=f"{place.role}_prefill",
         stitches={route: stitch for route, stitch in part.stitches.items() if stitch is not None},
+        adapters=part.adapters,
         head=part.head,
         judge=_judge(cluster, part),
         cuts=part.cuts,
@@ -284,14 +309,15 @@ def _identity(
 
 def _description(route: RouteCut, part: Part) -> inference_pb2.RouteDescription:
     """The route as this shard sees it: the stitch where it holds one, the parameters that it reads itself."""
-    stitch, cut = part.stitches.get(route.name), part.cuts[route.name]
+    stitch, adapters, cut = part.stitches.get(route.name), part.adapters.get(route.name), part.cuts[route.name]
     parameters = part.count.between(cut.enter, cut.leave)
     parameters += 0 if stitch is None else stitch.weight.numel() + stitch.bias.numel()
+    parameters += 0 if adapters is None else adapters.parameters
     parameters += 0 if part.head is None else part.count.head
     return inference_pb2.RouteDescription(
         name=route.name,
         bottom_layers=route.bottom_layers,
         top_from=route.top_from,
-        stitch="" if stitch is None else stitch.fingerprint,
+        stitch=part.fingerprints.get(route.name, ""),
         parameters=parameters,
     )

@@ -34,8 +34,12 @@ def ladder_of(cluster_name: str, reports: list[dict[str, Any]]) -> Ladder:
         if (report["losses"]["bottom"], report["losses"]["top"]) != (first["bottom"], first["top"]):
             raise SystemExit("the reports are of other models or held-out sequences")
         k, j = report["cut"]["bottom_layers"], report["cut"]["top_from"]
+        rank = report["training"].get("adapter_rank", 0)
         read = bottom.between(0, k) + widths[1] * (widths[0] + 1) + top.between(j, len(top.layers)) + top.head
-        rungs.append(Rung(f"{k} → {j}", read, _intervals(report["losses"]["stitched"])))
+        read += 2 * rank * widths[1] * (len(top.layers) - j)
+        rungs.append(
+            Rung(f"{k} → {j}" + (f", rank {rank}" if rank else ""), read, _intervals(report["losses"]["stitched"]))
+        )
     ends = [
         Rung(name, count.between(0, len(count.layers)) + count.head, _intervals(first[role]))
         for name, count, role in ((BOTTOM, bottom, "bottom"), (TOP, top, "top"))

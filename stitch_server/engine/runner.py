@@ -20,6 +20,7 @@ from stitch_server.cache.store import KVStore, Span
 from stitch_server.engine.batch import Batch, Cut, Segment, StepOutput, Token, TokenLogprobs, Verdict
 from stitch_server.engine.judge import Judge
 from stitch_server.engine.threads import Threads
+from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.sampler import SampledToken, SampleRequest, sample
 
@@ -38,6 +39,8 @@ class Runner:
     stage: str = "bottom_prefill"
     # By the route that enters the top model here through a stitch: the bottom's hidden states to the top's.
     stitches: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    # By route: what its tokens pass beside these layers, where its stitch brings adapters.
+    adapters: Mapping[str, Adapters] = field(default_factory=dict)
     # On the last shard: hidden states to logits.
     head: Callable[[Tensor], Tensor] | None = None
     # On a first shard that decides: who does, and the layers that each route then passes here.
@@ -102,13 +105,24 @@ class Runner:
         for first, end in pairwise(bounds):
             present = [one for one in segments if one.cut.enter <= first and one.cut.leave >= end]
             rows = sum(one.length for one in present)
+            adapted = self._adapted(present)
             if len(present) == len(segments):
-                hidden = self.decoder.run(hidden, rotary, attention, first, end)
+                hidden = self.decoder.run(hidden, rotary, attention, first, end, adapted)
             else:
                 part = tuple(angles[:rows] for angles in rotary)
-                moved = self.decoder.run(hidden[:rows], part, attention.first(len(present)), first, end)
+                moved = self.decoder.run(hidden[:rows], part, attention.first(len(present)), first, end, adapted)
                 hidden = torch.cat([moved, hidden[rows:]])
         return hidden
+
+    def _adapted(self, segments: Sequenced[Segment]) -> list[tuple[slice, Adapters]]:
+        """The rows of every route that has adapters here: side by side, since batches are ordered."""
+        found, row = [], 0
+        for route, group in groupby(segments, key=lambda segment: segment.sequence.route):
+            end = row + sum(segment.length for segment in group)
+            if (adapters := self.adapters.get(route)) is not None:
+                found.append((slice(row, end), adapters))
+            row = end
+        return found
 
     def _deciding(
         self, judge: Judge, segments: Sequenced[Segment], hidden: Tensor

@@ -70,7 +70,7 @@ def _advance(system: System, stores: Sequence[KVStore], vocabulary: int, dialogu
     fresh = [token for one in dialogues for token in one.token_ids[one.cached :]]
     hidden = system.legs[0].model.embed(torch.tensor(fresh))
     for index, (leg, store) in enumerate(zip(system.legs, stores, strict=True)):
-        hidden = leg.model.extend(system.between(hidden) if index else hidden, spans, store)
+        hidden = leg.model.extend(system.between(hidden) if index else hidden, spans, store, leg.adapters)
     last = torch.tensor([span.length for span in spans]).cumsum(0) - 1
     chosen: Tensor = system.head.logits(hidden[last])[:, :vocabulary].argmax(1)
     for one, token in zip(dialogues, chosen.tolist(), strict=True):

@@ -38,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weight of the bottom's distribution against the next token, 0 to 1; default: 0.5",
     )
     parser.add_argument("--batch-sequences", metavar="N", type=int, default=4, help="in one step; default: 4")
+    parser.add_argument(
+        "--adapter-rank", metavar="N", type=int, default=0,
+        help="of adapters beside the top's layers, made with the stitch; default: 0, none",
+    )  # fmt: skip
     parser.add_argument("--evaluations", metavar="N", type=int, default=10, help="of held-out loss; default: 10")
     parser.add_argument(
         "--store", choices=["float32", "bfloat16"], default="float32", help="how the file keeps it; default: float32"
@@ -72,6 +76,7 @@ def training_settings(parsed: argparse.Namespace) -> Training:
         ("teacher_share", 0 <= parsed.teacher_share <= 1, "it must be 0 to 1"),
         ("batch_sequences", parsed.batch_sequences >= 1, "it must be at least 1"),
         ("evaluations", parsed.evaluations >= 1, "it must be at least 1"),
+        ("adapter_rank", parsed.adapter_rank >= 0, "it must be at least 0"),
     )
     for field, fits, limit in checks:
         if not fits:
@@ -83,6 +88,7 @@ def training_settings(parsed: argparse.Namespace) -> Training:
         learning_rate=parsed.learning_rate,
         teacher_share=parsed.teacher_share,
         evaluations=parsed.evaluations,
+        adapter_rank=parsed.adapter_rank,
         seed=parsed.seed,
     )
 
@@ -97,7 +103,8 @@ def write(fitted: Fit, out: Path, store: str) -> None:
     loaded, dtype = fitted.loaded, getattr(torch, store)
     binding = StitchBinding.of(loaded.bottom, loaded.top, *fitted.cut, loaded.tokenizer)
     weight, bias = fitted.map.weight.to(dtype), fitted.map.bias.to(dtype)
-    Stitch(weight, bias, binding, making(fitted.report)).save(out)
+    adapters = None if fitted.adapters is None else fitted.adapters.to(torch.device("cpu"), dtype)
+    Stitch(weight, bias, binding, making(fitted.report), adapters=adapters).save(out)
     write_json(out.with_suffix(".json"), fitted.report)
     plot_losses(fitted.report, out.with_suffix(".png"))
     print("\n".join(loss_lines(fitted.report)))

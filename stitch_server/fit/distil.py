@@ -45,6 +45,8 @@ class Training:
     teacher_share: float = 0.5
     # Held-out evaluations over the whole run.
     evaluations: int = 10
+    # Of adapters beside the top's layers; 0: none.
+    adapter_rank: int = 0
     seed: int = 0
     # What the data are: the fingerprint of the trace.
     data: str = ""
@@ -84,15 +86,12 @@ class Distillation:
         self._trace, self._sequences = trace, sequences
         self.stitch, self._settings, self._checkpoint = stitch, settings, checkpoint
         self.history, self.step = History(), 0
-        self._optimizer = torch.optim.Adam(self._parameters(), settings.learning_rate, betas=(0.9, 0.98))
-        self._best = [parameter.detach().clone() for parameter in self._parameters()]
+        self._optimizer = torch.optim.Adam(stitch.parameters(), settings.learning_rate, betas=(0.9, 0.98))
+        self._best = [parameter.detach().clone() for parameter in stitch.parameters()]
         self.steps = settings.epochs * (-(-sequences // settings.batch_sequences))
         self.interval = max(1, self.steps // settings.evaluations)
         if checkpoint.exists():
             self._resume()
-
-    def _parameters(self) -> list[Tensor]:
-        return [self.stitch.change, self.stitch.shift]
 
     def run(self, held_out_loss: HeldOutLoss, progress: Callable[[int, int, float], None]) -> None:
         """Trains until the last step, or until held-out loss stops falling; leaves the best stitch of all.
@@ -108,13 +107,13 @@ class Distillation:
                 self._evaluate(held_out_loss)
                 self.checkpoint()
         with torch.no_grad():
-            for parameter, best in zip(self._parameters(), self._best, strict=True):
+            for parameter, best in zip(self.stitch.parameters(), self._best, strict=True):
                 parameter.copy_(best)
 
     def _evaluate(self, held_out_loss: HeldOutLoss) -> None:
         loss = held_out_loss(self.stitch)
         if loss < self.history.best():
-            self._best = [parameter.detach().clone() for parameter in self._parameters()]
+            self._best = [parameter.detach().clone() for parameter in self.stitch.parameters()]
         self.history.held_out.append((self.step, loss))
 
     def _train_step(self) -> float:
@@ -122,7 +121,8 @@ class Distillation:
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.learning_rate * (1 - self.step / self.steps)
         k, j = self._cut
-        hidden = self._top.run(self.stitch(self._trace.hidden(k, rows).float()), j, self._top.depth)
+        entering, adapters = self.stitch(self._trace.hidden(k, rows).float()), self.stitch.adapters()
+        hidden = self._top.run(entering, j, self._top.depth, adapters)
         choice = Choice(self._settings.teacher_share, self._vocabulary, SAMPLED_TOKENS, self._drawn(self.step))
         loss = head_loss(self._top, hidden, self._trace.tokens(rows), self._trace.teacher(rows), choice)
         self._optimizer.zero_grad()
@@ -145,7 +145,7 @@ class Distillation:
 
     def checkpoint(self) -> None:
         """Leaves the run on disk, whole or not at all."""
-        tensors = {f"parameter.{n}": parameter.detach() for n, parameter in enumerate(self._parameters())}
+        tensors = {f"parameter.{n}": parameter.detach() for n, parameter in enumerate(self.stitch.parameters())}
         tensors |= {f"best.{n}": best for n, best in enumerate(self._best)}
         for n, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{n}.{name}": value for name, value in state.items()}
@@ -169,7 +169,7 @@ class Distillation:
         self._best = [tensors[f"best.{n}"] for n in range(len(self._best))]
         state = self._optimizer.state_dict()
         with torch.no_grad():
-            for n, parameter in enumerate(self._parameters()):
+            for n, parameter in enumerate(self.stitch.parameters()):
                 parameter.copy_(tensors[f"parameter.{n}"])
                 state["state"][n] = {key: tensors[f"adam.{n}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
         self._optimizer.load_state_dict(state)

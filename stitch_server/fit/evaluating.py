@@ -48,9 +48,10 @@ def evaluate(settings: EvaluationSettings, progress: Progress) -> Ladder:
     systems = {BOTTOM: alone(loaded.pair.bottom), TOP: alone(loaded.pair.top)}
     costs = whole_parameters(loaded)
     for route in settings.cluster.routes:
-        systems[route.name] = system_of(loaded, settings.cluster, route)
-        cut = route.bottom_layers, route.top_from
-        costs[route.name] = parameters_of(loaded, cut, route.stitch is not None)
+        systems[route.name] = system = system_of(loaded, settings.cluster, route)
+        cut, adapters = (route.bottom_layers, route.top_from), system.legs[-1].adapters
+        rank = 0 if adapters is None else adapters.rank
+        costs[route.name] = parameters_of(loaded, cut, route.stitch is not None, rank)
     corpus = Corpus(settings.data.files, loaded.encoder, settings.data.sequence_tokens, settings.held_out_percent)
     held = corpus.held_out(settings.data.held_out_tokens)
     tokens = torch.tensor([sequence.token_ids for sequence in held])
@@ -78,7 +79,8 @@ def system_of(loaded: LoadedPair, cluster: Cluster, route: RouteCut) -> System:
     stitch.check_models(loaded.bottom.to_proto(), loaded.top.to_proto())
     stitch.check_cut(*cut)
     stitch.check_tokenizer(loaded.tokenizer)
-    return stitched(loaded.pair, cut, AffineMap(stitch.weight, stitch.bias))
+    stitch.check_depth(loaded.top.layers)
+    return stitched(loaded.pair, cut, AffineMap(stitch.weight, stitch.bias), stitch.adapters)
 
 
 def measured(system: System, tokens: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

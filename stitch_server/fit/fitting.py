@@ -16,16 +16,18 @@ from torch import Tensor
 
 from stitch.cluster import Cluster, RouteCut
 from stitch.errors import InvalidRequest
+from stitch_server.fit.adapting import TrainableAdapters, sizes_of
 from stitch_server.fit.distil import Distillation, Training
 from stitch_server.fit.held_out import alone_losses, tail_losses
 from stitch_server.fit.leastsquares import AffineMap
 from stitch_server.fit.packing import Corpus, DataSettings
 from stitch_server.fit.pairs import LoadedPair, load_pair
-from stitch_server.fit.scoring import applied, by_file
+from stitch_server.fit.scoring import BATCH_SEQUENCES, Mapping, applied, by_file
 from stitch_server.fit.starting import coordinates, needed, start_of
 from stitch_server.fit.sums import ClosedForm, Cut
 from stitch_server.fit.trainable import TrainableStitch
 from stitch_server.fit.workplace import HELD_OUT, Passes, Progress, run_passes, taken_up
+from stitch_server.model.adapters import Adapters
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Fit:
     """A finished stitch and all that is known of it."""
 
     map: AffineMap
+    adapters: Adapters | None
     cut: Cut
     loaded: LoadedPair
     # One JSON object: settings, data, losses before and after, history.
@@ -53,9 +56,10 @@ class Fit:
 
 @dataclass(frozen=True)
 class Measured:
-    """A map, and its mean cross-entropy `[sequences]` on the held-out ones."""
+    """A map, the top's adapters, and their mean cross-entropy `[sequences]` on the held-out ones."""
 
     map: AffineMap
+    adapters: Adapters | None
     losses: Tensor
 
 
@@ -76,12 +80,14 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
     ridge, first_token, history = start.ridge, "held", {}
     begun = final = measured(loaded, cut, passes, start.map)
     if settings.training.epochs:
-        run = _distilled(loaded, cut, passes, TrainableStitch(coordinates(cut[0], start, closed)), settings, progress)
-        free = run.stitch.to_map()
+        at = coordinates(cut[0], start, closed)
+        fresh = TrainableStitch(at, _adapters(loaded, cut, passes, applied(start.map), settings.training))
+        run = _distilled(loaded, cut, passes, fresh, settings, progress)
+        free, adapters = run.stitch.to_map(), run.stitch.trained_adapters()
         held = closed.hold_first(cut[0], free, start.first, ridge.ridge)
         # Where first tokens differ too much for one mean to stand for them, as behind few layers, the hold costs the
         # others more than it gives.
-        tried = {name: measured(loaded, cut, passes, one) for name, one in (("held", held), ("free", free))}
+        tried = {name: measured(loaded, cut, passes, one, adapters) for name, one in (("held", held), ("free", free))}
         first_token, final = min(tried.items(), key=lambda one: float(one[1].losses.mean()))
         history = asdict(run.history)
     report = {
@@ -95,7 +101,7 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
         "history": history,
         "seconds": time.monotonic() - began,
     }
-    return Fit(final.map, cut, loaded, report)
+    return Fit(final.map, final.adapters, cut, loaded, report)
 
 
 def cut_of(route: RouteCut) -> Cut:
@@ -149,12 +155,28 @@ def _distilled(
 
 def held_out_loss(loaded: LoadedPair, cut: Cut, passes: Passes) -> Callable[[TrainableStitch], float]:
     """Mean cross-entropy of a stitch in training over the held-out trace."""
-    return lambda stitch: float(tail_losses(loaded.pair.top, passes.held_out, cut, stitch).mean())
+    top, held = loaded.pair.top, passes.held_out
+    return lambda stitch: float(tail_losses(top, held, cut, stitch, stitch.trained_adapters()).mean())
 
 
-def measured(loaded: LoadedPair, cut: Cut, passes: Passes, stitch: AffineMap) -> Measured:
-    """A map with what it loses on held-out text."""
-    return Measured(stitch, tail_losses(loaded.pair.top, passes.held_out, cut, applied(stitch)))
+def measured(
+    loaded: LoadedPair, cut: Cut, passes: Passes, stitch: AffineMap, adapters: Adapters | None = None
+) -> Measured:
+    """A map with what it and the adapters lose on held-out text."""
+    lost = tail_losses(loaded.pair.top, passes.held_out, cut, applied(stitch), adapters)
+    return Measured(stitch, adapters, lost)
+
+
+def _adapters(
+    loaded: LoadedPair, cut: Cut, passes: Passes, start: Mapping, training: Training
+) -> TrainableAdapters | None:
+    """Fresh ones beside the top's layers, measured by the first sequences; None where none are asked for."""
+    if not training.adapter_rank:
+        return None
+    trace, (k, j) = passes.training.trace, cut
+    first = torch.arange(min(BATCH_SEQUENCES, passes.training.sequences))
+    sizes = sizes_of(loaded.pair.top, start(trace.hidden(k, first)), j)
+    return TrainableAdapters(j, training.adapter_rank, sizes, training.seed)
 
 
 def scores(

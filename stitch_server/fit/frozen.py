@@ -11,13 +11,17 @@ from torch import Tensor
 
 from stitch_server.cache.store import KVStore, Span
 from stitch_server.fit.trace import TEACHER_TOKENS, Teacher
+from stitch_server.model.adapters import Adapters
 
 # Rows of logits in memory at a time; with a vocabulary of 152 k and in float32 one has 0.6 MB.
 LOGIT_ROWS = 256
 
 
 class FrozenModel(Protocol):
-    """Sequences are causal and begin at position 0. Gradients go through to the hidden states, not to the weights."""
+    """Sequences are causal and begin at position 0. Gradients go through to the hidden states, not to the weights.
+
+    A token that passes `adapters` passes them beside every layer; gradients go through to these as well.
+    """
 
     @property
     def depth(self) -> int:
@@ -30,13 +34,13 @@ class FrozenModel(Protocol):
     def embed(self, tokens: Tensor) -> Tensor:
         """`[sequences, tokens]` to the hidden states before layer 0, `[sequences, tokens, hidden]`."""
 
-    def run(self, hidden: Tensor, first: int, end: int) -> Tensor:
+    def run(self, hidden: Tensor, first: int, end: int, adapters: Adapters | None = None) -> Tensor:
         """Hidden states `[sequences, tokens, hidden]` through layers [first, end)."""
 
     def new_store(self, first: int, end: int, blocks: int) -> KVStore:
         """Room for the keys and values of layers [first, end)."""
 
-    def extend(self, rows: Tensor, spans: Sequence[Span], store: KVStore) -> Tensor:
+    def extend(self, rows: Tensor, spans: Sequence[Span], store: KVStore, adapters: Adapters | None = None) -> Tensor:
         """Hidden states `[rows, hidden]` of sequences that extend their `spans`, through the layers of `store`."""
 
     def logits(self, rows: Tensor, token_ids: Tensor | None = None) -> Tensor:

@@ -13,16 +13,19 @@ from stitch_server.fit.collect import Collected
 from stitch_server.fit.frozen import FrozenModel, Pair, next_token_losses
 from stitch_server.fit.scoring import BATCH_SEQUENCES, Mapping, alone, losses
 from stitch_server.fit.sums import Cut
+from stitch_server.model.adapters import Adapters
 
 ALONE = "alone.safetensors"
 
 
-def tail_losses(top: FrozenModel, held: Collected, cut: Cut, mapping: Mapping) -> Tensor:
+def tail_losses(
+    top: FrozenModel, held: Collected, cut: Cut, mapping: Mapping, adapters: Adapters | None = None
+) -> Tensor:
     """Mean cross-entropy `[sequences]` in nats a token of the top's layers behind `mapping` of the traced states."""
     found, (k, j) = [], cut
     with torch.no_grad():
         for rows in torch.split(torch.arange(held.sequences), BATCH_SEQUENCES):
-            hidden = top.run(mapping(held.trace.hidden(k, rows)), j, top.depth)
+            hidden = top.run(mapping(held.trace.hidden(k, rows)), j, top.depth, adapters)
             found.append(next_token_losses(top, hidden, held.trace.tokens(rows)).mean(1))
     return torch.cat(found).double()
 

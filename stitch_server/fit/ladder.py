@@ -32,11 +32,12 @@ class Rung:
     exact_match: Interval | None = None
 
 
-def parameters_of(loaded: LoadedPair, cut: Cut, has_stitch: bool = True) -> int:
+def parameters_of(loaded: LoadedPair, cut: Cut, has_stitch: bool = True, adapter_rank: int = 0) -> int:
     """Parameters that a stitched pair reads for one token."""
     bottom, top, (k, j) = loaded.bottom_count, loaded.top_count, cut
     stitch = loaded.top.hidden_size * (loaded.bottom.hidden_size + 1) if has_stitch else 0
-    return bottom.between(0, k) + stitch + top.between(j, len(top.layers)) + top.head
+    adapters = 2 * adapter_rank * loaded.top.hidden_size * (len(top.layers) - j)
+    return bottom.between(0, k) + stitch + top.between(j, len(top.layers)) + adapters + top.head
 
 
 def whole_parameters(loaded: LoadedPair) -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from stitch_server.fit.frozen import LOGIT_ROWS, FrozenModel, Pair, next_token_losses
 from stitch_server.fit.leastsquares import AffineMap
 from stitch_server.fit.sums import Cut
+from stitch_server.model.adapters import Adapters
 
 # The bottom's states `[..., inputs]` to the top's, `[..., outputs]`.
 Mapping = Callable[[Tensor], Tensor]
@@ -40,6 +41,7 @@ class Leg:
     model: FrozenModel
     first: int
     end: int
+    adapters: Adapters | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class System:
         """`[sequences, tokens]` to the states behind the last layer, `[sequences, tokens, hidden]`."""
         hidden = self.legs[0].model.embed(tokens)
         for index, leg in enumerate(self.legs):
-            hidden = leg.model.run(self.between(hidden) if index else hidden, leg.first, leg.end)
+            hidden = leg.model.run(self.between(hidden) if index else hidden, leg.first, leg.end, leg.adapters)
         return hidden
 
 
@@ -68,9 +70,9 @@ def alone(model: FrozenModel) -> System:
     return System((Leg(model, 0, model.depth),))
 
 
-def stitched(pair: Pair, cut: Cut, stitch: AffineMap) -> System:
-    """The bottom's layers [0, k), an affine map, the top's layers [j, …)."""
-    return System((Leg(pair.bottom, 0, cut[0]), Leg(pair.top, cut[1], pair.top.depth)), applied(stitch))
+def stitched(pair: Pair, cut: Cut, stitch: AffineMap, adapters: Adapters | None = None) -> System:
+    """The bottom's layers [0, k), an affine map, the top's layers [j, …) with their adapters."""
+    return System((Leg(pair.bottom, 0, cut[0]), Leg(pair.top, cut[1], pair.top.depth, adapters)), applied(stitch))
 
 
 def left_out(model: FrozenModel, cut: Cut) -> System:

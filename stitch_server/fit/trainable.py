@@ -9,12 +9,15 @@ of a language model are. The first token's state is held at the top's mean of fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from stitch_server.fit.adapting import TrainableAdapters
 from stitch_server.fit.leastsquares import AffineMap
+from stitch_server.model.adapters import Adapters
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,11 @@ class Coordinates:
 
 
 class TrainableStitch:
-    """V `[outputs, inputs]` and c `[outputs]` above, and the map that they make."""
+    """V `[outputs, inputs]` and c `[outputs]` above and the map that they make; adapters of the top where given."""
 
-    def __init__(self, coordinates: Coordinates) -> None:
+    def __init__(self, coordinates: Coordinates, adapters: TrainableAdapters | None = None) -> None:
         self._at = coordinates
+        self._adapters = adapters
         self.change = torch.zeros_like(coordinates.weight).requires_grad_()
         self.shift = torch.zeros_like(coordinates.bias).requires_grad_()
 
@@ -47,6 +51,19 @@ class TrainableStitch:
         mapped = torch.nn.functional.linear(states[:, 1:] - at.mean, weight, centre)
         first = at.first.expand(len(states), 1, -1)
         return torch.cat([first, mapped], dim=1)
+
+    def parameters(self) -> Sequence[Tensor]:
+        """What training changes."""
+        return [self.change, self.shift, *(() if self._adapters is None else self._adapters.parameters())]
+
+    def adapters(self) -> Adapters | None:
+        """The adapters so far, if it has any; gradients go through."""
+        return None if self._adapters is None else self._adapters.to_adapters()
+
+    def trained_adapters(self) -> Adapters | None:
+        """The same without gradients."""
+        with torch.no_grad():
+            return self.adapters()
 
     def to_map(self) -> AffineMap:
         """The map so far, without the hold on the first token."""

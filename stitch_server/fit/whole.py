@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stitch_server.cache.store import KVStore, Span
+from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import read_config
 from stitch_server.model.embedding import EMBEDDING, Embedding
@@ -44,27 +45,32 @@ class WholeModel:
         """`[sequences, tokens]` to the hidden states before layer 0, `[sequences, tokens, hidden]`."""
         return self._embedding(tokens)
 
-    def run(self, hidden: Tensor, first: int, end: int) -> Tensor:
+    def run(self, hidden: Tensor, first: int, end: int, adapters: Adapters | None = None) -> Tensor:
         """Hidden states `[sequences, tokens, hidden]` through layers [first, end), each sequence from position 0 on."""
         sequences, length, _ = hidden.shape
         rotary = self._layers.rotary(torch.arange(length, device=hidden.device).repeat(sequences))
         packed = hidden.to(self._dtype).flatten(0, 1)
-        return self._layers.run(packed, rotary, CausalSequences(sequences), first, end).view(sequences, length, -1)
+        attend, adapted = CausalSequences(sequences), self._adapted(adapters)
+        return self._layers.run(packed, rotary, attend, first, end, adapted).view(sequences, length, -1)
 
     def new_store(self, first: int, end: int, blocks: int) -> KVStore:
         """Room for the keys and values of layers [first, end)."""
         layers = self._layers
         return KVStore(first, end, blocks, layers.kv_heads, layers.head_dim, self._device, self._dtype)
 
-    def extend(self, rows: Tensor, spans: Sequence[Span], store: KVStore) -> Tensor:
+    def extend(self, rows: Tensor, spans: Sequence[Span], store: KVStore, adapters: Adapters | None = None) -> Tensor:
         """Hidden states `[rows, hidden]` of sequences that extend their `spans`, through the layers of `store`."""
         positions = torch.cat([torch.arange(span.position, span.end, device=rows.device) for span in spans])
         rotary = self._layers.rotary(positions)
-        return self._layers.run(rows.to(self._dtype), rotary, store.attention(spans), store.first, store.end)
+        attend, adapted = store.attention(spans), self._adapted(adapters)
+        return self._layers.run(rows.to(self._dtype), rotary, attend, store.first, store.end, adapted)
 
     def logits(self, rows: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Hidden states `[rows, hidden]` behind the last layer to float32 `[rows, vocabulary]`, or of these tokens."""
         return self._head(rows.to(self._dtype), token_ids)
+
+    def _adapted(self, adapters: Adapters | None) -> list[tuple[slice, Adapters]]:
+        return [] if adapters is None else [(slice(None), adapters.to(self._device, self._dtype))]
 
     def head_rows(self) -> Tensor:
         """The LM head with the final norm's gains multiplied in, `[vocabulary, hidden]`."""

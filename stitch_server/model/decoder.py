@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from stitch.errors import Incompatible
 from stitch_server.model import borrowed, lean
+from stitch_server.model.adapters import Adapters
 from stitch_server.model.attend import Attend, Layer, Rotary
 from stitch_server.model.description import head_dim, kv_heads, read_config
 from stitch_server.model.product import PLAINLY, Keeping
@@ -57,10 +58,24 @@ class DecoderLayers:
         """What positions `[tokens]` turn queries and keys by; made once for all layers of a batch."""
         return self._rotary(positions)
 
-    def run(self, hidden: Tensor, rotary: Rotary, attend: Attend, first: int, end: int) -> Tensor:
-        """Takes hidden states `[tokens, hidden_size]` through layers `first` to `end` of its own range."""
-        for layer in self._layers[first - self.first : end - self.first]:
-            hidden = layer(hidden, rotary, attend)
+    def run(
+        self,
+        hidden: Tensor,
+        rotary: Rotary,
+        attend: Attend,
+        first: int,
+        end: int,
+        adapted: Sequence[tuple[slice, Adapters]] = (),
+    ) -> Tensor:
+        """Takes hidden states `[tokens, hidden_size]` through layers `first` to `end` of its own range.
+
+        Rows that are `adapted` pass their adapters beside every layer.
+        """
+        for index in range(first, end):
+            after = self._layers[index - self.first](hidden, rotary, attend)
+            for rows, adapters in adapted:
+                after[rows] += adapters(index, hidden[rows])
+            hidden = after
         return hidden
 
 

@@ -1,14 +1,15 @@
 """The stitch: an affine map from the bottom model's hidden states to the top's, and what it is bound to.
 
 One safetensors file holds `weight` [top_hidden, bottom_hidden], `bias` [top_hidden] and, as JSON in its metadata,
-the binding and how the map was made. Doesn't know how to make one.
+the binding and how the map was made. It may hold adapters of the top's layers as well, `adapters.down` [layers, rank,
+top_hidden] and `adapters.up` [layers, top_hidden, rank]. Doesn't know how to make one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +22,12 @@ from torch import Tensor
 
 from stitch.errors import Incompatible
 from stitch.v1 import inference_pb2
+from stitch_server.model.adapters import Adapters
 from stitch_server.model.description import ModelDescription
 from stitch_server.model.product import Product, product
 
 METADATA_KEY = "stitch"
+ADAPTERS = ("adapters.down", "adapters.up")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,8 @@ class Stitch:
     making: Mapping[str, Any] = field(default_factory=dict)
     # Of the tensors as they are stored and the binding; filled in where it is not given.
     fingerprint: str = ""
+    # Of every layer of the top from the cut on, where the stitch was trained with them.
+    adapters: Adapters | None = None
 
     def __post_init__(self) -> None:
         shape = (self.binding.top_hidden, self.binding.bottom_hidden)
@@ -78,10 +83,16 @@ class Stitch:
             raise Incompatible(
                 f"a stitch with weight {found[0]} and bias {found[1]} can't map {shape[1]} to {shape[0]}"
             )
-        if not bool(self.weight.isfinite().all() and self.bias.isfinite().all()):
+        if self.adapters is not None and (self.adapters.first, self.adapters.width) != (
+            self.binding.top_from,
+            shape[0],
+        ):
+            beside = f"from layer {self.adapters.first} with {self.adapters.width} values"
+            raise Incompatible(f"the stitch {self._cut()} of {shape[0]} values has adapters {beside}")
+        if not all(bool(tensor.isfinite().all()) for tensor in self._tensors().values()):
             raise Incompatible(f"the stitch {self._cut()} has values that are not finite")
         if not self.fingerprint:
-            object.__setattr__(self, "fingerprint", _fingerprint(self.weight, self.bias, self.binding))
+            object.__setattr__(self, "fingerprint", _fingerprint(self._tensors().values(), self.binding))
 
     @classmethod
     def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> Stitch:
@@ -90,7 +101,10 @@ class Stitch:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in ("weight", "bias")}
                 fields = json.loads(file.metadata()[METADATA_KEY])
-            stored = cls(**tensors, binding=StitchBinding(**fields["binding"]), making=fields["making"])
+                beside = [file.get_tensor(name) for name in ADAPTERS if ADAPTERS[0] in file.keys()]  # noqa: SIM118
+            binding = StitchBinding(**fields["binding"])
+            adapters = Adapters(binding.top_from, *beside) if beside else None
+            stored = cls(**tensors, binding=binding, making=fields["making"], adapters=adapters)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise Incompatible(f"{path} is no stitch: {error}") from error
         except Incompatible as error:
@@ -101,14 +115,15 @@ class Stitch:
         """Writes the tensors as they are; the same stitch makes the same bytes."""
         path.parent.mkdir(parents=True, exist_ok=True)
         fields = {"binding": asdict(self.binding), "making": dict(self.making)}
-        tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
         # `save_file` would make a file that only its owner reads, and shards run as others.
         path.write_bytes(save(tensors, metadata={METADATA_KEY: json.dumps(fields, sort_keys=True)}))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Stitch:
         """The same stitch, ready to compute there."""
         moved = self.weight.to(device, dtype), self.bias.to(device, dtype)
-        return Stitch(*moved, self.binding, self.making, self.fingerprint)
+        adapters = None if self.adapters is None else self.adapters.to(device, dtype)
+        return Stitch(*moved, self.binding, self.making, self.fingerprint, adapters)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """`[tokens, bottom_hidden]` to `[tokens, top_hidden]`."""
@@ -140,6 +155,19 @@ class Stitch:
             ours = self.binding.tokenizer[:16]
             raise Incompatible(f"the stitch {self._cut()} is for tokenizer {ours}, not for {tokenizer[:16]}")
 
+    def check_depth(self, layers: int) -> None:
+        """Raises Incompatible where the adapters are not those of all layers from the cut to the top's last one."""
+        if self.adapters is not None and self.adapters.end != layers:
+            ours = f"has adapters up to layer {self.adapters.end - 1}"
+            raise Incompatible(f"the stitch {self._cut()} {ours}, and the top model's last one is {layers - 1}")
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """By their names in the file."""
+        tensors = {"weight": self.weight, "bias": self.bias}
+        if self.adapters is not None:
+            tensors |= dict(zip(ADAPTERS, (self.adapters.down, self.adapters.up), strict=True))
+        return tensors
+
     def _cut(self) -> str:
         return f"from layer {self.binding.bottom_layers} to {self.binding.top_from}"
 
@@ -148,9 +176,9 @@ class Stitch:
         return Incompatible(f"the stitch {self._cut()} is {made_for}, not for {given.id} revision {given.revision}")
 
 
-def _fingerprint(weight: Tensor, bias: Tensor, binding: StitchBinding) -> str:
+def _fingerprint(tensors: Iterable[Tensor], binding: StitchBinding) -> str:
     digest = hashlib.sha256(json.dumps(asdict(binding), sort_keys=True).encode())
-    for tensor in (weight, bias):
+    for tensor in tensors:
         digest.update(str(tensor.dtype).encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -22,12 +22,20 @@ class StitchedReference:
     """Layers [0, bottom_layers) of one model, a stitch, layers [top_from, …) of another; no cache."""
 
     def __init__(
-        self, bottom: Path, top: Path, stitch: Callable[[Tensor], Tensor] | None, bottom_layers: int, top_from: int
+        self,
+        bottom: Path,
+        top: Path,
+        stitch: Callable[[Tensor], Tensor] | None,
+        bottom_layers: int,
+        top_from: int,
+        adapters: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
         self._bottom = _with_layers(bottom, 0, bottom_layers)
         self._bottom.model.norm = nn.Identity()
         self._stitch = stitch
         self._top = _with_layers(top, top_from, None)
+        for layer, (down, up) in zip(self._top.model.layers, adapters, strict=bool(adapters)):
+            layer.register_forward_hook(_adapting(down, up))
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
@@ -57,7 +65,20 @@ def reference(bottom: Path, top: Path, stitch: Path | None, bottom_layers: int, 
     """The reference for two model folders and a stitch file; without one, bottom and top are the same model."""
     loaded = None if stitch is None else Stitch.load(stitch, torch.device("cpu"), torch.float32)
     affine = None if loaded is None else lambda hidden: hidden @ loaded.weight.T + loaded.bias
-    return StitchedReference(bottom, top, affine, bottom_layers, top_from)
+    beside = None if loaded is None else loaded.adapters
+    adapters = [] if beside is None else list(zip(beside.down, beside.up, strict=True))
+    return StitchedReference(bottom, top, affine, bottom_layers, top_from, adapters)
+
+
+def _adapting(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A hook that adds `up silu(down x / rms(x))` of what a layer takes to what it gives."""
+
+    def hook(layer: nn.Module, taken: tuple[Tensor, ...], given: Tensor) -> Tensor:
+        (x,) = taken
+        narrow = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()) @ down.T
+        return given + (narrow * narrow.sigmoid()) @ up.T
+
+    return hook
 
 
 def _with_layers(folder: Path, first: int, end: int | None) -> PreTrainedModel:

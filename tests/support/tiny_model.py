@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from stitch_server.model.adapters import Adapters
 from stitch_server.model.description import ModelDescription
 from stitch_server.model.stitch import Stitch, StitchBinding
 from stitch_server.model.tokenizer_hash import tokenizer_hash
@@ -73,7 +74,7 @@ def _randomize_small_vectors(model: torch.nn.Module) -> None:
 
 @dataclass(frozen=True)
 class TinyPair:
-    """Two models with one tokenizer, and a stitch from depth `bottom_layers` to depth `top_from`."""
+    """Two models with one tokenizer, and a stitch with adapters from depth `bottom_layers` to depth `top_from`."""
 
     bottom: Path
     top: Path
@@ -95,12 +96,20 @@ def write_tiny_pair(
     """A wider, deeper bottom and a narrower, shallower top, padded differently."""
     bottom = write_tiny_model(folder / "bottom", family, layers=5, hidden_size=48, heads=6, seed=seed, **config)
     top = write_tiny_model(folder / "top", top_family or family, layers=4, padding_rows=8, seed=seed + 1, **config)
-    file = write_random_stitch(folder / "stitch.safetensors", bottom, top, bottom_layers, top_from, seed=seed)
+    file = folder / "stitch.safetensors"
+    write_random_stitch(file, bottom, top, bottom_layers, top_from, seed=seed, adapter_rank=3)
     return TinyPair(bottom, top, file, bottom_layers, top_from)
 
 
 def write_random_stitch(
-    file: Path, bottom: Path, top: Path, bottom_layers: int, top_from: int, *, seed: int = 0
+    file: Path,
+    bottom: Path,
+    top: Path,
+    bottom_layers: int,
+    top_from: int,
+    *,
+    seed: int = 0,
+    adapter_rank: int = 0,
 ) -> Path:
     """A stitch of random values that is bound to these two models at this cut. Ids are the folders' names."""
     described = ModelDescription.read(bottom, bottom.name), ModelDescription.read(top, top.name)
@@ -109,5 +118,13 @@ def write_random_stitch(
     weight = torch.randn(widths, generator=generator) * widths[1] ** -0.5
     bias = 0.1 * torch.randn(widths[0], generator=generator)
     binding = StitchBinding.of(*described, bottom_layers, top_from, tokenizer_hash(bottom))
-    Stitch(weight, bias, binding).save(file)
+    adapters = random_adapters(described[1], top_from, adapter_rank, generator) if adapter_rank else None
+    Stitch(weight, bias, binding, adapters=adapters).save(file)
     return file
+
+
+def random_adapters(top: ModelDescription, first: int, rank: int, generator: torch.Generator) -> Adapters:
+    """Adapters whose effect is plain to see."""
+    down = torch.randn(top.layers - first, rank, top.hidden_size, generator=generator) * top.hidden_size**-0.5
+    up = torch.randn(top.layers - first, top.hidden_size, rank, generator=generator)
+    return Adapters(first, down, up)

@@ -20,6 +20,7 @@ from stitch_server.engine.origin import Origin
 from stitch_server.engine.relay import Relay
 from stitch_server.engine.wire import pack
 from stitch_server.metrics import Metrics
+from stitch_server.model.counting import ParameterCount
 from stitch_server.model.stitch import Stitch
 from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_neighbour, check_welcome
 from stitch_server.shard import Shard, build_shard, cut_of, load_part
@@ -80,6 +81,13 @@ class TestParts:
     def test_each_has_the_stitches_of_the_routes_that_enter_there(self, deep: Cluster) -> None:
         held = [sorted(load_part(deep, place, CPU).stitches) for place in deep.shards]
         assert held == [[], [], ["weak"], ["strong"]]
+
+    def test_each_has_the_adapters_of_its_layers(self, deep: Cluster) -> None:
+        """Only the stitch of `weak` brings some; it enters on the first of both top shards."""
+        held = [load_part(deep, place, CPU).adapters for place in deep.shards]
+        assert [{name: (one.first, one.end) for name, one in part.items()} for part in held] == [
+            {}, {}, {"weak": (2, 3)}, {"weak": (3, 4)}
+        ]  # fmt: skip
 
     def test_each_has_the_cuts_of_the_routes_that_pass(self, deep: Cluster) -> None:
         cuts = [load_part(deep, place, CPU).cuts for place in deep.shards]
@@ -151,12 +159,21 @@ class TestShards:
         assert {route.name: route.stitch for route in top.routes} == held
         assert {route.stitch for route in bottom.routes} == {""}
 
+    def test_a_route_names_its_stitch_wherever_that_adapts_layers(self, deep: Cluster) -> None:
+        top_0, top_1 = (new_shard(deep, name).identity for name in ("top-0", "top-1"))
+        stated = [{route.name: route.stitch for route in one.routes} for one in (top_0, top_1)]
+        assert stated[0]["weak"] == stated[1]["weak"] != ""
+        assert stated[1]["strong"] not in ("", stated[1]["weak"])
+
     def test_parameters_of_all_shards_are_those_of_the_route(self, cluster: Cluster, deep: Cluster) -> None:
         def total(of: Cluster, route: str) -> int:
             identities = [new_shard(of, place.name).identity for place in of.shards]
             return sum(one.parameters for identity in identities for one in identity.routes if one.name == route)
 
-        assert total(cluster, "weak") == total(deep, "weak")
+        bottom, top = (ParameterCount.read(cluster.folder / role) for role in ("bottom", "top"))
+        stitch, adapters = 32 * (48 + 1), 2 * 3 * 32 * 2
+        weak = bottom.between(0, 3) + stitch + top.between(2, 4) + adapters + top.head
+        assert total(cluster, "weak") == total(deep, "weak") == weak
         assert total(cluster, "strong") == total(deep, "strong")
         assert 0 < total(cluster, "weak") != total(cluster, "strong")
 

@@ -27,6 +27,7 @@ from tests.support.tiny_model import TinyPair, write_random_stitch, write_tiny_p
 CPU, DTYPE = torch.device("cpu"), torch.float32
 # Route to (bottom_layers, top_from).
 ROUTES = {"weak": (3, 2), "strong": (5, 1)}
+ADAPTER_RANKS = {"weak": 3, "strong": 0}
 BLOCKS = 64
 TOP_FIRST = 1
 
@@ -48,13 +49,16 @@ def new_runner(folder: Path, first: int, end: int, **parts: object) -> Runner:
 
 def load(pair: TinyPair, folder: Path) -> Halves:
     files = {
-        route: write_random_stitch(folder / f"{route}.safetensors", pair.bottom, pair.top, *cut)
+        route: write_random_stitch(
+            folder / f"{route}.safetensors", pair.bottom, pair.top, *cut, adapter_rank=ADAPTER_RANKS[route]
+        )
         for route, cut in ROUTES.items()
     }
     stitches = {route: Stitch.load(file, CPU, DTYPE) for route, file in files.items()}
     bottom = new_runner(pair.bottom, 0, 5, embed=Embedding.load(pair.bottom, CPU, DTYPE))
     head = Head.load(pair.top, CPU, DTYPE)
-    top = new_runner(pair.top, TOP_FIRST, 4, stage="top_prefill", stitches=stitches, head=head)
+    adapters = {route: stitch.adapters for route, stitch in stitches.items() if stitch.adapters is not None}
+    top = new_runner(pair.top, TOP_FIRST, 4, stage="top_prefill", stitches=stitches, adapters=adapters, head=head)
     references = {route: reference(pair.bottom, pair.top, files[route], *cut) for route, cut in ROUTES.items()}
     return Halves(bottom, top, references)
 

@@ -87,6 +87,27 @@ def test_answers_are_another_aim(bench: Workbench) -> None:
         bench.fit("x.safetensors", "--work", bench.folder / "answers.safetensors.work")
 
 
+def test_adapters_come_with_their_stitch(bench: Workbench) -> None:
+    given = ("--adapter-rank", 2, "--epochs", 2, "--learning-rate", 0.01)
+    plain, out = bench.fit("plain.safetensors"), bench.fit("adapted.safetensors", *given)
+    assert out.read_bytes() == bench.fit("again.safetensors", *given).read_bytes()
+    stitch = Stitch.load(out, torch.device("cpu"), torch.float32)
+    assert stitch.adapters is not None
+    assert (stitch.adapters.first, stitch.adapters.end, stitch.adapters.rank) == (1, 2, 2)
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert (report["training"]["adapter_rank"], stitch.making["training"]["adapter_rank"]) == (2, 2)
+    # What was written is what the report measured, and `evaluate` counts it.
+    rungs = []
+    for file in (plain, out):
+        file.replace(bench.folder / "weak.safetensors")
+        held_out = ("--data", *bench.data, "--held-out-tokens", 128, "--sequence-tokens", 32)
+        called(evaluate_command, bench.cluster, *held_out, "--out", bench.folder / "quality.json")
+        systems = json.loads((bench.folder / "quality.json").read_text())["systems"]
+        rungs += [row for row in systems if row["name"] == "weak"]
+    assert rungs[1]["losses"]["all"]["mean"] == pytest.approx(report["losses"]["stitched"]["all"]["mean"], rel=1e-4)
+    assert rungs[1]["parameters"] - rungs[0]["parameters"] == 2 * 2 * 32
+
+
 def contents(path: Path) -> dict[str, list[float]]:
     """Every tensor's values; the order of a file's metadata is no matter."""
     return {name: tensor.flatten().tolist() for name, tensor in load_file(path).items()}
@@ -160,6 +181,7 @@ def test_a_stitch_of_another_cut_is_not_evaluated(bench: Workbench) -> None:
         (("--learning-rate", "nan"), "learning_rate"),
         (("--teacher-share", 1.5), "teacher_share"),
         (("--batch-sequences", 0), "batch_sequences"),
+        (("--adapter-rank", -1), "adapter_rank"),
         (("--evaluations", 0), "evaluations"),
         (("--shares", 1), "shares"),
         (("--shares", 1, 0), "shares"),

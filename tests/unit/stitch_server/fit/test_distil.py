@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stitch.errors import InvalidRequest
+from stitch_server.fit.adapting import Sizes, TrainableAdapters
 from stitch_server.fit.collect import Collected, Pass, collect
 from stitch_server.fit.distil import PATIENCE, Distillation, History, Training
 from stitch_server.fit.frozen import Pair
@@ -35,8 +36,9 @@ def data(pair: Pair, tmp_path: Path) -> Collected:
     return collect(pair, whole, tmp_path / "trace", drawn_sequences(SEQUENCES), lambda done, of: None)
 
 
-def fresh_stitch() -> TrainableStitch:
+def fresh_stitch(adapter_rank: int = 0) -> TrainableStitch:
     draw = torch.Generator().manual_seed(0)
+    sizes = Sizes(*(torch.rand(1, 32, generator=draw) + 0.5 for _ in range(2)))
     return TrainableStitch(
         Coordinates(
             weight=torch.randn(32, 48, generator=draw) / 7,
@@ -45,12 +47,14 @@ def fresh_stitch() -> TrainableStitch:
             whitening=torch.randn(48, 48, generator=draw) / 7,
             deviations=torch.rand(32, generator=draw) + 0.5,
             first=torch.randn(32, generator=draw),
-        )
+        ),
+        TrainableAdapters(CUT[1], adapter_rank, sizes, seed=0) if adapter_rank else None,
     )
 
 
 def distillation(pair: Pair, data: Collected, checkpoint: Path, settings: Training = SETTINGS) -> Distillation:
-    return Distillation(pair, CUT, data.trace, data.sequences, fresh_stitch(), settings, checkpoint)
+    fresh = fresh_stitch(settings.adapter_rank)
+    return Distillation(pair, CUT, data.trace, data.sequences, fresh, settings, checkpoint)
 
 
 def of_change(stitch: TrainableStitch) -> float:
@@ -81,21 +85,38 @@ def test_another_seed_gives_another_stitch(pair: Pair, data: Collected, tmp_path
     assert not torch.equal(runs[0].stitch.change, runs[1].stitch.change)
 
 
-@pytest.mark.parametrize("stop_after", [2, 4, 7, 11])
-def test_interrupted_and_resumed_is_the_same(pair: Pair, data: Collected, tmp_path: Path, stop_after: int) -> None:
+def test_adapters_lower_the_loss(pair: Pair, data: Collected, tmp_path: Path) -> None:
+    def last_losses(rank: int) -> float:
+        settings = replace(SETTINGS, epochs=8, adapter_rank=rank)
+        run = distillation(pair, data, tmp_path / f"{rank}.safetensors", settings)
+        run.run(of_change, lambda step, steps, loss: None)
+        assert (run.stitch.trained_adapters() is None) == (rank == 0)
+        return sum(loss for _, loss in run.history.training[-4:])
+
+    assert last_losses(8) < 0.99 * last_losses(0)
+
+
+@pytest.mark.parametrize(("stop_after", "rank"), [(2, 0), (4, 0), (7, 0), (11, 0), (7, 2)])
+def test_interrupted_and_resumed_is_the_same(
+    pair: Pair, data: Collected, tmp_path: Path, stop_after: int, rank: int
+) -> None:
+    settings = replace(SETTINGS, adapter_rank=rank)
+
     def stopping(step: int, steps: int, loss: float) -> None:
         if step == stop_after:
             raise Interrupted
 
-    whole = distillation(pair, data, tmp_path / "whole.safetensors")
+    whole = distillation(pair, data, tmp_path / "whole.safetensors", settings)
     whole.run(of_change, lambda step, steps, loss: None)
     with pytest.raises(Interrupted):
-        distillation(pair, data, tmp_path / "parts.safetensors").run(of_change, stopping)
-    resumed = distillation(pair, data, tmp_path / "parts.safetensors")
+        distillation(pair, data, tmp_path / "parts.safetensors", settings).run(of_change, stopping)
+    resumed = distillation(pair, data, tmp_path / "parts.safetensors", settings)
     resumed.run(of_change, lambda step, steps, loss: None)
     assert resumed.history == whole.history
     assert torch.equal(resumed.stitch.to_map().weight, whole.stitch.to_map().weight)
     assert torch.equal(resumed.stitch.to_map().bias, whole.stitch.to_map().bias)
+    for one, other in zip(resumed.stitch.parameters(), whole.stitch.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(pair: Pair, data: Collected, tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from stitch.errors import Incompatible
 from stitch.v1 import inference_pb2
+from stitch_server.model.adapters import Adapters
 from stitch_server.model.stitch import Stitch, StitchBinding
 from tests.support.whole_model import CPU
 
@@ -34,6 +36,13 @@ def some_stitch(dtype: torch.dtype = torch.float32) -> Stitch:
     return Stitch(weight.to(dtype), bias.to(dtype), BINDING, MAKING)
 
 
+def adapted_stitch() -> Stitch:
+    """With adapters of rank 2 beside the three layers from 2 on."""
+    generator = torch.Generator().manual_seed(2)
+    down, up = torch.randn(3, 2, 4, generator=generator), torch.randn(3, 4, 2, generator=generator)
+    return Stitch(some_stitch().weight, some_stitch().bias, BINDING, MAKING, adapters=Adapters(2, down, up))
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     some_stitch().save(tmp_path / "made" / "stitch.safetensors")
@@ -54,6 +63,18 @@ def test_survives_its_file(file: Path) -> None:
     assert torch.equal(loaded.weight, made.weight)
     assert torch.equal(loaded.bias, made.bias)
     assert (loaded.binding, loaded.making, loaded.fingerprint) == (BINDING, MAKING, made.fingerprint)
+
+
+def test_adapters_survive_their_file(tmp_path: Path) -> None:
+    made = adapted_stitch()
+    made.save(tmp_path / "adapted.safetensors")
+    loaded = Stitch.load(tmp_path / "adapted.safetensors", CPU, torch.float64)
+    assert made.adapters is not None
+    assert loaded.adapters is not None
+    assert loaded.adapters.first == 2
+    assert torch.equal(loaded.adapters.down, made.adapters.down.double())
+    assert torch.equal(loaded.adapters.up, made.adapters.up.double())
+    assert loaded.fingerprint == made.fingerprint
 
 
 def test_whoever_may_read_new_files_may_read_a_stitch(file: Path, tmp_path: Path) -> None:
@@ -88,6 +109,14 @@ class TestFingerprint:
         elsewhere = replace(BINDING, top_from=1)
         assert Stitch(stitch.weight, stitch.bias, elsewhere).fingerprint != stitch.fingerprint
         assert Stitch(stitch.weight, stitch.bias, BINDING, {"method": "x"}).fingerprint == stitch.fingerprint
+
+    def test_changes_with_the_adapters(self) -> None:
+        made = adapted_stitch()
+        assert made.adapters is not None
+        changed = made.adapters.up.clone()
+        changed[2, 0, 1] += 1e-3
+        other = Stitch(made.weight, made.bias, BINDING, adapters=replace(made.adapters, up=changed))
+        assert len({some_stitch().fingerprint, made.fingerprint, other.fingerprint}) == 3
 
     def test_changes_with_the_stored_dtype(self) -> None:
         assert some_stitch(torch.bfloat16).fingerprint != some_stitch().fingerprint
@@ -129,6 +158,36 @@ class TestRefusals:
         tensors[tensor].view(-1)[2] = value
         with pytest.raises(Incompatible, match="from layer 3 to 2 has values that are not finite"):
             Stitch(tensors["weight"], tensors["bias"], BINDING)
+
+    @pytest.mark.parametrize("part", ["down", "up"])
+    def test_adapters_that_are_not_finite(self, part: str) -> None:
+        made = adapted_stitch()
+        assert made.adapters is not None
+        getattr(made.adapters, part).view(-1)[3] = float("nan")
+        with pytest.raises(Incompatible, match="from layer 3 to 2 has values that are not finite"):
+            Stitch(made.weight, made.bias, BINDING, adapters=made.adapters)
+
+    @pytest.mark.parametrize(("first", "width"), [(1, 4), (2, 5)])
+    def test_adapters_of_another_place_or_width(self, first: int, width: int) -> None:
+        adapters = Adapters(first, torch.zeros(3, 2, width), torch.zeros(3, width, 2))
+        refusal = f"from layer 3 to 2 of 4 values has adapters from layer {first} with {width} values"
+        with pytest.raises(Incompatible, match=refusal):
+            Stitch(some_stitch().weight, some_stitch().bias, BINDING, adapters=adapters)
+
+    def test_adapters_of_another_depth(self) -> None:
+        some_stitch().check_depth(7)
+        adapted_stitch().check_depth(5)
+        with pytest.raises(Incompatible, match="has adapters up to layer 4, and the top model's last one is 5"):
+            adapted_stitch().check_depth(6)
+
+    def test_a_file_that_lacks_half_of_its_adapters(self, tmp_path: Path) -> None:
+        file = tmp_path / "half.safetensors"
+        adapted_stitch().save(file)
+        with safe_open(file, "pt") as stored:
+            kept = {name: stored.get_tensor(name) for name in ("weight", "bias", "adapters.down")}
+            save_file(kept, file, stored.metadata())
+        with pytest.raises(Incompatible, match=r"half\.safetensors is no stitch: .*adapters\.up"):
+            Stitch.load(file, CPU, torch.float32)
 
     @pytest.mark.parametrize(("weight", "bias"), [((4, 5), 4), ((6, 4), 4), ((4, 6), 6)])
     def test_another_shape(self, weight: tuple[int, int], bias: int) -> None:

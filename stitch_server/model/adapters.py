@@ -1,0 +1,76 @@
+"""Low-rank adapters: what a route may add to the top model's layers. Knows no layer's arithmetic.
+
+Beside layer i, tokens of a route with adapters of rank r pass a bottleneck of r values,
+
+    h_{i+1} = layer_i(h_i) + B_i silu(A_i h_i / rms(h_i)),
+
+the parallel adapter of He et al., *Towards a Unified View of Parameter-Efficient Transfer Learning*, arXiv 2110.04366,
+around the whole layer. So adapters fit every family, and routes with other adapters or none share a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stitch.errors import Incompatible
+
+# Keeps a token of zeros from being divided by zero.
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """One adapter for each layer from `first` on."""
+
+    first: int
+    # [layers, rank, hidden]
+    down: Tensor
+    # [layers, hidden, rank]
+    up: Tensor
+
+    def __post_init__(self) -> None:
+        found = tuple(self.down.shape), tuple(self.up.shape)
+        if len(found[0]) != 3 or found[1] != (found[0][0], found[0][2], found[0][1]):
+            raise Incompatible(f"adapters with {found[0]} down and {found[1]} up do not fit together")
+
+    @property
+    def end(self) -> int:
+        """The layer behind the last one."""
+        return self.first + len(self.down)
+
+    @property
+    def width(self) -> int:
+        """The hidden size that they are for."""
+        return self.down.shape[2]
+
+    @property
+    def rank(self) -> int:
+        """Values in a bottleneck."""
+        return self.down.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """What one token reads of all of them."""
+        return self.down.numel() + self.up.numel()
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Adapters:
+        """The same adapters, ready to compute there."""
+        return Adapters(self.first, self.down.to(device, dtype), self.up.to(device, dtype))
+
+    def between(self, first: int, end: int) -> Adapters | None:
+        """Those of layers [first, end); None where there are none."""
+        first, end = max(first, self.first), min(end, self.end)
+        if first >= end:
+            return None
+        kept = slice(first - self.first, end - self.first)
+        return Adapters(first, self.down[kept].clone(), self.up[kept].clone())
+
+    def __call__(self, layer: int, hidden: Tensor) -> Tensor:
+        """What is added behind `layer` for the states `[tokens, hidden]` before it."""
+        at = layer - self.first
+        narrow = F.linear(F.rms_norm(hidden, hidden.shape[-1:], None, EPSILON), self.down[at])
+        return F.linear(F.silu(narrow), self.up[at])
