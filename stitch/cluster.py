@@ -94,8 +94,8 @@ class Compute(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     # How the weights of layers and head are kept: as `dtype`, or as bytes, which is faster and a little less exact.
     quantization: Quantization = "none"
-    # On a processor: weights that aren't quantized once more, row by row. Twice the memory; single sessions of a small
-    # model then decode faster, those of a large one don't.
+    # On a processor: weights once more, row by row. Twice the memory; single sessions of a small model then decode
+    # faster, those of a large one don't.
     row_copies: bool = True
     wire_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     # Tokens for which each shard keeps KV; 0: planned from the memory that is free at start.

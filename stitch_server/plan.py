@@ -66,10 +66,11 @@ def _plan_of(cluster: Cluster, place: ShardPlace, device: torch.device, memory_b
     ends = place.role == "bottom" and first == 0
     layers, head = count.between(first, end), count.head if last else 0
     token_bytes = kv_bytes_per_token(end - first, model.kv_heads, model.head_dim, dtype)
-    weights = (layers + head) * (1 if cluster.compute.quantization == "int8" else dtype.itemsize)
+    value_bytes = 1 if cluster.compute.quantization == "int8" else dtype.itemsize
+    weights = (layers + head) * value_bytes
     if Keeping.of(cluster.compute).copies_rows(device, dtype):
         # Layers that come from `transformers` multiply in their own way.
-        weights += (head + (layers if lean.supports(read_config(folder)) else 0)) * dtype.itemsize
+        weights += (head + (layers if lean.supports(read_config(folder)) else 0)) * value_bytes
     # The embedding's rows are looked up, not multiplied by.
     weights += count.head * dtype.itemsize if ends else 0
     tokens = kv_tokens(cluster.compute.kv_tokens, token_bytes, model.context_length, device, weights, memory_bytes)

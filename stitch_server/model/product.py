@@ -9,7 +9,8 @@ thread (`few_rows.py`): half to two thirds of the time of such a product, .8 of 
 
 Quantized to int8, the matrix keeps one scale for each output, and the rows get one each when they come. The product
 is then one of small integers, for which processors have instructions of their own: on that core, 30 such matrices
-take 2.9 ms instead of 6.5 for one row, and 21 instead of 68 for 128.
+take 2.9 ms instead of 6.5 for one row, and 21 instead of 68 for 128. A row copy of bytes is read at the memory's full
+speed, too, and its rows stay as they are.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Product = Callable[[Tensor], Tensor]
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # Up to so many rows a row copy is worth its while.
-FEW_ROWS = 2
+FEW_ROWS, FEW_ROWS_INT8 = 2, 3
 # The number of rows that the layout is chosen for; layouts for 8, 64 and 512 measured alike.
 TYPICAL_ROWS = 8
 # Signed bytes without their lowest value, so that both signs reach equally far.
@@ -60,7 +61,7 @@ class Keeping:
 
     def copies_rows(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a matrix there is kept twice."""
-        return self.row_copies and self.quantization == "none" and device.type == "cpu" and dtype in PACKED_DTYPES
+        return self.row_copies and device.type == "cpu" and dtype in PACKED_DTYPES
 
 
 PLAINLY = Keeping()
@@ -72,20 +73,40 @@ def product(weight: Tensor, bias: Tensor | None = None, keeping: Keeping = PLAIN
     Keeps its own copy of the weight where that is faster. Gradients go through to x, not to the weight; a quantized
     product has none.
     """
-    has_onednn = torch.backends.mkldnn.is_available() and weight.device.type == "cpu"  # type: ignore[no-untyped-call]
+    copies_rows = keeping.copies_rows(weight.device, weight.dtype)
     if keeping.quantization == "int8":
-        # Older processors add pairs of products in 16 bits, which may be too few.
-        exact = has_onednn and torch.cpu._is_vnni_supported()
-        return (PackedInt8Product if exact else PlainInt8Product).quantized(weight, bias)
-    if not has_onednn or weight.dtype not in PACKED_DTYPES:
+        once = _int8_product(weight, bias)
+        return _with_int8_rows(once, weight, bias) if copies_rows else once
+    if not _has_onednn(weight.device) or weight.dtype not in PACKED_DTYPES:
         return PlainProduct(weight, bias)
     packed = PackedProduct(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_ROWS), bias)
-    if not keeping.copies_rows(weight.device, weight.dtype):
-        return packed
+    return _with_rows(packed, weight, bias) if copies_rows else packed
+
+
+def _has_onednn(device: torch.device) -> bool:
+    return torch.backends.mkldnn.is_available() and device.type == "cpu"  # type: ignore[no-untyped-call]
+
+
+def _int8_product(weight: Tensor, bias: Tensor | None) -> Product:
+    # Older processors add pairs of products in 16 bits, which may be too few.
+    exact = _has_onednn(weight.device) and torch.cpu._is_vnni_supported()
+    return (PackedInt8Product if exact else PlainInt8Product).quantized(weight, bias)
+
+
+def _with_rows(once: Product, weight: Tensor, bias: Tensor | None) -> Product:
     # Only who needs it pays for loading the compiler.
     from stitch_server.model import few_rows
 
-    return TwiceKeptProduct(packed, partial(few_rows.multiply, weight=_LARGE_PAGES.copied(weight)))
+    few = partial(few_rows.multiply, weight=_LARGE_PAGES.copied(weight))
+    return TwiceKeptProduct(once, few, bias, FEW_ROWS)
+
+
+def _with_int8_rows(once: Product, weight: Tensor, bias: Tensor | None) -> Product:
+    from stitch_server.model import few_rows
+
+    rows, scales = quantized(weight)
+    few = partial(few_rows.multiply_int8, weight=_LARGE_PAGES.copied(rows), scales=scales)
+    return TwiceKeptProduct(once, few, bias, FEW_ROWS_INT8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +141,19 @@ class PackedProduct:
 
 @dataclass(frozen=True, slots=True)
 class TwiceKeptProduct:
-    """The matrix as oneDNN keeps it, and once more for a few rows on one thread."""
+    """The matrix as it is best for many rows, and once more for a few of them on one thread."""
 
-    packed: PackedProduct
+    many: Product
     # `x` to the product without the bias.
     few: Product
+    bias: Tensor | None
+    most_few: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] > FEW_ROWS or torch.get_num_threads() > 1 or (x.requires_grad and torch.is_grad_enabled()):
-            return self.packed(x)
-        result, bias = self.few(x), self.packed.bias
-        return result if bias is None else result.add_(bias)
+        if x.shape[0] > self.most_few or torch.get_num_threads() > 1 or (x.requires_grad and torch.is_grad_enabled()):
+            return self.many(x)
+        result = self.few(x)
+        return result if self.bias is None else result.add_(self.bias)
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:

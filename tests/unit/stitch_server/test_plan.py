@@ -66,8 +66,9 @@ def test_of_families_without_lean_layers_only_the_head_is_kept_twice(tmp_path: P
     assert last.weight_bytes == (top.between(2, 4) + 2 * top.head) * torch.float32.itemsize
 
 
-def test_bytes_take_a_quarter_of_float32_except_the_embedding(tmp_path: Path) -> None:
-    whole, small = (plan(tiny(tmp_path, row_copies=False, quantization=kind), CPU) for kind in ("none", "int8"))
+@pytest.mark.parametrize("row_copies", [False, True])
+def test_bytes_take_a_quarter_of_float32_except_the_embedding(tmp_path: Path, row_copies: bool) -> None:
+    whole, small = (plan(tiny(tmp_path, row_copies=row_copies, quantization=kind), CPU) for kind in ("none", "int8"))
     assert [one.weight_bytes * 4 for one in small[1:]] == [one.weight_bytes for one in whole[1:]]
     assert small[0].weight_bytes - small[1].weight_bytes == whole[0].weight_bytes - whole[1].weight_bytes
 

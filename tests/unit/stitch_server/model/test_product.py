@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stitch.cluster import Quantization
 from stitch_server.model.product import (
     Keeping,
     PackedInt8Product,
@@ -21,7 +23,7 @@ from stitch_server.model.product import (
     quantized,
 )
 
-TWICE = Keeping(row_copies=True)
+TWICE, INT8_TWICE = Keeping(row_copies=True), Keeping("int8", row_copies=True)
 
 
 def operands(rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,20 +69,36 @@ class TestRowCopies:
         # A bfloat16 has eight bits; the bias is added to one.
         torch.testing.assert_close(got.double(), exact, rtol=2**-7, atol=2**-6)
 
+    @pytest.mark.parametrize("rows", [0, 1, 2, 3])
+    @pytest.mark.parametrize("biased", [True, False])
+    def test_bytes_are_multiplied_by_whole_rows(self, rows: int, biased: bool) -> None:
+        x, weight, bias = operands(rows)
+        kept, scales = quantized(weight)
+        exact = x.double() @ (kept.double() * scales.double()[:, None]).T + (bias.double() if biased else 0.0)
+        got = product(weight, bias if biased else None, INT8_TWICE)(x)
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("rows", [4, 9])
+    def test_bytes_for_many_rows_are_those_without_copies(self, rows: int) -> None:
+        x, weight, bias = operands(rows)
+        assert torch.equal(product(weight, bias, INT8_TWICE)(x), product(weight, bias, Keeping("int8"))(x))
+
+    def test_bytes_keep_the_dtype_of_the_rows(self) -> None:
+        x, weight, bias = (one.bfloat16() for one in operands(1))
+        assert product(weight, bias, INT8_TWICE)(x).dtype is torch.bfloat16
+
     @pytest.mark.parametrize(("rows", "threads", "few"), [(1, 1, True), (2, 1, True), (3, 1, False), (1, 2, False)])
     def test_the_copy_is_for_few_rows_on_one_thread(self, rows: int, threads: int, few: bool) -> None:
-        _, weight, _ = operands(rows)
-        kept = product(weight, None, TWICE)
-        assert isinstance(kept, TwiceKeptProduct)
         torch.set_num_threads(threads)
-        marked = TwiceKeptProduct(kept.packed, lambda x: torch.full((len(x), 53), 7.0))
-        assert bool((marked(torch.ones(rows, 37)) == 7.0).all()) is few
+        marked = TwiceKeptProduct(torch.zeros_like, torch.ones_like, None, most_few=2)
+        assert bool((marked(torch.ones(rows, 37)) == 1.0).all()) is few
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-    def test_what_is_not_finite_stays_so(self, value: float) -> None:
+    @pytest.mark.parametrize("keeping", [TWICE, INT8_TWICE])
+    def test_what_is_not_finite_stays_so(self, value: float, keeping: Keeping) -> None:
         x, weight, _ = operands(2)
         x[1, 5] = value
-        got = product(weight, None, TWICE)(x)
+        got = product(weight, None, keeping)(x)
         assert bool(got[0].isfinite().all())
         assert not bool(got[1].isfinite().any())
 
@@ -98,9 +116,10 @@ class TestRowCopies:
         weight.zero_()
         assert torch.equal(kept(x), before)
 
-    @pytest.mark.parametrize("keeping", [Keeping(), Keeping("int8", row_copies=True)])
-    def test_is_for_whole_weights_that_ask_for_it(self, keeping: Keeping) -> None:
-        assert not isinstance(product(torch.zeros(3, 2), None, keeping), TwiceKeptProduct)
+    @pytest.mark.parametrize("quantization", get_args(Quantization))
+    def test_is_for_those_who_ask_for_it(self, quantization: Quantization) -> None:
+        kept = [product(torch.zeros(3, 2), None, Keeping(quantization, row_copies)) for row_copies in (False, True)]
+        assert [isinstance(one, TwiceKeptProduct) for one in kept] == [False, True]
 
 
 def test_a_processor_packs_float32() -> None:
