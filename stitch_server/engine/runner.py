@@ -37,8 +37,9 @@ class Runner:
     embed: Callable[[Tensor], Tensor] | None = None
     # What a pass through these layers counts as in the breakdown of the TTFT.
     stage: str = "bottom_prefill"
-    # By the route that enters the top model here through a stitch: the bottom's hidden states to the top's.
-    stitches: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    # By the route that enters the top model here through a stitch: the bottom's hidden states, and which rows begin a
+    # sequence, to the top's.
+    stitches: Mapping[str, Callable[[Tensor, Sequenced[int]], Tensor]] = field(default_factory=dict)
     # By route: what its tokens pass beside these layers, where its stitch brings adapters.
     adapters: Mapping[str, Adapters] = field(default_factory=dict)
     # On the last shard: hidden states to logits.
@@ -94,7 +95,7 @@ class Runner:
             spoilt.update(index + offset for offset in _spoilt(received, members))
             index += len(members)
             stitch = self.stitches.get(route)
-            parts.append(received if stitch is None else stitch(received))
+            parts.append(received if stitch is None else stitch(received, _begins(members)))
         return _packed(parts), frozenset(spoilt)
 
     def _through_layers(self, segments: Sequenced[Segment], hidden: Tensor) -> Tensor:
@@ -176,6 +177,12 @@ class Runner:
 
 def _packed(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _begins(segments: Sequenced[Segment]) -> list[int]:
+    """The rows that are a sequence's first token."""
+    rows = accumulate((one.length for one in segments), initial=0)
+    return [row for row, one in zip(rows, segments, strict=False) if one.position == 0]
 
 
 def _received(segment: Segment) -> Tensor:

@@ -51,12 +51,18 @@ def _root_mean_square(rows: Tensor) -> Tensor:
 class TrainableAdapters:
     """U `[layers, rank, hidden]` and V `[layers, hidden, rank]` above, and the adapters that they make."""
 
-    def __init__(self, first: int, rank: int, sizes: Sizes, seed: int) -> None:
+    def __init__(self, sizes: Sizes, adapters: Adapters) -> None:
+        self._first, self._sizes = adapters.first, sizes
+        self._down = (adapters.down.float() * sizes.reading[:, None, :]).requires_grad_()
+        self._up = (adapters.up.float() / sizes.states[:, :, None]).requires_grad_()
+
+    @classmethod
+    def fresh(cls, first: int, rank: int, sizes: Sizes, seed: int) -> TrainableAdapters:
+        """Without effect, for the layers from `first` on."""
         layers, hidden = sizes.reading.shape
         draw = torch.Generator().manual_seed(seed)
-        self._first, self._sizes = first, sizes
-        self._down = (torch.randn(layers, rank, hidden, generator=draw) * hidden**-0.5).requires_grad_()
-        self._up = torch.zeros(layers, hidden, rank).requires_grad_()
+        drawn = torch.randn(layers, rank, hidden, generator=draw) * hidden**-0.5
+        return cls(sizes, Adapters(first, drawn / sizes.reading[:, None, :], torch.zeros(layers, hidden, rank)))
 
     def parameters(self) -> Sequence[Tensor]:
         """What training changes."""

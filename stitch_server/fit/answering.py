@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -69,9 +70,11 @@ def _advance(system: System, stores: Sequence[KVStore], vocabulary: int, dialogu
     spans = [one.span() for one in dialogues]
     fresh = [token for one in dialogues for token in one.token_ids[one.cached :]]
     hidden = system.legs[0].model.embed(torch.tensor(fresh))
+    ends = list(accumulate(span.length for span in spans))
+    begins = [end - span.length for end, span in zip(ends, spans, strict=True) if span.position == 0]
     for index, (leg, store) in enumerate(zip(system.legs, stores, strict=True)):
-        hidden = leg.model.extend(system.between(hidden) if index else hidden, spans, store, leg.adapters)
-    last = torch.tensor([span.length for span in spans]).cumsum(0) - 1
+        hidden = leg.model.extend(system.between(hidden, begins) if index else hidden, spans, store, leg.adapters)
+    last = torch.tensor(ends) - 1
     chosen: Tensor = system.head.logits(hidden[last])[:, :vocabulary].argmax(1)
     for one, token in zip(dialogues, chosen.tolist(), strict=True):
         one.say(token)

@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-sequences", metavar="N", type=int, default=4, help="in one step; default: 4")
     parser.add_argument(
+        "--start", metavar="STITCH", type=Path, help="go on from this stitch of the cut, in place of least squares"
+    )
+    parser.add_argument(
         "--adapter-rank", metavar="N", type=int, default=0,
         help="of adapters beside the top's layers, made with the stitch; default: 0, none",
     )  # fmt: skip
@@ -60,6 +63,7 @@ def run(parsed: argparse.Namespace) -> None:
         training=training_settings(parsed),
         dtype=parsed.dtype,
         work=parsed.work or parsed.out.with_name(parsed.out.name + ".work"),
+        start=parsed.start,
     )
     use_threads(parsed)
     with ProgressLine() as progress:
@@ -103,8 +107,9 @@ def write(fitted: Fit, out: Path, store: str) -> None:
     loaded, dtype = fitted.loaded, getattr(torch, store)
     binding = StitchBinding.of(loaded.bottom, loaded.top, *fitted.cut, loaded.tokenizer)
     weight, bias = fitted.map.weight.to(dtype), fitted.map.bias.to(dtype)
+    first = None if fitted.map.first is None else fitted.map.first.to(dtype)
     adapters = None if fitted.adapters is None else fitted.adapters.to(torch.device("cpu"), dtype)
-    Stitch(weight, bias, binding, making(fitted.report), adapters=adapters).save(out)
+    Stitch(weight, bias, binding, making(fitted.report), adapters=adapters, first=first).save(out)
     write_json(out.with_suffix(".json"), fitted.report)
     plot_losses(fitted.report, out.with_suffix(".png"))
     print("\n".join(loss_lines(fitted.report)))

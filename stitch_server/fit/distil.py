@@ -50,6 +50,8 @@ class Training:
     seed: int = 0
     # What the data are: the fingerprint of the trace.
     data: str = ""
+    # The fingerprint of the stitch whose training goes on, if there is one.
+    start: str = ""
 
 
 @dataclass

@@ -14,11 +14,19 @@ from stitch.cluster import Cluster, RouteCut
 from stitch_server.fit.exam import Exam, read_questions
 from stitch_server.fit.fitting import check_cut
 from stitch_server.fit.ladder import BOTTOM, TOP, Ladder, Rung, parameters_of, whole_parameters
-from stitch_server.fit.leastsquares import AffineMap
 from stitch_server.fit.packing import Corpus, DataSettings
 from stitch_server.fit.pairs import LoadedPair, load_pair
-from stitch_server.fit.scoring import System, alone, bootstrapped, by_file, greedy_tokens, left_out, losses, stitched
-from stitch_server.model.stitch import Stitch
+from stitch_server.fit.scoring import (
+    System,
+    alone,
+    bootstrapped,
+    by_file,
+    greedy_tokens,
+    left_out,
+    losses,
+    map_of,
+    stitched,
+)
 
 Progress = Callable[[str, int, int], None]
 
@@ -75,12 +83,8 @@ def system_of(loaded: LoadedPair, cluster: Cluster, route: RouteCut) -> System:
     path = cluster.stitch_file(route)
     if path is None:
         return left_out(loaded.pair.bottom, cut)
-    stitch = Stitch.load(path, torch.device("cpu"), torch.float32)
-    stitch.check_models(loaded.bottom.to_proto(), loaded.top.to_proto())
-    stitch.check_cut(*cut)
-    stitch.check_tokenizer(loaded.tokenizer)
-    stitch.check_depth(loaded.top.layers)
-    return stitched(loaded.pair, cut, AffineMap(stitch.weight, stitch.bias), stitch.adapters)
+    stitch = loaded.stitch(path, cut)
+    return stitched(loaded.pair, cut, map_of(stitch), stitch.adapters)
 
 
 def measured(system: System, tokens: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from stitch_server.fit.held_out import alone_losses, tail_losses
 from stitch_server.fit.leastsquares import AffineMap
 from stitch_server.fit.packing import Corpus, DataSettings
 from stitch_server.fit.pairs import LoadedPair, load_pair
-from stitch_server.fit.scoring import BATCH_SEQUENCES, Mapping, applied, by_file
+from stitch_server.fit.scoring import BATCH_SEQUENCES, Mapping, applied, by_file, map_of
 from stitch_server.fit.starting import coordinates, needed, start_of
 from stitch_server.fit.sums import ClosedForm, Cut
 from stitch_server.fit.trainable import TrainableStitch
@@ -40,6 +40,8 @@ class FitSettings:
     training: Training
     dtype: str
     work: Path
+    # A stitch of this cut whose training goes on, in place of least squares.
+    start: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,23 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
     passes = passes_for(loaded, cuts, settings.data, settings.dtype, settings.work, progress, will_do)
     closed = ClosedForm(passes.training.sums, passes.held_out.sums)
     start = start_of(loaded.pair, cut, passes, closed, settings.training.aim)
+    given = None if settings.start is None else loaded.stitch(settings.start, cut)
+    if given is not None:
+        start = replace(start, map=map_of(given))
+    began_as = "least squares" if given is None else "start"
     ridge, first_token, history = start.ridge, "held", {}
-    begun = final = measured(loaded, cut, passes, start.map)
+    begun = final = measured(loaded, cut, passes, start.map, None if given is None else given.adapters)
     if settings.training.epochs:
         at = coordinates(cut[0], start, closed)
-        fresh = TrainableStitch(at, _adapters(loaded, cut, passes, applied(start.map), settings.training))
-        run = _distilled(loaded, cut, passes, fresh, settings, progress)
+        beside = _adapters(loaded, cut, passes, applied(start.map), settings.training, begun.adapters)
+        known = replace(settings.training, start="" if given is None else given.fingerprint)
+        run = _distilled(loaded, cut, passes, TrainableStitch(at, beside), replace(settings, training=known), progress)
         free, adapters = run.stitch.to_map(), run.stitch.trained_adapters()
         held = closed.hold_first(cut[0], free, start.first, ridge.ridge)
         # Where first tokens differ too much for one mean to stand for them, as behind few layers, the hold costs the
         # others more than it gives.
-        tried = {name: measured(loaded, cut, passes, one, adapters) for name, one in (("held", held), ("free", free))}
+        kinds = {"held": held, "free": free, "set": replace(free, first=start.first)}
+        tried = {name: measured(loaded, cut, passes, one, adapters) for name, one in kinds.items()}
         first_token, final = min(tried.items(), key=lambda one: float(one[1].losses.mean()))
         history = asdict(run.history)
     report = {
@@ -95,9 +103,9 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
         "route": settings.route,
         "cut": {"bottom_layers": cut[0], "top_from": cut[1]},
         "ridge": {"chosen": ridge.ridge, "held_out_explained": {f"{r:g}": v for r, v in ridge.explained.items()}},
-        "training": asdict(settings.training),
+        "training": asdict(settings.training) | {"start": "" if given is None else given.fingerprint},
         "first_token": first_token,
-        "losses": scores(loaded, cut, passes, settings, {"least squares": begun.losses, "stitched": final.losses}),
+        "losses": scores(loaded, cut, passes, settings, {began_as: begun.losses, "stitched": final.losses}),
         "history": history,
         "seconds": time.monotonic() - began,
     }
@@ -168,15 +176,22 @@ def measured(
 
 
 def _adapters(
-    loaded: LoadedPair, cut: Cut, passes: Passes, start: Mapping, training: Training
+    loaded: LoadedPair, cut: Cut, passes: Passes, start: Mapping, training: Training, given: Adapters | None
 ) -> TrainableAdapters | None:
-    """Fresh ones beside the top's layers, measured by the first sequences; None where none are asked for."""
+    """Those `given`, or fresh ones beside the top's layers, measured by the first sequences; None where none are due.
+
+    Raises InvalidRequest where those given are of another rank.
+    """
+    if given is not None and given.rank != training.adapter_rank:
+        raise InvalidRequest("adapter_rank", training.adapter_rank, f"it must be {given.rank}, as in the start")
     if not training.adapter_rank:
         return None
     trace, (k, j) = passes.training.trace, cut
     first = torch.arange(min(BATCH_SEQUENCES, passes.training.sequences))
     sizes = sizes_of(loaded.pair.top, start(trace.hidden(k, first)), j)
-    return TrainableAdapters(j, training.adapter_rank, sizes, training.seed)
+    if given is not None:
+        return TrainableAdapters(sizes, given)
+    return TrainableAdapters.fresh(j, training.adapter_rank, sizes, training.seed)
 
 
 def scores(

@@ -32,6 +32,8 @@ class AffineMap:
 
     weight: Tensor
     bias: Tensor
+    # [outputs]: what every sequence's first token becomes in place of that; None: it is mapped as the others are.
+    first: Tensor | None = None
 
 
 @dataclass(frozen=True)

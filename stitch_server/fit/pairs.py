@@ -15,6 +15,7 @@ from stitch_server.fit.frozen import Pair
 from stitch_server.fit.whole import WholeModel
 from stitch_server.model.counting import ParameterCount
 from stitch_server.model.description import ModelDescription
+from stitch_server.model.stitch import Stitch
 from stitch_server.model.tokenizer_hash import tokenizer_hash
 from stitch_server.sources.resolve import resolve
 
@@ -35,6 +36,15 @@ class LoadedPair:
     def is_one_model(self) -> bool:
         """Whether a model is cut against itself."""
         return self.pair.bottom is self.pair.top
+
+    def stitch(self, path: Path, cut: tuple[int, int]) -> Stitch:
+        """The stitch of a file in float32. Raises Incompatible where it was made for another pair or cut."""
+        stitch = Stitch.load(path, torch.device("cpu"), torch.float32)
+        stitch.check_models(self.bottom.to_proto(), self.top.to_proto())
+        stitch.check_cut(*cut)
+        stitch.check_tokenizer(self.tokenizer)
+        stitch.check_depth(self.top.layers)
+        return stitch
 
 
 def load_pair(cluster: Cluster, dtype: torch.dtype) -> LoadedPair:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,9 +13,12 @@ from stitch_server.fit.frozen import LOGIT_ROWS, FrozenModel, Pair, next_token_l
 from stitch_server.fit.leastsquares import AffineMap
 from stitch_server.fit.sums import Cut
 from stitch_server.model.adapters import Adapters
+from stitch_server.model.stitch import Stitch
 
-# The bottom's states `[..., inputs]` to the top's, `[..., outputs]`.
+# The bottom's states `[sequences, tokens, inputs]` to the top's, `[sequences, tokens, outputs]`.
 Mapping = Callable[[Tensor], Tensor]
+# The same for packed rows, of which some begin a sequence: `[rows, inputs]` and their indices.
+RowMapping = Callable[[Tensor, Sequence[int]], Tensor]
 BATCH_SEQUENCES = 4
 RESAMPLES = 1000
 
@@ -28,10 +32,34 @@ class Interval:
     high: float
 
 
+def map_of(stitch: Stitch) -> AffineMap:
+    """What a stitch does between the models."""
+    first = None if stitch.first is None else stitch.first.double()
+    return AffineMap(stitch.weight.double(), stitch.bias.double(), first)
+
+
 def applied(stitch: AffineMap) -> Mapping:
-    """An affine map on every token, the first one too, as a shard applies it."""
+    """A map as a shard applies it."""
+    return partial(_on_sequences, on_rows(stitch))
+
+
+def on_rows(stitch: AffineMap) -> RowMapping:
+    """The same for packed rows."""
     weight, bias = stitch.weight.float(), stitch.bias.float()
-    return lambda states: torch.nn.functional.linear(states.float(), weight, bias)
+    first = None if stitch.first is None else stitch.first.float()
+
+    def mapping(rows: Tensor, begins: Sequence[int]) -> Tensor:
+        mapped = torch.nn.functional.linear(rows.float(), weight, bias)
+        if first is not None:
+            mapped[list(begins)] = first
+        return mapped
+
+    return mapping
+
+
+def _on_sequences(mapping: RowMapping, states: Tensor) -> Tensor:
+    sequences, tokens, _ = states.shape
+    return mapping(states.flatten(0, 1), range(0, sequences * tokens, tokens)).view(sequences, tokens, -1)
 
 
 @dataclass(frozen=True)
@@ -49,8 +77,8 @@ class System:
     """What text passes: one leg after the other, and the head of the last one's model."""
 
     legs: tuple[Leg, ...]
-    # Between two legs, on every token.
-    between: Mapping = lambda states: states
+    # Between two legs.
+    between: RowMapping = lambda rows, begins: rows
 
     @property
     def head(self) -> FrozenModel:
@@ -61,7 +89,8 @@ class System:
         """`[sequences, tokens]` to the states behind the last layer, `[sequences, tokens, hidden]`."""
         hidden = self.legs[0].model.embed(tokens)
         for index, leg in enumerate(self.legs):
-            hidden = leg.model.run(self.between(hidden) if index else hidden, leg.first, leg.end, leg.adapters)
+            hidden = _on_sequences(self.between, hidden) if index else hidden
+            hidden = leg.model.run(hidden, leg.first, leg.end, leg.adapters)
         return hidden
 
 
@@ -72,7 +101,7 @@ def alone(model: FrozenModel) -> System:
 
 def stitched(pair: Pair, cut: Cut, stitch: AffineMap, adapters: Adapters | None = None) -> System:
     """The bottom's layers [0, k), an affine map, the top's layers [j, …) with their adapters."""
-    return System((Leg(pair.bottom, 0, cut[0]), Leg(pair.top, cut[1], pair.top.depth, adapters)), applied(stitch))
+    return System((Leg(pair.bottom, 0, cut[0]), Leg(pair.top, cut[1], pair.top.depth, adapters)), on_rows(stitch))
 
 
 def left_out(model: FrozenModel, cut: Cut) -> System:

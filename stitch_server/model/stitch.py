@@ -2,14 +2,15 @@
 
 One safetensors file holds `weight` [top_hidden, bottom_hidden], `bias` [top_hidden] and, as JSON in its metadata,
 the binding and how the map was made. It may hold adapters of the top's layers as well, `adapters.down` [layers, rank,
-top_hidden] and `adapters.up` [layers, top_hidden, rank]. Doesn't know how to make one.
+top_hidden] and `adapters.up` [layers, top_hidden, rank], and `first` [top_hidden], which stands for the first token of
+every sequence. Doesn't know how to make one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from stitch_server.model.product import Product, product
 
 METADATA_KEY = "stitch"
 ADAPTERS = ("adapters.down", "adapters.up")
+FIRST = "first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ class Stitch:
     fingerprint: str = ""
     # Of every layer of the top from the cut on, where the stitch was trained with them.
     adapters: Adapters | None = None
+    # [top_hidden]: what a sequence's first token becomes; None: it is mapped as the others are.
+    first: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = (self.binding.top_hidden, self.binding.bottom_hidden)
@@ -83,6 +87,8 @@ class Stitch:
             raise Incompatible(
                 f"a stitch with weight {found[0]} and bias {found[1]} can't map {shape[1]} to {shape[0]}"
             )
+        if self.first is not None and self.first.shape != shape[:1]:
+            raise Incompatible(f"a stitch to {shape[0]} values has a first token of {tuple(self.first.shape)}")
         if self.adapters is not None and (self.adapters.first, self.adapters.width) != (
             self.binding.top_from,
             shape[0],
@@ -101,10 +107,12 @@ class Stitch:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in ("weight", "bias")}
                 fields = json.loads(file.metadata()[METADATA_KEY])
-                beside = [file.get_tensor(name) for name in ADAPTERS if ADAPTERS[0] in file.keys()]  # noqa: SIM118
+                held = set(file.keys())
+                beside = [file.get_tensor(name) for name in ADAPTERS if ADAPTERS[0] in held]
+                first = file.get_tensor(FIRST) if FIRST in held else None
             binding = StitchBinding(**fields["binding"])
             adapters = Adapters(binding.top_from, *beside) if beside else None
-            stored = cls(**tensors, binding=binding, making=fields["making"], adapters=adapters)
+            stored = cls(**tensors, binding=binding, making=fields["making"], adapters=adapters, first=first)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise Incompatible(f"{path} is no stitch: {error}") from error
         except Incompatible as error:
@@ -123,11 +131,15 @@ class Stitch:
         """The same stitch, ready to compute there."""
         moved = self.weight.to(device, dtype), self.bias.to(device, dtype)
         adapters = None if self.adapters is None else self.adapters.to(device, dtype)
-        return Stitch(*moved, self.binding, self.making, self.fingerprint, adapters)
+        first = None if self.first is None else self.first.to(device, dtype)
+        return Stitch(*moved, self.binding, self.making, self.fingerprint, adapters, first)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """`[tokens, bottom_hidden]` to `[tokens, top_hidden]`."""
-        return self._product(hidden.to(self.weight.dtype))
+    def __call__(self, hidden: Tensor, begins: Sequence[int] = ()) -> Tensor:
+        """`[tokens, bottom_hidden]` to `[tokens, top_hidden]`; `begins` are the rows of sequences' first tokens."""
+        mapped = self._product(hidden.to(self.weight.dtype))
+        if self.first is not None and begins:
+            mapped[list(begins)] = self.first
+        return mapped
 
     @cached_property
     def _product(self) -> Product:
@@ -166,6 +178,8 @@ class Stitch:
         tensors = {"weight": self.weight, "bias": self.bias}
         if self.adapters is not None:
             tensors |= dict(zip(ADAPTERS, (self.adapters.down, self.adapters.up), strict=True))
+        if self.first is not None:
+            tensors[FIRST] = self.first
         return tensors
 
     def _cut(self) -> str:

@@ -6,6 +6,7 @@ Nothing here comes from the layers, the cache or the engine that it is compared 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from stitch_server.model.stitch import Stitch
+from stitch_server.model.tokenizer_hash import token_count
 
 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -32,7 +34,7 @@ class StitchedReference:
     ) -> None:
         self._bottom = _with_layers(bottom, 0, bottom_layers)
         self._bottom.model.norm = nn.Identity()
-        self._stitch = stitch
+        self._stitch, self._tokens = stitch, token_count(bottom)
         self._top = _with_layers(top, top_from, None)
         for layer, (down, up) in zip(self._top.model.layers, adapters, strict=bool(adapters)):
             layer.register_forward_hook(_adapting(down, up))
@@ -50,7 +52,7 @@ class StitchedReference:
         """The `count` likeliest tokens, one after the other; end tokens end nothing."""
         sequence = list(token_ids)
         for _ in range(count):
-            sequence.append(int(self.logits(sequence)[-1].argmax()))
+            sequence.append(int(self.logits(sequence)[-1, : self._tokens].argmax()))
         return sequence[len(token_ids) :]
 
 
@@ -64,10 +66,15 @@ def stitched_logits(
 def reference(bottom: Path, top: Path, stitch: Path | None, bottom_layers: int, top_from: int) -> StitchedReference:
     """The reference for two model folders and a stitch file; without one, bottom and top are the same model."""
     loaded = None if stitch is None else Stitch.load(stitch, torch.device("cpu"), torch.float32)
-    affine = None if loaded is None else lambda hidden: hidden @ loaded.weight.T + loaded.bias
+    affine = None if loaded is None else partial(_mapped, loaded)
     beside = None if loaded is None else loaded.adapters
     adapters = [] if beside is None else list(zip(beside.down, beside.up, strict=True))
     return StitchedReference(bottom, top, affine, bottom_layers, top_from, adapters)
+
+
+def _mapped(stitch: Stitch, hidden: Tensor) -> Tensor:
+    mapped = hidden @ stitch.weight.T + stitch.bias
+    return mapped if stitch.first is None else torch.cat([stitch.first[None], mapped[1:]])
 
 
 def _adapting(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

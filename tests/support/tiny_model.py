@@ -111,7 +111,10 @@ def write_random_stitch(
     seed: int = 0,
     adapter_rank: int = 0,
 ) -> Path:
-    """A stitch of random values that is bound to these two models at this cut. Ids are the folders' names."""
+    """A stitch of random values that is bound to these two models at this cut. Ids are the folders' names.
+
+    One with adapters also says what first tokens become.
+    """
     described = ModelDescription.read(bottom, bottom.name), ModelDescription.read(top, top.name)
     generator = torch.Generator().manual_seed(seed)
     widths = described[1].hidden_size, described[0].hidden_size
@@ -119,7 +122,8 @@ def write_random_stitch(
     bias = 0.1 * torch.randn(widths[0], generator=generator)
     binding = StitchBinding.of(*described, bottom_layers, top_from, tokenizer_hash(bottom))
     adapters = random_adapters(described[1], top_from, adapter_rank, generator) if adapter_rank else None
-    Stitch(weight, bias, binding, adapters=adapters).save(file)
+    first = torch.randn(widths[0], generator=generator) if adapter_rank else None
+    Stitch(weight, bias, binding, adapters=adapters, first=first).save(file)
     return file
 
 

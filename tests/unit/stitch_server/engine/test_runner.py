@@ -22,7 +22,7 @@ from stitch_server.model.embedding import Embedding
 from stitch_server.model.head import Head
 from stitch_server.model.stitch import Stitch
 from tests.support.stitched_reference import StitchedReference, reference
-from tests.support.tiny_model import TinyPair, write_random_stitch, write_tiny_pair
+from tests.support.tiny_model import TOKENS, TinyPair, write_random_stitch, write_tiny_pair
 
 CPU, DTYPE = torch.device("cpu"), torch.float32
 # Route to (bottom_layers, top_from).
@@ -56,7 +56,7 @@ def load(pair: TinyPair, folder: Path) -> Halves:
     }
     stitches = {route: Stitch.load(file, CPU, DTYPE) for route, file in files.items()}
     bottom = new_runner(pair.bottom, 0, 5, embed=Embedding.load(pair.bottom, CPU, DTYPE))
-    head = Head.load(pair.top, CPU, DTYPE)
+    head = Head.load(pair.top, CPU, DTYPE, TOKENS)
     adapters = {route: stitch.adapters for route, stitch in stitches.items() if stitch.adapters is not None}
     top = new_runner(pair.top, TOP_FIRST, 4, stage="top_prefill", stitches=stitches, adapters=adapters, head=head)
     references = {route: reference(pair.bottom, pair.top, files[route], *cut) for route, cut in ROUTES.items()}
@@ -120,7 +120,7 @@ class Chain:
 
     def expected(self, kept: Kept) -> int:
         """What `transformers` says comes next."""
-        return int(self.halves.references[kept.route].logits(kept.token_ids)[-1].argmax())
+        return int(self.halves.references[kept.route].logits(kept.token_ids)[-1, :TOKENS].argmax())
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_a_token_says_its_position_and_its_logprobs(chain: Chain) -> None:
     batch, output = chain.bottom(chain.segment(kept))
     _, answer = chain.top(batch, output.hidden)
     token = answer.tokens[0]
-    expected = chain.halves.references["strong"].logits(kept.token_ids)[-1].log_softmax(0)
+    expected = chain.halves.references["strong"].logits(kept.token_ids)[-1, :TOKENS].log_softmax(0)
     assert (token.id, token.position) == (int(expected.argmax()), 6)
     assert token.logprobs is not None
     assert token.logprobs.logprob == pytest.approx(float(expected.max()), abs=1e-3)

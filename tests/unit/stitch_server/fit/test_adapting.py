@@ -26,7 +26,7 @@ def tokens() -> Tensor:
 
 def test_fresh_ones_change_nothing(tmp_path: Path) -> None:
     top = tiny_pair(tmp_path).top
-    fresh = TrainableAdapters(0, RANK, some_sizes(), seed=0).to_adapters()
+    fresh = TrainableAdapters.fresh(0, RANK, some_sizes(), seed=0).to_adapters()
     hidden = top.embed(tokens())
     assert fresh.down.abs().max() > 0
     assert torch.equal(top.run(hidden, 0, top.depth, fresh), top.run(hidden, 0, top.depth))
@@ -46,13 +46,13 @@ def test_sizes_are_those_of_the_states(tmp_path: Path) -> None:
 
 
 def test_the_seed_decides() -> None:
-    drawn = [TrainableAdapters(0, RANK, some_sizes(), seed).to_adapters().down for seed in (0, 0, 1)]
+    drawn = [TrainableAdapters.fresh(0, RANK, some_sizes(), seed).to_adapters().down for seed in (0, 0, 1)]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_coordinates_are_shares_of_the_sizes() -> None:
-    sizes, trained = some_sizes(), TrainableAdapters(1, RANK, some_sizes(), seed=0)
+    sizes, trained = some_sizes(), TrainableAdapters.fresh(1, RANK, some_sizes(), seed=0)
     down, up = trained.parameters()
     with torch.no_grad():
         up.fill_(1.0)
@@ -64,7 +64,7 @@ def test_coordinates_are_shares_of_the_sizes() -> None:
 
 def test_gradients_reach_both_tensors(tmp_path: Path) -> None:
     top = tiny_pair(tmp_path).top
-    trained = TrainableAdapters(0, RANK, some_sizes(), seed=0)
+    trained = TrainableAdapters.fresh(0, RANK, some_sizes(), seed=0)
     with torch.no_grad():
         trained.parameters()[1].normal_(std=0.1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from stitch_server.fit.answering import answers
 from stitch_server.fit.frozen import Pair
 from stitch_server.fit.leastsquares import AffineMap
 from stitch_server.fit.scoring import System, alone, left_out, stitched
+from stitch_server.model.adapters import Adapters
 from tests.support.tiny_fit import drawn_sequences, tiny_pair
 
 # Tokens that both tiny models know.
@@ -18,14 +20,18 @@ VOCABULARY = 60
 MOST = 12
 
 
-@pytest.fixture(params=["alone", "stitched", "left out"])
+@pytest.fixture(params=["alone", "stitched", "first token set, adapted", "left out"])
 def system(request: pytest.FixtureRequest, tmp_path: Path) -> System:
     pair: Pair = tiny_pair(tmp_path)
     draw = torch.Generator().manual_seed(0)
     stitch = AffineMap(torch.randn(32, 48, generator=draw).double(), torch.randn(32, generator=draw).double())
+    draw_more = torch.Generator().manual_seed(1)
+    set_first = replace(stitch, first=torch.randn(32, generator=draw_more).double())
+    adapters = Adapters(1, torch.randn(1, 2, 32, generator=draw_more), torch.randn(1, 32, 2, generator=draw_more))
     systems = {
         "alone": alone(pair.bottom),
         "stitched": stitched(pair, (2, 1), stitch),
+        "first token set, adapted": stitched(pair, (2, 1), set_first, adapters),
         "left out": left_out(pair.bottom, (1, 2)),
     }
     return systems[request.param]

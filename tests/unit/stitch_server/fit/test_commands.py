@@ -108,6 +108,27 @@ def test_adapters_come_with_their_stitch(bench: Workbench) -> None:
     assert rungs[1]["parameters"] - rungs[0]["parameters"] == 2 * 2 * 32
 
 
+def test_training_goes_on_from_a_stitch(bench: Workbench) -> None:
+    given = ("--adapter-rank", 2, "--epochs", 2, "--learning-rate", 0.01)
+    first = bench.fit("first.safetensors", *given)
+    again = [bench.fit(f"{name}.safetensors", *given, "--start", first) for name in ("one", "two")]
+    assert again[0].read_bytes() == again[1].read_bytes() != first.read_bytes()
+    reports = [json.loads(file.with_suffix(".json").read_text()) for file in (first, again[0])]
+    left, found = reports[0]["losses"]["stitched"], reports[1]["losses"]["start"]
+    assert [found[file]["mean"] for file in left] == pytest.approx([one["mean"] for one in left.values()], rel=1e-4)
+    start = Stitch.load(first, torch.device("cpu"), torch.float32)
+    made = Stitch.load(again[0], torch.device("cpu"), torch.float32)
+    assert made.making["training"]["start"] == start.fingerprint
+
+
+def test_a_start_that_does_not_fit_is_refused(bench: Workbench) -> None:
+    first = bench.fit("first.safetensors", "--adapter-rank", 2)
+    with pytest.raises(InvalidRequest, match="adapter_rank is 3, but it must be 2, as in the start"):
+        bench.fit("other.safetensors", "--adapter-rank", 3, "--start", first)
+    with pytest.raises(Incompatible, match=r"none\.safetensors is no stitch"):
+        bench.fit("other.safetensors", "--start", bench.folder / "none.safetensors")
+
+
 def contents(path: Path) -> dict[str, list[float]]:
     """Every tensor's values; the order of a file's metadata is no matter."""
     return {name: tensor.flatten().tolist() for name, tensor in load_file(path).items()}

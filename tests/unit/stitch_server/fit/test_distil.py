@@ -48,7 +48,7 @@ def fresh_stitch(adapter_rank: int = 0) -> TrainableStitch:
             deviations=torch.rand(32, generator=draw) + 0.5,
             first=torch.randn(32, generator=draw),
         ),
-        TrainableAdapters(CUT[1], adapter_rank, sizes, seed=0) if adapter_rank else None,
+        TrainableAdapters.fresh(CUT[1], adapter_rank, sizes, seed=0) if adapter_rank else None,
     )
 
 

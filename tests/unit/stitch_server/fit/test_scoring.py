@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stitch_server.fit.frozen import Pair
 from stitch_server.fit.leastsquares import AffineMap
-from stitch_server.fit.scoring import alone, bootstrapped, by_file, greedy_tokens, left_out, losses, stitched
+from stitch_server.fit.scoring import alone, applied, bootstrapped, by_file, greedy_tokens, left_out, losses, stitched
 from tests.support.tiny_fit import SEQUENCE_TOKENS, drawn_sequences, tiny_pair
 
 
@@ -46,6 +46,15 @@ def test_a_stitch_is_applied_to_every_token(pair: Pair) -> None:
     states = pair.bottom.run(pair.bottom.embed(tokens()), 0, 2)
     expected = pair.top.run(states @ stitch.weight.float().T + stitch.bias.float(), 1, 2)
     torch.testing.assert_close(stitched(pair, (2, 1), stitch).states(tokens()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_first_tokens_become_what_the_map_says(pair: Pair) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight, bias, first = (torch.randn(*shape, generator=draw).double() for shape in ((32, 48), (32,), (32,)))
+    states = torch.randn(3, 5, 48, generator=draw)
+    mapped, as_set = (applied(AffineMap(weight, bias, one))(states) for one in (None, first))
+    assert torch.equal(as_set[:, 1:], mapped[:, 1:])
+    assert torch.equal(as_set[:, 0], first.float().expand(3, -1))
 
 
 def test_leaving_no_layer_out_is_the_whole(pair: Pair) -> None:

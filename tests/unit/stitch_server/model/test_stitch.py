@@ -77,6 +77,22 @@ def test_adapters_survive_their_file(tmp_path: Path) -> None:
     assert loaded.fingerprint == made.fingerprint
 
 
+def test_first_tokens_become_what_it_says(tmp_path: Path) -> None:
+    made = Stitch(some_stitch().weight, some_stitch().bias, BINDING, MAKING, first=torch.arange(4.0))
+    made.save(tmp_path / "first.safetensors")
+    loaded, hidden = Stitch.load(tmp_path / "first.safetensors", CPU, torch.float32), torch.randn(5, 6)
+    expected = some_stitch()(hidden)
+    assert torch.equal(loaded(hidden), expected)
+    expected[[0, 3]] = torch.arange(4.0)
+    assert torch.equal(loaded(hidden, [0, 3]), expected)
+    assert loaded.fingerprint == made.fingerprint != some_stitch().fingerprint
+
+
+def test_first_tokens_are_mapped_unless_it_says_otherwise() -> None:
+    hidden = torch.randn(5, 6)
+    assert torch.equal(some_stitch()(hidden, [0, 3]), some_stitch()(hidden))
+
+
 def test_whoever_may_read_new_files_may_read_a_stitch(file: Path, tmp_path: Path) -> None:
     (tmp_path / "other").touch()
     assert file.stat().st_mode == (tmp_path / "other").stat().st_mode
@@ -158,6 +174,10 @@ class TestRefusals:
         tensors[tensor].view(-1)[2] = value
         with pytest.raises(Incompatible, match="from layer 3 to 2 has values that are not finite"):
             Stitch(tensors["weight"], tensors["bias"], BINDING)
+
+    def test_a_first_token_of_another_width(self) -> None:
+        with pytest.raises(Incompatible, match=r"a stitch to 4 values has a first token of \(5,\)"):
+            Stitch(some_stitch().weight, some_stitch().bias, BINDING, first=torch.zeros(5))
 
     @pytest.mark.parametrize("part", ["down", "up"])
     def test_adapters_that_are_not_finite(self, part: str) -> None:
