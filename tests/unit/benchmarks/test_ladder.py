@@ -14,10 +14,11 @@ from stitch_server.fit.ladder import BOTTOM, TOP
 from tests.support.tiny_fit import write_cluster
 
 
-def report(k: int, j: int, stitched: float, top: float = 2.0) -> dict[str, Any]:
+def report(k: int, j: int, stitched: float, top: float = 2.0, **training: int) -> dict[str, Any]:
     losses = {"bottom": 1.0, "top": top, "stitched": stitched}
     return {
         "cut": {"bottom_layers": k, "top_from": j},
+        "training": training,
         "losses": {name: {"all": {"mean": one, "low": one, "high": one}} for name, one in losses.items()},
     }
 
@@ -29,6 +30,14 @@ def test_a_rung_for_every_report(tmp_path: Path) -> None:
     assert found.rungs[0].parameters > found.rungs[1].parameters
     with pytest.raises(SystemExit, match="other models or held-out sequences"):
         ladder.ladder_of(str(tmp_path / "cluster.toml"), [report(2, 1, 1.5), report(1, 1, 1.5, top=2.5)])
+
+
+def test_adapters_are_named_and_counted(tmp_path: Path) -> None:
+    reports = [report(2, 1, 1.5), report(2, 1, 1.4, adapter_rank=3)]
+    plain, adapted = ladder.ladder_of(str(write_cluster(tmp_path)), reports).rungs
+    assert adapted.name == "2 → 1, rank 3"
+    # One layer of the top is left behind the cut.
+    assert adapted.parameters - plain.parameters == 2 * 3 * 32
 
 
 def test_a_table_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
