@@ -14,7 +14,7 @@ from typing import Any
 
 from stitch.cluster import load_cluster
 from stitch.environment import cache_folder
-from stitch_server.fit.ladder import BOTTOM, TOP, Ladder, Rung
+from stitch_server.fit.ladder import BOTTOM, TOP, Ladder, Rung, stitched_parameters
 from stitch_server.fit.report import write_json
 from stitch_server.fit.scoring import Interval
 from stitch_server.model.counting import ParameterCount
@@ -27,7 +27,7 @@ def ladder_of(cluster_name: str, reports: list[dict[str, Any]]) -> Ladder:
     cluster = load_cluster(cluster_name)
     folders = [resolve(cluster.model_source(role), cache_folder()) for role in ("bottom", "top")]
     bottom, top = (ParameterCount.read(folder) for folder in folders)
-    widths = [ModelDescription.read(folder, folder.name).hidden_size for folder in folders]
+    narrow, wide = (ModelDescription.read(folder, folder.name).hidden_size for folder in reversed(folders))
     first = reports[0]["losses"]
     rungs = []
     for report in reports:
@@ -35,11 +35,9 @@ def ladder_of(cluster_name: str, reports: list[dict[str, Any]]) -> Ladder:
             raise SystemExit("the reports are of other models or held-out sequences")
         k, j = report["cut"]["bottom_layers"], report["cut"]["top_from"]
         rank = report["training"].get("adapter_rank", 0)
-        read = bottom.between(0, k) + widths[1] * (widths[0] + 1) + top.between(j, len(top.layers)) + top.head
-        read += 2 * rank * widths[1] * (len(top.layers) - j)
-        rungs.append(
-            Rung(f"{k} → {j}" + (f", rank {rank}" if rank else ""), read, _intervals(report["losses"]["stitched"]))
-        )
+        name = f"{k} → {j}, rank {rank}" if rank else f"{k} → {j}"
+        read = stitched_parameters((bottom, top), (wide, narrow), (k, j), rank)
+        rungs.append(Rung(name, read, _intervals(report["losses"]["stitched"])))
     ends = [
         Rung(name, count.between(0, len(count.layers)) + count.head, _intervals(first[role]))
         for name, count, role in ((BOTTOM, bottom, "bottom"), (TOP, top, "top"))

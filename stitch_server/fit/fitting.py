@@ -79,17 +79,17 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
     passes = passes_for(loaded, cuts, settings.data, settings.dtype, settings.work, progress, will_do)
     closed = ClosedForm(passes.training.sums, passes.held_out.sums)
     start = start_of(loaded.pair, cut, passes, closed, settings.training.aim)
-    given = None if settings.start is None else loaded.stitch(settings.start, cut)
-    if given is not None:
+    given, began_as = None, "least squares"
+    if settings.start is not None:
+        given, began_as = loaded.stitch(settings.start, cut), "start"
         start = replace(start, map=map_of(given))
-    began_as = "least squares" if given is None else "start"
+        settings = replace(settings, training=replace(settings.training, start=given.fingerprint))
     ridge, first_token, history = start.ridge, "held", {}
     begun = final = measured(loaded, cut, passes, start.map, None if given is None else given.adapters)
     if settings.training.epochs:
         at = coordinates(cut[0], start, closed)
         beside = _adapters(loaded, cut, passes, applied(start.map), settings.training, begun.adapters)
-        known = replace(settings.training, start="" if given is None else given.fingerprint)
-        run = _distilled(loaded, cut, passes, TrainableStitch(at, beside), replace(settings, training=known), progress)
+        run = _distilled(loaded, cut, passes, TrainableStitch(at, beside), settings, progress)
         free, adapters = run.stitch.to_map(), run.stitch.trained_adapters()
         held = closed.hold_first(cut[0], free, start.first, ridge.ridge)
         # Where first tokens differ too much for one mean to stand for them, as behind few layers, the hold costs the
@@ -103,7 +103,7 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
         "route": settings.route,
         "cut": {"bottom_layers": cut[0], "top_from": cut[1]},
         "ridge": {"chosen": ridge.ridge, "held_out_explained": {f"{r:g}": v for r, v in ridge.explained.items()}},
-        "training": asdict(settings.training) | {"start": "" if given is None else given.fingerprint},
+        "training": asdict(settings.training),
         "first_token": first_token,
         "losses": scores(loaded, cut, passes, settings, {began_as: begun.losses, "stitched": final.losses}),
         "history": history,

@@ -13,6 +13,7 @@ from typing import Any
 from stitch_server.fit.pairs import LoadedPair
 from stitch_server.fit.scoring import Interval
 from stitch_server.fit.sums import Cut
+from stitch_server.model.counting import ParameterCount
 
 BOTTOM, TOP = "bottom alone", "top alone"
 
@@ -34,10 +35,18 @@ class Rung:
 
 def parameters_of(loaded: LoadedPair, cut: Cut, has_stitch: bool = True, adapter_rank: int = 0) -> int:
     """Parameters that a stitched pair reads for one token."""
-    bottom, top, (k, j) = loaded.bottom_count, loaded.top_count, cut
-    stitch = loaded.top.hidden_size * (loaded.bottom.hidden_size + 1) if has_stitch else 0
-    adapters = 2 * adapter_rank * loaded.top.hidden_size * (len(top.layers) - j)
-    return bottom.between(0, k) + stitch + top.between(j, len(top.layers)) + adapters + top.head
+    counts, widths = (loaded.bottom_count, loaded.top_count), (loaded.bottom.hidden_size, loaded.top.hidden_size)
+    return stitched_parameters(counts, widths if has_stitch else None, cut, adapter_rank)
+
+
+def stitched_parameters(
+    counts: tuple[ParameterCount, ParameterCount], widths: tuple[int, int] | None, cut: Cut, adapter_rank: int = 0
+) -> int:
+    """The same from the `counts` and hidden sizes of bottom and top; without `widths` nothing lies between them."""
+    (bottom, top), (k, j) = counts, cut
+    left = len(top.layers) - j
+    between = widths[1] * (widths[0] + 1 + 2 * adapter_rank * left) if widths else 0
+    return bottom.between(0, k) + between + top.between(j, len(top.layers)) + top.head
 
 
 def whole_parameters(loaded: LoadedPair) -> dict[str, int]:

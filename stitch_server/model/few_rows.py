@@ -18,13 +18,7 @@ Floats = NDArray[np.float32]
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
     """x · weightᵀ, with x `[rows, inputs]` and a contiguous weight `[outputs, inputs]`, both float32 or bfloat16."""
-    result = torch.empty(x.shape[0], weight.shape[0])
-    values = x.float().contiguous().numpy()
-    if weight.dtype == torch.bfloat16:
-        _multiply_bfloat16(values, weight.view(torch.uint16).numpy(), result.numpy())
-    else:
-        _multiply_float32(values, weight.numpy(), result.numpy())
-    return result.to(x.dtype)
+    return _sums(x, weight).to(x.dtype)
 
 
 def multiply_int8(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
@@ -32,20 +26,29 @@ def multiply_int8(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
 
     Unlike the product for many rows it leaves x as it is, and so is the more exact of both.
     """
+    return _sums(x, weight).mul_(scales).to(x.dtype)
+
+
+def _sums(x: Tensor, weight: Tensor) -> Tensor:
+    """Float32 `[rows, outputs]`."""
     result = torch.empty(x.shape[0], weight.shape[0])
-    _multiply_int8(x.float().contiguous().numpy(), weight.numpy(), scales.numpy(), result.numpy())
-    return result.to(x.dtype)
+    values = x.float().contiguous().numpy()
+    if weight.dtype == torch.bfloat16:
+        _multiply_bfloat16(values, weight.view(torch.uint16).numpy(), result.numpy())
+    else:
+        _multiply(values, weight.numpy(), result.numpy())
+    return result
 
 
-@compiled("void(f4[:, ::1], f4[:, ::1], f4[:, ::1])")
-def _multiply_float32(x: Floats, weight: Floats, result: Floats) -> None:
+@compiled([f"void(f4[:, ::1], {kind}[:, ::1], f4[:, ::1])" for kind in ("f4", "i1")])
+def _multiply(x: Floats, weight: Floats | NDArray[np.int8], result: Floats) -> None:
     for output in range(weight.shape[0]):
         factors = weight[output]
         for row in range(x.shape[0]):
             values = x[row]
             total = np.float32(0)
             for place in range(factors.size):
-                total += factors[place] * values[place]
+                total += np.float32(factors[place]) * values[place]
             result[row, output] = total
 
 
@@ -61,15 +64,3 @@ def _multiply_bfloat16(x: Floats, weight: NDArray[np.uint16], result: Floats) ->
                 widened = np.uint32(np.uint32(factors[place]) << np.uint32(16))
                 total += widened.view(np.float32) * values[place]
             result[row, output] = total
-
-
-@compiled("void(f4[:, ::1], i1[:, ::1], f4[::1], f4[:, ::1])")
-def _multiply_int8(x: Floats, weight: NDArray[np.int8], scales: Floats, result: Floats) -> None:
-    for output in range(weight.shape[0]):
-        factors = weight[output]
-        for row in range(x.shape[0]):
-            values = x[row]
-            total = np.float32(0)
-            for place in range(factors.size):
-                total += np.float32(factors[place]) * values[place]
-            result[row, output] = total * scales[output]
