@@ -24,7 +24,7 @@ from stitch_server.engine.runner import Runner
 from stitch_server.engine.sequence import Sequence
 from stitch_server.engine.threads import Threads
 from stitch_server.model.probe import PERCENTILES, Probe, ProbeBinding, features
-from stitch_server.shard import Part, load_part
+from stitch_server.part import Part, load_part
 
 ROUTES = ("weak", "strong")
 WINDOW = 128

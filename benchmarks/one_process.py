@@ -17,7 +17,7 @@ from stitch_server.engine.batch import Batch, Segment, StepOutput
 from stitch_server.engine.runner import Runner
 from stitch_server.engine.sequence import Sequence as Session
 from stitch_server.engine.threads import Threads
-from stitch_server.shard import Part, load_part
+from stitch_server.part import Part, load_part
 
 MOST_TOKENS = 4096
 

@@ -25,10 +25,11 @@ from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.devices import pick_device
 from stitch_server.engine.engine import Engine
 from stitch_server.metrics import Metrics
+from stitch_server.part import load_part
 from stitch_server.rpc.links import Links
 from stitch_server.rpc.servicer import ShardServicer
 from stitch_server.settings import ShardSettings
-from stitch_server.shard import Shard, build_shard, load_part
+from stitch_server.shard import Shard, build_shard
 from stitch_server.step_log import StepLog
 
 DRAIN_POLL_SECONDS = 0.05

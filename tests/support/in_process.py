@@ -15,8 +15,9 @@ from stitch_server.engine.origin import Origin
 from stitch_server.engine.relay import ReceivedStep, Relay
 from stitch_server.engine.session import Progress
 from stitch_server.metrics import Metrics
+from stitch_server.part import load_part
 from stitch_server.rpc.frames import Assembly, reply_frame, reply_of, step_frames
-from stitch_server.shard import Shard, build_shard, load_part
+from stitch_server.shard import Shard, build_shard
 from tests.support.engine_fakes import new_session
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from stitch.cluster import Cluster, load_cluster
+from stitch_server.part import load_part
 from stitch_server.plan import SESSION_TOKENS, plan, table
 from stitch_server.planning import kv_bytes_per_token
-from stitch_server.shard import load_part
 from tests.support.tiny_cluster import write_tiny_cluster
 
 CPU = torch.device("cpu")

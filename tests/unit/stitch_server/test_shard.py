@@ -1,136 +1,37 @@
-"""Each shard of a tiny cluster holds its own part, says what it is, and two of them together are the models."""
+"""Each shard of a tiny cluster says what it is, and two of them together are the models."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from prometheus_client import generate_latest
 
-from stitch.cluster import Cluster, RouteCut, ShardPlace, load_cluster
+from stitch.cluster import Cluster
 from stitch.errors import Incompatible, StitchError
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.cache.pool import BLOCK_TOKENS
-from stitch_server.engine.batch import Cut
 from stitch_server.engine.origin import Origin
 from stitch_server.engine.relay import Relay
 from stitch_server.engine.wire import pack
 from stitch_server.metrics import Metrics
 from stitch_server.model.counting import ParameterCount
 from stitch_server.model.stitch import Stitch
+from stitch_server.part import load_part
 from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_neighbour, check_welcome
-from stitch_server.shard import Shard, build_shard, cut_of, load_part
+from stitch_server.shard import Shard, build_shard
 from tests.support.engine_fakes import FakeDownstream
 from tests.support.in_process import ChainInProcess
 from tests.support.stitched_reference import reference
-from tests.support.tiny_cluster import CUTS, Layers, write_tiny_cluster
+from tests.support.tiny_cluster import CUTS
 
 CPU = torch.device("cpu")
-# The first bottom shard computes alone for routes that leave in it; the last top shard owns the head.
-BOTTOMS: tuple[Layers, ...] = ((0, 2), (2, 4))
-TOPS: tuple[Layers, ...] = ((2, 3), (3, 4))
 
 
 def new_shard(cluster: Cluster, name: str) -> Shard:
     place = cluster.shard(name)
     return build_shard(cluster, place, load_part(cluster, place, CPU), CPU, FakeDownstream(), Metrics(name))
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
-    return load_cluster(str(write_tiny_cluster(tmp_path_factory.mktemp("pair"))))
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
-    """Two shards of either model."""
-    file = write_tiny_cluster(tmp_path_factory.mktemp("deep"), bottoms=BOTTOMS, tops=TOPS)
-    return load_cluster(str(file))
-
-
-@pytest.mark.parametrize(
-    ("role", "layers", "cut"),
-    [
-        ("bottom", (0, 10), Cut(0, 6)),
-        ("bottom", (0, 4), Cut(0, 4)),
-        ("bottom", (4, 10), Cut(4, 6)),
-        ("bottom", (6, 10), None),
-        ("top", (0, 10), Cut(3, 10)),
-        ("top", (4, 10), Cut(4, 10)),
-        ("top", (2, 4), Cut(3, 4)),
-        ("top", (0, 3), None),
-    ],
-)
-def test_a_route_passes_the_layers_between_its_cuts(role: Any, layers: Layers, cut: Cut | None) -> None:
-    route = RouteCut(name="weak", bottom_layers=6, top_from=3, stitch="s")
-    assert cut_of(route, ShardPlace(name="a", role=role, layers=layers, address="a:1")) == cut
-
-
-class TestParts:
-    def test_the_first_shard_embeds_and_the_last_has_the_head(self, deep: Cluster) -> None:
-        ends = [
-            (part.embedding is not None, part.head is not None)
-            for part in (load_part(deep, place, CPU) for place in deep.shards)
-        ]
-        assert ends == [(True, False), (False, False), (False, False), (False, True)]
-
-    def test_each_has_the_stitches_of_the_routes_that_enter_there(self, deep: Cluster) -> None:
-        held = [sorted(load_part(deep, place, CPU).stitches) for place in deep.shards]
-        assert held == [[], [], ["weak"], ["strong"]]
-
-    def test_each_has_the_adapters_of_its_layers(self, deep: Cluster) -> None:
-        """Only the stitch of `weak` brings some; it enters on the first of both top shards."""
-        held = [load_part(deep, place, CPU).adapters for place in deep.shards]
-        assert [{name: (one.first, one.end) for name, one in part.items()} for part in held] == [
-            {}, {}, {"weak": (2, 3)}, {"weak": (3, 4)}
-        ]  # fmt: skip
-
-    def test_each_has_the_cuts_of_the_routes_that_pass(self, deep: Cluster) -> None:
-        cuts = [load_part(deep, place, CPU).cuts for place in deep.shards]
-        assert cuts == [
-            {"weak": Cut(0, 2), "strong": Cut(0, 2)},
-            {"weak": Cut(2, 3), "strong": Cut(2, 4)},
-            {"weak": Cut(2, 3)},
-            {"weak": Cut(3, 4), "strong": Cut(3, 4)},
-        ]
-
-    def test_layers_that_the_model_lacks_are_refused(self, cluster: Cluster) -> None:
-        place = ShardPlace(name="a", role="bottom", layers=(0, 9), address="a:1")
-        with pytest.raises(Incompatible, match="layers 0 to 9 are no range"):
-            load_part(cluster, place, CPU)
-
-    def changed(self, cluster: Cluster, change: Callable[[dict[str, Any]], object], tmp_path: Path) -> Cluster:
-        """A cluster file that says something else of the same files."""
-        fields = json.loads((cluster.folder / "cluster.json").read_text())
-        for model in fields["models"].values():
-            model["source"] = str(cluster.folder / model["source"])
-        for route in fields["routes"]:
-            route["stitch"] = str(cluster.folder / route["stitch"])
-        change(fields)
-        (tmp_path / "cluster.json").write_text(json.dumps(fields))
-        return load_cluster(str(tmp_path / "cluster.json"))
-
-    def test_a_stitch_for_another_cut_is_refused(self, cluster: Cluster, tmp_path: Path) -> None:
-        other = self.changed(cluster, lambda fields: fields["routes"][0].update(bottom_layers=2), tmp_path)
-        with pytest.raises(Incompatible, match="from layer 3 to 2 can't serve a cut from layer 2 to 2"):
-            load_part(other, other.shard("top-0"), CPU)
-
-    def test_a_stitch_for_another_model_is_refused(self, cluster: Cluster, tmp_path: Path) -> None:
-        def swap(fields: dict[str, Any]) -> None:
-            fields["models"]["top"] = fields["models"]["bottom"]
-
-        other = self.changed(cluster, swap, tmp_path)
-        with pytest.raises(Incompatible, match="made for the top model"):
-            load_part(other, other.shard("top-0"), CPU)
-
-    def test_a_stitch_that_is_gone_is_named(self, cluster: Cluster, tmp_path: Path) -> None:
-        other = self.changed(cluster, lambda fields: fields["routes"][0].update(stitch="gone.safetensors"), tmp_path)
-        with pytest.raises(Incompatible, match=r"gone\.safetensors is no stitch"):
-            load_part(other, other.shard("top-0"), CPU)
 
 
 class TestShards:

@@ -16,9 +16,9 @@ from stitch.errors import InvalidRequest
 from stitch.routing.thresholds import read_thresholds
 from stitch_server.engine.runner import Runner
 from stitch_server.model.probe import Probe
+from stitch_server.part import load_part
 from stitch_server.probing import calibrate_command, command
 from stitch_server.probing.teaching import cheapest_first
-from stitch_server.shard import load_part
 from tests.support.in_process import ChainInProcess
 from tests.support.tiny_cluster import write_tiny_cluster
 
