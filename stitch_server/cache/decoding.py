@@ -6,6 +6,10 @@ to one length. A loop reads keys and values where they lie, each sequence's own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,23 +21,64 @@ Floats = NDArray[np.float32]
 Places = NDArray[np.int64]
 
 
-def attend(query: Tensor, pairs: Tensor, slots: Tensor, bounds: Tensor, scale: float) -> Tensor:
-    """What each of several tokens sees: `[tokens, heads, head_dim]` in, `[tokens, heads * head_dim]` out, float32.
+@dataclass(frozen=True, slots=True)
+class Singles:
+    """Rows of a batch that are a new token of some sequence each; all tensors but the indices float32."""
 
-    `pairs` `[all slots, 2 * kv_heads, head_dim]` holds keys, then values; token n sees
-    `slots[bounds[n]:bounds[n + 1]]` of them.
-    """
-    tokens, heads, head_dim = query.shape
-    mixed = torch.empty(tokens, heads * head_dim)
-    _attend(
-        query.contiguous().numpy(),
-        pairs.numpy(),
-        slots.numpy(),
-        bounds.numpy(),
-        scale,
-        mixed.view(tokens, heads, head_dim).numpy(),
-    )
-    return mixed
+    # Where they are in the batch.
+    rows: slice | Tensor
+    # Each one's past and present, one behind the other, and where each begins and the last ends.
+    slots: Tensor
+    bounds: Tensor
+
+    @classmethod
+    def of(cls, rows: slice | Tensor, slots: Sequence[Tensor]) -> Singles:
+        """`slots` of each row."""
+        return cls(rows, torch.cat(list(slots)), torch.tensor([0, *accumulate(len(one) for one in slots)]))
+
+    def attend(self, query: Tensor, pairs: Tensor, scale: float) -> Tensor:
+        """query `[rows, heads, head_dim]` to what each sees, `[rows, heads * head_dim]`.
+
+        `pairs` `[all slots, 2 * kv_heads, head_dim]` holds one layer's keys, then values.
+        """
+        mixed = torch.empty(query.shape)
+        _attend(_array(query), _array(pairs), self.slots.numpy(), self.bounds.numpy(), scale, mixed.numpy())
+        return mixed.flatten(1)
+
+    def extend(self, query: Tensor, key: Tensor, value: Tensor, pairs: Tensor, scale: float) -> Tensor:
+        """The same, once each row's key and value `[rows, kv_heads, head_dim]` are in the last of its slots."""
+        mixed = torch.empty(query.shape)
+        rows = _array(query), _array(key), _array(value)
+        _extend(*rows, _array(pairs), self.slots.numpy(), self.bounds.numpy(), scale, mixed.numpy())
+        return mixed.flatten(1)
+
+
+class SinglesAttention:
+    """The `store.BatchAttend` of a batch of nothing but single tokens: all of them in one loop."""
+
+    def __init__(self, pairs: Tensor, first: int, slots: Sequence[Tensor]) -> None:
+        """`pairs` of all layers from `first` on, and the `slots` of each token's past and present."""
+        self._pairs, self._first, self._slots = pairs, first, slots
+        # By the layers' window.
+        self._seen: dict[int | None, Singles] = {}
+
+    def first(self, segments: int) -> SinglesAttention:
+        """As `store.BatchAttend` says."""
+        return SinglesAttention(self._pairs, self._first, self._slots[:segments])
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """As `model.attend.Attend` says."""
+        if window not in self._seen:
+            seen = self._slots if window is None else [one[-window:] for one in self._slots]
+            self._seen[window] = Singles.of(slice(None), seen)
+        return self._seen[window].extend(query, key, value, self._pairs[layer - self._first], scale)
+
+
+def _array(heads: Tensor) -> Floats:
+    array: Floats = heads.contiguous().numpy()
+    return array
 
 
 @compiled("void(f4[:, :, ::1], f4[:, :, ::1], i8[::1], i8[::1], f4, f4[:, :, ::1])")
@@ -66,3 +111,21 @@ def _attend(query: Floats, pairs: Floats, slots: Places, bounds: Places, scale: 
                     weight = weights[member, place]
                     for dimension in range(head_dim):
                         answers[member, dimension] += weight * value[dimension]
+
+
+@compiled("void(f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1], i8[::1], i8[::1], f4, f4[:, :, ::1])")
+def _extend(
+    query: Floats,
+    key: Floats,
+    value: Floats,
+    pairs: Floats,
+    slots: Places,
+    bounds: Places,
+    scale: float,
+    mixed: Floats,
+) -> None:
+    kv_heads = key.shape[1]
+    for token in range(len(key)):
+        new = pairs[slots[bounds[token + 1] - 1]]
+        new[:kv_heads], new[kv_heads:] = key[token], value[token]
+    _attend(query, pairs, slots, bounds, scale, mixed)

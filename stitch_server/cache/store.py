@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -14,14 +15,14 @@ from torch.nn import functional
 
 from stitch_server.cache.pool import BLOCK_TOKENS
 
+if TYPE_CHECKING:
+    from stitch_server.cache.decoding import Singles
+
 # How much longer than the shortest past of a crowd its longest may be: a share, and some tokens.
 MOST_FILLING = 1.25
 FILLING_TOKENS = 64
 # Tokens that one call gathers at most, unless a single sequence has more.
 CROWD_TOKENS = 8192
-
-# `decoding.attend`.
-Singly = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,12 @@ class Span:
         return self.position + self.length
 
 
+def slots_of(span: Span, device: torch.device) -> Tensor:
+    """The slots of a sequence's past and present, `[position + length]`."""
+    blocks = torch.tensor(span.blocks, device=device)
+    return (blocks[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS, device=device)).view(-1)[: span.end]
+
+
 class KVStore:
     """Keys and values of layers `[first, end)` for `blocks` blocks."""
 
@@ -49,12 +56,37 @@ class KVStore:
         shape = (end - first, blocks * BLOCK_TOKENS, 2 * kv_heads, head_dim)
         self.pairs = torch.empty(shape, dtype=dtype, device=device)
         self.keys, self.values = self.pairs[:, :, :kv_heads], self.pairs[:, :, kv_heads:]
-        # For single new tokens, in a pass on one thread.
-        self.singly = _compiled() if (device.type, dtype) == ("cpu", torch.float32) else None
+        self._has_loops = (device.type, dtype) == ("cpu", torch.float32)
+        if self._has_loops:
+            # Compiled before the first token wants it.
+            _loops()
 
-    def attention(self, spans: Sequenced[Span]) -> PagedAttention:
+    @property
+    def loops(self) -> bool:
+        """Whether loops take single new tokens, as they do on one thread."""
+        return self._has_loops and torch.get_num_threads() == 1
+
+    def attention(self, spans: Sequenced[Span]) -> BatchAttend:
         """The `attend` function for a batch of packed segments."""
+        if self.loops and all(span.length == 1 for span in spans):
+            slots = [slots_of(span, self.pairs.device) for span in spans]
+            alone: BatchAttend = _loops().SinglesAttention(self.pairs, self.first, slots)
+            return alone
         return PagedAttention(self, spans)
+
+
+class BatchAttend(Protocol):
+    """Keeps one batch's keys and values, and attends."""
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """As `model.attend.Attend` says."""
+        ...
+
+    def first(self, segments: int) -> BatchAttend:
+        """The same for the leading `segments` of the batch alone; the others have left or not yet joined."""
+        ...
 
 
 class _Part(Protocol):
@@ -68,20 +100,6 @@ class _Part(Protocol):
     def attend(self, query: Tensor, pairs: Tensor, scale: float) -> Tensor:
         """query `[rows, heads, head_dim]`, one layer's `pairs`; returns `[rows, heads * head_dim]`."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Singles:
-    """Sequences with one new token each, for a loop that reads each one's past where it lies."""
-
-    rows: slice | Tensor
-    # Each one's past and present, one behind the other, and where each begins and the last ends.
-    slots: Tensor
-    bounds: Tensor
-    singly: Singly
-
-    def attend(self, query: Tensor, pairs: Tensor, scale: float) -> Tensor:
-        return self.singly(query, pairs, self.slots, self.bounds, scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,19 +140,13 @@ class PagedAttention:
     def __init__(self, store: KVStore, spans: Sequenced[Span]) -> None:
         self._store = store
         self._spans = spans
-        device = store.pairs.device
-        offsets = torch.arange(BLOCK_TOKENS, device=device)
-        # All slots of each segment's past and present, [position + length].
-        self._slots = [
-            (torch.tensor(span.blocks, device=device)[:, None] * BLOCK_TOKENS + offsets).view(-1)[: span.end]
-            for span in spans
-        ]
+        self._slots = [slots_of(span, store.pairs.device) for span in spans]
         self._new_slots = self._new()
         # By the layers' window.
         self._parts: dict[int | None, list[_Part]] = {}
 
     def first(self, segments: int) -> PagedAttention:
-        """The same for the leading `segments` of the batch alone; the others have left or not yet joined."""
+        """As `BatchAttend` says."""
         part = object.__new__(PagedAttention)
         part._store, part._parts = self._store, {}
         part._spans, part._slots = self._spans[:segments], self._slots[:segments]
@@ -168,15 +180,15 @@ class PagedAttention:
         """Each segment's first row in the batch, and one behind the last."""
         return [0, *accumulate(span.length for span in self._spans)]
 
-    def _decoding(self, window: int | None) -> list[_Singles] | list[_Crowd]:
+    def _decoding(self, window: int | None) -> list[Singles] | list[_Crowd]:
         rows = self._rows()
         seen = {
             rows[index]: self._slots[index] if window is None else self._slots[index][-window:]
             for index, span in enumerate(self._spans)
             if span.length == 1
         }
-        if seen and self._store.singly is not None and torch.get_num_threads() == 1:
-            return [_singles(seen, self._store.singly)]
+        if seen and self._store.loops:
+            return [_loops().Singles.of(_where(list(seen), self._store.pairs), list(seen.values()))]
         lengths = {row: len(slots) for row, slots in seen.items()}
         return [_crowd({row: seen[row] for row in members}, self._store.pairs) for members in _alike(lengths)]
 
@@ -209,17 +221,11 @@ def _joins(length: int, shortest: int, members: int) -> bool:
     return similar and length * (members + 1) <= CROWD_TOKENS
 
 
-def _compiled() -> Singly:
+def _loops() -> ModuleType:
     # Only who needs it pays for loading the compiler.
-    from stitch_server.cache.decoding import attend
+    from stitch_server.cache import decoding
 
-    return attend
-
-
-def _singles(slots: Mapping[int, Tensor], singly: Singly) -> _Singles:
-    """`slots` by row."""
-    bounds = torch.tensor([0, *accumulate(len(one) for one in slots.values())])
-    return _Singles(_where(list(slots), bounds), torch.cat(list(slots.values())), bounds, singly)
+    return decoding
 
 
 def _crowd(slots: Mapping[int, Tensor], like: Tensor) -> _Crowd:

@@ -1,66 +1,233 @@
-"""Products of a few rows, compiled by Numba for a processor. Knows arrays, no layer.
+"""Products of a few rows, and lean layers made of them, compiled by Numba for a processor. Knows no session, no cache.
 
 Such a product is bound by reading the matrix. The plainest loop, one row of weights behind the other, reads it at the
-memory's full speed on one thread, which the kernels that are made for many rows do not.
+memory's full speed on one thread, which the kernels that are made for many rows do not. Between its products a layer
+does so little arithmetic that calling a library for each step of it costs more than the step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
+from numba import types
+from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
 
 from stitch_server.compiling import compiled
 
+# For more rows the products of a library are faster.
+FEW_ROWS = 4
+
 Floats = NDArray[np.float32]
 
 
-def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ, with x `[rows, inputs]` and a contiguous weight `[outputs, inputs]`, both float32 or bfloat16."""
-    return _sums(x, weight).to(x.dtype)
+class Matrix(NamedTuple):
+    """x → x · (weight · scale)ᵀ + bias, as loops read it."""
+
+    # [outputs, inputs]: float32, the bits of bfloat16, or int8
+    weight: NDArray[Any]
+    # [outputs], both
+    scales: Floats
+    bias: Floats
 
 
-def multiply_int8(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """x · (weight · scales)ᵀ, with contiguous int8 weights `[outputs, inputs]` and float32 scales `[outputs]`.
-
-    Unlike the product for many rows it leaves x as it is, and so is the more exact of both.
-    """
-    return _sums(x, weight).mul_(scales).to(x.dtype)
-
-
-def _sums(x: Tensor, weight: Tensor) -> Tensor:
-    """Float32 `[rows, outputs]`."""
-    result = torch.empty(x.shape[0], weight.shape[0])
-    values = x.float().contiguous().numpy()
-    if weight.dtype == torch.bfloat16:
-        _multiply_bfloat16(values, weight.view(torch.uint16).numpy(), result.numpy())
-    else:
-        _multiply(values, weight.numpy(), result.numpy())
-    return result
+# Types of arguments; a matrix has one for each kind of weights.
+_ROWS, _VECTOR, _TURNS = types.float32[:, ::1], types.float32[::1], types.complex64[:, ::1]
+_EPSILON = types.float32
+_MATRICES = [
+    types.NamedTuple((kind[:, ::1], _VECTOR, _VECTOR), Matrix)  # type: ignore[no-untyped-call]
+    for kind in (types.float32, types.uint16, types.int8)
+]
 
 
-@compiled([f"void(f4[:, ::1], {kind}[:, ::1], f4[:, ::1])" for kind in ("f4", "i1")])
-def _multiply(x: Floats, weight: Floats | NDArray[np.int8], result: Floats) -> None:
-    for output in range(weight.shape[0]):
-        factors = weight[output]
-        for row in range(x.shape[0]):
+@dataclass(frozen=True, slots=True)
+class RowProduct:
+    """The product by a matrix for at most FEW_ROWS rows, on one thread."""
+
+    matrix: Matrix
+
+    @classmethod
+    def of(cls, weight: Tensor, scales: Tensor | None, bias: Tensor | None) -> RowProduct:
+        """A contiguous weight `[outputs, inputs]` of float32, bfloat16 or int8, which is not copied."""
+        outputs = weight.shape[0]
+        bits = weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight
+        scales = torch.ones(outputs) if scales is None else scales
+        bias = torch.zeros(outputs) if bias is None else bias.to(torch.float32, copy=True)
+        return cls(Matrix(bits.numpy(), scales.numpy(), bias.numpy()))
+
+    def suits(self, x: Tensor) -> bool:
+        """Whether x has few rows, there is one thread, and no gradient is wanted."""
+        differentiable = x.requires_grad and torch.is_grad_enabled()
+        return x.shape[0] <= FEW_ROWS and torch.get_num_threads() == 1 and not differentiable
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[rows, inputs]` to `[rows, outputs]` of the same dtype, summed in float32.
+
+        Rows stay as they are: with bytes that is more exact than a product that rounds them, too.
+        """
+        result = torch.empty(x.shape[0], len(self.matrix.bias))
+        _multiply(_array(x), self.matrix, result.numpy())
+        return result.to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLoops:
+    """What a `lean.LeanLayer` computes on either side of attention, for few tokens."""
+
+    query_key_value: RowProduct
+    attention_output: RowProduct
+    gate_up: RowProduct
+    down: RowProduct
+    # [hidden_size], both
+    attention_norm: Floats
+    feed_forward_norm: Floats
+    # Queries' heads and keys'.
+    rotated: int
+    # [rotated, head_dim]; no rows where the family has none.
+    query_key_norm: Floats
+    epsilon: float
+
+    def suits(self, hidden: Tensor) -> bool:
+        """Whether these states `[tokens, hidden_size]` are few."""
+        return self.query_key_value.suits(hidden)
+
+    def before(self, hidden: Tensor, rotation: Tensor) -> Tensor:
+        """The layer's input `[tokens, hidden_size]` to queries, keys and values, side by side.
+
+        Queries and keys are turned by `rotation`, complex `[tokens, 1, head_dim / 2]`.
+        """
+        mixed = torch.empty(hidden.shape[0], len(self.query_key_value.matrix.bias))
+        _before_attention(
+            _array(hidden),
+            self.attention_norm,
+            self.epsilon,
+            self.query_key_value.matrix,
+            self.rotated,
+            self.query_key_norm,
+            rotation.flatten(1).contiguous().numpy(),
+            mixed.numpy(),
+        )
+        return mixed.to(hidden.dtype)
+
+    def behind(self, attended: Tensor, hidden: Tensor) -> Tensor:
+        """What attention gave, `[tokens, heads * head_dim]`, and the layer's input to its output."""
+        after = torch.empty(hidden.shape)
+        _behind_attention(
+            _array(attended),
+            _array(hidden),
+            self.attention_output.matrix,
+            self.feed_forward_norm,
+            self.epsilon,
+            self.gate_up.matrix,
+            self.down.matrix,
+            after.numpy(),
+        )
+        return after.to(hidden.dtype)
+
+
+def _array(rows: Tensor) -> Floats:
+    array: Floats = rows.float().contiguous().numpy()
+    return array
+
+
+def _widened(weight: Any) -> Any:
+    """A weight as float32; only compiled."""
+    raise NotImplementedError
+
+
+@overload(_widened, strict=False)
+def _widened_by_kind(weight: Any) -> Callable[[Any], Any]:
+    if weight == types.uint16:
+        # A bfloat16 is the upper half of a float32.
+        return lambda weight: np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
+    return lambda weight: np.float32(weight)
+
+
+@compiled([types.void(_ROWS, matrix, _ROWS) for matrix in _MATRICES])
+def _multiply(x: Floats, matrix: Matrix, result: Floats) -> None:
+    for output in range(len(matrix.weight)):
+        factors = matrix.weight[output]
+        for row in range(len(x)):
             values = x[row]
             total = np.float32(0)
             for place in range(factors.size):
-                total += np.float32(factors[place]) * values[place]
-            result[row, output] = total
+                total += _widened(factors[place]) * values[place]
+            result[row, output] = total * matrix.scales[output] + matrix.bias[output]
 
 
-@compiled("void(f4[:, ::1], u2[:, ::1], f4[:, ::1])")
-def _multiply_bfloat16(x: Floats, weight: NDArray[np.uint16], result: Floats) -> None:
-    for output in range(weight.shape[0]):
-        factors = weight[output]
-        for row in range(x.shape[0]):
-            values = x[row]
-            total = np.float32(0)
-            for place in range(factors.size):
-                # A bfloat16 is the upper half of a float32.
-                widened = np.uint32(np.uint32(factors[place]) << np.uint32(16))
-                total += widened.view(np.float32) * values[place]
-            result[row, output] = total
+@compiled(types.void(_VECTOR, _VECTOR, _EPSILON))
+def _normalize(values: Floats, gains: Floats, epsilon: float) -> None:
+    """Divides by the root mean square, in place."""
+    total = np.float32(0)
+    for value in values:
+        total += value * value
+    inverse = np.float32(1) / np.sqrt(total / np.float32(values.size) + np.float32(epsilon))
+    for place in range(values.size):
+        values[place] *= inverse * gains[place]
+
+
+@compiled(types.void(_VECTOR, types.complex64[::1]))
+def _turn(head: Floats, turns: NDArray[np.complex64]) -> None:
+    """Rotates neighbouring pairs, in place."""
+    for pair in range(turns.size):
+        real, imaginary, turn = head[2 * pair], head[2 * pair + 1], turns[pair]
+        head[2 * pair] = real * turn.real - imaginary * turn.imag
+        head[2 * pair + 1] = real * turn.imag + imaginary * turn.real
+
+
+@compiled([types.void(_ROWS, _VECTOR, _EPSILON, matrix, types.int64, _ROWS, _TURNS, _ROWS) for matrix in _MATRICES])
+def _before_attention(
+    hidden: Floats,
+    norm: Floats,
+    epsilon: float,
+    query_key_value: Matrix,
+    rotated: int,
+    head_norm: Floats,
+    turns: NDArray[np.complex64],
+    mixed: Floats,
+) -> None:
+    normed = hidden.copy()
+    for token in range(len(hidden)):
+        _normalize(normed[token], norm, epsilon)
+    _multiply(normed, query_key_value, mixed)
+    width = 2 * turns.shape[1]
+    for token in range(len(hidden)):
+        for number in range(rotated):
+            head = mixed[token, number * width : (number + 1) * width]
+            if len(head_norm):
+                _normalize(head, head_norm[number], epsilon)
+            _turn(head, turns[token])
+
+
+@compiled([types.void(_ROWS, _ROWS, matrix, _VECTOR, _EPSILON, matrix, matrix, _ROWS) for matrix in _MATRICES])
+def _behind_attention(
+    attended: Floats,
+    hidden: Floats,
+    attention_output: Matrix,
+    norm: Floats,
+    epsilon: float,
+    gate_up: Matrix,
+    down: Matrix,
+    after: Floats,
+) -> None:
+    middle = np.empty_like(hidden)
+    _multiply(attended, attention_output, middle)
+    middle += hidden
+    normed = middle.copy()
+    for token in range(len(hidden)):
+        _normalize(normed[token], norm, epsilon)
+    both = np.empty((len(hidden), len(gate_up.weight)), np.float32)
+    _multiply(normed, gate_up, both)
+    width = both.shape[1] // 2
+    gated = np.empty((len(hidden), width), np.float32)
+    for token in range(len(hidden)):
+        for place in range(width):
+            gate = both[token, place]
+            gated[token, place] = gate / (np.float32(1) + np.exp(-gate)) * both[token, width + place]
+    _multiply(gated, down, after)
+    after += middle

@@ -7,8 +7,8 @@ rotation is one complex multiplication in place; attention doesn't notice, since
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from stitch_server.model.attend import Attend, Rotary
 from stitch_server.model.description import head_dim, kv_heads
-from stitch_server.model.product import Product, product
+from stitch_server.model.product import Product, TwiceKeptProduct, product
 from stitch_server.model.weights import Weights
+
+if TYPE_CHECKING:
+    from stitch_server.model.few_rows import LayerLoops
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 # Scalings whose angles depend on the position alone, never on the length of the sequence.
@@ -81,22 +84,33 @@ class LeanLayer:
     feed_forward_norm: RmsNorm
     gate_up: Product
     down: Product
+    # The same for few tokens; None where the matrices are not kept for them.
+    loops: LayerLoops | None = None
 
     def __call__(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """`[tokens, hidden_size]` in and out; leaves what it is given unchanged."""
+        if self.loops is not None and self.loops.suits(hidden):
+            query_key, value = self._split(self.loops.before(hidden, rotary[0]))
+            return self.loops.behind(self._attended(query_key, value, attend), hidden)
         hidden = self._attention(self.attention_norm(hidden), rotary, attend).add_(hidden)
         gate, up = self.gate_up(self.feed_forward_norm(hidden)).chunk(2, dim=1)
         return self.down(F.silu(gate).mul_(up)).add_(hidden)
 
     def _attention(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        rotated = self.heads + self.kv_heads
-        mixed = self.query_key_value(hidden).view(hidden.shape[0], -1, self.head_dim)
-        query_key, value = mixed[:, :rotated], mixed[:, rotated:]
+        query_key, value = self._split(self.query_key_value(hidden))
         if self.query_key_norm is not None:
             query_key = F.rms_norm(query_key, (self.head_dim,), None, self.query_key_epsilon).mul_(self.query_key_norm)
-        query_key = _rotate(query_key, rotary[0])
+        return self.attention_output(self._attended(_rotate(query_key, rotary[0]), value, attend))
+
+    def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """`[tokens, all heads * head_dim]` to the heads of queries with those of keys, and those of values."""
+        heads = mixed.view(mixed.shape[0], -1, self.head_dim)
+        rotated = self.heads + self.kv_heads
+        return heads[:, :rotated], heads[:, rotated:]
+
+    def _attended(self, query_key: Tensor, value: Tensor, attend: Attend) -> Tensor:
         query, key = query_key[:, : self.heads], query_key[:, self.heads :]
-        return self.attention_output(attend(self.index, query, key, value, self.head_dim**-0.5, self.window))
+        return attend(self.index, query, key, value, self.head_dim**-0.5, self.window)
 
 
 def _rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
@@ -110,7 +124,7 @@ def load_layer(config: PretrainedConfig, index: int, weights: Weights) -> LeanLa
     """Reads one layer. Raises Incompatible, which names the tensor, where the folder lacks one."""
     heads, keys, width = config.num_attention_heads, kv_heads(config), head_dim(config)
     at = f"model.layers.{index}"
-    return LeanLayer(
+    layer = LeanLayer(
         index=index,
         heads=heads,
         kv_heads=keys,
@@ -124,6 +138,32 @@ def load_layer(config: PretrainedConfig, index: int, weights: Weights) -> LeanLa
         feed_forward_norm=load_norm(config, f"{at}.post_attention_layernorm", weights),
         gate_up=_product(weights, f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"),
         down=_product(weights, f"{at}.mlp.down_proj"),
+    )
+    return replace(layer, loops=_loops(layer))
+
+
+def _loops(layer: LeanLayer) -> LayerLoops | None:
+    products = [layer.query_key_value, layer.attention_output, layer.gate_up, layer.down]
+    few = [one.few for one in products if isinstance(one, TwiceKeptProduct)]
+    if len(few) < len(products):
+        return None
+    # Only who needs it pays for loading the compiler.
+    from stitch_server.model.few_rows import LayerLoops
+
+    none = torch.empty(0, layer.head_dim)
+    norms = layer.attention_norm.weight, layer.feed_forward_norm.weight, layer.query_key_norm
+    before, behind, heads = ((none if norm is None else norm).float().numpy() for norm in norms)
+    query_key_value, attention_output, gate_up, down = few
+    return LayerLoops(
+        query_key_value=query_key_value,
+        attention_output=attention_output,
+        gate_up=gate_up,
+        down=down,
+        attention_norm=before,
+        feed_forward_norm=behind,
+        rotated=layer.heads + layer.kv_heads,
+        query_key_norm=heads,
+        epsilon=layer.query_key_epsilon,
     )
 
 

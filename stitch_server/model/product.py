@@ -4,8 +4,8 @@ On a processor the matrix is kept in the blocked layout of oneDNN. A product of 
 speed of the memory, and one of many rows is faster as well: on one AMD core with AVX-512, float32, a matrix of
 3,072 x 576 takes as long as MKL's row-major kernels behind `F.linear` divided by 2 to 3, at any number of rows.
 
-With a row copy, the matrix is kept a second time, one row behind the other, for products of one or two rows on one
-thread (`few_rows.py`): half to two thirds of the time of such a product, .8 of a token's.
+With a row copy, the matrix is kept a second time, one row behind the other, for products of a few rows on one
+thread (`few_rows.py`): half to two thirds of the time of such a product.
 
 Quantized to int8, the matrix keeps one scale for each output, and the rows get one each when they come. The product
 is then one of small integers, for which processors have instructions of their own: on that core, 30 such matrices
@@ -17,8 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +26,13 @@ from torch import Tensor
 from stitch.cluster import Compute, Quantization
 from stitch_server.model.pages import LargePages
 
+if TYPE_CHECKING:
+    from stitch_server.model.few_rows import RowProduct
+
 # `[tokens, inputs]` to a new tensor `[tokens, outputs]`.
 Product = Callable[[Tensor], Tensor]
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
-# Up to so many rows a row copy is worth its while.
-FEW_ROWS, FEW_ROWS_INT8 = 2, 3
 # The number of rows that the layout is chosen for; layouts for 8, 64 and 512 measured alike.
 TYPICAL_ROWS = 8
 # Signed bytes without their lowest value, so that both signs reach equally far.
@@ -76,11 +76,11 @@ def product(weight: Tensor, bias: Tensor | None = None, keeping: Keeping = PLAIN
     copies_rows = keeping.copies_rows(weight.device, weight.dtype)
     if keeping.quantization == "int8":
         once = _int8_product(weight, bias)
-        return _with_int8_rows(once, weight, bias) if copies_rows else once
+        return _twice(once, *quantized(weight), bias) if copies_rows else once
     if not _has_onednn(weight.device) or weight.dtype not in PACKED_DTYPES:
         return PlainProduct(weight, bias)
     packed = PackedProduct(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_ROWS), bias)
-    return _with_rows(packed, weight, bias) if copies_rows else packed
+    return _twice(packed, weight, None, bias) if copies_rows else packed
 
 
 def _has_onednn(device: torch.device) -> bool:
@@ -93,20 +93,11 @@ def _int8_product(weight: Tensor, bias: Tensor | None) -> Product:
     return (PackedInt8Product if exact else PlainInt8Product).quantized(weight, bias)
 
 
-def _with_rows(once: Product, weight: Tensor, bias: Tensor | None) -> Product:
+def _twice(many: Product, rows: Tensor, scales: Tensor | None, bias: Tensor | None) -> Product:
     # Only who needs it pays for loading the compiler.
-    from stitch_server.model import few_rows
+    from stitch_server.model.few_rows import RowProduct
 
-    few = partial(few_rows.multiply, weight=_LARGE_PAGES.copied(weight))
-    return TwiceKeptProduct(once, few, bias, FEW_ROWS)
-
-
-def _with_int8_rows(once: Product, weight: Tensor, bias: Tensor | None) -> Product:
-    from stitch_server.model import few_rows
-
-    rows, scales = quantized(weight)
-    few = partial(few_rows.multiply_int8, weight=_LARGE_PAGES.copied(rows), scales=scales)
-    return TwiceKeptProduct(once, few, bias, FEW_ROWS_INT8)
+    return TwiceKeptProduct(many, RowProduct.of(_LARGE_PAGES.copied(rows), scales, bias))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,16 +135,10 @@ class TwiceKeptProduct:
     """The matrix as it is best for many rows, and once more for a few of them on one thread."""
 
     many: Product
-    # `x` to the product without the bias.
-    few: Product
-    bias: Tensor | None
-    most_few: int
+    few: RowProduct
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] > self.most_few or torch.get_num_threads() > 1 or (x.requires_grad and torch.is_grad_enabled()):
-            return self.many(x)
-        result = self.few(x)
-        return result if self.bias is None else result.add_(self.bias)
+        return self.few(x) if self.few.suits(x) else self.many(x)
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.embedding import Embedding
 from stitch_server.model.head import Head
+from stitch_server.model.product import PLAINLY, Keeping
 from tests.support.plain_attend import PlainAttend
 
 CPU = torch.device("cpu")
@@ -20,9 +21,15 @@ PROMPT = [(17 * position + position**2) % 300 for position in range(40)]
 
 
 @torch.inference_mode()
-def our_logits(folder: Path, cuts: Sequence[int], chunks: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+def our_logits(
+    folder: Path,
+    cuts: Sequence[int],
+    chunks: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    keeping: Keeping = PLAINLY,
+) -> Tensor:
     """Logits `[tokens, vocabulary]` of PROMPT: `cuts` bound the shards' layers, `chunks` the passes' positions."""
-    shards = [DecoderLayers.load(folder, first, end, CPU, dtype) for first, end in pairwise(cuts)]
+    shards = [DecoderLayers.load(folder, first, end, CPU, dtype, keeping) for first, end in pairwise(cuts)]
     embedding, head = Embedding.load(folder, CPU, dtype), Head.load(folder, CPU, dtype)
     attend = PlainAttend()
     logits = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -121,10 +122,11 @@ def test_a_batch_keeps_its_sequences_apart(window: int | None) -> None:
         check(*part, got, window=window)
 
 
-def test_two_chunks_of_one_sequence_may_come_in_one_batch() -> None:
+@pytest.mark.parametrize("bounds", [(0, 10, 30, 31), (0, 1, 2, 3)])
+def test_two_chunks_of_one_sequence_may_come_in_one_batch(bounds: tuple[int, ...]) -> None:
     past, other = scattered(2, 40)
     store = new_store()
-    parts = [(past, 0, 10), (other, 0, 5), (past, 10, 30), (past, 30, 31)]
+    parts = [(other, 0, 1), *((past, begin, end) for begin, end in pairwise(bounds))]
     for part, got in zip(parts, attend(store, parts), strict=True):
         check(*part, got)
 
@@ -196,17 +198,18 @@ def test_what_an_earlier_holder_left_is_not_seen() -> None:
     check(later, 0, 3, got)
 
 
-def test_the_leading_segments_attend_alone() -> None:
-    parts = [(past, 0, 12) for past in scattered(3, 12)]
+@pytest.mark.parametrize("tokens", [12, 1])
+def test_the_leading_segments_attend_alone(tokens: int) -> None:
+    parts = [(past, 0, tokens) for past in scattered(3, tokens)]
     store = new_store()
     third = torch.tensor(parts[2][0].blocks) * BLOCK_TOKENS
-    store.keys[:, third] = 7.0
+    store.pairs[:, third] = 7.0
     attention = store.attention([past.span(*where) for past, *where in parts])
     query, key, value = packed(parts[:2])
     got = attention.first(2)(LAYER, query, key, value, 0.3, None)
-    for part, one in zip(parts[:2], torch.split(got, 12), strict=True):
+    for part, one in zip(parts[:2], torch.split(got, tokens), strict=True):
         check(*part, one)
-    assert bool((store.keys[:, third] == 7.0).all())
+    assert bool((store.pairs[:, third] == 7.0).all())
 
 
 def test_the_scale_is_the_callers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from stitch_server.model import borrowed, lean
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import read_config
 from stitch_server.model.product import Keeping
+from stitch_server.model.weights import Weights
 from tests.support.plain_attend import PlainAttend
 from tests.support.tiny_model import LEAN_FAMILIES, write_tiny_model
 from tests.support.whole_model import CPU, PROMPT, our_logits, their_logits
@@ -49,6 +51,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {"sliding_window": 6}),
     ("starcoder2", {"sliding_window": 6}),
 ]
+LEAN_VARIANTS = [(family, config) for family, config in VARIANTS if family in LEAN_FAMILIES]
 
 
 @pytest.mark.parametrize("family", [*LEAN_FAMILIES, *borrowed.FAMILIES])
@@ -63,6 +66,80 @@ def test_every_family_in_one_pass_and_in_chunks_over_shards(tmp_path: Path, fami
 def test_every_variant(tmp_path: Path, family: str, config: dict[str, Any]) -> None:
     folder = write_tiny_model(tmp_path, family, **config)
     torch.testing.assert_close(our_logits(folder, (0, 4), (0, 30, 31, 40)), their_logits(folder), rtol=1e-4, atol=1e-4)
+
+
+def each_alone(
+    layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
+    """Attention of tokens that see themselves alone: each gives its value."""
+    return value.repeat_interleave(query.shape[1] // value.shape[1], 1).flatten(1)
+
+
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_one_thread")
+class TestLoops:
+    """Few tokens of layers whose matrices are kept for them."""
+
+    # Chunks of one to four tokens, in between some for the other path.
+    CHUNKS = (0, 1, 3, 4, 30, 34, 35, 40)
+
+    @pytest.mark.parametrize(
+        ("family", "config"), [*((family, {}) for family in LEAN_FAMILIES), *LEAN_VARIANTS], ids=str
+    )
+    def test_compute_what_their_models_do(self, tmp_path: Path, family: str, config: dict[str, Any]) -> None:
+        folder = write_tiny_model(tmp_path, family, **config)
+        ours = our_logits(folder, (0, 1, 4), self.CHUNKS, keeping=Keeping(row_copies=True))
+        torch.testing.assert_close(ours, their_logits(folder), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("keeping", [Keeping(row_copies=True), Keeping("int8", row_copies=True)])
+    def test_compute_what_the_products_do_one_by_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeping: Keeping
+    ) -> None:
+        folder = write_tiny_model(tmp_path, "qwen3")
+        looped = our_logits(folder, (0, 4), range(41), keeping=keeping)
+        monkeypatch.setattr(lean, "_loops", lambda layer: None)
+        torch.testing.assert_close(looped, our_logits(folder, (0, 4), range(41), keeping=keeping))
+
+    @pytest.mark.parametrize("family", LEAN_FAMILIES)
+    def test_bfloat16_is_near(self, tmp_path: Path, family: str) -> None:
+        folder = write_tiny_model(tmp_path, family)
+        exact, dtype = their_logits(folder), torch.bfloat16
+        ours = (our_logits(folder, (0, 4), range(41), dtype, Keeping(row_copies=True)) - exact).abs().mean()
+        theirs = (their_logits(folder, dtype) - exact).abs().mean()
+        assert 0 < ours <= 1.5 * theirs
+
+    def test_are_there_on_request(self, tmp_path: Path) -> None:
+        config = read_config(folder := write_tiny_model(tmp_path, "llama", layers=1))
+        for row_copies in (False, True):
+            with Weights(folder, CPU, torch.float32, Keeping(row_copies=row_copies)) as weights:
+                assert (lean.load_layer(config, 0, weights).loops is not None) is row_copies
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    def test_what_is_not_finite_stays_so_and_by_itself(self, tmp_path: Path, value: float) -> None:
+        folder = write_tiny_model(tmp_path, "qwen2")
+        layers = DecoderLayers.load(folder, 0, 4, CPU, torch.float32, Keeping(row_copies=True))
+        hidden = torch.randn(2, 32)
+        hidden[1, 5] = value
+        with torch.inference_mode():
+            after = layers.run(hidden, layers.rotary(torch.tensor([7, 7])), each_alone, 0, 4)
+        assert bool(after[0].isfinite().all())
+        assert not bool(after[1].isfinite().any())
+
+    def test_states_that_were_given_stay_as_they_were(self, tmp_path: Path) -> None:
+        folder = write_tiny_model(tmp_path, "llama")
+        layers = DecoderLayers.load(folder, 0, 4, CPU, torch.float32, Keeping(row_copies=True))
+        given = torch.randn(2, 32)
+        before = given.clone()
+        with torch.inference_mode():
+            layers.run(given, layers.rotary(torch.arange(2)), PlainAttend(), 0, 4)
+        assert torch.equal(given, before)
 
 
 @pytest.mark.parametrize("family", LEAN_FAMILIES)
