@@ -12,5 +12,12 @@ from stitch.environment import compiled_folder
 _folder = compiled_folder()
 config.CACHE_DIR = str(_folder or "")  # type: ignore[attr-defined]
 
-# Sums may be taken in any order, which lets them use vector registers. What is not finite stays so.
-compiled = partial(njit, nogil=True, cache=_folder is not None, fastmath={"reassoc", "contract", "arcp", "nsz"})
+# Sums may be taken in any order, which lets them use vector registers. What is not finite stays so, and a division by
+# zero is no error.
+compiled = partial(
+    njit,
+    nogil=True,
+    cache=_folder is not None,
+    error_model="numpy",
+    fastmath={"reassoc", "contract", "arcp", "nsz"},
+)

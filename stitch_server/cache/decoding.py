@@ -41,9 +41,8 @@ class Singles:
 
         `pairs` `[all slots, 2 * kv_heads, head_dim]` holds one layer's keys, then values.
         """
-        mixed = torch.empty(query.shape)
-        _attend(_array(query), _array(pairs), self.slots.numpy(), self.bounds.numpy(), scale, mixed.numpy())
-        return mixed.flatten(1)
+        none = query[:0]
+        return self.extend(query, none, none, pairs, scale)
 
     def extend(self, query: Tensor, key: Tensor, value: Tensor, pairs: Tensor, scale: float) -> Tensor:
         """The same, once each row's key and value `[rows, kv_heads, head_dim]` are in the last of its slots."""
@@ -81,13 +80,42 @@ def _array(heads: Tensor) -> Floats:
     return array
 
 
-@compiled("void(f4[:, :, ::1], f4[:, :, ::1], i8[::1], i8[::1], f4, f4[:, :, ::1])")
-def _attend(query: Floats, pairs: Floats, slots: Places, bounds: Places, scale: float, mixed: Floats) -> None:
+@compiled("void(f4[::1])")
+def _soften(scores: Floats) -> None:
+    """Softmax, in place."""
+    largest = scores[0]
+    for score in scores:
+        largest = max(largest, score)
+    total = np.float32(0)
+    for place in range(scores.size):
+        scores[place] = np.exp(scores[place] - largest)
+        total += scores[place]
+    for place in range(scores.size):
+        scores[place] /= total
+
+
+@compiled("void(f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1], i8[::1], i8[::1], f4, f4[:, :, ::1])")
+def _extend(
+    query: Floats,
+    new_keys: Floats,
+    new_values: Floats,
+    pairs: Floats,
+    slots: Places,
+    bounds: Places,
+    scale: float,
+    mixed: Floats,
+) -> None:
     tokens, heads, head_dim = query.shape
     kv_heads = pairs.shape[1] // 2
     # The query heads that share a key, so that it is read once for all of them.
     group = heads // kv_heads
-    weights = np.empty((group, np.max(bounds[1:] - bounds[:-1])), np.float32)
+    weights = np.empty((group, len(slots)), np.float32)
+    for token in range(len(new_keys)):
+        new = slots[bounds[token + 1] - 1]
+        for kv_head in range(kv_heads):
+            for dimension in range(head_dim):
+                pairs[new, kv_head, dimension] = new_keys[token, kv_head, dimension]
+                pairs[new, kv_heads + kv_head, dimension] = new_values[token, kv_head, dimension]
     for token in range(tokens):
         seen = slots[bounds[token] : bounds[token + 1]]
         for kv_head in range(kv_heads):
@@ -101,9 +129,7 @@ def _attend(query: Floats, pairs: Floats, slots: Places, bounds: Places, scale: 
                         product += asked[member, dimension] * key[dimension]
                     weights[member, place] = product * scale
             for member in range(group):
-                scores = weights[member, : seen.size]
-                scores[:] = np.exp(scores - np.max(scores))
-                scores /= np.sum(scores)
+                _soften(weights[member, : seen.size])
             answers[:] = 0
             for place in range(seen.size):
                 value = pairs[seen[place], kv_heads + kv_head]
@@ -111,21 +137,3 @@ def _attend(query: Floats, pairs: Floats, slots: Places, bounds: Places, scale: 
                     weight = weights[member, place]
                     for dimension in range(head_dim):
                         answers[member, dimension] += weight * value[dimension]
-
-
-@compiled("void(f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1], i8[::1], i8[::1], f4, f4[:, :, ::1])")
-def _extend(
-    query: Floats,
-    key: Floats,
-    value: Floats,
-    pairs: Floats,
-    slots: Places,
-    bounds: Places,
-    scale: float,
-    mixed: Floats,
-) -> None:
-    kv_heads = key.shape[1]
-    for token in range(len(key)):
-        new = pairs[slots[bounds[token + 1] - 1]]
-        new[:kv_heads], new[kv_heads:] = key[token], value[token]
-    _attend(query, pairs, slots, bounds, scale, mixed)

@@ -36,15 +36,6 @@ class Matrix(NamedTuple):
     bias: Floats
 
 
-# Types of arguments; a matrix has one for each kind of weights.
-_ROWS, _VECTOR, _TURNS = types.float32[:, ::1], types.float32[::1], types.complex64[:, ::1]
-_EPSILON = types.float32
-_MATRICES = [
-    types.NamedTuple((kind[:, ::1], _VECTOR, _VECTOR), Matrix)  # type: ignore[no-untyped-call]
-    for kind in (types.float32, types.uint16, types.int8)
-]
-
-
 @dataclass(frozen=True, slots=True)
 class RowProduct:
     """The product by a matrix for at most FEW_ROWS rows, on one thread."""
@@ -58,7 +49,10 @@ class RowProduct:
         bits = weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight
         scales = torch.ones(outputs) if scales is None else scales
         bias = torch.zeros(outputs) if bias is None else bias.to(torch.float32, copy=True)
-        return cls(Matrix(bits.numpy(), scales.numpy(), bias.numpy()))
+        made = cls(Matrix(bits.numpy(), scales.numpy(), bias.numpy()))
+        # Compiled here, and not while the first token waits.
+        made(torch.zeros(1, weight.shape[1]))
+        return made
 
     def suits(self, x: Tensor) -> bool:
         """Whether x has few rows, there is one thread, and no gradient is wanted."""
@@ -88,9 +82,15 @@ class LayerLoops:
     feed_forward_norm: Floats
     # Queries' heads and keys'.
     rotated: int
-    # [rotated, head_dim]; no rows where the family has none.
+    # [rotated, head_dim]; [0, head_dim] where the family has none.
     query_key_norm: Floats
     epsilon: float
+
+    def __post_init__(self) -> None:
+        # Compiled here, and not while the first token waits.
+        hidden, inputs = torch.zeros(1, len(self.attention_norm)), self.attention_output.matrix.weight.shape[1]
+        self.before(hidden, torch.ones(1, 1, self.query_key_norm.shape[1] // 2, dtype=torch.complex64))
+        self.behind(torch.zeros(1, inputs), hidden)
 
     def suits(self, hidden: Tensor) -> bool:
         """Whether these states `[tokens, hidden_size]` are few."""
@@ -148,7 +148,7 @@ def _widened_by_kind(weight: Any) -> Callable[[Any], Any]:
     return lambda weight: np.float32(weight)
 
 
-@compiled([types.void(_ROWS, matrix, _ROWS) for matrix in _MATRICES])
+@compiled()
 def _multiply(x: Floats, matrix: Matrix, result: Floats) -> None:
     for output in range(len(matrix.weight)):
         factors = matrix.weight[output]
@@ -160,7 +160,7 @@ def _multiply(x: Floats, matrix: Matrix, result: Floats) -> None:
             result[row, output] = total * matrix.scales[output] + matrix.bias[output]
 
 
-@compiled(types.void(_VECTOR, _VECTOR, _EPSILON))
+@compiled()
 def _normalize(values: Floats, gains: Floats, epsilon: float) -> None:
     """Divides by the root mean square, in place."""
     total = np.float32(0)
@@ -171,7 +171,7 @@ def _normalize(values: Floats, gains: Floats, epsilon: float) -> None:
         values[place] *= inverse * gains[place]
 
 
-@compiled(types.void(_VECTOR, types.complex64[::1]))
+@compiled()
 def _turn(head: Floats, turns: NDArray[np.complex64]) -> None:
     """Rotates neighbouring pairs, in place."""
     for pair in range(turns.size):
@@ -180,7 +180,7 @@ def _turn(head: Floats, turns: NDArray[np.complex64]) -> None:
         head[2 * pair + 1] = real * turn.imag + imaginary * turn.real
 
 
-@compiled([types.void(_ROWS, _VECTOR, _EPSILON, matrix, types.int64, _ROWS, _TURNS, _ROWS) for matrix in _MATRICES])
+@compiled()
 def _before_attention(
     hidden: Floats,
     norm: Floats,
@@ -204,7 +204,7 @@ def _before_attention(
             _turn(head, turns[token])
 
 
-@compiled([types.void(_ROWS, _ROWS, matrix, _VECTOR, _EPSILON, matrix, matrix, _ROWS) for matrix in _MATRICES])
+@compiled()
 def _behind_attention(
     attended: Floats,
     hidden: Floats,
