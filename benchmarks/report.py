@@ -13,6 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+# The exit code of a benchmark that this machine is not for, as in automake's tests.
+SKIPPED = 77
+
 
 @dataclass(frozen=True, slots=True)
 class Options:

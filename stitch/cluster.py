@@ -100,6 +100,11 @@ class Compute(Settings):
     wire_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     # Tokens for which each shard keeps KV; 0: planned from the memory that is free at start.
     kv_tokens: int = Field(default=0, ge=0)
+    # Tokens in one block of KV; 0: 16, or 256 on a GPU whose kernel for attention wants as many. Blocks of a chain are
+    # alike, so one over a GPU and a processor has to say 256.
+    kv_block_tokens: int = Field(default=0, ge=0, le=4096)
+    # On a GPU whose kernel attends over blocks: steps of single tokens as one captured pass.
+    captured_decode: bool = True
     # Tokens of several waiting steps that a shard computes in one pass.
     batch_tokens: int = Field(default=512, ge=16)
     # Tokens of one prompt in one pass of the first shard ...

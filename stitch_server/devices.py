@@ -1,8 +1,9 @@
-"""Which device a shard computes on. Loads nothing."""
+"""Which device a shard computes on, and how small things get there. Loads nothing."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from stitch.errors import InvalidRequest
 
@@ -18,3 +19,11 @@ def pick_device(wanted: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidRequest("compute.device", wanted, "this machine has no GPU that torch can use")
     return device
+
+
+def sent(host: Tensor, device: torch.device) -> Tensor:
+    """`host` on the device, without waiting for what the device still has to compute.
+
+    From memory that isn't pinned a GPU's driver would wait.
+    """
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

@@ -8,6 +8,7 @@ import torch
 
 from stitch.cluster import Cluster, ShardPlace
 from stitch.environment import cache_folder
+from stitch_server.cache.pool import BLOCK_TOKENS
 from stitch_server.engine.wire import bytes_per_token
 from stitch_server.model import lean
 from stitch_server.model.counting import ParameterCount
@@ -73,6 +74,9 @@ def _plan_of(cluster: Cluster, place: ShardPlace, device: torch.device, memory_b
         weights += (head + (layers if lean.supports(read_config(folder)) else 0)) * value_bytes
     # The embedding's rows are looked up, not multiplied by.
     weights += count.head * dtype.itemsize if ends else 0
-    tokens = kv_tokens(cluster.compute.kv_tokens, token_bytes, model.context_length, device, weights, memory_bytes)
+    compute, block_tokens = cluster.compute, cluster.compute.kv_block_tokens or BLOCK_TOKENS
+    tokens = kv_tokens(
+        compute.kv_tokens, token_bytes, model.context_length, device, weights, memory_bytes, block_tokens
+    )
     link = 0 if last else bytes_per_token(model.hidden_size, cluster.compute.wire_dtype)
     return ShardPlan(place.name, f"{place.role} {first} to {end - 1}", weights, token_bytes, tokens, link)

@@ -27,6 +27,7 @@ def kv_tokens(
     device: torch.device,
     weight_bytes: int = 0,
     memory_bytes: int | None = None,
+    block_tokens: int = BLOCK_TOKENS,
 ) -> int:
     """Tokens for which a shard keeps KV: as configured, or planned from `memory_bytes`; None: what is free now.
 
@@ -39,7 +40,7 @@ def kv_tokens(
         free = free_bytes(device) if memory_bytes is None else memory_bytes
         room = max(0, free - weight_bytes)
         tokens = min(int(room * share) // bytes_per_token, MOST_CONTEXTS * context_length)
-    return max(1, tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+    return max(1, tokens // block_tokens) * block_tokens
 
 
 def free_bytes(device: torch.device) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,8 +13,7 @@ from torch import Tensor
 from stitch.cluster import Cluster, ShardPlace
 from stitch.routing.thresholds import FixedThresholds, ThresholdSource, WatchedThresholds
 from stitch.v1 import inference_pb2, shard_pb2
-from stitch_server.cache.pool import BLOCK_TOKENS, BlockPool
-from stitch_server.cache.store import KVStore
+from stitch_server.cache.pool import BlockPool
 from stitch_server.engine.batch import Batch
 from stitch_server.engine.engine import Engine
 from stitch_server.engine.forwarding import Downstream, Forwarding
@@ -28,7 +28,7 @@ from stitch_server.engine.wire import DTYPES, Packed, unpack
 from stitch_server.metrics import Metrics
 from stitch_server.model.probe import MOST_TOKENS
 from stitch_server.part import Part
-from stitch_server.planning import kv_bytes_per_token, kv_tokens
+from stitch_server.provision import provide
 from stitch_server.step_log import Observer
 
 # Sessions that may decode in one step beside its prompts.
@@ -60,7 +60,7 @@ class Shard:
 
     @property
     def kv_free_tokens(self) -> int:
-        return self.pool.free_blocks * BLOCK_TOKENS
+        return self.pool.free_blocks * self.pool.block_tokens
 
     @property
     def tokenizer_files(self) -> list[Path]:
@@ -93,18 +93,13 @@ def build_shard(
 ) -> Shard:
     """Puts cache, runner, front and engine around the loaded part; nothing runs yet."""
     compute = cluster.compute
-    dtype = getattr(torch, compute.dtype)
-    first, end = place.layers
-    decoder = part.decoder
-    token_bytes = kv_bytes_per_token(end - first, decoder.kv_heads, decoder.head_dim, dtype)
-    tokens = kv_tokens(compute.kv_tokens, token_bytes, part.model.context_length, device)
-    pool = BlockPool(tokens // BLOCK_TOKENS)
-    store = KVStore(first, end, pool.blocks, decoder.kv_heads, decoder.head_dim, device, dtype)
+    provision = provide(compute, part.decoder, part.model.context_length, device)
+    pool = provision.pool
     cores = len(os.sched_getaffinity(0))
     alone = compute.threads or cores
     runner = Runner(
-        decoder=decoder,
-        store=store,
+        decoder=part.decoder,
+        store=provision.store,
         device=device,
         threads=Threads(alone, compute.pipelined_threads or alone),
         embed=part.embedding,
@@ -114,6 +109,8 @@ def build_shard(
         head=part.head,
         judge=_judge(cluster, part),
         cuts=part.cuts,
+        graphs=provision.graphs,
+        wait=partial(torch.cuda.synchronize, device) if device.type == "cuda" else None,
     )
     front = _front(cluster, part, pool, links)
     prompt_tokens = compute.prefill_tokens * compute.prompts_together
@@ -129,7 +126,7 @@ def build_shard(
         cluster=cluster,
         place=place,
         part=part,
-        identity=_identity(cluster, place, part, tokens, device),
+        identity=_identity(cluster, place, part, pool, device),
         metrics=metrics,
         engine=engine,
         front=front,
@@ -178,7 +175,7 @@ def _read(metrics: Metrics, front: Origin | Relay, pool: BlockPool, runner: Runn
 
 
 def _identity(
-    cluster: Cluster, place: ShardPlace, part: Part, tokens: int, device: torch.device
+    cluster: Cluster, place: ShardPlace, part: Part, pool: BlockPool, device: torch.device
 ) -> shard_pb2.ShardIdentity:
     identity = shard_pb2.ShardIdentity(
         shard=place.name,
@@ -187,8 +184,8 @@ def _identity(
         end_layer=place.layers[1],
         tokenizer=part.tokenizer,
         wire_dtype=DTYPES[cluster.compute.wire_dtype][0],
-        kv_capacity_tokens=tokens,
-        kv_block_tokens=BLOCK_TOKENS,
+        kv_capacity_tokens=pool.tokens,
+        kv_block_tokens=pool.block_tokens,
         device=str(device),
         compute_dtype=cluster.compute.dtype,
         probe="" if part.probe is None else part.probe.fingerprint,

@@ -8,10 +8,11 @@ from collections import OrderedDict
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass, field
 
+# Unless the device's attention wants other ones.
 BLOCK_TOKENS = 16
 
 
-def prefix_hashes(route: str, token_ids: Sequenced[int]) -> list[bytes]:
+def prefix_hashes(route: str, token_ids: Sequenced[int], block_tokens: int = BLOCK_TOKENS) -> list[bytes]:
     """One hash for every full block of a prompt, each covering everything before it.
 
     The route is part of it, since the same tokens leave other KV behind on another cut.
@@ -19,8 +20,8 @@ def prefix_hashes(route: str, token_ids: Sequenced[int]) -> list[bytes]:
     """
     hashes = []
     chained = hashlib.sha256(route.encode())
-    for start in range(0, (len(token_ids) - 1) // BLOCK_TOKENS * BLOCK_TOKENS, BLOCK_TOKENS):
-        chained.update(array("I", token_ids[start : start + BLOCK_TOKENS]).tobytes())
+    for start in range(0, (len(token_ids) - 1) // block_tokens * block_tokens, block_tokens):
+        chained.update(array("I", token_ids[start : start + block_tokens]).tobytes())
         hashes.append(chained.digest())
     return hashes
 
@@ -33,14 +34,15 @@ class _Holding:
 
 
 class BlockPool:
-    """Hands out blocks of `BLOCK_TOKENS` tokens to sequences.
+    """Hands out blocks of `block_tokens` tokens to sequences.
 
     A block whose content may serve another sequence with the same beginning stays known by its hash after its last
     holder is gone, until the room is needed: the longest unused goes first.
     """
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
         self.blocks = blocks
+        self.block_tokens = block_tokens
         self._free = list(range(blocks - 1, -1, -1))
         self._holders = [0] * blocks
         self._hash_of: dict[int, bytes] = {}
@@ -51,6 +53,11 @@ class BlockPool:
         self.asked_tokens = self.reused_tokens = 0
 
     @property
+    def tokens(self) -> int:
+        """For so many tokens there is room in all."""
+        return self.blocks * self.block_tokens
+
+    @property
     def free_blocks(self) -> int:
         """Blocks that can be handed out now; those that only remember a beginning among them."""
         return len(self._free) + len(self._idle)
@@ -59,6 +66,14 @@ class BlockPool:
     def usage(self) -> float:
         """The share of blocks that sequences hold, 0 to 1."""
         return 1.0 - self.free_blocks / self.blocks
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold `tokens` tokens."""
+        return blocks_for(tokens, self.block_tokens)
+
+    def hashes(self, route: str, token_ids: Sequenced[int]) -> list[bytes]:
+        """`prefix_hashes` of a prompt in blocks of this pool."""
+        return prefix_hashes(route, token_ids, self.block_tokens)
 
     def matching(self, hashes: Sequenced[bytes]) -> int:
         """How many leading blocks of a prompt are here already."""
@@ -78,8 +93,8 @@ class BlockPool:
             self._idle.pop(block, None)
             holding.blocks.append(block)
         self._held[number] = holding
-        self.asked_tokens += len(hashes) * BLOCK_TOKENS
-        self.reused_tokens += reused * BLOCK_TOKENS
+        self.asked_tokens += len(hashes) * self.block_tokens
+        self.reused_tokens += reused * self.block_tokens
         return True
 
     def name(self, number: int, hashes: Sequenced[bytes]) -> None:
@@ -89,7 +104,7 @@ class BlockPool:
     def grow(self, number: int, tokens: int) -> bool:
         """Makes room for `tokens` tokens of a sequence in all; False, and nothing changed, where there is none."""
         holding = self._held[number]
-        missing = blocks_for(tokens) - len(holding.blocks)
+        missing = self.blocks_for(tokens) - len(holding.blocks)
         if missing > self.free_blocks:
             return False
         for _ in range(missing):
@@ -106,7 +121,7 @@ class BlockPool:
         holding = self._held.get(number)
         if holding is None:
             return
-        ready = min(tokens // BLOCK_TOKENS, len(holding.hashes))
+        ready = min(tokens // self.block_tokens, len(holding.hashes))
         for index in range(holding.published, ready):
             content, block = holding.hashes[index], holding.blocks[index]
             if content not in self._block_of:
@@ -141,6 +156,6 @@ class BlockPool:
         return block
 
 
-def blocks_for(tokens: int) -> int:
+def blocks_for(tokens: int, block_tokens: int = BLOCK_TOKENS) -> int:
     """Blocks that hold `tokens` tokens."""
-    return -(-tokens // BLOCK_TOKENS)
+    return -(-tokens // block_tokens)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stitch_server.cache.flash import FlashAttention, Kernel
 from stitch_server.cache.pool import BLOCK_TOKENS
 
 if TYPE_CHECKING:
@@ -38,22 +39,32 @@ class Span:
         return self.position + self.length
 
 
-def slots_of(span: Span, device: torch.device) -> Tensor:
+def slots_of(span: Span, block_tokens: int, device: torch.device) -> Tensor:
     """The slots of a sequence's past and present, `[position + length]`."""
     blocks = torch.tensor(span.blocks, device=device)
-    return (blocks[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS, device=device)).view(-1)[: span.end]
+    return (blocks[:, None] * block_tokens + torch.arange(block_tokens, device=device)).view(-1)[: span.end]
 
 
 class KVStore:
-    """Keys and values of layers `[first, end)` for `blocks` blocks."""
+    """Keys and values of layers `[first, end)` for `blocks` blocks; a `kernel` attends for a whole batch at once."""
 
     def __init__(
-        self, first: int, end: int, blocks: int, kv_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+        self,
+        first: int,
+        end: int,
+        blocks: int,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        block_tokens: int = BLOCK_TOKENS,
+        kernel: Kernel | None = None,
     ) -> None:
         self.first, self.end = first, end
+        self.blocks, self.block_tokens, self.kernel = blocks, block_tokens, kernel
         # A token's keys and values side by side, so that one gather fetches both. Not filled: a processor's memory is
         # taken page by page, when a block is first written, and never read before.
-        shape = (end - first, blocks * BLOCK_TOKENS, 2 * kv_heads, head_dim)
+        shape = (end - first, blocks * block_tokens, 2 * kv_heads, head_dim)
         self.pairs = torch.empty(shape, dtype=dtype, device=device)
         self.keys, self.values = self.pairs[:, :, :kv_heads], self.pairs[:, :, kv_heads:]
         self._has_loops = (device.type, dtype) == ("cpu", torch.float32)
@@ -68,8 +79,10 @@ class KVStore:
 
     def attention(self, spans: Sequenced[Span]) -> BatchAttend:
         """The `attend` function for a batch of packed segments."""
+        if self.kernel is not None:
+            return FlashAttention.of(self, self.kernel, spans)
         if self.loops and all(span.length == 1 for span in spans):
-            slots = [slots_of(span, self.pairs.device) for span in spans]
+            slots = [slots_of(span, self.block_tokens, self.pairs.device) for span in spans]
             alone: BatchAttend = _loops().SinglesAttention(self.pairs, self.first, slots)
             return alone
         return PagedAttention(self, spans)
@@ -140,7 +153,7 @@ class PagedAttention:
     def __init__(self, store: KVStore, spans: Sequenced[Span]) -> None:
         self._store = store
         self._spans = spans
-        self._slots = [slots_of(span, store.pairs.device) for span in spans]
+        self._slots = [slots_of(span, store.block_tokens, store.pairs.device) for span in spans]
         self._new_slots = self._new()
         # By the layers' window.
         self._parts: dict[int | None, list[_Part]] = {}

@@ -12,7 +12,7 @@ from typing import Protocol
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
-from stitch_server.cache.pool import BLOCK_TOKENS, BlockPool, blocks_for, prefix_hashes
+from stitch_server.cache.pool import BlockPool
 from stitch_server.engine.batch import Cut
 from stitch_server.engine.forwarding import Forwarding, Reply
 from stitch_server.engine.sequence import Sequence
@@ -112,9 +112,8 @@ class Intake:
     def _make_room(self, sequence: Sequence, tokens: int, session: int) -> None:
         if self._pool.grow(sequence.number, tokens):
             return
-        if blocks_for(tokens) > self._pool.blocks:
-            room = self._pool.blocks * BLOCK_TOKENS
-            message = f"session {session} has {tokens} tokens, but the KV cache holds {room}"
+        if tokens > self._pool.tokens:
+            message = f"session {session} has {tokens} tokens, but the KV cache holds {self._pool.tokens}"
             raise Refused(shard_pb2.FAILURE_CAUSE_TOO_LONG, message)
         raise Refused(shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED, f"no KV block is free for session {session}")
 
@@ -174,8 +173,10 @@ class Intake:
         if last != (not opening.chain):
             side = "the last of its chain" if last else "not the last of its chain"
             raise _contradiction(f"the session names {len(opening.chain)} shards behind this one, which is {side}")
-        if opening.reused_tokens % BLOCK_TOKENS:
-            raise _contradiction(f"{opening.reused_tokens} reused tokens are no whole blocks of {BLOCK_TOKENS}")
+        reused_blocks, over = divmod(opening.reused_tokens, self._pool.block_tokens)
+        if over:
+            whole = f"no whole blocks of {self._pool.block_tokens}"
+            raise _contradiction(f"{opening.reused_tokens} reused tokens are {whole}")
         sequence = Sequence(
             route=opening.route,
             chain=opening.chain,
@@ -186,8 +187,8 @@ class Intake:
             cached=opening.reused_tokens,
             reused=opening.reused_tokens,
         )
-        hashes = prefix_hashes(sequence.route, sequence.token_ids[: sequence.prompt_tokens])
-        if not self._pool.begin(sequence.number, hashes, opening.reused_tokens // BLOCK_TOKENS):
+        hashes = self._pool.hashes(sequence.route, sequence.token_ids[: sequence.prompt_tokens])
+        if not self._pool.begin(sequence.number, hashes, reused_blocks):
             message = f"the first {opening.reused_tokens} tokens of session {segment.session} are not here"
             raise Refused(shard_pb2.FAILURE_CAUSE_PREFIX_MISSING, message)
         self.remove(upstream, segment.session)

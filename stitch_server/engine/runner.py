@@ -11,13 +11,16 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import accumulate, groupby, pairwise
 
 import torch
 from torch import Tensor
 
 from stitch_server.cache.store import KVStore, Span
+from stitch_server.devices import sent
 from stitch_server.engine.batch import Batch, Cut, Segment, StepOutput, Token, TokenLogprobs, Verdict
+from stitch_server.engine.graphs import DecodeGraphs
 from stitch_server.engine.judge import Judge
 from stitch_server.engine.threads import Threads
 from stitch_server.model.adapters import Adapters
@@ -47,6 +50,9 @@ class Runner:
     # On a first shard that decides: who does, and the layers that each route then passes here.
     judge: Judge | None = None
     cuts: Mapping[str, Cut] = field(default_factory=dict)
+    # On a GPU: passes of single tokens, captured; and what waits until all is computed that was asked for.
+    graphs: DecodeGraphs | None = None
+    wait: Callable[[], None] | None = None
     # Seconds spent in `run` so far.
     busy_seconds: float = 0.0
 
@@ -64,6 +70,10 @@ class Runner:
             hidden, verdicts = self._deciding(self.judge, batch.segments, hidden)
         else:
             hidden = self._through_layers(batch.segments, hidden)
+        if self.wait is not None and (self.head is None or batch.tokens > len(batch.segments)):
+            # So that stages of a prompt are what they took. Who sends the rows on waits anyway; a step of single tokens
+            # waits once, for what is sampled.
+            self.wait()
         stages = {self.stage: time.perf_counter() - stitched}
         if self.stitches:
             stages["stitch"] = stitched - started
@@ -84,7 +94,7 @@ class Runner:
             ids = [
                 token for one in segments for token in one.sequence.token_ids[one.position : one.position + one.length]
             ]
-            return self.embed(torch.tensor(ids, device=self.device)), frozenset()
+            return self.embed(sent(torch.tensor(ids), self.device)), frozenset()
         parts: list[Tensor] = []
         spoilt: set[int] = set()
         index = 0
@@ -100,19 +110,24 @@ class Runner:
 
     def _through_layers(self, segments: Sequenced[Segment], hidden: Tensor) -> Tensor:
         positions = torch.cat([torch.arange(one.position, one.position + one.length) for one in segments])
-        rotary = self.decoder.rotary(positions.to(self.device))
-        attention = self.store.attention([Span(one.position, one.length, one.blocks) for one in segments])
+        rotary = self.decoder.rotary(sent(positions, self.device))
+        spans = [Span(one.position, one.length, one.blocks) for one in segments]
+        # Made where it is asked for: captured passes bring their own.
+        attention = cache(partial(self.store.attention, spans))
         bounds = sorted({one.cut.enter for one in segments} | {one.cut.leave for one in segments})
         for first, end in pairwise(bounds):
             present = [one for one in segments if one.cut.enter <= first and one.cut.leave >= end]
             rows = sum(one.length for one in present)
             adapted = self._adapted(present)
-            if len(present) == len(segments):
-                hidden = self.decoder.run(hidden, rotary, attention, first, end, adapted)
-            else:
-                part = tuple(angles[:rows] for angles in rotary)
-                moved = self.decoder.run(hidden[:rows], part, attention.first(len(present)), first, end, adapted)
-                hidden = torch.cat([moved, hidden[rows:]])
+            whole = len(present) == len(segments)
+            here, angles = (hidden, rotary) if whole else (hidden[:rows], tuple(part[:rows] for part in rotary))
+            moved = None
+            if self.graphs is not None:
+                moved = self.graphs.run(spans[: len(present)], here, angles, first, end, adapted)
+            if moved is None:
+                attend = attention() if whole else attention().first(len(present))
+                moved = self.decoder.run(here, angles, attend, first, end, adapted)
+            hidden = moved if whole else torch.cat([moved, hidden[rows:]])
         return hidden
 
     def _adapted(self, segments: Sequenced[Segment]) -> list[tuple[slice, Adapters]]:
@@ -147,7 +162,7 @@ class Runner:
             (index for index, leave in enumerate(leaves) if leave > judge.layer), key=lambda index: -leaves[index]
         )
         if staying:
-            taken = torch.cat([torch.arange(rows[index], rows[index + 1]) for index in staying]).to(self.device)
+            taken = sent(torch.cat([torch.arange(rows[index], rows[index + 1]) for index in staying]), self.device)
             onward = [replace(segments[index], cut=Cut(judge.layer, leaves[index])) for index in staying]
             hidden[taken] = self._through_layers(onward, hidden[taken])
         return hidden, verdicts
@@ -169,7 +184,7 @@ class Runner:
                 wanted.append(index)
         if not wanted:
             return {}
-        logits = head(hidden[last_rows])
+        logits = head(hidden[sent(torch.tensor(last_rows), hidden.device)])
         sampled = sample(logits, [_request(segments[index]) for index in wanted])
         stages["sample"] = time.perf_counter() - started
         return {index: _token(segments[index], drawn) for index, drawn in zip(wanted, sampled, strict=True)}

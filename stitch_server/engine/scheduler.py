@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from stitch.errors import Exhausted
-from stitch_server.cache.pool import BLOCK_TOKENS, BlockPool, blocks_for, prefix_hashes
+from stitch_server.cache.pool import BlockPool
 from stitch_server.engine.batch import Cut, Segment
 from stitch_server.engine.session import Session
 
@@ -65,14 +65,13 @@ class Scheduler:
 
     def add(self, session: Session) -> None:
         """Exhausted where too many wait already, or the cache could never hold the prompt."""
-        needed, room = blocks_for(len(session.token_ids) + 1), self._pool.blocks
-        if needed > room:
-            tokens = len(session.token_ids)
-            raise Exhausted(f"the prompt has {tokens} tokens, but the KV cache holds {room * BLOCK_TOKENS}", 60.0)
+        tokens, room = len(session.token_ids), self._pool.tokens
+        if tokens + 1 > room:
+            raise Exhausted(f"the prompt has {tokens} tokens, but the KV cache holds {room}", 60.0)
         if len(self.waiting) >= self._limits.max_waiting_sessions:
             raise Exhausted(f"{len(self.waiting)} sessions wait already, which is the limit")
         # Alone in the cache it could grow no further.
-        session.context_length = min(session.context_length, room * BLOCK_TOKENS)
+        session.context_length = min(session.context_length, room)
         self.waiting.append(session)
 
     def remove(self, session: Session) -> None:
@@ -92,7 +91,7 @@ class Scheduler:
 
     def settled(self, session: Session) -> None:
         """The session has its route: what it computes may serve others on the same one."""
-        self._pool.name(session.number, _hashes(session))
+        self._pool.name(session.number, self._hashes(session))
 
     @property
     def ready(self) -> bool:
@@ -150,13 +149,13 @@ class Scheduler:
         if self._least(session) > budget and not alone:
             return None
         # What others left behind belongs to a route; and the probe must see the beginning computed.
-        hashes = [] if session.undecided else _hashes(session)
+        hashes = [] if session.undecided else self._hashes(session)
         reused = self._pool.matching(hashes) if session.reusable else 0
-        if blocks_for(len(session.token_ids) + 1) > self._pool.free_blocks:
+        if self._pool.blocks_for(len(session.token_ids) + 1) > self._pool.free_blocks:
             return None
         self.waiting.popleft()
         self._pool.begin(session.number, hashes, reused)
-        session.cached = session.reused = reused * BLOCK_TOKENS
+        session.cached = session.reused = reused * self._pool.block_tokens
         self.running[session.number] = session
         session.first_scheduled = session.first_scheduled or self._clock()
         return session
@@ -192,6 +191,5 @@ class Scheduler:
                 return False
         return True
 
-
-def _hashes(session: Session) -> list[bytes]:
-    return prefix_hashes(session.route, session.token_ids[: session.prompt_tokens])
+    def _hashes(self, session: Session) -> list[bytes]:
+        return self._pool.hashes(session.route, session.token_ids[: session.prompt_tokens])

@@ -54,6 +54,11 @@ class DecoderLayers:
             layers, rotary = _of_family(config, first, end, weights)
         return cls(first, end, config.hidden_size, kv_heads(config), head_dim(config), layers, rotary)
 
+    @property
+    def is_lean(self) -> bool:
+        """Whether none of them is of `transformers`, which may ask a GPU for its results in the middle of a layer."""
+        return all(isinstance(layer, lean.LeanLayer) for layer in self._layers)
+
     def rotary(self, positions: Tensor) -> Rotary:
         """What positions `[tokens]` turn queries and keys by; made once for all layers of a batch."""
         return self._rotary(positions)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stitch.errors import InvalidRequest
-from stitch_server.devices import pick_device
+from stitch_server.devices import pick_device, sent
 
 
 def test_auto_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,3 +20,8 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(InvalidRequest, match=r"compute\.device is 'cuda:1', but this machine has no GPU"):
         pick_device("cuda:1")
     assert pick_device("cpu").type == "cpu"
+
+
+def test_what_is_on_a_processor_already_is_not_copied() -> None:
+    numbers = torch.arange(3)
+    assert sent(numbers, torch.device("cpu")) is numbers

@@ -47,6 +47,11 @@ def test_there_is_always_a_block() -> None:
     assert kv_tokens(0, 1 << 60, 2048, CPU) == BLOCK_TOKENS
 
 
+@pytest.mark.parametrize(("configured", "tokens"), [(1000, 768), (100, 256)])
+def test_blocks_may_be_larger(configured: int, tokens: int) -> None:
+    assert kv_tokens(configured, 1 << 60, 2048, CPU, block_tokens=256) == tokens
+
+
 def test_a_token_takes_keys_and_values_of_every_layer() -> None:
     store = KVStore(5, 8, blocks=4, kv_heads=2, head_dim=8, device=CPU, dtype=torch.bfloat16)
     per_token = kv_bytes_per_token(3, 2, 8, torch.bfloat16)

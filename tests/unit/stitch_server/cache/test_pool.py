@@ -256,3 +256,29 @@ def test_whatever_happens_every_block_has_one_place(seed: int) -> None:
     for number in live:
         pool.release(number)
     assert pool.free_blocks == 12
+
+
+class TestOtherBlocks:
+    """A device may want larger ones."""
+
+    def test_tokens_are_counted_in_them(self) -> None:
+        pool = BlockPool(4, block_tokens=256)
+        assert (pool.tokens, pool.blocks_for(256), pool.blocks_for(257)) == (1024, 1, 2)
+        assert pool.begin(1, [], 0)
+        assert pool.grow(1, 257)
+        assert (len(pool.blocks_of(1)), pool.free_blocks) == (2, 2)
+        assert not pool.grow(1, 1025)
+
+    def test_whole_ones_are_shared(self) -> None:
+        pool, prompt = BlockPool(8, block_tokens=256), list(range(600))
+        hashes = pool.hashes("weak", prompt)
+        assert len(hashes) == 2
+        assert pool.hashes("weak", prompt[:257]) == hashes[:1]
+        pool.begin(1, hashes, 0)
+        pool.grow(1, 600)
+        pool.publish(1, 511)
+        assert pool.matching(hashes) == 1
+        pool.publish(1, 512)
+        pool.begin(2, hashes, pool.matching(hashes))
+        assert pool.blocks_of(2) == pool.blocks_of(1)[:2]
+        assert (pool.asked_tokens, pool.reused_tokens) == (2 * 512, 512)

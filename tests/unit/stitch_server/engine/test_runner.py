@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from stitch.sampling import Sampling
+from stitch_server.cache.flash import PAGE_TOKENS
 from stitch_server.cache.pool import blocks_for
 from stitch_server.cache.store import KVStore
 from stitch_server.engine.batch import Batch, Cut, Segment, StepOutput, ordered
+from stitch_server.engine.graphs import DecodeGraphs
 from stitch_server.engine.runner import Runner
 from stitch_server.engine.sequence import Sequence as Kept
 from stitch_server.engine.threads import Threads
@@ -22,7 +26,9 @@ from stitch_server.model.embedding import Embedding
 from stitch_server.model.head import Head
 from stitch_server.model.stitch import Stitch
 from tests.support.stitched_reference import StitchedReference, reference
+from tests.support.tape import Tape
 from tests.support.tiny_model import TOKENS, TinyPair, write_random_stitch, write_tiny_pair
+from tests.support.varlen import varlen
 
 CPU, DTYPE = torch.device("cpu"), torch.float32
 # Route to (bottom_layers, top_from).
@@ -41,13 +47,17 @@ class Halves:
     references: dict[str, StitchedReference]
 
 
-def new_runner(folder: Path, first: int, end: int, **parts: object) -> Runner:
+def new_runner(folder: Path, first: int, end: int, *, as_on_a_gpu: bool = False, **parts: object) -> Runner:
     decoder = DecoderLayers.load(folder, first, end, CPU, DTYPE)
-    store = KVStore(first, end, BLOCKS, decoder.kv_heads, decoder.head_dim, CPU, DTYPE)
-    return Runner(decoder, store, CPU, Threads(1, 1), **parts)  # type: ignore[arg-type]
+    shape = decoder.kv_heads, decoder.head_dim, CPU, DTYPE
+    if not as_on_a_gpu:
+        return Runner(decoder, KVStore(first, end, BLOCKS, *shape), CPU, Threads(1, 1), **parts)  # type: ignore[arg-type]
+    store = KVStore(first, end, BLOCKS + 1, *shape, PAGE_TOKENS, varlen)
+    graphs = DecodeGraphs(decoder, store, varlen, 2, Tape())
+    return Runner(decoder, store, CPU, Threads(1, 1), graphs=graphs, **parts)  # type: ignore[arg-type]
 
 
-def load(pair: TinyPair, folder: Path) -> Halves:
+def load(pair: TinyPair, folder: Path, as_on_a_gpu: bool = False) -> Halves:
     files = {
         route: write_random_stitch(
             folder / f"{route}.safetensors", pair.bottom, pair.top, *cut, adapter_rank=ADAPTER_RANKS[route]
@@ -55,18 +65,20 @@ def load(pair: TinyPair, folder: Path) -> Halves:
         for route, cut in ROUTES.items()
     }
     stitches = {route: Stitch.load(file, CPU, DTYPE) for route, file in files.items()}
-    bottom = new_runner(pair.bottom, 0, 5, embed=Embedding.load(pair.bottom, CPU, DTYPE))
+    bottom = new_runner(pair.bottom, 0, 5, as_on_a_gpu=as_on_a_gpu, embed=Embedding.load(pair.bottom, CPU, DTYPE))
     head = Head.load(pair.top, CPU, DTYPE, TOKENS)
     adapters = {route: stitch.adapters for route, stitch in stitches.items() if stitch.adapters is not None}
-    top = new_runner(pair.top, TOP_FIRST, 4, stage="top_prefill", stitches=stitches, adapters=adapters, head=head)
+    parts = {"stage": "top_prefill", "stitches": stitches, "adapters": adapters, "head": head}
+    top = new_runner(pair.top, TOP_FIRST, 4, as_on_a_gpu=as_on_a_gpu, **parts)
     references = {route: reference(pair.bottom, pair.top, files[route], *cut) for route, cut in ROUTES.items()}
     return Halves(bottom, top, references)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "llama as on a GPU"])
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Halves:
-    folder = tmp_path_factory.mktemp(request.param)
-    return load(write_tiny_pair(folder, request.param), folder)
+    family, *where = request.param.split(maxsplit=1)
+    folder = tmp_path_factory.mktemp(family)
+    return load(write_tiny_pair(folder, family), folder, as_on_a_gpu=bool(where))
 
 
 @dataclass
@@ -200,6 +212,67 @@ def test_penalties_see_the_whole_sequence(chain: Chain) -> None:
     seen = torch.tensor(shy.token_ids)
     logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 10, logits[seen] * 10)
     assert chain.run(chain.segment(shy)) == {shy.number: int(logits.argmax())}
+
+
+class TestAsOnAGpu:
+    """Steps of single tokens through captured passes, one for each stretch of layers that all of their rows pass."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def captured(cls, tmp_path_factory: pytest.TempPathFactory) -> Halves:
+        folder = tmp_path_factory.mktemp("captured")
+        return load(write_tiny_pair(folder, "llama"), folder, as_on_a_gpu=True)
+
+    @pytest.fixture
+    def chain(self, captured: Halves) -> Chain:
+        return Chain(captured)
+
+    @staticmethod
+    def replays(runner: Runner) -> int:
+        graphs: Any = runner.graphs
+        return int(graphs._capture.replayed)
+
+    def decode(self, chain: Chain, *routes: str, steps: int = 3) -> tuple[int, int]:
+        """Replays on the bottom and on the top for a step, of sessions that all say what the models say."""
+        kept = [chain.sequence(route, prompt(5 + seed, seed)) for seed, route in enumerate(routes)]
+        halves = chain.halves.bottom, chain.halves.top
+        for step in range(steps + 1):
+            if step == 1:
+                before = [self.replays(half) for half in halves]
+            answers = chain.run(*(chain.segment(one) for one in kept))
+            for one in kept:
+                assert answers[one.number] == chain.expected(one)
+                one.token_ids.append(answers[one.number])
+        bottom, top = (self.replays(half) - count for half, count in zip(halves, before, strict=True))
+        return bottom // steps, top // steps
+
+    def test_one_route_is_one_stretch(self, chain: Chain) -> None:
+        assert self.decode(chain, "weak") == (1, 1)
+        assert self.decode(chain, "strong", "strong", "strong") == (1, 1)
+
+    def test_each_stretch_of_mixed_routes_is_replayed(self, chain: Chain) -> None:
+        """Where some of its rows pass adapters and others don't, a stretch is computed as if nothing were captured."""
+        assert self.decode(chain, "weak", "strong") == (2, 1)
+        assert self.decode(chain, "strong", "weak", "weak") == (2, 1)
+
+    def test_prompts_are_not_captured(self, chain: Chain) -> None:
+        halves = chain.halves.bottom, chain.halves.top
+        before = [self.replays(half) for half in halves]
+        decoding = chain.sequence("strong", prompt(1, 3))
+        chain.run(chain.segment(decoding), chain.segment(chain.sequence("strong", prompt(9))))
+        assert [self.replays(half) for half in halves] == before
+
+    @pytest.mark.parametrize(("tokens", "waits"), [(5, [1, 1]), (1, [1, 0])])
+    def test_stages_of_prompts_end_when_they_are_computed(
+        self, chain: Chain, monkeypatch: pytest.MonkeyPatch, tokens: int, waits: list[int]
+    ) -> None:
+        """Single tokens are waited for where they are sent on, and else with what is sampled."""
+        waited: list[Runner] = []
+        for half in (chain.halves.bottom, chain.halves.top):
+            monkeypatch.setattr(half, "wait", partial(waited.append, half))
+        kept = chain.sequence("weak", prompt(tokens))
+        chain.run(chain.segment(kept))
+        assert [waited.count(half) for half in (chain.halves.bottom, chain.halves.top)] == waits
 
 
 class TestSpoilt:

@@ -1,0 +1,170 @@
+"""A pair with the shapes of Qwen2.5 7B and 1.5B and random weights, which are as fast as others. Measures nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+from transformers import Qwen2Config
+
+from stitch.cluster import Cluster, load_cluster
+from stitch_server.model.counting import ParameterCount
+from stitch_server.model.description import ModelDescription
+from stitch_server.model.stitch import Stitch, StitchBinding
+from stitch_server.model.tokenizer_hash import tokenizer_hash
+
+DTYPE = torch.bfloat16
+# Small enough that hidden states stay finite.
+SPREAD = 0.02
+# Drawn once and then repeated: a matrix of a large model would take seconds.
+DRAWN = 1 << 22
+ROUTE = "strong"
+KV_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One model, of which a benchmark needs some layers."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    tokens: int
+
+    @property
+    def config(self) -> Qwen2Config:
+        return Qwen2Config(
+            architectures=["Qwen2ForCausalLM"],
+            vocab_size=self.tokens,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=32768,
+            # So that no head has to be written beside the embedding; the bottom's is never read.
+            tie_word_embeddings=True,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """A pair and where it is cut: layers [0, bottom_layers), then from top_from on."""
+
+    bottom: Shape
+    top: Shape
+    bottom_layers: int
+    top_from: int
+
+
+# https://huggingface.co/Qwen/Qwen2.5-7B/blob/main/config.json and its neighbour; cut as in deploy/two-servers.toml.
+QWEN = Shapes(
+    bottom=Shape(layers=28, hidden=3584, intermediate=18944, heads=28, kv_heads=4, tokens=151_936),
+    top=Shape(layers=28, hidden=1536, intermediate=8960, heads=12, kv_heads=2, tokens=151_936),
+    bottom_layers=20,
+    top_from=20,
+)
+TINY = Shapes(
+    bottom=Shape(layers=4, hidden=128, intermediate=256, heads=2, kv_heads=1, tokens=24_000),
+    top=Shape(layers=4, hidden=64, intermediate=128, heads=1, kv_heads=1, tokens=24_000),
+    bottom_layers=3,
+    top_from=3,
+)
+
+
+def write_pair(folder: Path, shapes: Shapes, device: str) -> Cluster:
+    """Only what the route's shards read is written: of `QWEN`, 12 GB."""
+    _write_model(folder / "bottom", shapes.bottom, 0, shapes.bottom_layers)
+    _write_model(folder / "top", shapes.top, shapes.top_from, shapes.top.layers)
+    _write_stitch(folder, shapes)
+    places = {"bottom": (0, shapes.bottom_layers), "top": (shapes.top_from, shapes.top.layers)}
+    fields = {
+        "name": "random-pair",
+        "models": {role: {"id": role, "source": str(folder / role)} for role in places},
+        "routes": [
+            {
+                "name": ROUTE,
+                "bottom_layers": shapes.bottom_layers,
+                "top_from": shapes.top_from,
+                "stitch": "stitch.safetensors",
+            }
+        ],
+        "shards": [
+            {"name": f"{role}-0", "role": role, "layers": layers, "address": "127.0.0.1:0"}
+            for role, layers in places.items()
+        ],
+        "gateway": {"address": "127.0.0.1:0"},
+        "compute": {
+            "device": device,
+            "dtype": "bfloat16",
+            "wire_dtype": "bfloat16",
+            # Two shards share one device, so neither may plan with all that is free.
+            "kv_tokens": KV_TOKENS,
+            "row_copies": False,
+        },
+    }
+    (folder / "cluster.json").write_text(json.dumps(fields))
+    return load_cluster(str(folder / "cluster.json"))
+
+
+def bytes_per_token(folder: Path, shapes: Shapes) -> int:
+    """Of the weights that one token of one session reads: layers, stitch, head."""
+    bottom, top = (ParameterCount.read(folder / role) for role in ("bottom", "top"))
+    stitch = shapes.top.hidden * (shapes.bottom.hidden + 1)
+    layers = bottom.between(0, shapes.bottom_layers) + top.between(shapes.top_from, shapes.top.layers)
+    return (layers + stitch + top.head) * DTYPE.itemsize
+
+
+def _write_model(folder: Path, shape: Shape, first: int, end: int) -> None:
+    folder.mkdir()
+    shape.config.save_pretrained(folder)
+    words = {f"w{index}": index for index in range(shape.tokens)}
+    Tokenizer(WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
+    template = {"chat_template": "{{ messages[-1]['content'] }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(template))
+    drawn = torch.randn(DRAWN, generator=torch.Generator().manual_seed(0)).mul_(SPREAD).to(DTYPE)
+    ends = {"model.embed_tokens.weight": (shape.tokens, shape.hidden), "model.norm.weight": (shape.hidden,)}
+    _write_tensors(folder / "ends.safetensors", ends, drawn)
+    for index in range(first, end):
+        _write_tensors(folder / f"layer-{index}.safetensors", dict(_layer(shape, index)), drawn)
+
+
+def _layer(shape: Shape, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    at, width = f"model.layers.{index}", shape.hidden // shape.heads
+    for name, heads in (("q", shape.heads), ("k", shape.kv_heads), ("v", shape.kv_heads)):
+        yield f"{at}.self_attn.{name}_proj.weight", (heads * width, shape.hidden)
+        yield f"{at}.self_attn.{name}_proj.bias", (heads * width,)
+    yield f"{at}.self_attn.o_proj.weight", (shape.hidden, shape.hidden)
+    for name in ("gate", "up"):
+        yield f"{at}.mlp.{name}_proj.weight", (shape.intermediate, shape.hidden)
+    yield f"{at}.mlp.down_proj.weight", (shape.hidden, shape.intermediate)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        yield f"{at}.{name}.weight", (shape.hidden,)
+
+
+def _write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], drawn: Tensor) -> None:
+    """Norms of ones, all else of the values that were drawn."""
+    tensors: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel()
+        values = torch.ones(size, dtype=DTYPE) if "norm" in name else drawn.repeat(-(-size // DRAWN))[:size].clone()
+        tensors[name] = values.view(shape)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _write_stitch(folder: Path, shapes: Shapes) -> None:
+    bottom, top = (ModelDescription.read(folder / role, role) for role in ("bottom", "top"))
+    binding = StitchBinding.of(bottom, top, shapes.bottom_layers, shapes.top_from, tokenizer_hash(folder / "bottom"))
+    draw = torch.Generator().manual_seed(1)
+    weight = torch.randn(shapes.top.hidden, shapes.bottom.hidden, generator=draw) * SPREAD
+    Stitch(weight, torch.zeros(shapes.top.hidden), binding).save(folder / "stitch.safetensors")

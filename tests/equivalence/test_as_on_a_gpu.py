@@ -1,0 +1,138 @@
+"""Chains whose shards compute as on a GPU say what the whole says.
+
+Large blocks, one kernel for the attention of a batch, captured passes: all but the device, whose kernel and graphs are
+written out in Python.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from stitch.cluster import load_cluster
+from stitch_server import provision
+from stitch_server.cache.flash import PAGE_TOKENS
+from tests.support.in_process import ChainInProcess
+from tests.support.loopback_shards import Shards, open_shards
+from tests.support.stitched_reference import StitchedReference, reference
+from tests.support.tape import Tape
+from tests.support.tiny_cluster import CUTS, write_tiny_cluster
+from tests.support.tiny_model import TOKENS
+from tests.support.varlen import varlen
+
+ANSWER_TOKENS = 10
+WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+FAMILIES: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": WINDOW}
+
+
+@pytest.fixture(autouse=True)
+def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """Of the shards that are made after this."""
+    made: list[Tape] = []
+
+    def capture_for(device: object) -> Tape:
+        made.append(Tape())
+        return made[-1]
+
+    monkeypatch.setattr(provision, "kernel_for", lambda device, dtype, head_dim: varlen)
+    monkeypatch.setattr(provision, "capture_for", capture_for)
+    return made
+
+
+def write(folder: Path, family: str = "llama", **fields: Any) -> Path:
+    """A GPU has no copies of rows for loops of a processor."""
+    return write_tiny_cluster(folder, family, model=FAMILIES[family], row_copies=False, **fields)
+
+
+def whole(folder: Path, route: str) -> StitchedReference:
+    stitch = folder / ("stitch.safetensors" if route == "weak" else "strong.safetensors")
+    return reference(folder / "bottom", folder / "top", stitch, *CUTS[route])
+
+
+def prompt(tokens: int, seed: int = 0) -> list[int]:
+    return [3 + (seed * 101 + 37 * index * index) % (TOKENS - 3) for index in range(tokens)]
+
+
+async def check(shards: Shards, says: Callable[[str], StitchedReference], prompts: list[list[int]]) -> None:
+    """Every prompt on both routes, all at once."""
+    asked = [(route, one) for one in prompts for route in CUTS]
+    answers = await asyncio.gather(*(shards.generate(one, route, ANSWER_TOKENS) for route, one in asked))
+    for (route, one), answer in zip(asked, answers, strict=True):
+        logits = says(route).logits([*one, *answer])[len(one) - 1 : -1, :TOKENS]
+        assert answer == logits.argmax(1).tolist(), f"{route}, {len(one)} tokens"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_every_chain_says_what_the_whole_says(family: str, tmp_path: Path, tapes: list[Tape]) -> None:
+    file = write(tmp_path, family, bottoms=[(0, 1), (1, 4)], tops=[(2, 3), (3, 4)], prefill_tokens=100)
+    references = {route: whole(tmp_path, route) for route in CUTS}
+    async with open_shards(file) as shards:
+        await check(shards, references.__getitem__, [prompt(20)])
+        # Answers that go over the border of a block, among others.
+        await check(shards, references.__getitem__, [prompt(PAGE_TOKENS - 4, 1), prompt(300, 2), prompt(7, 3)])
+        assert {shard.shard.pool.block_tokens for shard in shards.running.values()} == {PAGE_TOKENS}
+    assert all(tape.replayed > 3 * tape.captured > 0 for tape in tapes)
+    assert len(tapes) == 4
+
+
+async def test_whole_blocks_of_a_beginning_are_shared(tmp_path: Path) -> None:
+    file, beginning = write(tmp_path), prompt(2 * PAGE_TOKENS + 20)
+    references = {route: whole(tmp_path, route) for route in CUTS}
+    async with open_shards(file) as shards:
+        await check(shards, references.__getitem__, [beginning])
+        await check(shards, references.__getitem__, [[*beginning, *prompt(9, 4)]])
+        for running in shards.running.values():
+            assert running.shard.pool.reused_tokens == 2 * PAGE_TOKENS * len(CUTS)
+
+
+async def test_sessions_that_lose_their_blocks_begin_anew(tmp_path: Path) -> None:
+    """Both prompts fit and are computed in one pass; their answers don't fit."""
+    file = write(tmp_path, kv_tokens=4 * PAGE_TOKENS, prefill_tokens=512, prefill_tokens_beside_decode=512)
+    references = {route: whole(tmp_path, route) for route in CUTS}
+    async with open_shards(file) as shards:
+        await check(shards, references.__getitem__, [prompt(2 * PAGE_TOKENS - 5)])
+        begun = shards.running["bottom-0"].shard.pool.asked_tokens
+        assert begun > len(CUTS) * PAGE_TOKENS, "no session began anew"
+
+
+class TestBlocks:
+    """How large they are, and what follows."""
+
+    def test_those_of_a_processor_may_be_as_large(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.undo()
+        pool = ChainInProcess(load_cluster(str(write(tmp_path, kv_block_tokens=256)))).shards["top-0"].pool
+        assert (pool.block_tokens, pool.tokens) == (256, 8192)
+
+    def test_others_than_the_kernel_wants_do_without_it(self, tmp_path: Path, tapes: list[Tape]) -> None:
+        chain = ChainInProcess(load_cluster(str(write(tmp_path, kv_block_tokens=32))))
+        answer = chain.generate(prompt(40), "weak", ("top-0",), ANSWER_TOKENS)
+        assert answer == whole(tmp_path, "weak").generate(prompt(40), ANSWER_TOKENS)
+        assert [tape.captured for tape in tapes] == [0, 0]
+
+    async def test_a_chain_has_blocks_of_one_size(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A chain over a processor and a GPU is refused, unless its file names a size."""
+        # The last shard of a chain is made first.
+        kernels = iter([varlen, None])
+        monkeypatch.setattr(provision, "kernel_for", lambda device, dtype, head_dim: next(kernels))
+        async with open_shards(write(tmp_path)) as shards:
+            refused = "the tokens of a KV block of shard bottom-0 is 16, that of shard top-0 is 256"
+            with pytest.raises(grpc.aio.AioRpcError, match=refused):
+                await shards.generate(prompt(5), "weak", 1)
+
+
+@pytest.mark.parametrize(("family", "fields"), [("granite", {}), ("llama", {"captured_decode": False})])
+def test_passes_that_are_not_to_be_captured_are_not(
+    family: str, fields: dict[str, Any], tmp_path: Path, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are layers of `transformers`; both attend by the kernel all the same."""
+    monkeypatch.setitem(FAMILIES, "granite", {"residual_multiplier": 0.7, "attention_multiplier": 0.3})
+    chain = ChainInProcess(load_cluster(str(write(tmp_path, family, **fields))))
+    assert chain.shards["bottom-0"].pool.block_tokens == PAGE_TOKENS
+    answer = chain.generate(prompt(40), "strong", ("top-0",), ANSWER_TOKENS)
+    assert answer == whole(tmp_path, "strong").generate(prompt(40), ANSWER_TOKENS)
+    assert [tape.captured for tape in tapes] == [0, 0]

@@ -1,0 +1,82 @@
+"""Captures a function's operators on a processor as a CUDA graph does on a GPU. Knows no model.
+
+A replay runs the same operators over the same memory, with the numbers that the host had when they were recorded. What
+a graph can't hold, because the host would have to wait for the device or send it something, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stitch_server.engine.graphs import Replay
+
+_ATEN = torch.ops.aten
+# Numbers that go to the host, tensors whose size depends on values, and tensors made of the host's numbers.
+REFUSED = {
+    _ATEN._local_scalar_dense.default,
+    _ATEN.nonzero.default,
+    _ATEN.equal.default,
+    _ATEN.lift_fresh.default,
+}
+# By a mask, the size of what they read or write depends on values, too.
+INDEXING = {_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default}
+
+
+class HostSynchronized(Exception):
+    """In the middle of a captured function."""
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.steps: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in REFUSED or (func in INDEXING and any(index.dtype is torch.bool for index in _tensors(args[1]))):
+            raise HostSynchronized(str(func))
+        result = func(*args, **(kwargs or {}))
+        self.steps.append((func, args, kwargs or {}, result))
+        return result
+
+
+@dataclass
+class Tape:
+    """A `Capture`; counts."""
+
+    captured: int = 0
+    replayed: int = 0
+    # Operators of each captured function.
+    lengths: list[int] = field(default_factory=list)
+
+    def __call__(self, compute: Callable[[], Tensor]) -> Replay:
+        compute()
+        with _Recorder() as recorder:
+            result = compute()
+        self.captured += 1
+        self.lengths.append(len(recorder.steps))
+
+        def replay() -> Tensor:
+            self.replayed += 1
+            for function, args, kwargs, before in recorder.steps:
+                _overwrite(_tensors(before), _tensors(function(*args, **kwargs)))
+            return result
+
+        return replay
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _overwrite(kept: Iterable[Tensor], anew: Iterable[Tensor]) -> None:
+    """Results go to where they went when they were recorded; views and what is changed in place are there already."""
+    for old, new in zip(kept, anew, strict=True):
+        if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+            old.copy_(new)
