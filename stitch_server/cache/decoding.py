@@ -53,7 +53,7 @@ class Singles:
 
 
 class SinglesAttention:
-    """The `store.BatchAttend` of a batch of nothing but single tokens: all of them in one loop."""
+    """The `span.BatchAttend` of a batch of nothing but single tokens: all of them in one loop."""
 
     def __init__(self, pairs: Tensor, first: int, slots: Sequence[Tensor]) -> None:
         """`pairs` of all layers from `first` on, and the `slots` of each token's past and present."""
@@ -62,7 +62,7 @@ class SinglesAttention:
         self._seen: dict[int | None, Singles] = {}
 
     def first(self, segments: int) -> SinglesAttention:
-        """As `store.BatchAttend` says."""
+        """As `span.BatchAttend` says."""
         return SinglesAttention(self._pairs, self._first, self._slots[:segments])
 
     def __call__(

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from stitch_server.cache.pool import blocks_for
+from stitch_server.cache.span import Span
 from stitch_server.devices import sent
 
 if TYPE_CHECKING:
-    from stitch_server.cache.store import KVStore, Span
+    from stitch_server.cache.store import KVStore
 
 # What PyTorch 2.13's kernel, flash attention 2, demands: `mha_varlen_fwd` in its flash_api.cpp.
 PAGE_TOKENS = 256

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from stitch_server.cache.flash import FlashAttention, Kernel
 from stitch_server.cache.pool import BLOCK_TOKENS
+from stitch_server.cache.span import BatchAttend, Span, slots_of
 
 if TYPE_CHECKING:
     from stitch_server.cache.decoding import Singles
@@ -24,25 +25,6 @@ MOST_FILLING = 1.25
 FILLING_TOKENS = 64
 # Tokens that one call gathers at most, unless a single sequence has more.
 CROWD_TOKENS = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Where consecutive new tokens of one sequence lie: they extend `position` cached ones in `blocks`."""
-
-    position: int
-    length: int
-    blocks: Sequenced[int]
-
-    @property
-    def end(self) -> int:
-        return self.position + self.length
-
-
-def slots_of(span: Span, block_tokens: int, device: torch.device) -> Tensor:
-    """The slots of a sequence's past and present, `[position + length]`."""
-    blocks = torch.tensor(span.blocks, device=device)
-    return (blocks[:, None] * block_tokens + torch.arange(block_tokens, device=device)).view(-1)[: span.end]
 
 
 class KVStore:
@@ -86,20 +68,6 @@ class KVStore:
             alone: BatchAttend = _loops().SinglesAttention(self.pairs, self.first, slots)
             return alone
         return PagedAttention(self, spans)
-
-
-class BatchAttend(Protocol):
-    """Keeps one batch's keys and values, and attends."""
-
-    def __call__(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
-    ) -> Tensor:
-        """As `model.attend.Attend` says."""
-        ...
-
-    def first(self, segments: int) -> BatchAttend:
-        """The same for the leading `segments` of the batch alone; the others have left or not yet joined."""
-        ...
 
 
 class _Part(Protocol):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from stitch_server.cache.flash import FlashAttention, Kernel, Places, packed_places
-from stitch_server.cache.store import KVStore, Span
+from stitch_server.cache.span import Span
+from stitch_server.cache.store import KVStore
 from stitch_server.devices import sent
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.attend import Rotary

@@ -17,7 +17,8 @@ from itertools import accumulate, groupby, pairwise
 import torch
 from torch import Tensor
 
-from stitch_server.cache.store import KVStore, Span
+from stitch_server.cache.span import Span
+from stitch_server.cache.store import KVStore
 from stitch_server.devices import sent
 from stitch_server.engine.batch import Batch, Cut, Segment, StepOutput, Token, TokenLogprobs, Verdict
 from stitch_server.engine.graphs import DecodeGraphs

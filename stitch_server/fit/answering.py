@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from stitch_server.cache.pool import BLOCK_TOKENS
-from stitch_server.cache.store import KVStore, Span
+from stitch_server.cache.span import Span
+from stitch_server.cache.store import KVStore
 from stitch_server.fit.scoring import System
 
 

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stitch_server.cache.store import KVStore, Span
+from stitch_server.cache.span import Span
+from stitch_server.cache.store import KVStore
 from stitch_server.fit.trace import TEACHER_TOKENS, Teacher
 from stitch_server.model.adapters import Adapters
 

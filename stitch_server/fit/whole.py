@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stitch_server.cache.store import KVStore, Span
+from stitch_server.cache.span import Span
+from stitch_server.cache.store import KVStore
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import read_config

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stitch_server.cache.flash import PAGE_TOKENS, Kernel, kernel_for
-from stitch_server.cache.store import KVStore, Span
+from stitch_server.cache.span import Span
+from stitch_server.cache.store import KVStore
 from stitch_server.engine.graphs import DecodeGraphs, capture_for
 from stitch_server.model.decoder import DecoderLayers
 from tests.support.tiny_model import write_tiny_model

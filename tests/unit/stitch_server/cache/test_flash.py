@@ -14,7 +14,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from stitch_server.cache.flash import PAGE_TOKENS, FlashAttention, Kernel, kernel_for, packed_places
 from stitch_server.cache.pool import blocks_for
-from stitch_server.cache.store import KVStore, PagedAttention, Span
+from stitch_server.cache.span import Span
+from stitch_server.cache.store import KVStore, PagedAttention
 from tests.support.varlen import varlen
 
 KV_HEADS, HEAD_DIM = 2, 8

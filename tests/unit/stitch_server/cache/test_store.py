@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from stitch_server.cache.pool import BLOCK_TOKENS, blocks_for
-from stitch_server.cache.store import KVStore, Span, causal_mask
+from stitch_server.cache.span import Span
+from stitch_server.cache.store import KVStore, causal_mask
 
 KV_HEADS, HEAD_DIM, BLOCKS = 2, 8, 24
 LAYER = 5

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from stitch_server.cache.flash import PAGE_TOKENS
-from stitch_server.cache.store import KVStore, Span
+from stitch_server.cache.span import Span
+from stitch_server.cache.store import KVStore
 from stitch_server.engine.graphs import DecodeGraphs, capture_for
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
