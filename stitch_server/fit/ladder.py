@@ -103,7 +103,11 @@ class Ladder:
             loss, place = rung.losses["all"], rung.parameters / 1e6
             spread = [[loss.mean - loss.low], [loss.high - loss.mean]]
             axes.errorbar(place, loss.mean, spread, fmt="none" if rung in ends else "o", capsize=3, color="C0")
-            axes.annotate(rung.name, (place, loss.mean), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            axes.annotate(
+                rung.name, (place, loss.high), xytext=(-3, 6), textcoords="offset points", rotation=90, fontsize=8
+            )
+        # Room for the names above the intervals.
+        axes.margins(y=0.2)
         axes.set_xlabel("parameters read per token, millions")
         axes.set_ylabel("held-out cross-entropy, nats per token")
         figure.savefig(path, dpi=120)
