@@ -28,13 +28,14 @@ class Singles:
     # Where they are in the batch.
     rows: slice | Tensor
     # Each one's past and present, one behind the other, and where each begins and the last ends.
-    slots: Tensor
-    bounds: Tensor
+    slots: Places
+    bounds: Places
 
     @classmethod
     def of(cls, rows: slice | Tensor, slots: Sequence[Tensor]) -> Singles:
         """`slots` of each row."""
-        return cls(rows, torch.cat(list(slots)), torch.tensor([0, *accumulate(len(one) for one in slots)]))
+        bounds = np.array([0, *accumulate(len(one) for one in slots)])
+        return cls(rows, torch.cat(list(slots)).numpy(), bounds)
 
     def attend(self, query: Tensor, pairs: Tensor, scale: float) -> Tensor:
         """query `[rows, heads, head_dim]` to what each sees, `[rows, heads * head_dim]`.
@@ -46,10 +47,10 @@ class Singles:
 
     def extend(self, query: Tensor, key: Tensor, value: Tensor, pairs: Tensor, scale: float) -> Tensor:
         """The same, once each row's key and value `[rows, kv_heads, head_dim]` are in the last of its slots."""
-        mixed = torch.empty(query.shape)
+        mixed = np.empty(query.shape, np.float32)
         rows = _array(query), _array(key), _array(value)
-        _extend(*rows, _array(pairs), self.slots.numpy(), self.bounds.numpy(), scale, mixed.numpy())
-        return mixed.flatten(1)
+        _extend(*rows, _array(pairs), self.slots, self.bounds, scale, mixed)
+        return torch.from_numpy(mixed).flatten(1)
 
 
 class SinglesAttention:

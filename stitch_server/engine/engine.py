@@ -51,9 +51,10 @@ class Engine:
         started = time.perf_counter()
         try:
             output = self._runner.run(batch)
-            self._observe(batch, started, time.perf_counter())
+            ended = time.perf_counter()
             # A GPU may tell only here, where its results are read, what went wrong before.
             self._front.deliver(batch, output)
+            self._observe(batch, started, ended)
         except Exception as error:  # the sessions of this batch end, the others and the process go on
             log.exception("a batch of %d tokens failed", batch.tokens)
             self._front.fail(batch, error)

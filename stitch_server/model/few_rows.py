@@ -64,9 +64,9 @@ class RowProduct:
 
         Rows stay as they are: with bytes that is more exact than a product that rounds them, too.
         """
-        result = torch.empty(x.shape[0], len(self.matrix.bias))
-        _multiply(_array(x), self.matrix, result.numpy())
-        return result.to(x.dtype)
+        result = np.empty((x.shape[0], len(self.matrix.bias)), np.float32)
+        _multiply(_array(x), self.matrix, result)
+        return torch.from_numpy(result).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class LayerLoops:
 
         Queries and keys are turned by `rotation`, complex `[tokens, 1, head_dim / 2]`.
         """
-        mixed = torch.empty(hidden.shape[0], len(self.query_key_value.matrix.bias))
+        mixed = np.empty((hidden.shape[0], len(self.query_key_value.matrix.bias)), np.float32)
         _before_attention(
             _array(hidden),
             self.attention_norm,
@@ -110,13 +110,13 @@ class LayerLoops:
             self.rotated,
             self.query_key_norm,
             rotation.flatten(1).contiguous().numpy(),
-            mixed.numpy(),
+            mixed,
         )
-        return mixed.to(hidden.dtype)
+        return torch.from_numpy(mixed).to(hidden.dtype)
 
     def behind(self, attended: Tensor, hidden: Tensor) -> Tensor:
         """What attention gave, `[tokens, heads * head_dim]`, and the layer's input to its output."""
-        after = torch.empty(hidden.shape)
+        after = np.empty(hidden.shape, np.float32)
         _behind_attention(
             _array(attended),
             _array(hidden),
@@ -125,9 +125,9 @@ class LayerLoops:
             self.epsilon,
             self.gate_up.matrix,
             self.down.matrix,
-            after.numpy(),
+            after,
         )
-        return after.to(hidden.dtype)
+        return torch.from_numpy(after).to(hidden.dtype)
 
 
 def _array(rows: Tensor) -> Floats:
