@@ -56,8 +56,7 @@ class RowProduct:
 
     def suits(self, x: Tensor) -> bool:
         """Whether x has few rows, there is one thread, and no gradient is wanted."""
-        differentiable = x.requires_grad and torch.is_grad_enabled()
-        return x.shape[0] <= FEW_ROWS and torch.get_num_threads() == 1 and not differentiable
+        return x.shape[0] <= FEW_ROWS and torch.get_num_threads() == 1 and not x.requires_grad
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[rows, inputs]` to `[rows, outputs]` of the same dtype, summed in float32.

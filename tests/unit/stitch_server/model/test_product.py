@@ -112,6 +112,12 @@ class TestRowCopies:
         assert leaf.grad is not None
         torch.testing.assert_close(leaf.grad, weight.sum(0, keepdim=True))
 
+    def test_takes_what_wants_gradients_elsewhere(self) -> None:
+        _, weight, bias = operands(1)
+        leaf = torch.ones(1, 37, requires_grad=True)
+        with torch.no_grad():
+            torch.testing.assert_close(product(weight, bias, TWICE)(leaf), (weight.sum(1) + bias)[None])
+
     def test_keeps_its_own_copy(self) -> None:
         x, weight, _ = operands(1)
         kept = product(weight, None, TWICE)
