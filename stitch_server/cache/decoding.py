@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stitch_server.cache.span import within
 from stitch_server.compiling import compiled
 
 Floats = NDArray[np.float32]
@@ -71,8 +72,7 @@ class SinglesAttention:
     ) -> Tensor:
         """As `model.attend.Attend` says."""
         if window not in self._seen:
-            seen = self._slots if window is None else [one[-window:] for one in self._slots]
-            self._seen[window] = Singles.of(slice(None), seen)
+            self._seen[window] = Singles.of(slice(None), [within(slots, window) for slots in self._slots])
         return self._seen[window].extend(query, key, value, self._pairs[layer - self._first], scale)
 
 

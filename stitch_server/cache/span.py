@@ -29,6 +29,11 @@ def slots_of(span: Span, block_tokens: int, device: torch.device) -> Tensor:
     return (blocks[:, None] * block_tokens + torch.arange(block_tokens, device=device)).view(-1)[: span.end]
 
 
+def within(slots: Tensor, window: int | None) -> Tensor:
+    """Those of a sequence's slots that its newest token sees."""
+    return slots if window is None else slots[-window:]
+
+
 class BatchAttend(Protocol):
     """Keeps one batch's keys and values, and attends."""
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from stitch_server.cache.flash import FlashAttention, Kernel
 from stitch_server.cache.pool import BLOCK_TOKENS
-from stitch_server.cache.span import BatchAttend, Span, slots_of
+from stitch_server.cache.span import BatchAttend, Span, slots_of, within
 
 if TYPE_CHECKING:
     from stitch_server.cache.decoding import Singles
@@ -164,7 +164,7 @@ class PagedAttention:
     def _decoding(self, window: int | None) -> list[Singles] | list[_Crowd]:
         rows = self._rows()
         seen = {
-            rows[index]: self._slots[index] if window is None else self._slots[index][-window:]
+            rows[index]: within(self._slots[index], window)
             for index, span in enumerate(self._spans)
             if span.length == 1
         }
