@@ -32,6 +32,17 @@ def add_data(parser: argparse.ArgumentParser, tokens: int | None = None) -> None
         parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order of the data; default: 0")
 
 
+def add_work(parser: argparse.ArgumentParser) -> None:
+    """Where passes over the data are kept."""
+    parser.add_argument(
+        "--work", metavar="DIR", type=Path, help="kept for resuming and for other fits; default: FILE.work"
+    )
+    parser.add_argument(
+        "--reuse", metavar="DIR", nargs="+", type=Path, default=[],
+        help="work of earlier passes: what they went over does not pass the bottom model again",
+    )  # fmt: skip
+
+
 def data_settings(parsed: argparse.Namespace) -> DataSettings:
     """The data's flags. Raises InvalidRequest where one is out of its range."""
     given = vars(parsed)

@@ -1,7 +1,8 @@
 """One pass over the data through both models: sums for least squares, a trace for distillation. Knows no stitch.
 
 It can be interrupted at any point: what counts is the last checkpoint, and a resumed pass adds the same numbers in
-the same order as one that never stopped. A finished pass can be taken up again for more sequences.
+the same order as one that never stopped. A finished pass can be taken up again for more sequences, and spares another
+one what it computed of the bottom model.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from stitch.errors import InvalidRequest
 from stitch_server.fit.frozen import Pair, states_at, teacher_of
+from stitch_server.fit.known import Known
 from stitch_server.fit.packing import PackedSequence
 from stitch_server.fit.sums import Cut, Sums
 from stitch_server.fit.trace import Teacher, Trace, TraceShape
@@ -54,8 +56,8 @@ class Pass:
 class Collector:
     """Adds batches of sequences to the sums and the trace of a folder."""
 
-    def __init__(self, pair: Pair, whole: Pass, folder: Path) -> None:
-        self._pair, self._pass = pair, whole
+    def __init__(self, pair: Pair, whole: Pass, folder: Path, known: Known) -> None:
+        self._pair, self._pass, self._known = pair, whole, known
         self.sums = Sums(whole.cuts, pair.bottom.hidden_size, pair.top.hidden_size)
         depths = self.sums.bottom_depths
         shape = TraceShape(whole.sequences, whole.sequence_tokens, pair.bottom.hidden_size, depths)
@@ -98,11 +100,27 @@ class Collector:
             self.fingerprint = chained(self.fingerprint, sequence.token_ids)
 
     def _bottom_states(self, tokens: Tensor) -> tuple[dict[int, Tensor], Teacher]:
-        model, depths = self._pair.bottom, {*self.sums.bottom_depths}
-        if self._pair.top is model:
+        depths = {*self.sums.bottom_depths}
+        if self._pair.top is self._pair.bottom:
             depths |= {*self.sums.top_depths}
+        parts = [
+            self._computed(tokens[some], depths) if place is None else self._recalled(tokens[some], depths, *place)
+            for some, place in self._known.runs(tokens)
+        ]
+        states = {depth: torch.cat([found[depth] for found, _ in parts]) for depth in depths}
+        ids, logprobs = (torch.cat([getattr(teacher, name) for _, teacher in parts]) for name in ("ids", "logprobs"))
+        return states, Teacher(ids, logprobs)
+
+    def _computed(self, tokens: Tensor, depths: set[int]) -> tuple[dict[int, Tensor], Teacher]:
+        model = self._pair.bottom
         states = states_at(model, tokens, [*depths, model.depth])
         return states, teacher_of(model, states[model.depth], self._pair.vocabulary)
+
+    def _recalled(
+        self, tokens: Tensor, depths: set[int], trace: Trace, rows: Tensor
+    ) -> tuple[dict[int, Tensor], Teacher]:
+        kept = {depth: trace.hidden(depth, rows) for depth in depths & {*trace.shape.depths}}
+        return kept | states_at(self._pair.bottom, tokens, depths - {*kept}), trace.teacher(rows)
 
     def checkpoint(self) -> None:
         """Leaves everything so far on disk, whole or not at all."""
@@ -114,13 +132,19 @@ class Collector:
 
 
 def collect(
-    pair: Pair, whole: Pass, folder: Path, sequences: Iterable[PackedSequence], progress: Callable[[int, int], None]
+    pair: Pair,
+    whole: Pass,
+    folder: Path,
+    sequences: Iterable[PackedSequence],
+    progress: Callable[[int, int], None],
+    known: Known | None = None,
 ) -> Collected:
     """Goes on with the pass in `folder` until `whole.sequences` sequences, or all that there are, are counted.
 
-    `progress(done, of)` is called after every batch. Raises InvalidRequest where the folder holds another pass.
+    `progress(done, of)` is called after every batch. What is `known` does not pass the bottom model again. Raises
+    InvalidRequest where the folder holds another pass.
     """
-    collector = Collector(pair, whole, folder)
+    collector = Collector(pair, whole, folder, known or Known())
     rest = islice(sequences, collector.done, whole.sequences)
     for number, batch in enumerate(_batches(rest), 1):
         collector.add(batch)
@@ -131,13 +155,31 @@ def collect(
     return Collected(collector.sums, collector.trace, collector.done, collector.fingerprint)
 
 
-def cuts_of(folder: Path) -> tuple[Cut, ...]:
-    """The cuts of the pass that was begun in `folder`; none where there is none."""
+@dataclass(frozen=True)
+class Begun:
+    """What a folder's last checkpoint says of its pass."""
+
+    cuts: tuple[Cut, ...]
+    sequence_tokens: int
+    settings: str
+    # Sequences that count.
+    done: int
+
+    def trace(self, folder: Path, hidden_size: int) -> Trace:
+        """What the pass has left in `folder`, of a bottom model of that width."""
+        depths = tuple(sorted({k for k, _ in self.cuts}))
+        return Trace(folder, TraceShape(self.done, self.sequence_tokens, hidden_size, depths))
+
+
+def begun_in(folder: Path) -> Begun | None:
+    """The pass that was begun in `folder`; None where there is none."""
     if not (folder / CHECKPOINT).exists():
-        return ()
+        return None
     with safe_open(folder / CHECKPOINT, "pt") as file:
-        begun = json.loads(file.metadata()["pass"])
-    return tuple((k, j) for k, j in begun["cuts"])
+        metadata = file.metadata()
+    fields = json.loads(metadata["pass"])
+    cuts = tuple((k, j) for k, j in fields["cuts"])
+    return Begun(cuts, fields["sequence_tokens"], fields["settings"], int(metadata["done"]))
 
 
 def _batches(sequences: Iterator[PackedSequence]) -> Iterator[list[PackedSequence]]:

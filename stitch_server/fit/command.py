@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stitch.errors import InvalidRequest
-from stitch_server.fit.arguments import add_cluster, add_data, data_settings, use_threads
+from stitch_server.fit.arguments import add_cluster, add_data, add_work, data_settings, use_threads
 from stitch_server.fit.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser, tokens=100_000)
     parser.add_argument("--route", metavar="R", required=True, help="the route whose stitch to make")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="a .safetensors file")
-    parser.add_argument("--work", metavar="DIR", type=Path, help="kept for resuming; default: FILE.work")
+    add_work(parser)
     parser.add_argument(
         "--aim", choices=["states", "answers"], default="states",
         help="of least squares: the top's states, or the bottom's answers through the top's head; default: states",
@@ -63,6 +63,7 @@ def run(parsed: argparse.Namespace) -> None:
         training=training_settings(parsed),
         dtype=parsed.dtype,
         work=parsed.work or parsed.out.with_name(parsed.out.name + ".work"),
+        reuse=tuple(parsed.reuse),
         start=parsed.start,
     )
     use_threads(parsed)

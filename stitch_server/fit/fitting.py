@@ -42,6 +42,8 @@ class FitSettings:
     work: Path
     # A stitch of this cut whose training goes on, in place of least squares.
     start: Path | None = None
+    # Work folders of earlier passes, whose sequences need not pass the bottom model again.
+    reuse: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
     loaded = load_pair(settings.cluster, getattr(torch, settings.dtype))
     check_cut(loaded, cut)
     cuts, will_do = needed(cut, loaded.bottom.layers, settings.training.aim)
-    passes = passes_for(loaded, cuts, settings.data, settings.dtype, settings.work, progress, will_do)
+    passes = passes_for(loaded, cuts, settings.data, settings.dtype, settings.work, progress, settings.reuse, will_do)
     closed = ClosedForm(passes.training.sums, passes.held_out.sums)
     start = start_of(loaded.pair, cut, passes, closed, settings.training.aim)
     given, began_as = None, "least squares"
@@ -136,13 +138,14 @@ def passes_for(
     dtype: str,
     work: Path,
     progress: Progress,
+    reuse: tuple[Path, ...] = (),
     will_do: Callable[[tuple[Cut, ...]], bool] | None = None,
 ) -> Passes:
     """Both passes over the data for these cuts, new or taken up again, if those of an earlier one `will_do`."""
     corpus = Corpus(data.files, loaded.encoder, data.sequence_tokens, seed=data.seed, shares=data.shares)
     models = (loaded.bottom.revision, loaded.top.revision)
     cuts = taken_up(cuts, work, will_do or (lambda found: set(cuts) <= set(found)))
-    return run_passes(loaded.pair, cuts, corpus, data, data.described(models, dtype), work, progress)
+    return run_passes(loaded.pair, cuts, corpus, data, data.described(models, dtype), work, progress, reuse)
 
 
 def _distilled(

@@ -56,6 +56,12 @@ class DataSettings:
         return json.dumps({"models": models, "dtype": dtype, "files": names, "seed": self.seed, **mixture})
 
 
+def same_models(one: str, other: str) -> bool:
+    """Whether two passes, as `DataSettings.described` says them, ran the same models in the same dtype."""
+    first, second = json.loads(one), json.loads(other)
+    return all(first[name] == second[name] for name in ("models", "dtype"))
+
+
 @dataclass(frozen=True)
 class PackedSequence:
     """Tokens of one file, packed without padding."""

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from stitch.errors import InvalidRequest
-from stitch_server.fit.arguments import add_cluster, add_data, data_settings, use_threads
+from stitch_server.fit.arguments import add_cluster, add_data, add_work, data_settings, use_threads
 from stitch_server.fit.progress import ProgressLine
 
 PURPOSE = "compare many cuts by least squares from one pass over the data"
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cuts", metavar="K:J,J,…", nargs="+", default=[], help="such as 20:12,14,15 24:17; default: a grid of both"
     )
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="a .json file; the plot lies beside it")
-    parser.add_argument("--work", metavar="DIR", type=Path, help="kept for resuming and for `fit`; default: FILE.work")
+    add_work(parser)
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -37,6 +37,7 @@ def run(parsed: argparse.Namespace) -> None:
         data=data_settings(parsed),
         dtype=parsed.dtype,
         work=parsed.work or parsed.out.with_name(parsed.out.name + ".work"),
+        reuse=tuple(parsed.reuse),
     )
     use_threads(parsed)
     with ProgressLine() as progress:

@@ -27,6 +27,8 @@ class SweepSettings:
     data: DataSettings
     dtype: str
     work: Path
+    # Work folders of earlier passes, whose sequences need not pass the bottom model again.
+    reuse: tuple[Path, ...] = ()
 
 
 def grid(loaded: LoadedPair, bottom_layers: list[int], around: int) -> tuple[Cut, ...]:
@@ -50,7 +52,7 @@ def sweep(settings: SweepSettings, progress: Progress) -> tuple[Ladder, dict[str
     cuts = settings.cuts or grid(loaded, _every_fourth(loaded.bottom.layers), 2)
     for cut in cuts:
         check_cut(loaded, cut)
-    passes = passes_for(loaded, cuts, settings.data, settings.dtype, settings.work, progress)
+    passes = passes_for(loaded, cuts, settings.data, settings.dtype, settings.work, progress, settings.reuse)
     closed = ClosedForm(passes.training.sums, passes.held_out.sums)
     names = [path.name for path in settings.data.files]
     rungs = []

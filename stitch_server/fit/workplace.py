@@ -6,14 +6,17 @@ WORK/training/   the same of the training sequences
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stitch_server.fit.collect import Collected, Pass, collect, cuts_of
+from stitch.errors import InvalidRequest
+from stitch_server.fit.collect import Collected, Pass, begun_in, collect
 from stitch_server.fit.frozen import Pair
-from stitch_server.fit.packing import Corpus, DataSettings
+from stitch_server.fit.known import Known
+from stitch_server.fit.packing import Corpus, DataSettings, same_models
 from stitch_server.fit.sums import Cut
+from stitch_server.fit.trace import Trace
 
 HELD_OUT, TRAINING = "held-out", "training"
 Progress = Callable[[str, int, int], None]
@@ -29,21 +32,44 @@ class Passes:
 
 def taken_up(cuts: tuple[Cut, ...], work: Path, will_do: Callable[[tuple[Cut, ...]], bool]) -> tuple[Cut, ...]:
     """The cuts to go over: those of the pass that an earlier sweep or fit left, where they `will_do`, else `cuts`."""
-    found = cuts_of(work / TRAINING)
-    return found if will_do(found) else cuts
+    begun = begun_in(work / TRAINING)
+    return begun.cuts if begun is not None and will_do(begun.cuts) else cuts
 
 
 def run_passes(
-    pair: Pair, cuts: tuple[Cut, ...], corpus: Corpus, data: DataSettings, settings: str, work: Path, progress: Progress
+    pair: Pair,
+    cuts: tuple[Cut, ...],
+    corpus: Corpus,
+    data: DataSettings,
+    settings: str,
+    work: Path,
+    progress: Progress,
+    reuse: Sequence[Path] = (),
 ) -> Passes:
     """Goes over the held-out and the training sequences, or takes up what `work` already has of it.
 
-    Raises InvalidRequest where the data are too few, or the folder holds something else.
+    Sequences that passes in the work folders `reuse` went over don't pass the bottom model again, but for depths that
+    were not traced. Raises InvalidRequest where the data are too few, or a folder holds something else.
     """
+    known = Known(found for folder in reuse for found in _finished(folder, pair, data, settings))
     held_sequences = corpus.held_out(data.held_out_tokens)
     held = Pass(HELD_OUT, len(held_sequences), data.sequence_tokens, cuts, settings)
     training = Pass(TRAINING, -(-data.tokens // data.sequence_tokens), data.sequence_tokens, cuts, settings)
     return Passes(
-        held_out=collect(pair, held, work / HELD_OUT, held_sequences, lambda *done: progress("held-out", *done)),
-        training=collect(pair, training, work / TRAINING, corpus.training(), lambda *done: progress("data", *done)),
+        held_out=collect(pair, held, work / HELD_OUT, held_sequences, lambda *n: progress("held-out", *n), known),
+        training=collect(pair, training, work / TRAINING, corpus.training(), lambda *n: progress("data", *n), known),
     )
+
+
+def _finished(work: Path, pair: Pair, data: DataSettings, settings: str) -> Iterator[tuple[Trace, int]]:
+    """The traces of a work folder, each with its sequences that count."""
+    for name in (HELD_OUT, TRAINING):
+        begun = begun_in(work / name)
+        if begun is None:
+            raise InvalidRequest("reuse", work, f"there is no pass in its {name}")
+        if not same_models(begun.settings, settings):
+            raise InvalidRequest("reuse", work, "its pass is of other models, or of another dtype")
+        if begun.sequence_tokens != data.sequence_tokens:
+            limit = f"its sequences have {begun.sequence_tokens} tokens, not {data.sequence_tokens}"
+            raise InvalidRequest("reuse", work, limit)
+        yield begun.trace(work / name, pair.bottom.hidden_size), begun.done

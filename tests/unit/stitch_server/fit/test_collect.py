@@ -6,14 +6,16 @@ import gc
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
 from stitch.errors import InvalidRequest
 from stitch_server.fit import collect as collecting
-from stitch_server.fit.collect import Collected, Pass, collect, cuts_of
-from stitch_server.fit.frozen import Pair, states_at
+from stitch_server.fit.collect import Collected, Pass, begun_in, collect
+from stitch_server.fit.frozen import FrozenModel, Pair, states_at
+from stitch_server.fit.known import Known
 from stitch_server.fit.packing import PackedSequence
 from stitch_server.fit.sums import Cut
 from tests.support.tiny_fit import SEQUENCE_TOKENS, drawn_sequences, tiny_pair
@@ -131,10 +133,52 @@ def test_the_fingerprint_is_of_tokens_and_settings(pair: Pair, tmp_path: Path) -
     assert len({run.fingerprint for run in runs}) == 3
 
 
-def test_a_folder_tells_its_cuts(pair: Pair, tmp_path: Path) -> None:
-    assert cuts_of(tmp_path / "work") == ()
+def test_a_folder_tells_what_was_begun_in_it(pair: Pair, tmp_path: Path) -> None:
+    assert begun_in(tmp_path / "work") is None
     collected(pair, tmp_path / "work", 2)
-    assert cuts_of(tmp_path / "work") == CUTS
+    begun = begun_in(tmp_path / "work")
+    assert begun is not None
+    assert (begun.cuts, begun.sequence_tokens, begun.settings, begun.done) == (CUTS, SEQUENCE_TOKENS, "x", 2)
+
+
+class Reaching:
+    """A model that notes how deep each sequence went."""
+
+    def __init__(self, model: FrozenModel) -> None:
+        self._model = model
+        self.depths: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def run(self, hidden: torch.Tensor, first: int, end: int, adapters: None = None) -> torch.Tensor:
+        self.depths += [end] * len(hidden)
+        return self._model.run(hidden, first, end, adapters)
+
+
+def test_what_is_known_does_not_pass_the_bottom_model_again(pair: Pair, tmp_path: Path) -> None:
+    collected(pair, tmp_path / "earlier", 5, cuts=((2, 1),))
+    begun = begun_in(tmp_path / "earlier")
+    assert begun is not None
+    known = Known([(begun.trace(tmp_path / "earlier", pair.bottom.hidden_size), begun.done)])
+    bottom = Reaching(pair.bottom)
+    watched = Pair(cast(FrozenModel, bottom), pair.top, pair.vocabulary)
+    whole = Pass("training", 8, SEQUENCE_TOKENS, ((1, 1), (2, 1)), "x")
+    # Five that are known, behind and between three that are not.
+    order = [drawn_sequences(8)[number] for number in (5, 0, 1, 6, 7, 2, 3, 4)]
+    given = collect(watched, whole, tmp_path / "given", order, lambda done, of: None, known)
+    # For the depth that was not traced a known one goes through one layer, a new one through all three.
+    assert sorted(bottom.depths) == [1] * 8 + [2] * 3 + [3] * 3
+    computed = collect(pair, whole, tmp_path / "computed", order, lambda done, of: None)
+    rows = torch.arange(len(order))
+    assert torch.equal(given.trace.tokens(rows), computed.trace.tokens(rows))
+    for depth in (1, 2):
+        one, other = (run.trace.hidden(depth, rows).float() for run in (given, computed))
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=1e-3)
+    one, other = (run.trace.teacher(rows).logprobs for run in (given, computed))
+    torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)
+    for name, value in computed.sums.state().items():
+        torch.testing.assert_close(given.sums.state()[name], value, rtol=1e-2, atol=1e-2 * float(value.abs().max()))
 
 
 def living_tensor_bytes() -> int:

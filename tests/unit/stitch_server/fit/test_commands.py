@@ -147,6 +147,32 @@ def test_a_fit_takes_up_what_a_sweep_left(bench: Workbench) -> None:
     assert shared.read_bytes() == own.read_bytes()
 
 
+def test_a_fit_reuses_what_another_went_over(bench: Workbench) -> None:
+    plain = bench.fit("plain.safetensors")
+    # Over more tokens, in another order.
+    more = ("--tokens", 960, "--shares", 2, 1, "--reuse", bench.folder / "plain.safetensors.work")
+    reusing = bench.fit("reusing.safetensors", *more)
+    computed = bench.fit("computed.safetensors", *more[:5])
+    losses = [json.loads(out.with_suffix(".json").read_text())["losses"] for out in (computed, reusing, plain)]
+    assert losses[1]["stitched"]["all"]["mean"] == pytest.approx(losses[0]["stitched"]["all"]["mean"], rel=1e-3)
+    assert losses[1]["bottom"] == losses[2]["bottom"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "limit"),
+    [
+        (("--sequence-tokens", 16), "its sequences have 32 tokens, not 16"),
+        (("--dtype", "bfloat16"), "its pass is of other models, or of another dtype"),
+        (("--reuse", "nowhere"), "there is no pass in its held-out"),
+    ],
+)
+def test_what_cannot_be_reused_is_refused(bench: Workbench, flags: tuple[object, ...], limit: str) -> None:
+    bench.fit("plain.safetensors", "--epochs", 0)
+    with pytest.raises(InvalidRequest, match=limit) as caught:
+        bench.fit("other.safetensors", "--reuse", bench.folder / "plain.safetensors.work", *flags)
+    assert caught.value.field == "reuse"
+
+
 def test_a_sweep_ranks_its_cuts(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     out = bench.folder / "sweep.json"
     called(sweep_command, bench.cluster, "--data", *bench.data, "--tokens", 640, "--sequence-tokens", 32, "--out", out,
