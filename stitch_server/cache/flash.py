@@ -124,6 +124,8 @@ class Places:
 class FlashAttention:
     """Writes a batch's new keys and values into their blocks and attends to them there."""
 
+    past = None
+
     def __init__(self, store: KVStore, kernel: Kernel, lengths: Sequenced[int], places: Places) -> None:
         """`lengths`: of the batch's segments."""
         self._store, self._kernel = store, kernel

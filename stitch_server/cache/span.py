@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from stitch_server.loops import Past
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,11 @@ def within(slots: Tensor, window: int | None) -> Tensor:
 
 class BatchAttend(Protocol):
     """Keeps one batch's keys and values, and attends."""
+
+    @property
+    def past(self) -> Past | None:
+        """Where a batch of nothing but single tokens lies, for loops that keep and attend themselves."""
+        ...
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None

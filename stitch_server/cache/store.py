@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # How much longer than the shortest past of a crowd its longest may be: a share, and some tokens.
 MOST_FILLING = 1.25
 FILLING_TOKENS = 64
+# What compiled loops read on a processor.
+LOOP_DTYPES = (torch.float32, torch.bfloat16)
 # Tokens that one call gathers at most, unless a single sequence has more.
 CROWD_TOKENS = 8192
 
@@ -49,10 +51,9 @@ class KVStore:
         shape = (end - first, blocks * block_tokens, 2 * kv_heads, head_dim)
         self.pairs = torch.empty(shape, dtype=dtype, device=device)
         self.keys, self.values = self.pairs[:, :, :kv_heads], self.pairs[:, :, kv_heads:]
-        self._has_loops = (device.type, dtype) == ("cpu", torch.float32)
+        self._has_loops = device.type == "cpu" and dtype in LOOP_DTYPES
         if self._has_loops:
-            # Compiled before the first token wants it.
-            _loops()
+            _decoding().compile_for(self.pairs)
 
     @property
     def loops(self) -> bool:
@@ -65,7 +66,7 @@ class KVStore:
             return FlashAttention.of(self, self.kernel, spans)
         if self.loops and all(span.length == 1 for span in spans):
             slots = [slots_of(span, self.block_tokens, self.pairs.device) for span in spans]
-            alone: BatchAttend = _loops().SinglesAttention(self.pairs, self.first, slots)
+            alone: BatchAttend = _decoding().SinglesAttention(self.pairs, self.first, slots)
             return alone
         return PagedAttention(self, spans)
 
@@ -118,6 +119,8 @@ class PagedAttention:
     behind pasts of similar length. On one thread of a processor a compiled loop takes those that decode.
     """
 
+    past = None
+
     def __init__(self, store: KVStore, spans: Sequenced[Span]) -> None:
         self._store = store
         self._spans = spans
@@ -163,13 +166,11 @@ class PagedAttention:
 
     def _decoding(self, window: int | None) -> list[Singles] | list[_Crowd]:
         rows = self._rows()
-        seen = {
-            rows[index]: within(self._slots[index], window)
-            for index, span in enumerate(self._spans)
-            if span.length == 1
-        }
-        if seen and self._store.loops:
-            return [_loops().Singles.of(_where(list(seen), self._store.pairs), list(seen.values()))]
+        singles = {rows[at]: self._slots[at] for at, span in enumerate(self._spans) if span.length == 1}
+        if singles and self._store.loops:
+            where = _where(list(singles), self._store.pairs)
+            return [_decoding().Singles.of(where, list(singles.values()), window)]
+        seen = {row: within(slots, window) for row, slots in singles.items()}
         lengths = {row: len(slots) for row, slots in seen.items()}
         return [_crowd({row: seen[row] for row in members}, self._store.pairs) for members in _alike(lengths)]
 
@@ -202,7 +203,7 @@ def _joins(length: int, shortest: int, members: int) -> bool:
     return similar and length * (members + 1) <= CROWD_TOKENS
 
 
-def _loops() -> ModuleType:
+def _decoding() -> ModuleType:
     # Only who needs it pays for loading the compiler.
     from stitch_server.cache import decoding
 

@@ -127,7 +127,7 @@ class Runner:
                 moved = self.graphs.run(spans[: len(present)], here, angles, first, end, adapted)
             if moved is None:
                 attend = attention() if whole else attention().first(len(present))
-                moved = self.decoder.run(here, angles, attend, first, end, adapted)
+                moved = self.decoder.run(here, angles, attend, first, end, adapted, attend.past)
             hidden = moved if whole else torch.cat([moved, hidden[rows:]])
         return hidden
 

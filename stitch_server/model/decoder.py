@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +19,10 @@ from stitch_server.model.attend import Attend, Layer, Rotary
 from stitch_server.model.description import head_dim, kv_heads, read_config
 from stitch_server.model.product import PLAINLY, Keeping
 from stitch_server.model.weights import Weights
+
+if TYPE_CHECKING:
+    from stitch_server.loops import Past
+    from stitch_server.model.stack import LayerStack
 
 __all__ = ["Attend", "DecoderLayers", "Rotary"]
 
@@ -32,6 +38,8 @@ class DecoderLayers:
     head_dim: int
     _layers: Sequence[Layer]
     _rotary: Callable[[Tensor], Rotary]
+    # The same layers for single tokens; None where their matrices are not kept for these, too.
+    _stack: LayerStack | None = None
 
     @classmethod
     def load(
@@ -51,8 +59,8 @@ class DecoderLayers:
         if not 0 <= first < end <= config.num_hidden_layers:
             raise Incompatible(f"layers {first} to {end} are no range of {folder}: it has {config.num_hidden_layers}")
         with Weights(folder, device, dtype, keeping) as weights:
-            layers, rotary = _of_family(config, first, end, weights)
-        return cls(first, end, config.hidden_size, kv_heads(config), head_dim(config), layers, rotary)
+            layers, rotary, stack = _of_family(config, first, end, weights)
+        return cls(first, end, config.hidden_size, kv_heads(config), head_dim(config), layers, rotary, stack)
 
     @property
     def is_lean(self) -> bool:
@@ -71,29 +79,41 @@ class DecoderLayers:
         first: int,
         end: int,
         adapted: Sequence[tuple[slice, Adapters]] = (),
+        past: Past | None = None,
     ) -> Tensor:
         """Takes hidden states `[tokens, hidden_size]` through layers `first` to `end` of its own range.
 
-        Rows that are `adapted` pass their adapters beside every layer.
+        Rows that are `adapted` pass their adapters beside every layer. Where all rows are single tokens, `past` may say
+        where they lie, for loops that attend themselves.
         """
+        stack, through = self._stack, partial(self._one_by_one, rotary, attend)
+        if stack is not None and past is not None and stack.suits(hidden):
+            through = partial(stack.run, rotary[0], past)
+        if not adapted:
+            return through(hidden, first, end)
         for index in range(first, end):
-            after = self._layers[index - self.first](hidden, rotary, attend)
+            after = through(hidden, index, index + 1)
             for rows, adapters in adapted:
                 after[rows] += adapters(index, hidden[rows])
             hidden = after
         return hidden
 
+    def _one_by_one(self, rotary: Rotary, attend: Attend, hidden: Tensor, first: int, end: int) -> Tensor:
+        for index in range(first, end):
+            hidden = self._layers[index - self.first](hidden, rotary, attend)
+        return hidden
+
 
 def _of_family(
     config: PretrainedConfig, first: int, end: int, weights: Weights
-) -> tuple[Sequence[Layer], Callable[[Tensor], Rotary]]:
+) -> tuple[Sequence[Layer], Callable[[Tensor], Rotary], LayerStack | None]:
     """Lean layers where there are some, else those of `transformers`."""
     if lean.supports(config):
-        layers = [lean.load_layer(config, index, weights) for index in range(first, end)]
-        return layers, lean.RotaryAngles(config, weights.device)
+        layers, stack = lean.load_layers(config, first, end, weights)
+        return layers, lean.RotaryAngles(config, weights.device), stack
     quantization = weights.keeping.quantization
     if quantization != "none":
         families = ", ".join(lean.FAMILIES)
         raise Incompatible(f"layers of {config.model_type} can't be quantized to {quantization}, only: {families}")
     angles = borrowed.BorrowedAngles(config, weights.device, weights.dtype)
-    return borrowed.load_layers(config, first, end, weights), angles
+    return borrowed.load_layers(config, first, end, weights), angles, None

@@ -7,7 +7,9 @@ rotation is one complex multiplication in place; attention doesn't notice, since
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -18,11 +20,14 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from stitch_server.model.attend import Attend, Rotary
 from stitch_server.model.description import head_dim, kv_heads
-from stitch_server.model.product import Product, TwiceKeptProduct, product
+from stitch_server.model.product import Product, product
 from stitch_server.model.weights import Weights
 
 if TYPE_CHECKING:
-    from stitch_server.model.few_rows import LayerLoops
+    from stitch_server.model.stack import LayerStack
+
+# Is given every matrix of a layer under its name in `loops.Layers`, `[outputs, inputs]` with its bias.
+Take = Callable[[str, Tensor, Tensor | None], None]
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 # Scalings whose angles depend on the position alone, never on the length of the sequence.
@@ -84,33 +89,22 @@ class LeanLayer:
     feed_forward_norm: RmsNorm
     gate_up: Product
     down: Product
-    # The same for few tokens; None where the matrices are not kept for them.
-    loops: LayerLoops | None = None
 
     def __call__(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """`[tokens, hidden_size]` in and out; leaves what it is given unchanged."""
-        if self.loops is not None and self.loops.suits(hidden):
-            query_key, value = self._split(self.loops.before(hidden, rotary[0]))
-            return self.loops.behind(self._attended(query_key, value, attend), hidden)
         hidden = self._attention(self.attention_norm(hidden), rotary, attend).add_(hidden)
         gate, up = self.gate_up(self.feed_forward_norm(hidden)).chunk(2, dim=1)
         return self.down(F.silu(gate).mul_(up)).add_(hidden)
 
     def _attention(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        query_key, value = self._split(self.query_key_value(hidden))
+        mixed = self.query_key_value(hidden).view(len(hidden), -1, self.head_dim)
+        rotated = self.heads + self.kv_heads
+        query_key, value = mixed[:, :rotated], mixed[:, rotated:]
         if self.query_key_norm is not None:
             query_key = F.rms_norm(query_key, (self.head_dim,), None, self.query_key_epsilon).mul_(self.query_key_norm)
-        return self.attention_output(self._attended(_rotate(query_key, rotary[0]), value, attend))
-
-    def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor]:
-        """`[tokens, all heads * head_dim]` to the heads of queries with those of keys, and those of values."""
-        heads = mixed.view(mixed.shape[0], -1, self.head_dim)
-        rotated = self.heads + self.kv_heads
-        return heads[:, :rotated], heads[:, rotated:]
-
-    def _attended(self, query_key: Tensor, value: Tensor, attend: Attend) -> Tensor:
+        query_key = _rotate(query_key, rotary[0])
         query, key = query_key[:, : self.heads], query_key[:, self.heads :]
-        return attend(self.index, query, key, value, self.head_dim**-0.5, self.window)
+        return self.attention_output(attend(self.index, query, key, value, self.head_dim**-0.5, self.window))
 
 
 def _rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
@@ -120,69 +114,63 @@ def _rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
     return exact.to(vectors.dtype)
 
 
-def load_layer(config: PretrainedConfig, index: int, weights: Weights) -> LeanLayer:
-    """Reads one layer. Raises Incompatible, which names the tensor, where the folder lacks one."""
+def load_layers(
+    config: PretrainedConfig, first: int, end: int, weights: Weights
+) -> tuple[list[LeanLayer], LayerStack | None]:
+    """Reads layers `first` to `end`, and stacks them for single tokens where matrices are kept for these, too.
+
+    Raises Incompatible, which names the tensor, where the folder lacks one.
+    """
+    if not weights.keeping.copies_rows(weights.device, weights.dtype):
+        return [_load_layer(config, index, weights) for index in range(first, end)], None
+    # Only who needs it pays for loading the compiler.
+    from stitch_server.model.stack import Stacking
+
+    stacking = Stacking(end - first, weights.keeping)
+    layers = [_load_layer(config, index, weights, partial(stacking.take, index - first)) for index in range(first, end)]
+    return layers, stacking.stack(layers, weights.dtype)
+
+
+def _load_layer(config: PretrainedConfig, index: int, weights: Weights, take: Take | None = None) -> LeanLayer:
     heads, keys, width = config.num_attention_heads, kv_heads(config), head_dim(config)
     at = f"model.layers.{index}"
-    layer = LeanLayer(
+
+    def product_of(name: str, weight: Tensor, bias: Tensor | None) -> Product:
+        if take is not None:
+            take(name, weight, bias)
+        return product(weight, bias, replace(weights.keeping, row_copies=False))
+
+    return LeanLayer(
         index=index,
         heads=heads,
         kv_heads=keys,
         head_dim=width,
         window=_window(config, index),
         attention_norm=load_norm(config, f"{at}.input_layernorm", weights),
-        query_key_value=_query_key_value(weights, f"{at}.self_attn", heads, keys),
+        query_key_value=product_of("query_key_value", *_query_key_value(weights, f"{at}.self_attn", heads, keys)),
         query_key_norm=_query_key_norm(weights, f"{at}.self_attn", heads, keys),
         query_key_epsilon=config.rms_norm_eps,
-        attention_output=_product(weights, f"{at}.self_attn.o_proj"),
+        attention_output=product_of("attention_output", *_joined(weights, f"{at}.self_attn.o_proj")),
         feed_forward_norm=load_norm(config, f"{at}.post_attention_layernorm", weights),
-        gate_up=_product(weights, f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"),
-        down=_product(weights, f"{at}.mlp.down_proj"),
-    )
-    return replace(layer, loops=_loops(layer))
-
-
-def _loops(layer: LeanLayer) -> LayerLoops | None:
-    products = [layer.query_key_value, layer.attention_output, layer.gate_up, layer.down]
-    few = [one.few for one in products if isinstance(one, TwiceKeptProduct)]
-    if len(few) < len(products):
-        return None
-    # Only who needs it pays for loading the compiler.
-    from stitch_server.model.few_rows import LayerLoops
-
-    none = torch.empty(0, layer.head_dim)
-    norms = layer.attention_norm.weight, layer.feed_forward_norm.weight, layer.query_key_norm
-    before, behind, heads = ((none if norm is None else norm).float().numpy() for norm in norms)
-    query_key_value, attention_output, gate_up, down = few
-    return LayerLoops(
-        query_key_value=query_key_value,
-        attention_output=attention_output,
-        gate_up=gate_up,
-        down=down,
-        attention_norm=before,
-        feed_forward_norm=behind,
-        rotated=layer.heads + layer.kv_heads,
-        query_key_norm=heads,
-        epsilon=layer.query_key_epsilon,
+        gate_up=product_of("gate_up", *_joined(weights, f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj")),
+        down=product_of("down", *_joined(weights, f"{at}.mlp.down_proj")),
     )
 
 
-def _product(weights: Weights, *names: str) -> Product:
-    """One product in place of several with the same input."""
+def _joined(weights: Weights, *names: str) -> tuple[Tensor, Tensor | None]:
+    """One matrix and bias in place of several with the same input."""
     weight = torch.cat([weights.read(f"{name}.weight") for name in names])
     has_bias = f"{names[0]}.bias" in weights
-    bias = torch.cat([weights.read(f"{name}.bias") for name in names]) if has_bias else None
-    return product(weight, bias, weights.keeping)
+    return weight, torch.cat([weights.read(f"{name}.bias") for name in names]) if has_bias else None
 
 
-def _query_key_value(weights: Weights, at: str, heads: int, keys: int) -> Product:
+def _query_key_value(weights: Weights, at: str, heads: int, keys: int) -> tuple[Tensor, Tensor | None]:
     def joined(kind: str) -> Tensor:
         query = _pairs_as_neighbours(weights.read(f"{at}.q_proj.{kind}"), heads)
         key = _pairs_as_neighbours(weights.read(f"{at}.k_proj.{kind}"), keys)
         return torch.cat([query, key, weights.read(f"{at}.v_proj.{kind}")])
 
-    bias = joined("bias") if f"{at}.q_proj.bias" in weights else None
-    return product(joined("weight"), bias, weights.keeping)
+    return joined("weight"), joined("bias") if f"{at}.q_proj.bias" in weights else None
 
 
 def _query_key_norm(weights: Weights, at: str, heads: int, keys: int) -> Tensor | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import mmap
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,13 +25,18 @@ class LargePages:
     def __init__(self) -> None:
         self._free = torch.empty(0, dtype=torch.uint8)
 
-    def copied(self, tensor: Tensor) -> Tensor:
-        """A contiguous copy of a tensor on the processor."""
-        size = -(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor on the processor, not filled."""
+        used = math.prod(shape) * dtype.itemsize
+        size = -(-used // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         if size > len(self._free):
             self._free = _block(max(size, BLOCK_BYTES))
-        room, self._free = self._free[: tensor.nbytes], self._free[size:]
-        return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        room, self._free = self._free[:used], self._free[size:]
+        return room.view(dtype).view(shape)
+
+    def copied(self, tensor: Tensor) -> Tensor:
+        """A contiguous copy of a tensor, on the processor."""
+        return self.room(tensor.shape, tensor.dtype).copy_(tensor)
 
 
 def _block(size: int) -> Tensor:

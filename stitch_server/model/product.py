@@ -5,7 +5,8 @@ speed of the memory, and one of many rows is faster as well: on one AMD core wit
 3,072 x 576 takes as long as MKL's row-major kernels behind `F.linear` divided by 2 to 3, at any number of rows.
 
 With a row copy, the matrix is kept a second time, one row behind the other, for products of a few rows on one
-thread (`few_rows.py`): half to two thirds of the time of such a product.
+thread (`few_rows.py`): half to two thirds of the time of such a product. Lean layers have theirs in a stack
+(`stack.py`).
 
 Quantized to int8, the matrix keeps one scale for each output, and the rows get one each when they come. The product
 is then one of small integers, for which processors have instructions of their own: on that core, 30 such matrices
@@ -73,14 +74,22 @@ def product(weight: Tensor, bias: Tensor | None = None, keeping: Keeping = PLAIN
     Keeps its own copy of the weight where that is faster. Gradients go through to x, not to the weight; a quantized
     product has none.
     """
-    copies_rows = keeping.copies_rows(weight.device, weight.dtype)
-    if keeping.quantization == "int8":
-        once = _int8_product(weight, bias)
-        return _twice(once, *quantized(weight), bias) if copies_rows else once
+    once = _once(weight, bias, keeping.quantization)
+    if not keeping.copies_rows(weight.device, weight.dtype):
+        return once
+    # Only who needs it pays for loading the compiler.
+    from stitch_server.model.few_rows import RowProduct
+
+    rows, scales = kept_rows(weight, keeping)
+    return TwiceKeptProduct(once, RowProduct.of(_LARGE_PAGES.copied(rows), scales, bias))
+
+
+def _once(weight: Tensor, bias: Tensor | None, quantization: Quantization) -> Product:
+    if quantization == "int8":
+        return _int8_product(weight, bias)
     if not _has_onednn(weight.device) or weight.dtype not in PACKED_DTYPES:
         return PlainProduct(weight, bias)
-    packed = PackedProduct(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_ROWS), bias)
-    return _twice(packed, weight, None, bias) if copies_rows else packed
+    return PackedProduct(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_ROWS), bias)
 
 
 def _has_onednn(device: torch.device) -> bool:
@@ -93,11 +102,9 @@ def _int8_product(weight: Tensor, bias: Tensor | None) -> Product:
     return (PackedInt8Product if exact else PlainInt8Product).quantized(weight, bias)
 
 
-def _twice(many: Product, rows: Tensor, scales: Tensor | None, bias: Tensor | None) -> Product:
-    # Only who needs it pays for loading the compiler.
-    from stitch_server.model.few_rows import RowProduct
-
-    return TwiceKeptProduct(many, RowProduct.of(_LARGE_PAGES.copied(rows), scales, bias))
+def kept_rows(weight: Tensor, keeping: Keeping) -> tuple[Tensor, Tensor | None]:
+    """What a row copy has of a weight, and a scale for each output where it has one."""
+    return quantized(weight) if keeping.quantization == "int8" else (weight, None)
 
 
 @dataclass(frozen=True, slots=True)

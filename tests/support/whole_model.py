@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from stitch_server.cache.span import Span
+from stitch_server.cache.store import KVStore
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.embedding import Embedding
 from stitch_server.model.head import Head
@@ -28,16 +30,24 @@ def our_logits(
     dtype: torch.dtype = torch.float32,
     keeping: Keeping = PLAINLY,
 ) -> Tensor:
-    """Logits `[tokens, vocabulary]` of PROMPT: `cuts` bound the shards' layers, `chunks` the passes' positions."""
+    """Logits `[tokens, vocabulary]` of PROMPT: `cuts` bound the shards' layers, `chunks` the passes' positions.
+
+    Layers that loops may take attend over a cache, which loops read themselves; others over the formula.
+    """
     shards = [DecoderLayers.load(folder, first, end, CPU, dtype, keeping) for first, end in pairwise(cuts)]
     embedding, head = Embedding.load(folder, CPU, dtype), Head.load(folder, CPU, dtype)
-    attend = PlainAttend()
+    plain = PlainAttend()
+    stores = [KVStore(each.first, each.end, 4, each.kv_heads, each.head_dim, CPU, dtype) for each in shards]
     logits = []
     for begin, stop in pairwise(chunks):
         hidden = embedding(torch.tensor(PROMPT[begin:stop]))
-        for shard in shards:
+        for shard, store in zip(shards, stores, strict=True):
             rotary = shard.rotary(torch.arange(begin, stop))
-            hidden = shard.run(hidden, rotary, attend, shard.first, shard.end)
+            if keeping.row_copies:
+                attend = store.attention([Span(begin, stop - begin, range(4))])
+                hidden = shard.run(hidden, rotary, attend, shard.first, shard.end, past=attend.past)
+            else:
+                hidden = shard.run(hidden, rotary, plain, shard.first, shard.end)
         logits.append(head(hidden))
     return torch.cat(logits)
 

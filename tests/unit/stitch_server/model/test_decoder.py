@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from stitch.errors import Incompatible
+from stitch_server.cache.span import Span
+from stitch_server.cache.store import KVStore
 from stitch_server.model import borrowed, lean
+from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import read_config
-from stitch_server.model.product import Keeping
+from stitch_server.model.product import Keeping, PlainProduct, quantized
 from stitch_server.model.weights import Weights
 from tests.support.plain_attend import PlainAttend
 from tests.support.tiny_model import LEAN_FAMILIES, write_tiny_model
@@ -68,13 +71,6 @@ def test_every_variant(tmp_path: Path, family: str, config: dict[str, Any]) -> N
     torch.testing.assert_close(our_logits(folder, (0, 4), (0, 30, 31, 40)), their_logits(folder), rtol=1e-4, atol=1e-4)
 
 
-def each_alone(
-    layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
-) -> torch.Tensor:
-    """Attention of tokens that see themselves alone: each gives its value."""
-    return value.repeat_interleave(query.shape[1] // value.shape[1], 1).flatten(1)
-
-
 @pytest.fixture
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -87,8 +83,8 @@ def _one_thread() -> Iterator[None]:
 class TestLoops:
     """Few tokens of layers whose matrices are kept for them."""
 
-    # Chunks of one to four tokens, in between some for the other path.
-    CHUNKS = (0, 1, 3, 4, 30, 34, 35, 40)
+    # Single tokens, and in between chunks for the other path.
+    CHUNKS = (0, 1, 2, 4, 5, 30, 31, 34, *range(35, 41))
 
     @pytest.mark.parametrize(
         ("family", "config"), [*((family, {}) for family in LEAN_FAMILIES), *LEAN_VARIANTS], ids=str
@@ -98,14 +94,16 @@ class TestLoops:
         ours = our_logits(folder, (0, 1, 4), self.CHUNKS, keeping=Keeping(row_copies=True))
         torch.testing.assert_close(ours, their_logits(folder), rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("keeping", [Keeping(row_copies=True), Keeping("int8", row_copies=True)])
-    def test_compute_what_the_products_do_one_by_one(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeping: Keeping
-    ) -> None:
-        folder = write_tiny_model(tmp_path, "qwen3")
+    def test_multiply_bytes_by_whole_rows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder, keeping = write_tiny_model(tmp_path, "qwen3"), Keeping("int8", row_copies=True)
         looped = our_logits(folder, (0, 4), range(41), keeping=keeping)
-        monkeypatch.setattr(lean, "_loops", lambda layer: None)
-        torch.testing.assert_close(looped, our_logits(folder, (0, 4), range(41), keeping=keeping))
+
+        def widened(weight: torch.Tensor, bias: torch.Tensor | None, keeping: Keeping) -> PlainProduct:
+            rows, scales = quantized(weight)
+            return PlainProduct(rows * scales[:, None], bias)
+
+        monkeypatch.setattr(lean, "product", widened)
+        torch.testing.assert_close(looped, our_logits(folder, (0, 4), WHOLE), rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("family", LEAN_FAMILIES)
     def test_bfloat16_is_near(self, tmp_path: Path, family: str) -> None:
@@ -119,27 +117,56 @@ class TestLoops:
         config = read_config(folder := write_tiny_model(tmp_path, "llama", layers=1))
         for row_copies in (False, True):
             with Weights(folder, CPU, torch.float32, Keeping(row_copies=row_copies)) as weights:
-                assert (lean.load_layer(config, 0, weights).loops is not None) is row_copies
+                assert (lean.load_layers(config, 0, 1, weights)[1] is not None) is row_copies
+
+    def test_leave_tokens_apart(self, tmp_path: Path) -> None:
+        """Of several routes a pass has several sequences, each behind a past of its own."""
+        bench = Bench(tmp_path)
+        together = bench.run([(0, 30), (1, 5), (2, 17)])
+        for number, position in ((0, 30), (1, 5), (2, 17)):
+            torch.testing.assert_close(together[number], bench.run([(number, position)])[0])
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     def test_what_is_not_finite_stays_so_and_by_itself(self, tmp_path: Path, value: float) -> None:
-        folder = write_tiny_model(tmp_path, "qwen2")
-        layers = DecoderLayers.load(folder, 0, 4, CPU, torch.float32, Keeping(row_copies=True))
-        hidden = torch.randn(2, 32)
-        hidden[1, 5] = value
-        with torch.inference_mode():
-            after = layers.run(hidden, layers.rotary(torch.tensor([7, 7])), each_alone, 0, 4)
+        bench = Bench(tmp_path)
+        bench.hidden[1, 5] = value
+        after = bench.run([(0, 30), (1, 5)])
         assert bool(after[0].isfinite().all())
         assert not bool(after[1].isfinite().any())
 
+    def test_pass_adapters_beside_every_layer(self, tmp_path: Path) -> None:
+        bench = Bench(tmp_path)
+        adapters = cast(Adapters, lambda index, hidden: (index + 1) * hidden.tanh())
+        looped = bench.run([(0, 30), (1, 5)], adapted=[(slice(1, 2), adapters)])
+        torch.set_num_threads(2)
+        torch.testing.assert_close(looped, bench.run([(0, 30), (1, 5)], adapted=[(slice(1, 2), adapters)]))
+
     def test_states_that_were_given_stay_as_they_were(self, tmp_path: Path) -> None:
-        folder = write_tiny_model(tmp_path, "llama")
-        layers = DecoderLayers.load(folder, 0, 4, CPU, torch.float32, Keeping(row_copies=True))
-        given = torch.randn(2, 32)
-        before = given.clone()
-        with torch.inference_mode():
-            layers.run(given, layers.rotary(torch.arange(2)), PlainAttend(), 0, 4)
-        assert torch.equal(given, before)
+        bench = Bench(tmp_path)
+        before = bench.hidden.clone()
+        bench.run([(0, 30), (1, 5)])
+        assert torch.equal(bench.hidden, before)
+
+
+class Bench:
+    """Four layers with loops, and three sequences in a cache that has more layers than are run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.layers = DecoderLayers.load(
+            write_tiny_model(folder, "qwen2"), 0, 4, CPU, torch.float32, Keeping(row_copies=True)
+        )
+        self.store = KVStore(0, 4, 9, self.layers.kv_heads, self.layers.head_dim, CPU, torch.float32)
+        draw = torch.Generator().manual_seed(0)
+        self.store.pairs.normal_(generator=draw)
+        self.hidden = torch.randn(3, 32, generator=draw)
+
+    @torch.inference_mode()
+    def run(self, singles: list[tuple[int, int]], adapted: Sequence[tuple[slice, Adapters]] = ()) -> torch.Tensor:
+        """States behind layers 1 and 2 of each sequence's token at a position."""
+        attend = self.store.attention([Span(at, 1, range(3 * number, 3 * number + 3)) for number, at in singles])
+        rotary = self.layers.rotary(torch.tensor([at for _, at in singles]))
+        rows = self.hidden[[number for number, _ in singles]]
+        return self.layers.run(rows, rotary, attend, 1, 3, adapted, attend.past)
 
 
 @pytest.mark.parametrize("family", LEAN_FAMILIES)
