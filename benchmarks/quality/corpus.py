@@ -28,21 +28,21 @@ _SILENT = {"script", "style", "nav", "head", "button", "svg", "noscript"}
 
 
 class Page(HTMLParser):
-    """Collects the readable text of a page's `main` element."""
+    """Collects the readable text of one kind of element of a page."""
 
-    def __init__(self) -> None:
+    def __init__(self, within: str) -> None:
         super().__init__()
-        self._inside, self._silent = 0, 0
+        self._within, self._inside, self._silent = within, 0, 0
         self._parts: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._inside += tag == "main"
+        self._inside += tag == self._within
         self._silent += tag in _SILENT
         if tag in _BLOCKS:
             self._parts.append("\n")
 
     def handle_endtag(self, tag: str) -> None:
-        self._inside -= tag == "main"
+        self._inside -= tag == self._within
         self._silent -= tag in _SILENT
         if tag in _BLOCKS:
             self._parts.append("\n")
@@ -57,9 +57,9 @@ class Page(HTMLParser):
         return "\n".join(line for line, before in zip(lines, ["", *lines], strict=False) if line or before).strip()
 
 
-def page_text(html: str) -> str:
+def page_text(html: str, within: str = "main") -> str:
     """The text of one page."""
-    page = Page()
+    page = Page(within)
     page.feed(html)
     return page.text()
 

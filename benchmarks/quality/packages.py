@@ -1,0 +1,124 @@
+"""Writes two training files, packages and manuals, from many packages' source archives. Knows no model.
+
+    python benchmarks/quality/packages.py --out DIR --archives FOLDER [--pages FOLDER...] [--without django ...]
+
+Packages is Python source, manuals what they say of themselves in reStructuredText, Markdown and text; a few short
+pieces of each, so that no package weighs much. `--pages` adds the text of HTML pages to the manuals, a quarter as many
+pieces as there are. What is `--without` stays out, and may serve as text of other origin. The order is drawn from a
+fixed seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import tarfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+from benchmarks.quality.corpus import page_text, write
+
+PIECE_CHARACTERS = 2400
+# Shorter files say little; larger ones are data.
+LEAST_CHARACTERS, MOST_BYTES = 600, 400_000
+# Of one package, for each of the two files; and of one page.
+MOST_PIECES, PAGE_CHARACTERS, MOST_PAGE_PIECES = 24, 4000, 8
+# One piece of a page to so many of manuals.
+PAGES_DIVISOR = 4
+_SKIPPED = re.compile("/test|vendor")
+_NO_MANUAL = re.compile("licen|author|contribut|change|history|news|require")
+
+
+def files_of(archive: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents in a `.tar.gz` or `.zip`."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as zipped:
+            for entry in zipped.infolist():
+                if entry.file_size < MOST_BYTES:
+                    yield entry.filename, zipped.read(entry)
+        return
+    with tarfile.open(archive) as tarred:
+        for member in tarred:
+            if member.isfile() and member.size < MOST_BYTES and (content := tarred.extractfile(member)) is not None:
+                yield member.name, content.read()
+
+
+def is_code(name: str) -> bool:
+    """Whether a file is a package's source, and no test and no copy of another package."""
+    return name.endswith(".py") and not _SKIPPED.search(name.lower())
+
+
+def is_manual(name: str) -> bool:
+    """Whether a file tells how to use a package."""
+    lower = name.lower()
+    kind = lower.endswith((".rst", ".md")) or (lower.endswith(".txt") and "/doc" in lower)
+    return kind and not _SKIPPED.search(lower) and not _NO_MANUAL.search(lower)
+
+
+def piece(text: str, draw: random.Random) -> str:
+    """About PIECE_CHARACTERS from anywhere in `text`, in whole lines; all of it where that is little more."""
+    if len(text) <= 1.3 * PIECE_CHARACTERS:
+        return text
+    start, passed, taken = draw.randrange(len(text) - PIECE_CHARACTERS), 0, ""
+    for line in text.splitlines(keepends=True):
+        if passed >= start:
+            taken += line
+        passed += len(line)
+        if len(taken) >= PIECE_CHARACTERS:
+            break
+    return taken
+
+
+def pieces_of(texts: list[str], draw: random.Random) -> Iterator[str]:
+    """A piece of each of MOST_PIECES texts at most."""
+    draw.shuffle(texts)
+    yield from (piece(text, draw) for text in islice((t for t in texts if len(t) >= LEAST_CHARACTERS), MOST_PIECES))
+
+
+def package_pieces(archives: Iterable[Path], draw: random.Random) -> tuple[list[str], list[str]]:
+    """Pieces of code, and of manuals."""
+    code: list[str] = []
+    manuals: list[str] = []
+    for archive in archives:
+        sources: list[str] = []
+        texts: list[str] = []
+        for name, content in files_of(archive):
+            found = sources if is_code(name) else texts if is_manual(name) else None
+            if found is not None:
+                found.append(content.decode(errors="ignore"))
+        code += pieces_of(sources, draw)
+        manuals += pieces_of(texts, draw)
+    return code, manuals
+
+
+def page_pieces(folders: Iterable[Path], draw: random.Random) -> list[str]:
+    """Pieces of the HTML pages under `folders`, in any order."""
+    found = []
+    for path in sorted(chain.from_iterable(folder.rglob("*.html") for folder in folders)):
+        text = page_text(path.read_text(errors="ignore"), within="body")
+        found += [piece(text, draw) for _ in range(min(MOST_PAGE_PIECES, len(text) // PAGE_CHARACTERS))]
+    draw.shuffle(found)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--archives", type=Path, required=True)
+    parser.add_argument("--pages", type=Path, nargs="+", default=[])
+    parser.add_argument("--without", nargs="+", default=[], help="parts of archives' names")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+    kept = [path for path in sorted(args.archives.iterdir()) if not any(word in path.name for word in args.without)]
+    code, manuals = package_pieces(kept, draw)
+    manuals += page_pieces(args.pages, draw)[: len(manuals) // PAGES_DIVISOR]
+    write(args.out / "packages.jsonl.gz", ({"text": text} for text in code))
+    write(args.out / "manuals.jsonl.gz", ({"text": text} for text in manuals))
+
+
+if __name__ == "__main__":
+    main()
