@@ -3,13 +3,17 @@
     python benchmarks/quality/ladder.py CLUSTER REPORT.json... --out ladder.json
 
 Every report has both models alone and its stitch on the same held-out sequences; reports of other ones are refused.
+With `--files` the ladder is of these alone, each with the same weight.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from math import hypot
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from stitch.cluster import load_cluster
@@ -22,7 +26,7 @@ from stitch_server.model.description import ModelDescription
 from stitch_server.sources.resolve import resolve
 
 
-def ladder_of(cluster_name: str, reports: list[dict[str, Any]]) -> Ladder:
+def ladder_of(cluster_name: str, reports: list[dict[str, Any]], files: Sequence[str] = ()) -> Ladder:
     """Rungs by the reports' cuts, costs by the models' files. Raises SystemExit where reports don't fit together."""
     cluster = load_cluster(cluster_name)
     folders = [resolve(cluster.model_source(role), cache_folder()) for role in ("bottom", "top")]
@@ -37,16 +41,27 @@ def ladder_of(cluster_name: str, reports: list[dict[str, Any]]) -> Ladder:
         rank = report["training"].get("adapter_rank", 0)
         name = f"{k} → {j}, rank {rank}" if rank else f"{k} → {j}"
         read = stitched_parameters((bottom, top), (wide, narrow), (k, j), rank)
-        rungs.append(Rung(name, read, _intervals(report["losses"]["stitched"])))
+        rungs.append(Rung(name, read, _intervals(report["losses"]["stitched"], files)))
     ends = [
-        Rung(name, count.between(0, len(count.layers)) + count.head, _intervals(first[role]))
+        Rung(name, count.between(0, len(count.layers)) + count.head, _intervals(first[role], files))
         for name, count, role in ((BOTTOM, bottom, "bottom"), (TOP, top, "top"))
     ]
     return Ladder(ends[0], ends[1], tuple(rungs))
 
 
-def _intervals(losses: dict[str, dict[str, float]]) -> dict[str, Interval]:
-    return {name: Interval(**one) for name, one in losses.items()}
+def _intervals(losses: dict[str, dict[str, float]], files: Sequence[str]) -> dict[str, Interval]:
+    found = {name: Interval(**one) for name, one in losses.items()}
+    if missing := set(files) - set(found):
+        raise SystemExit(f"the reports have no file {', '.join(sorted(missing))}, only {', '.join(found)}")
+    return found | {"all": _mean([found[name] for name in files])} if files else found
+
+
+def _mean(parts: list[Interval]) -> Interval:
+    """Of means over other sequences each; their deviations are independent, and so add up by their squares."""
+    mean = fmean(part.mean for part in parts)
+    below = hypot(*(part.mean - part.low for part in parts)) / len(parts)
+    above = hypot(*(part.high - part.mean for part in parts)) / len(parts)
+    return Interval(mean, mean - below, mean + above)
 
 
 def main() -> None:
@@ -54,8 +69,9 @@ def main() -> None:
     parser.add_argument("cluster", metavar="CLUSTER")
     parser.add_argument("reports", metavar="REPORT.json", nargs="+", type=Path)
     parser.add_argument("--out", metavar="FILE.json", type=Path, required=True, help="the plot lies beside it")
+    parser.add_argument("--files", metavar="NAME", nargs="+", default=[], help="of the held-out ones; default: all")
     parsed = parser.parse_args()
-    ladder = ladder_of(parsed.cluster, [json.loads(path.read_text()) for path in parsed.reports])
+    ladder = ladder_of(parsed.cluster, [json.loads(path.read_text()) for path in parsed.reports], parsed.files)
     print("\n".join(ladder.lines()))
     write_json(parsed.out, {"systems": ladder.rows()})
     ladder.plot(parsed.out.with_suffix(".png"))

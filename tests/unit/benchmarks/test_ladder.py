@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,19 @@ def test_a_rung_for_every_report(tmp_path: Path) -> None:
     assert found.rungs[0].parameters > found.rungs[1].parameters
     with pytest.raises(SystemExit, match="other models or held-out sequences"):
         ladder.ladder_of(str(tmp_path / "cluster.toml"), [report(2, 1, 1.5), report(1, 1, 1.5, top=2.5)])
+
+
+def test_a_ladder_of_some_files(tmp_path: Path) -> None:
+    of_files = {"a": (1.0, 0.7, 1.4), "b": (3.0, 2.6, 3.3), "c": (9.0, 9.0, 9.0), "all": (4.3, 4.0, 5.0)}
+    losses = {name: dict(zip(("mean", "low", "high"), one, strict=True)) for name, one in of_files.items()}
+    given = report(2, 1, 1.5) | {"losses": {"bottom": losses, "top": losses, "stitched": losses}}
+    cluster = str(write_cluster(tmp_path))
+    found = ladder.ladder_of(cluster, [given], ["a", "b"])
+    for rung in (found.bottom, found.top, *found.rungs):
+        assert asdict(rung.losses["all"]) == pytest.approx({"mean": 2.0, "low": 1.75, "high": 2.25})
+        assert rung.losses["c"].mean == 9.0
+    with pytest.raises(SystemExit, match="the reports have no file d, only a, b, c, all"):
+        ladder.ladder_of(cluster, [given], ["a", "d"])
 
 
 def test_adapters_are_named_and_counted(tmp_path: Path) -> None:
