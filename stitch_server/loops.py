@@ -40,6 +40,8 @@ class Matrix(NamedTuple):
 class Layers(NamedTuple):
     """Decoder layers of one shape; every array, also of a matrix, begins with an axis for the layer."""
 
+    # In the whole model.
+    first: int
     attention_norm: Floats
     query_key_value: Matrix
     # [layers, rotated heads, head_dim]; [layers, 0, head_dim] where the family has none.
@@ -55,6 +57,8 @@ class Layers(NamedTuple):
 class Past(NamedTuple):
     """Where single new tokens of some sequences, and all before them, lie in the cache."""
 
+    # The first of its layers in the whole model.
+    first: int
     # [layers, slots, 2 * kv_heads, head_dim]: a token's keys, then its values.
     pairs: Numbers
     # Each one's past and present, one behind the other, and where each begins and the last ends.
@@ -126,7 +130,12 @@ def attend(
     heads, kv_heads = mixed.shape[1], pairs.shape[1] // 2
     # The query heads that share a key, so that it is read once for all of them.
     group = heads // kv_heads
-    weights = np.empty((group, len(slots)), np.float32)
+    longest = 0
+    for token in range(len(mixed)):
+        longest = max(longest, bounds[token + 1] - bounds[token])
+    if window > 0:
+        longest = min(longest, window)
+    weights = np.empty((group, longest), np.float32)
     for token in range(len(mixed)):
         begin, end = bounds[token], bounds[token + 1]
         if window > 0:
@@ -156,9 +165,9 @@ def attend(
 def run(
     hidden: Floats, turns: NDArray[np.complex64], layers: Layers, first: int, end: int, past: Past, epsilon: float
 ) -> None:
-    """Single tokens' `hidden` `[tokens, hidden_size]` through layers [first, end), in place.
+    """Single tokens' `hidden` `[tokens, hidden_size]` through layers [first, end) of the whole model, in place.
 
-    `turns` `[tokens, head_dim / 2]` are what queries and keys are rotated by; `past` has the same layers.
+    `turns` `[tokens, head_dim / 2]` are what queries and keys are rotated by.
     """
     tokens, head_dim = len(hidden), past.pairs.shape[3]
     kept = past.pairs.shape[2]
@@ -172,7 +181,7 @@ def run(
     added = np.empty_like(hidden)
     both = np.empty((tokens, 2 * inner), np.float32)
     gated = np.empty((tokens, inner), np.float32)
-    for layer in range(first, end):
+    for layer in range(first - layers.first, end - layers.first):
         _normalize_rows(hidden, layers.attention_norm[layer], epsilon, normed)
         multiply(normed, _of_layer(layers.query_key_value, layer), asked.reshape(tokens, all_heads * head_dim))
         for token in range(tokens):
@@ -181,7 +190,7 @@ def run(
                     one = asked[token, head]
                     _normalize(one, layers.query_key_norm[layer, head], epsilon, one)
                 _turn(asked[token, head], turns[token])
-        pairs = past.pairs[layer]
+        pairs = past.pairs[layers.first + layer - past.first]
         keep(asked, heads, pairs, past.slots, past.bounds)
         attend(asked, pairs, past.slots, past.bounds, layers.windows[layer], scale, mixed)
         multiply(mixed.reshape(tokens, heads * head_dim), _of_layer(layers.attention_output, layer), added)

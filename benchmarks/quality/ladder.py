@@ -3,7 +3,7 @@
     python benchmarks/quality/ladder.py CLUSTER REPORT.json... --out ladder.json
 
 Every report has both models alone and its stitch on the same held-out sequences; reports of other ones are refused.
-With `--files` the ladder is of these alone, each with the same weight.
+With `--files` it is of these alone, each with the same weight; `all` is then their mean.
 """
 
 from __future__ import annotations
@@ -51,9 +51,11 @@ def ladder_of(cluster_name: str, reports: list[dict[str, Any]], files: Sequence[
 
 def _intervals(losses: dict[str, dict[str, float]], files: Sequence[str]) -> dict[str, Interval]:
     found = {name: Interval(**one) for name, one in losses.items()}
+    whole = found.pop("all")
     if missing := set(files) - set(found):
         raise SystemExit(f"the reports have no file {', '.join(sorted(missing))}, only {', '.join(found)}")
-    return found | {"all": _mean([found[name] for name in files])} if files else found
+    chosen = {name: found[name] for name in files or found}
+    return {"all": _mean(list(chosen.values())) if files else whole} | chosen
 
 
 def _mean(parts: list[Interval]) -> Interval:

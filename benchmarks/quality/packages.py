@@ -55,21 +55,13 @@ def is_manual(name: str) -> bool:
     """Whether a file tells how to use a package."""
     lower = name.lower()
     kind = lower.endswith((".rst", ".md")) or (lower.endswith(".txt") and "/doc" in lower)
-    return kind and not _SKIPPED.search(lower) and not _NO_MANUAL.search(lower)
+    return kind and not _SKIPPED.search(lower) and not _NO_MANUAL.search(Path(lower).name)
 
 
 def piece(text: str, draw: random.Random) -> str:
-    """About PIECE_CHARACTERS from anywhere in `text`, in whole lines; all of it where that is little more."""
-    if len(text) <= 1.3 * PIECE_CHARACTERS:
-        return text
-    start, passed, taken = draw.randrange(len(text) - PIECE_CHARACTERS), 0, ""
-    for line in text.splitlines(keepends=True):
-        if passed >= start:
-            taken += line
-        passed += len(line)
-        if len(taken) >= PIECE_CHARACTERS:
-            break
-    return taken
+    """PIECE_CHARACTERS from the beginning of any line of `text`; all of it where it is no longer."""
+    start = text.rfind("\n", 0, draw.randrange(max(1, len(text) - PIECE_CHARACTERS))) + 1
+    return text[start : start + PIECE_CHARACTERS]
 
 
 def pieces_of(texts: list[str], draw: random.Random) -> Iterator[str]:

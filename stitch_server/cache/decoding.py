@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from stitch_server import loops
-from stitch_server.loops import Floats, Numbers, Past, Places
+from stitch_server.arrays import floats, numbers
+from stitch_server.loops import Past, Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Singles:
         `pairs` `[all slots, 2 * kv_heads, head_dim]` holds one layer's keys, then values.
         """
         mixed = np.empty(query.shape, np.float32)
-        loops.attend(_floats(query), _numbers(pairs), self.slots, self.bounds, self.window or 0, scale, mixed)
+        loops.attend(floats(query), numbers(pairs), self.slots, self.bounds, self.window or 0, scale, mixed)
         return torch.from_numpy(mixed).flatten(1).to(query.dtype)
 
 
@@ -56,7 +57,7 @@ class SinglesAttention:
     @property
     def past(self) -> Past:
         """As `span.BatchAttend` says."""
-        return Past(_numbers(self._pairs), self._all.slots, self._all.bounds)
+        return Past(self._first, numbers(self._pairs), self._all.slots, self._all.bounds)
 
     def first(self, segments: int) -> SinglesAttention:
         """As `span.BatchAttend` says."""
@@ -67,22 +68,13 @@ class SinglesAttention:
     ) -> Tensor:
         """As `model.attend.Attend` says."""
         pairs = self._pairs[layer - self._first]
-        loops.keep(_floats(torch.cat([key, value], dim=1)), 0, _numbers(pairs), self._all.slots, self._all.bounds)
+        loops.keep(floats(torch.cat([key, value], dim=1)), 0, numbers(pairs), self._all.slots, self._all.bounds)
         return replace(self._all, window=window).attend(query, pairs, scale)
 
 
 def compile_for(pairs: Tensor) -> None:
     """Compiles what attends over `pairs` like these, so that the first token need not wait for it."""
-    row = torch.zeros(1, pairs.shape[2] // 2, pairs.shape[3])
-    nowhere = [torch.zeros(1, dtype=torch.int64)]
-    SinglesAttention(torch.zeros_like(pairs[:1, :1]), 0, nowhere)(0, row, row, row, 1.0, None)
-
-
-def _floats(heads: Tensor) -> Floats:
-    array: Floats = heads.float().contiguous().numpy()
-    return array
-
-
-def _numbers(pairs: Tensor) -> Numbers:
-    array: Numbers = (pairs.view(torch.uint16) if pairs.dtype == torch.bfloat16 else pairs).numpy()
-    return array
+    row, nowhere = torch.zeros(1, pairs.shape[2] // 2, pairs.shape[3]), [torch.zeros(1, dtype=torch.int64)]
+    # Room of its own: those may have none.
+    room = torch.zeros(1, 1, *pairs.shape[2:], dtype=pairs.dtype)
+    SinglesAttention(room, 0, nowhere)(0, row, row, row, 1.0, None)

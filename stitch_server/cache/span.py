@@ -1,4 +1,4 @@
-"""Where a batch's sequences lie in the cache, and what its attention offers. Knows no tensor of the cache."""
+"""Where a batch's sequences lie in the cache, and what its attention offers. Computes nothing of it."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class KVStore:
         """The `attend` function for a batch of packed segments."""
         if self.kernel is not None:
             return FlashAttention.of(self, self.kernel, spans)
-        if self.loops and all(span.length == 1 for span in spans):
+        if self.loops and spans and all(span.length == 1 for span in spans):
             slots = [slots_of(span, self.block_tokens, self.pairs.device) for span in spans]
             alone: BatchAttend = _decoding().SinglesAttention(self.pairs, self.first, slots)
             return alone

@@ -1,8 +1,8 @@
 """One pass over the data through both models: sums for least squares, a trace for distillation. Knows no stitch.
 
 It can be interrupted at any point: what counts is the last checkpoint, and a resumed pass adds the same numbers in
-the same order as one that never stopped. A finished pass can be taken up again for more sequences, and spares another
-one what it computed of the bottom model.
+the same order as one that never stopped. A pass can be taken up again for more sequences, and spares another one what
+it computed of the bottom model; in float32 that one then counts states that were rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Collected:
 
 @dataclass(frozen=True)
 class Pass:
-    """What a pass is over. Two passes with equal fields give equal results, so a checkpoint names them."""
+    """What a pass is over. Two passes with equal fields give equal results, but for what they recall of others."""
 
     name: str
     sequences: int
@@ -166,9 +166,9 @@ class Begun:
     done: int
 
     def trace(self, folder: Path, hidden_size: int) -> Trace:
-        """What the pass has left in `folder`, of a bottom model of that width."""
+        """What the pass has left in `folder`, of a bottom model of that width; as `Trace` raises."""
         depths = tuple(sorted({k for k, _ in self.cuts}))
-        return Trace(folder, TraceShape(self.done, self.sequence_tokens, hidden_size, depths))
+        return Trace(folder, TraceShape(self.done, self.sequence_tokens, hidden_size, depths), changes=False)
 
 
 def begun_in(folder: Path) -> Begun | None:

@@ -102,6 +102,7 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
         history = asdict(run.history)
     report = {
         **described(loaded, passes, settings.data, settings.dtype),
+        "reused": [folder.name for folder in settings.reuse],
         "route": settings.route,
         "cut": {"bottom_layers": cut[0], "top_from": cut[1]},
         "ridge": {"chosen": ridge.ridge, "held_out_explained": {f"{r:g}": v for r, v in ridge.explained.items()}},

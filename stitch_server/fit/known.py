@@ -13,13 +13,12 @@ from stitch_server.fit.trace import Trace
 
 
 class Known:
-    """Traces of finished passes. Their hidden states are rounded to bfloat16, as all that a trace keeps."""
+    """Traces of other passes. Their hidden states are rounded to bfloat16, as all that a trace keeps."""
 
-    def __init__(self, finished: Iterable[tuple[Trace, int]] = ()) -> None:
-        """Each with the number of its sequences that count."""
+    def __init__(self, traces: Iterable[Trace] = ()) -> None:
         self._places: dict[bytes, tuple[Trace, int]] = {}
-        for trace, sequences in finished:
-            for row in range(sequences):
+        for trace in traces:
+            for row in range(trace.shape.sequences):
                 self._places.setdefault(_key(trace.tokens(torch.tensor([row]))), (trace, row))
 
     def runs(self, tokens: Tensor) -> Iterator[tuple[slice, tuple[Trace, Tensor] | None]]:

@@ -12,6 +12,7 @@ Every array is a raw memory-mapped file, so that what a fit holds in memory does
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,19 @@ class Teacher:
 class Trace:
     """Memory-mapped arrays in a folder, of which the first `filled` sequences count."""
 
-    def __init__(self, folder: Path, shape: TraceShape) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.shape = shape
+    def __init__(self, folder: Path, shape: TraceShape, changes: bool = True) -> None:
+        """One that nobody `changes` must be there: raises OSError or ValueError where an array is missing or short."""
+        if changes:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.shape, mapped = shape, partial(_mapped if changes else _read, folder)
         tokens = (shape.sequences, shape.sequence_tokens)
-        self._tokens = _mapped(folder / "tokens", np.int32, tokens)
-        self._files = _mapped(folder / "files", np.int32, tokens[:1])
-        self._ids = _mapped(folder / "teacher-ids", np.int32, (*tokens, TEACHER_TOKENS))
-        self._logprobs = _mapped(folder / "teacher-logp", np.float16, (*tokens, TEACHER_TOKENS))
+        self._tokens = mapped("tokens", np.int32, tokens)
+        self._files = mapped("files", np.int32, tokens[:1])
+        self._ids = mapped("teacher-ids", np.int32, (*tokens, TEACHER_TOKENS))
+        self._logprobs = mapped("teacher-logp", np.float16, (*tokens, TEACHER_TOKENS))
         # numpy has no bfloat16, so its bits travel as int16.
         states = (*tokens, shape.hidden_size)
-        self._hidden = {depth: _mapped(folder / f"hidden-{depth}", np.int16, states) for depth in shape.depths}
+        self._hidden = {depth: mapped(f"hidden-{depth}", np.int16, states) for depth in shape.depths}
 
     def write(self, start: int, tokens: Tensor, files: list[int], hidden: dict[int, Tensor], teacher: Teacher) -> None:
         """Fills the sequences from `start` on: tokens `[sequences, tokens]` and all that belongs to them."""
@@ -89,5 +92,9 @@ class Trace:
         return Teacher(ids, torch.from_numpy(self._logprobs[rows.numpy()]).float())
 
 
-def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
-    return np.memmap(path, dtype, "r+" if path.exists() else "w+", shape=shape)
+def _mapped(folder: Path, name: str, dtype: Any, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+    return np.memmap(folder / name, dtype, "r+" if (folder / name).exists() else "w+", shape=shape)
+
+
+def _read(folder: Path, name: str, dtype: Any, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+    return np.memmap(folder / name, dtype, "r", shape=shape)

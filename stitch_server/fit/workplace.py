@@ -51,7 +51,7 @@ def run_passes(
     Sequences that passes in the work folders `reuse` went over don't pass the bottom model again, but for depths that
     were not traced. Raises InvalidRequest where the data are too few, or a folder holds something else.
     """
-    known = Known(found for folder in reuse for found in _finished(folder, pair, data, settings))
+    known = Known(trace for folder in reuse for trace in _left_in(folder, pair, data, settings))
     held_sequences = corpus.held_out(data.held_out_tokens)
     held = Pass(HELD_OUT, len(held_sequences), data.sequence_tokens, cuts, settings)
     training = Pass(TRAINING, -(-data.tokens // data.sequence_tokens), data.sequence_tokens, cuts, settings)
@@ -61,15 +61,18 @@ def run_passes(
     )
 
 
-def _finished(work: Path, pair: Pair, data: DataSettings, settings: str) -> Iterator[tuple[Trace, int]]:
-    """The traces of a work folder, each with its sequences that count."""
-    for name in (HELD_OUT, TRAINING):
-        begun = begun_in(work / name)
-        if begun is None:
-            raise InvalidRequest("reuse", work, f"there is no pass in its {name}")
-        if not same_models(begun.settings, settings):
-            raise InvalidRequest("reuse", work, "its pass is of other models, or of another dtype")
-        if begun.sequence_tokens != data.sequence_tokens:
-            limit = f"its sequences have {begun.sequence_tokens} tokens, not {data.sequence_tokens}"
-            raise InvalidRequest("reuse", work, limit)
-        yield begun.trace(work / name, pair.bottom.hidden_size), begun.done
+def _left_in(work: Path, pair: Pair, data: DataSettings, settings: str) -> Iterator[Trace]:
+    """What passes have left in a work folder, finished or not."""
+    begun = {name: pass_ for name in (HELD_OUT, TRAINING) if (pass_ := begun_in(work / name)) is not None}
+    if not begun:
+        raise InvalidRequest("reuse", work.name, "no pass was begun there")
+    for name, one in begun.items():
+        if not same_models(one.settings, settings):
+            raise InvalidRequest("reuse", work.name, "its pass is of other models, or of another dtype")
+        if one.sequence_tokens != data.sequence_tokens:
+            limit = f"its sequences have {one.sequence_tokens} tokens, not {data.sequence_tokens}"
+            raise InvalidRequest("reuse", work.name, limit)
+        try:
+            yield one.trace(work / name, pair.bottom.hidden_size)
+        except (OSError, ValueError) as error:
+            raise InvalidRequest("reuse", work.name, f"its {name} pass is not whole: {error}") from error

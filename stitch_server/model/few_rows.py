@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from stitch_server import loops
-from stitch_server.loops import Floats, Matrix, Numbers
-
-# For more rows the products of a library are faster.
-FEW_ROWS = 4
+from stitch_server.arrays import floats, numbers
+from stitch_server.loops import Matrix
 
 
 @dataclass(frozen=True, slots=True)
 class RowProduct:
-    """The product by a matrix for at most FEW_ROWS rows, on one thread."""
+    """The product by a matrix, on one thread."""
 
     matrix: Matrix
 
@@ -32,10 +30,6 @@ class RowProduct:
         made(torch.zeros(1, weight.shape[1]))
         return made
 
-    def suits(self, x: Tensor) -> bool:
-        """Whether this is the faster way for x."""
-        return suits(x)
-
     def __call__(self, x: Tensor) -> Tensor:
         """`[rows, inputs]` to `[rows, outputs]` of the same dtype, summed in float32.
 
@@ -44,20 +38,3 @@ class RowProduct:
         result = np.empty((x.shape[0], len(self.matrix.bias)), np.float32)
         loops.multiply(floats(x), self.matrix, result)
         return torch.from_numpy(result).to(x.dtype)
-
-
-def suits(x: Tensor) -> bool:
-    """Whether x has few rows, there is one thread, and no gradient is wanted."""
-    return x.shape[0] <= FEW_ROWS and torch.get_num_threads() == 1 and not x.requires_grad
-
-
-def floats(rows: Tensor) -> Floats:
-    """As loops want it; not a copy where it is so already."""
-    array: Floats = rows.float().contiguous().numpy()
-    return array
-
-
-def numbers(tensor: Tensor) -> Numbers:
-    """The same memory, as loops read it."""
-    array: Numbers = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return array

@@ -36,6 +36,8 @@ Product = Callable[[Tensor], Tensor]
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # The number of rows that the layout is chosen for; layouts for 8, 64 and 512 measured alike.
 TYPICAL_ROWS = 8
+# For more rows the products of a library are faster than loops.
+FEW_ROWS = 4
 # Signed bytes without their lowest value, so that both signs reach equally far.
 MOST_INT8 = 127
 # oneDNN's fast kernels take the rows as unsigned bytes: 128 stands for zero.
@@ -61,8 +63,9 @@ class Keeping:
         return cls(compute.quantization, compute.row_copies)
 
     def copies_rows(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether a matrix there is kept twice."""
-        return self.row_copies and device.type == "cpu" and dtype in PACKED_DTYPES
+        """Whether a matrix there is kept twice: row by row, where it is not already."""
+        packed = self.quantization != "none" or _has_onednn(device)
+        return self.row_copies and packed and device.type == "cpu" and dtype in PACKED_DTYPES
 
 
 PLAINLY = Keeping()
@@ -93,6 +96,7 @@ def _once(weight: Tensor, bias: Tensor | None, quantization: Quantization) -> Pr
 
 
 def _has_onednn(device: torch.device) -> bool:
+    """Whether matrices there are kept in its layout."""
     return torch.backends.mkldnn.is_available() and device.type == "cpu"  # type: ignore[no-untyped-call]
 
 
@@ -145,7 +149,12 @@ class TwiceKeptProduct:
     few: RowProduct
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.few(x) if self.few.suits(x) else self.many(x)
+        return self.few(x) if are_few(x) else self.many(x)
+
+
+def are_few(rows: Tensor) -> bool:
+    """Whether loops are the faster way for these rows: they are few, and on one thread. Loops have no gradient."""
+    return rows.shape[0] <= FEW_ROWS and torch.get_num_threads() == 1 and not rows.requires_grad
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:

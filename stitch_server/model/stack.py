@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from stitch_server import loops
+from stitch_server.arrays import floats, numbers
 from stitch_server.loops import Layers, Matrix, Past
-from stitch_server.model.few_rows import floats, numbers, suits
 from stitch_server.model.pages import LargePages
 from stitch_server.model.product import Keeping, kept_rows
 
@@ -25,24 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LayerStack:
-    """Layers from `first` on."""
+    """Decoder layers as loops take them."""
 
-    first: int
     layers: Layers
     epsilon: float
-
-    def suits(self, hidden: Tensor) -> bool:
-        """Whether these states `[tokens, hidden_size]` are few."""
-        return suits(hidden)
 
     def run(self, rotation: Tensor, past: Past, hidden: Tensor, first: int, end: int) -> Tensor:
         """Single tokens' states `[tokens, hidden_size]` behind layers `first` to `end`; keeps their keys and values.
 
-        Queries and keys are turned by `rotation`, complex `[tokens, 1, head_dim / 2]`. `past` has the stack's layers.
+        Queries and keys are turned by `rotation`, complex `[tokens, 1, head_dim / 2]`.
         """
         rows = hidden.to(torch.float32, copy=True).contiguous().numpy()
         turns = rotation.flatten(1).contiguous().numpy()
-        loops.run(rows, turns, self.layers, first - self.first, end - self.first, past, self.epsilon)
+        loops.run(rows, turns, self.layers, first, end, past, self.epsilon)
         return torch.from_numpy(rows).to(hidden.dtype)
 
 
@@ -76,8 +71,8 @@ class Stacking:
             torch.empty(0, one.head_dim) if layer.query_key_norm is None else layer.query_key_norm for layer in layers
         ]
         stack = LayerStack(
-            first=one.index,
             layers=Layers(
+                first=one.index,
                 attention_norm=_stacked([layer.attention_norm.weight for layer in layers]),
                 query_key_value=self._matrix("query_key_value"),
                 query_key_norm=_stacked(norms),
@@ -90,7 +85,7 @@ class Stacking:
             epsilon=one.query_key_epsilon,
         )
         pairs = numbers(torch.zeros(len(layers), 1, 2 * one.kv_heads, one.head_dim, dtype=dtype))
-        nowhere = Past(pairs, np.zeros(1, np.int64), np.array([0, 1]))
+        nowhere = Past(one.index, pairs, np.zeros(1, np.int64), np.array([0, 1]))
         rotation = torch.ones(1, 1, one.head_dim // 2, dtype=torch.complex64)
         stack.run(rotation, nowhere, torch.zeros(1, len(one.attention_norm.weight)), one.index, one.index + 1)
         return stack

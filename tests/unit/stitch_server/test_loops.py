@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stitch_server import loops
+from stitch_server.arrays import numbers
 
 # Among them what lies half-way between two bfloat16, what rounds up to infinity, and what a float32 can hardly hold.
 VALUES = torch.tensor(
@@ -16,8 +17,7 @@ VALUES = torch.tensor(
 
 def kept(values: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     """One token's key and value, as they come out of the cache."""
-    array = (pairs.view(torch.uint16) if pairs.dtype == torch.bfloat16 else pairs).numpy()
-    loops.keep(values.view(1, 2, -1).numpy(), 0, array, np.array([3, 1]), np.array([0, 2]))
+    loops.keep(values.view(1, 2, -1).numpy(), 0, numbers(pairs), np.array([3, 1]), np.array([0, 2]))
     return pairs[1].flatten()
 
 

@@ -228,6 +228,24 @@ def test_half_the_bytes_keep_half_the_precision() -> None:
     torch.testing.assert_close(got.float(), past.expected(0, 20, 0.3, None), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_decoding_over_half_the_bytes_is_near(tokens: int) -> None:
+    """Single tokens of two sequences, alone and beside a chunk of a third."""
+    pasts, store = scattered(3, 20), new_store(torch.bfloat16)
+    for past in pasts:
+        past.query, past.key, past.value = (rows.bfloat16() for rows in (past.query, past.key, past.value))
+    attend(store, [(pasts[0], 0, 12), (pasts[1], 0, 19)])
+    parts = [(pasts[0], 12, 13), (pasts[1], 19, 20), (pasts[2], 0, tokens)]
+    for (past, position, end), got in zip(parts, attend(store, parts), strict=True):
+        assert got.dtype is torch.bfloat16
+        expected = past.expected(position, end, 0.3, None)
+        torch.testing.assert_close(got.float(), expected.float(), rtol=0.02, atol=0.02)
+
+
+def test_a_store_may_have_no_blocks() -> None:
+    assert KVStore(0, 1, 0, KV_HEADS, HEAD_DIM, CPU, torch.float32).pairs.numel() == 0
+
+
 def test_a_mask_says_who_sees_whom() -> None:
     mask = causal_mask(Span(2, 3, [0]), 3, torch.zeros(1))
     assert (mask == 0).int().tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]

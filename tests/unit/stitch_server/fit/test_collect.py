@@ -156,11 +156,24 @@ class Reaching:
         return self._model.run(hidden, first, end, adapters)
 
 
+def test_a_trace_that_is_not_whole_is_not_filled_up(pair: Pair, tmp_path: Path) -> None:
+    collected(pair, tmp_path / "work", 4)
+    begun, array = begun_in(tmp_path / "work"), tmp_path / "work" / "hidden-2"
+    assert begun is not None
+    array.write_bytes(array.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="greater than file size"):
+        begun.trace(tmp_path / "work", pair.bottom.hidden_size)
+    array.unlink()
+    with pytest.raises(FileNotFoundError):
+        begun.trace(tmp_path / "work", pair.bottom.hidden_size)
+    assert not array.exists()
+
+
 def test_what_is_known_does_not_pass_the_bottom_model_again(pair: Pair, tmp_path: Path) -> None:
     collected(pair, tmp_path / "earlier", 5, cuts=((2, 1),))
     begun = begun_in(tmp_path / "earlier")
     assert begun is not None
-    known = Known([(begun.trace(tmp_path / "earlier", pair.bottom.hidden_size), begun.done)])
+    known = Known([begun.trace(tmp_path / "earlier", pair.bottom.hidden_size)])
     bottom = Reaching(pair.bottom)
     watched = Pair(cast(FrozenModel, bottom), pair.top, pair.vocabulary)
     whole = Pass("training", 8, SEQUENCE_TOKENS, ((1, 1), (2, 1)), "x")

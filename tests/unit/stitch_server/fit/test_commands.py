@@ -148,14 +148,22 @@ def test_a_fit_takes_up_what_a_sweep_left(bench: Workbench) -> None:
 
 
 def test_a_fit_reuses_what_another_went_over(bench: Workbench) -> None:
-    plain = bench.fit("plain.safetensors")
+    bench.fit("plain.safetensors")
     # Over more tokens, in another order.
     more = ("--tokens", 960, "--shares", 2, 1, "--reuse", bench.folder / "plain.safetensors.work")
     reusing = bench.fit("reusing.safetensors", *more)
     computed = bench.fit("computed.safetensors", *more[:5])
-    losses = [json.loads(out.with_suffix(".json").read_text())["losses"] for out in (computed, reusing, plain)]
-    assert losses[1]["stitched"]["all"]["mean"] == pytest.approx(losses[0]["stitched"]["all"]["mean"], rel=1e-3)
-    assert losses[1]["bottom"] == losses[2]["bottom"]
+    reports = [json.loads(out.with_suffix(".json").read_text()) for out in (computed, reusing)]
+    means = [report["losses"]["stitched"]["all"]["mean"] for report in reports]
+    assert means[1] == pytest.approx(means[0], rel=1e-3)
+    assert [report["reused"] for report in reports] == [[], ["plain.safetensors.work"]]
+    # Had it computed them again, what was changed there would be nowhere.
+    changed, kept = ("teacher-ids", bench.folder / "reusing.safetensors.work" / "held-out")
+    earlier = bench.folder / "plain.safetensors.work" / "held-out"
+    (earlier / changed).write_bytes(bytes(len((earlier / changed).read_bytes())))
+    bench.fit("again.safetensors", *more)
+    assert any((kept / changed).read_bytes())
+    assert not any((bench.folder / "again.safetensors.work" / "held-out" / changed).read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -163,7 +171,7 @@ def test_a_fit_reuses_what_another_went_over(bench: Workbench) -> None:
     [
         (("--sequence-tokens", 16), "its sequences have 32 tokens, not 16"),
         (("--dtype", "bfloat16"), "its pass is of other models, or of another dtype"),
-        (("--reuse", "nowhere"), "there is no pass in its held-out"),
+        (("--reuse", "nowhere"), "reuse is 'nowhere', but no pass was begun there"),
     ],
 )
 def test_what_cannot_be_reused_is_refused(bench: Workbench, flags: tuple[object, ...], limit: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from stitch.errors import Incompatible
+from stitch_server import loops
 from stitch_server.cache.span import Span
 from stitch_server.cache.store import KVStore
 from stitch_server.model import borrowed, lean
@@ -118,6 +119,22 @@ class TestLoops:
         for row_copies in (False, True):
             with Weights(folder, CPU, torch.float32, Keeping(row_copies=row_copies)) as weights:
                 assert (lean.load_layers(config, 0, 1, weights)[1] is not None) is row_copies
+
+    def test_take_all_layers_at_once_or_each_beside_adapters(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ranges: list[tuple[int, int]] = []
+        run = loops.run
+
+        def noting(*arguments: Any) -> None:
+            ranges.append(arguments[3:5])
+            run(*arguments)
+
+        bench = Bench(tmp_path)
+        monkeypatch.setattr(loops, "run", noting)
+        bench.run([(0, 30), (1, 5)])
+        bench.run([(0, 30)], adapted=[(slice(0, 1), cast(Adapters, lambda index, hidden: hidden))])
+        assert ranges == [(1, 3), (1, 2), (2, 3)]
 
     def test_leave_tokens_apart(self, tmp_path: Path) -> None:
         """Of several routes a pass has several sequences, each behind a past of its own."""

@@ -1,0 +1,20 @@
+"""Tensors as loops take them. Computes nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stitch_server.loops import Floats, Numbers
+
+
+def floats(rows: Tensor) -> Floats:
+    """As contiguous float32; not a copy where it is that already."""
+    array: Floats = rows.float().contiguous().numpy()
+    return array
+
+
+def numbers(tensor: Tensor) -> Numbers:
+    """The same memory: float32, int8, or the bits of bfloat16."""
+    array: Numbers = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array

@@ -1,0 +1,27 @@
+"""Steps of single tokens pass all layers of a shard in one call, and prompts do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stitch.cluster import load_cluster
+from stitch_server import loops
+from tests.support.in_process import ChainInProcess
+from tests.support.tiny_cluster import write_tiny_cluster
+
+
+@pytest.mark.parametrize("row_copies", [True, False])
+def test_every_decode_step_is_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_copies: bool) -> None:
+    cluster = load_cluster(str(write_tiny_cluster(tmp_path, threads=1, row_copies=row_copies)))
+    chain, layers, run = ChainInProcess(cluster), [], loops.run
+
+    def noting(*arguments: Any) -> None:
+        layers.append(arguments[3:5])
+        run(*arguments)
+
+    monkeypatch.setattr(loops, "run", noting)
+    chain.generate([7, 8, 9], "strong", ("top-0",), 5)
+    assert layers == ([(0, 4), (3, 4)] * 4 if row_copies else [])
