@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stitch_server.loops import Floats, Numbers
+from stitch_server.loops.numbers import Floats, Numbers
 
 
 def floats(rows: Tensor) -> Floats:

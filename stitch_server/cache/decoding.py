@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stitch_server import loops
 from stitch_server.arrays import floats, numbers
-from stitch_server.loops import Past, Places
+from stitch_server.loops.attention import Past, attend, keep
+from stitch_server.loops.numbers import Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Singles:
 
     # Where they are in the batch.
     rows: slice | Tensor
-    # As in `loops.Past`.
+    # As in `Past`.
     slots: Places
     bounds: Places
     window: int | None = None
@@ -42,7 +42,7 @@ class Singles:
         `pairs` `[all slots, 2 * kv_heads, head_dim]` holds one layer's keys, then values.
         """
         mixed = np.empty(query.shape, np.float32)
-        loops.attend(floats(query), numbers(pairs), self.slots, self.bounds, self.window or 0, scale, mixed)
+        attend(floats(query), numbers(pairs), self.slots, self.bounds, self.window or 0, scale, mixed)
         return torch.from_numpy(mixed).flatten(1).to(query.dtype)
 
 
@@ -68,7 +68,7 @@ class SinglesAttention:
     ) -> Tensor:
         """As `model.attend.Attend` says."""
         pairs = self._pairs[layer - self._first]
-        loops.keep(floats(torch.cat([key, value], dim=1)), 0, numbers(pairs), self._all.slots, self._all.bounds)
+        keep(floats(torch.cat([key, value], dim=1)), 0, numbers(pairs), self._all.slots, self._all.bounds)
         return replace(self._all, window=window).attend(query, pairs, scale)
 
 

@@ -17,11 +17,11 @@ from stitch_server.model import borrowed, lean
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.attend import Attend, Layer, Rotary
 from stitch_server.model.description import head_dim, kv_heads, read_config
-from stitch_server.model.product import PLAINLY, Keeping, are_few
+from stitch_server.model.product import PLAINLY, Keeping
 from stitch_server.model.weights import Weights
 
 if TYPE_CHECKING:
-    from stitch_server.loops import Past
+    from stitch_server.loops.attention import Past
     from stitch_server.model.stack import LayerStack
 
 __all__ = ["Attend", "DecoderLayers", "Rotary"]
@@ -87,7 +87,7 @@ class DecoderLayers:
         where they lie, for loops that attend themselves.
         """
         stack, through = self._stack, partial(self._one_by_one, rotary, attend)
-        if stack is not None and past is not None and are_few(hidden):
+        if stack is not None and past is not None and stack.suits(hidden):
             through = partial(stack.run, rotary[0], past)
         if not adapted:
             return through(hidden, first, end)

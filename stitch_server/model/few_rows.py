@@ -8,9 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stitch_server import loops
 from stitch_server.arrays import floats, numbers
-from stitch_server.loops import Matrix
+from stitch_server.loops.numbers import Numbers
+from stitch_server.loops.products import Matrix, multiply
+
+# For more rows a library is faster than loops. For weights that are not float32 processors have instructions which it
+# uses and loops don't.
+FEW_ROWS = 32
+FEW_ROWS_OF_NARROW_WEIGHTS = 16
+
+
+def are_few(rows: Tensor, weight: Numbers) -> bool:
+    """Whether loops are the faster way for these rows: they are few, and on one thread. Loops have no gradient."""
+    most = FEW_ROWS if weight.dtype == np.float32 else FEW_ROWS_OF_NARROW_WEIGHTS
+    return rows.shape[0] <= most and torch.get_num_threads() == 1 and not rows.requires_grad
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +41,15 @@ class RowProduct:
         made(torch.zeros(1, weight.shape[1]))
         return made
 
+    def suits(self, x: Tensor) -> bool:
+        """Whether it is the faster way for these rows."""
+        return are_few(x, self.matrix.weight)
+
     def __call__(self, x: Tensor) -> Tensor:
         """`[rows, inputs]` to `[rows, outputs]` of the same dtype, summed in float32.
 
         Rows stay as they are: with bytes that is more exact than a product that rounds them, too.
         """
         result = np.empty((x.shape[0], len(self.matrix.bias)), np.float32)
-        loops.multiply(floats(x), self.matrix, result)
+        multiply(floats(x), self.matrix, result)
         return torch.from_numpy(result).to(x.dtype)

@@ -26,7 +26,7 @@ from stitch_server.model.weights import Weights
 if TYPE_CHECKING:
     from stitch_server.model.stack import LayerStack
 
-# Is given every matrix of a layer under its name in `loops.Layers`, `[outputs, inputs]` with its bias.
+# Is given every matrix of a layer under its name in `loops.layers.Layers`, `[outputs, inputs]` with its bias.
 Take = Callable[[str, Tensor, Tensor | None], None]
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")

@@ -4,9 +4,8 @@ On a processor the matrix is kept in the blocked layout of oneDNN. A product of 
 speed of the memory, and one of many rows is faster as well: on one AMD core with AVX-512, float32, a matrix of
 3,072 x 576 takes as long as MKL's row-major kernels behind `F.linear` divided by 2 to 3, at any number of rows.
 
-With a row copy, the matrix is kept a second time, one row behind the other, for products of a few rows on one
-thread (`few_rows.py`): half to two thirds of the time of such a product. Lean layers have theirs in a stack
-(`stack.py`).
+With a row copy, the matrix is kept a second time, one row behind the other, for products of few rows on one thread
+(`few_rows.py`): half to three quarters of the time of such a product. Lean layers have theirs in a stack (`stack.py`).
 
 Quantized to int8, the matrix keeps one scale for each output, and the rows get one each when they come. The product
 is then one of small integers, for which processors have instructions of their own: on that core, 30 such matrices
@@ -36,8 +35,6 @@ Product = Callable[[Tensor], Tensor]
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # The number of rows that the layout is chosen for; layouts for 8, 64 and 512 measured alike.
 TYPICAL_ROWS = 8
-# For more rows the products of a library are faster than loops.
-FEW_ROWS = 4
 # Signed bytes without their lowest value, so that both signs reach equally far.
 MOST_INT8 = 127
 # oneDNN's fast kernels take the rows as unsigned bytes: 128 stands for zero.
@@ -149,12 +146,7 @@ class TwiceKeptProduct:
     few: RowProduct
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.few(x) if are_few(x) else self.many(x)
-
-
-def are_few(rows: Tensor) -> bool:
-    """Whether loops are the faster way for these rows: they are few, and on one thread. Loops have no gradient."""
-    return rows.shape[0] <= FEW_ROWS and torch.get_num_threads() == 1 and not rows.requires_grad
+        return self.few(x) if self.few.suits(x) else self.many(x)
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stitch_server import loops
 from stitch_server.arrays import floats, numbers
-from stitch_server.loops import Layers, Matrix, Past
+from stitch_server.loops.attention import Past
+from stitch_server.loops.layers import Layers, run
+from stitch_server.loops.numbers import Floats
+from stitch_server.loops.products import Matrix
+from stitch_server.model.few_rows import are_few
 from stitch_server.model.pages import LargePages
 from stitch_server.model.product import Keeping, kept_rows
 
@@ -30,6 +33,10 @@ class LayerStack:
     layers: Layers
     epsilon: float
 
+    def suits(self, hidden: Tensor) -> bool:
+        """Whether it is the faster way for these states."""
+        return are_few(hidden, self.layers.down.weight)
+
     def run(self, rotation: Tensor, past: Past, hidden: Tensor, first: int, end: int) -> Tensor:
         """Single tokens' states `[tokens, hidden_size]` behind layers `first` to `end`; keeps their keys and values.
 
@@ -37,7 +44,7 @@ class LayerStack:
         """
         rows = hidden.to(torch.float32, copy=True).contiguous().numpy()
         turns = rotation.flatten(1).contiguous().numpy()
-        loops.run(rows, turns, self.layers, first, end, past, self.epsilon)
+        run(rows, turns, self.layers, first, end, past, self.epsilon)
         return torch.from_numpy(rows).to(hidden.dtype)
 
 
@@ -94,5 +101,5 @@ class Stacking:
         return Matrix(numbers(self._weights[name]), self._scales[name].numpy(), self._biases[name].numpy())
 
 
-def _stacked(values: Sequence[Tensor]) -> loops.Floats:
+def _stacked(values: Sequence[Tensor]) -> Floats:
     return floats(torch.stack(list(values)))

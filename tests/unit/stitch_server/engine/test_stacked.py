@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stitch.cluster import load_cluster
-from stitch_server import loops
+from stitch_server.model import stack
 from tests.support.in_process import ChainInProcess
 from tests.support.tiny_cluster import write_tiny_cluster
 
@@ -16,12 +16,12 @@ from tests.support.tiny_cluster import write_tiny_cluster
 @pytest.mark.parametrize("row_copies", [True, False])
 def test_every_decode_step_is_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_copies: bool) -> None:
     cluster = load_cluster(str(write_tiny_cluster(tmp_path, threads=1, row_copies=row_copies)))
-    chain, layers, run = ChainInProcess(cluster), [], loops.run
+    chain, layers, run = ChainInProcess(cluster), [], stack.run
 
     def noting(*arguments: Any) -> None:
         layers.append(arguments[3:5])
         run(*arguments)
 
-    monkeypatch.setattr(loops, "run", noting)
+    monkeypatch.setattr(stack, "run", noting)
     chain.generate([7, 8, 9], "strong", ("top-0",), 5)
     assert layers == ([(0, 4), (3, 4)] * 4 if row_copies else [])

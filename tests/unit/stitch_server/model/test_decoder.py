@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from stitch.errors import Incompatible
-from stitch_server import loops
 from stitch_server.cache.span import Span
 from stitch_server.cache.store import KVStore
-from stitch_server.model import borrowed, lean
+from stitch_server.model import borrowed, lean, stack
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import read_config
@@ -124,14 +123,14 @@ class TestLoops:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         ranges: list[tuple[int, int]] = []
-        run = loops.run
+        run = stack.run
 
         def noting(*arguments: Any) -> None:
             ranges.append(arguments[3:5])
             run(*arguments)
 
         bench = Bench(tmp_path)
-        monkeypatch.setattr(loops, "run", noting)
+        monkeypatch.setattr(stack, "run", noting)
         bench.run([(0, 30), (1, 5)])
         bench.run([(0, 30)], adapted=[(slice(0, 1), cast(Adapters, lambda index, hidden: hidden))])
         assert ranges == [(1, 3), (1, 2), (2, 3)]

@@ -27,9 +27,9 @@ from stitch_server.model.product import (
 TWICE, INT8_TWICE = Keeping(row_copies=True), Keeping("int8", row_copies=True)
 
 
-def operands(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def operands(rows: int, inputs: int = 37) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rows)
-    return tuple(torch.randn(*shape, generator=generator) for shape in ((rows, 37), (53, 37), (53,)))  # type: ignore[return-value]
+    return tuple(torch.randn(*shape, generator=generator) for shape in ((rows, inputs), (53, inputs), (53,)))  # type: ignore[return-value]
 
 
 def layouts(weight: Tensor, bias: Tensor | None) -> list[Product]:
@@ -46,6 +46,12 @@ def test_is_the_product(rows: int, biased: bool) -> None:
 
 
 class TestRowCopies:
+    # Rows of the second length are multiplied in tiles, from four on; those of the first one by one.
+    @pytest.fixture(params=[37, 48])
+    def inputs(self, request: pytest.FixtureRequest) -> int:
+        length: int = request.param
+        return length
+
     @pytest.fixture(autouse=True)
     def _one_thread(self) -> Iterator[None]:
         before = torch.get_num_threads()
@@ -53,57 +59,70 @@ class TestRowCopies:
         yield
         torch.set_num_threads(before)
 
-    @pytest.mark.parametrize("rows", [0, 1, 2, 4, 5])
+    @pytest.mark.parametrize("rows", [0, 1, 2, 4, 5, 8, 31])
     @pytest.mark.parametrize("biased", [True, False])
-    def test_is_the_product(self, rows: int, biased: bool) -> None:
-        x, weight, bias = operands(rows)
+    def test_is_the_product(self, inputs: int, rows: int, biased: bool) -> None:
+        x, weight, bias = operands(rows, inputs)
         exact = x.double() @ weight.double().T + (bias.double() if biased else 0.0)
         kept = product(weight, bias if biased else None, TWICE)
         torch.testing.assert_close(kept(x).double(), exact, rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("rows", [1, 4])
-    def test_is_the_product_in_bfloat16(self, rows: int) -> None:
-        x, weight, bias = (one.bfloat16() for one in operands(rows))
+    @pytest.mark.parametrize("rows", [1, 4, 6])
+    def test_is_the_product_in_bfloat16(self, inputs: int, rows: int) -> None:
+        x, weight, bias = (one.bfloat16() for one in operands(rows, inputs))
         got = product(weight, bias, TWICE)(x)
         assert got.dtype is torch.bfloat16
         exact = x.double() @ weight.double().T + bias.double()
         # A bfloat16 has eight bits; the bias is added to one.
         torch.testing.assert_close(got.double(), exact, rtol=2**-7, atol=2**-6)
 
-    @pytest.mark.parametrize("rows", [0, 1, 2, 4])
+    @pytest.mark.parametrize("rows", [0, 1, 2, 4, 7])
     @pytest.mark.parametrize("biased", [True, False])
-    def test_bytes_are_multiplied_by_whole_rows(self, rows: int, biased: bool) -> None:
-        x, weight, bias = operands(rows)
+    def test_bytes_are_multiplied_by_whole_rows(self, inputs: int, rows: int, biased: bool) -> None:
+        x, weight, bias = operands(rows, inputs)
         kept, scales = quantized(weight)
         exact = x.double() @ (kept.double() * scales.double()[:, None]).T + (bias.double() if biased else 0.0)
         got = product(weight, bias if biased else None, INT8_TWICE)(x)
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("rows", [5, 9])
-    def test_bytes_for_many_rows_are_those_without_copies(self, rows: int) -> None:
-        x, weight, bias = operands(rows)
+    @pytest.mark.parametrize("rows", [17, 40])
+    def test_bytes_for_many_rows_are_those_without_copies(self, inputs: int, rows: int) -> None:
+        x, weight, bias = operands(rows, inputs)
         assert torch.equal(product(weight, bias, INT8_TWICE)(x), product(weight, bias, Keeping("int8"))(x))
 
     def test_bytes_keep_the_dtype_of_the_rows(self) -> None:
         x, weight, bias = (one.bfloat16() for one in operands(1))
         assert product(weight, bias, INT8_TWICE)(x).dtype is torch.bfloat16
 
-    @pytest.mark.parametrize(("rows", "threads", "few"), [(1, 1, True), (4, 1, True), (5, 1, False), (1, 2, False)])
-    def test_the_copy_is_for_few_rows_on_one_thread(self, rows: int, threads: int, few: bool) -> None:
+    @pytest.mark.parametrize(
+        ("rows", "threads", "dtype", "few"),
+        [
+            (1, 1, torch.float32, True),
+            (32, 1, torch.float32, True),
+            (33, 1, torch.float32, False),
+            (1, 2, torch.float32, False),
+            (16, 1, torch.bfloat16, True),
+            (17, 1, torch.bfloat16, False),
+        ],
+    )
+    def test_the_copy_is_for_few_rows_on_one_thread(
+        self, inputs: int, rows: int, threads: int, dtype: torch.dtype, few: bool
+    ) -> None:
         torch.set_num_threads(threads)
-        kept = product(torch.ones(3, 37), None, TWICE)
+        kept = product(torch.ones(3, inputs, dtype=dtype), None, TWICE)
         assert isinstance(kept, TwiceKeptProduct)
         marked = replace(kept, many=torch.zeros_like)
-        assert bool((marked(torch.ones(rows, 37)) == 37.0).all()) is few
+        assert bool((marked(torch.ones(rows, inputs, dtype=dtype)) == inputs).all()) is few
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     @pytest.mark.parametrize("keeping", [TWICE, INT8_TWICE])
-    def test_what_is_not_finite_stays_so(self, value: float, keeping: Keeping) -> None:
-        x, weight, _ = operands(2)
+    @pytest.mark.parametrize("rows", [2, 6])
+    def test_what_is_not_finite_stays_so(self, inputs: int, value: float, keeping: Keeping, rows: int) -> None:
+        x, weight, _ = operands(rows, inputs)
         x[1, 5] = value
-        got = product(weight, None, keeping)(x)
-        assert bool(got[0].isfinite().all())
-        assert not bool(got[1].isfinite().any())
+        finite = product(weight, None, keeping)(x).isfinite()
+        assert not bool(finite[1].any())
+        assert bool(finite[[row for row in range(rows) if row != 1]].all())
 
     def test_passes_gradients_on(self) -> None:
         _, weight, bias = operands(1)

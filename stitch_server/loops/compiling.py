@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import partial
+from pathlib import Path
 
 from numba import config, njit
 
 from stitch.environment import compiled_folder
 
+
+def _sources() -> str:
+    """Another for every other state of these modules. Numba itself looks for changes in a function's own file alone."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 # Once for a machine, where it can be kept.
 _folder = compiled_folder()
-config.CACHE_DIR = str(_folder or "")  # type: ignore[attr-defined]
+config.CACHE_DIR = "" if _folder is None else str(_folder / _sources())  # type: ignore[attr-defined]
 
 # Sums may be taken in any order, which lets them use vector registers. What is not finite stays so, and a division by
 # zero is no error.

@@ -1,0 +1,70 @@
+"""Single numbers in loops: their kinds, and the exponential function. Only compiled, never called from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+from numpy.typing import NDArray
+
+from stitch_server.loops.compiling import compiled
+
+Floats = NDArray[np.float32]
+# float32, the bits of bfloat16 or, of weights alone, int8.
+Numbers = NDArray[Any]
+Places = NDArray[np.int64]
+
+
+def widened(number: Any) -> Any:
+    """A number as float32; only compiled."""
+    raise NotImplementedError
+
+
+@overload(widened, strict=False)
+def _widened_by_kind(number: Any) -> Callable[[Any], Any]:
+    if number == types.uint16:
+        # A bfloat16 is the upper half of a float32.
+        return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
+    return lambda number: np.float32(number)
+
+
+def like(number: Any, value: Any) -> Any:
+    """A float32 `value` as whatever `number` is; only compiled."""
+    raise NotImplementedError
+
+
+@overload(like, strict=False)
+def _like_by_kind(number: Any, value: Any) -> Callable[[Any, Any], Any]:
+    if number != types.uint16:
+        return lambda number, value: value
+
+    def rounded(number: Any, value: Any) -> Any:
+        if np.isnan(value):
+            return np.uint16(0x7FC0)
+        bits = np.float32(value).view(np.uint32)
+        # To the nearest, and half-way to the even one.
+        return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+    return rounded
+
+
+# Every operation where it stands: the rest of a power of two is lost where terms are put together differently.
+@compiled(fastmath={"contract"})
+def exponential(value: Any) -> Any:
+    """e to the power of a float32, to its last digit or two; unlike a library's, many at once."""
+    bounded: Any = min(max(value, np.float32(-87)), np.float32(88))
+    power = np.floor(bounded * np.float32(1.44269504) + np.float32(0.5))
+    # ln 2 in two parts, of which the first has few digits.
+    rest = (bounded - power * np.float32(0.693359375)) + power * np.float32(2.12194440e-4)
+    # The polynomial of Cephes' expf.
+    series = np.float32(1.9875691500e-4)
+    series = series * rest + np.float32(1.3981999507e-3)
+    series = series * rest + np.float32(8.3334519073e-3)
+    series = series * rest + np.float32(4.1665795894e-2)
+    series = series * rest + np.float32(1.6666665459e-1)
+    series = series * rest + np.float32(5.0000001201e-1)
+    series = series * rest * rest + rest + np.float32(1)
+    return series * np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(np.float32)

@@ -1,0 +1,94 @@
+"""Numbers that loops read and write are PyTorch's, and what they attend to is what is seen."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import numpy as np
+import pytest
+import torch
+
+from stitch_server.arrays import numbers
+from stitch_server.loops.attention import attend, keep
+
+# Among them what lies half-way between two bfloat16, what rounds up to infinity, and what a float32 can hardly hold.
+VALUES = torch.tensor(
+    [0.0, -0.0, 1.0, 1.00390625, 1.01171875, -1.00390625, 3.4e38, -3.4e38, 1e-40, float("inf"), -float("inf")]
+)
+
+
+def kept(values: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """One token's key and value, as they come out of the cache."""
+    keep(values.view(1, 2, -1).numpy(), 0, numbers(pairs), np.array([3, 1]), np.array([0, 2]))
+    return pairs[1].flatten()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_and_values_are_rounded_as_pytorch_does(dtype: torch.dtype) -> None:
+    values = torch.cat([VALUES, -VALUES, torch.randn(4096, generator=torch.Generator().manual_seed(0))])
+    pairs = torch.full((4, 2, len(values) // 2), 7.0, dtype=dtype)
+    assert torch.equal(kept(values, pairs), values.to(dtype))
+    assert bool((pairs[[0, 2, 3]] == 7.0).all())
+
+
+def test_what_is_no_number_stays_none() -> None:
+    # Rounding up all bits of a float32 would make a zero of the first.
+    values = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    assert bool(kept(values, torch.zeros(4, 2, 2, dtype=torch.bfloat16)).isnan().all())
+
+
+# Heads and lengths that fill tiles, that leave some of one over, and that have none.
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(9, 3, 64), (14, 2, 64), (12, 2, 128), (4, 4, 32), (6, 1, 80), (2, 1, 16), (3, 3, 24)],
+)
+@pytest.mark.parametrize("beside", [0, 2])
+@pytest.mark.parametrize("window", [0, 5, 18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+class TestAttention:
+    def test_is_the_mean_of_what_is_seen(
+        self, heads: int, kv_heads: int, head_dim: int, beside: int, window: int, dtype: torch.dtype
+    ) -> None:
+        draw = torch.Generator().manual_seed(heads)
+        lengths = [1, 3, 17, 33, 140]
+        # Each sequence's blocks of sixteen slots lie anywhere.
+        slots = [
+            (torch.randperm(12, generator=draw)[: -(-length // 16), None] * 16 + torch.arange(16)).flatten()[:length]
+            for length in lengths
+        ]
+        pairs = torch.randn(200, 2 * kv_heads, head_dim, generator=draw).to(dtype)
+        query = torch.randn(len(lengths), heads + beside, head_dim, generator=draw)
+        mixed = torch.full((len(lengths), heads, head_dim), float("nan"))
+        bounds = np.array([0, *accumulate(lengths)])
+        attend(query.numpy(), numbers(pairs), torch.cat(slots).numpy(), bounds, window, 0.2, mixed.numpy())
+        for row, seen in enumerate(slots):
+            keys, values = (
+                pairs[seen[-window:]].double().repeat_interleave(heads // kv_heads, dim=1).split(heads, dim=1)
+            )
+            shares = (torch.einsum("hd,phd->hp", query[row, :heads].double(), keys) * 0.2).softmax(dim=1)
+            torch.testing.assert_close(
+                mixed[row].double(), torch.einsum("hp,phd->hd", shares, values), rtol=1e-5, atol=1e-5
+            )
+
+
+def test_powers_of_e_are_right_to_the_last_digits() -> None:
+    # Behind the softmax of two tokens that see what is told apart by one score alone.
+    scores = torch.linspace(-80, 0, 4001)
+    pairs = torch.zeros(2, 2, 16)
+    pairs[0, 0, 0], pairs[1, 1, 0] = 1, 1
+    query = torch.zeros(len(scores), 1, 16)
+    query[:, 0, 0] = -scores
+    mixed = torch.empty(len(scores), 1, 16)
+    slots, bounds = np.array([0, 1] * len(scores)), np.arange(len(scores) + 1) * 2
+    attend(query.numpy(), numbers(pairs), slots, bounds, 0, 1.0, mixed.numpy())
+    torch.testing.assert_close(mixed[:, 0, 0].double(), scores.double().sigmoid(), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["key", "value"])
+def test_what_is_not_finite_stays_with_its_token(kind: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    pairs, query = torch.randn(48, 2, 64, generator=draw), torch.randn(3, 4, 64, generator=draw)
+    pairs[20, ["key", "value"].index(kind), 7] = float("nan")
+    mixed = torch.empty(3, 4, 64)
+    attend(query.numpy(), numbers(pairs), np.arange(48), np.array([0, 16, 32, 48]), 0, 0.2, mixed.numpy())
+    assert mixed.isfinite().flatten(1).all(1).tolist() == [True, False, True]
