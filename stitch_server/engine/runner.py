@@ -64,13 +64,14 @@ class Runner:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         started = time.perf_counter()
+        before_layer = self._taking_cores(batch, threads)
         hidden, spoilt = self._entering(batch.segments)
         stitched = time.perf_counter()
         verdicts: dict[int, Verdict] = {}
         if self.judge is not None and any(segment.candidates for segment in batch.segments):
-            hidden, verdicts = self._deciding(self.judge, batch.segments, hidden)
+            hidden, verdicts = self._deciding(self.judge, batch.segments, hidden, before_layer)
         else:
-            hidden = self._through_layers(batch.segments, hidden)
+            hidden = self._through_layers(batch.segments, hidden, before_layer)
         if self.wait is not None and (self.head is None or batch.tokens > len(batch.segments)):
             # So that stages of a prompt are what they took. Who sends the rows on waits anyway; a step of single tokens
             # waits once, for what is sampled.
@@ -88,6 +89,22 @@ class Runner:
         self.threads.took(batch.tokens, batch.pipelined, threads, seconds)
         self.busy_seconds += seconds
         return output
+
+    def _taking_cores(self, batch: Batch, threads: int) -> Callable[[], None] | None:
+        """What takes the cores of a neighbour that has come to its end meanwhile; None where it could take none.
+
+        A shard with the more layers would else leave them idle for the rest of each pass. Single tokens pass all layers
+        in one call.
+        """
+        more = self.threads.fastest(batch.tokens)
+        if not batch.pipelined or more <= threads or batch.tokens == len(batch.segments):
+            return None
+
+        def take() -> None:
+            if torch.get_num_threads() != more and batch.neighbour_idle():
+                torch.set_num_threads(more)
+
+        return take
 
     def _entering(self, segments: Sequenced[Segment]) -> tuple[Tensor, frozenset[int]]:
         """The batch's rows `[tokens, hidden]` as the first layers take them, and which segments are spoilt."""
@@ -109,14 +126,21 @@ class Runner:
             parts.append(received if stitch is None else stitch(received, _begins(members)))
         return _packed(parts), frozenset(spoilt)
 
-    def _through_layers(self, segments: Sequenced[Segment], hidden: Tensor) -> Tensor:
+    def _through_layers(
+        self, segments: Sequenced[Segment], hidden: Tensor, before_layer: Callable[[], None] | None
+    ) -> Tensor:
         positions = torch.cat([torch.arange(one.position, one.position + one.length) for one in segments])
         rotary = self.decoder.rotary(sent(positions, self.device))
         spans = [Span(one.position, one.length, one.blocks) for one in segments]
         # Made where it is asked for: captured passes bring their own.
         attention = cache(partial(self.store.attention, spans))
+        attention_of = cache(lambda count: attention() if count == len(segments) else attention().first(count))
         bounds = sorted({one.cut.enter for one in segments} | {one.cut.leave for one in segments})
+        if before_layer is not None:
+            bounds = list(range(bounds[0], bounds[-1] + 1))
         for first, end in pairwise(bounds):
+            if before_layer is not None:
+                before_layer()
             present = [one for one in segments if one.cut.enter <= first and one.cut.leave >= end]
             rows = sum(one.length for one in present)
             adapted = self._adapted(present)
@@ -126,7 +150,7 @@ class Runner:
             if self.graphs is not None:
                 moved = self.graphs.run(spans[: len(present)], here, angles, first, end, adapted)
             if moved is None:
-                attend = attention() if whole else attention().first(len(present))
+                attend = attention_of(len(present))
                 moved = self.decoder.run(here, angles, attend, first, end, adapted, attend.past)
             hidden = moved if whole else torch.cat([moved, hidden[rows:]])
         return hidden
@@ -142,13 +166,14 @@ class Runner:
         return found
 
     def _deciding(
-        self, judge: Judge, segments: Sequenced[Segment], hidden: Tensor
+        self, judge: Judge, segments: Sequenced[Segment], hidden: Tensor, before_layer: Callable[[], None] | None
     ) -> tuple[Tensor, dict[int, Verdict]]:
         """As `_through_layers`, but segments with candidates get their routes where the first ones leave.
 
         Up to there all segments pass the same layers, and then those that go on are gathered anew.
         """
-        hidden = self._through_layers([replace(one, cut=Cut(one.cut.enter, judge.layer)) for one in segments], hidden)
+        up_to = [replace(one, cut=Cut(one.cut.enter, judge.layer)) for one in segments]
+        hidden = self._through_layers(up_to, hidden, before_layer)
         rows = [0, *accumulate(one.length for one in segments)]
         verdicts = {
             index: judge.judge(hidden[rows[index] : rows[index + 1]], one.candidates)
@@ -165,7 +190,7 @@ class Runner:
         if staying:
             taken = sent(torch.cat([torch.arange(rows[index], rows[index + 1]) for index in staying]), self.device)
             onward = [replace(segments[index], cut=Cut(judge.layer, leaves[index])) for index in staying]
-            hidden[taken] = self._through_layers(onward, hidden[taken])
+            hidden[taken] = self._through_layers(onward, hidden[taken], before_layer)
         return hidden, verdicts
 
     @staticmethod

@@ -37,6 +37,29 @@ def test_the_fastest_is_taken_once_all_were_tried(cost: Cost, best: int) -> None
     assert set(choices[9:]) == {best}
 
 
+@pytest.mark.parametrize(("share", "trials"), [(1.2, 3), (1.4, 1)])
+def test_what_is_much_slower_is_tried_once(share: float, trials: int) -> None:
+    choices = Counter(chosen(Threads(4, 4), TRIAL_PASSES, lambda threads: share if threads == 4 else 1.0))
+    assert choices[4] == trials
+
+
+def test_passes_of_one_kind_are_compared_by_their_rows() -> None:
+    threads = Threads(4, 4)
+    # Four threads are faster, but always have the larger passes.
+    for _ in range(3):
+        for rows, seconds in ((250, 0.2), (130, 0.15)):
+            threads.took(rows, False, threads.choose(rows, False), seconds)
+    assert threads.choose(200, False) == threads.fastest(200) == 4
+
+
+def test_the_fastest_is_that_without_a_neighbour() -> None:
+    threads = Threads(8, 8)
+    assert threads.fastest(100) == 8
+    chosen(threads, TRIAL_PASSES, faster, rows=100, pipelined=True)
+    chosen(threads, TRIAL_PASSES, slower, rows=100)
+    assert threads.fastest(100) == 1
+
+
 def test_what_has_become_faster_is_noticed() -> None:
     threads = Threads(8, 8)
     chosen(threads, TRIAL_PASSES, faster)

@@ -66,11 +66,17 @@ class FakeFront:
     """Hears of replies and losses."""
 
     def __init__(self) -> None:
-        self.heard: list[Reply] = []
+        self.heard_of: list[int] = []
+        self.replies: list[Reply] = []
         self.losses: list[tuple[str, StitchError]] = []
 
+    def heard(self, step: int) -> None:
+        self.heard_of.append(step)
+
     def replied(self, reply: Reply) -> None:
-        self.heard.append(reply)
+        # In the engine's thread, and so later.
+        assert reply.step in self.heard_of
+        self.replies.append(reply)
 
     def lost(self, address: str, error: StitchError) -> None:
         self.losses.append((address, error))
@@ -150,7 +156,7 @@ async def test_all_steps_to_one_address_share_it(bench: Bench) -> None:
 async def test_replies_reach_the_front(bench: Bench) -> None:
     call, reply = await bench.connected(), Reply(1, tokens=((5, 0, Token(7, 3)),))
     call.say(reply_frame(reply))
-    await eventually(lambda: bench.front.heard == [reply])
+    await eventually(lambda: bench.front.replies == [reply])
 
 
 async def test_a_decode_step_passes_those_that_still_wait(bench: Bench) -> None:
