@@ -14,9 +14,9 @@ from stitch_server.engine.batch import Batch, Cut, Segment, Verdict, ordered
 from stitch_server.engine.runner import Runner
 from stitch_server.engine.sequence import Sequence
 from stitch_server.model.embedding import Embedding
+from tests.support.runner_chain import CPU, DTYPE, new_runner
 from tests.support.tiny_model import write_tiny_model
 from tests.support.tiny_probe import drawn
-from tests.unit.stitch_server.engine.test_runner import CPU, DTYPE, new_runner
 
 CUTS = {"weak": Cut(0, 2), "middle": Cut(0, 3), "strong": Cut(0, 4)}
 WINDOW = 6

@@ -17,9 +17,9 @@ from stitch_server.engine.batch import Batch, Cut, Segment
 from stitch_server.engine.sequence import Sequence
 from stitch_server.model.probe import pooled
 from stitch_server.probing.reading import PromptReader, chat_encoder, plain_encoder
+from tests.support.runner_chain import CPU, new_runner
 from tests.support.tiny_model import write_tiny_model
 from tests.support.tiny_probe import drawn
-from tests.unit.stitch_server.engine.test_runner import CPU, new_runner
 
 LAYER = 3
 TEXTS = ["stitch", "Wo liegt das?", "日本語 🙂", " two  spaces\n"]

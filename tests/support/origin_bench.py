@@ -1,0 +1,71 @@
+"""An origin in front of a chain that answers by hand, and what its clients hear."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from stitch.errors import StitchError
+from stitch.v1.shard_pb2 import FailureCause
+from stitch_server.cache.pool import BlockPool
+from stitch_server.engine.batch import Batch, Cut
+from stitch_server.engine.forwarding import Failure, Forwarding, OutgoingStep, Reply
+from stitch_server.engine.origin import Origin
+from stitch_server.engine.scheduler import Limits
+from stitch_server.engine.session import Progress, Session
+from tests.support.engine_fakes import TOKEN_ID, FakeDownstream, ManualClock, computed, new_session
+
+CUTS = {"weak": Cut(0, 3), "strong": Cut(0, 4)}
+
+
+class OriginBench:
+    """An origin in front of a chain that answers by hand."""
+
+    def __init__(self, blocks: int = 64, **limits: int) -> None:
+        self.pool, self.clock, self.downstream = BlockPool(blocks), ManualClock(), FakeDownstream()
+        self.origin = Origin(
+            self.pool,
+            CUTS,
+            Limits(**{"prompts_together": 1} | limits),
+            Forwarding(self.downstream, "float32", window_steps=2),
+            self.clock,
+        )
+
+    def admit(self, tokens: int = 20, **fields: object) -> tuple[Session, list[Progress]]:
+        heard: list[Progress] = []
+        session = new_session(tokens, heard=heard, **fields)  # type: ignore[arg-type]
+        self.origin.admit(session)
+        return session, heard
+
+    def compose(self) -> Batch:
+        batch = self.origin.next_batch()
+        assert batch is not None
+        return batch
+
+    def compute(self) -> OutgoingStep:
+        batch = self.compose()
+        self.origin.deliver(batch, computed(batch))
+        return self.downstream.last
+
+    def reply(self, step: OutgoingStep, token_id: int = TOKEN_ID, **stages: float) -> None:
+        self.origin.replied(replace(self.downstream.answer(step, token_id), stages=stages))
+
+    def refuse(self, step: OutgoingStep, session: Session, cause: FailureCause) -> None:
+        self.origin.replied(Reply(step.number, failures=(Failure(session.number, session.epoch, cause, "no more"),)))
+
+    @property
+    def idle(self) -> bool:
+        origin = self.origin
+        counts = (origin.running_sessions, origin.waiting_sessions, origin._sessions)
+        return counts == (0, 0, {}) and self.pool.free_blocks == self.pool.blocks
+
+
+def ids(heard: list[Progress]) -> list[int]:
+    """Of the tokens that a client heard."""
+    return [progress.token.id for progress in heard if progress.token is not None]
+
+
+def error_of(heard: list[Progress]) -> StitchError:
+    """The only thing that the client heard last."""
+    assert heard[-1].error is not None
+    assert (heard[-1].token, heard[-1].finish_reason) == (None, None)
+    return heard[-1].error

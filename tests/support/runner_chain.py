@@ -1,0 +1,129 @@
+"""Two runners one behind the other, and what they must compute together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stitch.sampling import Sampling
+from stitch_server.cache.flash import PAGE_TOKENS
+from stitch_server.cache.pool import blocks_for
+from stitch_server.cache.store import KVStore
+from stitch_server.engine.batch import Batch, Cut, Segment, StepOutput, ordered
+from stitch_server.engine.graphs import DecodeGraphs
+from stitch_server.engine.runner import Runner
+from stitch_server.engine.sequence import Sequence as Kept
+from stitch_server.engine.threads import Threads
+from stitch_server.model.decoder import DecoderLayers
+from stitch_server.model.embedding import Embedding
+from stitch_server.model.head import Head
+from stitch_server.model.stitch import Stitch
+from tests.support.stitched_reference import StitchedReference, reference
+from tests.support.tape import Tape
+from tests.support.tiny_model import TOKENS, TinyPair, write_random_stitch
+from tests.support.varlen import varlen
+
+CPU, DTYPE = torch.device("cpu"), torch.float32
+# Route to (bottom_layers, top_from).
+ROUTES = {"weak": (3, 2), "strong": (5, 1)}
+ADAPTER_RANKS = {"weak": 3, "strong": 0}
+BLOCKS = 64
+TOP_FIRST = 1
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Both shards of a pair, and what they must equal together."""
+
+    bottom: Runner
+    top: Runner
+    references: dict[str, StitchedReference]
+
+
+def new_runner(folder: Path, first: int, end: int, *, as_on_a_gpu: bool = False, **parts: object) -> Runner:
+    decoder = DecoderLayers.load(folder, first, end, CPU, DTYPE)
+    shape = decoder.kv_heads, decoder.head_dim, CPU, DTYPE
+    if not as_on_a_gpu:
+        return Runner(decoder, KVStore(first, end, BLOCKS, *shape), CPU, Threads(1, 1), **parts)  # type: ignore[arg-type]
+    store = KVStore(first, end, BLOCKS + 1, *shape, PAGE_TOKENS, varlen)
+    graphs = DecodeGraphs(decoder, store, varlen, 2, Tape())
+    return Runner(decoder, store, CPU, Threads(1, 1), graphs=graphs, **parts)  # type: ignore[arg-type]
+
+
+def load(pair: TinyPair, folder: Path, as_on_a_gpu: bool = False) -> Halves:
+    files = {
+        route: write_random_stitch(
+            folder / f"{route}.safetensors", pair.bottom, pair.top, *cut, adapter_rank=ADAPTER_RANKS[route]
+        )
+        for route, cut in ROUTES.items()
+    }
+    stitches = {route: Stitch.load(file, CPU, DTYPE) for route, file in files.items()}
+    bottom = new_runner(pair.bottom, 0, 5, as_on_a_gpu=as_on_a_gpu, embed=Embedding.load(pair.bottom, CPU, DTYPE))
+    head = Head.load(pair.top, CPU, DTYPE, TOKENS)
+    adapters = {route: stitch.adapters for route, stitch in stitches.items() if stitch.adapters is not None}
+    parts = {"stage": "top_prefill", "stitches": stitches, "adapters": adapters, "head": head}
+    top = new_runner(pair.top, TOP_FIRST, 4, as_on_a_gpu=as_on_a_gpu, **parts)
+    references = {route: reference(pair.bottom, pair.top, files[route], *cut) for route, cut in ROUTES.items()}
+    return Halves(bottom, top, references)
+
+
+@dataclass
+class Chain:
+    """Two runners one behind the other, with sequences whose blocks lie apart."""
+
+    halves: Halves
+    free: list[int] = field(default_factory=lambda: list(range(BLOCKS)))
+    blocks: dict[int, list[int]] = field(default_factory=dict)
+
+    def sequence(self, route: str, token_ids: Sequence[int], **sampling: object) -> Kept:
+        kept = Kept(route, (), Sampling(**sampling), list(token_ids), len(token_ids))  # type: ignore[arg-type]
+        # Every second block, from the end.
+        self.blocks[kept.number] = [self.free.pop(-1 - index % 2) for index in range(8)]
+        return kept
+
+    def segment(self, kept: Kept, length: int | None = None, wants_token: bool = True) -> Segment:
+        """The next tokens of a sequence: all that are left, or `length`."""
+        position = kept.cached
+        length = len(kept.token_ids) - position if length is None else length
+        kept.cached += length
+        blocks = self.blocks[kept.number][: blocks_for(kept.cached)]
+        return Segment(kept, Cut(0, ROUTES[kept.route][0]), position, length, wants_token, blocks)
+
+    def bottom(self, *segments: Segment, pipelined: bool = False) -> tuple[Batch, StepOutput]:
+        batch = Batch(ordered(segments), pipelined)
+        return batch, self.halves.bottom.run(batch)
+
+    def top(self, batch: Batch, hidden: Sequence[Tensor]) -> tuple[Batch, StepOutput]:
+        """The same segments on the next shard."""
+        received = [
+            Segment(
+                one.sequence,
+                Cut(ROUTES[one.sequence.route][1], 4),
+                one.position,
+                one.length,
+                one.wants_token,
+                one.blocks,
+                hidden=rows,
+            )
+            for one, rows in zip(batch.segments, hidden, strict=True)
+        ]
+        arrived = Batch(ordered(received))
+        return arrived, self.halves.top.run(arrived)
+
+    def run(self, *segments: Segment) -> dict[int, int]:
+        """Sampled ids by the number of their sequence."""
+        batch, output = self.bottom(*segments)
+        arrived, answer = self.top(batch, output.hidden)
+        return {arrived.segments[index].sequence.number: token.id for index, token in answer.tokens.items()}
+
+    def expected(self, kept: Kept) -> int:
+        """What `transformers` says comes next."""
+        return int(self.halves.references[kept.route].logits(kept.token_ids)[-1, :TOKENS].argmax())
+
+
+def prompt(tokens: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 300, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,0 +1,51 @@
+"""A scheduler whose chain answers when a test says so."""
+
+from __future__ import annotations
+
+from stitch_server.cache.pool import BlockPool
+from stitch_server.engine.batch import Cut, Segment
+from stitch_server.engine.scheduler import Limits, Scheduler
+from stitch_server.engine.session import Session
+from tests.support.engine_fakes import TOKEN_ID, ManualClock, new_session
+
+CUTS = {"weak": Cut(0, 3), "strong": Cut(0, 4)}
+
+
+class SchedulerBench:
+    """A scheduler, and a chain that answers whenever a test says so."""
+
+    def __init__(self, blocks: int = 64, **limits: int) -> None:
+        self.pool, self.clock = BlockPool(blocks), ManualClock()
+        self.dropped: list[Session] = []
+        self.scheduler = Scheduler(
+            self.pool, CUTS, Limits(**{"prompts_together": 1} | limits), self.dropped.append, self.clock
+        )
+
+    def add(self, *sessions: Session) -> None:
+        for session in sessions:
+            self.scheduler.add(session)
+
+    def take(self) -> list[tuple[Session, int, int]]:
+        """The next pass as (session, position, length)."""
+        return [(one_of(segment), segment.position, segment.length) for segment in self.scheduler.next_segments()]
+
+    def answer(self, *sessions: Session) -> None:
+        """The chain sampled a token for each of these."""
+        for session in sessions:
+            session.answered = True
+            session.token_ids.append(TOKEN_ID)
+
+    def decoding(self, *tokens: int) -> list[Session]:
+        """Sessions with prompts of so many tokens, which are computed and answered."""
+        sessions = [new_session(count, first_token=100 * index) for index, count in enumerate(tokens)]
+        self.add(*sessions)
+        while any(session.remaining for session in sessions):
+            self.scheduler.next_segments()
+        self.answer(*sessions)
+        return sessions
+
+
+def one_of(segment: Segment) -> Session:
+    """The session that a segment belongs to."""
+    assert isinstance(segment.sequence, Session)
+    return segment.sequence

@@ -1,0 +1,152 @@
+"""What a runner notes beside its results, what it takes from a neighbour, and what it does as on a GPU."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from stitch_server.engine.batch import Batch, ordered
+from stitch_server.engine.runner import Runner
+from stitch_server.engine.threads import Threads
+from tests.support.runner_chain import (
+    Chain,
+    Halves,
+    load,
+    prompt,
+)
+from tests.support.tiny_model import write_tiny_pair
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "llama as on a GPU"])
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Halves:
+    family, *where = request.param.split(maxsplit=1)
+    folder = tmp_path_factory.mktemp(family)
+    return load(write_tiny_pair(folder, family), folder, as_on_a_gpu=bool(where))
+
+
+@pytest.fixture
+def chain(loaded: Halves) -> Chain:
+    return Chain(loaded)
+
+
+class TestAsOnAGpu:
+    """Steps of single tokens through captured passes, one for each stretch of layers that all of their rows pass."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def captured(cls, tmp_path_factory: pytest.TempPathFactory) -> Halves:
+        folder = tmp_path_factory.mktemp("captured")
+        return load(write_tiny_pair(folder, "llama"), folder, as_on_a_gpu=True)
+
+    @pytest.fixture
+    def chain(self, captured: Halves) -> Chain:
+        return Chain(captured)
+
+    @staticmethod
+    def replays(runner: Runner) -> int:
+        graphs: Any = runner.graphs
+        return int(graphs._capture.replayed)
+
+    def decode(self, chain: Chain, *routes: str, steps: int = 3) -> tuple[int, int]:
+        """Replays on the bottom and on the top for a step, of sessions that all say what the models say."""
+        kept = [chain.sequence(route, prompt(5 + seed, seed)) for seed, route in enumerate(routes)]
+        halves = chain.halves.bottom, chain.halves.top
+        for step in range(steps + 1):
+            if step == 1:
+                before = [self.replays(half) for half in halves]
+            answers = chain.run(*(chain.segment(one) for one in kept))
+            for one in kept:
+                assert answers[one.number] == chain.expected(one)
+                one.token_ids.append(answers[one.number])
+        bottom, top = (self.replays(half) - count for half, count in zip(halves, before, strict=True))
+        return bottom // steps, top // steps
+
+    def test_one_route_is_one_stretch(self, chain: Chain) -> None:
+        assert self.decode(chain, "weak") == (1, 1)
+        assert self.decode(chain, "strong", "strong", "strong") == (1, 1)
+
+    def test_each_stretch_of_mixed_routes_is_replayed(self, chain: Chain) -> None:
+        """Where some of its rows pass adapters and others don't, a stretch is computed as if nothing were captured."""
+        assert self.decode(chain, "weak", "strong") == (2, 1)
+        assert self.decode(chain, "strong", "weak", "weak") == (2, 1)
+
+    def test_prompts_are_not_captured(self, chain: Chain) -> None:
+        halves = chain.halves.bottom, chain.halves.top
+        before = [self.replays(half) for half in halves]
+        decoding = chain.sequence("strong", prompt(1, 3))
+        chain.run(chain.segment(decoding), chain.segment(chain.sequence("strong", prompt(9))))
+        assert [self.replays(half) for half in halves] == before
+
+    @pytest.mark.parametrize(("tokens", "waits"), [(5, [1, 1]), (1, [1, 0])])
+    def test_stages_of_prompts_end_when_they_are_computed(
+        self, chain: Chain, monkeypatch: pytest.MonkeyPatch, tokens: int, waits: list[int]
+    ) -> None:
+        """Single tokens are waited for where they are sent on, and else with what is sampled."""
+        waited: list[Runner] = []
+        for half in (chain.halves.bottom, chain.halves.top):
+            monkeypatch.setattr(half, "wait", partial(waited.append, half))
+        kept = chain.sequence("weak", prompt(tokens))
+        chain.run(chain.segment(kept))
+        assert [waited.count(half) for half in (chain.halves.bottom, chain.halves.top)] == waits
+
+
+class TestBookkeeping:
+    def test_every_shard_names_its_stages(self, chain: Chain) -> None:
+        batch, output = chain.bottom(chain.segment(chain.sequence("weak", prompt(5))))
+        _, answer = chain.top(batch, output.hidden)
+        assert output.stages.keys() == {"bottom_prefill"}
+        assert answer.stages.keys() == {"top_prefill", "stitch", "sample"}
+        assert all(seconds >= 0 for seconds in [*output.stages.values(), *answer.stages.values()])
+        assert answer.hidden == ()
+
+    def test_without_a_token_nothing_is_sampled(self, chain: Chain) -> None:
+        batch, output = chain.bottom(chain.segment(chain.sequence("weak", prompt(5)), wants_token=False))
+        _, answer = chain.top(batch, output.hidden)
+        assert (answer.tokens, "sample" in answer.stages) == ({}, False)
+
+    def test_time_spent_is_summed_up(self, chain: Chain) -> None:
+        before = chain.halves.bottom.busy_seconds
+        chain.bottom(chain.segment(chain.sequence("weak", prompt(5))))
+        assert chain.halves.bottom.busy_seconds > before
+
+    def test_a_neighbour_gets_its_share_of_the_threads(self, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+        wanted = [torch.get_num_threads()]
+        monkeypatch.setattr(torch, "get_num_threads", lambda: wanted[-1])
+        monkeypatch.setattr(torch, "set_num_threads", wanted.append)
+        monkeypatch.setattr(chain.halves.bottom, "threads", Threads(alone=7, pipelined=5))
+        kept = chain.sequence("weak", prompt(20))
+        for pipelined in (False, True, False):
+            chain.bottom(chain.segment(kept, 5), pipelined=pipelined)
+        # The third is the trial of one thread.
+        assert wanted[1:] == [7, 5, 1]
+
+    @pytest.mark.parametrize(("layers_beside", "wanted"), [(0, [5, 7]), (2, [5, 7]), (9, [5])])
+    def test_the_cores_of_an_idle_neighbour_are_taken(
+        self, chain: Chain, monkeypatch: pytest.MonkeyPatch, layers_beside: int, wanted: list[int]
+    ) -> None:
+        told = [torch.get_num_threads()]
+        monkeypatch.setattr(torch, "get_num_threads", lambda: told[-1])
+        monkeypatch.setattr(torch, "set_num_threads", told.append)
+        monkeypatch.setattr(chain.halves.bottom, "threads", Threads(alone=7, pipelined=5))
+        asked: list[int] = []
+
+        def idle() -> bool:
+            asked.append(told[-1])
+            return len(asked) > layers_beside
+
+        kept = [chain.sequence("weak", prompt(20, 1)), chain.sequence("strong", prompt(9, 2))]
+        batch = Batch(ordered([chain.segment(one) for one in kept]), pipelined=True, neighbour_idle=idle)
+        output = chain.halves.bottom.run(batch)
+        # Before each of five layers until there is an answer.
+        assert (told[1:], len(asked)) == (wanted, min(layers_beside + 1, 5))
+        arrived, answer = chain.top(batch, output.hidden)
+        answers = {arrived.segments[index].sequence.number: token.id for index, token in answer.tokens.items()}
+        assert answers == {one.number: chain.expected(one) for one in kept}
+
+    def test_rows_that_never_came_are_named(self, chain: Chain) -> None:
+        kept = chain.sequence("weak", prompt(5))
+        with pytest.raises(ValueError, match="without hidden states"):
+            chain.halves.top.run(Batch((chain.segment(kept),)))
