@@ -68,7 +68,7 @@ def _score(query: Floats, first: int, end: int, keys: Numbers, seen: Places, sca
     for begin in range(0, seen.size, SIDE):
         after = min(begin + SIDE, seen.size)
         # Most tokens lie next to those before them.
-        if tiled and seen[after - 1] - seen[begin] == SIDE - 1:
+        if tiled and after - begin == SIDE and seen[after - 1] - seen[begin] == SIDE - 1:
             for head in range(first, end, SIDE):
                 row = min(head, len(query) - SIDE)
                 sums = dots(keys, seen[begin], query, row)
