@@ -42,7 +42,7 @@ class BatchAttend(Protocol):
 
     @property
     def past(self) -> Past | None:
-        """Where a batch of nothing but single tokens lies, for loops that keep and attend themselves."""
+        """Where the batch's tokens lie, for loops that keep and attend themselves; None where those don't suit."""
         ...
 
     def __call__(

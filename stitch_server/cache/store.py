@@ -7,7 +7,7 @@ from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
 from itertools import accumulate
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from torch.nn import functional
 from stitch_server.cache.flash import FlashAttention, Kernel
 from stitch_server.cache.pool import BLOCK_TOKENS
 from stitch_server.cache.span import BatchAttend, Span, slots_of, within
-
-if TYPE_CHECKING:
-    from stitch_server.cache.decoding import Singles
 
 # How much longer than the shortest past of a crowd its longest may be: a share, and some tokens.
 MOST_FILLING = 1.25
@@ -53,21 +50,20 @@ class KVStore:
         self.keys, self.values = self.pairs[:, :, :kv_heads], self.pairs[:, :, kv_heads:]
         self._has_loops = device.type == "cpu" and dtype in LOOP_DTYPES
         if self._has_loops:
-            _decoding().compile_for(self.pairs)
+            _looped().compile_for(self.pairs)
 
     @property
     def loops(self) -> bool:
-        """Whether loops take single new tokens, as they do on one thread."""
+        """Whether loops attend, as they do on one thread."""
         return self._has_loops and torch.get_num_threads() == 1
 
     def attention(self, spans: Sequenced[Span]) -> BatchAttend:
         """The `attend` function for a batch of packed segments."""
         if self.kernel is not None:
             return FlashAttention.of(self, self.kernel, spans)
-        if self.loops and spans and all(span.length == 1 for span in spans):
-            slots = [slots_of(span, self.block_tokens, self.pairs.device) for span in spans]
-            alone: BatchAttend = _decoding().SinglesAttention(self.pairs, self.first, slots)
-            return alone
+        if self.loops:
+            looped: BatchAttend = _looped().LoopAttention(self.pairs, self.first, self.block_tokens, spans)
+            return looped
         return PagedAttention(self, spans)
 
 
@@ -116,7 +112,7 @@ class PagedAttention:
     """Writes a batch's new keys and values into their blocks and attends over each segment's own past.
 
     For any device: it gathers tokens from their blocks and calls PyTorch's SDPA, once for all sequences that decode
-    behind pasts of similar length. On one thread of a processor a compiled loop takes those that decode.
+    behind pasts of similar length.
     """
 
     past = None
@@ -164,12 +160,9 @@ class PagedAttention:
         """Each segment's first row in the batch, and one behind the last."""
         return [0, *accumulate(span.length for span in self._spans)]
 
-    def _decoding(self, window: int | None) -> list[Singles] | list[_Crowd]:
+    def _decoding(self, window: int | None) -> list[_Crowd]:
         rows = self._rows()
         singles = {rows[at]: self._slots[at] for at, span in enumerate(self._spans) if span.length == 1}
-        if singles and self._store.loops:
-            where = _where(list(singles), self._store.pairs)
-            return [_decoding().Singles.of(where, list(singles.values()), window)]
         seen = {row: within(slots, window) for row, slots in singles.items()}
         lengths = {row: len(slots) for row, slots in seen.items()}
         return [_crowd({row: seen[row] for row in members}, self._store.pairs) for members in _alike(lengths)]
@@ -203,11 +196,11 @@ def _joins(length: int, shortest: int, members: int) -> bool:
     return similar and length * (members + 1) <= CROWD_TOKENS
 
 
-def _decoding() -> ModuleType:
+def _looped() -> ModuleType:
     # Only who needs it pays for loading the compiler.
-    from stitch_server.cache import decoding
+    from stitch_server.cache import looped
 
-    return decoding
+    return looped
 
 
 def _crowd(slots: Mapping[int, Tensor], like: Tensor) -> _Crowd:

@@ -1,4 +1,4 @@
-"""Loops over single tokens, compiled by Numba for a processor: products, attention, whole layers. Run no PyTorch.
+"""Loops over a few tokens, compiled by Numba for a processor: products, attention, whole layers. Run no PyTorch.
 
 A product of a few rows is bound by reading the matrix, and the plainest loop, one row of weights behind the other,
 reads it at the memory's full speed on one thread, which the kernels that are made for many rows do not. From four rows

@@ -1,4 +1,4 @@
-"""Whole decoder layers for single tokens, one behind the other in one call. Knows arrays alone."""
+"""Whole decoder layers for a few tokens, one behind the other in one call. Knows arrays alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Layers(NamedTuple):
 def run(
     hidden: Floats, turns: NDArray[np.complex64], layers: Layers, first: int, end: int, past: Past, epsilon: float
 ) -> None:
-    """Single tokens' `hidden` `[tokens, hidden_size]` through layers [first, end) of the whole model, in place.
+    """A few tokens' `hidden` `[tokens, hidden_size]` through layers [first, end) of the whole model, in place.
 
     `turns` `[tokens, head_dim / 2]` are what queries and keys are rotated by.
     """
@@ -60,8 +60,8 @@ def run(
                     _normalize(one, layers.query_key_norm[layer, head], epsilon, one)
                 _turn(asked[token, head], turns[token])
         pairs = past.pairs[layers.first + layer - past.first]
-        keep(asked, heads, pairs, past.slots, past.bounds)
-        attend(asked, pairs, past.slots, past.bounds, layers.windows[layer], scale, mixed)
+        keep(asked, heads, pairs, past.slots, past.ends)
+        attend(asked, pairs, past.slots, past.begins, past.ends, layers.windows[layer], scale, mixed)
         multiply(mixed.reshape(tokens, heads * head_dim), _of_layer(layers.attention_output, layer), added)
         hidden += added
         _normalize_rows(hidden, layers.feed_forward_norm[layer], epsilon, normed)

@@ -38,7 +38,7 @@ class DecoderLayers:
     head_dim: int
     _layers: Sequence[Layer]
     _rotary: Callable[[Tensor], Rotary]
-    # The same layers for single tokens; None where their matrices are not kept for these, too.
+    # The same layers for a few tokens; None where their matrices are not kept for these, too.
     _stack: LayerStack | None = None
 
     @classmethod
@@ -83,8 +83,8 @@ class DecoderLayers:
     ) -> Tensor:
         """Takes hidden states `[tokens, hidden_size]` through layers `first` to `end` of its own range.
 
-        Rows that are `adapted` pass their adapters beside every layer. Where all rows are single tokens, `past` may say
-        where they lie, for loops that attend themselves.
+        Rows that are `adapted` pass their adapters beside every layer. `past` may say where the rows lie, for loops
+        that attend themselves.
         """
         stack, through = self._stack, partial(self._one_by_one, rotary, attend)
         if stack is not None and past is not None and stack.suits(hidden):

@@ -12,9 +12,9 @@ from stitch_server.arrays import floats, numbers
 from stitch_server.loops.numbers import Numbers
 from stitch_server.loops.products import Matrix, multiply
 
-# For more rows a library is faster than loops. For weights that are not float32 processors have instructions which it
-# uses and loops don't.
-FEW_ROWS = 32
+# For more rows a library is faster than loops, for which tiles need the registers of AVX-512. For weights that are not
+# float32 processors have instructions which a library uses and loops don't.
+FEW_ROWS = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 16
 FEW_ROWS_OF_NARROW_WEIGHTS = 16
 
 

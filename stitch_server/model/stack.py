@@ -1,4 +1,4 @@
-"""A shard's lean layers as one compiled loop for single tokens. Knows no session, and of a cache where tokens lie.
+"""A shard's lean layers as one compiled loop for a few tokens. Knows no session, and of a cache where tokens lie.
 
 The loop reads a copy of the matrices, row by row; the layers themselves keep them as it suits many rows.
 """
@@ -38,7 +38,7 @@ class LayerStack:
         return are_few(hidden, self.layers.down.weight)
 
     def run(self, rotation: Tensor, past: Past, hidden: Tensor, first: int, end: int) -> Tensor:
-        """Single tokens' states `[tokens, hidden_size]` behind layers `first` to `end`; keeps their keys and values.
+        """A few tokens' states `[tokens, hidden_size]` behind layers `first` to `end`; keeps their keys and values.
 
         Queries and keys are turned by `rotation`, complex `[tokens, 1, head_dim / 2]`.
         """
@@ -92,7 +92,7 @@ class Stacking:
             epsilon=one.query_key_epsilon,
         )
         pairs = numbers(torch.zeros(len(layers), 1, 2 * one.kv_heads, one.head_dim, dtype=dtype))
-        nowhere = Past(one.index, pairs, np.zeros(1, np.int64), np.array([0, 1]))
+        nowhere = Past(one.index, pairs, *(np.array([place]) for place in (0, 0, 1)))
         rotation = torch.ones(1, 1, one.head_dim // 2, dtype=torch.complex64)
         stack.run(rotation, nowhere, torch.zeros(1, len(one.attention_norm.weight)), one.index, one.index + 1)
         return stack

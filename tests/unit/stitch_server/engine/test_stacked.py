@@ -1,4 +1,4 @@
-"""Steps of single tokens pass all layers of a shard in one call, and prompts do not."""
+"""A few tokens pass all layers of a shard in one call, and many do not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from tests.support.tiny_cluster import write_tiny_cluster
 
 
 @pytest.mark.parametrize("row_copies", [True, False])
-def test_every_decode_step_is_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_copies: bool) -> None:
+def test_few_tokens_are_one_call_and_a_long_prompt_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_copies: bool
+) -> None:
     cluster = load_cluster(str(write_tiny_cluster(tmp_path, threads=1, row_copies=row_copies)))
     chain, layers, run = ChainInProcess(cluster), [], stack.run
 
@@ -24,4 +26,7 @@ def test_every_decode_step_is_one_call(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(stack, "run", noting)
     chain.generate([7, 8, 9], "strong", ("top-0",), 5)
+    assert layers == ([(0, 4), (3, 4)] * 5 if row_copies else [])
+    layers.clear()
+    chain.generate([7] * 100, "strong", ("top-0",), 5)
     assert layers == ([(0, 4), (3, 4)] * 4 if row_copies else [])

@@ -19,7 +19,7 @@ VALUES = torch.tensor(
 
 def kept(values: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     """One token's key and value, as they come out of the cache."""
-    keep(values.view(1, 2, -1).numpy(), 0, numbers(pairs), np.array([3, 1]), np.array([0, 2]))
+    keep(values.view(1, 2, -1).numpy(), 0, numbers(pairs), np.array([3, 1]), np.array([2]))
     return pairs[1].flatten()
 
 
@@ -60,15 +60,45 @@ class TestAttention:
         query = torch.randn(len(lengths), heads + beside, head_dim, generator=draw)
         mixed = torch.full((len(lengths), heads, head_dim), float("nan"))
         bounds = np.array([0, *accumulate(lengths)])
-        attend(query.numpy(), numbers(pairs), torch.cat(slots).numpy(), bounds, window, 0.2, mixed.numpy())
+        places = torch.cat(slots).numpy(), bounds[:-1], bounds[1:]
+        attend(query.numpy(), numbers(pairs), *places, window, 0.2, mixed.numpy())
         for row, seen in enumerate(slots):
-            keys, values = (
-                pairs[seen[-window:]].double().repeat_interleave(heads // kv_heads, dim=1).split(heads, dim=1)
-            )
-            shares = (torch.einsum("hd,phd->hp", query[row, :heads].double(), keys) * 0.2).softmax(dim=1)
             torch.testing.assert_close(
-                mixed[row].double(), torch.einsum("hp,phd->hd", shares, values), rtol=1e-5, atol=1e-5
+                mixed[row].double(),
+                expected(query[row, :heads], pairs[seen[-window:]], kv_heads),
+                rtol=1e-5,
+                atol=1e-5,
             )
+
+    @pytest.mark.parametrize("tokens", [2, 5, 40, 110])
+    def test_neighbours_of_one_sequence_see_no_later_ones(
+        self, heads: int, kv_heads: int, head_dim: int, beside: int, window: int, dtype: torch.dtype, tokens: int
+    ) -> None:
+        draw = torch.Generator().manual_seed(heads)
+        alone, before = 19, 30
+        length = before + tokens
+        slots = torch.cat([torch.randperm(160, generator=draw)[:length], torch.arange(160, 160 + alone)])
+        pairs = torch.randn(200, 2 * kv_heads, head_dim, generator=draw).to(dtype)
+        query = torch.randn(tokens + 1, heads + beside, head_dim, generator=draw)
+        mixed = torch.full((tokens + 1, heads, head_dim), float("nan"))
+        begins = np.array([0] * tokens + [length])
+        ends = np.array([*range(before + 1, length + 1), length + alone])
+        attend(query.numpy(), numbers(pairs), slots.numpy(), begins, ends, window, 0.2, mixed.numpy())
+        for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+            torch.testing.assert_close(
+                mixed[row].double(),
+                expected(query[row, :heads], pairs[slots[begin:end][-window:]], kv_heads),
+                rtol=1e-5,
+                atol=1e-5,
+            )
+
+
+def expected(query: torch.Tensor, seen: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """The mean of values `[heads, head_dim]` in float64, of one row's `query` and all pairs that it sees."""
+    heads = len(query)
+    keys, values = seen.double().repeat_interleave(heads // kv_heads, dim=1).split(heads, dim=1)
+    shares = (torch.einsum("hd,phd->hp", query.double(), keys) * 0.2).softmax(dim=1)
+    return torch.einsum("hp,phd->hd", shares, values)
 
 
 def test_powers_of_e_are_right_to_the_last_digits() -> None:
@@ -80,7 +110,7 @@ def test_powers_of_e_are_right_to_the_last_digits() -> None:
     query[:, 0, 0] = -scores
     mixed = torch.empty(len(scores), 1, 16)
     slots, bounds = np.array([0, 1] * len(scores)), np.arange(len(scores) + 1) * 2
-    attend(query.numpy(), numbers(pairs), slots, bounds, 0, 1.0, mixed.numpy())
+    attend(query.numpy(), numbers(pairs), slots, bounds[:-1], bounds[1:], 0, 1.0, mixed.numpy())
     torch.testing.assert_close(mixed[:, 0, 0].double(), scores.double().sigmoid(), rtol=3e-7, atol=0)
 
 
@@ -90,5 +120,6 @@ def test_what_is_not_finite_stays_with_its_token(kind: str) -> None:
     pairs, query = torch.randn(48, 2, 64, generator=draw), torch.randn(3, 4, 64, generator=draw)
     pairs[20, ["key", "value"].index(kind), 7] = float("nan")
     mixed = torch.empty(3, 4, 64)
-    attend(query.numpy(), numbers(pairs), np.arange(48), np.array([0, 16, 32, 48]), 0, 0.2, mixed.numpy())
+    begins = np.array([0, 16, 32])
+    attend(query.numpy(), numbers(pairs), np.arange(48), begins, begins + 16, 0, 0.2, mixed.numpy())
     assert mixed.isfinite().flatten(1).all(1).tolist() == [True, False, True]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stitch.cluster import Quantization
+from stitch_server.model.few_rows import FEW_ROWS
 from stitch_server.model.product import (
     Keeping,
     PackedInt8Product,
@@ -98,8 +99,8 @@ class TestRowCopies:
         ("rows", "threads", "dtype", "few"),
         [
             (1, 1, torch.float32, True),
-            (32, 1, torch.float32, True),
-            (33, 1, torch.float32, False),
+            (FEW_ROWS, 1, torch.float32, True),
+            (FEW_ROWS + 1, 1, torch.float32, False),
             (1, 2, torch.float32, False),
             (16, 1, torch.bfloat16, True),
             (17, 1, torch.bfloat16, False),
