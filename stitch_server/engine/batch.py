@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -47,9 +46,8 @@ class Batch:
     """Segments in the order in which the runner wants them: see `ordered`."""
 
     segments: tuple[Segment, ...]
-    # Whether a neighbour on this machine computes at the same time, and whether that has ended since.
+    # Whether a neighbour on this machine computes at the same time.
     pipelined: bool = False
-    neighbour_idle: Callable[[], bool] = lambda: False
 
     @property
     def tokens(self) -> int:

@@ -76,9 +76,6 @@ class Front(Protocol):
 
     def replied(self, reply: Reply) -> None: ...
 
-    def heard(self, step: int) -> None:
-        """`replied` is about to be called for this step; in any thread, unlike all else."""
-
     def lost(self, address: str, error: StitchError) -> None: ...
 
 
@@ -91,20 +88,10 @@ class Forwarding:
         self._window_steps = window_steps
         self._numbers = itertools.count(1)
         self._unanswered: dict[int, tuple[str, tuple[Segment, ...]]] = {}
-        # Those of them whose answers have arrived; the event loop adds to it while the engine computes.
-        self._heard: set[int] = set()
 
     @property
     def steps_in_flight(self) -> int:
         return len(self._unanswered)
-
-    def all_heard(self) -> bool:
-        """Whether no shard behind this one has anything left to compute for it."""
-        return all(step in self._heard for step in self._unanswered)
-
-    def heard(self, step: int) -> None:
-        """The answer to a step has arrived, and `settle` will follow; callable from any thread."""
-        self._heard.add(step)
 
     @property
     def full(self) -> bool:
@@ -130,7 +117,6 @@ class Forwarding:
 
     def settle(self, step: int) -> tuple[Segment, ...]:
         """A step was answered; its segments, or none where nobody waits for it any more."""
-        self._heard.discard(step)
         return self._unanswered.pop(step, ("", ()))[1]
 
     def close(self, chain: tuple[str, ...], number: int) -> None:

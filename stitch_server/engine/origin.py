@@ -61,7 +61,7 @@ class Origin:
         segments = self.scheduler.next_segments()
         if not segments:
             return None
-        return Batch(ordered(segments), self._forwarding.steps_in_flight > 0, self._forwarding.all_heard)
+        return Batch(ordered(segments), pipelined=self._forwarding.steps_in_flight > 0)
 
     def deliver(self, batch: Batch, output: StepOutput) -> None:
         for index, session, _ in _sessions_of(batch):
@@ -78,9 +78,6 @@ class Origin:
     def fail(self, batch: Batch, error: Exception) -> None:
         for _, session, _ in _sessions_of(batch):
             self._end(session, Progress(error=StitchError(f"this shard failed to compute a step: {error}")))
-
-    def heard(self, step: int) -> None:
-        self._forwarding.heard(step)
 
     def replied(self, reply: Reply) -> None:
         self._forwarding.settle(reply.step)

@@ -152,11 +152,6 @@ class Relay:
             part.answer.awaited -= 1
         _reply_where_done(_answers_of(parts))
 
-    def heard(self, step: int) -> None:
-        """As `Front` says."""
-        if self._forwarding is not None:
-            self._forwarding.heard(step)
-
     def replied(self, reply: Reply) -> None:
         """A shard behind answered a step of this shard."""
         segments = () if self._forwarding is None else self._forwarding.settle(reply.step)

@@ -23,7 +23,8 @@ from stitch_server.devices import sent
 from stitch_server.engine.batch import Batch, Cut, Segment, StepOutput, Token, TokenLogprobs, Verdict
 from stitch_server.engine.graphs import DecodeGraphs
 from stitch_server.engine.judge import Judge
-from stitch_server.engine.threads import Threads
+from stitch_server.engine.lanes import LANE_ROWS, Lanes, Turns, depend, divided
+from stitch_server.engine.threads import Spread, Threads
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.sampler import SampledToken, SampleRequest, sample
@@ -54,24 +55,24 @@ class Runner:
     # On a GPU: passes of single tokens, captured; and what waits until all is computed that was asked for.
     graphs: DecodeGraphs | None = None
     wait: Callable[[], None] | None = None
+    lanes: Lanes = field(default_factory=Lanes)
     # Seconds spent in `run` so far.
     busy_seconds: float = 0.0
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepOutput:
         """One pass over all segments of `batch`."""
-        threads = self.threads.choose(batch.tokens, batch.pipelined)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
+        divisible = self._is_divisible(batch)
+        spread = self.threads.choose(batch.tokens, batch.pipelined, divisible)
         started = time.perf_counter()
-        before_layer = self._taking_cores(batch, threads)
+        _use(spread.threads)
         hidden, spoilt = self._entering(batch.segments)
         stitched = time.perf_counter()
         verdicts: dict[int, Verdict] = {}
         if self.judge is not None and any(segment.candidates for segment in batch.segments):
-            hidden, verdicts = self._deciding(self.judge, batch.segments, hidden, before_layer)
+            hidden, verdicts = self._deciding(self.judge, batch.segments, hidden, spread)
         else:
-            hidden = self._through_layers(batch.segments, hidden, before_layer)
+            hidden = self._through_layers(batch.segments, hidden, spread)
         if self.wait is not None and (self.head is None or batch.tokens > len(batch.segments)):
             # So that stages of a prompt are what they took. Who sends the rows on waits anyway; a step of single tokens
             # waits once, for what is sampled.
@@ -86,25 +87,13 @@ class Runner:
             tokens = self._tokens(self.head, batch.segments, hidden, spoilt, stages)
             output = StepOutput(tokens=tokens, spoilt=spoilt, stages=stages)
         seconds = time.perf_counter() - started
-        self.threads.took(batch.tokens, batch.pipelined, threads, seconds)
+        self.threads.took(batch.tokens, batch.pipelined, divisible, spread, seconds)
         self.busy_seconds += seconds
         return output
 
-    def _taking_cores(self, batch: Batch, threads: int) -> Callable[[], None] | None:
-        """What takes the cores of a neighbour that has come to its end meanwhile; None where it could take none.
-
-        A shard with the more layers would else leave them idle for the rest of each pass. Single tokens pass all layers
-        in one call.
-        """
-        more = self.threads.fastest(batch.tokens)
-        if not batch.pipelined or more <= threads or batch.tokens == len(batch.segments):
-            return None
-
-        def take() -> None:
-            if torch.get_num_threads() != more and batch.neighbour_idle():
-                torch.set_num_threads(more)
-
-        return take
+    def _is_divisible(self, batch: Batch) -> bool:
+        """Whether lanes may be worth their while: single tokens are bound by reading weights, which each lane does."""
+        return self.device.type == "cpu" and batch.tokens >= 2 * max(LANE_ROWS, len(batch.segments))
 
     def _entering(self, segments: Sequenced[Segment]) -> tuple[Tensor, frozenset[int]]:
         """The batch's rows `[tokens, hidden]` as the first layers take them, and which segments are spoilt."""
@@ -126,9 +115,35 @@ class Runner:
             parts.append(received if stitch is None else stitch(received, _begins(members)))
         return _packed(parts), frozenset(spoilt)
 
-    def _through_layers(
-        self, segments: Sequenced[Segment], hidden: Tensor, before_layer: Callable[[], None] | None
+    def _through_layers(self, segments: Sequenced[Segment], hidden: Tensor, spread: Spread) -> Tensor:
+        if spread.lanes == 1 or len(hidden) < spread.lanes:
+            return self._lane(segments, hidden)
+        parts = divided(segments, spread.lanes)
+        rows = torch.split(hidden, [sum(one.length for one in part) for part in parts])
+        # The batch is ordered, so a lane passes every layer that those behind it pass.
+        turns = [Turns() if depend(parts) else None for _ in parts[1:]]
+        lanes = [
+            partial(self._beside, spread.threads, part, states, follows, leads)
+            for part, states, follows, leads in zip(parts, rows, [None, *turns], [*turns, None], strict=True)
+        ]
+        return torch.cat(self.lanes.run(lanes))
+
+    def _beside(
+        self, threads: int, segments: Sequenced[Segment], hidden: Tensor, follows: Turns | None, leads: Turns | None
     ) -> Tensor:
+        """A lane beside others, in a thread of its own."""
+        _use(threads)
+        try:
+            with torch.inference_mode():
+                return self._lane(segments, hidden, follows, leads)
+        finally:
+            if leads is not None:
+                leads.end()
+
+    def _lane(
+        self, segments: Sequenced[Segment], hidden: Tensor, follows: Turns | None = None, leads: Turns | None = None
+    ) -> Tensor:
+        """Through all layers; none before the lane that it `follows`, and each told to the one that it `leads`."""
         positions = torch.cat([torch.arange(one.position, one.position + one.length) for one in segments])
         rotary = self.decoder.rotary(sent(positions, self.device))
         spans = [Span(one.position, one.length, one.blocks) for one in segments]
@@ -136,16 +151,16 @@ class Runner:
         attention = cache(partial(self.store.attention, spans))
         attention_of = cache(lambda count: attention() if count == len(segments) else attention().first(count))
         bounds = sorted({one.cut.enter for one in segments} | {one.cut.leave for one in segments})
-        if before_layer is not None:
+        if follows is not None or leads is not None:
             bounds = list(range(bounds[0], bounds[-1] + 1))
         for first, end in pairwise(bounds):
-            if before_layer is not None:
-                before_layer()
             present = [one for one in segments if one.cut.enter <= first and one.cut.leave >= end]
             rows = sum(one.length for one in present)
             adapted = self._adapted(present)
             whole = len(present) == len(segments)
             here, angles = (hidden, rotary) if whole else (hidden[:rows], tuple(part[:rows] for part in rotary))
+            if follows is not None:
+                follows.wait_for(end)
             moved = None
             if self.graphs is not None:
                 moved = self.graphs.run(spans[: len(present)], here, angles, first, end, adapted)
@@ -153,6 +168,8 @@ class Runner:
                 attend = attention_of(len(present))
                 moved = self.decoder.run(here, angles, attend, first, end, adapted, attend.past)
             hidden = moved if whole else torch.cat([moved, hidden[rows:]])
+            if leads is not None:
+                leads.reached(end)
         return hidden
 
     def _adapted(self, segments: Sequenced[Segment]) -> list[tuple[slice, Adapters]]:
@@ -166,14 +183,14 @@ class Runner:
         return found
 
     def _deciding(
-        self, judge: Judge, segments: Sequenced[Segment], hidden: Tensor, before_layer: Callable[[], None] | None
+        self, judge: Judge, segments: Sequenced[Segment], hidden: Tensor, spread: Spread
     ) -> tuple[Tensor, dict[int, Verdict]]:
         """As `_through_layers`, but segments with candidates get their routes where the first ones leave.
 
         Up to there all segments pass the same layers, and then those that go on are gathered anew.
         """
         up_to = [replace(one, cut=Cut(one.cut.enter, judge.layer)) for one in segments]
-        hidden = self._through_layers(up_to, hidden, before_layer)
+        hidden = self._through_layers(up_to, hidden, spread)
         rows = [0, *accumulate(one.length for one in segments)]
         verdicts = {
             index: judge.judge(hidden[rows[index] : rows[index + 1]], one.candidates)
@@ -190,7 +207,7 @@ class Runner:
         if staying:
             taken = sent(torch.cat([torch.arange(rows[index], rows[index + 1]) for index in staying]), self.device)
             onward = [replace(segments[index], cut=Cut(judge.layer, leaves[index])) for index in staying]
-            hidden[taken] = self._through_layers(onward, hidden[taken], before_layer)
+            hidden[taken] = self._through_layers(onward, hidden[taken], spread)
         return hidden, verdicts
 
     @staticmethod
@@ -214,6 +231,12 @@ class Runner:
         sampled = sample(logits, [_request(segments[index]) for index in wanted])
         stages["sample"] = time.perf_counter() - started
         return {index: _token(segments[index], drawn) for index, drawn in zip(wanted, sampled, strict=True)}
+
+
+def _use(threads: int) -> None:
+    """Of the calling thread's products."""
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def _packed(parts: list[Tensor]) -> Tensor:

@@ -1,80 +1,97 @@
-"""How many processor threads a pass gets: as many as made such passes fastest so far. Computes nothing itself.
+"""How a pass is spread over processor threads: as made such passes fastest so far. Computes nothing itself.
 
 More threads are not always faster: each product wakes and waits for all of them, which a small one isn't worth. A
-token of SmolLM2 takes 22 ms on one of two cores and 26 ms on both, a prompt of 128 tokens 167 and 105 ms.
+token of SmolLM2 takes 22 ms on one of two cores and 26 ms on both, a prompt of 128 tokens 167 and 105 ms. A pass that
+is cut into lanes meets only at its end, but each lane reads all weights.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+from typing import NamedTuple
 
 # Passes of one kind before each candidate is tried once more.
 TRIAL_PASSES = 64
-# How many times each candidate is tried at first, unless it takes so many times as long as another.
+# How many times each candidate is tried at first; two are enough where the better one took so many times as long as
+# another's best. One is never enough: whatever comes first fills caches.
 FIRST_TRIALS = 3
 HOPELESS = 1.3
 # Reading the weights takes as long as so many rows do; for passes of one kind that are of different sizes.
 ROWS_WORTH_READING = 16
-# The weight of the newest pass in a candidate's average.
-NEWEST = 0.25
+# So many of its passes speak for a candidate.
+NEWEST = 5
 
 
-@dataclass(slots=True)
-class _Kind:
-    """Passes over about as many rows."""
+class Spread(NamedTuple):
+    """Into how many lanes a pass is cut, and how many threads each of them has."""
 
-    candidates: tuple[int, ...]
-    passes: int = 0
-    # What a row costs, in seconds, by the number of threads; a running mean. And how often each was tried.
-    costs: dict[int, float] = field(default_factory=dict)
-    trials: Counter[int] = field(default_factory=Counter)
+    lanes: int
+    threads: int
 
-    def choose(self) -> int:
-        self.passes += 1
-        again = (self.passes - 1) % TRIAL_PASSES
-        if self.passes > TRIAL_PASSES and again < len(self.candidates):
-            return self.candidates[again]
+
+class Kind(NamedTuple):
+    """What is compared with each other."""
+
+    # Whether a neighbour on this machine computes at the same time, and whether the pass can be cut into lanes.
+    pipelined: bool
+    divisible: bool
+    # How many binary digits the number of rows has.
+    size: int
+
+
+class _Trials:
+    """Passes of one kind."""
+
+    def __init__(self, candidates: Sequence[Spread]) -> None:
+        self._passes = 0
+        # What a row cost in the newest passes, in seconds.
+        self._costs = {one: deque[float](maxlen=NEWEST) for one in candidates}
+
+    def choose(self) -> Spread:
+        self._passes += 1
+        again = (self._passes - 1) % TRIAL_PASSES
+        if self._passes > TRIAL_PASSES and again < len(self._costs):
+            return list(self._costs)[again]
         # The least tried one first, so that all are tried under the same conditions.
-        untried = [one for one in self.candidates if self.trials[one] < FIRST_TRIALS and not self._is_hopeless(one)]
-        return min(untried, key=self.trials.__getitem__) if untried else self.fastest()
+        untried = [one for one in self._costs if len(self._costs[one]) < FIRST_TRIALS and not self._is_hopeless(one)]
+        if untried:
+            return min(untried, key=lambda one: len(self._costs[one]))
+        # Medians, since a pass may be disturbed by anything.
+        return min(self._costs, key=lambda one: median(self._costs[one]))
 
-    def fastest(self) -> int:
-        return min(self.costs, key=self.costs.__getitem__, default=self.candidates[0])
+    def took(self, spread: Spread, cost: float) -> None:
+        self._costs[spread].append(cost)
 
-    def took(self, threads: int, cost: float) -> None:
-        known = self.costs.get(threads, cost)
-        self.costs[threads] = known + NEWEST * (cost - known)
-        self.trials[threads] += 1
-
-    def _is_hopeless(self, threads: int) -> bool:
-        return self.costs.get(threads, 0.0) > HOPELESS * min(self.costs.values(), default=0.0)
+    def _is_hopeless(self, spread: Spread) -> bool:
+        tried = [min(costs) for costs in self._costs.values() if costs]
+        return len(self._costs[spread]) > 1 and min(self._costs[spread]) > HOPELESS * min(tried)
 
 
 class Threads:
-    """Chooses, pass by pass: all threads, a quarter of them, or one."""
+    """Chooses, pass by pass: all threads, a quarter of them, one, or two lanes with half of them each."""
 
     def __init__(self, alone: int, pipelined: int) -> None:
         """`alone`: the most threads of a pass; `pipelined`: the same while a neighbour on this machine computes."""
         self._most = {False: alone, True: pipelined}
-        self._kinds: dict[tuple[bool, int], _Kind] = {}
+        self._kinds: dict[Kind, _Trials] = {}
 
-    def choose(self, rows: int, pipelined: bool) -> int:
+    def choose(self, rows: int, pipelined: bool, divisible: bool) -> Spread:
         """For a pass over so many rows."""
-        return self._kind(rows, pipelined).choose()
+        return self._trials(rows, pipelined, divisible).choose()
 
-    def fastest(self, rows: int) -> int:
-        """What passes over so many rows are fastest with while no neighbour computes, as far as is known."""
-        return self._kind(rows, pipelined=False).fastest()
-
-    def took(self, rows: int, pipelined: bool, threads: int, seconds: float) -> None:
+    def took(self, rows: int, pipelined: bool, divisible: bool, spread: Spread, seconds: float) -> None:
         """What the pass that it was chosen for has taken."""
-        self._kind(rows, pipelined).took(threads, seconds / (rows + ROWS_WORTH_READING))
+        self._trials(rows, pipelined, divisible).took(spread, seconds / (rows + ROWS_WORTH_READING))
 
-    def _kind(self, rows: int, pipelined: bool) -> _Kind:
-        key = pipelined, rows.bit_length()
-        if key not in self._kinds:
-            most = self._most[pipelined]
-            candidates = sorted({most, max(1, most // 4), 1}, reverse=True)
-            self._kinds[key] = _Kind(tuple(candidates))
-        return self._kinds[key]
+    def _trials(self, rows: int, pipelined: bool, divisible: bool) -> _Trials:
+        kind = Kind(pipelined, divisible, rows.bit_length())
+        if kind not in self._kinds:
+            self._kinds[kind] = _Trials(_candidates(self._most[pipelined], divisible))
+        return self._kinds[kind]
+
+
+def _candidates(most: int, divisible: bool) -> tuple[Spread, ...]:
+    whole = [Spread(1, threads) for threads in sorted({most, max(1, most // 4), 1}, reverse=True)]
+    return (*whole, Spread(2, most // 2)) if divisible and most > 1 else tuple(whole)

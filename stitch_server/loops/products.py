@@ -39,11 +39,11 @@ def multiply(x: Floats, matrix: Matrix, result: Floats) -> None:
     for output in range(tiled, outputs):
         factors = matrix.weight[output]
         for row in range(len(x)):
+            total = np.float32(0)
             # Of bfloat16 the compiler's own loop is the faster one.
             if inputs % STRIP == 0 and matrix.weight.itemsize != 2:
-                total = line(matrix.weight, output, x, row)
+                total += line(matrix.weight, output, x, row)
             else:
-                total = np.float32(0)
                 for place in range(inputs):
                     total += widened(factors[place]) * x[row, place]
             result[row, output] = total * matrix.scales[output] + matrix.bias[output]

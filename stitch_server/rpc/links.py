@@ -70,7 +70,6 @@ class Links:
 
     def _replied(self, message: shard_pb2.StepReply) -> None:
         if self._engine is not None and self._front is not None:
-            self._front.heard(message.step)
             self._engine.post(partial(self._front.replied, reply_of(message)))
 
     def _lost(self, address: str, error: StitchError) -> None:

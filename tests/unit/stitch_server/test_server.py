@@ -29,9 +29,6 @@ class Front:
     def fail(self, batch: Batch, error: Exception) -> None:
         raise NotImplementedError
 
-    def heard(self, step: int) -> None:
-        raise NotImplementedError
-
     def replied(self, reply: Reply) -> None:
         raise NotImplementedError
 

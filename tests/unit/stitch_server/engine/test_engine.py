@@ -42,9 +42,6 @@ class FakeFront:
     def fail(self, batch: Batch, error: Exception) -> None:
         self.failed.append((batch, error))
 
-    def heard(self, step: int) -> None:
-        raise NotImplementedError
-
     def replied(self, reply: Reply) -> None:
         raise NotImplementedError
 

@@ -100,20 +100,6 @@ def test_a_step_is_settled_once(forwarding: Forwarding) -> None:
     assert forwarding.settle(99) == ()
 
 
-def test_all_is_heard_once_every_answer_has_arrived(forwarding: Forwarding) -> None:
-    assert forwarding.all_heard()
-    numbers = [send(forwarding, segment(new_session()))[0] for _ in range(2)]
-    forwarding.heard(numbers[1])
-    assert not forwarding.all_heard()
-    forwarding.heard(numbers[0])
-    assert forwarding.all_heard()
-    assert forwarding.steps_in_flight == 2
-    for number in numbers:
-        forwarding.settle(number)
-    send(forwarding, segment(new_session()))
-    assert not forwarding.all_heard()
-
-
 def test_a_lost_address_names_its_steps(forwarding: Forwarding) -> None:
     mine, other = segment(new_session(chain=("a:1",))), segment(new_session(chain=("b:1",)))
     (number,) = send(forwarding, mine)

@@ -73,15 +73,6 @@ class TestGenerating:
         bench.reply(first)
         assert bench.origin.next_batch() is not None
 
-    def test_a_batch_knows_when_the_neighbour_has_come_to_its_end(self) -> None:
-        bench = OriginBench(prefill_tokens=4)
-        bench.admit(20)
-        step, batch = bench.compute(), bench.compose()
-        assert batch.pipelined
-        assert not batch.neighbour_idle()
-        bench.origin.heard(step.number)
-        assert batch.neighbour_idle()
-
     def test_without_sessions_there_is_no_batch(self, bench: OriginBench) -> None:
         assert bench.origin.next_batch() is None
 

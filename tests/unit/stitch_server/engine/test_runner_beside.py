@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from stitch_server.engine.batch import Batch, ordered
+from stitch_server.engine.batch import Batch
 from stitch_server.engine.runner import Runner
 from stitch_server.engine.threads import Threads
 from tests.support.runner_chain import Chain, Halves, load, prompt
@@ -105,29 +105,6 @@ class TestBookkeeping:
             chain.bottom(chain.segment(kept, 5), pipelined=pipelined)
         # The third is the trial of one thread.
         assert wanted[1:] == [7, 5, 1]
-
-    @pytest.mark.parametrize(("layers_beside", "wanted"), [(0, [5, 7]), (2, [5, 7]), (9, [5])])
-    def test_the_cores_of_an_idle_neighbour_are_taken(
-        self, chain: Chain, monkeypatch: pytest.MonkeyPatch, layers_beside: int, wanted: list[int]
-    ) -> None:
-        told = [torch.get_num_threads()]
-        monkeypatch.setattr(torch, "get_num_threads", lambda: told[-1])
-        monkeypatch.setattr(torch, "set_num_threads", told.append)
-        monkeypatch.setattr(chain.halves.bottom, "threads", Threads(alone=7, pipelined=5))
-        asked: list[int] = []
-
-        def idle() -> bool:
-            asked.append(told[-1])
-            return len(asked) > layers_beside
-
-        kept = [chain.sequence("weak", prompt(20, 1)), chain.sequence("strong", prompt(9, 2))]
-        batch = Batch(ordered([chain.segment(one) for one in kept]), pipelined=True, neighbour_idle=idle)
-        output = chain.halves.bottom.run(batch)
-        # Before each of five layers until there is an answer.
-        assert (told[1:], len(asked)) == (wanted, min(layers_beside + 1, 5))
-        arrived, answer = chain.top(batch, output.hidden)
-        answers = {arrived.segments[index].sequence.number: token.id for index, token in answer.tokens.items()}
-        assert answers == {one.number: chain.expected(one) for one in kept}
 
     def test_rows_that_never_came_are_named(self, chain: Chain) -> None:
         kept = chain.sequence("weak", prompt(5))

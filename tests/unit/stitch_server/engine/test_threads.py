@@ -1,4 +1,4 @@
-"""The fastest number of threads wins, kind by kind of pass."""
+"""What made passes fastest wins, kind by kind of pass."""
 
 from __future__ import annotations
 
@@ -7,40 +7,61 @@ from collections.abc import Callable
 
 import pytest
 
-from stitch_server.engine.threads import TRIAL_PASSES, Threads
+from stitch_server.engine.threads import TRIAL_PASSES, Spread, Threads
 
-Cost = Callable[[int], float]
+Cost = Callable[[Spread], float]
 
 
-def chosen(threads: Threads, passes: int, cost: Cost, rows: int = 1, pipelined: bool = False) -> list[int]:
-    """What each of so many passes got, where `cost` is the seconds that threads take."""
+def chosen(
+    threads: Threads, passes: int, cost: Cost, rows: int = 1, pipelined: bool = False, divisible: bool = False
+) -> list[Spread]:
+    """What each of so many passes got, where `cost` is the seconds that it then takes."""
     choices = []
     for _ in range(passes):
-        count = threads.choose(rows, pipelined)
-        threads.took(rows, pipelined, count, cost(count))
-        choices.append(count)
+        spread = threads.choose(rows, pipelined, divisible)
+        threads.took(rows, pipelined, divisible, spread, cost(spread))
+        choices.append(spread)
     return choices
 
 
-def slower(threads: int) -> float:
-    return float(threads)
+def slower(spread: Spread) -> float:
+    """With more threads."""
+    return float(spread.threads)
 
 
-def faster(threads: int) -> float:
-    return 1 / threads
+def faster(spread: Spread) -> float:
+    return 1 / spread.threads
 
 
 @pytest.mark.parametrize(("cost", "best"), [(slower, 1), (faster, 8)])
 def test_the_fastest_is_taken_once_all_were_tried(cost: Cost, best: int) -> None:
     choices = chosen(Threads(8, 8), TRIAL_PASSES, cost)
-    assert set(choices[:9]) == {8, 2, 1}
-    assert set(choices[9:]) == {best}
+    assert set(choices[:9]) == {Spread(1, 8), Spread(1, 2), Spread(1, 1)}
+    assert set(choices[9:]) == {Spread(1, best)}
 
 
-@pytest.mark.parametrize(("share", "trials"), [(1.2, 3), (1.4, 1)])
-def test_what_is_much_slower_is_tried_once(share: float, trials: int) -> None:
-    choices = Counter(chosen(Threads(4, 4), TRIAL_PASSES, lambda threads: share if threads == 4 else 1.0))
-    assert choices[4] == trials
+def test_two_lanes_share_the_threads_of_what_can_be_cut() -> None:
+    choices = chosen(Threads(8, 8), TRIAL_PASSES, lambda spread: 1 / spread.lanes, rows=100, divisible=True)
+    assert set(choices) == {Spread(1, 8), Spread(1, 2), Spread(1, 1), Spread(2, 4)}
+    assert choices[-1] == Spread(2, 4)
+
+
+@pytest.mark.parametrize(("share", "trials"), [(1.2, 3), (1.4, 2)])
+def test_what_is_much_slower_is_tried_less_often(share: float, trials: int) -> None:
+    choices = Counter(chosen(Threads(4, 4), TRIAL_PASSES, lambda spread: share if spread.threads == 4 else 1.0))
+    assert choices[Spread(1, 4)] == trials
+
+
+@pytest.mark.parametrize("disturbed", [0, 1, 2, 50])
+def test_one_pass_that_was_disturbed_decides_nothing(disturbed: int) -> None:
+    threads, taken = Threads(2, 2), Counter[Spread]()
+
+    def cost(spread: Spread) -> float:
+        taken[spread] += 1
+        return 100 if spread == Spread(1, 1) and taken[spread] == disturbed + 1 else spread.threads
+
+    choices = chosen(threads, TRIAL_PASSES, cost)
+    assert set(choices[6:]) == {Spread(1, 1)}
 
 
 def test_passes_of_one_kind_are_compared_by_their_rows() -> None:
@@ -48,28 +69,20 @@ def test_passes_of_one_kind_are_compared_by_their_rows() -> None:
     # Four threads are faster, but always have the larger passes.
     for _ in range(3):
         for rows, seconds in ((250, 0.2), (130, 0.15)):
-            threads.took(rows, False, threads.choose(rows, False), seconds)
-    assert threads.choose(200, False) == threads.fastest(200) == 4
-
-
-def test_the_fastest_is_that_without_a_neighbour() -> None:
-    threads = Threads(8, 8)
-    assert threads.fastest(100) == 8
-    chosen(threads, TRIAL_PASSES, faster, rows=100, pipelined=True)
-    chosen(threads, TRIAL_PASSES, slower, rows=100)
-    assert threads.fastest(100) == 1
+            threads.took(rows, False, False, threads.choose(rows, False, False), seconds)
+    assert threads.choose(200, False, False) == Spread(1, 4)
 
 
 def test_what_has_become_faster_is_noticed() -> None:
     threads = Threads(8, 8)
     chosen(threads, TRIAL_PASSES, faster)
     later = Counter(chosen(threads, 10 * TRIAL_PASSES, slower))
-    assert later.most_common(1)[0][0] == 1
+    assert later.most_common(1)[0][0] == Spread(1, 1)
 
 
 def test_trials_are_rare() -> None:
     choices = Counter(chosen(Threads(8, 8), 100 * TRIAL_PASSES, faster))
-    assert choices[8] > 0.95 * 100 * TRIAL_PASSES
+    assert choices[Spread(1, 8)] > 0.95 * 100 * TRIAL_PASSES
 
 
 def test_kinds_learn_for_themselves() -> None:
@@ -77,9 +90,18 @@ def test_kinds_learn_for_themselves() -> None:
     chosen(threads, TRIAL_PASSES - 1, slower, rows=1)
     chosen(threads, TRIAL_PASSES - 2, faster, rows=128)
     chosen(threads, TRIAL_PASSES - 1, faster, rows=1, pipelined=True)
-    assert [threads.choose(1, False), threads.choose(128, False), threads.choose(200, False)] == [1, 8, 8]
-    assert threads.choose(1, True) == 4
+    assert [threads.choose(rows, False, False).threads for rows in (1, 128, 200)] == [1, 8, 8]
+    assert threads.choose(1, True, False).threads == 4
 
 
-def test_one_thread_leaves_no_choice() -> None:
-    assert set(chosen(Threads(1, 1), 200, slower)) == {1}
+def test_what_can_be_cut_learns_for_itself() -> None:
+    threads = Threads(2, 2)
+    chosen(threads, TRIAL_PASSES - 1, lambda spread: 1 / spread.lanes, rows=128, divisible=True)
+    chosen(threads, TRIAL_PASSES - 1, slower, rows=128)
+    assert threads.choose(128, False, True) == Spread(2, 1)
+    assert threads.choose(128, False, False) == Spread(1, 1)
+
+
+@pytest.mark.parametrize("divisible", [False, True])
+def test_one_thread_leaves_no_choice(divisible: bool) -> None:
+    assert set(chosen(Threads(1, 1), 200, slower, rows=64, divisible=divisible)) == {Spread(1, 1)}

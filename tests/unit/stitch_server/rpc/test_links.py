@@ -66,16 +66,10 @@ class FakeFront:
     """Hears of replies and losses."""
 
     def __init__(self) -> None:
-        self.heard_of: list[int] = []
         self.replies: list[Reply] = []
         self.losses: list[tuple[str, StitchError]] = []
 
-    def heard(self, step: int) -> None:
-        self.heard_of.append(step)
-
     def replied(self, reply: Reply) -> None:
-        # In the engine's thread, and so later.
-        assert reply.step in self.heard_of
         self.replies.append(reply)
 
     def lost(self, address: str, error: StitchError) -> None:
