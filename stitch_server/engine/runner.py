@@ -144,7 +144,7 @@ class Runner:
         self, segments: Sequenced[Segment], hidden: Tensor, follows: Turns | None = None, leads: Turns | None = None
     ) -> Tensor:
         """Through all layers; none before the lane that it `follows`, and each told to the one that it `leads`."""
-        positions = torch.cat([torch.arange(one.position, one.position + one.length) for one in segments])
+        positions = torch.tensor([at for one in segments for at in range(one.position, one.position + one.length)])
         rotary = self.decoder.rotary(sent(positions, self.device))
         spans = [Span(one.position, one.length, one.blocks) for one in segments]
         # Made where it is asked for: captured passes bring their own.

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
-# Passes of one kind before each candidate is tried once more.
-TRIAL_PASSES = 64
+# Passes of one kind before each candidate is tried once more: seldom enough that nobody's p95 shows it.
+TRIAL_PASSES = 256
 # How many times each candidate is tried at first; two are enough where the better one took so many times as long as
 # another's best. One is never enough: whatever comes first fills caches.
 FIRST_TRIALS = 3
