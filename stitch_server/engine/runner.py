@@ -24,7 +24,7 @@ from stitch_server.engine.batch import Batch, Cut, Segment, StepOutput, Token, T
 from stitch_server.engine.graphs import DecodeGraphs
 from stitch_server.engine.judge import Judge
 from stitch_server.engine.lanes import LANE_ROWS, Lanes, Turns, depend, divided
-from stitch_server.engine.threads import Spread, Threads
+from stitch_server.engine.threads import Spread, Threads, Work
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.sampler import SampledToken, SampleRequest, sample
@@ -62,8 +62,8 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepOutput:
         """One pass over all segments of `batch`."""
-        divisible = self._is_divisible(batch)
-        spread = self.threads.choose(batch.tokens, batch.pipelined, divisible)
+        work = self._work(batch)
+        spread = self.threads.choose(work)
         started = time.perf_counter()
         _use(spread.threads)
         hidden, spoilt = self._entering(batch.segments)
@@ -87,13 +87,18 @@ class Runner:
             tokens = self._tokens(self.head, batch.segments, hidden, spoilt, stages)
             output = StepOutput(tokens=tokens, spoilt=spoilt, stages=stages)
         seconds = time.perf_counter() - started
-        self.threads.took(batch.tokens, batch.pipelined, divisible, spread, seconds)
+        self.threads.took(work, spread, seconds)
         self.busy_seconds += seconds
         return output
 
-    def _is_divisible(self, batch: Batch) -> bool:
-        """Whether lanes may be worth their while: single tokens are bound by reading weights, which each lane does."""
-        return self.device.type == "cpu" and batch.tokens >= 2 * max(LANE_ROWS, len(batch.segments))
+    def _work(self, batch: Batch) -> Work:
+        seen = sum(one.length * (one.position + one.length) for one in batch.segments)
+        # A layer's weights are about 12 · hidden_size² for each row, a token that is seen costs it 2 · hidden_size, and
+        # that twice as long as products take for as much.
+        attended = seen / (3 * self.decoder.hidden_size)
+        # Lanes read all weights each, and single tokens are bound by just that.
+        divisible = self.device.type == "cpu" and batch.tokens >= 2 * max(LANE_ROWS, len(batch.segments))
+        return Work(batch.tokens, attended, batch.pipelined, divisible)
 
     def _entering(self, segments: Sequenced[Segment]) -> tuple[Tensor, frozenset[int]]:
         """The batch's rows `[tokens, hidden]` as the first layers take them, and which segments are spoilt."""

@@ -18,7 +18,7 @@ TRIAL_PASSES = 256
 # another's best. One is never enough: whatever comes first fills caches.
 FIRST_TRIALS = 3
 HOPELESS = 1.3
-# Reading the weights takes as long as so many rows do; for passes of one kind that are of different sizes.
+# Reading the weights takes as long as so many rows do.
 ROWS_WORTH_READING = 16
 # So many of its passes speak for a candidate.
 NEWEST = 5
@@ -31,14 +31,25 @@ class Spread(NamedTuple):
     threads: int
 
 
-class Kind(NamedTuple):
-    """What is compared with each other."""
+class Work(NamedTuple):
+    """What a pass has to do."""
 
+    rows: int
+    # How many rows take as long as its attention does beside that.
+    attended: float = 0.0
     # Whether a neighbour on this machine computes at the same time, and whether the pass can be cut into lanes.
-    pipelined: bool
-    divisible: bool
-    # How many binary digits the number of rows has.
-    size: int
+    pipelined: bool = False
+    divisible: bool = False
+
+    @property
+    def kind(self) -> tuple[bool, bool, int]:
+        """The same for what is compared with each other: passes of about as many rows."""
+        return self.pipelined, self.divisible, self.rows.bit_length()
+
+    @property
+    def amount(self) -> float:
+        """What its time is divided by, so that it can be compared."""
+        return self.rows + self.attended + ROWS_WORTH_READING
 
 
 class _Trials:
@@ -46,7 +57,7 @@ class _Trials:
 
     def __init__(self, candidates: Sequence[Spread]) -> None:
         self._passes = 0
-        # What a row cost in the newest passes, in seconds.
+        # Seconds by amount, of the newest passes.
         self._costs = {one: deque[float](maxlen=NEWEST) for one in candidates}
 
     def choose(self) -> Spread:
@@ -70,28 +81,27 @@ class _Trials:
 
 
 class Threads:
-    """Chooses, pass by pass: all threads, a quarter of them, one, or two lanes with half of them each."""
+    """Chooses, pass by pass: all threads, in two lanes where that can be, a quarter of them, or one."""
 
     def __init__(self, alone: int, pipelined: int) -> None:
         """`alone`: the most threads of a pass; `pipelined`: the same while a neighbour on this machine computes."""
         self._most = {False: alone, True: pipelined}
-        self._kinds: dict[Kind, _Trials] = {}
+        self._kinds: dict[tuple[bool, bool, int], _Trials] = {}
 
-    def choose(self, rows: int, pipelined: bool, divisible: bool) -> Spread:
-        """For a pass over so many rows."""
-        return self._trials(rows, pipelined, divisible).choose()
+    def choose(self, work: Work) -> Spread:
+        """For a pass that is about to begin."""
+        return self._trials(work).choose()
 
-    def took(self, rows: int, pipelined: bool, divisible: bool, spread: Spread, seconds: float) -> None:
-        """What the pass that it was chosen for has taken."""
-        self._trials(rows, pipelined, divisible).took(spread, seconds / (rows + ROWS_WORTH_READING))
+    def took(self, work: Work, spread: Spread, seconds: float) -> None:
+        """What a pass has taken."""
+        self._trials(work).took(spread, seconds / work.amount)
 
-    def _trials(self, rows: int, pipelined: bool, divisible: bool) -> _Trials:
-        kind = Kind(pipelined, divisible, rows.bit_length())
-        if kind not in self._kinds:
-            self._kinds[kind] = _Trials(_candidates(self._most[pipelined], divisible))
-        return self._kinds[kind]
+    def _trials(self, work: Work) -> _Trials:
+        if work.kind not in self._kinds:
+            self._kinds[work.kind] = _Trials(_candidates(self._most[work.pipelined], work.divisible))
+        return self._kinds[work.kind]
 
 
-def _candidates(most: int, divisible: bool) -> tuple[Spread, ...]:
-    whole = [Spread(1, threads) for threads in sorted({most, max(1, most // 4), 1}, reverse=True)]
-    return (*whole, Spread(2, most // 2)) if divisible and most > 1 else tuple(whole)
+def _candidates(most: int, divisible: bool) -> list[Spread]:
+    all_of_them = Spread(2, most // 2) if divisible and most > 1 else Spread(1, most)
+    return sorted({all_of_them, Spread(1, max(1, most // 4)), Spread(1, 1)}, reverse=True)

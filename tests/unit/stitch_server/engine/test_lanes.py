@@ -15,7 +15,7 @@ from stitch_server.engine.batch import Cut, Segment
 from stitch_server.engine.lanes import Lanes, Turns, depend, divided
 from stitch_server.engine.runner import Runner
 from stitch_server.engine.sequence import Sequence
-from stitch_server.engine.threads import Spread
+from stitch_server.engine.threads import Spread, Work
 from tests.support.runner_chain import Chain, Halves, load, prompt
 from tests.support.tiny_model import write_tiny_pair
 
@@ -98,8 +98,8 @@ class TestLanes:
 class TwoLanes:
     """In place of `Threads`: every pass that can be cut is."""
 
-    def choose(self, rows: int, pipelined: bool, divisible: bool) -> Spread:
-        return Spread(2 if divisible else 1, 1)
+    def choose(self, work: Work) -> Spread:
+        return Spread(2 if work.divisible else 1, 1)
 
     def took(self, *what: object) -> None:
         pass

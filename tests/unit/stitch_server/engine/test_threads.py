@@ -7,19 +7,19 @@ from collections.abc import Callable
 
 import pytest
 
-from stitch_server.engine.threads import TRIAL_PASSES, Spread, Threads
+from stitch_server.engine.threads import TRIAL_PASSES, Spread, Threads, Work
 
 Cost = Callable[[Spread], float]
 
+TOKEN = Work(1)
 
-def chosen(
-    threads: Threads, passes: int, cost: Cost, rows: int = 1, pipelined: bool = False, divisible: bool = False
-) -> list[Spread]:
+
+def chosen(threads: Threads, passes: int, cost: Cost, work: Work = TOKEN) -> list[Spread]:
     """What each of so many passes got, where `cost` is the seconds that it then takes."""
     choices = []
     for _ in range(passes):
-        spread = threads.choose(rows, pipelined, divisible)
-        threads.took(rows, pipelined, divisible, spread, cost(spread))
+        spread = threads.choose(work)
+        threads.took(work, spread, cost(spread))
         choices.append(spread)
     return choices
 
@@ -41,8 +41,8 @@ def test_the_fastest_is_taken_once_all_were_tried(cost: Cost, best: int) -> None
 
 
 def test_two_lanes_share_the_threads_of_what_can_be_cut() -> None:
-    choices = chosen(Threads(8, 8), TRIAL_PASSES, lambda spread: 1 / spread.lanes, rows=100, divisible=True)
-    assert set(choices) == {Spread(1, 8), Spread(1, 2), Spread(1, 1), Spread(2, 4)}
+    choices = chosen(Threads(8, 8), TRIAL_PASSES, lambda spread: 1 / spread.lanes, Work(100, divisible=True))
+    assert set(choices) == {Spread(1, 2), Spread(1, 1), Spread(2, 4)}
     assert choices[-1] == Spread(2, 4)
 
 
@@ -69,8 +69,18 @@ def test_passes_of_one_kind_are_compared_by_their_rows() -> None:
     # Four threads are faster, but always have the larger passes.
     for _ in range(3):
         for rows, seconds in ((250, 0.2), (130, 0.15)):
-            threads.took(rows, False, False, threads.choose(rows, False, False), seconds)
-    assert threads.choose(200, False, False) == Spread(1, 4)
+            threads.took(Work(rows), threads.choose(Work(rows)), seconds)
+    assert threads.choose(Work(200)) == Spread(1, 4)
+
+
+def test_passes_of_one_kind_are_compared_by_what_they_attend_to() -> None:
+    threads = Threads(2, 2)
+    # A prompt's later chunks take longer, and two lanes have them all.
+    for part in range(100):
+        work = Work(20, attended=part, divisible=True)
+        spread = threads.choose(work)
+        threads.took(work, spread, work.amount / spread.lanes)
+    assert {threads.choose(Work(20, attended=1, divisible=True)) for _ in range(20)} == {Spread(2, 1)}
 
 
 def test_what_has_become_faster_is_noticed() -> None:
@@ -87,21 +97,21 @@ def test_trials_are_rare() -> None:
 
 def test_kinds_learn_for_themselves() -> None:
     threads = Threads(8, 4)
-    chosen(threads, TRIAL_PASSES - 1, slower, rows=1)
-    chosen(threads, TRIAL_PASSES - 2, faster, rows=128)
-    chosen(threads, TRIAL_PASSES - 1, faster, rows=1, pipelined=True)
-    assert [threads.choose(rows, False, False).threads for rows in (1, 128, 200)] == [1, 8, 8]
-    assert threads.choose(1, True, False).threads == 4
+    chosen(threads, TRIAL_PASSES - 1, slower)
+    chosen(threads, TRIAL_PASSES - 2, faster, Work(128))
+    chosen(threads, TRIAL_PASSES - 1, faster, Work(1, pipelined=True))
+    assert [threads.choose(Work(rows)).threads for rows in (1, 128, 200)] == [1, 8, 8]
+    assert threads.choose(Work(1, pipelined=True)).threads == 4
 
 
 def test_what_can_be_cut_learns_for_itself() -> None:
     threads = Threads(2, 2)
-    chosen(threads, TRIAL_PASSES - 1, lambda spread: 1 / spread.lanes, rows=128, divisible=True)
-    chosen(threads, TRIAL_PASSES - 1, slower, rows=128)
-    assert threads.choose(128, False, True) == Spread(2, 1)
-    assert threads.choose(128, False, False) == Spread(1, 1)
+    chosen(threads, TRIAL_PASSES - 1, lambda spread: 1 / spread.lanes, Work(128, divisible=True))
+    chosen(threads, TRIAL_PASSES - 1, slower, Work(128))
+    assert threads.choose(Work(128, divisible=True)) == Spread(2, 1)
+    assert threads.choose(Work(128)) == Spread(1, 1)
 
 
 @pytest.mark.parametrize("divisible", [False, True])
 def test_one_thread_leaves_no_choice(divisible: bool) -> None:
-    assert set(chosen(Threads(1, 1), 200, slower, rows=64, divisible=divisible)) == {Spread(1, 1)}
+    assert set(chosen(Threads(1, 1), 200, slower, Work(64, divisible=divisible))) == {Spread(1, 1)}
