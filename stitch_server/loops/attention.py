@@ -9,9 +9,7 @@ import numpy as np
 from stitch_server.loops.compiling import compiled
 from stitch_server.loops.numbers import Floats, Numbers, Places, exponential, like, widened
 from stitch_server.loops.tiles import LANES, SIDE, STRIP, blend, dots
-
-# Queries, tokens times heads of a group, whose scores are kept at once: a second cache has room for them.
-MOST_QUERIES = 96
+from stitch_server.loops.together import MOST_QUERIES, attend_together
 
 
 class Past(NamedTuple):
@@ -57,11 +55,12 @@ def attend(
     most = max(1, MOST_QUERIES // group)
     longest = 0
     for token in range(len(mixed)):
-        seen = ends[token] - begins[token]
-        longest = max(longest, seen if window == 0 else min(seen, window + most))
-    # Tiles may have more rows than a group has heads, and more places than there are tokens.
-    weights = np.empty((max(heads, most * group) + SIDE, longest + STRIP), np.float32)
-    answered = np.empty((max(heads, most * group) + SIDE, mixed.shape[2]), np.float32)
+        longest = max(longest, ends[token] - begins[token])
+    if window > 0:
+        longest = min(longest, window)
+    # Tiles may have more rows than a group has heads.
+    weights = np.empty((heads + SIDE, longest), np.float32)
+    answered = np.empty((heads + SIDE, mixed.shape[2]), np.float32)
     first = 0
     while first < len(mixed):
         after = first + 1
@@ -74,9 +73,9 @@ def attend(
         if after == first + 1:
             _attend_alone(query[first], pairs, seen, scale, weights, answered, mixed[first])
         else:
-            lengths = ends[first:after] - begin
-            asked, given = query[first:after], mixed[first:after]
-            _attend_together(asked, pairs, seen, lengths, window, scale, weights, answered, given)
+            attend_together(
+                query[first:after], pairs, seen, ends[first:after] - begin, window, scale, mixed[first:after]
+            )
         first = after
 
 
@@ -94,59 +93,6 @@ def _attend_alone(
             _soften(weights[head, : seen.size])
         _mix(weights, first, last, pairs[:, kv_heads + kv_head], seen, answered)
     mixed[:] = answered[: len(mixed)]
-
-
-@compiled()
-def _attend_together(
-    query: Floats,
-    pairs: Numbers,
-    seen: Places,
-    lengths: Places,
-    window: int,
-    scale: float,
-    weights: Floats,
-    answered: Floats,
-    mixed: Floats,
-) -> None:
-    """Consecutive tokens of one sequence, `[tokens, heads, head_dim]`, of which each sees so many or its window's."""
-    kv_heads, head_dim = pairs.shape[1] // 2, mixed.shape[2]
-    group = mixed.shape[1] // kv_heads
-    count = len(mixed) * group
-    # All queries of a group's heads, so that each key is read once for all of them.
-    asked = np.zeros((count + SIDE, head_dim), np.float32)
-    turned = np.empty((head_dim, STRIP), np.float32)
-    dimensions = np.arange(head_dim)
-    for kv_head in range(kv_heads):
-        for token in range(len(mixed)):
-            for member in range(group):
-                asked[token * group + member] = query[token, kv_head * group + member] * np.float32(scale)
-        _score_all(asked, count, pairs[:, kv_head], seen, turned, dimensions, weights)
-        for token in range(len(mixed)):
-            low = max(0, lengths[token] - window) if window > 0 else 0
-            for one in range(token * group, (token + 1) * group):
-                _soften(weights[one, low : lengths[token]])
-                weights[one, :low] = 0
-                weights[one, lengths[token] : seen.size] = 0
-        _mix(weights, 0, count, pairs[:, kv_heads + kv_head], seen, answered)
-        for token in range(len(mixed)):
-            for member in range(group):
-                mixed[token, kv_head * group + member] = answered[token * group + member]
-
-
-@compiled()
-def _score_all(
-    asked: Floats, count: int, keys: Numbers, seen: Places, turned: Floats, dimensions: Places, scores: Floats
-) -> None:
-    """What `count` queries score for each token that is seen; keys are turned, so that sums need no folding."""
-    for begin in range(0, seen.size, STRIP):
-        filled = min(STRIP, seen.size - begin)
-        turned[:, filled:] = 0
-        for place in range(filled):
-            slot = seen[begin + place]
-            for dimension in range(len(turned)):
-                turned[dimension, place] = widened(keys[slot, dimension])
-        for first in range(0, count, SIDE):
-            blend(turned, dimensions, 0, asked, first, scores[first : first + SIDE, begin : begin + STRIP])
 
 
 @compiled()

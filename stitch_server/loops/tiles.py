@@ -65,9 +65,15 @@ def _typed_blend(typing: Any, values: Any, rows: Any, at: Any, shares: Any, firs
     return types.void(values, rows, types.int64, shares, types.int64, mixed), _blend
 
 
+def _typed_fetched(typing: Any, array: Any, row: Any, place: Any) -> _Generated:
+    """Asks for array[row, place], and what lies in its cache line, to be in the second cache soon."""
+    return types.void(array, types.int64, types.int64), _fetched
+
+
 # As compiled functions call them.
 dots: Callable[[Numbers, int, Floats, int], tuple[float, ...]] = cast(Any, intrinsic(_typed_dots))
 line: Callable[[Numbers, int, Floats, int], float] = cast(Any, intrinsic(_typed_line))
+fetched: Callable[[Numbers, int, int], None] = cast(Any, intrinsic(_typed_fetched))
 blend: Callable[[Numbers, Places, int, Floats, int, Floats], None] = cast(Any, intrinsic(_typed_blend))
 
 
@@ -125,6 +131,12 @@ def _blend(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Seque
         for column, vector in enumerate(vectors):
             target = builder.bitcast(builder.gep(address, [vector]), _FLOATS.as_pointer())
             builder.store(sums[SIDE * number + column], target, align=4)
+    return context.get_dummy_value()
+
+
+def _fetched(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+    array, row, place = _opened(context, builder, signature, arguments)
+    _fetch(builder, builder.gep(_row(builder, array, row), [place]))
     return context.get_dummy_value()
 
 

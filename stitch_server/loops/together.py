@@ -1,0 +1,117 @@
+"""Attention of consecutive tokens of one sequence, which see almost the same. Knows arrays alone.
+
+The past goes by once, part by part, for all heads and tokens: what a part's tokens add to the mean is corrected when a
+later score is larger than all before it, as in https://arxiv.org/abs/1805.02867 and https://arxiv.org/abs/2205.14135.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stitch_server.loops.compiling import compiled
+from stitch_server.loops.numbers import Floats, Numbers, Places, exponential, widened
+from stitch_server.loops.tiles import CACHE_LINE, SIDE, STRIP, blend, fetched
+
+# Queries, tokens times heads of a group, that go together: a second cache has room for what they are and become.
+MOST_QUERIES = 96
+# Tokens of the past in a part, which has room there, too, and the next one beside it.
+PART = 4 * STRIP
+
+
+@compiled()
+def attend_together(
+    query: Floats, pairs: Numbers, seen: Places, lengths: Places, window: int, scale: float, mixed: Floats
+) -> None:
+    """What each of the tokens sees, `mixed` `[tokens, heads, head_dim]`; `query` may have more heads behind these.
+
+    Of the slots that are `seen` a token sees as many as its length says, or the last of these that a window leaves.
+    """
+    kv_heads, head_dim = pairs.shape[1] // 2, mixed.shape[2]
+    group = mixed.shape[1] // kv_heads
+    count = len(mixed) * group
+    # By group: the queries of all its heads, so that each key is read once for all of them. Tiles may have more rows.
+    asked = np.zeros((kv_heads, count + SIDE, head_dim), np.float32)
+    sums = np.zeros((kv_heads, count + SIDE, head_dim), np.float32)
+    largest = np.full((kv_heads, count), -np.inf, np.float32)
+    totals = np.zeros((kv_heads, count), np.float32)
+    for kv_head in range(kv_heads):
+        for one in range(count):
+            asked[kv_head, one] = query[one // group, kv_head * group + one % group] * np.float32(scale)
+    scores = np.empty((count + SIDE, PART), np.float32)
+    turned = np.empty((head_dim, STRIP), np.float32)
+    strip = np.empty((SIDE, STRIP), np.float32)
+    dimensions = np.arange(head_dim)
+    for begin in range(0, seen.size, PART):
+        part, later = seen[begin : begin + PART], seen[begin + PART : begin + 2 * PART]
+        for kv_head in range(kv_heads):
+            keys, values = pairs[:, kv_head], pairs[:, kv_heads + kv_head]
+            _fetch(keys, later)
+            _fetch(values, later)
+            _score(asked[kv_head], count, keys, part, turned, dimensions, scores)
+            for one in range(count):
+                end = lengths[one // group] - begin
+                low = max(0, end - window) if window > 0 else 0
+                high = min(max(low, end), part.size)
+                scores[one, : min(low, part.size)] = 0
+                scores[one, high : part.size] = 0
+                if low < high:
+                    _soften(scores[one, low:high], largest[kv_head], totals[kv_head], one, sums[kv_head])
+            _add(scores, count, values, part, strip, sums[kv_head])
+    for kv_head in range(kv_heads):
+        for one in range(count):
+            mixed[one // group, kv_head * group + one % group] = sums[kv_head, one] / totals[kv_head, one]
+
+
+@compiled()
+def _fetch(rows: Numbers, slots: Places) -> None:
+    for place in range(slots.size):
+        for dimension in range(0, rows.shape[1], CACHE_LINE // rows.itemsize):
+            fetched(rows, slots[place], dimension)
+
+
+@compiled()
+def _score(
+    asked: Floats, count: int, keys: Numbers, part: Places, turned: Floats, dimensions: Places, scores: Floats
+) -> None:
+    """What `count` queries score for each token of the part; keys are turned, so that sums need no folding."""
+    for begin in range(0, part.size, STRIP):
+        filled = min(STRIP, part.size - begin)
+        turned[:, filled:] = 0
+        for place in range(filled):
+            slot = part[begin + place]
+            for dimension in range(len(turned)):
+                turned[dimension, place] = widened(keys[slot, dimension])
+        for first in range(0, count, SIDE):
+            blend(turned, dimensions, 0, asked, first, scores[first : first + SIDE, begin : begin + STRIP])
+
+
+@compiled()
+def _soften(scores: Floats, largest: Floats, totals: Floats, one: int, sums: Floats) -> None:
+    """Scores to shares, in place, of a softmax whose largest score so far may be one of these."""
+    now = largest[one]
+    for score in scores:
+        now = max(now, score)
+    correction = exponential(largest[one] - now)
+    total = totals[one] * correction
+    for place in range(scores.size):
+        scores[place] = exponential(scores[place] - now)
+        total += scores[place]
+    for dimension in range(sums.shape[1]):
+        sums[one, dimension] *= correction
+    largest[one], totals[one] = now, total
+
+
+@compiled()
+def _add(shares: Floats, count: int, values: Numbers, part: Places, strip: Floats, sums: Floats) -> None:
+    """The part's values to `count` sums; some rows behind these are spoilt."""
+    tiled = sums.shape[1] - sums.shape[1] % STRIP
+    for at in range(0, tiled, STRIP):
+        for first in range(0, count, SIDE):
+            blend(values, part, at, shares, first, strip)
+            for row in range(SIDE):
+                for place in range(STRIP):
+                    sums[first + row, at + place] += strip[row, place]
+    for one in range(count):
+        for place in range(part.size):
+            for dimension in range(tiled, sums.shape[1]):
+                sums[one, dimension] += shares[one, place] * widened(values[part[place], dimension])
