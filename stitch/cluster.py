@@ -111,8 +111,8 @@ class Compute(Settings):
     prefill_tokens: int = Field(default=128, ge=1)
     # ... which holds as many as so many prompts bring ...
     prompts_together: int = Field(default=2, ge=1)
-    # ... and, for each prompt that waits, so many while others decode, whose next token they delay.
-    prefill_tokens_beside_decode: int = Field(default=20, ge=1)
+    # ... and, for each prompt that waits, so many while others decode, whose next token they delay; fewer behind many.
+    prefill_tokens_beside_decode: int = Field(default=28, ge=1)
     # Into how many groups the decoding sessions are split, so that neighbouring shards work at the same time.
     groups: int = Field(default=2, ge=1)
     max_waiting_sessions: int = Field(default=256, ge=1)

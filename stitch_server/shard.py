@@ -154,6 +154,7 @@ def _front(cluster: Cluster, part: Part, pool: BlockPool, links: Downstream) -> 
             prefill_tokens=compute.prefill_tokens,
             prompts_together=compute.prompts_together,
             prefill_tokens_beside_decode=compute.prefill_tokens_beside_decode,
+            past_worth_a_token=part.decoder.past_worth_a_token,
             groups=compute.groups,
             max_waiting_sessions=compute.max_waiting_sessions,
             probe_tokens=0 if part.probe is None else part.probe.binding.tokens,

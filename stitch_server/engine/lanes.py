@@ -17,7 +17,7 @@ from stitch_server.engine.batch import Segment
 Result = TypeVar("Result")
 
 # Each lane reads all weights, so fewer rows are not worth one.
-LANE_ROWS = 8
+LANE_ROWS = 4
 
 
 class Turns:

@@ -93,9 +93,7 @@ class Runner:
 
     def _work(self, batch: Batch) -> Work:
         seen = sum(one.length * (one.position + one.length) for one in batch.segments)
-        # A layer's weights are about 12 · hidden_size² for each row, a token that is seen costs it 2 · hidden_size, and
-        # that twice as long as products take for as much.
-        attended = seen / (3 * self.decoder.hidden_size)
+        attended = seen / self.decoder.past_worth_a_token
         # Lanes read all weights each, and single tokens are bound by just that.
         divisible = self.device.type == "cpu" and batch.tokens >= 2 * max(LANE_ROWS, len(batch.segments))
         return Work(batch.tokens, attended, batch.pipelined, divisible)

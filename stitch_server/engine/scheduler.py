@@ -25,7 +25,10 @@ class Limits:
     # A pass holds at most as many prompt tokens as so many prompts bring.
     prompts_together: int = 2
     # Beside decoding sessions, whose next token they delay, each prompt that waits brings so many.
-    prefill_tokens_beside_decode: int = 20
+    prefill_tokens_beside_decode: int = 28
+    # There a token counts as one more for each so many tokens before it, which it takes as long to attend to as all
+    # else of it does; 0: those count nothing.
+    past_worth_a_token: int = 0
     # Into how many groups the decoding sessions are split, so that neighbours work at the same time.
     groups: int = 2
     max_waiting_sessions: int = 256
@@ -106,17 +109,24 @@ class Scheduler:
         segments = self._decodes()
         if decoding and not segments:
             return []
-        whole = budget = self._prompt_tokens(decoding)
+        whole = budget = float(self._prompt_tokens(decoding))
+        beside = decoding > 0
         for session in list(self.running.values()):
             if budget <= 0:
                 return segments
             # Making room for an earlier one may have pushed this one out.
             if session.number in self.running and session.remaining and not session.decoding:
-                budget -= self._schedule(session, min(budget, self._limits.prefill_tokens), segments)
+                budget -= self._prefill(session, budget, beside, segments)
         while budget > 0 and (admitted := self._admit(budget, budget == whole)) is not None:
-            chunk = max(min(budget, self._limits.prefill_tokens), self._least(admitted))
-            budget -= self._schedule(admitted, chunk, segments)
+            budget -= self._prefill(admitted, budget, beside, segments, self._least(admitted))
         return segments
+
+    def _prefill(self, session: Session, budget: float, beside: bool, segments: list[Segment], least: int = 1) -> float:
+        """Appends the session's next chunk, of at least so many tokens; returns what of the budget it takes."""
+        past = self._limits.past_worth_a_token
+        weight = 1 + session.cached / past if beside and past else 1.0
+        chunk = max(min(int(budget / weight), self._limits.prefill_tokens), least)
+        return self._schedule(session, chunk, segments) * weight
 
     def _prompt_tokens(self, decoding: int) -> int:
         """How many of a pass beside so many decoding sessions: every prompt that waits brings its share."""
@@ -138,7 +148,7 @@ class Scheduler:
         """Tokens that the session's next pass must hold: what the probe reads, whatever the budget."""
         return min(self._limits.probe_tokens, session.prompt_tokens) if session.undecided else 1
 
-    def _admit(self, budget: int, alone: bool) -> Session | None:
+    def _admit(self, budget: float, alone: bool) -> Session | None:
         """The next waiting session, if there is room for all that is known of it.
 
         One that must exceed the budget has to be `alone`, the first prompt of its pass.

@@ -67,6 +67,15 @@ class DecoderLayers:
         """Whether none of them is of `transformers`, which may ask a GPU for its results in the middle of a layer."""
         return all(isinstance(layer, lean.LeanLayer) for layer in self._layers)
 
+    @property
+    def past_worth_a_token(self) -> int:
+        """To how many tokens one attends in the time of its products, about.
+
+        A layer's matrices have some 12 · hidden_size² weights, a token that is seen takes 2 · hidden_size products, and
+        these take twice as long.
+        """
+        return 3 * self.hidden_size
+
     def rotary(self, positions: Tensor) -> Rotary:
         """What positions `[tokens]` turn queries and keys by; made once for all layers of a batch."""
         return self._rotary(positions)

@@ -79,6 +79,25 @@ class TestPrompts:
         bench.add(prompt)
         assert bench.take() == [(decoding, 4, 1), (prompt, 0, 5)]
 
+    def test_beside_decode_tokens_behind_many_count_more(self) -> None:
+        bench = SchedulerBench(prefill_tokens=50, prefill_tokens_beside_decode=12, past_worth_a_token=24)
+        (decoding,) = bench.decoding(4)
+        prompt = new_session(200)
+        bench.add(prompt)
+        chunks = []
+        while not prompt.decoding and len(chunks) < 100:
+            (_, *chunk) = bench.take()
+            chunks += chunk
+            bench.answer(decoding)
+        # Behind 24 each counts twice, behind 48 three times, behind very many as all that may be.
+        assert [(at, length) for _, at, length in chunks[:6]] == [(0, 12), (12, 8), (20, 6), (26, 5), (31, 5), (36, 4)]
+        assert [length for _, _, length in chunks[-3:]] == [1, 1, 1]
+
+    def test_where_nobody_decodes_all_tokens_count_alike(self) -> None:
+        bench, session = SchedulerBench(prefill_tokens=8, past_worth_a_token=2), new_session(20)
+        bench.add(session)
+        assert [bench.take() for _ in range(3)] == [[(session, 0, 8)], [(session, 8, 8)], [(session, 16, 4)]]
+
     def test_prompts_wait_for_the_tokens_that_are_under_way(self) -> None:
         bench = SchedulerBench(prefill_tokens=50, prefill_tokens_beside_decode=5)
         (decoding,) = bench.decoding(4)
