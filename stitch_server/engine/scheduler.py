@@ -123,10 +123,13 @@ class Scheduler:
 
     def _prefill(self, session: Session, budget: float, beside: bool, segments: list[Segment], least: int = 1) -> float:
         """Appends the session's next chunk, of at least so many tokens; returns what of the budget it takes."""
-        past = self._limits.past_worth_a_token
+        past, most = self._limits.past_worth_a_token, self._limits.prefill_tokens
         weight = 1 + session.cached / past if beside and past else 1.0
-        chunk = max(min(int(budget / weight), self._limits.prefill_tokens), least)
-        return self._schedule(session, chunk, segments) * weight
+        alone = len(self.running) + len(self.waiting) == 1
+        if alone and session.reused < session.cached and session.remaining <= most:
+            # A long prompt's end comes in halves: while the shards behind compute its last chunk, this one is idle.
+            most = max(1, most // 2)
+        return self._schedule(session, max(min(int(budget / weight), most), least), segments) * weight
 
     def _prompt_tokens(self, decoding: int) -> int:
         """How many of a pass beside so many decoding sessions: every prompt that waits brings its share."""

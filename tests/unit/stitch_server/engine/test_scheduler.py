@@ -61,6 +61,15 @@ class TestPrompts:
         bench.add(session)
         assert [bench.take() for _ in range(3)] == [[(session, 0, 8)], [(session, 8, 8)], [(session, 16, 4)]]
 
+    @pytest.mark.parametrize(
+        ("tokens", "chunks"), [(8, [8]), (9, [8, 1]), (13, [8, 4, 1]), (16, [8, 4, 4]), (24, [8, 8, 4, 4])]
+    )
+    def test_the_end_of_a_long_prompt_comes_in_halves(self, tokens: int, chunks: list[int]) -> None:
+        bench, session = SchedulerBench(prefill_tokens=8), new_session(tokens)
+        bench.add(session)
+        assert [length for _ in chunks for _, _, length in bench.take()] == chunks
+        assert session.remaining == 0
+
     def test_beside_decode_every_prompt_that_waits_brings_its_share(self) -> None:
         bench = SchedulerBench(prefill_tokens=12, prefill_tokens_beside_decode=5)
         (decoding,) = bench.decoding(4)
