@@ -83,7 +83,10 @@ def attend(
 def _attend_alone(
     query: Floats, pairs: Numbers, seen: Places, scale: float, weights: Floats, answered: Floats, mixed: Floats
 ) -> None:
-    """One token, `[heads, head_dim]`; `weights` and `answered` are room, here and below."""
+    """One token, `[heads, head_dim]`, for which turning keys would not pay: behind 140, 11 µs instead of 21.
+
+    `weights` and `answered` are room, here and below.
+    """
     kv_heads = pairs.shape[1] // 2
     group = len(mixed) // kv_heads
     for kv_head in range(kv_heads):

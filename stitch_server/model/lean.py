@@ -117,7 +117,7 @@ def _rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
 def load_layers(
     config: PretrainedConfig, first: int, end: int, weights: Weights
 ) -> tuple[list[LeanLayer], LayerStack | None]:
-    """Reads layers `first` to `end`, and stacks them for single tokens where matrices are kept for these, too.
+    """Reads layers `first` to `end`, and stacks them for a few tokens where matrices are kept for these, too.
 
     Raises Incompatible, which names the tensor, where the folder lacks one.
     """

@@ -10,6 +10,7 @@ import torch
 
 from stitch_server.arrays import numbers
 from stitch_server.loops.attention import attend, keep
+from stitch_server.loops.together import PART
 
 # Among them what lies half-way between two bfloat16, what rounds up to infinity, and what a float32 can hardly hold.
 VALUES = torch.tensor(
@@ -70,15 +71,23 @@ class TestAttention:
                 atol=1e-5,
             )
 
-    @pytest.mark.parametrize("tokens", [2, 5, 40, 110])
+    # Pasts within a part, and over the borders of several, where the largest score so far may change.
+    @pytest.mark.parametrize(("before", "tokens"), [(30, 2), (30, 5), (30, 40), (30, 110), (PART - 3, 7), (600, 20)])
     def test_neighbours_of_one_sequence_see_no_later_ones(
-        self, heads: int, kv_heads: int, head_dim: int, beside: int, window: int, dtype: torch.dtype, tokens: int
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        beside: int,
+        window: int,
+        dtype: torch.dtype,
+        before: int,
+        tokens: int,
     ) -> None:
         draw = torch.Generator().manual_seed(heads)
-        alone, before = 19, 30
-        length = before + tokens
-        slots = torch.cat([torch.randperm(160, generator=draw)[:length], torch.arange(160, 160 + alone)])
-        pairs = torch.randn(200, 2 * kv_heads, head_dim, generator=draw).to(dtype)
+        alone, length = 19, before + tokens
+        slots = torch.cat([torch.randperm(length, generator=draw), torch.arange(length, length + alone)])
+        pairs = torch.randn(length + alone, 2 * kv_heads, head_dim, generator=draw).to(dtype)
         query = torch.randn(tokens + 1, heads + beside, head_dim, generator=draw)
         mixed = torch.full((tokens + 1, heads, head_dim), float("nan"))
         begins = np.array([0] * tokens + [length])
