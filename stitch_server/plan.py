@@ -69,7 +69,7 @@ def _plan_of(cluster: Cluster, place: ShardPlace, device: torch.device, memory_b
     token_bytes = kv_bytes_per_token(end - first, model.kv_heads, model.head_dim, dtype)
     value_bytes = 1 if cluster.compute.quantization == "int8" else dtype.itemsize
     weights = (layers + head) * value_bytes
-    if Keeping.of(cluster.compute).copies_rows(device, dtype):
+    if Keeping.of(cluster.compute).keeps_twice(device, dtype):
         # Layers that come from `transformers` multiply in their own way.
         weights += (head + (layers if lean.supports(read_config(folder)) else 0)) * value_bytes
     # The embedding's rows are looked up, not multiplied by.

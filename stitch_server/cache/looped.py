@@ -1,4 +1,4 @@
-"""Attention over blocks by compiled loops, on one thread of a processor. Knows no session.
+"""Attention over blocks by compiled loops, on threads of a processor. Knows no session.
 
 PyTorch's kernels want each past in one piece, so it has to be gathered first, and those of several sequences filled up
 to one length. A loop reads keys and values where they lie, each sequence's own.
@@ -7,6 +7,7 @@ to one length. A loop reads keys and values where they lie, each sequence's own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from stitch_server.arrays import floats, numbers
 from stitch_server.cache.span import Span
-from stitch_server.loops.attention import Past, attend, keep
+from stitch_server.crew import together
+from stitch_server.loops.attention import Past, attend_shared, keep_all
 from stitch_server.loops.numbers import Places
 
 
 class LoopAttention:
-    """The `span.BatchAttend` of a batch on one thread."""
+    """The `span.BatchAttend` of a batch on a processor."""
 
     def __init__(self, pairs: Tensor, first: int, block_tokens: int, spans: Sequence[Span]) -> None:
         """`pairs` of all layers from `first` on, as in `Past`."""
@@ -35,10 +37,9 @@ class LoopAttention:
     ) -> Tensor:
         """As `model.attend.Attend` says."""
         pairs = self.past.pairs[layer - self._first]
-        _, slots, begins, ends = self.past[1:]
-        keep(floats(torch.cat([key, value], dim=1)), 0, pairs, slots, ends)
-        mixed = np.empty(query.shape, np.float32)
-        attend(floats(query), pairs, slots, begins, ends, window or 0, scale, mixed)
+        keep_all(floats(torch.cat([key, value], dim=1)), pairs, self.past)
+        asked, mixed = floats(query), np.empty(query.shape, np.float32)
+        together(partial(attend_shared, asked, self.past, pairs, window or 0, scale, mixed))
         return torch.from_numpy(mixed).flatten(1).to(query.dtype)
 
     def _past(self) -> Past:

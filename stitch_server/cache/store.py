@@ -48,14 +48,10 @@ class KVStore:
         shape = (end - first, blocks * block_tokens, 2 * kv_heads, head_dim)
         self.pairs = torch.empty(shape, dtype=dtype, device=device)
         self.keys, self.values = self.pairs[:, :, :kv_heads], self.pairs[:, :, kv_heads:]
-        self._has_loops = device.type == "cpu" and dtype in LOOP_DTYPES
-        if self._has_loops:
+        # Whether loops attend.
+        self.loops = device.type == "cpu" and dtype in LOOP_DTYPES
+        if self.loops:
             _looped().compile_for(self.pairs)
-
-    @property
-    def loops(self) -> bool:
-        """Whether loops attend, as they do on one thread."""
-        return self._has_loops and torch.get_num_threads() == 1
 
     def attention(self, spans: Sequenced[Span]) -> BatchAttend:
         """The `attend` function for a batch of packed segments."""

@@ -94,8 +94,9 @@ class Runner:
     def _work(self, batch: Batch) -> Work:
         seen = sum(one.length * (one.position + one.length) for one in batch.segments)
         attended = seen / self.decoder.past_worth_a_token
-        # Lanes read all weights each, and single tokens are bound by just that.
-        divisible = self.device.type == "cpu" and batch.tokens >= 2 * max(LANE_ROWS, len(batch.segments))
+        # Threads share a loop without lanes. These read all weights each, and single tokens are bound by just that.
+        lanes = self.device.type == "cpu" and not self.decoder.is_looped(batch.tokens)
+        divisible = lanes and batch.tokens >= 2 * max(LANE_ROWS, len(batch.segments))
         return Work(batch.tokens, attended, batch.pipelined, divisible)
 
     def _entering(self, segments: Sequenced[Segment]) -> tuple[Tensor, frozenset[int]]:

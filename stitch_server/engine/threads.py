@@ -1,8 +1,8 @@
 """How a pass is spread over processor threads: as made such passes fastest so far. Computes nothing itself.
 
-More threads are not always faster: each product wakes and waits for all of them, which a small one isn't worth. A
-token of SmolLM2 takes 22 ms on one of two cores and 26 ms on both, a prompt of 128 tokens 167 and 105 ms. A pass that
-is cut into lanes meets only at its end, but each lane reads all weights.
+More threads are not always faster: a helper has to be woken for each pass, or, where a library multiplies, for each
+product, and a neighbour on this machine may need the cores. Compiled loops are shared task by task. Any other pass may
+be cut into lanes, which meet only at its end, but each lane reads all weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
-# Passes of one kind before each candidate is tried once more: seldom enough that nobody's p95 shows it.
+# Passes of one kind before each candidate is tried once more; then twice as many, and so on up to the most, which is
+# seldom enough that nobody's p95 shows it. First trials may all have met with a neighbour's beginning.
+FIRST_PASSES = 16
 TRIAL_PASSES = 256
 # How many times each candidate is tried at first; two are enough where the better one took so many times as long as
 # another's best. One is never enough: whatever comes first fills caches.
@@ -56,14 +58,16 @@ class _Trials:
     """Passes of one kind."""
 
     def __init__(self, candidates: Sequence[Spread]) -> None:
-        self._passes = 0
+        self._passes, self._trial = 0, FIRST_PASSES
         # Seconds by amount, of the newest passes.
         self._costs = {one: deque[float](maxlen=NEWEST) for one in candidates}
 
     def choose(self) -> Spread:
         self._passes += 1
-        again = (self._passes - 1) % TRIAL_PASSES
-        if self._passes > TRIAL_PASSES and again < len(self._costs):
+        again = self._passes - self._trial - 1
+        if again >= len(self._costs):
+            self._trial += min(self._trial, TRIAL_PASSES)
+        elif again >= 0:
             return list(self._costs)[again]
         # The least tried one first, so that all are tried under the same conditions.
         untried = [one for one in self._costs if len(self._costs[one]) < FIRST_TRIALS and not self._is_hopeless(one)]

@@ -8,6 +8,7 @@ import numpy as np
 
 from stitch_server.loops.compiling import compiled
 from stitch_server.loops.numbers import Floats, Numbers, Places, exponential, like, widened
+from stitch_server.loops.tasks import first_task, next_task, wait_for
 from stitch_server.loops.tiles import LANES, SIDE, STRIP, blend, dots
 from stitch_server.loops.together import MOST_QUERIES, attend_together
 
@@ -27,75 +28,138 @@ class Past(NamedTuple):
     ends: Places
 
 
+class Division(NamedTuple):
+    """How attention is divided into tasks."""
+
+    # The first of the tokens that attend together, and one behind the last.
+    starts: Places
+    # Of how many parts of its heads each of these has a task.
+    parts: int
+
+
+class Bench(NamedTuple):
+    """Room for one thread's attention."""
+
+    weights: Floats
+    answered: Floats
+
+
 @compiled()
-def keep(new: Floats, heads: int, pairs: Numbers, slots: Places, ends: Places) -> None:
-    """Each row's keys and values, `new[:, heads:]` `[tokens, 2 * kv_heads, head_dim]`, to the last of its slots."""
+def keep(new: Floats, token: int, head: int, pairs: Numbers, past: Past) -> None:
+    """One token's key or value of one head, `[head_dim]`, to the last of its slots."""
+    slot = past.slots[past.ends[token] - 1]
+    for dimension in range(pairs.shape[2]):
+        pairs[slot, head, dimension] = like(pairs[slot, head, dimension], new[dimension])
+
+
+@compiled()
+def keep_all(new: Floats, pairs: Numbers, past: Past) -> None:
+    """All tokens' keys and values of all heads, `new` `[tokens, 2 * kv_heads, head_dim]`."""
     for token in range(len(new)):
-        slot = slots[ends[token] - 1]
-        for head in range(pairs.shape[1]):
-            for dimension in range(pairs.shape[2]):
-                pairs[slot, head, dimension] = like(pairs[slot, head, dimension], new[token, heads + head, dimension])
+        for head in range(new.shape[1]):
+            keep(new[token, head], token, head, pairs, past)
+
+
+@compiled()
+def divided(past: Past, heads: int, threads: int) -> Division:
+    """For so many query heads and threads: of several tokens together as few passes over their past as can be."""
+    kv_heads = past.pairs.shape[2] // 2
+    most = max(1, MOST_QUERIES * kv_heads // heads)
+    starts = np.empty(len(past.begins) + 1, np.int64)
+    groups = 0
+    for token in range(len(past.begins)):
+        goes_on = groups > 0 and past.begins[token] == past.begins[starts[groups - 1]]
+        if not goes_on or token - starts[groups - 1] >= most:
+            starts[groups] = token
+            groups += 1
+    starts[groups] = len(past.begins)
+    return Division(starts[: groups + 1], 1 if groups >= 2 * threads or threads == 1 else kv_heads)
+
+
+@compiled()
+def tasks_of(division: Division) -> int:
+    """How many there are."""
+    return (len(division.starts) - 1) * division.parts
+
+
+@compiled()
+def bench_for(past: Past, heads: int, head_dim: int) -> Bench:
+    """For so many query heads."""
+    longest = 0
+    for token in range(len(past.begins)):
+        longest = max(longest, past.ends[token] - past.begins[token])
+    # Tiles may have more rows than a group has heads.
+    return Bench(np.empty((heads + SIDE, longest), np.float32), np.empty((heads + SIDE, head_dim), np.float32))
 
 
 @compiled()
 def attend(
+    task: int,
+    division: Division,
     query: Floats,
     pairs: Numbers,
-    slots: Places,
-    begins: Places,
-    ends: Places,
+    past: Past,
+    window: int,
+    scale: float,
+    bench: Bench,
+    mixed: Floats,
+) -> None:
+    """What the rows of a task see, `mixed` `[tokens, heads, head_dim]`; `query` may have more heads behind these."""
+    group, part = task // division.parts, task % division.parts
+    first, after = division.starts[group], division.starts[group + 1]
+    kv_heads = pairs.shape[1] // 2
+    low, high = part * kv_heads // division.parts, (part + 1) * kv_heads // division.parts
+    begin = past.begins[first]
+    if window > 0:
+        begin = max(begin, past.ends[first] - window)
+    seen = past.slots[begin : past.ends[after - 1]]
+    if after == first + 1:
+        _attend_alone(query[first], pairs, seen, low, high, scale, bench, mixed[first])
+    else:
+        lengths = past.ends[first:after] - begin
+        attend_together(query[first:after], pairs, seen, lengths, low, high, window, scale, mixed[first:after])
+
+
+@compiled()
+def attend_shared(
+    query: Floats,
+    past: Past,
+    pairs: Numbers,
     window: int,
     scale: float,
     mixed: Floats,
+    threads: int,
+    counts: Places,
 ) -> None:
-    """What each row sees, `mixed` `[tokens, heads, head_dim]`; `query` may have more heads behind these."""
-    heads, kv_heads = mixed.shape[1], pairs.shape[1] // 2
-    # The query heads that share a key, so that it is read once for all of them.
-    group = heads // kv_heads
-    most = max(1, MOST_QUERIES // group)
-    longest = 0
-    for token in range(len(mixed)):
-        longest = max(longest, ends[token] - begins[token])
-    if window > 0:
-        longest = min(longest, window)
-    # Tiles may have more rows than a group has heads.
-    weights = np.empty((heads + SIDE, longest), np.float32)
-    answered = np.empty((heads + SIDE, mixed.shape[2]), np.float32)
-    first = 0
-    while first < len(mixed):
-        after = first + 1
-        while after < len(mixed) and begins[after] == begins[first] and after - first < most:
-            after += 1
-        begin = begins[first]
-        if window > 0:
-            begin = max(begin, ends[first] - window)
-        seen = slots[begin : ends[after - 1]]
-        if after == first + 1:
-            _attend_alone(query[first], pairs, seen, scale, weights, answered, mixed[first])
-        else:
-            attend_together(
-                query[first:after], pairs, seen, ends[first:after] - begin, window, scale, mixed[first:after]
-            )
-        first = after
+    """What all rows see, by all threads that call it with the same `counts`."""
+    division, bench = divided(past, mixed.shape[1], threads), bench_for(past, mixed.shape[1], mixed.shape[2])
+    task = first_task(counts)
+    while task < tasks_of(division):
+        attend(task, division, query, pairs, past, window, scale, bench, mixed)
+        task = next_task(counts)
+    wait_for(counts, tasks_of(division))
 
 
 @compiled()
 def _attend_alone(
-    query: Floats, pairs: Numbers, seen: Places, scale: float, weights: Floats, answered: Floats, mixed: Floats
+    query: Floats, pairs: Numbers, seen: Places, low: int, high: int, scale: float, bench: Bench, mixed: Floats
 ) -> None:
-    """One token, `[heads, head_dim]`, for which turning keys would not pay: behind 140, 11 µs instead of 21.
+    """One token, `[heads, head_dim]`, and heads that share keys [low, high).
 
-    `weights` and `answered` are room, here and below.
+    For it turning keys would not pay: behind 140, 11 µs instead of 21.
     """
     kv_heads = pairs.shape[1] // 2
     group = len(mixed) // kv_heads
-    for kv_head in range(kv_heads):
+    weights, answered = bench
+    for kv_head in range(low, high):
         first, last = kv_head * group, (kv_head + 1) * group
         _score(query, first, last, pairs[:, kv_head], seen, scale, weights)
         for head in range(first, last):
             _soften(weights[head, : seen.size])
         _mix(weights, first, last, pairs[:, kv_heads + kv_head], seen, answered)
-    mixed[:] = answered[: len(mixed)]
+        for head in range(first, last):
+            for dimension in range(mixed.shape[1]):
+                mixed[head, dimension] = answered[head, dimension]
 
 
 @compiled()
@@ -130,7 +194,8 @@ def _mix(weights: Floats, first: int, end: int, values: Numbers, seen: Places, m
         for head in range(first, end, SIDE):
             blend(values, seen, at, weights, head, mixed[head : head + SIDE, at : at + STRIP])
     for head in range(first, end):
-        mixed[head, tiled:] = 0
+        for dimension in range(tiled, mixed.shape[1]):
+            mixed[head, dimension] = 0
         for place in range(seen.size):
             weight = weights[head, place]
             for dimension in range(tiled, mixed.shape[1]):

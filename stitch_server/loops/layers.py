@@ -1,4 +1,4 @@
-"""Whole decoder layers for a few tokens, one behind the other in one call. Knows arrays alone."""
+"""Whole decoder layers, one behind the other in one call that threads share. Knows arrays alone."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stitch_server.loops.attention import Past, attend, keep
+from stitch_server.loops.attention import Past, attend, bench_for, divided, keep, tasks_of
 from stitch_server.loops.compiling import compiled
 from stitch_server.loops.numbers import Floats, Places, exponential
-from stitch_server.loops.products import Matrix, multiply
+from stitch_server.loops.panels import LANES
+from stitch_server.loops.products import ADD, REPLACE, Matrix, multiply, outputs_at_once, room_for
+from stitch_server.loops.tasks import first_task, next_task, wait_for
 
 
 class Layers(NamedTuple):
@@ -30,48 +32,133 @@ class Layers(NamedTuple):
     windows: Places
 
 
-@compiled()
-def run(
-    hidden: Floats, turns: NDArray[np.complex64], layers: Layers, first: int, end: int, past: Past, epsilon: float
-) -> None:
-    """A few tokens' `hidden` `[tokens, hidden_size]` through layers [first, end) of the whole model, in place.
+class Room(NamedTuple):
+    """What threads write for each other within a layer."""
 
-    `turns` `[tokens, head_dim / 2]` are what queries and keys are rotated by.
+    # [tokens, all heads * head_dim]: queries, keys and values.
+    asked: Floats
+    # [tokens, heads * head_dim]
+    mixed: Floats
+    # [tokens, inner]
+    gated: Floats
+
+
+class Pass(NamedTuple):
+    """What goes through some layers."""
+
+    # [tokens, hidden_size], in and out.
+    hidden: Floats
+    # [tokens, head_dim / 2]: what queries and keys are rotated by.
+    turns: NDArray[np.complex64]
+    past: Past
+    room: Room
+
+
+@compiled()
+def run(states: Pass, layers: Layers, first: int, end: int, epsilon: float, threads: int, counts: Places) -> None:
+    """A pass through layers [first, end) of the whole model, by up to so many threads, all with the same arguments.
+
+    Whoever calls it returns when all is done.
     """
-    tokens, head_dim = len(hidden), past.pairs.shape[3]
-    kept = past.pairs.shape[2]
-    all_heads = layers.query_key_value.weight.shape[1] // head_dim
-    heads = all_heads - kept
+    hidden, past, room = states.hidden, states.past, states.room
+    tokens, head_dim, inner = len(hidden), past.pairs.shape[3], room.gated.shape[1]
+    all_heads, heads = room.asked.shape[1] // head_dim, room.mixed.shape[1] // head_dim
+    asked = room.asked.reshape(tokens, all_heads, head_dim)
+    mixed = room.mixed.reshape(tokens, heads, head_dim)
     scale = np.float32(1) / np.sqrt(np.float32(head_dim))
-    inner = layers.down.weight.shape[2]
+    division, bench = divided(past, heads, threads), bench_for(past, heads, head_dim)
+    heads_at_once = _heads_at_once(head_dim)
+    gates = outputs_at_once(hidden.shape[1])
     normed = np.empty_like(hidden)
-    asked = np.empty((tokens, all_heads, head_dim), np.float32)
-    mixed = np.empty((tokens, heads, head_dim), np.float32)
-    added = np.empty_like(hidden)
-    both = np.empty((tokens, 2 * inner), np.float32)
-    gated = np.empty((tokens, inner), np.float32)
+    both, sums = np.empty((tokens, 2 * gates), np.float32), room_for(tokens)
+    task, done = first_task(counts), 0
     for layer in range(first - layers.first, end - layers.first):
-        _normalize_rows(hidden, layers.attention_norm[layer], epsilon, normed)
-        multiply(normed, _of_layer(layers.query_key_value, layer), asked.reshape(tokens, all_heads * head_dim))
-        for token in range(tokens):
-            for head in range(all_heads - kept // 2):
-                if layers.query_key_norm.shape[1] > 0:
-                    one = asked[token, head]
-                    _normalize(one, layers.query_key_norm[layer, head], epsilon, one)
-                _turn(asked[token, head], turns[token])
         pairs = past.pairs[layers.first + layer - past.first]
-        keep(asked, heads, pairs, past.slots, past.ends)
-        attend(asked, pairs, past.slots, past.begins, past.ends, layers.windows[layer], scale, mixed)
-        multiply(mixed.reshape(tokens, heads * head_dim), _of_layer(layers.attention_output, layer), added)
-        hidden += added
-        _normalize_rows(hidden, layers.feed_forward_norm[layer], epsilon, normed)
-        multiply(normed, _of_layer(layers.gate_up, layer), both)
-        for token in range(tokens):
-            for place in range(inner):
-                gate = both[token, place]
-                gated[token, place] = gate / (np.float32(1) + exponential(-gate)) * both[token, inner + place]
-        multiply(gated, _of_layer(layers.down, layer), added)
-        hidden += added
+        behind = done + -(-all_heads // heads_at_once)
+        if task < behind:
+            wait_for(counts, done)
+            _normalize_rows(hidden, layers.attention_norm[layer], epsilon, normed)
+        while task < behind:
+            first_head = (task - done) * heads_at_once
+            _ask(normed, layers, layer, first_head, min(first_head + heads_at_once, all_heads), epsilon, sums, states)
+            task = next_task(counts)
+        done, behind = behind, behind + tasks_of(division)
+        if task < behind:
+            wait_for(counts, done)
+        while task < behind:
+            attend(task - done, division, asked, pairs, past, layers.windows[layer], scale, bench, mixed)
+            task = next_task(counts)
+        done, task = _add(room.mixed, _of_layer(layers.attention_output, layer), sums, hidden, behind, task, counts)
+        behind = done + -(-inner // gates)
+        if task < behind:
+            wait_for(counts, done)
+            _normalize_rows(hidden, layers.feed_forward_norm[layer], epsilon, normed)
+        while task < behind:
+            gate = (task - done) * gates
+            _gate(normed, _of_layer(layers.gate_up, layer), gate, min(gate + gates, inner), sums, both, room.gated)
+            task = next_task(counts)
+        done, task = _add(room.gated, _of_layer(layers.down, layer), sums, hidden, behind, task, counts)
+    wait_for(counts, done)
+
+
+@compiled()
+def _heads_at_once(head_dim: int) -> int:
+    """So many that they begin where panels do."""
+    heads = 1
+    while heads * head_dim % LANES != 0:
+        heads += 1
+    return heads
+
+
+@compiled()
+def _ask(
+    normed: Floats, layers: Layers, layer: int, first: int, end: int, epsilon: float, sums: Floats, states: Pass
+) -> None:
+    """Heads [first, end) of queries, keys and values, rotated, and in the cache where they belong there."""
+    past, asked = states.past, states.room.asked
+    head_dim, kept = past.pairs.shape[3], past.pairs.shape[2]
+    all_heads = asked.shape[1] // head_dim
+    begin = first * head_dim
+    multiply(normed, _of_layer(layers.query_key_value, layer), begin, end * head_dim, sums, asked, begin, REPLACE)
+    pairs = past.pairs[layers.first + layer - past.first]
+    for head in range(first, end):
+        for token in range(len(asked)):
+            one = asked[token, head * head_dim : (head + 1) * head_dim]
+            if head < all_heads - kept // 2:
+                if layers.query_key_norm.shape[1] > 0:
+                    _normalize(one, layers.query_key_norm[layer, head], epsilon, one)
+                _turn(one, states.turns[token])
+            if head >= all_heads - kept:
+                keep(one, token, head - (all_heads - kept), pairs, past)
+
+
+@compiled()
+def _add(
+    x: Floats, matrix: Matrix, sums: Floats, hidden: Floats, done: int, task: int, counts: Places
+) -> tuple[int, int]:
+    """A stage that adds a product to `hidden`, behind so many tasks; how many there are then, and a later task."""
+    outputs = hidden.shape[1]
+    at_once = outputs_at_once(x.shape[1])
+    behind = done + -(-outputs // at_once)
+    if task < behind:
+        wait_for(counts, done)
+    while task < behind:
+        first = (task - done) * at_once
+        multiply(x, matrix, first, min(first + at_once, outputs), sums, hidden, first, ADD)
+        task = next_task(counts)
+    return behind, task
+
+
+@compiled()
+def _gate(normed: Floats, matrix: Matrix, first: int, end: int, sums: Floats, both: Floats, gated: Floats) -> None:
+    """Places [first, end) of the gated network; `both` is room."""
+    count, inner = end - first, gated.shape[1]
+    multiply(normed, matrix, first, end, sums, both, np.int64(0), REPLACE)
+    multiply(normed, matrix, inner + first, inner + end, sums, both, count, REPLACE)
+    for token in range(len(normed)):
+        for place in range(count):
+            gate = both[token, place]
+            gated[token, first + place] = gate / (np.float32(1) + exponential(-gate)) * both[token, count + place]
 
 
 @compiled(inline="always")

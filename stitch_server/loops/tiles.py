@@ -1,4 +1,4 @@
-"""Sixteen sums at a time, written for vector registers: the innermost loops, for all that compiles them.
+"""Sixteen sums at a time, written for vector registers: the innermost loops of attention.
 
 What a compiler makes of nested sums keeps them in memory. Here each sum is a register, or sixteen partial sums in one,
 and four rows of each side meet in a tile, so that every number is loaded once for four products. Rows that come later
@@ -26,10 +26,8 @@ SIDE = 4
 LANES = 16
 # Numbers of a row in a blend.
 STRIP = SIDE * LANES
-# Rows of weights, or tokens, between those that are multiplied and those that are fetched.
+# Tokens between those that are multiplied and those that are fetched.
 AHEAD = 16
-# The same of a single row, in bytes: less than a page, behind which a processor's own fetches begin anew.
-BYTES_AHEAD = 3072
 CACHE_LINE = 64
 
 _INT8, _INT16, _INT32, _INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -51,11 +49,6 @@ def _typed_dots(typing: Any, weight: Any, output: Any, x: Any, row: Any) -> _Gen
     return sums(weight, types.int64, x, types.int64), _dots
 
 
-def _typed_line(typing: Any, weight: Any, output: Any, x: Any, row: Any) -> _Generated:
-    """weight[output] · x[row], of arrays as those of `dots`; the length is a multiple of STRIP."""
-    return types.float32(weight, types.int64, x, types.int64), _line
-
-
 def _typed_blend(typing: Any, values: Any, rows: Any, at: Any, shares: Any, first: Any, mixed: Any) -> _Generated:
     """mixed[i] = Σ shares[first + i, n] · values[rows[n], at : at + STRIP] for i from 0 to SIDE - 1.
 
@@ -72,7 +65,6 @@ def _typed_fetched(typing: Any, array: Any, row: Any, place: Any) -> _Generated:
 
 # As compiled functions call them.
 dots: Callable[[Numbers, int, Floats, int], tuple[float, ...]] = cast(Any, intrinsic(_typed_dots))
-line: Callable[[Numbers, int, Floats, int], float] = cast(Any, intrinsic(_typed_line))
 fetched: Callable[[Numbers, int, int], None] = cast(Any, intrinsic(_typed_fetched))
 blend: Callable[[Numbers, Places, int, Floats, int, Floats], None] = cast(Any, intrinsic(_typed_blend))
 
@@ -91,20 +83,6 @@ def _dots(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequen
             value = _vector(builder, address, place)
             added += [(SIDE * line + column, factor, value) for line, factor in enumerate(widened)]
     return context.make_tuple(builder, signature.return_type, [_summed(builder, total) for total in sums])
-
-
-def _line(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-    weight, output, x, row = _opened(context, builder, signature, arguments)
-    factors, values = _row(builder, weight, output), _row(builder, x, row)
-    length = builder.extract_value(weight.shape, 1)
-    with _summing(builder, length, STRIP, SIDE) as (place, sums, added):
-        address = builder.bitcast(builder.gep(factors, [place]), _INT8.as_pointer())
-        for ahead in range(0, STRIP * signature.args[0].dtype.bitwidth // 8, CACHE_LINE):
-            _fetch(builder, builder.gep(address, [_INT64(BYTES_AHEAD + ahead)]))
-        for number in range(SIDE):
-            at = builder.add(place, _INT64(number * LANES))
-            added.append((number, _vector(builder, factors, at), _vector(builder, values, at)))
-    return _summed(builder, reduce(lambda one, other: builder.fadd(one, other, flags=_FLAGS), sums))
 
 
 def _blend(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:

@@ -20,10 +20,19 @@ PART = 4 * STRIP
 
 @compiled()
 def attend_together(
-    query: Floats, pairs: Numbers, seen: Places, lengths: Places, window: int, scale: float, mixed: Floats
+    query: Floats,
+    pairs: Numbers,
+    seen: Places,
+    lengths: Places,
+    first: int,
+    end: int,
+    window: int,
+    scale: float,
+    mixed: Floats,
 ) -> None:
     """What each of the tokens sees, `mixed` `[tokens, heads, head_dim]`; `query` may have more heads behind these.
 
+    Of all heads it takes those that share keys [first, end).
     Of the slots that are `seen` a token sees as many as its length says, or the last of these that a window leaves.
     """
     kv_heads, head_dim = pairs.shape[1] // 2, mixed.shape[2]
@@ -34,7 +43,7 @@ def attend_together(
     sums = np.zeros((kv_heads, count + SIDE, head_dim), np.float32)
     largest = np.full((kv_heads, count), -np.inf, np.float32)
     totals = np.zeros((kv_heads, count), np.float32)
-    for kv_head in range(kv_heads):
+    for kv_head in range(first, end):
         for one in range(count):
             asked[kv_head, one] = query[one // group, kv_head * group + one % group] * np.float32(scale)
     scores = np.empty((count + SIDE, PART), np.float32)
@@ -43,21 +52,21 @@ def attend_together(
     dimensions = np.arange(head_dim)
     for begin in range(0, seen.size, PART):
         part, later = seen[begin : begin + PART], seen[begin + PART : begin + 2 * PART]
-        for kv_head in range(kv_heads):
+        for kv_head in range(first, end):
             keys, values = pairs[:, kv_head], pairs[:, kv_heads + kv_head]
             _fetch(keys, later)
             _fetch(values, later)
             _score(asked[kv_head], count, keys, part, turned, dimensions, scores)
             for one in range(count):
-                end = lengths[one // group] - begin
-                low = max(0, end - window) if window > 0 else 0
-                high = min(max(low, end), part.size)
+                length = lengths[one // group] - begin
+                low = max(0, length - window) if window > 0 else 0
+                high = min(max(low, length), part.size)
                 scores[one, : min(low, part.size)] = 0
                 scores[one, high : part.size] = 0
                 if low < high:
                     _soften(scores[one, low:high], largest[kv_head], totals[kv_head], one, sums[kv_head])
             _add(scores, count, values, part, strip, sums[kv_head])
-    for kv_head in range(kv_heads):
+    for kv_head in range(first, end):
         for one in range(count):
             mixed[one // group, kv_head * group + one % group] = sums[kv_head, one] / totals[kv_head, one]
 

@@ -67,6 +67,10 @@ class DecoderLayers:
         """Whether none of them is of `transformers`, which may ask a GPU for its results in the middle of a layer."""
         return all(isinstance(layer, lean.LeanLayer) for layer in self._layers)
 
+    def is_looped(self, tokens: int) -> bool:
+        """Whether a pass of so many tokens, all at the same layers, is one compiled loop."""
+        return self._stack is not None and self._stack.suits(tokens)
+
     @property
     def past_worth_a_token(self) -> int:
         """To how many tokens one attends in the time of its products, about.
@@ -96,7 +100,7 @@ class DecoderLayers:
         that attend themselves.
         """
         stack, through = self._stack, partial(self._one_by_one, rotary, attend)
-        if stack is not None and past is not None and stack.suits(hidden):
+        if stack is not None and past is not None and stack.suits(len(hidden)):
             through = partial(stack.run, rotary[0], past)
         if not adapted:
             return through(hidden, first, end)

@@ -26,8 +26,8 @@ from stitch_server.model.weights import Weights
 if TYPE_CHECKING:
     from stitch_server.model.stack import LayerStack
 
-# Is given every matrix of a layer under its name in `loops.layers.Layers`, `[outputs, inputs]` with its bias.
-Take = Callable[[str, Tensor, Tensor | None], None]
+# Given a matrix under its name in `loops.layers.Layers`, `[outputs, inputs]`, and its bias: the product by it.
+ProductOf = Callable[[str, Tensor, Tensor | None], Product]
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 # Scalings whose angles depend on the position alone, never on the length of the sequence.
@@ -117,29 +117,43 @@ def _rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
 def load_layers(
     config: PretrainedConfig, first: int, end: int, weights: Weights
 ) -> tuple[list[LeanLayer], LayerStack | None]:
-    """Reads layers `first` to `end`, and stacks them for a few tokens where matrices are kept for these, too.
+    """Reads layers `first` to `end`, and stacks them where loops are to take them.
 
     Raises Incompatible, which names the tensor, where the folder lacks one.
     """
-    if not weights.keeping.copies_rows(weights.device, weights.dtype):
-        return [_load_layer(config, index, weights) for index in range(first, end)], None
+    keeping = weights.keeping
+    if not (keeping.has_loops(weights.device, weights.dtype) and _fits_loops(config)):
+
+        def product_of(name: str, weight: Tensor, bias: Tensor | None) -> Product:
+            return product(weight, bias, replace(keeping, loops=False))
+
+        return [_load_layer(config, index, weights, product_of) for index in range(first, end)], None
     # Only who needs it pays for loading the compiler.
     from stitch_server.model.stack import Stacking
 
-    stacking = Stacking(end - first, weights.keeping)
-    layers = [_load_layer(config, index, weights, partial(stacking.take, index - first)) for index in range(first, end)]
+    stacking = Stacking(end - first, keeping)
+
+    def stacked(place: int, name: str, weight: Tensor, bias: Tensor | None) -> Product:
+        stacking.take(place, name, weight, bias)
+        if keeping.keeps_twice(weights.device, weights.dtype):
+            return product(weight, bias, replace(keeping, loops=False))
+        return stacking.product(place, name)
+
+    layers = [_load_layer(config, index, weights, partial(stacked, index - first)) for index in range(first, end)]
     return layers, stacking.stack(layers, weights.dtype)
 
 
-def _load_layer(config: PretrainedConfig, index: int, weights: Weights, take: Take | None = None) -> LeanLayer:
+def _fits_loops(config: PretrainedConfig) -> bool:
+    """Whether gates and what they gate, one behind the other in one matrix, both begin where a panel does."""
+    from stitch_server.loops.panels import LANES
+
+    fits: bool = config.intermediate_size % LANES == 0
+    return fits
+
+
+def _load_layer(config: PretrainedConfig, index: int, weights: Weights, product_of: ProductOf) -> LeanLayer:
     heads, keys, width = config.num_attention_heads, kv_heads(config), head_dim(config)
     at = f"model.layers.{index}"
-
-    def product_of(name: str, weight: Tensor, bias: Tensor | None) -> Product:
-        if take is not None:
-            take(name, weight, bias)
-        return product(weight, bias, replace(weights.keeping, row_copies=False))
-
     return LeanLayer(
         index=index,
         heads=heads,

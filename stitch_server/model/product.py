@@ -1,16 +1,14 @@
 """Hidden states times a weight matrix: where almost all of the time goes. Doesn't know what a product is for.
 
-On a processor the matrix is kept in the blocked layout of oneDNN. A product of one row then reads it at nearly the
-speed of the memory, and one of many rows is faster as well: on one AMD core with AVX-512, float32, a matrix of
-3,072 x 576 takes as long as MKL's row-major kernels behind `F.linear` divided by 2 to 3, at any number of rows.
+Without loops a processor's matrix is kept in the blocked layout of oneDNN, which is faster than MKL's row-major kernels
+behind `F.linear` at almost any number of rows.
 
-With a row copy, the matrix is kept a second time, one row behind the other, for products of few rows on one thread
-(`few_rows.py`): half to three quarters of the time of such a product. Lean layers have theirs in a stack (`stack.py`).
+With loops it is kept in panels, for a product that is compiled here (`looped.py`). That reads a matrix at the memory's
+speed for a few rows, and takes as long as oneDNN for many. Lean layers have theirs in a stack (`stack.py`). Weights
+that are not float32 are kept in both ways: processors have instructions for many such rows, which oneDNN uses.
 
-Quantized to int8, the matrix keeps one scale for each output, and the rows get one each when they come. The product
-is then one of small integers, for which processors have instructions of their own: on that core, 30 such matrices
-take 2.9 ms instead of 6.5 for one row, and 21 instead of 68 for 128. A row copy of bytes is read at the memory's full
-speed, too, and its rows stay as they are.
+Quantized to int8, the matrix keeps one scale for each output, and the rows get one each when they come. The product is
+then one of small integers. Loops leave the rows as they are.
 """
 
 from __future__ import annotations
@@ -24,10 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stitch.cluster import Compute, Quantization
-from stitch_server.model.pages import LargePages
 
 if TYPE_CHECKING:
-    from stitch_server.model.few_rows import RowProduct
+    from stitch_server.model.looped import LoopProduct
 
 # `[tokens, inputs]` to a new tensor `[tokens, outputs]`.
 Product = Callable[[Tensor], Tensor]
@@ -43,8 +40,6 @@ ZERO_POINT = 128
 ROUNDED_ZERO = torch.tensor(ZERO_POINT + 0.5)
 # Keeps a row of zeros from being divided by zero.
 LEAST_SCALE = 1e-30
-# Row copies, one behind the other.
-_LARGE_PAGES = LargePages()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +47,26 @@ class Keeping:
     """How matrices are kept."""
 
     quantization: Quantization = "none"
-    row_copies: bool = False
+    # On a processor, for compiled loops.
+    loops: bool = False
 
     @classmethod
     def of(cls, compute: Compute) -> Keeping:
         """As the cluster file says."""
-        return cls(compute.quantization, compute.row_copies)
+        return cls(compute.quantization, compute.loops)
 
-    def copies_rows(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether a matrix there is kept twice: row by row, where it is not already."""
-        packed = self.quantization != "none" or _has_onednn(device)
-        return self.row_copies and packed and device.type == "cpu" and dtype in PACKED_DTYPES
+    def has_loops(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether loops multiply by matrices there."""
+        return self.loops and device.type == "cpu" and dtype in PACKED_DTYPES
+
+    def keeps_twice(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a matrix there is kept in two ways: for a few rows and for many."""
+        has_both = self.quantization != "none" or _has_onednn(device)
+        return self.has_loops(device, dtype) and self.is_narrow(dtype) and has_both
+
+    def is_narrow(self, dtype: torch.dtype) -> bool:
+        """Whether weights have fewer bits than a float32."""
+        return self.quantization != "none" or dtype != torch.float32
 
 
 PLAINLY = Keeping()
@@ -71,17 +75,19 @@ PLAINLY = Keeping()
 def product(weight: Tensor, bias: Tensor | None = None, keeping: Keeping = PLAINLY) -> Product:
     """x → x · weightᵀ + bias, with weight `[outputs, inputs]` and bias `[outputs]`.
 
-    Keeps its own copy of the weight where that is faster. Gradients go through to x, not to the weight; a quantized
-    product has none.
+    Keeps its own copy of the weight where that is faster. Gradients go through to x, not to the weight; loops and
+    quantized products have none.
     """
-    once = _once(weight, bias, keeping.quantization)
-    if not keeping.copies_rows(weight.device, weight.dtype):
-        return once
+    if not keeping.has_loops(weight.device, weight.dtype):
+        return _once(weight, bias, keeping.quantization)
     # Only who needs it pays for loading the compiler.
-    from stitch_server.model.few_rows import RowProduct
+    from stitch_server.model.looped import LoopProduct
 
     rows, scales = kept_rows(weight, keeping)
-    return TwiceKeptProduct(once, RowProduct.of(_LARGE_PAGES.copied(rows), scales, bias))
+    looped = LoopProduct.of(rows, scales, bias)
+    if not keeping.keeps_twice(weight.device, weight.dtype):
+        return looped
+    return TwiceKeptProduct(_once(weight, bias, keeping.quantization), looped)
 
 
 def _once(weight: Tensor, bias: Tensor | None, quantization: Quantization) -> Product:
@@ -104,7 +110,7 @@ def _int8_product(weight: Tensor, bias: Tensor | None) -> Product:
 
 
 def kept_rows(weight: Tensor, keeping: Keeping) -> tuple[Tensor, Tensor | None]:
-    """What a row copy has of a weight, and a scale for each output where it has one."""
+    """What loops read of a weight, and a scale for each output where it has one."""
     return quantized(weight) if keeping.quantization == "int8" else (weight, None)
 
 
@@ -140,10 +146,10 @@ class PackedProduct:
 
 @dataclass(frozen=True, slots=True)
 class TwiceKeptProduct:
-    """The matrix as it is best for many rows, and once more for a few of them on one thread."""
+    """The matrix as it is best for many rows, and once more for a few of them."""
 
     many: Product
-    few: RowProduct
+    few: LoopProduct
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.few(x) if self.few.suits(x) else self.many(x)

@@ -1,12 +1,10 @@
-"""A shard's lean layers as one compiled loop for a few tokens. Knows no session, and of a cache where tokens lie.
-
-The loop reads a copy of the matrices, row by row; the layers themselves keep them as it suits many rows.
-"""
+"""A shard's lean layers as one compiled loop. Knows no session, and of a cache where tokens lie."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,11 +12,12 @@ import torch
 from torch import Tensor
 
 from stitch_server.arrays import floats, numbers
+from stitch_server.crew import together
 from stitch_server.loops.attention import Past
-from stitch_server.loops.layers import Layers, run
+from stitch_server.loops.layers import Layers, Pass, Room, run
 from stitch_server.loops.numbers import Floats
 from stitch_server.loops.products import Matrix
-from stitch_server.model.few_rows import are_few
+from stitch_server.model.looped import LoopProduct, panels_of, suits
 from stitch_server.model.pages import LargePages
 from stitch_server.model.product import Keeping, kept_rows
 
@@ -33,23 +32,30 @@ class LayerStack:
     layers: Layers
     epsilon: float
 
-    def suits(self, hidden: Tensor) -> bool:
-        """Whether it is the faster way for these states."""
-        return are_few(hidden, self.layers.down.weight)
+    def suits(self, tokens: int) -> bool:
+        """Whether it is the faster way for so many tokens."""
+        return suits(tokens, self.layers.down.weight)
 
     def run(self, rotation: Tensor, past: Past, hidden: Tensor, first: int, end: int) -> Tensor:
-        """A few tokens' states `[tokens, hidden_size]` behind layers `first` to `end`; keeps their keys and values.
+        """States `[tokens, hidden_size]` behind layers `first` to `end`; keeps their keys and values.
 
         Queries and keys are turned by `rotation`, complex `[tokens, 1, head_dim / 2]`.
         """
         rows = hidden.to(torch.float32, copy=True).contiguous().numpy()
         turns = rotation.flatten(1).contiguous().numpy()
-        run(rows, turns, self.layers, first, end, past, self.epsilon)
+        widths = (
+            self.layers.query_key_value.bias.shape[1],
+            self.layers.attention_output.weight.shape[2],
+            self.layers.down.weight.shape[2],
+        )
+        room = Room(*(np.empty((len(rows), width), np.float32) for width in widths))
+        states = Pass(rows, turns, past, room)
+        together(partial(run, states, self.layers, first, end, self.epsilon))
         return torch.from_numpy(rows).to(hidden.dtype)
 
 
 class Stacking:
-    """A stack in the making: takes each matrix when it is read, so that the layers are never in memory a third time."""
+    """A stack in the making: takes each matrix when it is read, so that layers are never in memory once more."""
 
     def __init__(self, layers: int, keeping: Keeping) -> None:
         self._layers, self._keeping = layers, keeping
@@ -61,15 +67,21 @@ class Stacking:
     def take(self, index: int, name: str, weight: Tensor, bias: Tensor | None) -> None:
         """The matrix `[outputs, inputs]` of that name in `Layers`, of the layer at `index` of the stack."""
         rows, scales = kept_rows(weight, self._keeping)
+        panels = panels_of(rows)
         if name not in self._weights:
-            self._weights[name] = self._pages.room((self._layers, *rows.shape), rows.dtype)
+            self._weights[name] = self._pages.room((self._layers, *panels.shape), rows.dtype)
             self._scales[name] = torch.ones(self._layers, len(rows))
             self._biases[name] = torch.zeros(self._layers, len(rows))
-        self._weights[name][index] = rows
+        self._weights[name][index] = panels
         if scales is not None:
             self._scales[name][index] = scales
         if bias is not None:
             self._biases[name][index] = bias
+
+    def product(self, index: int, name: str) -> LoopProduct:
+        """By a matrix that was taken."""
+        weight, scales, bias = self._weights[name][index], self._scales[name][index], self._biases[name][index]
+        return LoopProduct(Matrix(numbers(weight), scales.numpy(), bias.numpy()))
 
     def stack(self, layers: Sequence[LeanLayer], dtype: torch.dtype) -> LayerStack:
         """Of the layers whose matrices were taken, over a cache of `dtype`; compiled, so that no token waits for it."""

@@ -43,7 +43,7 @@ def our_logits(
         hidden = embedding(torch.tensor(PROMPT[begin:stop]))
         for shard, store in zip(shards, stores, strict=True):
             rotary = shard.rotary(torch.arange(begin, stop))
-            if keeping.row_copies:
+            if keeping.loops:
                 attend = store.attention([Span(begin, stop - begin, range(4))])
                 hidden = shard.run(hidden, rotary, attend, shard.first, shard.end, past=attend.past)
             else:

@@ -46,30 +46,33 @@ def test_the_ends_of_the_chain_take_embedding_and_head(tmp_path: Path) -> None:
     embedding = load_part(cluster, cluster.shard("bottom-0"), CPU).count.head * torch.float32.itemsize
     assert first.weight_bytes == middle.weight_bytes + embedding
     top = load_part(cluster, cluster.shard("top-0"), CPU).count
-    # What is multiplied by is kept twice.
-    assert last.weight_bytes == 2 * (top.between(2, 4) + top.head) * torch.float32.itemsize
+    assert last.weight_bytes == (top.between(2, 4) + top.head) * torch.float32.itemsize
     assert (first.link_bytes_per_token, last.link_bytes_per_token) == (middle.link_bytes_per_token, 0)
 
 
-@pytest.mark.parametrize(("device", "fields"), [("cpu", {"row_copies": False}), ("cuda", {})])
-def test_without_row_copies_weights_are_kept_once(tmp_path: Path, device: str, fields: dict[str, Any]) -> None:
-    twice, once = plan(tiny(tmp_path), CPU), plan(tiny(tmp_path, kv_tokens=64, **fields), torch.device(device))
-    assert [one.weight_bytes for one in twice[1:]] == [2 * one.weight_bytes for one in once[1:]]
+@pytest.mark.parametrize(("dtype", "times"), [("float32", 1), ("bfloat16", 2)])
+@pytest.mark.parametrize(("device", "fields"), [("cpu", {"loops": False}), ("cuda", {})])
+def test_loops_keep_what_is_not_float32_twice(
+    tmp_path: Path, device: str, fields: dict[str, Any], dtype: str, times: int
+) -> None:
+    looped = plan(tiny(tmp_path, dtype=dtype), CPU)
+    once = plan(tiny(tmp_path, kv_tokens=64, dtype=dtype, **fields), torch.device(device))
+    assert [one.weight_bytes for one in looped[1:]] == [times * one.weight_bytes for one in once[1:]]
 
 
 def test_of_families_without_lean_layers_only_the_head_is_kept_twice(tmp_path: Path) -> None:
-    file = write_tiny_cluster(tmp_path, "olmo2", bottoms=((0, 4),), tops=((2, 4),))
+    file = write_tiny_cluster(tmp_path, "olmo2", bottoms=((0, 4),), tops=((2, 4),), dtype="bfloat16")
     cluster = load_cluster(str(file))
     first, last = plan(cluster, CPU)
     bottom, top = (load_part(cluster, place, CPU).count for place in cluster.shards)
-    assert first.weight_bytes == (bottom.between(0, 4) + bottom.head) * torch.float32.itemsize
-    assert last.weight_bytes == (top.between(2, 4) + 2 * top.head) * torch.float32.itemsize
+    assert first.weight_bytes == (bottom.between(0, 4) + bottom.head) * torch.bfloat16.itemsize
+    assert last.weight_bytes == (top.between(2, 4) + 2 * top.head) * torch.bfloat16.itemsize
 
 
-@pytest.mark.parametrize("row_copies", [False, True])
-def test_bytes_take_a_quarter_of_float32_except_the_embedding(tmp_path: Path, row_copies: bool) -> None:
-    whole, small = (plan(tiny(tmp_path, row_copies=row_copies, quantization=kind), CPU) for kind in ("none", "int8"))
-    assert [one.weight_bytes * 4 for one in small[1:]] == [one.weight_bytes for one in whole[1:]]
+@pytest.mark.parametrize(("loops", "times"), [(False, 4), (True, 2)])
+def test_bytes_take_a_quarter_of_float32_except_the_embedding(tmp_path: Path, loops: bool, times: int) -> None:
+    whole, small = (plan(tiny(tmp_path, loops=loops, quantization=kind), CPU) for kind in ("none", "int8"))
+    assert [one.weight_bytes * times for one in small[1:]] == [one.weight_bytes for one in whole[1:]]
     assert small[0].weight_bytes - small[1].weight_bytes == whole[0].weight_bytes - whole[1].weight_bytes
 
 

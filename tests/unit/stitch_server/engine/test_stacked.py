@@ -1,4 +1,4 @@
-"""A few tokens pass all layers of a shard in one call, and many do not."""
+"""All tokens of a pass go through all layers of a shard in one call; where bytes are, a few of them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from tests.support.in_process import ChainInProcess
 from tests.support.tiny_cluster import write_tiny_cluster
 
 
-@pytest.mark.parametrize("row_copies", [True, False])
-def test_few_tokens_are_one_call_and_a_long_prompt_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_copies: bool
+@pytest.mark.parametrize(
+    ("fields", "few", "many"), [({}, 1, 1), ({"quantization": "int8"}, 1, 0), ({"loops": False}, 0, 0)]
+)
+def test_a_pass_is_one_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], few: int, many: int
 ) -> None:
-    cluster = load_cluster(str(write_tiny_cluster(tmp_path, threads=1, row_copies=row_copies)))
+    cluster = load_cluster(str(write_tiny_cluster(tmp_path, threads=1, **fields)))
     chain, layers, run = ChainInProcess(cluster), [], stack.run
 
     def noting(*arguments: Any) -> None:
-        layers.append(arguments[3:5])
+        layers.append(arguments[2:4])
         run(*arguments)
 
     monkeypatch.setattr(stack, "run", noting)
     chain.generate([7, 8, 9], "strong", ("top-0",), 5)
-    assert layers == ([(0, 4), (3, 4)] * 5 if row_copies else [])
+    assert layers == [(0, 4), (3, 4)] * 5 * few
     layers.clear()
     chain.generate([7] * 100, "strong", ("top-0",), 5)
-    assert layers == ([(0, 4), (3, 4)] * 4 if row_copies else [])
+    assert layers == [(0, 4), (3, 4)] * (many + 4 * few)

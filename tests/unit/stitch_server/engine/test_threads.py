@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from stitch_server.engine.threads import TRIAL_PASSES, Spread, Threads, Work
+from stitch_server.engine.threads import FIRST_PASSES, TRIAL_PASSES, Spread, Threads, Work
 
 Cost = Callable[[Spread], float]
 
@@ -35,7 +35,7 @@ def faster(spread: Spread) -> float:
 
 @pytest.mark.parametrize(("cost", "best"), [(slower, 1), (faster, 8)])
 def test_the_fastest_is_taken_once_all_were_tried(cost: Cost, best: int) -> None:
-    choices = chosen(Threads(8, 8), TRIAL_PASSES, cost)
+    choices = chosen(Threads(8, 8), FIRST_PASSES, cost)
     assert set(choices[:9]) == {Spread(1, 8), Spread(1, 2), Spread(1, 1)}
     assert set(choices[9:]) == {Spread(1, best)}
 
@@ -48,11 +48,11 @@ def test_two_lanes_share_the_threads_of_what_can_be_cut() -> None:
 
 @pytest.mark.parametrize(("share", "trials"), [(1.2, 3), (1.4, 2)])
 def test_what_is_much_slower_is_tried_less_often(share: float, trials: int) -> None:
-    choices = Counter(chosen(Threads(4, 4), TRIAL_PASSES, lambda spread: share if spread.threads == 4 else 1.0))
+    choices = Counter(chosen(Threads(4, 4), FIRST_PASSES, lambda spread: share if spread.threads == 4 else 1.0))
     assert choices[Spread(1, 4)] == trials
 
 
-@pytest.mark.parametrize("disturbed", [0, 1, 2, 50])
+@pytest.mark.parametrize("disturbed", [0, 1, 2, 9])
 def test_one_pass_that_was_disturbed_decides_nothing(disturbed: int) -> None:
     threads, taken = Threads(2, 2), Counter[Spread]()
 
@@ -60,8 +60,14 @@ def test_one_pass_that_was_disturbed_decides_nothing(disturbed: int) -> None:
         taken[spread] += 1
         return 100 if spread == Spread(1, 1) and taken[spread] == disturbed + 1 else spread.threads
 
-    choices = chosen(threads, TRIAL_PASSES, cost)
+    choices = chosen(threads, FIRST_PASSES, cost)
     assert set(choices[6:]) == {Spread(1, 1)}
+
+
+def test_first_trials_that_were_all_disturbed_are_soon_found_out() -> None:
+    threads = Threads(2, 2)
+    chosen(threads, 6, slower)
+    assert Counter(chosen(threads, 100, faster))[Spread(1, 2)] > 30
 
 
 def test_passes_of_one_kind_are_compared_by_their_rows() -> None:

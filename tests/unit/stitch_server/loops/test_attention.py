@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
 
 from stitch_server.arrays import numbers
-from stitch_server.loops.attention import attend, keep
+from stitch_server.loops.attention import Past, attend_shared, keep_all
+from stitch_server.loops.numbers import Places
+from stitch_server.loops.tasks import none_taken
 from stitch_server.loops.together import PART
 
 # Among them what lies half-way between two bfloat16, what rounds up to infinity, and what a float32 can hardly hold.
@@ -20,7 +23,8 @@ VALUES = torch.tensor(
 
 def kept(values: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     """One token's key and value, as they come out of the cache."""
-    keep(values.view(1, 2, -1).numpy(), 0, numbers(pairs), np.array([3, 1]), np.array([2]))
+    past = Past(0, numbers(pairs)[None], np.array([3, 1]), np.array([0]), np.array([2]))
+    keep_all(values.view(1, 2, -1).numpy(), past.pairs[0], past)
     return pairs[1].flatten()
 
 
@@ -38,6 +42,28 @@ def test_what_is_no_number_stays_none() -> None:
     assert bool(kept(values, torch.zeros(4, 2, 2, dtype=torch.bfloat16)).isnan().all())
 
 
+def attend(
+    query: torch.Tensor,
+    pairs: torch.Tensor,
+    slots: Places,
+    begins: Places,
+    ends: Places,
+    window: int,
+    scale: float,
+    mixed: torch.Tensor,
+    threads: int = 1,
+) -> None:
+    """By so many threads, each of which takes every other task."""
+    past, counts = Past(0, numbers(pairs)[None], slots, begins, ends), none_taken()
+    arguments = query.numpy(), past, past.pairs[0], window, scale, mixed.numpy(), threads, counts
+    helpers = [Thread(target=attend_shared, args=arguments) for _ in range(threads - 1)]
+    for helper in helpers:
+        helper.start()
+    attend_shared(*arguments)
+    for helper in helpers:
+        helper.join()
+
+
 # Heads and lengths that fill tiles, that leave some of one over, and that have none.
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
@@ -46,9 +72,10 @@ def test_what_is_no_number_stays_none() -> None:
 @pytest.mark.parametrize("beside", [0, 2])
 @pytest.mark.parametrize("window", [0, 5, 18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 3])
 class TestAttention:
     def test_is_the_mean_of_what_is_seen(
-        self, heads: int, kv_heads: int, head_dim: int, beside: int, window: int, dtype: torch.dtype
+        self, heads: int, kv_heads: int, head_dim: int, beside: int, window: int, dtype: torch.dtype, threads: int
     ) -> None:
         draw = torch.Generator().manual_seed(heads)
         lengths = [1, 3, 17, 33, 140]
@@ -62,7 +89,7 @@ class TestAttention:
         mixed = torch.full((len(lengths), heads, head_dim), float("nan"))
         bounds = np.array([0, *accumulate(lengths)])
         places = torch.cat(slots).numpy(), bounds[:-1], bounds[1:]
-        attend(query.numpy(), numbers(pairs), *places, window, 0.2, mixed.numpy())
+        attend(query, pairs, *places, window, 0.2, mixed, threads)
         for row, seen in enumerate(slots):
             torch.testing.assert_close(
                 mixed[row].double(),
@@ -81,6 +108,7 @@ class TestAttention:
         beside: int,
         window: int,
         dtype: torch.dtype,
+        threads: int,
         before: int,
         tokens: int,
     ) -> None:
@@ -92,7 +120,7 @@ class TestAttention:
         mixed = torch.full((tokens + 1, heads, head_dim), float("nan"))
         begins = np.array([0] * tokens + [length])
         ends = np.array([*range(before + 1, length + 1), length + alone])
-        attend(query.numpy(), numbers(pairs), slots.numpy(), begins, ends, window, 0.2, mixed.numpy())
+        attend(query, pairs, slots.numpy(), begins, ends, window, 0.2, mixed, threads)
         for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
             torch.testing.assert_close(
                 mixed[row].double(),
@@ -119,7 +147,7 @@ def test_powers_of_e_are_right_to_the_last_digits() -> None:
     query[:, 0, 0] = -scores
     mixed = torch.empty(len(scores), 1, 16)
     slots, bounds = np.array([0, 1] * len(scores)), np.arange(len(scores) + 1) * 2
-    attend(query.numpy(), numbers(pairs), slots, bounds[:-1], bounds[1:], 0, 1.0, mixed.numpy())
+    attend(query, pairs, slots, bounds[:-1], bounds[1:], 0, 1.0, mixed)
     torch.testing.assert_close(mixed[:, 0, 0].double(), scores.double().sigmoid(), rtol=3e-7, atol=0)
 
 
@@ -130,5 +158,5 @@ def test_what_is_not_finite_stays_with_its_token(kind: str) -> None:
     pairs[20, ["key", "value"].index(kind), 7] = float("nan")
     mixed = torch.empty(3, 4, 64)
     begins = np.array([0, 16, 32])
-    attend(query.numpy(), numbers(pairs), np.arange(48), begins, begins + 16, 0, 0.2, mixed.numpy())
+    attend(query, pairs, np.arange(48), begins, begins + 16, 0, 0.2, mixed)
     assert mixed.isfinite().flatten(1).all(1).tolist() == [True, False, True]

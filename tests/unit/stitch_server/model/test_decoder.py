@@ -71,19 +71,17 @@ def test_every_variant(tmp_path: Path, family: str, config: dict[str, Any]) -> N
     torch.testing.assert_close(our_logits(folder, (0, 4), (0, 30, 31, 40)), their_logits(folder), rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("_one_thread")
 class TestLoops:
-    """Few tokens of layers whose matrices are kept for them."""
+    """Layers whose matrices are kept for them."""
 
-    # Single tokens, and in between chunks for the other path.
+    @pytest.fixture(autouse=True, params=[1, 3])
+    def _threads(self, request: pytest.FixtureRequest) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(request.param)
+        yield
+        torch.set_num_threads(before)
+
+    # Single tokens, and in between chunks.
     CHUNKS = (0, 1, 2, 4, 5, 30, 31, 34, *range(35, 41))
 
     @pytest.mark.parametrize(
@@ -91,11 +89,11 @@ class TestLoops:
     )
     def test_compute_what_their_models_do(self, tmp_path: Path, family: str, config: dict[str, Any]) -> None:
         folder = write_tiny_model(tmp_path, family, **config)
-        ours = our_logits(folder, (0, 1, 4), self.CHUNKS, keeping=Keeping(row_copies=True))
+        ours = our_logits(folder, (0, 1, 4), self.CHUNKS, keeping=Keeping(loops=True))
         torch.testing.assert_close(ours, their_logits(folder), rtol=1e-4, atol=1e-4)
 
     def test_multiply_bytes_by_whole_rows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        folder, keeping = write_tiny_model(tmp_path, "qwen3"), Keeping("int8", row_copies=True)
+        folder, keeping = write_tiny_model(tmp_path, "qwen3"), Keeping("int8", loops=True)
         looped = our_logits(folder, (0, 4), range(41), keeping=keeping)
 
         def widened(weight: torch.Tensor, bias: torch.Tensor | None, keeping: Keeping) -> PlainProduct:
@@ -109,15 +107,15 @@ class TestLoops:
     def test_bfloat16_is_near(self, tmp_path: Path, family: str) -> None:
         folder = write_tiny_model(tmp_path, family)
         exact, dtype = their_logits(folder), torch.bfloat16
-        ours = (our_logits(folder, (0, 4), range(41), dtype, Keeping(row_copies=True)) - exact).abs().mean()
+        ours = (our_logits(folder, (0, 4), range(41), dtype, Keeping(loops=True)) - exact).abs().mean()
         theirs = (their_logits(folder, dtype) - exact).abs().mean()
         assert 0 < ours <= 1.5 * theirs
 
     def test_are_there_on_request(self, tmp_path: Path) -> None:
         config = read_config(folder := write_tiny_model(tmp_path, "llama", layers=1))
-        for row_copies in (False, True):
-            with Weights(folder, CPU, torch.float32, Keeping(row_copies=row_copies)) as weights:
-                assert (lean.load_layers(config, 0, 1, weights)[1] is not None) is row_copies
+        for loops in (False, True):
+            with Weights(folder, CPU, torch.float32, Keeping(loops=loops)) as weights:
+                assert (lean.load_layers(config, 0, 1, weights)[1] is not None) is loops
 
     def test_take_all_layers_at_once_or_each_beside_adapters(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -126,9 +124,11 @@ class TestLoops:
         run = stack.run
 
         def noting(*arguments: Any) -> None:
-            ranges.append(arguments[3:5])
+            ranges.append(arguments[2:4])
             run(*arguments)
 
+        # Each thread calls it.
+        torch.set_num_threads(1)
         bench = Bench(tmp_path)
         monkeypatch.setattr(stack, "run", noting)
         bench.run([(0, 30), (1, 5)])
@@ -169,7 +169,7 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.layers = DecoderLayers.load(
-            write_tiny_model(folder, "qwen2"), 0, 4, CPU, torch.float32, Keeping(row_copies=True)
+            write_tiny_model(folder, "qwen2"), 0, 4, CPU, torch.float32, Keeping(loops=True)
         )
         self.store = KVStore(0, 4, 9, self.layers.kv_heads, self.layers.head_dim, CPU, torch.float32)
         draw = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What do row copies of the weights give? Two shards with and without them, in alternation."""
+"""What do compiled loops give? Two shards with and without them, in alternation."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ async def measure(options: Options) -> None:
     samples: dict[str, list[float]] = {}
     ratios = {}
     for dtype in DTYPES:
-        without, copied = await _token_ms(dtype, *((1, 8) if options.tiny else (8, 96)))
-        samples |= {f"{dtype}, packed alone, ms a token": without, f"{dtype}, row copies, ms a token": copied}
-        ratios[f"{dtype}, row copies / packed alone"] = ratio(copied, without)
+        without, looped = await _token_ms(dtype, *((1, 8) if options.tiny else (8, 96)))
+        samples |= {f"{dtype}, libraries, ms a token": without, f"{dtype}, loops, ms a token": looped}
+        ratios[f"{dtype}, loops / libraries"] = ratio(looped, without)
     write(options, samples, ratios)
 
 
 async def _token_ms(dtype: str, rounds: int, decoded: int) -> tuple[list[float], list[float]]:
-    """Without and with copies, round by round."""
-    without, copied = (preset(dtype=dtype, row_copies=row_copies) for row_copies in (False, True))
+    """Without and with loops, round by round."""
+    without, looped = (preset(dtype=dtype, loops=loops) for loops in (False, True))
     samples: tuple[list[float], list[float]] = [], []
-    with running(without) as first, running(copied) as second:
+    with running(without) as first, running(looped) as second:
         async with first_shard(first) as one, first_shard(second) as other:
             for index in range(rounds + 1):
                 for shard, values in zip((one, other), samples, strict=True):

@@ -1,0 +1,24 @@
+"""Threads that call a compiled function together, which divides its work itself. Knows no array but its counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from stitch_server.loops.numbers import Places
+from stitch_server.loops.tasks import none_taken
+
+_helpers = ThreadPoolExecutor(thread_name_prefix="crew")
+
+
+def together(function: Callable[[int, Places], None]) -> None:
+    """Calls `function` on as many threads as PyTorch has in this one, with their number and counts of its tasks.
+
+    Returns when this thread's call does, by when all tasks are done. A helper that comes later finds none.
+    """
+    threads, counts = torch.get_num_threads(), none_taken()
+    for _ in range(threads - 1):
+        _helpers.submit(function, threads, counts)
+    function(threads, counts)

@@ -1,0 +1,65 @@
+"""Products by compiled loops, on as many threads as PyTorch has. Doesn't know what a product is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stitch_server.arrays import floats, numbers
+from stitch_server.crew import together
+from stitch_server.loops.numbers import Numbers
+from stitch_server.loops.panels import LANES
+from stitch_server.loops.products import Matrix, multiply_shared
+from stitch_server.model.pages import LargePages
+
+# For weights that are not float32 processors have instructions which a library uses and loops don't.
+MOST_ROWS_OF_NARROW_WEIGHTS = 16
+# Matrices, one behind the other.
+_PAGES = LargePages()
+
+
+def suits(rows: int, weight: Numbers) -> bool:
+    """Whether loops are the faster way for so many rows by this weight."""
+    return weight.dtype == np.float32 or rows <= MOST_ROWS_OF_NARROW_WEIGHTS
+
+
+def panels_of(weight: Tensor) -> Tensor:
+    """`[outputs, inputs]` to `[panels, inputs, LANES]`, filled up with zeros, as `loops.panels` says."""
+    outputs, inputs = weight.shape
+    filled = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % LANES))
+    return filled.view(-1, LANES, inputs).transpose(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class LoopProduct:
+    """The product by a matrix in panels."""
+
+    matrix: Matrix
+
+    @classmethod
+    def of(cls, weight: Tensor, scales: Tensor | None, bias: Tensor | None) -> LoopProduct:
+        """A weight `[outputs, inputs]` of float32, bfloat16 or int8."""
+        outputs, inputs = weight.shape
+        scales = torch.ones(outputs) if scales is None else scales
+        bias = torch.zeros(outputs) if bias is None else bias.to(torch.float32, copy=True)
+        made = cls(Matrix(numbers(_PAGES.copied(panels_of(weight))), scales.numpy(), bias.numpy()))
+        # Compiled here, and not while the first token waits.
+        made(torch.zeros(1, inputs))
+        return made
+
+    def suits(self, x: Tensor) -> bool:
+        """Whether it is the faster way for these rows; it has no gradient."""
+        return suits(x.shape[0], self.matrix.weight) and not x.requires_grad
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[rows, inputs]` to `[rows, outputs]` of the same dtype, summed in float32.
+
+        Rows stay as they are: with bytes that is more exact than a product that rounds them, too.
+        """
+        rows = floats(x)
+        result = np.empty((x.shape[0], len(self.matrix.bias)), np.float32)
+        together(lambda _, counts: multiply_shared(rows, self.matrix, result, counts))
+        return torch.from_numpy(result).to(x.dtype)
