@@ -14,11 +14,10 @@ from typing import Any, cast
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
-from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
 
 from stitch_server.loops.numbers import Floats, Numbers
+from stitch_server.loops.vectors import INT8, INT64, Generated, fetch, floats, function, opened, row_of, spread, widened
 
 _WIDE = bool(llvm.get_host_cpu_features().get("avx512f"))
 # Outputs of a panel: numbers in a vector.
@@ -32,15 +31,12 @@ FEW_ROWS = 2
 # How far ahead of what is multiplied weights are fetched, in bytes.
 BYTES_AHEAD = 2048
 
-_INT8, _INT16, _INT32, _INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_FLOAT = ir.FloatType()
-_FLOATS = ir.VectorType(_FLOAT, LANES)
-_SECOND_CACHE = 2
+_FLOATS = floats(LANES)
 
 
 def _typed_add_products(
     typing: Any, weight: Any, panel: Any, x: Any, row: Any, rows: Any, first: Any, end: Any, sums: Any
-) -> tuple[Any, Callable[..., ir.Value]]:
+) -> Generated:
     """sums[r, o] = Σ weight[panel, k, o] · x[row + r, k] over the inputs k in [first, end), for `rows` rows.
 
     Added to what is in `sums`, unless `first` is 0. Rows are 1 to MOST_ROWS, outputs o those of PANELS panels, in
@@ -52,7 +48,7 @@ def _typed_add_products(
 
 def _typed_add_products_of_few(
     typing: Any, weight: Any, panel: Any, x: Any, row: Any, rows: Any, first: Any, end: Any, sums: Any
-) -> tuple[Any, Callable[..., ir.Value]]:
+) -> Generated:
     """The same of 1 to FEW_ROWS rows and PANELS_OF_FEW panels."""
     return _signature(weight, x, sums), partial(_add_products, PANELS_OF_FEW, FEW_ROWS)
 
@@ -70,36 +66,25 @@ def _signature(weight: Any, x: Any, sums: Any) -> Any:
 def _add_products(
     panels: int, most_rows: int, context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]
 ) -> ir.Value:
-    weight, panel, x, row, rows, first, end, sums = (
-        make_array(kind)(context, builder, argument)  # type: ignore[no-untyped-call]
-        if isinstance(kind, types.Array)
-        else argument
-        for kind, argument in zip(signature.args, arguments, strict=True)
-    )
-    size = builder.mul(builder.extract_value(weight.shape, 1), _INT64(LANES))
-    last = builder.sub(builder.extract_value(weight.shape, 0), _INT64(1))
+    weight, panel, x, row, rows, first, end, sums = opened(context, builder, signature, arguments)
+    size = builder.mul(builder.extract_value(weight.shape, 1), INT64(LANES))
+    last = builder.sub(builder.extract_value(weight.shape, 0), INT64(1))
     begins = []
     for number in range(panels):
-        one = builder.add(panel, _INT64(number))
+        one = builder.add(panel, INT64(number))
         one = builder.select(builder.icmp_signed("<", one, last), one, last)
         begins.append(builder.gep(weight.data, [builder.mul(one, size)]))
-    apart = builder.extract_value(x.strides, 0)
     behind = builder.append_basic_block("multiplied")
     chosen = builder.switch(rows, behind)
     for count in range(1, most_rows + 1):
         block = builder.append_basic_block(f"rows{count}")
-        chosen.add_case(_INT64(count), block)
+        chosen.add_case(INT64(count), block)
         builder.position_at_end(block)
-        values = [_row(builder, x.data, apart, builder.add(row, _INT64(number))) for number in range(count)]
+        values = [row_of(builder, x, builder.add(row, INT64(number))) for number in range(count)]
         _sum(builder, begins, values, first, end, sums.data)
         builder.branch(behind)
     builder.position_at_end(behind)
     return context.get_dummy_value()
-
-
-def _row(builder: ir.IRBuilder, data: ir.Value, apart: ir.Value, row: ir.Value) -> ir.Value:
-    begin = builder.gep(builder.bitcast(data, _INT8.as_pointer()), [builder.mul(row, apart)])
-    return builder.bitcast(begin, data.type)
 
 
 def _sum(
@@ -112,23 +97,23 @@ def _sum(
 ) -> None:
     """One loop over the inputs, for these panels and rows."""
     kept = [
-        builder.bitcast(builder.gep(sums, [_INT64(number * LANES)]), _FLOATS.as_pointer())
+        builder.bitcast(builder.gep(sums, [INT64(number * LANES)]), _FLOATS.as_pointer())
         for number in range(len(rows) * len(panels))
     ]
-    fresh = builder.icmp_signed("==", first, _INT64(0))
+    fresh = builder.icmp_signed("==", first, INT64(0))
     begun = [builder.select(fresh, _FLOATS([0.0] * LANES), builder.load(place, align=4)) for place in kept]
     before, body, behind = builder.block, builder.append_basic_block("input"), builder.append_basic_block("summed")
     builder.branch(body)
     builder.position_at_end(body)
-    place = builder.phi(_INT64)
+    place = builder.phi(INT64)
     running = [builder.phi(_FLOATS) for _ in kept]
-    at = builder.mul(place, _INT64(LANES))
+    at = builder.mul(place, INT64(LANES))
     factors = [_fetching(builder, builder.gep(panel, [at])) for panel in panels]
     grown: list[ir.Value] = []
     for row in rows:
-        value = _spread(builder, builder.load(builder.gep(row, [place])))
+        value = spread(builder, builder.load(builder.gep(row, [place])), LANES)
         grown += [_add(builder, factor, value, running[len(grown) + number]) for number, factor in enumerate(factors)]
-    following = builder.add(place, _INT64(1))
+    following = builder.add(place, INT64(1))
     place.add_incoming(first, before)
     place.add_incoming(following, body)
     for total, earlier, later in zip(running, begun, grown, strict=True):
@@ -141,35 +126,12 @@ def _sum(
 
 
 def _fetching(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    """A vector of weights as float32, while later ones are asked for; there need not be any."""
-    kind = ir.VectorType(address.type.pointee, LANES)
-    numbers = builder.load(builder.bitcast(address, kind.as_pointer()), align=1)
-    pointer = _INT8.as_pointer()
-    for_reading, of_data = 0, 1
-    hints = [_INT32(hint) for hint in (for_reading, _SECOND_CACHE, of_data)]
-    later = builder.gep(builder.bitcast(address, pointer), [_INT64(BYTES_AHEAD)])
-    fetch = ir.FunctionType(ir.VoidType(), [pointer, *(hint.type for hint in hints)])
-    builder.call(_function(builder, fetch, "llvm.prefetch.p0"), [later, *hints])
-    if kind.element == _INT8:
-        return builder.sitofp(numbers, _FLOATS)
-    if kind.element == _INT16:
-        # A bfloat16 is the upper half of a float32.
-        wide = ir.VectorType(_INT32, LANES)
-        return builder.bitcast(builder.shl(builder.zext(numbers, wide), wide([16] * LANES)), _FLOATS)
-    return numbers
-
-
-def _spread(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
-    """A vector of one number."""
-    one = builder.insert_element(_FLOATS(ir.Undefined), number, _INT32(0))
-    return builder.shuffle_vector(one, _FLOATS(ir.Undefined), ir.VectorType(_INT32, LANES)([0] * LANES))
+    """A vector of weights, while later ones are asked for."""
+    fetch(builder, builder.gep(builder.bitcast(address, INT8.as_pointer()), [INT64(BYTES_AHEAD)]))
+    return widened(builder, address, LANES)
 
 
 def _add(builder: ir.IRBuilder, factor: ir.Value, value: ir.Value, total: ir.Value) -> ir.Value:
     """In one step, rounded once."""
     kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
-    return builder.call(_function(builder, kind, f"llvm.fma.v{LANES}f32"), [factor, value, total])
-
-
-def _function(builder: ir.IRBuilder, kind: ir.FunctionType, name: str) -> Any:
-    return get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
+    return builder.call(function(builder, kind, f"llvm.fma.v{LANES}f32"), [factor, value, total])

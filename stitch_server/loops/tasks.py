@@ -13,20 +13,16 @@ from typing import Any, cast
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
 
 from stitch_server.loops.compiling import compiled
 from stitch_server.loops.numbers import Places
+from stitch_server.loops.vectors import INT32, INT64, Generated, function, opened
 
 # Where tasks are counted that were taken, and that are done: apart by a cache line.
 _TAKEN, _DONE, _LENGTH = 0, 8, 16
 # How often to look, some microseconds, before others may have the core.
 _LOOKS = 2_000
-_INT32, _INT64 = ir.IntType(32), ir.IntType(64)
-
-_Generated = tuple[Any, Callable[..., ir.Value]]
 
 
 def none_taken() -> Places:
@@ -56,17 +52,17 @@ def wait_for(counts: Places, tasks: int) -> None:
         _rest(looks % _LOOKS == 0)
 
 
-def _typed_increased(typing: Any, counts: Any, place: Any) -> _Generated:
+def _typed_increased(typing: Any, counts: Any, place: Any) -> Generated:
     """Adds one; what was there before. All that was written before is there for whoever sees the sum."""
     return types.int64(counts, types.int64), _generate_increased
 
 
-def _typed_read(typing: Any, counts: Any, place: Any) -> _Generated:
+def _typed_read(typing: Any, counts: Any, place: Any) -> Generated:
     """What is there, and with it all that was written before by whoever has added to it."""
     return types.int64(counts, types.int64), _generate_read
 
 
-def _typed_rest(typing: Any, long: Any) -> _Generated:
+def _typed_rest(typing: Any, long: Any) -> Generated:
     """For some cycles, or until the core has been offered to others."""
     return types.void(types.boolean), _generate_rest
 
@@ -77,7 +73,7 @@ _rest: Callable[[bool], None] = cast(Any, intrinsic(_typed_rest))
 
 
 def _generate_increased(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-    return builder.atomic_rmw("add", _address(context, builder, signature, arguments), _INT64(1), "acq_rel")
+    return builder.atomic_rmw("add", _address(context, builder, signature, arguments), INT64(1), "acq_rel")
 
 
 def _generate_read(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
@@ -87,18 +83,13 @@ def _generate_read(context: Any, builder: ir.IRBuilder, signature: Any, argument
 def _generate_rest(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
     with builder.if_else(builder.trunc(arguments[0], ir.IntType(1))) as (long, short):
         with long:
-            builder.call(_function(builder, "sched_yield", _INT32), [])
+            builder.call(function(builder, ir.FunctionType(INT32, []), "sched_yield"), [])
         with short:
             if platform.machine() == "x86_64":
-                builder.call(_function(builder, "llvm.x86.sse2.pause", ir.VoidType()), [])
+                builder.call(function(builder, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause"), [])
     return context.get_dummy_value()
 
 
 def _address(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-    counts, place = arguments
-    array = make_array(signature.args[0])(context, builder, counts)  # type: ignore[no-untyped-call]
-    return builder.gep(array.data, [place])
-
-
-def _function(builder: ir.IRBuilder, name: str, result: ir.Type) -> Any:
-    return get_or_insert_function(builder.module, ir.FunctionType(result, []), name)  # type: ignore[no-untyped-call]
+    counts, place = opened(context, builder, signature, arguments)
+    return builder.gep(counts.data, [place])

@@ -14,11 +14,10 @@ from typing import Any, cast
 
 from llvmlite import ir
 from numba import types
-from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
 
 from stitch_server.loops.numbers import Floats, Numbers, Places
+from stitch_server.loops.vectors import INT32, INT64, Generated, fetch, floats, opened, row_of, spread, widened
 
 # Rows of either side in a tile, and vectors of a row in a blend.
 SIDE = 4
@@ -30,16 +29,12 @@ STRIP = SIDE * LANES
 AHEAD = 16
 CACHE_LINE = 64
 
-_INT8, _INT16, _INT32, _INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+_FLOATS = floats(LANES)
 # Sums may be taken in any order, and a product be added as it is made.
 _FLAGS = ("reassoc", "contract", "nsz")
-_SECOND_CACHE = 2
-
-_Generated = tuple[Any, Callable[..., ir.Value]]
 
 
-def _typed_dots(typing: Any, weight: Any, output: Any, x: Any, row: Any) -> _Generated:
+def _typed_dots(typing: Any, weight: Any, output: Any, x: Any, row: Any) -> Generated:
     """weight[output + i] · x[row + j] for i and j from 0 to SIDE - 1, that of i and j at SIDE * i + j.
 
     Both arrays are `[rows, length]` with rows in one piece, x of float32, the weight of float32, int8 or the bits of
@@ -49,7 +44,7 @@ def _typed_dots(typing: Any, weight: Any, output: Any, x: Any, row: Any) -> _Gen
     return sums(weight, types.int64, x, types.int64), _dots
 
 
-def _typed_blend(typing: Any, values: Any, rows: Any, at: Any, shares: Any, first: Any, mixed: Any) -> _Generated:
+def _typed_blend(typing: Any, values: Any, rows: Any, at: Any, shares: Any, first: Any, mixed: Any) -> Generated:
     """mixed[i] = Σ shares[first + i, n] · values[rows[n], at : at + STRIP] for i from 0 to SIDE - 1.
 
     `rows`, int64, are not none. Values are `[all rows, length]` of float32 or the bits of bfloat16, shares
@@ -58,7 +53,7 @@ def _typed_blend(typing: Any, values: Any, rows: Any, at: Any, shares: Any, firs
     return types.void(values, rows, types.int64, shares, types.int64, mixed), _blend
 
 
-def _typed_fetched(typing: Any, array: Any, row: Any, place: Any) -> _Generated:
+def _typed_fetched(typing: Any, array: Any, row: Any, place: Any) -> Generated:
     """Asks for array[row, place], and what lies in its cache line, to be in the second cache soon."""
     return types.void(array, types.int64, types.int64), _fetched
 
@@ -70,42 +65,42 @@ blend: Callable[[Numbers, Places, int, Floats, int, Floats], None] = cast(Any, i
 
 
 def _dots(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-    weight, output, x, row = _opened(context, builder, signature, arguments)
+    weight, output, x, row = opened(context, builder, signature, arguments)
     length = builder.extract_value(weight.shape, 1)
     factors, values = _rows(builder, weight, output), _rows(builder, x, row)
-    later = _rows(builder, weight, builder.add(output, _INT64(AHEAD)))
+    later = _rows(builder, weight, builder.add(output, INT64(AHEAD)))
     with _summing(builder, length, LANES) as (place, sums, added):
         for address in later:
-            _fetch(builder, builder.gep(address, [place]))
+            fetch(builder, builder.gep(address, [place]))
         # All of one side, and one after the other of the other side: twenty-one registers with the sums.
-        widened = [_vector(builder, address, place) for address in factors]
+        wide = [widened(builder, builder.gep(address, [place]), LANES) for address in factors]
         for column, address in enumerate(values):
-            value = _vector(builder, address, place)
-            added += [(SIDE * line + column, factor, value) for line, factor in enumerate(widened)]
+            value = widened(builder, builder.gep(address, [place]), LANES)
+            added += [(SIDE * line + column, factor, value) for line, factor in enumerate(wide)]
     return context.make_tuple(builder, signature.return_type, [_summed(builder, total) for total in sums])
 
 
 def _blend(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-    values, rows, at, shares, first, mixed = _opened(context, builder, signature, arguments)
+    values, rows, at, shares, first, mixed = opened(context, builder, signature, arguments)
     count = builder.extract_value(rows.shape, 0)
-    last = builder.sub(count, _INT64(1))
-    heads, vectors = _rows(builder, shares, first), [_INT64(number * LANES) for number in range(SIDE)]
+    last = builder.sub(count, INT64(1))
+    heads, vectors = _rows(builder, shares, first), [INT64(number * LANES) for number in range(SIDE)]
 
     def strip(place: ir.Value) -> ir.Value:
         row = builder.load(builder.gep(rows.data, [place]))
-        return builder.gep(_row(builder, values, row), [at])
+        return builder.gep(row_of(builder, values, row), [at])
 
     with _summing(builder, count, 1) as (place, sums, added):
-        later = builder.add(place, _INT64(AHEAD))
+        later = builder.add(place, INT64(AHEAD))
         later = strip(builder.select(builder.icmp_signed("<", later, last), later, last))
         now = strip(place)
         for vector in vectors:
-            _fetch(builder, builder.gep(later, [vector]))
-        widened = [_vector(builder, now, vector) for vector in vectors]
+            fetch(builder, builder.gep(later, [vector]))
+        wide = [widened(builder, builder.gep(now, [vector]), LANES) for vector in vectors]
         for line, head in enumerate(heads):
-            share = _spread(builder, builder.load(builder.gep(head, [place])))
-            added += [(SIDE * line + column, share, value) for column, value in enumerate(widened)]
-    for number, address in enumerate(_rows(builder, mixed, _INT64(0))):
+            share = spread(builder, builder.load(builder.gep(head, [place])), LANES)
+            added += [(SIDE * line + column, share, value) for column, value in enumerate(wide)]
+    for number, address in enumerate(_rows(builder, mixed, INT64(0))):
         for column, vector in enumerate(vectors):
             target = builder.bitcast(builder.gep(address, [vector]), _FLOATS.as_pointer())
             builder.store(sums[SIDE * number + column], target, align=4)
@@ -113,31 +108,14 @@ def _blend(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Seque
 
 
 def _fetched(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-    array, row, place = _opened(context, builder, signature, arguments)
-    _fetch(builder, builder.gep(_row(builder, array, row), [place]))
+    array, row, place = opened(context, builder, signature, arguments)
+    fetch(builder, builder.gep(row_of(builder, array, row), [place]))
     return context.get_dummy_value()
-
-
-def _opened(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> list[Any]:
-    """The arguments, arrays with their fields."""
-    return [
-        make_array(kind)(context, builder, argument)  # type: ignore[no-untyped-call]
-        if isinstance(kind, types.Array)
-        else argument
-        for kind, argument in zip(signature.args, arguments, strict=True)
-    ]
-
-
-def _row(builder: ir.IRBuilder, array: Any, row: ir.Value) -> ir.Value:
-    """Where a row begins."""
-    apart = builder.extract_value(array.strides, 0)
-    data = builder.bitcast(array.data, _INT8.as_pointer())
-    return builder.bitcast(builder.gep(data, [builder.mul(row, apart)]), array.data.type)
 
 
 def _rows(builder: ir.IRBuilder, array: Any, first: ir.Value) -> list[ir.Value]:
     """Where SIDE rows begin."""
-    return [_row(builder, array, builder.add(first, _INT64(number))) for number in range(SIDE)]
+    return [row_of(builder, array, builder.add(first, INT64(number))) for number in range(SIDE)]
 
 
 @contextmanager
@@ -151,7 +129,7 @@ def _summing(
     before, body, behind = builder.block, builder.append_basic_block("sum"), builder.append_basic_block("summed")
     builder.branch(body)
     builder.position_at_end(body)
-    place = builder.phi(_INT64)
+    place = builder.phi(INT64)
     running = [builder.phi(_FLOATS) for _ in range(count)]
     sums: list[ir.Value] = []
     added: list[tuple[int, ir.Value, ir.Value]] = []
@@ -159,8 +137,8 @@ def _summing(
     sums += running
     for number, factor, other in added:
         sums[number] = builder.fadd(sums[number], builder.fmul(factor, other, flags=_FLAGS), flags=_FLAGS)
-    following = builder.add(place, _INT64(stride))
-    place.add_incoming(_INT64(0), before)
+    following = builder.add(place, INT64(stride))
+    place.add_incoming(INT64(0), before)
     place.add_incoming(following, body)
     for total, later in zip(running, sums, strict=True):
         total.add_incoming(_FLOATS([0.0] * LANES), before)
@@ -169,45 +147,15 @@ def _summing(
     builder.position_at_end(behind)
 
 
-def _vector(builder: ir.IRBuilder, row: ir.Value, place: ir.Value) -> ir.Value:
-    """LANES numbers of a row, as float32."""
-    address = builder.gep(row, [place])
-    kind = ir.VectorType(address.type.pointee, LANES)
-    numbers = builder.load(builder.bitcast(address, kind.as_pointer()), align=1)
-    if kind.element == _INT8:
-        return builder.sitofp(numbers, _FLOATS)
-    if kind.element == _INT16:
-        # A bfloat16 is the upper half of a float32.
-        wide = ir.VectorType(_INT32, LANES)
-        return builder.bitcast(builder.shl(builder.zext(numbers, wide), wide([16] * LANES)), _FLOATS)
-    return numbers
-
-
-def _spread(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
-    """A vector of one number."""
-    one = builder.insert_element(_FLOATS(ir.Undefined), number, _INT32(0))
-    return builder.shuffle_vector(one, _FLOATS(ir.Undefined), ir.VectorType(_INT32, LANES)([0] * LANES))
-
-
-def _fetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Asks for an address to be in the second cache soon; there need not be anything at it."""
-    pointer = _INT8.as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [pointer, _INT32, _INT32, _INT32])
-    fetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
-    for_reading, of_data = 0, 1
-    hints = (_INT32(hint) for hint in (for_reading, _SECOND_CACHE, of_data))
-    builder.call(fetch, [builder.bitcast(address, pointer), *hints])
-
-
 def _summed(builder: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
     """The sum of a vector, halves upon halves."""
     halves = (LANES >> step for step in range(1, LANES.bit_length()))
-    return builder.extract_element(reduce(partial(_folded, builder), halves, numbers), _INT32(0))
+    return builder.extract_element(reduce(partial(_folded, builder), halves, numbers), INT32(0))
 
 
 def _folded(builder: ir.IRBuilder, vector: ir.Value, half: int) -> ir.Value:
     low, high = (
-        builder.shuffle_vector(vector, vector.type(ir.Undefined), ir.VectorType(_INT32, half)(list(places)))
+        builder.shuffle_vector(vector, vector.type(ir.Undefined), ir.VectorType(INT32, half)(list(places)))
         for places in (range(half), range(half, 2 * half))
     )
     return builder.fadd(low, high, flags=_FLAGS)

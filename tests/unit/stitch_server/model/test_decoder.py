@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from stitch.cluster import Quantization
 from stitch.errors import Incompatible
 from stitch_server.cache.span import Span
 from stitch_server.cache.store import KVStore
@@ -116,6 +117,12 @@ class TestLoops:
         for loops in (False, True):
             with Weights(folder, CPU, torch.float32, Keeping(loops=loops)) as weights:
                 assert (lean.load_layers(config, 0, 1, weights)[1] is not None) is loops
+
+    @pytest.mark.parametrize(("quantization", "many"), [("none", True), ("int8", False)])
+    def test_take_any_number_of_tokens_in_float32(self, tmp_path: Path, quantization: Quantization, many: bool) -> None:
+        folder, keeping = write_tiny_model(tmp_path, "llama", layers=1), Keeping(quantization, loops=True)
+        decoder = DecoderLayers.load(folder, 0, 1, CPU, torch.float32, keeping)
+        assert [decoder.is_looped(tokens) for tokens in (1, 16, 17, 1000)] == [True, True, many, many]
 
     def test_take_all_layers_at_once_or_each_beside_adapters(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
