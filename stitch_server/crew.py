@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,8 @@ import torch
 from stitch_server.loops.numbers import Places
 from stitch_server.loops.tasks import none_taken
 
-_helpers = ThreadPoolExecutor(thread_name_prefix="crew")
+# As many as may be asked for: helpers of one pass must not wait for each other.
+_helpers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="crew")
 
 
 def together(function: Callable[[int, Places], None]) -> None:
