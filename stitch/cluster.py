@@ -94,8 +94,8 @@ class Compute(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     # How the weights of layers and head are kept: as `dtype`, or as bytes, which is faster and a little less exact.
     quantization: Quantization = "none"
-    # On a processor: products, attention and whole layers by loops that are compiled for it. Weights that are not
-    # float32 then take twice the memory.
+    # On a processor: products and whole layers by loops that are compiled for it, as attention is always. Weights that
+    # are not float32 then take twice the memory.
     loops: bool = True
     wire_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     # Tokens for which each shard keeps KV; 0: planned from the memory that is free at start.

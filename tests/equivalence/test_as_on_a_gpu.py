@@ -45,7 +45,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 
 
 def write(folder: Path, family: str = "llama", **fields: Any) -> Path:
-    """A GPU has no copies of rows for loops of a processor."""
+    """A GPU has no loops of a processor."""
     return write_tiny_cluster(folder, family, model=FAMILIES[family], loops=False, **fields)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stitch_server.cache import store
 from stitch_server.cache.pool import BLOCK_TOKENS, blocks_for
 from stitch_server.cache.span import Span
 from stitch_server.cache.store import KVStore, causal_mask
@@ -20,11 +21,13 @@ LAYER = 5
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=[1, 2], autouse=True)
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """On one thread a compiled loop attends for single tokens, on two PyTorch does."""
+@pytest.fixture(params=[1, 2, None], autouse=True)
+def _threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Loops attend on so many threads; without a number PyTorch does."""
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
+    torch.set_num_threads(request.param or 1)
+    if request.param is None:
+        monkeypatch.setattr(store, "LOOP_DTYPES", ())
     yield
     torch.set_num_threads(before)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,15 +72,9 @@ def test_every_variant(tmp_path: Path, family: str, config: dict[str, Any]) -> N
     torch.testing.assert_close(our_logits(folder, (0, 4), (0, 30, 31, 40)), their_logits(folder), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("_threads")
 class TestLoops:
     """Layers whose matrices are kept for them."""
-
-    @pytest.fixture(autouse=True, params=[1, 3])
-    def _threads(self, request: pytest.FixtureRequest) -> Iterator[None]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(request.param)
-        yield
-        torch.set_num_threads(before)
 
     # Single tokens, and in between chunks.
     CHUNKS = (0, 1, 2, 4, 5, 30, 31, 34, *range(35, 41))

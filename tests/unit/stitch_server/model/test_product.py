@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -44,19 +43,13 @@ def test_is_the_product(rows: int, biased: bool) -> None:
         torch.testing.assert_close(multiply(x).double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("_threads")
 class TestLoops:
     # The last panel is filled up; inputs are one block in the cache, and several.
     @pytest.fixture(params=[37, 400])
     def inputs(self, request: pytest.FixtureRequest) -> int:
         length: int = request.param
         return length
-
-    @pytest.fixture(autouse=True, params=[1, 3])
-    def _threads(self, request: pytest.FixtureRequest) -> Iterator[None]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(request.param)
-        yield
-        torch.set_num_threads(before)
 
     @pytest.mark.parametrize("rows", [0, 1, 2, 3, 12, 13, 31, 500])
     @pytest.mark.parametrize("biased", [True, False])
