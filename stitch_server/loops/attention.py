@@ -83,7 +83,7 @@ def tasks_of(division: Division) -> int:
 
 
 @compiled()
-def bench_for(past: Past, heads: int, head_dim: int) -> Bench:
+def room_for(past: Past, heads: int, head_dim: int) -> Bench:
     """For so many query heads."""
     longest = 0
     for token in range(len(past.begins)):
@@ -132,7 +132,7 @@ def attend_shared(
     counts: Places,
 ) -> None:
     """What all rows see, by all threads that call it with the same `counts`."""
-    division, bench = divided(past, mixed.shape[1], threads), bench_for(past, mixed.shape[1], mixed.shape[2])
+    division, bench = divided(past, mixed.shape[1], threads), room_for(past, mixed.shape[1], mixed.shape[2])
     task = first_task(counts)
     while task < tasks_of(division):
         attend(task, division, query, pairs, past, window, scale, bench, mixed)

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stitch_server.loops.attention import Past, attend, bench_for, divided, keep, tasks_of
+from stitch_server.loops.attention import Past, attend, divided, keep, room_for, tasks_of
 from stitch_server.loops.compiling import compiled
 from stitch_server.loops.numbers import Floats, Places, exponential
 from stitch_server.loops.panels import LANES
-from stitch_server.loops.products import ADD, REPLACE, Matrix, multiply, outputs_at_once, room_for
+from stitch_server.loops.products import ADD, REPLACE, Bench, Matrix, bench_for, multiply, outputs_at_once, ready
 from stitch_server.loops.tasks import first_task, next_task, wait_for
 
 
@@ -55,10 +55,12 @@ class Pass(NamedTuple):
 
 
 @compiled()
-def run(states: Pass, layers: Layers, first: int, end: int, epsilon: float, threads: int, counts: Places) -> None:
+def run(
+    states: Pass, layers: Layers, first: int, end: int, epsilon: float, in_tiles: bool, threads: int, counts: Places
+) -> None:
     """A pass through layers [first, end) of the whole model, by up to so many threads, all with the same arguments.
 
-    Whoever calls it returns when all is done.
+    Whoever calls it returns when all is done. Products are taken `in_tiles` where the processor has these.
     """
     hidden, past, room = states.hidden, states.past, states.room
     tokens, head_dim, inner = len(hidden), past.pairs.shape[3], room.gated.shape[1]
@@ -66,11 +68,13 @@ def run(states: Pass, layers: Layers, first: int, end: int, epsilon: float, thre
     asked = room.asked.reshape(tokens, all_heads, head_dim)
     mixed = room.mixed.reshape(tokens, heads, head_dim)
     scale = np.float32(1) / np.sqrt(np.float32(head_dim))
-    division, bench = divided(past, heads, threads), bench_for(past, heads, head_dim)
+    division, scores = divided(past, heads, threads), room_for(past, heads, head_dim)
     heads_at_once = _heads_at_once(head_dim)
     gates = outputs_at_once(hidden.shape[1])
     normed = np.empty_like(hidden)
-    both, sums = np.empty((tokens, 2 * gates), np.float32), room_for(tokens)
+    both = np.empty((tokens, 2 * gates), np.float32)
+    widest = max(hidden.shape[1], room.mixed.shape[1], inner)
+    bench = bench_for(tokens, widest, layers.down.weight[0], in_tiles, threads)
     task, done = first_task(counts), 0
     for layer in range(first - layers.first, end - layers.first):
         pairs = past.pairs[layers.first + layer - past.first]
@@ -78,26 +82,28 @@ def run(states: Pass, layers: Layers, first: int, end: int, epsilon: float, thre
         if task < behind:
             wait_for(counts, done)
             _normalize_rows(hidden, layers.attention_norm[layer], epsilon, normed)
+            ready(normed, bench)
         while task < behind:
             first_head = (task - done) * heads_at_once
-            _ask(normed, layers, layer, first_head, min(first_head + heads_at_once, all_heads), epsilon, sums, states)
+            _ask(normed, layers, layer, first_head, min(first_head + heads_at_once, all_heads), epsilon, bench, states)
             task = next_task(counts)
         done, behind = behind, behind + tasks_of(division)
         if task < behind:
             wait_for(counts, done)
         while task < behind:
-            attend(task - done, division, asked, pairs, past, layers.windows[layer], scale, bench, mixed)
+            attend(task - done, division, asked, pairs, past, layers.windows[layer], scale, scores, mixed)
             task = next_task(counts)
-        done, task = _add(room.mixed, _of_layer(layers.attention_output, layer), sums, hidden, behind, task, counts)
+        done, task = _add(room.mixed, _of_layer(layers.attention_output, layer), bench, hidden, behind, task, counts)
         behind = done + -(-inner // gates)
         if task < behind:
             wait_for(counts, done)
             _normalize_rows(hidden, layers.feed_forward_norm[layer], epsilon, normed)
+            ready(normed, bench)
         while task < behind:
             gate = (task - done) * gates
-            _gate(normed, _of_layer(layers.gate_up, layer), gate, min(gate + gates, inner), sums, both, room.gated)
+            _gate(normed, _of_layer(layers.gate_up, layer), gate, min(gate + gates, inner), bench, both, room.gated)
             task = next_task(counts)
-        done, task = _add(room.gated, _of_layer(layers.down, layer), sums, hidden, behind, task, counts)
+        done, task = _add(room.gated, _of_layer(layers.down, layer), bench, hidden, behind, task, counts)
     wait_for(counts, done)
 
 
@@ -112,14 +118,14 @@ def _heads_at_once(head_dim: int) -> int:
 
 @compiled()
 def _ask(
-    normed: Floats, layers: Layers, layer: int, first: int, end: int, epsilon: float, sums: Floats, states: Pass
+    normed: Floats, layers: Layers, layer: int, first: int, end: int, epsilon: float, bench: Bench, states: Pass
 ) -> None:
     """Heads [first, end) of queries, keys and values, rotated, and in the cache where they belong there."""
     past, asked = states.past, states.room.asked
     head_dim, kept = past.pairs.shape[3], past.pairs.shape[2]
     all_heads = asked.shape[1] // head_dim
     begin = first * head_dim
-    multiply(normed, _of_layer(layers.query_key_value, layer), begin, end * head_dim, sums, asked, begin, REPLACE)
+    multiply(normed, _of_layer(layers.query_key_value, layer), begin, end * head_dim, bench, asked, begin, REPLACE)
     pairs = past.pairs[layers.first + layer - past.first]
     for head in range(first, end):
         for token in range(len(asked)):
@@ -134,7 +140,7 @@ def _ask(
 
 @compiled()
 def _add(
-    x: Floats, matrix: Matrix, sums: Floats, hidden: Floats, done: int, task: int, counts: Places
+    x: Floats, matrix: Matrix, bench: Bench, hidden: Floats, done: int, task: int, counts: Places
 ) -> tuple[int, int]:
     """A stage that adds a product to `hidden`, behind so many tasks; how many there are then, and a later task."""
     outputs = hidden.shape[1]
@@ -142,19 +148,20 @@ def _add(
     behind = done + -(-outputs // at_once)
     if task < behind:
         wait_for(counts, done)
+        ready(x, bench)
     while task < behind:
         first = (task - done) * at_once
-        multiply(x, matrix, first, min(first + at_once, outputs), sums, hidden, first, ADD)
+        multiply(x, matrix, first, min(first + at_once, outputs), bench, hidden, first, ADD)
         task = next_task(counts)
     return behind, task
 
 
 @compiled()
-def _gate(normed: Floats, matrix: Matrix, first: int, end: int, sums: Floats, both: Floats, gated: Floats) -> None:
+def _gate(normed: Floats, matrix: Matrix, first: int, end: int, bench: Bench, both: Floats, gated: Floats) -> None:
     """Places [first, end) of the gated network; `both` is room."""
     count, inner = end - first, gated.shape[1]
-    multiply(normed, matrix, first, end, sums, both, np.int64(0), REPLACE)
-    multiply(normed, matrix, inner + first, inner + end, sums, both, count, REPLACE)
+    multiply(normed, matrix, first, end, bench, both, np.int64(0), REPLACE)
+    multiply(normed, matrix, inner + first, inner + end, bench, both, count, REPLACE)
     for token in range(len(normed)):
         for place in range(count):
             gate = both[token, place]
@@ -170,10 +177,10 @@ def _of_layer(matrices: Matrix, layer: int) -> Matrix:
 def _normalize(values: Floats, gains: Floats, epsilon: float, normed: Floats) -> None:
     """Divides by the root mean square; `normed` may be `values`."""
     total = np.float32(0)
-    for value in values:
-        total += value * value
-    inverse = np.float32(1) / np.sqrt(total / np.float32(values.size) + np.float32(epsilon))
-    for place in range(values.size):
+    for place in range(gains.size):
+        total += values[place] * values[place]
+    inverse = np.float32(1) / np.sqrt(total / np.float32(gains.size) + np.float32(epsilon))
+    for place in range(gains.size):
         normed[place] = values[place] * inverse * gains[place]
 
 

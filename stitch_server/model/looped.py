@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stitch_server import processor
 from stitch_server.arrays import floats, numbers
 from stitch_server.crew import together
 from stitch_server.loops.numbers import Numbers
@@ -15,15 +17,24 @@ from stitch_server.loops.panels import LANES
 from stitch_server.loops.products import Matrix, multiply_shared
 from stitch_server.model.pages import LargePages
 
-# For weights that are not float32 processors have instructions which a library uses and loops don't.
+# For bfloat16 processors have instructions, and for bytes those without tiles, which a library uses and loops don't.
 MOST_ROWS_OF_NARROW_WEIGHTS = 16
+# With fewer rows tiles take longer than vectors, since all weights have to be split.
+FEWEST_ROWS_IN_TILES = 40
 # Matrices, one behind the other.
 _PAGES = LargePages()
 
 
 def suits(rows: int, weight: Numbers) -> bool:
     """Whether loops are the faster way for so many rows by this weight."""
-    return weight.dtype == np.float32 or rows <= MOST_ROWS_OF_NARROW_WEIGHTS
+    if weight.dtype == np.float32 or (weight.dtype == np.int8 and processor.has_tiles()):
+        return True
+    return rows <= MOST_ROWS_OF_NARROW_WEIGHTS
+
+
+def in_tiles(rows: int) -> bool:
+    """Whether loops multiply so many rows in tiles."""
+    return rows >= FEWEST_ROWS_IN_TILES and processor.has_tiles()
 
 
 def panels_of(weight: Tensor) -> Tensor:
@@ -61,5 +72,5 @@ class LoopProduct:
         """
         rows = floats(x)
         result = np.empty((x.shape[0], len(self.matrix.bias)), np.float32)
-        together(lambda _, counts: multiply_shared(rows, self.matrix, result, counts))
+        together(partial(multiply_shared, rows, self.matrix, result, in_tiles(len(rows))))
         return torch.from_numpy(result).to(x.dtype)

@@ -4,11 +4,12 @@ Without loops a processor's matrix is kept in the blocked layout of oneDNN, whic
 behind `F.linear` at almost any number of rows.
 
 With loops it is kept in panels, for a product that is compiled here (`looped.py`). That reads a matrix at the memory's
-speed for a few rows, and takes as long as oneDNN for many. Lean layers have theirs in a stack (`stack.py`). Weights
-that are not float32 are kept in both ways: processors have instructions for many such rows, which oneDNN uses.
+speed for a few rows, and takes no longer than oneDNN for many, where a processor has tiles much less. Lean layers have
+theirs in a stack (`stack.py`). Bfloat16, and bytes where there are no tiles, are kept in both ways: processors have
+instructions for many such rows, which oneDNN uses.
 
-Quantized to int8, the matrix keeps one scale for each output, and the rows get one each when they come. The product is
-then one of small integers. Loops leave the rows as they are.
+Quantized to int8, the matrix keeps one scale for each output. For oneDNN the rows get one each when they come, and the
+product is then one of small integers. Loops leave the rows as they are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stitch.cluster import Compute, Quantization
+from stitch_server import processor
 
 if TYPE_CHECKING:
     from stitch_server.model.looped import LoopProduct
@@ -61,12 +63,11 @@ class Keeping:
 
     def keeps_twice(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a matrix there is kept in two ways: for a few rows and for many."""
-        has_both = self.quantization != "none" or _has_onednn(device)
-        return self.has_loops(device, dtype) and self.is_narrow(dtype) and has_both
-
-    def is_narrow(self, dtype: torch.dtype) -> bool:
-        """Whether weights have fewer bits than a float32."""
-        return self.quantization != "none" or dtype != torch.float32
+        if not self.has_loops(device, dtype):
+            return False
+        if self.quantization == "int8":
+            return not processor.has_tiles()
+        return dtype != torch.float32 and _has_onednn(device)
 
 
 PLAINLY = Keeping()

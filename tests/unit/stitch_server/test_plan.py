@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stitch.cluster import Cluster, load_cluster
+from stitch_server import processor
 from stitch_server.part import load_part
 from stitch_server.plan import SESSION_TOKENS, plan, table
 from stitch_server.planning import kv_bytes_per_token
@@ -69,8 +70,12 @@ def test_of_families_without_lean_layers_only_the_head_is_kept_twice(tmp_path: P
     assert last.weight_bytes == (top.between(2, 4) + 2 * top.head) * torch.bfloat16.itemsize
 
 
-@pytest.mark.parametrize(("loops", "times"), [(False, 4), (True, 2)])
-def test_bytes_take_a_quarter_of_float32_except_the_embedding(tmp_path: Path, loops: bool, times: int) -> None:
+@pytest.mark.parametrize(("loops", "tiles", "times"), [(False, False, 4), (True, False, 2), (True, True, 4)])
+def test_bytes_take_a_quarter_of_float32_except_the_embedding(
+    tmp_path: Path, loops: bool, tiles: bool, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice that where loops and a library need them in two ways."""
+    monkeypatch.setattr(processor, "has_tiles", lambda: tiles)
     whole, small = (plan(tiny(tmp_path, loops=loops, quantization=kind), CPU) for kind in ("none", "int8"))
     assert [one.weight_bytes * times for one in small[1:]] == [one.weight_bytes for one in whole[1:]]
     assert small[0].weight_bytes - small[1].weight_bytes == whole[0].weight_bytes - whole[1].weight_bytes

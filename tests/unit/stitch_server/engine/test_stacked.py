@@ -8,17 +8,27 @@ from typing import Any
 import pytest
 
 from stitch.cluster import load_cluster
+from stitch_server import processor
 from stitch_server.model import stack
 from tests.support.in_process import ChainInProcess
 from tests.support.tiny_cluster import write_tiny_cluster
 
 
 @pytest.mark.parametrize(
-    ("fields", "few", "many"), [({}, 1, 1), ({"quantization": "int8"}, 1, 0), ({"loops": False}, 0, 0)]
+    ("fields", "tiles", "few", "many"),
+    [
+        ({}, False, 1, 1),
+        ({"quantization": "int8"}, False, 1, 0),
+        ({"quantization": "int8"}, True, 1, 1),
+        ({"loops": False}, False, 0, 0),
+    ],
 )
 def test_a_pass_is_one_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], few: int, many: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], tiles: bool, few: int, many: int
 ) -> None:
+    if tiles and not processor.has_tiles():
+        pytest.skip("this processor has no AMX")
+    monkeypatch.setattr(processor, "has_tiles", lambda: tiles)
     cluster = load_cluster(str(write_tiny_cluster(tmp_path, threads=1, **fields)))
     chain, layers, run = ChainInProcess(cluster), [], stack.run
 

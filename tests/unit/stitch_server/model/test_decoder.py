@@ -11,6 +11,7 @@ import torch
 
 from stitch.cluster import Quantization
 from stitch.errors import Incompatible
+from stitch_server import processor
 from stitch_server.cache.span import Span
 from stitch_server.cache.store import KVStore
 from stitch_server.model import borrowed, lean, stack
@@ -112,8 +113,13 @@ class TestLoops:
             with Weights(folder, CPU, torch.float32, Keeping(loops=loops)) as weights:
                 assert (lean.load_layers(config, 0, 1, weights)[1] is not None) is loops
 
-    @pytest.mark.parametrize(("quantization", "many"), [("none", True), ("int8", False)])
-    def test_take_any_number_of_tokens_in_float32(self, tmp_path: Path, quantization: Quantization, many: bool) -> None:
+    @pytest.mark.parametrize(
+        ("quantization", "tiles", "many"), [("none", False, True), ("int8", False, False), ("int8", True, True)]
+    )
+    def test_take_any_number_of_tokens_in_float32_or_in_tiles(
+        self, tmp_path: Path, quantization: Quantization, tiles: bool, many: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(processor, "has_tiles", lambda: tiles)
         folder, keeping = write_tiny_model(tmp_path, "llama", layers=1), Keeping(quantization, loops=True)
         decoder = DecoderLayers.load(folder, 0, 1, CPU, torch.float32, keeping)
         assert [decoder.is_looped(tokens) for tokens in (1, 16, 17, 1000)] == [True, True, many, many]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stitch_server import processor
 from stitch_server.model.looped import LoopProduct
 from stitch_server.model.product import (
     Keeping,
@@ -23,6 +24,17 @@ from stitch_server.model.product import (
 )
 
 LOOPS, INT8_LOOPS = Keeping(loops=True), Keeping("int8", loops=True)
+
+
+@pytest.fixture
+def has_tiles() -> None:
+    if not processor.has_tiles():
+        pytest.skip("this processor has no AMX")
+
+
+@pytest.fixture
+def no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "has_tiles", lambda: False)
 
 
 def operands(rows: int, inputs: int = 37) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,19 +57,28 @@ def test_is_the_product(rows: int, biased: bool) -> None:
 
 @pytest.mark.usefixtures("_threads")
 class TestLoops:
-    # The last panel is filled up; inputs are one block in the cache, and several.
-    @pytest.fixture(params=[37, 400])
+    # The last panel is filled up; inputs are one block in the cache, several, and several of tiles.
+    @pytest.fixture(params=[37, 400, 1200])
     def inputs(self, request: pytest.FixtureRequest) -> int:
         length: int = request.param
         return length
 
-    @pytest.mark.parametrize("rows", [0, 1, 2, 3, 12, 13, 31, 500])
+    @pytest.mark.parametrize("rows", [0, 1, 2, 3, 12, 13, 31, 40, 49, 500])
     @pytest.mark.parametrize("biased", [True, False])
     def test_is_the_product(self, inputs: int, rows: int, biased: bool) -> None:
         x, weight, bias = operands(rows, inputs)
         exact = x.double() @ weight.double().T + (bias.double() if biased else 0.0)
         kept = product(weight, bias if biased else None, LOOPS)
-        torch.testing.assert_close(kept(x).double(), exact, rtol=1e-5, atol=5e-5)
+        torch.testing.assert_close(kept(x).double(), exact, rtol=1e-5, atol=1e-4)
+
+    def test_tiles_are_as_exact_as_vectors(self, inputs: int, has_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        x, weight, _ = operands(128, inputs)
+        exact = x.double() @ weight.double().T
+        tiled = product(weight, None, LOOPS)(x)
+        monkeypatch.setattr(processor, "has_tiles", lambda: False)
+        vectors = product(weight, None, LOOPS)(x)
+        assert not torch.equal(tiled, vectors)
+        assert (tiled - exact).square().mean() <= 1.1 * (vectors - exact).square().mean()
 
     @pytest.mark.parametrize("rows", [1, 4, 6])
     def test_is_the_product_in_bfloat16(self, inputs: int, rows: int) -> None:
@@ -68,17 +89,22 @@ class TestLoops:
         # A bfloat16 has eight bits; the bias is added to one.
         torch.testing.assert_close(got.double(), exact, rtol=2**-7, atol=2**-6)
 
-    @pytest.mark.parametrize("rows", [0, 1, 2, 4, 7])
+    @pytest.mark.parametrize("rows", [0, 1, 2, 4, 7, 16])
     @pytest.mark.parametrize("biased", [True, False])
     def test_bytes_are_multiplied_by_whole_rows(self, inputs: int, rows: int, biased: bool) -> None:
         x, weight, bias = operands(rows, inputs)
         kept, scales = quantized(weight)
         exact = x.double() @ (kept.double() * scales.double()[:, None]).T + (bias.double() if biased else 0.0)
         got = product(weight, bias if biased else None, INT8_LOOPS)(x)
-        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=5e-5)
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
+
+    @pytest.mark.parametrize("rows", [17, 40, 100])
+    def test_in_tiles_so_are_many_bytes(self, inputs: int, rows: int, has_tiles: None) -> None:
+        self.test_bytes_are_multiplied_by_whole_rows(inputs, rows, True)
 
     @pytest.mark.parametrize("rows", [17, 40])
-    def test_bytes_for_many_rows_are_those_without_copies(self, inputs: int, rows: int) -> None:
+    @pytest.mark.usefixtures("no_tiles")
+    def test_elsewhere_bytes_for_many_rows_are_those_without_copies(self, inputs: int, rows: int) -> None:
         x, weight, bias = operands(rows, inputs)
         assert torch.equal(product(weight, bias, INT8_LOOPS)(x), product(weight, bias, Keeping("int8"))(x))
 
@@ -96,6 +122,14 @@ class TestLoops:
             for end in range(first + 1, 17):
                 assert torch.equal(kept(x[first:end]), together[first:end])
 
+    @pytest.mark.parametrize("keeping", [LOOPS, INT8_LOOPS])
+    def test_a_row_is_the_same_in_any_crowd(self, inputs: int, keeping: Keeping, has_tiles: None) -> None:
+        x, weight, bias = operands(200, inputs)
+        kept = product(weight, bias, keeping)
+        together = kept(x)
+        for first, end in ((0, 40), (1, 41), (7, 120), (100, 200), (150, 199)):
+            assert torch.equal(kept(x[first:end]), together[first:end])
+
     @pytest.mark.parametrize(("rows", "few"), [(1, True), (16, True), (17, False)])
     def test_bfloat16_is_theirs_for_few_rows(self, inputs: int, rows: int, few: bool) -> None:
         kept = product(torch.ones(3, inputs, dtype=torch.bfloat16), None, LOOPS)
@@ -105,7 +139,7 @@ class TestLoops:
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     @pytest.mark.parametrize("keeping", [LOOPS, INT8_LOOPS])
-    @pytest.mark.parametrize("rows", [2, 6])
+    @pytest.mark.parametrize("rows", [2, 6, 50])
     def test_what_is_not_finite_stays_so(self, inputs: int, value: float, keeping: Keeping, rows: int) -> None:
         x, weight, _ = operands(rows, inputs)
         x[1, 5] = value
@@ -127,10 +161,12 @@ class TestLoops:
         weight.zero_()
         assert torch.equal(kept(x), before)
 
-    def test_are_for_those_who_ask_for_them(self) -> None:
+    @pytest.mark.parametrize(("tiles", "kind"), [(True, LoopProduct), (False, TwiceKeptProduct)])
+    def test_are_for_those_who_ask_for_them(self, tiles: bool, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
         weight = torch.zeros(3, 2)
+        monkeypatch.setattr(processor, "has_tiles", lambda: tiles)
         assert isinstance(product(weight, None, LOOPS), LoopProduct)
-        assert isinstance(product(weight, None, INT8_LOOPS), TwiceKeptProduct)
+        assert isinstance(product(weight, None, INT8_LOOPS), kind)
         assert not isinstance(product(weight), LoopProduct | TwiceKeptProduct)
 
 

@@ -1,0 +1,143 @@
+"""Float32 as sums of bfloat16, in the form that tiles take. Knows arrays alone.
+
+A float32 has 24 bits, a bfloat16 eight of them, so three of these make one without loss. A product of two numbers is
+then the sum of nine products, of which the three smallest, together below 2^-23 of it, are left out (`amx.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+from numpy.typing import NDArray
+
+from stitch_server.loops.compiling import compiled
+from stitch_server.loops.numbers import Floats, Numbers
+from stitch_server.loops.vectors import INT16, INT32, INT64, Generated, floats, opened, row_of, widened
+
+# Bits of bfloat16, and pairs of them for neighbouring inputs, the first one's in the lower half.
+Halves = NDArray[np.uint16]
+Pairs = NDArray[np.uint32]
+
+# Of a float32.
+PARTS = 3
+# Rows of a tile, and inputs of one: a pair for each of its outputs, of which it has as many as rows.
+SIDE = 16
+DEPTH = 2 * SIDE
+
+_BITS = ir.VectorType(INT32, SIDE)
+_UPPER, _HALF, _SIXTEEN = (_BITS([number] * SIDE) for number in (0xFFFF0000, 0x8000, 16))
+
+
+def parts_of(weight: Any) -> int:
+    """Of each number of `weight`; only compiled."""
+    raise NotImplementedError
+
+
+@overload(parts_of, strict=False)
+def _parts_by_kind(weight: Any) -> Callable[[Any], int]:
+    # Bytes and bfloat16 have no more than eight bits.
+    count = PARTS if weight.dtype == types.float32 else 1
+    return lambda weight: count
+
+
+@compiled()
+def split_rows(x: Floats, parts: Halves) -> None:
+    """`[rows, inputs]` to `[tiles of rows, tiles of inputs, PARTS, SIDE, DEPTH]`, filled up with zeros."""
+    rows, inputs = x.shape
+    whole = inputs // DEPTH
+    padded = np.zeros((SIDE, DEPTH), np.float32)
+    for tile in range(parts.shape[0]):
+        lines = min(SIDE, rows - tile * SIDE)
+        if lines < SIDE:
+            parts[tile] = 0
+        for deep in range(whole):
+            for line in range(lines):
+                _split_line(x, tile * SIDE + line, deep * DEPTH, parts, tile, deep, line)
+        if whole < parts.shape[1]:
+            padded[:lines, : inputs - whole * DEPTH] = x[tile * SIDE : tile * SIDE + lines, whole * DEPTH :]
+            for line in range(lines):
+                _split_line(padded, line, 0, parts, tile, whole, line)
+
+
+@compiled()
+def split_weights(panel: Numbers, first: int, parts: Pairs) -> None:
+    """Weights `[inputs, SIDE]` of one panel from input `first` on to `[tiles of inputs, their parts, SIDE, SIDE]`."""
+    for deep in range(len(parts)):
+        place = first + deep * DEPTH
+        if place + DEPTH <= len(panel):
+            for pair in range(SIDE):
+                _split_pair(panel, place + 2 * pair, parts, deep, pair)
+        else:
+            padded = np.zeros((DEPTH, SIDE), panel.dtype)
+            padded[: len(panel) - place] = panel[place:]
+            for pair in range(SIDE):
+                _split_pair(padded, 2 * pair, parts, deep, pair)
+
+
+def _typed_split_line(
+    typing: Any, x: Any, row: Any, place: Any, parts: Any, tile: Any, deep: Any, line: Any
+) -> Generated:
+    """Parts of x[row, place : place + DEPTH] to a line of a tile of `parts`, which lies in one piece."""
+    whole = types.int64
+    return types.void(x, whole, whole, parts, whole, whole, whole), _generate_split_line
+
+
+def _typed_split_pair(typing: Any, panel: Any, place: Any, parts: Any, deep: Any, pair: Any) -> Generated:
+    """Parts of panel[place] and panel[place + 1] to a line of a tile of `parts`, both of which lie in one piece."""
+    whole = types.int64
+    return types.void(panel, whole, parts, whole, whole), _generate_split_pair
+
+
+_split_line: Callable[[Floats, int, int, Halves, int, int, int], None] = cast(Any, intrinsic(_typed_split_line))
+_split_pair: Callable[[Numbers, int, Pairs, int, int], None] = cast(Any, intrinsic(_typed_split_pair))
+
+
+def _generate_split_line(
+    context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]
+) -> ir.Value:
+    x, row, place, parts, tile, deep, line = opened(context, builder, signature, arguments)
+    number = builder.add(builder.mul(tile, builder.extract_value(parts.shape, 1)), deep)
+    at = builder.add(builder.mul(number, INT64(PARTS * SIDE * DEPTH)), builder.mul(line, INT64(DEPTH)))
+    source = builder.gep(row_of(builder, x, row), [place])
+    halves = ir.VectorType(INT16, SIDE)
+    for half in range(0, DEPTH, SIDE):
+        values = widened(builder, builder.gep(source, [INT64(half)]), SIDE)
+        for part, bits in enumerate(_parted(builder, values, PARTS)):
+            target = builder.gep(parts.data, [builder.add(at, INT64(part * SIDE * DEPTH + half))])
+            upper = builder.trunc(builder.lshr(bits, _SIXTEEN), halves)
+            builder.store(upper, builder.bitcast(target, halves.as_pointer()), align=2)
+    return context.get_dummy_value()
+
+
+def _generate_split_pair(
+    context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]
+) -> ir.Value:
+    panel, place, parts, deep, pair = opened(context, builder, signature, arguments)
+    count = PARTS if signature.args[0].dtype == types.float32 else 1
+    number = builder.mul(deep, INT64(count * SIDE * SIDE))
+    at = builder.add(number, builder.mul(pair, INT64(SIDE)))
+    source = builder.gep(panel.data, [builder.mul(place, INT64(SIDE))])
+    even, odd = (widened(builder, builder.gep(source, [INT64(begin)]), SIDE) for begin in (0, SIDE))
+    both = zip(_parted(builder, even, count), _parted(builder, odd, count), strict=True)
+    for part, (first, second) in enumerate(both):
+        paired = builder.or_(builder.lshr(first, _SIXTEEN), builder.and_(second, _UPPER))
+        target = builder.gep(parts.data, [builder.add(at, INT64(part * SIDE * SIDE))])
+        builder.store(paired, builder.bitcast(target, _BITS.as_pointer()), align=4)
+    return context.get_dummy_value()
+
+
+def _parted(builder: ir.IRBuilder, values: ir.Value, count: int) -> list[ir.Value]:
+    """The bits of so many numbers whose sum is `values`; what counts of each is its upper half."""
+    found = [builder.bitcast(values, _BITS)]
+    while len(found) < count:
+        # The first one to the nearest, so that what is left is as often above as below it.
+        rounded = builder.add(found[-1], _HALF) if len(found) == 1 else found[-1]
+        found[-1] = builder.and_(rounded, _UPPER)
+        values = builder.fsub(values, builder.bitcast(found[-1], floats(SIDE)))
+        found.append(builder.bitcast(values, _BITS))
+    return found
