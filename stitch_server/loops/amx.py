@@ -16,8 +16,8 @@ from numba.core.cgutils import alloca_once_value, for_range
 from numba.extending import intrinsic
 
 from stitch_server.loops.numbers import Floats, Numbers
-from stitch_server.loops.parts import PARTS, SIDE, Halves, Pairs
-from stitch_server.loops.vectors import INT8, INT64, Generated, fetch, function, opened
+from stitch_server.loops.parts import PARTS, SIDE, Halves, Pairs, count_of
+from stitch_server.loops.vectors import INT8, INT64, Generated, each_case, fetch, function, opened
 from stitch_server.processor import knows_tiles
 
 # Tiles of rows, and of outputs, whose sums are in registers at the same time.
@@ -57,7 +57,7 @@ def _typed_multiply_tiles(
     """
     whole = types.int64
     kind = types.void(rows, whole, whole, whole, parts, whole, sums, ahead, whole, whole, whole)
-    return kind, partial(_multiply_tiles, PARTS if ahead.dtype == types.float32 else 1)
+    return kind, partial(_multiply_tiles, count_of(ahead))
 
 
 _Multiply = Callable[[Halves, int, int, int, Pairs, int, Floats, Numbers, int, int, int], None]
@@ -70,8 +70,8 @@ def _multiply_tiles(
     if not knows_tiles():
         # Never called, and nothing that this processor could be told.
         return context.get_dummy_value()
-    opened_ones = opened(context, builder, signature, arguments)
-    rows, tile, tiles, deep, parts, count, sums, ahead, panel, place, fetched = opened_ones
+    given = opened(context, builder, signature, arguments)
+    rows, tile, tiles, deep, parts, count, sums, ahead, panel, place, fetched = given
     across = builder.mul(builder.extract_value(rows.shape, 1), INT64(PARTS * _TILE))
     begin = builder.add(builder.mul(tile, across), builder.mul(deep, INT64(PARTS * _TILE)))
     lines = [_at(builder, rows.data, builder.add(begin, builder.mul(across, INT64(n)))) for n in range(TILES)]
@@ -80,19 +80,12 @@ def _multiply_tiles(
     following = builder.extract_value(ahead.strides, 0)
     first = builder.add(builder.mul(panel, following), builder.mul(place, builder.extract_value(ahead.strides, 1)))
     later = [_at(builder, ahead.data, builder.add(first, builder.mul(following, INT64(n)))) for n in range(TILES)]
-    behind = builder.append_basic_block("multiplied")
-    chosen = builder.switch(tiles, behind)
-    for number in range(1, TILES + 1):
-        block = builder.append_basic_block(f"tiles{number}")
-        chosen.add_case(INT64(number), block)
-        builder.position_at_end(block)
+    for number in each_case(builder, tiles, TILES):
         _sum(builder, lines[:number], panels, weight_parts, count, later, fetched)
         for line in range(number):
             for panel in range(TILES):
                 target = _at(builder, sums.data, INT64((line * SIDE * TILES + panel) * _LINE))
                 _instruct(builder, "tilestored64", INT8(TILES * line + panel), target, INT64(TILES * _LINE))
-        builder.branch(behind)
-    builder.position_at_end(behind)
     return context.get_dummy_value()
 
 

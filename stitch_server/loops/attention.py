@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from stitch_server.loops.compiling import compiled
+from stitch_server.loops.dots import LANES, SIDE, STRIP, blend, dots
 from stitch_server.loops.numbers import Floats, Numbers, Places, exponential, like, widened
 from stitch_server.loops.tasks import first_task, next_task, wait_for
-from stitch_server.loops.tiles import LANES, SIDE, STRIP, blend, dots
 from stitch_server.loops.together import MOST_QUERIES, attend_together
 
 
@@ -37,7 +37,7 @@ class Division(NamedTuple):
     parts: int
 
 
-class Bench(NamedTuple):
+class Scratch(NamedTuple):
     """Room for one thread's attention."""
 
     weights: Floats
@@ -83,13 +83,13 @@ def tasks_of(division: Division) -> int:
 
 
 @compiled()
-def room_for(past: Past, heads: int, head_dim: int) -> Bench:
+def scratch_for(past: Past, heads: int, head_dim: int) -> Scratch:
     """For so many query heads."""
     longest = 0
     for token in range(len(past.begins)):
         longest = max(longest, past.ends[token] - past.begins[token])
     # Tiles may have more rows than a group has heads.
-    return Bench(np.empty((heads + SIDE, longest), np.float32), np.empty((heads + SIDE, head_dim), np.float32))
+    return Scratch(np.empty((heads + SIDE, longest), np.float32), np.empty((heads + SIDE, head_dim), np.float32))
 
 
 @compiled()
@@ -101,7 +101,7 @@ def attend(
     past: Past,
     window: int,
     scale: float,
-    bench: Bench,
+    scratch: Scratch,
     mixed: Floats,
 ) -> None:
     """What the rows of a task see, `mixed` `[tokens, heads, head_dim]`; `query` may have more heads behind these."""
@@ -114,7 +114,7 @@ def attend(
         begin = max(begin, past.ends[first] - window)
     seen = past.slots[begin : past.ends[after - 1]]
     if after == first + 1:
-        _attend_alone(query[first], pairs, seen, low, high, scale, bench, mixed[first])
+        _attend_alone(query[first], pairs, seen, low, high, scale, scratch, mixed[first])
     else:
         lengths = past.ends[first:after] - begin
         attend_together(query[first:after], pairs, seen, lengths, low, high, window, scale, mixed[first:after])
@@ -132,17 +132,17 @@ def attend_shared(
     counts: Places,
 ) -> None:
     """What all rows see, by all threads that call it with the same `counts`."""
-    division, bench = divided(past, mixed.shape[1], threads), room_for(past, mixed.shape[1], mixed.shape[2])
+    division, scratch = divided(past, mixed.shape[1], threads), scratch_for(past, mixed.shape[1], mixed.shape[2])
     task = first_task(counts)
     while task < tasks_of(division):
-        attend(task, division, query, pairs, past, window, scale, bench, mixed)
+        attend(task, division, query, pairs, past, window, scale, scratch, mixed)
         task = next_task(counts)
     wait_for(counts, tasks_of(division))
 
 
 @compiled()
 def _attend_alone(
-    query: Floats, pairs: Numbers, seen: Places, low: int, high: int, scale: float, bench: Bench, mixed: Floats
+    query: Floats, pairs: Numbers, seen: Places, low: int, high: int, scale: float, scratch: Scratch, mixed: Floats
 ) -> None:
     """One token, `[heads, head_dim]`, and heads that share keys [low, high).
 
@@ -150,7 +150,7 @@ def _attend_alone(
     """
     kv_heads = pairs.shape[1] // 2
     group = len(mixed) // kv_heads
-    weights, answered = bench
+    weights, answered = scratch
     for kv_head in range(low, high):
         first, last = kv_head * group, (kv_head + 1) * group
         _score(query, first, last, pairs[:, kv_head], seen, scale, weights)

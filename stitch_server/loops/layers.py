@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stitch_server.loops.attention import Past, attend, divided, keep, room_for, tasks_of
+from stitch_server.loops.attention import Past, attend, divided, keep, scratch_for, tasks_of
 from stitch_server.loops.compiling import compiled
 from stitch_server.loops.numbers import Floats, Places, exponential
 from stitch_server.loops.panels import LANES
@@ -68,7 +68,7 @@ def run(
     asked = room.asked.reshape(tokens, all_heads, head_dim)
     mixed = room.mixed.reshape(tokens, heads, head_dim)
     scale = np.float32(1) / np.sqrt(np.float32(head_dim))
-    division, scores = divided(past, heads, threads), room_for(past, heads, head_dim)
+    division, scratch = divided(past, heads, threads), scratch_for(past, heads, head_dim)
     heads_at_once = _heads_at_once(head_dim)
     gates = outputs_at_once(hidden.shape[1])
     normed = np.empty_like(hidden)
@@ -91,7 +91,7 @@ def run(
         if task < behind:
             wait_for(counts, done)
         while task < behind:
-            attend(task - done, division, asked, pairs, past, layers.windows[layer], scale, scores, mixed)
+            attend(task - done, division, asked, pairs, past, layers.windows[layer], scale, scratch, mixed)
             task = next_task(counts)
         done, task = _add(room.mixed, _of_layer(layers.attention_output, layer), bench, hidden, behind, task, counts)
         behind = done + -(-inner // gates)

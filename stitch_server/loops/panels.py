@@ -17,7 +17,19 @@ from numba import types
 from numba.extending import intrinsic
 
 from stitch_server.loops.numbers import Floats, Numbers
-from stitch_server.loops.vectors import INT8, INT64, Generated, fetch, floats, function, opened, row_of, spread, widened
+from stitch_server.loops.vectors import (
+    INT8,
+    INT64,
+    Generated,
+    each_case,
+    fetch,
+    floats,
+    function,
+    opened,
+    row_of,
+    spread,
+    widened,
+)
 
 _WIDE = bool(llvm.get_host_cpu_features().get("avx512f"))
 # Outputs of a panel: numbers in a vector.
@@ -74,16 +86,9 @@ def _add_products(
         one = builder.add(panel, INT64(number))
         one = builder.select(builder.icmp_signed("<", one, last), one, last)
         begins.append(builder.gep(weight.data, [builder.mul(one, size)]))
-    behind = builder.append_basic_block("multiplied")
-    chosen = builder.switch(rows, behind)
-    for count in range(1, most_rows + 1):
-        block = builder.append_basic_block(f"rows{count}")
-        chosen.add_case(INT64(count), block)
-        builder.position_at_end(block)
+    for count in each_case(builder, rows, most_rows):
         values = [row_of(builder, x, builder.add(row, INT64(number))) for number in range(count)]
         _sum(builder, begins, values, first, end, sums.data)
-        builder.branch(behind)
-    builder.position_at_end(behind)
     return context.get_dummy_value()
 
 

@@ -40,9 +40,14 @@ def parts_of(weight: Any) -> int:
 
 @overload(parts_of, strict=False)
 def _parts_by_kind(weight: Any) -> Callable[[Any], int]:
-    # Bytes and bfloat16 have no more than eight bits.
-    count = PARTS if weight.dtype == types.float32 else 1
+    count = count_of(weight)
     return lambda weight: count
+
+
+def count_of(weight: Any) -> int:
+    """The same for the array's Numba type."""
+    # Bytes and bfloat16 have no more than eight bits.
+    return PARTS if weight.dtype == types.float32 else 1
 
 
 @compiled()
@@ -118,7 +123,7 @@ def _generate_split_pair(
     context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]
 ) -> ir.Value:
     panel, place, parts, deep, pair = opened(context, builder, signature, arguments)
-    count = PARTS if signature.args[0].dtype == types.float32 else 1
+    count = count_of(signature.args[0])
     number = builder.mul(deep, INT64(count * SIDE * SIDE))
     at = builder.add(number, builder.mul(pair, INT64(SIDE)))
     source = builder.gep(panel.data, [builder.mul(place, INT64(SIDE))])

@@ -14,6 +14,7 @@ from stitch_server.loops.amx import TILES, close_tiles, multiply_tiles, open_til
 from stitch_server.loops.compiling import compiled
 from stitch_server.loops.numbers import Floats, Numbers
 from stitch_server.loops.parts import DEPTH, PARTS, SIDE, Halves, Pairs, parts_of, split_rows, split_weights
+from stitch_server.loops.vectors import CACHE_LINE
 
 # Outputs of a strip.
 WIDTH = TILES * SIDE
@@ -22,7 +23,6 @@ WIDTH = TILES * SIDE
 DEEP_AT_ONCE = 18
 # Numbers of rows that have room there beside it.
 ROOM_FOR_ROWS = 2**18
-CACHE_LINE = 64
 
 
 class Split(NamedTuple):

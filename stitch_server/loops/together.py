@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from stitch_server.loops.compiling import compiled
+from stitch_server.loops.dots import SIDE, STRIP, blend, fetched
 from stitch_server.loops.numbers import Floats, Numbers, Places, exponential, widened
-from stitch_server.loops.tiles import CACHE_LINE, SIDE, STRIP, blend, fetched
+from stitch_server.loops.vectors import CACHE_LINE
 
 # Queries, tokens times heads of a group, that go together: a second cache has room for what they are and become.
 MOST_QUERIES = 96

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -12,6 +12,8 @@ from numba.np.arrayobj import make_array
 
 INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _SECOND_CACHE = 2
+# In bytes.
+CACHE_LINE = 64
 
 # What Numba asks of an intrinsic: its signature, and who generates it.
 Generated = tuple[Any, Callable[..., ir.Value]]
@@ -30,6 +32,19 @@ def opened(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Seque
         else argument
         for kind, argument in zip(signature.args, arguments, strict=True)
     ]
+
+
+def each_case(builder: ir.IRBuilder, number: ir.Value, most: int) -> Iterator[int]:
+    """Code for each value that `number` may have, 1 to `most`, generated while it is given; all go on behind."""
+    behind = builder.append_basic_block("behind")
+    chosen = builder.switch(number, behind)
+    for value in range(1, most + 1):
+        block = builder.append_basic_block(f"case{value}")
+        chosen.add_case(INT64(value), block)
+        builder.position_at_end(block)
+        yield value
+        builder.branch(behind)
+    builder.position_at_end(behind)
 
 
 def row_of(builder: ir.IRBuilder, array: Any, row: ir.Value) -> ir.Value:

@@ -27,7 +27,6 @@ LANES = 16
 STRIP = SIDE * LANES
 # Tokens between those that are multiplied and those that are fetched.
 AHEAD = 16
-CACHE_LINE = 64
 
 _FLOATS = floats(LANES)
 # Sums may be taken in any order, and a product be added as it is made.
