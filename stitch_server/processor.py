@@ -14,9 +14,9 @@ _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 @cache
 def knows_tiles() -> bool:
-    """Whether it has AMX, which multiplies tiles of bfloat16."""
+    """Whether it has AMX, which multiplies tiles of bfloat16 and of bytes."""
     features = llvm.get_host_cpu_features()
-    return bool(features.get("amx-tile") and features.get("amx-bf16"))
+    return bool(features.get("amx-tile") and features.get("amx-bf16") and features.get("amx-int8"))
 
 
 @cache

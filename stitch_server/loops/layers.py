@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from stitch_server.loops.attention import Past, attend, divided, keep, scratch_for, tasks_of
 from stitch_server.loops.compiling import compiled
+from stitch_server.loops.matrix import ADD, REPLACE, Matrix
 from stitch_server.loops.numbers import Floats, Places, exponential
 from stitch_server.loops.panels import LANES
-from stitch_server.loops.products import ADD, REPLACE, Bench, Matrix, bench_for, multiply, outputs_at_once, ready
+from stitch_server.loops.products import Bench, bench_for, leave, multiply, outputs_at_once, ready
 from stitch_server.loops.tasks import first_task, next_task, wait_for
 
 
@@ -104,6 +105,7 @@ def run(
             _gate(normed, _of_layer(layers.gate_up, layer), gate, min(gate + gates, inner), bench, both, room.gated)
             task = next_task(counts)
         done, task = _add(room.gated, _of_layer(layers.down, layer), bench, hidden, behind, task, counts)
+    leave(bench)
     wait_for(counts, done)
 
 

@@ -1,7 +1,7 @@
 """Float32 as sums of bfloat16, in the form that tiles take. Knows arrays alone.
 
 A float32 has 24 bits, a bfloat16 eight of them, so three of these make one without loss. A product of two numbers is
-then the sum of nine products, of which the three smallest, together below 2^-23 of it, are left out (`amx.py`).
+then the sum of nine products, of which the three smallest, together below 2^-23 of it, are left out (`amx_halves.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numba import types
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
+from stitch_server.loops.amx import SIDE
 from stitch_server.loops.compiling import compiled
 from stitch_server.loops.numbers import Floats, Numbers
 from stitch_server.loops.vectors import INT16, INT32, INT64, Generated, floats, opened, row_of, widened
@@ -25,8 +26,7 @@ Pairs = NDArray[np.uint32]
 
 # Of a float32.
 PARTS = 3
-# Rows of a tile, and inputs of one: a pair for each of its outputs, of which it has as many as rows.
-SIDE = 16
+# Inputs of a tile: a pair for each of its outputs.
 DEPTH = 2 * SIDE
 
 _BITS = ir.VectorType(INT32, SIDE)

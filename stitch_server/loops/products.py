@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
+from stitch_server.loops.amx import SIDE, close_tiles, open_tiles
+from stitch_server.loops.bytewise import ByteBench, byte_bench, multiply_by_bytes, split_bytes
 from stitch_server.loops.compiling import compiled
+from stitch_server.loops.digits import Quads
+from stitch_server.loops.matrix import REPLACE, Matrix
 from stitch_server.loops.numbers import Floats, Numbers, Places
 from stitch_server.loops.panels import (
     FEW_ROWS,
@@ -17,7 +24,6 @@ from stitch_server.loops.panels import (
     add_products,
     add_products_of_few,
 )
-from stitch_server.loops.parts import SIDE
 from stitch_server.loops.tasks import first_task, next_task, wait_for
 from stitch_server.loops.tiled import ROOM_FOR_ROWS, WIDTH, Split, lines, split, split_for, sum_in_tiles
 
@@ -29,21 +35,8 @@ INPUTS_AT_ONCE = 192
 ROOM_FOR_VECTORS = 2**17
 ROWS_AT_ONCE = 20 * MOST_ROWS
 
-# What becomes of an old result. Not Python's own, for each of which functions would be compiled anew.
-ADD, REPLACE = np.bool_(True), np.bool_(False)
 
-
-class Matrix(NamedTuple):
-    """x → x · (weight · scale)ᵀ + bias."""
-
-    # [panels, inputs, LANES]: as `panels` says.
-    weight: Numbers
-    # [outputs], both float32
-    scales: Floats
-    bias: Floats
-
-
-class Bench(NamedTuple):
+class FloatBench(NamedTuple):
     """Room for one thread's products."""
 
     # [rows, outputs]
@@ -53,26 +46,27 @@ class Bench(NamedTuple):
     threads: int
 
 
-@compiled()
-def bench_for(rows: int, inputs: int, weight: Numbers, in_tiles: bool, threads: int) -> Bench:
-    """For so many rows of up to so many inputs, by such weights; `in_tiles` where the processor has these."""
-    count, width = min(ROWS_AT_ONCE, rows), PANELS * LANES
-    if in_tiles:
-        count, width = -(-rows // SIDE) * SIDE, WIDTH
-    elif rows <= FEW_ROWS:
-        count, width = FEW_ROWS, PANELS_OF_FEW * LANES
-    sums = lines(4 * count * width).view(np.float32).reshape(count, width)
-    return Bench(sums, split_for(rows, inputs, weight, in_tiles), threads)
+Bench = FloatBench | ByteBench
 
 
-@compiled()
+def bench_for(rows: int, inputs: int, weight: Numbers | Quads, in_tiles: bool, threads: int) -> Bench:
+    """For so many rows of up to so many inputs, by such weights; `in_tiles` where the processor has these.
+
+    Whoever asks for it has to `leave` it. Only compiled, as is all that is for several kinds of weights.
+    """
+    raise NotImplementedError
+
+
+def leave(bench: Bench) -> None:
+    """Behind a thread's last product."""
+    raise NotImplementedError
+
+
 def ready(x: Floats, bench: Bench) -> None:
     """Has to be called before `multiply` is, and again when `x` has changed."""
-    if bench.split.rows.size > 0:
-        split(x, bench.split)
+    raise NotImplementedError
 
 
-@compiled()
 def multiply(
     x: Floats,
     matrix: Matrix,
@@ -88,6 +82,79 @@ def multiply(
     The first one begins a panel; rows are `ready`. A row has the same outputs, to the last bit, in any company, but
     tiles give others than vectors.
     """
+    raise NotImplementedError
+
+
+@overload(bench_for, strict=False)
+def _bench_by_kind(rows: Any, inputs: Any, weight: Any, in_tiles: Any, threads: Any) -> Callable[..., Any]:
+    if weight.dtype == types.int32:
+        return lambda rows, inputs, weight, in_tiles, threads: byte_bench(rows, inputs, threads)
+    return lambda rows, inputs, weight, in_tiles, threads: _bench(rows, inputs, weight, in_tiles, threads)
+
+
+@overload(leave, strict=False)
+def _leave_by_kind(bench: Any) -> Callable[..., None]:
+    if bench.instance_class is ByteBench:
+        return lambda bench: close_tiles()
+    return lambda bench: _leave(bench)
+
+
+@overload(ready, strict=False)
+def _ready_by_kind(x: Any, bench: Any) -> Callable[..., None]:
+    if bench.instance_class is ByteBench:
+        return lambda x, bench: split_bytes(x, bench)
+    return lambda x, bench: _ready(x, bench)
+
+
+@overload(multiply, strict=False)
+def _multiply_by_kind(
+    x: Any, matrix: Any, first: Any, end: Any, bench: Any, result: Any, place: Any, added: Any
+) -> Callable[..., None]:
+    if bench.instance_class is ByteBench:
+        return lambda x, matrix, first, end, bench, result, place, added: multiply_by_bytes(
+            x, matrix, first, end, bench, result, place, added
+        )
+    return lambda x, matrix, first, end, bench, result, place, added: _multiply(
+        x, matrix, first, end, bench, result, place, added
+    )
+
+
+@compiled()
+def _bench(rows: int, inputs: int, weight: Numbers, in_tiles: bool, threads: int) -> FloatBench:
+    count, width = min(ROWS_AT_ONCE, rows), PANELS * LANES
+    if in_tiles:
+        count, width = -(-rows // SIDE) * SIDE, WIDTH
+    elif rows <= FEW_ROWS:
+        count, width = FEW_ROWS, PANELS_OF_FEW * LANES
+    if in_tiles:
+        open_tiles()
+    sums = lines(4 * count * width).view(np.float32).reshape(count, width)
+    return FloatBench(sums, split_for(rows, inputs, weight, in_tiles), threads)
+
+
+@compiled()
+def _leave(bench: FloatBench) -> None:
+    if bench.split.rows.size > 0:
+        close_tiles()
+
+
+@compiled()
+def _ready(x: Floats, bench: FloatBench) -> None:
+    if bench.split.rows.size > 0:
+        split(x, bench.split)
+
+
+@compiled(forceinline=True)
+def _multiply(
+    x: Floats,
+    matrix: Matrix,
+    first: int,
+    end: int,
+    bench: FloatBench,
+    result: Floats,
+    place: int | np.int64,
+    added: np.bool_,
+) -> None:
     inputs, width = matrix.weight.shape[1], bench.sums.shape[1]
     at_once = _rows_at_once(len(x), inputs, bench)
     for top in range(0, len(x), at_once):
@@ -105,7 +172,7 @@ def multiply(
 
 
 @compiled()
-def _rows_at_once(rows: int, inputs: int, bench: Bench) -> int:
+def _rows_at_once(rows: int, inputs: int, bench: FloatBench) -> int:
     """As many as have room in a cache, and in about equal parts."""
     unit, room = (SIDE, ROOM_FOR_ROWS) if bench.split.rows.size > 0 else (MOST_ROWS, ROOM_FOR_VECTORS)
     most = min(len(bench.sums), max(1, room // (unit * inputs)) * unit)
@@ -125,7 +192,7 @@ def _sum_in_vectors(x: Floats, top: int, rows: int, weight: Numbers, output: int
             add_products(weight, output // LANES, x, top + row, later - row, begin, after, sums[row:])
 
 
-@compiled()
+@compiled(forceinline=True)
 def _put(
     sums: Floats,
     rows: int,
@@ -162,6 +229,7 @@ def multiply_shared(x: Floats, matrix: Matrix, result: Floats, in_tiles: bool, t
             first = task * at_once
             multiply(x, matrix, first, min(first + at_once, outputs), bench, result, first, REPLACE)
             task = next_task(counts)
+        leave(bench)
     wait_for(counts, tasks)
 
 

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stitch_server.loops.amx import TILES, close_tiles, multiply_tiles, open_tiles
+from stitch_server.loops.amx import SIDE, TILES
+from stitch_server.loops.amx_halves import multiply_tiles
 from stitch_server.loops.compiling import compiled
 from stitch_server.loops.numbers import Floats, Numbers
-from stitch_server.loops.parts import DEPTH, PARTS, SIDE, Halves, Pairs, parts_of, split_rows, split_weights
+from stitch_server.loops.parts import DEPTH, PARTS, Halves, Pairs, parts_of, split_rows, split_weights
 from stitch_server.loops.vectors import CACHE_LINE
 
 # Outputs of a strip.
@@ -77,7 +78,6 @@ def sum_in_tiles(
     # Of a panel, which each tile of rows fetches a share of.
     line_inputs = CACHE_LINE // (SIDE * weight.itemsize)
     share = -(-DEPTH // (line_inputs * -(-tiles // TILES)))
-    open_tiles()
     for step in range(steps):
         begin, after = step * deep // steps, (step + 1) * deep // steps
         count = after - begin
@@ -93,7 +93,6 @@ def sum_in_tiles(
             place += fetched * count * line_inputs
             if step > 0:
                 _add(room.sums, target)
-    close_tiles()
 
 
 @compiled()

@@ -12,9 +12,12 @@ from torch import Tensor
 from stitch_server import processor
 from stitch_server.arrays import floats, numbers
 from stitch_server.crew import together
+from stitch_server.loops.amx import SIDE
+from stitch_server.loops.digits import DEPTH, MOST_INPUTS
+from stitch_server.loops.matrix import Matrix
 from stitch_server.loops.numbers import Numbers
 from stitch_server.loops.panels import LANES
-from stitch_server.loops.products import Matrix, multiply_shared
+from stitch_server.loops.products import multiply_shared
 from stitch_server.model.pages import LargePages
 
 # For bfloat16 processors have instructions, and for bytes those without tiles, which a library uses and loops don't.
@@ -26,22 +29,29 @@ _PAGES = LargePages()
 
 
 def suits(rows: int, weight: Numbers) -> bool:
-    """Whether loops are the faster way for so many rows by this weight."""
-    if weight.dtype == np.float32 or (weight.dtype == np.int8 and processor.has_tiles()):
-        return True
-    return rows <= MOST_ROWS_OF_NARROW_WEIGHTS
+    """Whether loops are the faster way for so many rows by this weight; int32 stands for bytes in tiles."""
+    return weight.dtype in (np.float32, np.int32) or rows <= MOST_ROWS_OF_NARROW_WEIGHTS
 
 
 def in_tiles(rows: int) -> bool:
-    """Whether loops multiply so many rows in tiles."""
+    """Whether loops multiply so many rows in tiles by what is no byte."""
     return rows >= FEWEST_ROWS_IN_TILES and processor.has_tiles()
 
 
 def panels_of(weight: Tensor) -> Tensor:
-    """`[outputs, inputs]` to `[panels, inputs, LANES]`, filled up with zeros, as `loops.panels` says."""
+    """`[outputs, inputs]` to `[panels, inputs, LANES]`, filled up with zeros, as `loops.panels` says.
+
+    Bytes for tiles to `[panels, quads of inputs, SIDE]`, as `loops.digits` says. Raises ValueError for too many inputs.
+    """
     outputs, inputs = weight.shape
-    filled = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % LANES))
-    return filled.view(-1, LANES, inputs).transpose(1, 2)
+    if weight.dtype != torch.int8 or not processor.has_tiles():
+        filled = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % LANES))
+        return filled.view(-1, LANES, inputs).transpose(1, 2)
+    if inputs > MOST_INPUTS:
+        raise ValueError(f"a matrix of bytes has {inputs} inputs, the most are {MOST_INPUTS}")
+    filled = torch.nn.functional.pad(weight, (0, -inputs % DEPTH, 0, -outputs % SIDE))
+    quads = filled.view(-1, SIDE, filled.shape[1] // 4, 4).transpose(1, 2)
+    return quads.contiguous().view(torch.int32).squeeze(-1)
 
 
 @dataclass(frozen=True, slots=True)

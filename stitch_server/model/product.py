@@ -9,7 +9,7 @@ theirs in a stack (`stack.py`). Bfloat16, and bytes where there are no tiles, ar
 instructions for many such rows, which oneDNN uses.
 
 Quantized to int8, the matrix keeps one scale for each output. For oneDNN the rows get one each when they come, and the
-product is then one of small integers. Loops leave the rows as they are.
+product is then one of small integers. Loops leave the rows as they are, in tiles to 24 bits.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from stitch_server.arrays import floats, numbers
 from stitch_server.crew import together
 from stitch_server.loops.attention import Past
 from stitch_server.loops.layers import Layers, Pass, Room, run
+from stitch_server.loops.matrix import Matrix
 from stitch_server.loops.numbers import Floats
-from stitch_server.loops.products import Matrix
 from stitch_server.model.looped import LoopProduct, in_tiles, panels_of, suits
 from stitch_server.model.pages import LargePages
 from stitch_server.model.product import Keeping, kept_rows
@@ -43,11 +43,8 @@ class LayerStack:
         """
         rows = hidden.to(torch.float32, copy=True).contiguous().numpy()
         turns = rotation.flatten(1).contiguous().numpy()
-        widths = (
-            self.layers.query_key_value.bias.shape[1],
-            self.layers.attention_output.weight.shape[2],
-            self.layers.down.weight.shape[2],
-        )
+        asked, kept = self.layers.query_key_value.bias.shape[1], past.pairs.shape[2] * past.pairs.shape[3]
+        widths = (asked, asked - kept, self.layers.gate_up.bias.shape[1] // 2)
         room = Room(*(np.empty((len(rows), width), np.float32) for width in widths))
         states = Pass(rows, turns, past, room)
         together(partial(run, states, self.layers, first, end, self.epsilon, in_tiles(len(rows))))
@@ -69,7 +66,7 @@ class Stacking:
         rows, scales = kept_rows(weight, self._keeping)
         panels = panels_of(rows)
         if name not in self._weights:
-            self._weights[name] = self._pages.room((self._layers, *panels.shape), rows.dtype)
+            self._weights[name] = self._pages.room((self._layers, *panels.shape), panels.dtype)
             self._scales[name] = torch.ones(self._layers, len(rows))
             self._biases[name] = torch.zeros(self._layers, len(rows))
         self._weights[name][index] = panels

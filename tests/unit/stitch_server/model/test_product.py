@@ -55,6 +55,15 @@ def test_is_the_product(rows: int, biased: bool) -> None:
         torch.testing.assert_close(multiply(x).double(), exact, rtol=1e-5, atol=1e-5)
 
 
+def assert_is_by_bytes(rows: int, inputs: int, biased: bool) -> None:
+    """Rows stay as they are, to float32's last digits."""
+    x, weight, bias = operands(rows, inputs)
+    kept, scales = quantized(weight)
+    exact = x.double() @ (kept.double() * scales.double()[:, None]).T + (bias.double() if biased else 0.0)
+    got = product(weight, bias if biased else None, INT8_LOOPS)(x)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.usefixtures("_threads")
 class TestLoops:
     # The last panel is filled up; inputs are one block in the cache, several, and several of tiles.
@@ -91,16 +100,30 @@ class TestLoops:
 
     @pytest.mark.parametrize("rows", [0, 1, 2, 4, 7, 16])
     @pytest.mark.parametrize("biased", [True, False])
+    @pytest.mark.usefixtures("no_tiles")
     def test_bytes_are_multiplied_by_whole_rows(self, inputs: int, rows: int, biased: bool) -> None:
-        x, weight, bias = operands(rows, inputs)
-        kept, scales = quantized(weight)
-        exact = x.double() @ (kept.double() * scales.double()[:, None]).T + (bias.double() if biased else 0.0)
-        got = product(weight, bias if biased else None, INT8_LOOPS)(x)
-        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
+        assert_is_by_bytes(rows, inputs, biased)
 
-    @pytest.mark.parametrize("rows", [17, 40, 100])
-    def test_in_tiles_so_are_many_bytes(self, inputs: int, rows: int, has_tiles: None) -> None:
-        self.test_bytes_are_multiplied_by_whole_rows(inputs, rows, True)
+    # One tile of lines, several, and more than go together.
+    @pytest.mark.parametrize("rows", [0, 1, 5, 6, 10, 11, 33, 100, 290, 500])
+    @pytest.mark.parametrize("biased", [True, False])
+    def test_in_tiles_so_are_any_number_of_rows(self, inputs: int, rows: int, biased: bool, has_tiles: None) -> None:
+        assert_is_by_bytes(rows, inputs, biased)
+
+    @pytest.mark.parametrize("largest", [1e-35, 1e-20, 1e4, 1e30])
+    def test_a_row_is_as_exact_as_its_largest_number(self, inputs: int, largest: float, has_tiles: None) -> None:
+        x, weight, _ = operands(3, inputs)
+        x[1] *= largest / x[1].abs().max()
+        x[2, 7] = largest
+        kept, scales = quantized(weight)
+        weight = kept.double() * scales.double()[:, None]
+        errors = (product(weight.float(), None, INT8_LOOPS)(x).double() - x.double() @ weight.T).abs()
+        limits = x.double().abs().amax(dim=1) * weight.abs().sum(dim=1).max() * 2**-23 + 1e-30
+        assert bool((errors <= limits[:, None]).all())
+
+    def test_bytes_for_more_inputs_than_sums_have_room_for_are_refused(self, has_tiles: None) -> None:
+        with pytest.raises(ValueError, match="131073 inputs, the most are 131072"):
+            product(torch.zeros(1, 131073), None, INT8_LOOPS)
 
     @pytest.mark.parametrize("rows", [17, 40])
     @pytest.mark.usefixtures("no_tiles")
@@ -122,12 +145,12 @@ class TestLoops:
             for end in range(first + 1, 17):
                 assert torch.equal(kept(x[first:end]), together[first:end])
 
-    @pytest.mark.parametrize("keeping", [LOOPS, INT8_LOOPS])
-    def test_a_row_is_the_same_in_any_crowd(self, inputs: int, keeping: Keeping, has_tiles: None) -> None:
+    @pytest.mark.parametrize(("keeping", "fewest"), [(LOOPS, 40), (INT8_LOOPS, 1)])
+    def test_a_row_is_the_same_in_any_crowd(self, inputs: int, keeping: Keeping, fewest: int, has_tiles: None) -> None:
         x, weight, bias = operands(200, inputs)
         kept = product(weight, bias, keeping)
         together = kept(x)
-        for first, end in ((0, 40), (1, 41), (7, 120), (100, 200), (150, 199)):
+        for first, end in ((0, fewest), (1, 1 + fewest), (7, 120), (100, 200), (150, 199)):
             assert torch.equal(kept(x[first:end]), together[first:end])
 
     @pytest.mark.parametrize(("rows", "few"), [(1, True), (16, True), (17, False)])
