@@ -8,7 +8,8 @@ import numpy as np
 
 from stitch_server.loops.compiling import compiled
 from stitch_server.loops.dots import LANES, SIDE, STRIP, blend, dots
-from stitch_server.loops.numbers import Floats, Numbers, Places, exponential, like, widened
+from stitch_server.loops.numbers import Floats, Numbers, Places, like, widened
+from stitch_server.loops.softmax import largest, shares
 from stitch_server.loops.tasks import first_task, next_task, wait_for
 from stitch_server.loops.together import MOST_QUERIES, attend_together
 
@@ -205,12 +206,6 @@ def _mix(weights: Floats, first: int, end: int, values: Numbers, seen: Places, m
 @compiled()
 def _soften(scores: Floats) -> None:
     """Softmax, in place."""
-    largest = scores[0]
-    for score in scores:
-        largest = max(largest, score)
-    total = np.float32(0)
-    for place in range(scores.size):
-        scores[place] = exponential(scores[place] - largest)
-        total += scores[place]
+    total = shares(scores, largest(scores, scores[0]))
     for place in range(scores.size):
         scores[place] /= total

@@ -11,6 +11,7 @@ import numpy as np
 from stitch_server.loops.compiling import compiled
 from stitch_server.loops.dots import SIDE, STRIP, blend, fetched
 from stitch_server.loops.numbers import Floats, Numbers, Places, exponential, widened
+from stitch_server.loops.softmax import largest, shares
 from stitch_server.loops.vectors import CACHE_LINE
 
 # Queries, tokens times heads of a group, that go together: a second cache has room for what they are and become.
@@ -42,11 +43,13 @@ def attend_together(
     # By group: the queries of all its heads, so that each key is read once for all of them. Tiles may have more rows.
     asked = np.zeros((kv_heads, count + SIDE, head_dim), np.float32)
     sums = np.zeros((kv_heads, count + SIDE, head_dim), np.float32)
-    largest = np.full((kv_heads, count), -np.inf, np.float32)
+    tops = np.full((kv_heads, count), -np.inf, np.float32)
     totals = np.zeros((kv_heads, count), np.float32)
     for kv_head in range(first, end):
         for one in range(count):
-            asked[kv_head, one] = query[one // group, kv_head * group + one % group] * np.float32(scale)
+            token, head = one // group, kv_head * group + one % group
+            for dimension in range(head_dim):
+                asked[kv_head, one, dimension] = query[token, head, dimension] * np.float32(scale)
     scores = np.empty((count + SIDE, PART), np.float32)
     turned = np.empty((head_dim, STRIP), np.float32)
     strip = np.empty((SIDE, STRIP), np.float32)
@@ -65,11 +68,13 @@ def attend_together(
                 scores[one, : min(low, part.size)] = 0
                 scores[one, high : part.size] = 0
                 if low < high:
-                    _soften(scores[one, low:high], largest[kv_head], totals[kv_head], one, sums[kv_head])
+                    _soften(scores[one, low:high], tops[kv_head], totals[kv_head], one, sums[kv_head])
             _add(scores, count, values, part, strip, sums[kv_head])
     for kv_head in range(first, end):
         for one in range(count):
-            mixed[one // group, kv_head * group + one % group] = sums[kv_head, one] / totals[kv_head, one]
+            token, head = one // group, kv_head * group + one % group
+            for dimension in range(head_dim):
+                mixed[token, head, dimension] = sums[kv_head, one, dimension] / totals[kv_head, one]
 
 
 @compiled()
@@ -96,19 +101,14 @@ def _score(
 
 
 @compiled()
-def _soften(scores: Floats, largest: Floats, totals: Floats, one: int, sums: Floats) -> None:
+def _soften(scores: Floats, tops: Floats, totals: Floats, one: int, sums: Floats) -> None:
     """Scores to shares, in place, of a softmax whose largest score so far may be one of these."""
-    now = largest[one]
-    for score in scores:
-        now = max(now, score)
-    correction = exponential(largest[one] - now)
-    total = totals[one] * correction
-    for place in range(scores.size):
-        scores[place] = exponential(scores[place] - now)
-        total += scores[place]
+    now = largest(scores, tops[one])
+    correction = exponential(tops[one] - now)
+    total = totals[one] * correction + shares(scores, now)
     for dimension in range(sums.shape[1]):
         sums[one, dimension] *= correction
-    largest[one], totals[one] = now, total
+    tops[one], totals[one] = now, total
 
 
 @compiled()
