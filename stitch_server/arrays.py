@@ -15,6 +15,6 @@ def floats(rows: Tensor) -> Floats:
 
 
 def numbers(tensor: Tensor) -> Numbers:
-    """The same memory: float32, int8, or the bits of bfloat16."""
+    """The same memory; of bfloat16 the bits."""
     array: Numbers = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stitch_server.loops.compiling import compiled
 
 Floats = NDArray[np.float32]
-# float32, the bits of bfloat16 or, of weights alone, int8.
+# float32, the bits of bfloat16 or, of weights alone, int8; four of these in an int32 are `digits.Quads`.
 Numbers = NDArray[Any]
 Places = NDArray[np.int64]
 
