@@ -89,25 +89,17 @@ def _sum_bytes(
     """One loop over tiles of inputs; the sums stay in registers."""
     for register in range(SUMS):
         instruct(builder, "tilezero", INT8(register))
-    before, body, behind = builder.block, builder.append_basic_block("deep"), builder.append_basic_block("summed")
-    builder.branch(body)
-    builder.position_at_end(body)
-    place = builder.phi(INT64)
-    offset = builder.mul(place, INT64(TILE))
-    for number, address in enumerate(lines):
-        instruct(builder, "tileloadd64", INT8(SUMS + number), builder.gep(address, [offset]), INT64(LINE))
-    free = REGISTERS - SUMS - len(lines)
-    for number, address in enumerate(panels):
-        register = SUMS + len(lines) + number % free
-        instruct(builder, "tileloadd64", INT8(register), builder.gep(address, [offset]), INT64(LINE))
-        for row in range(len(lines)):
-            instruct(builder, "tdpbssd", *map(INT8, (len(panels) * row + number, SUMS + row, register)))
-    with for_range(builder, fetched) as loop:
-        line = builder.add(offset, builder.mul(builder.add(first, loop.index), INT64(LINE)))
-        for address in later:
-            fetch(builder, builder.gep(address, [line]))
-    following = builder.add(place, INT64(1))
-    place.add_incoming(INT64(0), before)
-    place.add_incoming(following, builder.block)
-    builder.cbranch(builder.icmp_signed("<", following, count), body, behind)
-    builder.position_at_end(behind)
+    with for_range(builder, count) as step:
+        offset = builder.mul(step.index, INT64(TILE))
+        for number, address in enumerate(lines):
+            instruct(builder, "tileloadd64", INT8(SUMS + number), builder.gep(address, [offset]), INT64(LINE))
+        free = REGISTERS - SUMS - len(lines)
+        for number, address in enumerate(panels):
+            register = SUMS + len(lines) + number % free
+            instruct(builder, "tileloadd64", INT8(register), builder.gep(address, [offset]), INT64(LINE))
+            for row in range(len(lines)):
+                instruct(builder, "tdpbssd", *map(INT8, (len(panels) * row + number, SUMS + row, register)))
+        with for_range(builder, fetched) as line:
+            here = builder.add(offset, builder.mul(builder.add(first, line.index), INT64(LINE)))
+            for address in later:
+                fetch(builder, builder.gep(address, [here]))

@@ -52,7 +52,7 @@ def byte_bench(rows: int, inputs: int, threads: int) -> ByteBench:
 
 @compiled()
 def split_bytes(x: Floats, bench: ByteBench) -> None:
-    """Has to be called before `sum_bytes` is, and again when `x` has changed."""
+    """Has to be called before `multiply_by_bytes` is, and again when `x` has changed."""
     split_in_digits(x, _digits(bench, len(x), x.shape[1]), bench.scales)
 
 

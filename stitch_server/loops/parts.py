@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from stitch_server.loops.amx import SIDE
@@ -31,23 +31,6 @@ DEPTH = 2 * SIDE
 
 _BITS = ir.VectorType(INT32, SIDE)
 _UPPER, _HALF, _SIXTEEN = (_BITS([number] * SIDE) for number in (0xFFFF0000, 0x8000, 16))
-
-
-def parts_of(weight: Any) -> int:
-    """Of each number of `weight`; only compiled."""
-    raise NotImplementedError
-
-
-@overload(parts_of, strict=False)
-def _parts_by_kind(weight: Any) -> Callable[[Any], int]:
-    count = count_of(weight)
-    return lambda weight: count
-
-
-def count_of(weight: Any) -> int:
-    """The same for the array's Numba type."""
-    # Bytes and bfloat16 have no more than eight bits.
-    return PARTS if weight.dtype == types.float32 else 1
 
 
 @compiled()
@@ -71,7 +54,7 @@ def split_rows(x: Floats, parts: Halves) -> None:
 
 @compiled()
 def split_weights(panel: Numbers, first: int, parts: Pairs) -> None:
-    """Weights `[inputs, SIDE]` of one panel from input `first` on to `[tiles of inputs, their parts, SIDE, SIDE]`."""
+    """Weights `[inputs, SIDE]` of one panel from input `first` on to `[tiles of inputs, PARTS, SIDE, SIDE]`."""
     for deep in range(len(parts)):
         place = first + deep * DEPTH
         if place + DEPTH <= len(panel):
@@ -112,7 +95,7 @@ def _generate_split_line(
     halves = ir.VectorType(INT16, SIDE)
     for half in range(0, DEPTH, SIDE):
         values = widened(builder, builder.gep(source, [INT64(half)]), SIDE)
-        for part, bits in enumerate(_parted(builder, values, PARTS)):
+        for part, bits in enumerate(_parted(builder, values)):
             target = builder.gep(parts.data, [builder.add(at, INT64(part * SIDE * DEPTH + half))])
             upper = builder.trunc(builder.lshr(bits, _SIXTEEN), halves)
             builder.store(upper, builder.bitcast(target, halves.as_pointer()), align=2)
@@ -123,12 +106,11 @@ def _generate_split_pair(
     context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]
 ) -> ir.Value:
     panel, place, parts, deep, pair = opened(context, builder, signature, arguments)
-    count = count_of(signature.args[0])
-    number = builder.mul(deep, INT64(count * SIDE * SIDE))
+    number = builder.mul(deep, INT64(PARTS * SIDE * SIDE))
     at = builder.add(number, builder.mul(pair, INT64(SIDE)))
     source = builder.gep(panel.data, [builder.mul(place, INT64(SIDE))])
     even, odd = (widened(builder, builder.gep(source, [INT64(begin)]), SIDE) for begin in (0, SIDE))
-    both = zip(_parted(builder, even, count), _parted(builder, odd, count), strict=True)
+    both = zip(_parted(builder, even), _parted(builder, odd), strict=True)
     for part, (first, second) in enumerate(both):
         paired = builder.or_(builder.lshr(first, _SIXTEEN), builder.and_(second, _UPPER))
         target = builder.gep(parts.data, [builder.add(at, INT64(part * SIDE * SIDE))])
@@ -136,10 +118,10 @@ def _generate_split_pair(
     return context.get_dummy_value()
 
 
-def _parted(builder: ir.IRBuilder, values: ir.Value, count: int) -> list[ir.Value]:
-    """The bits of so many numbers whose sum is `values`; what counts of each is its upper half."""
+def _parted(builder: ir.IRBuilder, values: ir.Value) -> list[ir.Value]:
+    """The bits of PARTS numbers whose sum is `values`; what counts of each is its upper half."""
     found = [builder.bitcast(values, _BITS)]
-    while len(found) < count:
+    while len(found) < PARTS:
         # The first one to the nearest, so that what is left is as often above as below it.
         rounded = builder.add(found[-1], _HALF) if len(found) == 1 else found[-1]
         found[-1] = builder.and_(rounded, _UPPER)

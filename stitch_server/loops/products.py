@@ -89,7 +89,7 @@ def multiply(
 def _bench_by_kind(rows: Any, inputs: Any, weight: Any, in_tiles: Any, threads: Any) -> Callable[..., Any]:
     if weight.dtype == types.int32:
         return lambda rows, inputs, weight, in_tiles, threads: byte_bench(rows, inputs, threads)
-    return lambda rows, inputs, weight, in_tiles, threads: _bench(rows, inputs, weight, in_tiles, threads)
+    return lambda rows, inputs, weight, in_tiles, threads: _bench(rows, inputs, in_tiles, threads)
 
 
 @overload(leave, strict=False)
@@ -120,16 +120,15 @@ def _multiply_by_kind(
 
 
 @compiled()
-def _bench(rows: int, inputs: int, weight: Numbers, in_tiles: bool, threads: int) -> FloatBench:
+def _bench(rows: int, inputs: int, in_tiles: bool, threads: int) -> FloatBench:
     count, width = min(ROWS_AT_ONCE, rows), PANELS * LANES
     if in_tiles:
+        open_tiles()
         count, width = -(-rows // SIDE) * SIDE, WIDTH
     elif rows <= FEW_ROWS:
         count, width = FEW_ROWS, PANELS_OF_FEW * LANES
-    if in_tiles:
-        open_tiles()
     sums = lines(4 * count * width).view(np.float32).reshape(count, width)
-    return FloatBench(sums, split_for(rows, inputs, weight, in_tiles), threads)
+    return FloatBench(sums, split_for(rows, inputs, in_tiles), threads)
 
 
 @compiled()
@@ -219,6 +218,7 @@ def _put(
 @compiled()
 def multiply_shared(x: Floats, matrix: Matrix, result: Floats, in_tiles: bool, threads: int, counts: Places) -> None:
     """`[rows, inputs]` to `[rows, outputs]`, by all threads that call it with the same `counts`."""
+    # Four bytes of quads count as one weight: a task reads about as much memory as one of float32.
     outputs, at_once = len(matrix.bias), outputs_at_once(matrix.weight.shape[1])
     tasks = -(-outputs // at_once)
     task = first_task(counts)

@@ -14,7 +14,7 @@ from stitch_server.loops.amx import SIDE, TILES
 from stitch_server.loops.amx_halves import multiply_tiles
 from stitch_server.loops.compiling import compiled
 from stitch_server.loops.numbers import Floats, Numbers
-from stitch_server.loops.parts import DEPTH, PARTS, Halves, Pairs, parts_of, split_rows, split_weights
+from stitch_server.loops.parts import DEPTH, PARTS, Halves, Pairs, split_rows, split_weights
 from stitch_server.loops.vectors import CACHE_LINE
 
 # Outputs of a strip.
@@ -36,10 +36,10 @@ class Split(NamedTuple):
 
 
 @compiled()
-def split_for(rows: int, inputs: int, weight: Numbers, in_tiles: bool) -> Split:
-    """Room for so many rows of up to so many inputs, and for a strip of such weights."""
+def split_for(rows: int, inputs: int, in_tiles: bool) -> Split:
+    """Room for so many rows of up to so many inputs, and for a strip of weights."""
     numbers = _numbers(rows, inputs) if in_tiles else 0
-    shape = (TILES, DEEP_AT_ONCE if in_tiles else 0, parts_of(weight), SIDE, SIDE)
+    shape = (TILES, DEEP_AT_ONCE if in_tiles else 0, PARTS, SIDE, SIDE)
     weights = shape[0] * shape[1] * shape[2] * SIDE * SIDE
     sums = TILES * SIDE if in_tiles else 0
     return Split(
