@@ -1,7 +1,8 @@
-"""What do weights of one byte give and cost? Two shards with int8 against float32 weights, in alternation."""
+"""What do weights of fewer bits give and cost? Two shards with int8, int4 and float32 weights, in alternation."""
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from statistics import mean
 
@@ -23,7 +24,7 @@ from stitch_server.model.head import Head
 from stitch_server.model.product import Keeping
 from stitch_server.sources.resolve import resolve
 
-KINDS: tuple[Quantization, ...] = ("none", "int8")
+KINDS: tuple[Quantization, ...] = ("none", "int8", "int4")
 SEQUENCE_TOKENS = 512
 CPU = torch.device("cpu")
 
@@ -31,26 +32,32 @@ CPU = torch.device("cpu")
 async def measure(options: Options) -> None:
     """Decode and TTFT of one stream; then the whole model's loss on this project's documentation."""
     rounds, decoded, sequences = (2, 8, 2) if options.tiny else (12, 48, 40)
-    clusters = [preset(quantization=kind) for kind in KINDS]
     samples: dict[str, list[float]] = {}
-    with running(clusters[0]) as whole, running(clusters[1]) as bytes_:
-        async with first_shard(whole) as first, first_shard(bytes_) as second:
+    clusters = {kind: preset(quantization=kind) for kind in KINDS}
+    with ExitStack() as processes:
+        running_clusters = {kind: processes.enter_context(running(one)) for kind, one in clusters.items()}
+        async with AsyncExitStack() as links:
+            shards = {
+                kind: await links.enter_async_context(first_shard(one)) for kind, one in running_clusters.items()
+            }
             for index in range(rounds + 1):
-                for kind, shard in zip(KINDS, (first, second), strict=True):
+                for kind, shard in shards.items():
                     found = await _sample(shard, index, decoded)
                     for name, milliseconds in found.items() if index else ():
                         samples.setdefault(f"{name}, {kind}, ms", []).append(milliseconds)
     names = ("a token", "TTFT at 512")
     ratios = {
-        f"{name}, none / int8": ratio(samples[f"{name}, none, ms"], samples[f"{name}, int8, ms"]) for name in names
+        f"{name}, none / {kind}": ratio(samples[f"{name}, none, ms"], samples[f"{name}, {kind}, ms"])
+        for name in names
+        for kind in KINDS[1:]
     }
-    folder = resolve(clusters[0].models.bottom.source, cache_folder())
+    folder = resolve(clusters["none"].models.bottom.source, cache_folder())
     losses = {kind: _losses(folder, kind, sequences) for kind in KINDS}
-    more = mean(rough - exact for exact, rough in zip(*losses.values(), strict=True))
     write(options, samples, ratios, losses=losses)
+    exact = mean(losses["none"])
     for kind, values in losses.items():
-        print(f"  cross-entropy a token, {kind:<16} {mean(values):10.4f}")
-    print(f"  int8 costs {more:.4f} nats a token ({len(losses['none'])} sequences of {SEQUENCE_TOKENS} tokens)")
+        more = mean(values) - exact
+        print(f"  cross-entropy a token, {kind:<16} {mean(values):10.4f}, {more:.4f} nats more than float32")
 
 
 async def _sample(shard: FirstShard, index: int, decoded: int) -> dict[str, float]:

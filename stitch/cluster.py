@@ -19,7 +19,7 @@ from stitch.errors import InvalidRequest
 from stitch.settings import Settings
 from stitch.tls import TlsFiles
 
-Quantization = Literal["none", "int8"]
+Quantization = Literal["none", "int8", "int4"]
 Role = Literal["bottom", "top"]
 ROLES: tuple[Role, Role] = ("bottom", "top")
 
@@ -92,7 +92,8 @@ class Compute(Settings):
 
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    # How the weights of layers and head are kept: as `dtype`, or as bytes, which is faster and a little less exact.
+    # How the weights of layers and head are kept: as `dtype`, or in fewer bits, which is faster and less exact. With
+    # int4 the head is in bytes.
     quantization: Quantization = "none"
     # On a processor: products and whole layers by loops that are compiled for it, as attention is always. Weights that
     # are not float32 then take twice the memory.

@@ -67,11 +67,14 @@ def _plan_of(cluster: Cluster, place: ShardPlace, device: torch.device, memory_b
     ends = place.role == "bottom" and first == 0
     layers, head = count.between(first, end), count.head if last else 0
     token_bytes = kv_bytes_per_token(end - first, model.kv_heads, model.head_dim, dtype)
-    value_bytes = 1 if cluster.compute.quantization == "int8" else dtype.itemsize
-    weights = (layers + head) * value_bytes
-    if Keeping.of(cluster.compute).keeps_twice(device, dtype):
-        # Layers that come from `transformers` multiply in their own way.
-        weights += (head + (layers if lean.supports(read_config(folder)) else 0)) * value_bytes
+    keeping = Keeping.of(cluster.compute)
+    of_layers, of_head = layers * keeping.bits(dtype) // 8, head * keeping.of_head.bits(dtype) // 8
+    weights = of_layers + of_head
+    # Layers that come from `transformers` multiply in their own way.
+    if keeping.keeps_twice(device, dtype) and lean.supports(read_config(folder)):
+        weights += of_layers
+    if keeping.of_head.keeps_twice(device, dtype):
+        weights += of_head
     # The embedding's rows are looked up, not multiplied by.
     weights += count.head * dtype.itemsize if ends else 0
     compute, block_tokens = cluster.compute, cluster.compute.kv_block_tokens or BLOCK_TOKENS

@@ -20,6 +20,12 @@ def knows_tiles() -> bool:
 
 
 @cache
+def knows_dots() -> bool:
+    """Whether it adds four products of bytes at once, in wide vectors."""
+    return bool(llvm.get_host_cpu_features().get("avx512vnni"))
+
+
+@cache
 def has_tiles() -> bool:
     """Whether it has AMX and this process may use it."""
     if not knows_tiles() or platform.system() != "Linux":

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from stitch_server.loops.attention import Past, attend, divided, keep, scratch_for, tasks_of
 from stitch_server.loops.compiling import compiled
+from stitch_server.loops.instructions import Instructions
 from stitch_server.loops.matrix import ADD, REPLACE, Matrix
 from stitch_server.loops.numbers import Floats, Places, exponential
 from stitch_server.loops.panels import LANES
@@ -57,11 +58,11 @@ class Pass(NamedTuple):
 
 @compiled()
 def run(
-    states: Pass, layers: Layers, first: int, end: int, epsilon: float, in_tiles: bool, threads: int, counts: Places
+    states: Pass, layers: Layers, first: int, end: int, epsilon: float, by: Instructions, threads: int, counts: Places
 ) -> None:
     """A pass through layers [first, end) of the whole model, by up to so many threads, all with the same arguments.
 
-    Whoever calls it returns when all is done. Products are taken `in_tiles` where the processor has these.
+    Whoever calls it returns when all is done. Products are taken `by` what the processor has.
     """
     hidden, past, room = states.hidden, states.past, states.room
     tokens, head_dim, inner = len(hidden), past.pairs.shape[3], room.gated.shape[1]
@@ -75,7 +76,7 @@ def run(
     normed = np.empty_like(hidden)
     both = np.empty((tokens, 2 * gates), np.float32)
     widest = max(hidden.shape[1], room.mixed.shape[1], inner)
-    bench = bench_for(tokens, widest, layers.down.weight[0], in_tiles, threads)
+    bench = bench_for(tokens, widest, layers.down.weight[0], by, threads)
     task, done = first_task(counts), 0
     for layer in range(first - layers.first, end - layers.first):
         pairs = past.pairs[layers.first + layer - past.first]

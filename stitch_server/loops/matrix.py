@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stitch_server.loops.digits import Quads
 from stitch_server.loops.numbers import Floats, Numbers
 
 # What becomes of an old result. Not Python's own, for each of which functions would be compiled anew.
@@ -16,8 +15,9 @@ ADD, REPLACE = np.bool_(True), np.bool_(False)
 class Matrix(NamedTuple):
     """x → x · (weight · scale)ᵀ + bias."""
 
-    # [panels, inputs, LANES], as `panels` says, or [panels, quads of inputs in whole tiles, LANES], as `digits` does.
-    weight: Numbers | Quads
+    # [panels, inputs, LANES], as `panels` says, or [panels, words, LANES]: quads of inputs in whole tiles, as `digits`
+    # says, or those of `fours`.
+    weight: Numbers
     # [outputs], both float32
     scales: Floats
     bias: Floats

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stitch_server.loops.compiling import compiled
 
 Floats = NDArray[np.float32]
-# float32, the bits of bfloat16 or, of weights alone, int8; four of these in an int32 are `digits.Quads`.
+# float32, the bits of bfloat16 or, of weights alone, int8, `digits.Quads` of it, or `fours.Fours`.
 Numbers = NDArray[Any]
 Places = NDArray[np.int64]
 

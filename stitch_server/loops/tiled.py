@@ -65,14 +65,14 @@ def split(x: Floats, room: Split) -> None:
 
 @compiled()
 def sum_in_tiles(
-    x: Floats, top: int, rows: int, weight: Numbers, output: int, ahead: int, room: Split, sums: Floats
+    x: Floats, top: int, rows: int, weight: Numbers, panel: int, ahead: int, room: Split, sums: Floats
 ) -> None:
-    """sums[r, o] = Σ weight[output + o, k] · x[top + r, k] for rows that were `split`, of which `top` begins a tile.
+    """sums[r, o] = Σ weight[panel: o, k] · x[top + r, k] for rows that were `split`, of which `top` begins a tile.
 
-    Weights are those of a strip, in panels, and `sums` `[rows in whole tiles, WIDTH]`. Weights of the strip from output
-    `ahead` on come to the second cache meanwhile, if there is one.
+    Weights are those of a strip, and `sums` `[rows in whole tiles, WIDTH]`. Weights of the strip from panel `ahead` on
+    come to the second cache meanwhile, if there is one.
     """
-    parts, panel = _rows(room, len(x), x.shape[1]), output // SIDE
+    parts = _rows(room, len(x), x.shape[1])
     first, tiles, deep = top // SIDE, -(-rows // SIDE), parts.shape[1]
     steps = -(-deep // DEEP_AT_ONCE)
     # Of a panel, which each tile of rows fetches a share of.
@@ -83,7 +83,7 @@ def sum_in_tiles(
         count = after - begin
         for number in range(TILES):
             split_weights(weight[min(panel + number, len(weight) - 1)], begin * DEPTH, room.weights[number, :count])
-        later, place = (panel, after * DEPTH) if step + 1 < steps else (ahead // SIDE, 0)
+        later, place = (panel, after * DEPTH) if step + 1 < steps else (ahead, 0)
         fetched = share if later + TILES <= len(weight) else 0
         for tile in range(0, tiles, TILES):
             here = min(TILES, tiles - tile)

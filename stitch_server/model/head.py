@@ -42,7 +42,7 @@ class Head:
             rows = weights.read(EMBEDDING if config.tie_word_embeddings else "lm_head.weight")
             is_lean = lean.supports(config)
             norm = lean.load_norm(config, "model.norm", weights) if is_lean else borrowed.load_norm(config, weights)
-            return cls(norm, product(rows[:tokens], None, keeping), logit_scale(config))
+            return cls(norm, product(rows[:tokens], None, keeping.of_head), logit_scale(config))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states `[n, hidden_size]` to logits float32 `[n, vocabulary]`."""

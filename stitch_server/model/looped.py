@@ -14,11 +14,13 @@ from stitch_server.arrays import floats, numbers
 from stitch_server.crew import together
 from stitch_server.loops.amx import SIDE
 from stitch_server.loops.digits import DEPTH, MOST_INPUTS
+from stitch_server.loops.instructions import Instructions
 from stitch_server.loops.matrix import Matrix
 from stitch_server.loops.numbers import Numbers
 from stitch_server.loops.panels import LANES
 from stitch_server.loops.products import multiply_shared
 from stitch_server.model.pages import LargePages
+from stitch_server.model.product import Keeping, kept_rows
 
 # For bfloat16 processors have instructions, and for bytes those without tiles, which a library uses and loops don't.
 MOST_ROWS_OF_NARROW_WEIGHTS = 16
@@ -29,21 +31,23 @@ _PAGES = LargePages()
 
 
 def suits(rows: int, weight: Numbers) -> bool:
-    """Whether loops are the faster way for so many rows by this weight; int32 stands for bytes in tiles."""
-    return weight.dtype in (np.float32, np.int32) or rows <= MOST_ROWS_OF_NARROW_WEIGHTS
+    """Whether loops are the faster way for so many rows by this weight; int32 are bytes in tiles, uint32 four bits."""
+    return weight.dtype in (np.float32, np.int32, np.uint32) or rows <= MOST_ROWS_OF_NARROW_WEIGHTS
 
 
-def in_tiles(rows: int) -> bool:
-    """Whether loops multiply so many rows in tiles by what is no byte."""
-    return rows >= FEWEST_ROWS_IN_TILES and processor.has_tiles()
+def instructions(rows: int) -> Instructions:
+    """Those that so many rows are multiplied by."""
+    return Instructions(rows >= FEWEST_ROWS_IN_TILES and processor.has_tiles(), processor.knows_dots())
 
 
 def panels_of(weight: Tensor) -> Tensor:
-    """`[outputs, inputs]` to `[panels, inputs, LANES]`, filled up with zeros, as `loops.panels` says.
+    """`[outputs, inputs, or words]` to `[panels, inputs, LANES]`, filled up with zeros, as `loops.panels` says.
 
     Bytes for tiles to `[panels, quads of inputs, SIDE]`, as `loops.digits` says. Raises ValueError for too many inputs.
     """
     outputs, inputs = weight.shape
+    if weight.dtype == torch.uint32:
+        return panels_of(weight.view(torch.int32)).view(torch.uint32)
     if weight.dtype != torch.int8 or not processor.has_tiles():
         filled = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % LANES))
         return filled.view(-1, LANES, inputs).transpose(1, 2)
@@ -61,12 +65,13 @@ class LoopProduct:
     matrix: Matrix
 
     @classmethod
-    def of(cls, weight: Tensor, scales: Tensor | None, bias: Tensor | None) -> LoopProduct:
-        """A weight `[outputs, inputs]` of float32, bfloat16 or int8."""
+    def of(cls, weight: Tensor, bias: Tensor | None, keeping: Keeping) -> LoopProduct:
+        """A weight `[outputs, inputs]` of float32 or bfloat16."""
         outputs, inputs = weight.shape
+        rows, scales = kept_rows(weight, keeping)
         scales = torch.ones(outputs) if scales is None else scales
         bias = torch.zeros(outputs) if bias is None else bias.to(torch.float32, copy=True)
-        made = cls(Matrix(numbers(_PAGES.copied(panels_of(weight))), scales.numpy(), bias.numpy()))
+        made = cls(Matrix(numbers(_PAGES.copied(panels_of(rows))), scales.numpy(), bias.numpy()))
         # Compiled here, and not while the first token waits.
         made(torch.zeros(1, inputs))
         return made
@@ -82,5 +87,5 @@ class LoopProduct:
         """
         rows = floats(x)
         result = np.empty((x.shape[0], len(self.matrix.bias)), np.float32)
-        together(partial(multiply_shared, rows, self.matrix, result, in_tiles(len(rows))))
+        together(partial(multiply_shared, rows, self.matrix, result, instructions(len(rows))))
         return torch.from_numpy(result).to(x.dtype)

@@ -8,14 +8,13 @@ speed for a few rows, and takes no longer than oneDNN for many, where a processo
 theirs in a stack (`stack.py`). Bfloat16, and bytes where there are no tiles, are kept in both ways: processors have
 instructions for many such rows, which oneDNN uses.
 
-Quantized to int8, the matrix keeps one scale for each output. For oneDNN the rows get one each when they come, and the
-product is then one of small integers. Loops leave the rows as they are, in tiles to 24 bits.
+Quantized matrices are those of `quantized.py`. Loops leave the rows as they are, for bytes in tiles to 24 bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +23,15 @@ from torch import Tensor
 
 from stitch.cluster import Compute, Quantization
 from stitch_server import processor
+from stitch_server.loops.words import GROUP, WORDS
+from stitch_server.model.quantized import (
+    TYPICAL_ROWS,
+    PackedInt8Product,
+    PlainFoursProduct,
+    PlainInt8Product,
+    in_bytes,
+    in_fours,
+)
 
 if TYPE_CHECKING:
     from stitch_server.model.looped import LoopProduct
@@ -32,16 +40,6 @@ if TYPE_CHECKING:
 Product = Callable[[Tensor], Tensor]
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
-# The number of rows that the layout is chosen for; layouts for 8, 64 and 512 measured alike.
-TYPICAL_ROWS = 8
-# Signed bytes without their lowest value, so that both signs reach equally far.
-MOST_INT8 = 127
-# oneDNN's fast kernels take the rows as unsigned bytes: 128 stands for zero.
-ZERO_POINT = 128
-# Added before bytes are cut off behind the point, so that they are rounded.
-ROUNDED_ZERO = torch.tensor(ZERO_POINT + 0.5)
-# Keeps a row of zeros from being divided by zero.
-LEAST_SCALE = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +55,17 @@ class Keeping:
         """As the cluster file says."""
         return cls(compute.quantization, compute.loops)
 
+    @property
+    def of_head(self) -> Keeping:
+        """The head's matrix chooses the tokens: four bits are too few for it."""
+        return replace(self, quantization="int8") if self.quantization == "int4" else self
+
+    def bits(self, dtype: torch.dtype) -> int:
+        """Of a weight that is read as `dtype`, scales of bytes left aside."""
+        if self.quantization == "int4":
+            return 32 * WORDS // GROUP
+        return 8 if self.quantization == "int8" else 8 * dtype.itemsize
+
     def has_loops(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether loops multiply by matrices there."""
         return self.loops and device.type == "cpu" and dtype in PACKED_DTYPES
@@ -65,8 +74,8 @@ class Keeping:
         """Whether a matrix there is kept in two ways: for a few rows and for many."""
         if not self.has_loops(device, dtype):
             return False
-        if self.quantization == "int8":
-            return not processor.has_tiles()
+        if self.quantization != "none":
+            return self.quantization == "int8" and not processor.has_tiles()
         return dtype != torch.float32 and _has_onednn(device)
 
 
@@ -84,8 +93,7 @@ def product(weight: Tensor, bias: Tensor | None = None, keeping: Keeping = PLAIN
     # Only who needs it pays for loading the compiler.
     from stitch_server.model.looped import LoopProduct
 
-    rows, scales = kept_rows(weight, keeping)
-    looped = LoopProduct.of(rows, scales, bias)
+    looped = LoopProduct.of(weight, bias, keeping)
     if not keeping.keeps_twice(weight.device, weight.dtype):
         return looped
     return TwiceKeptProduct(_once(weight, bias, keeping.quantization), looped)
@@ -94,6 +102,8 @@ def product(weight: Tensor, bias: Tensor | None = None, keeping: Keeping = PLAIN
 def _once(weight: Tensor, bias: Tensor | None, quantization: Quantization) -> Product:
     if quantization == "int8":
         return _int8_product(weight, bias)
+    if quantization == "int4":
+        return PlainFoursProduct(in_fours(weight), bias)
     if not _has_onednn(weight.device) or weight.dtype not in PACKED_DTYPES:
         return PlainProduct(weight, bias)
     return PackedProduct(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_ROWS), bias)
@@ -112,7 +122,9 @@ def _int8_product(weight: Tensor, bias: Tensor | None) -> Product:
 
 def kept_rows(weight: Tensor, keeping: Keeping) -> tuple[Tensor, Tensor | None]:
     """What loops read of a weight, and a scale for each output where it has one."""
-    return quantized(weight) if keeping.quantization == "int8" else (weight, None)
+    if keeping.quantization == "int4":
+        return in_fours(weight), None
+    return in_bytes(weight) if keeping.quantization == "int8" else (weight, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,70 +166,6 @@ class TwiceKeptProduct:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.few(x) if self.few.suits(x) else self.many(x)
-
-
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`[outputs, inputs]` to int8 of that shape and float32 scales `[outputs]`: weight ≈ int8 · scale."""
-    scales = (weight.float().abs().amax(dim=1) / MOST_INT8).clamp_min(LEAST_SCALE)
-    return torch.round(weight.float() / scales[:, None]).to(torch.int8), scales
-
-
-@dataclass(frozen=True, slots=True)
-class PlainInt8Product:
-    """The matrix as bytes on any device: a quarter of float32's memory, and no faster."""
-
-    weight: Tensor
-    scales: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def quantized(cls, weight: Tensor, bias: Tensor | None) -> PlainInt8Product:
-        return cls(*quantized(weight), bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        result = F.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
-        return result if self.bias is None else result.add_(self.bias)
-
-
-@dataclass(frozen=True, slots=True)
-class PackedInt8Product:
-    """The matrix as bytes for oneDNN; the operators are those of `torch.compile`'s quantized models.
-
-    Rows become bytes as well, one scale for each: value ≈ (byte - 128) · max |row| / 127.
-    """
-
-    packed: Tensor
-    # Of the weights and of what rows are divided by: a row's bytes stand for its values / max |row| * 127.
-    scales: Tensor
-    zero_points: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def quantized(cls, weight: Tensor, bias: Tensor | None) -> PackedInt8Product:
-        rows, scales = quantized(weight)
-        packed = torch.ops.onednn.qlinear_prepack(rows, [TYPICAL_ROWS, weight.shape[1]])
-        return cls(packed, scales / MOST_INT8, torch.zeros(len(scales), dtype=torch.int32), bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True, dtype=torch.float32).add_(LEAST_SCALE)
-        rows = torch.addcdiv(ROUNDED_ZERO, x, largest, value=MOST_INT8).to(torch.uint8)
-        result: Tensor = torch.ops.onednn.qlinear_pointwise(
-            rows,
-            1.0,
-            ZERO_POINT,
-            self.packed,
-            self.scales,
-            self.zero_points,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )
-        result = result.mul_(largest) if self.bias is None else torch.addcmul(self.bias, result, largest)
-        return result.to(x.dtype)
 
 
 class _Differentiable(torch.autograd.Function):

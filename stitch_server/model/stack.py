@@ -17,7 +17,7 @@ from stitch_server.loops.attention import Past
 from stitch_server.loops.layers import Layers, Pass, Room, run
 from stitch_server.loops.matrix import Matrix
 from stitch_server.loops.numbers import Floats
-from stitch_server.model.looped import LoopProduct, in_tiles, panels_of, suits
+from stitch_server.model.looped import LoopProduct, instructions, panels_of, suits
 from stitch_server.model.pages import LargePages
 from stitch_server.model.product import Keeping, kept_rows
 
@@ -47,7 +47,7 @@ class LayerStack:
         widths = (asked, asked - kept, self.layers.gate_up.bias.shape[1] // 2)
         room = Room(*(np.empty((len(rows), width), np.float32) for width in widths))
         states = Pass(rows, turns, past, room)
-        together(partial(run, states, self.layers, first, end, self.epsilon, in_tiles(len(rows))))
+        together(partial(run, states, self.layers, first, end, self.epsilon, instructions(len(rows))))
         return torch.from_numpy(rows).to(hidden.dtype)
 
 

@@ -81,6 +81,19 @@ def test_bytes_take_a_quarter_of_float32_except_the_embedding(
     assert small[0].weight_bytes - small[1].weight_bytes == whole[0].weight_bytes - whole[1].weight_bytes
 
 
+@pytest.mark.parametrize("loops", [True, False])
+def test_four_bits_and_their_groups_take_five_but_the_head_eight(
+    tmp_path: Path, loops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "has_tiles", lambda: True)
+    cluster = tiny(tmp_path, loops=loops, quantization="int4")
+    *_, middle, last = plan(cluster, CPU)
+    layers = load_part(cluster, cluster.shard("bottom-1"), CPU).count
+    top = load_part(cluster, cluster.shard("top-0"), CPU).count
+    assert middle.weight_bytes == layers.between(*cluster.shard("bottom-1").layers) * 5 // 8
+    assert last.weight_bytes == top.between(2, 4) * 5 // 8 + top.head
+
+
 def test_half_the_wire_dtype_is_half_the_link(tmp_path: Path) -> None:
     (whole, *_), (half, *_) = (plan(tiny(tmp_path, wire_dtype=dtype), CPU) for dtype in ("float32", "bfloat16"))
     assert half.link_bytes_per_token * 2 == whole.link_bytes_per_token > 0

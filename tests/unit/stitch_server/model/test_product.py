@@ -6,24 +6,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType, dequantize, quantize
 from torch import Tensor
 from torch.nn import functional as F
 
 from stitch_server import processor
+from stitch_server.model import looped
 from stitch_server.model.looped import LoopProduct
 from stitch_server.model.product import (
     Keeping,
-    PackedInt8Product,
     PackedProduct,
-    PlainInt8Product,
     PlainProduct,
     Product,
     TwiceKeptProduct,
     product,
-    quantized,
 )
+from stitch_server.model.quantized import PackedInt8Product, PlainInt8Product, from_fours, in_bytes, in_fours
 
-LOOPS, INT8_LOOPS = Keeping(loops=True), Keeping("int8", loops=True)
+LOOPS, INT8_LOOPS, INT4_LOOPS = Keeping(loops=True), Keeping("int8", loops=True), Keeping("int4", loops=True)
 
 
 @pytest.fixture
@@ -58,10 +58,19 @@ def test_is_the_product(rows: int, biased: bool) -> None:
 def assert_is_by_bytes(rows: int, inputs: int, biased: bool) -> None:
     """Rows stay as they are, to float32's last digits."""
     x, weight, bias = operands(rows, inputs)
-    kept, scales = quantized(weight)
+    kept, scales = in_bytes(weight)
     exact = x.double() @ (kept.double() * scales.double()[:, None]).T + (bias.double() if biased else 0.0)
     got = product(weight, bias if biased else None, INT8_LOOPS)(x)
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.fixture(params=[True, False])
+def dots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether bytes are multiplied in vectors."""
+    if request.param and not processor.knows_dots():
+        pytest.skip("this processor has no VNNI")
+    monkeypatch.setattr(processor, "knows_dots", lambda: request.param)
+    return bool(request.param)
 
 
 @pytest.mark.usefixtures("_threads")
@@ -115,11 +124,33 @@ class TestLoops:
         x, weight, _ = operands(3, inputs)
         x[1] *= largest / x[1].abs().max()
         x[2, 7] = largest
-        kept, scales = quantized(weight)
+        kept, scales = in_bytes(weight)
         weight = kept.double() * scales.double()[:, None]
         errors = (product(weight.float(), None, INT8_LOOPS)(x).double() - x.double() @ weight.T).abs()
         limits = x.double().abs().amax(dim=1) * weight.abs().sum(dim=1).max() * 2**-23 + 1e-30
         assert bool((errors <= limits[:, None]).all())
+
+    # One row, several and more than go together, many, and those in tiles.
+    @pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 13, 39, 40, 200])
+    @pytest.mark.parametrize("biased", [True, False])
+    def test_in_four_bits_it_is_the_product_too(self, inputs: int, rows: int, biased: bool, dots: bool) -> None:
+        x, weight, bias = operands(rows, inputs)
+        exact = x.double() @ from_fours(in_fours(weight))[:, :inputs].double().T + (bias.double() if biased else 0.0)
+        got = product(weight, bias if biased else None, INT4_LOOPS)(x)
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
+
+    @pytest.mark.parametrize("rows", [1, 3, 13, 39, 40, 200])
+    def test_widened_it_is_that_of_float32(self, inputs: int, rows: int, dots: bool) -> None:
+        """To the last bit; by digits it is as exact, of short sums nearly so."""
+        x, weight, bias = operands(rows, inputs)
+        near = from_fours(in_fours(weight))[:, :inputs].contiguous()
+        got, expected = product(weight, bias, INT4_LOOPS)(x), product(near, bias, LOOPS)(x)
+        if not dots or looped.instructions(rows).tiles:
+            assert torch.equal(got, expected)
+        else:
+            exact = x.double() @ near.double().T + bias.double()
+            assert not torch.equal(got, expected)
+            assert (got - exact).square().mean() <= 4 * (expected - exact).square().mean()
 
     def test_bytes_for_more_inputs_than_sums_have_room_for_are_refused(self, has_tiles: None) -> None:
         with pytest.raises(ValueError, match="131073 inputs, the most are 131072"):
@@ -135,7 +166,7 @@ class TestLoops:
         x, weight, bias = (one.bfloat16() for one in operands(1))
         assert product(weight, bias, INT8_LOOPS)(x).dtype is torch.bfloat16
 
-    @pytest.mark.parametrize("keeping", [LOOPS, INT8_LOOPS])
+    @pytest.mark.parametrize("keeping", [LOOPS, INT8_LOOPS, INT4_LOOPS])
     def test_a_row_is_the_same_in_any_company(self, inputs: int, keeping: Keeping) -> None:
         """To the last bit: so answers don't depend on who else is served."""
         x, weight, bias = operands(16, inputs)
@@ -145,7 +176,7 @@ class TestLoops:
             for end in range(first + 1, 17):
                 assert torch.equal(kept(x[first:end]), together[first:end])
 
-    @pytest.mark.parametrize(("keeping", "fewest"), [(LOOPS, 40), (INT8_LOOPS, 1)])
+    @pytest.mark.parametrize(("keeping", "fewest"), [(LOOPS, 40), (INT8_LOOPS, 1), (INT4_LOOPS, 40)])
     def test_a_row_is_the_same_in_any_crowd(self, inputs: int, keeping: Keeping, fewest: int, has_tiles: None) -> None:
         x, weight, bias = operands(200, inputs)
         kept = product(weight, bias, keeping)
@@ -161,7 +192,7 @@ class TestLoops:
         assert bool((marked(torch.ones(rows, inputs, dtype=torch.bfloat16)) == inputs).all()) is few
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-    @pytest.mark.parametrize("keeping", [LOOPS, INT8_LOOPS])
+    @pytest.mark.parametrize("keeping", [LOOPS, INT8_LOOPS, INT4_LOOPS])
     @pytest.mark.parametrize("rows", [2, 6, 50])
     def test_what_is_not_finite_stays_so(self, inputs: int, value: float, keeping: Keeping, rows: int) -> None:
         x, weight, _ = operands(rows, inputs)
@@ -190,6 +221,7 @@ class TestLoops:
         monkeypatch.setattr(processor, "has_tiles", lambda: tiles)
         assert isinstance(product(weight, None, LOOPS), LoopProduct)
         assert isinstance(product(weight, None, INT8_LOOPS), kind)
+        assert isinstance(product(weight, None, INT4_LOOPS), LoopProduct)
         assert not isinstance(product(weight), LoopProduct | TwiceKeptProduct)
 
 
@@ -236,7 +268,7 @@ def test_works_on_what_inference_mode_made() -> None:
 class TestInt8:
     def test_a_weight_is_its_bytes_times_their_scale(self) -> None:
         _, weight, _ = operands(1)
-        rows, scales = quantized(weight)
+        rows, scales = in_bytes(weight)
         assert (rows.dtype, rows.abs().amax()) == (torch.int8, 127)
         # Half of a step, and what float32 leaves of it.
         assert bool(((rows * scales[:, None] - weight).abs() <= 0.5001 * scales[:, None]).all())
@@ -277,3 +309,35 @@ class TestInt8:
     def test_processors_without_the_instructions_stay_plain(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
         assert isinstance(product(torch.zeros(3, 2), None, Keeping("int8")), PlainInt8Product)
+
+
+class TestInt4:
+    @pytest.mark.parametrize("inputs", [32, 37, 96])
+    def test_a_weight_is_near_by_half_a_step_of_its_group(self, inputs: int) -> None:
+        _, weight, _ = operands(1, inputs)
+        near = from_fours(in_fours(weight))[:, :inputs]
+        for mine, theirs in zip(weight.split(32, dim=1), near.split(32, dim=1), strict=True):
+            # A group that is filled up has zeros, too. Steps and least weights are rounded to eleven bits.
+            most = mine.amax(dim=1).clamp_min(0) - mine.amin(dim=1).clamp_max(0)
+            assert bool(((theirs - mine).abs() <= (most / 30 + most * 2**-9)[:, None]).all())
+
+    def test_what_was_stored_in_four_bits_is_kept(self) -> None:
+        (_, weight, _), kind = operands(1, 256), GGMLQuantizationType.Q4_1
+        stored = torch.from_numpy(dequantize(quantize(weight.numpy(), kind), kind))
+        assert torch.equal(from_fours(in_fours(stored)), stored)
+
+    def test_groups_without_weights_are_zero(self) -> None:
+        _, weight, _ = operands(1, 64)
+        weight[3, 32:] = 0.0
+        assert bool((from_fours(in_fours(weight))[3, 32:] == 0).all())
+
+    @pytest.mark.parametrize("rows", [0, 1, 50])
+    def test_without_loops_it_is_the_product(self, rows: int) -> None:
+        x, weight, bias = operands(rows)
+        near = from_fours(in_fours(weight))[:, :37]
+        torch.testing.assert_close(product(weight, bias, Keeping("int4"))(x), F.linear(x, near, bias))
+
+    def test_keeps_the_dtype_of_the_rows(self) -> None:
+        x, weight, bias = (one.bfloat16() for one in operands(5))
+        for loops in (False, True):
+            assert product(weight, bias, Keeping("int4", loops))(x).dtype is torch.bfloat16

@@ -1,0 +1,130 @@
+"""Matrices in fewer bits, and products by them without loops. Doesn't know what a product is for.
+
+In bytes a matrix has one scale for each output. For oneDNN the rows get one each when they come, and the product is
+then one of small integers. In four bits it has a step and a least weight for each group of inputs (`loops/words.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stitch_server.loops.words import GROUP, INPUTS, MOST_STEPS, PLACES, WORDS
+
+# The number of rows that oneDNN's layout is chosen for; layouts for 8, 64 and 512 measured alike.
+TYPICAL_ROWS = 8
+# Signed bytes without their lowest value, so that both signs reach equally far.
+MOST_INT8 = 127
+# oneDNN's fast kernels take the rows as unsigned bytes: 128 stands for zero.
+ZERO_POINT = 128
+# Added before bytes are cut off behind the point, so that they are rounded.
+ROUNDED_ZERO = torch.tensor(ZERO_POINT + 0.5)
+# Keeps a row of zeros from being divided by zero.
+LEAST_SCALE = 1e-30
+
+
+def in_bytes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`[outputs, inputs]` to int8 of that shape and float32 scales `[outputs]`: weight ≈ int8 · scale."""
+    scales = (weight.float().abs().amax(dim=1) / MOST_INT8).clamp_min(LEAST_SCALE)
+    return torch.round(weight.float() / scales[:, None]).to(torch.int8), scales
+
+
+def in_fours(weight: Tensor) -> Tensor:
+    """`[outputs, inputs]` to words `[outputs, groups * WORDS]` of uint32, the last group filled up with zeros."""
+    outputs, inputs = weight.shape
+    groups = F.pad(weight.float(), (0, -inputs % GROUP)).view(outputs, -1, GROUP)
+    least, largest = groups.aminmax(dim=-1, keepdim=True)
+    step, least = ((largest - least) / MOST_STEPS).half(), least.half()
+    steps = torch.round((groups - least.float()) / step.float().clamp_min(LEAST_SCALE)).clamp_(0, MOST_STEPS)
+    words = _joined(steps.to(torch.int32).view(outputs, -1, WORDS - 1, INPUTS), PLACES)
+    pairs = _joined(torch.stack([step, least], -1).view(torch.int16).to(torch.int32) & 0xFFFF, (0, 16))
+    return torch.cat([words, pairs], -1).view(outputs, -1).view(torch.uint32)
+
+
+def _joined(numbers: Tensor, places: Sequence[int]) -> Tensor:
+    """Neighbours in one word of int32, each at its place."""
+    return reduce(torch.bitwise_or, (number << at for number, at in zip(numbers.unbind(-1), places, strict=True)))
+
+
+def from_fours(words: Tensor) -> Tensor:
+    """The float32 `[outputs, inputs of whole groups]` that such words stand for."""
+    groups = words.view(torch.int32).view(len(words), -1, WORDS)
+    step, least = groups[..., -1:].contiguous().view(torch.float16).float().unbind(-1)
+    steps = groups[..., :-1].unsqueeze(-1) >> torch.tensor(PLACES, device=words.device) & MOST_STEPS
+    # A product of four bits and eleven is exact, so this is rounded once.
+    weight: Tensor = (steps.flatten(2) * step.unsqueeze(-1) + least.unsqueeze(-1)).flatten(1)
+    return weight
+
+
+@dataclass(frozen=True, slots=True)
+class PlainFoursProduct:
+    """The matrix in four bits on any device: little memory, and no speed."""
+
+    words: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, from_fours(self.words)[:, : x.shape[1]].to(x.dtype), self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class PlainInt8Product:
+    """The matrix as bytes on any device: a quarter of float32's memory, and no faster."""
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def quantized(cls, weight: Tensor, bias: Tensor | None) -> PlainInt8Product:
+        return cls(*in_bytes(weight), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result = F.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
+        return result if self.bias is None else result.add_(self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInt8Product:
+    """The matrix as bytes for oneDNN; the operators are those of `torch.compile`'s quantized models.
+
+    Rows become bytes as well, one scale for each: value ≈ (byte - 128) · max |row| / 127.
+    """
+
+    packed: Tensor
+    # Of the weights and of what rows are divided by: a row's bytes stand for its values / max |row| * 127.
+    scales: Tensor
+    zero_points: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def quantized(cls, weight: Tensor, bias: Tensor | None) -> PackedInt8Product:
+        rows, scales = in_bytes(weight)
+        packed = torch.ops.onednn.qlinear_prepack(rows, [TYPICAL_ROWS, weight.shape[1]])
+        return cls(packed, scales / MOST_INT8, torch.zeros(len(scales), dtype=torch.int32), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True, dtype=torch.float32).add_(LEAST_SCALE)
+        rows = torch.addcdiv(ROUNDED_ZERO, x, largest, value=MOST_INT8).to(torch.uint8)
+        result: Tensor = torch.ops.onednn.qlinear_pointwise(
+            rows,
+            1.0,
+            ZERO_POINT,
+            self.packed,
+            self.scales,
+            self.zero_points,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        result = result.mul_(largest) if self.bias is None else torch.addcmul(self.bias, result, largest)
+        return result.to(x.dtype)
