@@ -37,9 +37,7 @@ async def measure(options: Options) -> None:
     with ExitStack() as processes:
         running_clusters = {kind: processes.enter_context(running(one)) for kind, one in clusters.items()}
         async with AsyncExitStack() as links:
-            shards = {
-                kind: await links.enter_async_context(first_shard(one)) for kind, one in running_clusters.items()
-            }
+            shards = {kind: await links.enter_async_context(first_shard(one)) for kind, one in running_clusters.items()}
             for index in range(rounds + 1):
                 for kind, shard in shards.items():
                     found = await _sample(shard, index, decoded)
