@@ -36,7 +36,7 @@ async def measure(options: Options) -> None:
     warm_up, seconds = (1.0, 2.0) if options.tiny else (5.0, 30.0)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["STITCH_STEP_LOG"] = folder
-        with running(preset()) as local:
+        with running(preset(groups=2)) as local:
             async with first_shard(local) as shard:
                 streams = [asyncio.create_task(_stream(shard, number)) for number in range(SESSIONS)]
                 await asyncio.sleep(warm_up)

@@ -114,8 +114,9 @@ class Compute(Settings):
     prompts_together: int = Field(default=2, ge=1)
     # ... and, for each prompt that waits, so many while others decode, whose next token they delay; fewer behind many.
     prefill_tokens_beside_decode: int = Field(default=28, ge=1)
-    # Into how many groups the decoding sessions are split, so that neighbouring shards work at the same time.
-    groups: int = Field(default=2, ge=1)
+    # Into how many groups the decoding sessions are split: two or more, so that neighbouring shards work at the same
+    # time, or one, so that they take turns; 0: one where they share the cores of a machine, two elsewhere.
+    groups: int = Field(default=0, ge=0)
     max_waiting_sessions: int = Field(default=256, ge=1)
     # Processor threads of one shard; 0: all cores.
     threads: int = Field(default=0, ge=0)

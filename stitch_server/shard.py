@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stitch.addresses import is_loopback
 from stitch.cluster import Cluster, ShardPlace
 from stitch.routing.thresholds import FixedThresholds, ThresholdSource, WatchedThresholds
 from stitch.v1 import inference_pb2, shard_pb2
@@ -112,7 +113,7 @@ def build_shard(
         graphs=provision.graphs,
         wait=partial(torch.cuda.synchronize, device) if device.type == "cuda" else None,
     )
-    front = _front(cluster, part, pool, links)
+    front = _front(cluster, part, pool, links, device)
     prompt_tokens = compute.prefill_tokens * compute.prompts_together
 
     def observe(batch: Batch, started: float, ended: float) -> None:
@@ -147,7 +148,7 @@ def _judge(cluster: Cluster, part: Part) -> Judge | None:
     return Judge(probe, thresholds, cluster.gateway.fallback_route)
 
 
-def _front(cluster: Cluster, part: Part, pool: BlockPool, links: Downstream) -> Origin | Relay:
+def _front(cluster: Cluster, part: Part, pool: BlockPool, links: Downstream, device: torch.device) -> Origin | Relay:
     compute = cluster.compute
     if part.embedding is not None:
         limits = Limits(
@@ -155,7 +156,7 @@ def _front(cluster: Cluster, part: Part, pool: BlockPool, links: Downstream) -> 
             prompts_together=compute.prompts_together,
             prefill_tokens_beside_decode=compute.prefill_tokens_beside_decode,
             past_worth_a_token=part.decoder.past_worth_a_token,
-            groups=compute.groups,
+            groups=compute.groups or (1 if _share_cores(cluster, device) else 2),
             max_waiting_sessions=compute.max_waiting_sessions,
             probe_tokens=0 if part.probe is None else part.probe.binding.tokens,
         )
@@ -163,6 +164,12 @@ def _front(cluster: Cluster, part: Part, pool: BlockPool, links: Downstream) -> 
     forwarding = None if part.head is not None else Forwarding(links, compute.wire_dtype)
     intake = Intake(pool, part.cuts, forwarding)
     return Relay(pool, intake, forwarding, compute.batch_tokens)
+
+
+def _share_cores(cluster: Cluster, device: torch.device) -> bool:
+    """Whether all shards compute on all cores of this machine's processor, so that each slows the others down."""
+    compute, hosts = cluster.compute, [place.address.rpartition(":")[0] for place in cluster.shards]
+    return device.type == "cpu" and compute.threads == compute.pipelined_threads == 0 and all(map(is_loopback, hosts))
 
 
 def _read(metrics: Metrics, front: Origin | Relay, pool: BlockPool, runner: Runner) -> None:

@@ -29,7 +29,7 @@ class Limits:
     # There a token counts as one more for each so many tokens before it, which it takes as long to attend to as all
     # else of it does; 0: those count nothing.
     past_worth_a_token: int = 0
-    # Into how many groups the decoding sessions are split, so that neighbours work at the same time.
+    # Into how many groups the decoding sessions are split, so that neighbours work at the same time; one: in turns.
     groups: int = 2
     max_waiting_sessions: int = 256
     # Prompt tokens of which the route of an undecided session is read, in one pass.
@@ -40,7 +40,8 @@ class Scheduler:
     """Continuous batching: decode first, then prompts in the order of their arrival, in chunks.
 
     While somebody decodes, prompts ride along with decode steps alone: a token on its way back would find its shard
-    in the middle of another chunk, and would have to wait for that.
+    in the middle of another chunk, and would have to wait for that. Shards that take turns have the processor to
+    themselves meanwhile: nothing begins here before all tokens are back.
 
     `drop` is called with a session whose KV is gone here and must go on the shards behind, too.
     """
@@ -99,12 +100,16 @@ class Scheduler:
     @property
     def ready(self) -> bool:
         """Whether the next batch would hold anything, as far as can be told without composing it."""
+        if self._is_others_turn():
+            return False
         decoding = [session for session in self.running.values() if session.decoding]
         return any(session.remaining for session in decoding or self.running.values())
 
     def next_segments(self) -> list[Segment]:
         """The segments of the next pass, none where there is nothing to compute."""
         self._turn += 1
+        if self._is_others_turn():
+            return []
         decoding = sum(session.decoding for session in self.running.values())
         segments = self._decodes()
         if decoding and not segments:
@@ -120,6 +125,10 @@ class Scheduler:
         while budget > 0 and (admitted := self._admit(budget, budget == whole)) is not None:
             budget -= self._prefill(admitted, budget, beside, segments, self._least(admitted))
         return segments
+
+    def _is_others_turn(self) -> bool:
+        """Whether shards take turns, and tokens are on their way through those behind."""
+        return self._limits.groups == 1 and any(not session.remaining for session in self.running.values())
 
     def _prefill(self, session: Session, budget: float, beside: bool, segments: list[Segment], least: int = 1) -> float:
         """Appends the session's next chunk, of at least so many tokens; returns what of the budget it takes."""

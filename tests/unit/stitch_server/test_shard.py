@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.cache.pool import BLOCK_TOKENS
 from stitch_server.engine.origin import Origin
 from stitch_server.engine.relay import Relay
+from stitch_server.engine.scheduler import Limits
 from stitch_server.engine.wire import pack
 from stitch_server.metrics import Metrics
 from stitch_server.model.counting import ParameterCount
@@ -37,6 +39,33 @@ def new_shard(cluster: Cluster, name: str) -> Shard:
 class TestShards:
     def test_the_first_drives_and_the_others_relay(self, deep: Cluster) -> None:
         assert [type(new_shard(deep, place.name).front) for place in deep.shards] == [Origin, Relay, Relay, Relay]
+
+    @pytest.mark.parametrize(
+        ("fields", "address", "groups"),
+        [
+            ({}, "127.0.0.1:0", 1),
+            ({}, "10.0.0.1:7001", 2),
+            ({"threads": 1}, "127.0.0.1:0", 2),
+            ({"pipelined_threads": 1}, "127.0.0.1:0", 2),
+            ({"groups": 3}, "127.0.0.1:0", 3),
+        ],
+    )
+    def test_those_that_share_cores_take_turns(
+        self, cluster: Cluster, fields: dict[str, int], address: str, groups: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, *others = cluster.shards
+        compute = cluster.compute.model_copy(update={"threads": 0} | fields)
+        places = (first, *(place.model_copy(update={"address": address}) for place in others))
+        limits: list[Limits] = []
+
+        class Noting(Origin):
+            def __init__(self, *arguments: Any) -> None:
+                limits.append(arguments[2])
+                super().__init__(*arguments)
+
+        monkeypatch.setattr("stitch_server.shard.Origin", Noting)
+        new_shard(cluster.model_copy(update={"compute": compute, "shards": places}), first.name)
+        assert [one.groups for one in limits] == [groups]
 
     def test_a_shard_says_what_it_is(self, cluster: Cluster) -> None:
         shard = new_shard(cluster, "top-0")

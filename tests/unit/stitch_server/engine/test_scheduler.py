@@ -154,6 +154,23 @@ class TestDecode:
         bench.answer(*sessions)
         assert [session for session, _, _ in bench.take()] == first
 
+    def test_one_group_takes_turns_with_the_shards_behind(self) -> None:
+        bench = SchedulerBench(groups=1)
+        one, other = bench.decoding(4, 4)
+        bench.take()
+        prompt = new_session(5)
+        bench.add(prompt)
+        bench.answer(one)
+        assert (bench.scheduler.ready, bench.take()) == (False, [])
+        bench.answer(other)
+        assert bench.scheduler.ready
+        assert [session for session, _, _ in bench.take()] == [one, other, prompt]
+
+    def test_a_long_prompt_waits_for_nobody_but_decoding_sessions(self) -> None:
+        bench = SchedulerBench(prefill_tokens=4, groups=1)
+        bench.add(new_session(10))
+        assert [bench.take()[0][1:] for _ in range(3)] == [(0, 4), (4, 4), (8, 2)]
+
     def test_who_waited_longest_goes_first(self) -> None:
         bench = SchedulerBench(groups=2)
         a, b, c, d = bench.decoding(4, 4, 4, 4)
