@@ -1,4 +1,4 @@
-"""Does the pipeline stay full? The share of time that both shards compute under 16 sessions, and a timeline."""
+"""Does the pipeline stay full? The share of time that both shards compute two groups of 16 sessions, and a timeline."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ from stitch_server.engine.session import Session
 
 # How long a session stays away after a shard behind had no room for it.
 BACKOFF_SECONDS = 0.05
+# So many that decode lengthen a step by about as much as a prompt's share beside one.
+DECODING_WORTH_A_SHARE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +143,15 @@ class Scheduler:
         return self._schedule(session, max(min(int(budget / weight), most), least), segments) * weight
 
     def _prompt_tokens(self, decoding: int) -> int:
-        """How many of a pass beside so many decoding sessions: every prompt that waits brings its share."""
+        """How many of a pass beside so many decoding sessions.
+
+        Every prompt that waits brings its share. So do some that decode: their step takes longer than that of one, so
+        that more tokens beside them delay it by as much of it.
+        """
         limits, prompts = self._limits, len(self.waiting) + len(self.running) - decoding
         most, share = limits.prefill_tokens * limits.prompts_together, limits.prefill_tokens_beside_decode
-        return most if not decoding else max(share, min(most, share * prompts))
+        shares = max(prompts, -(-decoding // DECODING_WORTH_A_SHARE))
+        return most if not decoding else max(share, min(most, share * shares))
 
     def _decodes(self) -> list[Segment]:
         decoding = [session for session in self.running.values() if session.decoding]

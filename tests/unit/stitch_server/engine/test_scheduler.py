@@ -88,6 +88,13 @@ class TestPrompts:
         bench.add(prompt)
         assert bench.take() == [(decoding, 4, 1), (prompt, 0, 5)]
 
+    @pytest.mark.parametrize(("decoding", "tokens"), [(1, 5), (4, 5), (5, 10), (12, 15), (13, 20), (16, 20)])
+    def test_a_crowd_that_decodes_brings_shares_too(self, decoding: int, tokens: int) -> None:
+        bench = SchedulerBench(prefill_tokens=20, prefill_tokens_beside_decode=5, groups=1)
+        bench.decoding(*[1] * decoding)
+        bench.add(new_session(90, first_token=5000))
+        assert bench.take()[-1][1:] == (0, tokens)
+
     def test_beside_decode_tokens_behind_many_count_more(self) -> None:
         bench = SchedulerBench(prefill_tokens=50, prefill_tokens_beside_decode=12, past_worth_a_token=24)
         (decoding,) = bench.decoding(4)
