@@ -26,7 +26,7 @@ class Limits:
     prefill_tokens: int = 128
     # A pass holds at most as many prompt tokens as so many prompts bring.
     prompts_together: int = 2
-    # Beside decoding sessions, whose next token they delay, each prompt that waits brings so many.
+    # Beside decoding sessions, whose next token they delay, each prompt that waits brings so many, or each few of them.
     prefill_tokens_beside_decode: int = 28
     # There a token counts as one more for each so many tokens before it, which it takes as long to attend to as all
     # else of it does; 0: those count nothing.

@@ -46,8 +46,6 @@ def panels_of(weight: Tensor) -> Tensor:
     Bytes for tiles to `[panels, quads of inputs, SIDE]`, as `loops.digits` says. Raises ValueError for too many inputs.
     """
     outputs, inputs = weight.shape
-    if weight.dtype == torch.uint32:
-        return panels_of(weight.view(torch.int32)).view(torch.uint32)
     if weight.dtype != torch.int8 or not processor.has_tiles():
         filled = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % LANES))
         return filled.view(-1, LANES, inputs).transpose(1, 2)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from stitch.errors import Incompatible
 from stitch_server.model.embedding import EMBEDDING, Embedding
 from stitch_server.model.head import Head
+from stitch_server.model.product import Keeping
 from tests.support.tiny_model import TOKENS, write_tiny_model
 from tests.support.whole_model import CPU
 
@@ -52,6 +53,16 @@ def test_rows_that_only_pad_can_be_left_out(tmp_path: Path) -> None:
 def test_logits_are_float32_whatever_it_computes_in(tmp_path: Path) -> None:
     head = Head.load(write_tiny_model(tmp_path, layers=1), CPU, torch.bfloat16)
     assert head(torch.randn(2, 32, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("loops", [True, False])
+def test_where_layers_are_in_four_bits_it_is_in_bytes(tmp_path: Path, loops: bool) -> None:
+    folder, hidden = write_tiny_model(tmp_path, layers=1), torch.randn(3, 32)
+    fours, in_bytes, exact = (
+        Head.load(folder, CPU, torch.float32, keeping=Keeping(kind, loops))(hidden) for kind in ("int4", "int8", "none")
+    )
+    assert torch.equal(fours, in_bytes)
+    assert not torch.equal(fours, exact)
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])

@@ -6,9 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gguf import GGMLQuantizationType, dequantize, quantize
 from torch import Tensor
-from torch.nn import functional as F
 
 from stitch_server import processor
 from stitch_server.model import looped
@@ -21,7 +19,8 @@ from stitch_server.model.product import (
     TwiceKeptProduct,
     product,
 )
-from stitch_server.model.quantized import PackedInt8Product, PlainInt8Product, from_fours, in_bytes, in_fours
+from stitch_server.model.quantized import from_fours, in_bytes, in_fours
+from tests.support.operands import operands
 
 LOOPS, INT8_LOOPS, INT4_LOOPS = Keeping(loops=True), Keeping("int8", loops=True), Keeping("int4", loops=True)
 
@@ -35,11 +34,6 @@ def has_tiles() -> None:
 @pytest.fixture
 def no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "has_tiles", lambda: False)
-
-
-def operands(rows: int, inputs: int = 37) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(rows)
-    return tuple(torch.randn(*shape, generator=generator) for shape in ((rows, inputs), (53, inputs), (53,)))  # type: ignore[return-value]
 
 
 def layouts(weight: Tensor, bias: Tensor | None) -> list[Product]:
@@ -263,81 +257,3 @@ def test_works_on_what_inference_mode_made() -> None:
     with torch.inference_mode():
         made = product(weight.clone(), bias.clone())(x)
     torch.testing.assert_close(made, x @ weight.T + bias)
-
-
-class TestInt8:
-    def test_a_weight_is_its_bytes_times_their_scale(self) -> None:
-        _, weight, _ = operands(1)
-        rows, scales = in_bytes(weight)
-        assert (rows.dtype, rows.abs().amax()) == (torch.int8, 127)
-        # Half of a step, and what float32 leaves of it.
-        assert bool(((rows * scales[:, None] - weight).abs() <= 0.5001 * scales[:, None]).all())
-
-    @pytest.mark.parametrize("kind", [PackedInt8Product, PlainInt8Product])
-    @pytest.mark.parametrize("rows", [0, 1, 2, 8, 33, 200])
-    @pytest.mark.parametrize("biased", [True, False])
-    def test_is_the_product_but_for_a_percent(self, kind: type[PackedInt8Product], rows: int, biased: bool) -> None:
-        x, weight, bias = operands(rows)
-        # Rows of very different sizes do not share a scale.
-        x = x * torch.logspace(-3, 3, rows)[:, None]
-        exact = F.linear(x, weight)
-        got = kind.quantized(weight, bias if biased else None)(x) - (bias if biased else 0.0)
-        assert got.shape == exact.shape
-        error = (got - exact).norm(dim=1) / exact.norm(dim=1)
-        assert bool((error < 0.02).all())
-
-    @pytest.mark.parametrize("kind", [PackedInt8Product, PlainInt8Product])
-    def test_a_row_of_zeros_is_the_bias(self, kind: type[PackedInt8Product]) -> None:
-        _, weight, bias = operands(1)
-        torch.testing.assert_close(kind.quantized(weight, bias)(torch.zeros(2, 37)), bias.expand(2, -1))
-
-    def test_an_output_without_weights_is_zero(self) -> None:
-        x, weight, _ = operands(3)
-        weight[5] = 0.0
-        assert bool((product(weight, None, Keeping("int8"))(x)[:, 5] == 0).all())
-
-    def test_takes_rows_that_lie_apart(self) -> None:
-        x, weight, bias = operands(5)
-        wide, multiply = torch.cat([x, x], dim=1), product(weight, bias, Keeping("int8"))
-        assert torch.equal(multiply(wide[:, :37]), multiply(x))
-
-    def test_keeps_the_dtype_of_the_rows(self) -> None:
-        x, weight, bias = operands(5)
-        multiply = product(weight.bfloat16(), bias.bfloat16(), Keeping("int8"))
-        assert multiply(x.bfloat16()).dtype is torch.bfloat16
-
-    def test_processors_without_the_instructions_stay_plain(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-        assert isinstance(product(torch.zeros(3, 2), None, Keeping("int8")), PlainInt8Product)
-
-
-class TestInt4:
-    @pytest.mark.parametrize("inputs", [32, 37, 96])
-    def test_a_weight_is_near_by_half_a_step_of_its_group(self, inputs: int) -> None:
-        _, weight, _ = operands(1, inputs)
-        near = from_fours(in_fours(weight))[:, :inputs]
-        for mine, theirs in zip(weight.split(32, dim=1), near.split(32, dim=1), strict=True):
-            # A group that is filled up has zeros, too. Steps and least weights are rounded to eleven bits.
-            most = mine.amax(dim=1).clamp_min(0) - mine.amin(dim=1).clamp_max(0)
-            assert bool(((theirs - mine).abs() <= (most / 30 + most * 2**-9)[:, None]).all())
-
-    def test_what_was_stored_in_four_bits_is_kept(self) -> None:
-        (_, weight, _), kind = operands(1, 256), GGMLQuantizationType.Q4_1
-        stored = torch.from_numpy(dequantize(quantize(weight.numpy(), kind), kind))
-        assert torch.equal(from_fours(in_fours(stored)), stored)
-
-    def test_groups_without_weights_are_zero(self) -> None:
-        _, weight, _ = operands(1, 64)
-        weight[3, 32:] = 0.0
-        assert bool((from_fours(in_fours(weight))[3, 32:] == 0).all())
-
-    @pytest.mark.parametrize("rows", [0, 1, 50])
-    def test_without_loops_it_is_the_product(self, rows: int) -> None:
-        x, weight, bias = operands(rows)
-        near = from_fours(in_fours(weight))[:, :37]
-        torch.testing.assert_close(product(weight, bias, Keeping("int4"))(x), F.linear(x, near, bias))
-
-    def test_keeps_the_dtype_of_the_rows(self) -> None:
-        x, weight, bias = (one.bfloat16() for one in operands(5))
-        for loops in (False, True):
-            assert product(weight, bias, Keeping("int4", loops))(x).dtype is torch.bfloat16
