@@ -16,6 +16,7 @@ from torch.nn import functional
 from stitch_server.cache.flash import FlashAttention, Kernel
 from stitch_server.cache.pool import BLOCK_TOKENS
 from stitch_server.cache.span import BatchAttend, Span, slots_of, within
+from stitch_server.pages import LargePages
 
 # How much longer than the shortest past of a crowd its longest may be: a share, and some tokens.
 MOST_FILLING = 1.25
@@ -46,10 +47,11 @@ class KVStore:
         # A token's keys and values side by side, so that one gather fetches both. Not filled: a processor's memory is
         # taken page by page, when a block is first written, and never read before.
         shape = (end - first, blocks * block_tokens, 2 * kv_heads, head_dim)
-        self.pairs = torch.empty(shape, dtype=dtype, device=device)
+        on_processor = device.type == "cpu"
+        self.pairs = LargePages().room(shape, dtype) if on_processor else torch.empty(shape, dtype=dtype, device=device)
         self.keys, self.values = self.pairs[:, :, :kv_heads], self.pairs[:, :, kv_heads:]
         # Whether loops attend.
-        self.loops = device.type == "cpu" and dtype in LOOP_DTYPES
+        self.loops = on_processor and dtype in LOOP_DTYPES
         if self.loops:
             _looped().compile_for(self.pairs)
 

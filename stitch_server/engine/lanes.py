@@ -18,6 +18,9 @@ Result = TypeVar("Result")
 
 # Each lane reads all weights, so fewer rows are not worth one.
 LANE_ROWS = 4
+# Threads share a loop without lanes; with so many rows each they do better apart, since what one of them writes the
+# other one needn't wait for, or fetch from its cache.
+LOOP_LANE_ROWS = 64
 
 
 class Turns:

@@ -23,7 +23,7 @@ from stitch_server.devices import sent
 from stitch_server.engine.batch import Batch, Cut, Segment, StepOutput, Token, TokenLogprobs, Verdict
 from stitch_server.engine.graphs import DecodeGraphs
 from stitch_server.engine.judge import Judge
-from stitch_server.engine.lanes import LANE_ROWS, Lanes, Turns, depend, divided
+from stitch_server.engine.lanes import LANE_ROWS, LOOP_LANE_ROWS, Lanes, Turns, depend, divided
 from stitch_server.engine.threads import Spread, Threads, Work
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
@@ -94,9 +94,9 @@ class Runner:
     def _work(self, batch: Batch) -> Work:
         seen = sum(one.length * (one.position + one.length) for one in batch.segments)
         attended = seen / self.decoder.past_worth_a_token
-        # Threads share a loop without lanes. These read all weights each, and single tokens are bound by just that.
-        lanes = self.device.type == "cpu" and not self.decoder.is_looped(batch.tokens)
-        divisible = lanes and batch.tokens >= 2 * max(LANE_ROWS, len(batch.segments))
+        # Lanes read all weights each, and single tokens are bound by just that.
+        least = max(LOOP_LANE_ROWS if self.decoder.is_looped(batch.tokens) else LANE_ROWS, len(batch.segments))
+        divisible = self.device.type == "cpu" and batch.tokens >= 2 * least
         return Work(batch.tokens, attended, batch.pipelined, divisible)
 
     def _entering(self, segments: Sequenced[Segment]) -> tuple[Tensor, frozenset[int]]:

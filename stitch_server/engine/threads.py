@@ -107,5 +107,5 @@ class Threads:
 
 
 def _candidates(most: int, divisible: bool) -> list[Spread]:
-    all_of_them = Spread(2, most // 2) if divisible and most > 1 else Spread(1, most)
-    return sorted({all_of_them, Spread(1, max(1, most // 4)), Spread(1, 1)}, reverse=True)
+    lanes = {Spread(2, most // 2)} if divisible and most > 1 else set()
+    return sorted({*lanes, Spread(1, most), Spread(1, max(1, most // 4)), Spread(1, 1)}, reverse=True)

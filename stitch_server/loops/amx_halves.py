@@ -5,7 +5,8 @@ Numbers come in parts (`parts.py`); every pair of parts whose product counts is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from llvmlite import ir
@@ -15,8 +16,9 @@ from numba.extending import intrinsic
 
 from stitch_server.loops.amx import LINE, SIDE, SUMS, TILE, TILES, at, instruct
 from stitch_server.loops.numbers import Floats, Numbers
-from stitch_server.loops.parts import PARTS, Halves, Pairs
-from stitch_server.loops.vectors import INT8, INT64, Generated, each_case, fetch, opened
+from stitch_server.loops.panels import BYTES_AHEAD
+from stitch_server.loops.parts import DEPTH, PARTS, Halves, Pairs, pair_in_parts
+from stitch_server.loops.vectors import INT8, INT32, INT64, Generated, each_case, fetch, opened, row_of
 from stitch_server.processor import knows_tiles
 
 # Registers: sums, then rows, then weights.
@@ -51,8 +53,38 @@ def _typed_multiply_tiles(
     return kind, _multiply_tiles
 
 
+def _typed_split_and_multiply_tiles(
+    typing: Any,
+    rows: Any,
+    tile: Any,
+    tiles: Any,
+    deep: Any,
+    parts: Any,
+    count: Any,
+    sums: Any,
+    ahead: Any,
+    panel: Any,
+    place: Any,
+    fetched: Any,
+    strip: Any,
+    whole: Any,
+    kept: Any,
+) -> Generated:
+    """The same, by weights that it splits on its way: those of the panels ahead[strip:] for the inputs from `deep` on.
+
+    Of tiles of inputs behind the first `whole`, which are at least one, `parts` hold them already. While one is
+    multiplied the next one is split, so that vectors and tiles work at the same time. In `parts` the tile of inputs n
+    goes to place n modulo `kept`, a power of two.
+    """
+    kind, _ = _typed_multiply_tiles(typing, rows, tile, tiles, deep, parts, count, sums, ahead, panel, place, fetched)
+    whole = types.int64
+    return types.void(*kind.args, whole, whole, whole), _multiply_tiles
+
+
 _Multiply = Callable[[Halves, int, int, int, Pairs, int, Floats, Numbers, int, int, int], None]
+_SplitAndMultiply = Callable[[Halves, int, int, int, Pairs, int, Floats, Numbers, int, int, int, int, int, int], None]
 multiply_tiles: _Multiply = cast(Any, intrinsic(_typed_multiply_tiles))
+split_and_multiply_tiles: _SplitAndMultiply = cast(Any, intrinsic(_typed_split_and_multiply_tiles))
 
 
 def _multiply_tiles(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
@@ -60,7 +92,7 @@ def _multiply_tiles(context: Any, builder: ir.IRBuilder, signature: Any, argumen
         # Never called, and nothing that this processor could be told.
         return context.get_dummy_value()
     given = opened(context, builder, signature, arguments)
-    rows, tile, tiles, deep, parts, count, sums, ahead, panel, place, fetched = given
+    rows, tile, tiles, deep, parts, count, sums, ahead, panel, place, fetched = given[:11]
     across = builder.mul(builder.extract_value(rows.shape, 1), INT64(PARTS * TILE))
     begin = builder.add(builder.mul(tile, across), builder.mul(deep, INT64(PARTS * TILE)))
     lines = [at(builder, rows.data, builder.add(begin, builder.mul(across, INT64(n)))) for n in range(TILES)]
@@ -69,13 +101,74 @@ def _multiply_tiles(context: Any, builder: ir.IRBuilder, signature: Any, argumen
     following = builder.extract_value(ahead.strides, 0)
     first = builder.add(builder.mul(panel, following), builder.mul(place, builder.extract_value(ahead.strides, 1)))
     later = [at(builder, ahead.data, builder.add(first, builder.mul(following, INT64(n)))) for n in range(TILES)]
+    splitting = _Splitting.of(builder, ahead, deep, panels, *given[11:]) if len(given) > 11 else None
+    if splitting is not None:
+        splitting.split(builder, INT64(0), range(splitting.pairs))
     for number in each_case(builder, tiles, TILES):
-        _sum(builder, lines[:number], panels, count, later, fetched)
+        _sum(builder, lines[:number], panels, count, later, fetched, splitting)
         for line in range(number):
             for panel in range(TILES):
                 target = at(builder, sums.data, INT64((line * SIDE * TILES + panel) * LINE))
                 instruct(builder, "tilestored64", INT8(TILES * line + panel), target, INT64(TILES * LINE))
     return context.get_dummy_value()
+
+
+@dataclass(frozen=True, slots=True)
+class _Splitting:
+    """Panels of weights, and where their parts go."""
+
+    sources: Sequence[ir.Value]
+    targets: Sequence[ir.Value]
+    # The number of a tile of inputs, and what of it says where its parts are.
+    last: ir.Value
+    mask: ir.Value
+
+    @classmethod
+    def of(
+        cls,
+        builder: ir.IRBuilder,
+        weight: Any,
+        deep: ir.Value,
+        targets: Sequence[ir.Value],
+        strip: ir.Value,
+        whole: ir.Value,
+        kept: ir.Value,
+    ) -> _Splitting:
+        """Those of `whole` tiles of inputs from `deep` on; where there are fewer panels, the last one comes again."""
+        end = builder.sub(builder.extract_value(weight.shape, 0), INT64(1))
+        begin = builder.mul(deep, INT64(DEPTH * SIDE))
+        sources = []
+        for number in range(TILES):
+            panel = builder.add(strip, INT64(number))
+            panel = builder.select(builder.icmp_signed("<", panel, end), panel, end)
+            sources.append(builder.gep(row_of(builder, weight, panel), [begin]))
+        lines = ir.VectorType(INT32, SIDE).as_pointer()
+        targets = [builder.bitcast(target, lines) for target in targets]
+        return cls(sources, targets, builder.sub(whole, INT64(1)), builder.sub(kept, INT64(1)))
+
+    def place(self, builder: ir.IRBuilder, deep: ir.Value) -> ir.Value:
+        """Where parts of a tile of inputs are."""
+        return builder.and_(deep, self.mask)
+
+    @property
+    def pairs(self) -> int:
+        """Of weights in a tile of inputs."""
+        return TILES * SIDE
+
+    def split(self, builder: ir.IRBuilder, deep: ir.Value, pairs: Iterable[int]) -> None:
+        """These of a tile of inputs; behind the last one that again, which changes nothing."""
+        deep = builder.select(builder.icmp_signed("<", deep, self.last), deep, self.last)
+        place, line = (
+            builder.mul(deep, INT64(DEPTH * SIDE)),
+            builder.mul(self.place(builder, deep), INT64(PARTS * SIDE)),
+        )
+        for number in pairs:
+            panel, pair = divmod(number, SIDE)
+            first = builder.gep(self.sources[panel], [builder.add(place, INT64(pair * SIDE))])
+            second = builder.gep(first, [INT64(SIDE * SIDE)])
+            for one in (first, second):
+                fetch(builder, at(builder, one, INT64(BYTES_AHEAD)))
+            pair_in_parts(builder, first, second, builder.gep(self.targets[panel], [builder.add(line, INT64(pair))]))
 
 
 def _sum(
@@ -85,6 +178,7 @@ def _sum(
     count: ir.Value,
     later: Sequence[ir.Value],
     fetched: ir.Value,
+    splitting: _Splitting | None,
 ) -> None:
     """One loop over tiles of inputs, for these tiles of rows and panels; the sums stay in registers."""
     for line in range(len(lines)):
@@ -96,19 +190,25 @@ def _sum(
         def load(register: int, addresses: Sequence[ir.Value], part: int) -> None:
             if loaded.get(register) != part:
                 loaded[register] = part
-                offset = builder.add(builder.mul(step.index, INT64(PARTS * TILE)), INT64(part * TILE))
+                place = step.index
+                if splitting is not None and register == _WEIGHTS:
+                    place = splitting.place(builder, place)
+                offset = builder.add(builder.mul(place, INT64(PARTS * TILE)), INT64(part * TILE))
                 for number, address in enumerate(addresses):
                     instruct(
                         builder, "tileloadd64", INT8(register + number), builder.gep(address, [offset]), INT64(LINE)
                     )
 
-        for of_rows, of_weights in _PRODUCTS:
+        for product, (of_rows, of_weights) in enumerate(_PRODUCTS):
             load(_ROWS, lines, of_rows)
             load(_WEIGHTS, panels, of_weights)
             for line in range(len(lines)):
                 for panel in range(len(panels)):
                     registers = (TILES * line + panel, _ROWS + line, _WEIGHTS + panel)
                     instruct(builder, "tdpbf16ps", *map(INT8, registers))
+            if splitting is not None:
+                share = range(splitting.pairs)[product :: len(_PRODUCTS)]
+                splitting.split(builder, builder.add(step.index, INT64(1)), share)
         with for_range(builder, fetched) as line:
             offset = builder.mul(builder.add(builder.mul(step.index, fetched), line.index), INT64(LINE))
             for address in later:

@@ -15,10 +15,10 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from stitch_server.loops.amx import SIDE
+from stitch_server.loops.amx import LINE, SIDE
 from stitch_server.loops.compiling import compiled
 from stitch_server.loops.numbers import Floats, Numbers
-from stitch_server.loops.vectors import INT16, INT32, INT64, Generated, floats, opened, row_of, widened
+from stitch_server.loops.vectors import INT32, INT64, Generated, floats, opened, row_of, widened
 
 # Bits of bfloat16, and pairs of them for neighbouring inputs, the first one's in the lower half.
 Halves = NDArray[np.uint16]
@@ -59,12 +59,12 @@ def split_weights(panel: Numbers, first: int, parts: Pairs) -> None:
         place = first + deep * DEPTH
         if place + DEPTH <= len(panel):
             for pair in range(SIDE):
-                _split_pair(panel, place + 2 * pair, parts, deep, pair)
+                _split_pair(panel, place + pair, parts, deep, pair)
         else:
             padded = np.zeros((DEPTH, SIDE), panel.dtype)
             padded[: len(panel) - place] = panel[place:]
             for pair in range(SIDE):
-                _split_pair(padded, 2 * pair, parts, deep, pair)
+                _split_pair(padded, pair, parts, deep, pair)
 
 
 def _typed_split_line(
@@ -76,7 +76,7 @@ def _typed_split_line(
 
 
 def _typed_split_pair(typing: Any, panel: Any, place: Any, parts: Any, deep: Any, pair: Any) -> Generated:
-    """Parts of panel[place] and panel[place + 1] to a line of a tile of `parts`, both of which lie in one piece."""
+    """Parts of panel[place] and panel[place + SIDE] to a line of a tile of `parts`, both of which lie in one piece."""
     whole = types.int64
     return types.void(panel, whole, parts, whole, whole), _generate_split_pair
 
@@ -85,20 +85,21 @@ _split_line: Callable[[Floats, int, int, Halves, int, int, int], None] = cast(An
 _split_pair: Callable[[Numbers, int, Pairs, int, int], None] = cast(Any, intrinsic(_typed_split_pair))
 
 
+def pair_in_parts(builder: ir.IRBuilder, first: ir.Value, second: ir.Value, target: ir.Value) -> None:
+    """SIDE numbers at one address, and as many at another one, side by side to the same line of PARTS tiles."""
+    both = (_parted(builder, widened(builder, numbers, SIDE)) for numbers in (first, second))
+    for part, (lower, upper) in enumerate(zip(*both, strict=True)):
+        paired = builder.or_(builder.lshr(lower, _SIXTEEN), builder.and_(upper, _UPPER))
+        builder.store(paired, builder.gep(target, [INT64(part * SIDE)]), align=LINE)
+
+
 def _generate_split_line(
     context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]
 ) -> ir.Value:
     x, row, place, parts, tile, deep, line = opened(context, builder, signature, arguments)
+    first = builder.gep(row_of(builder, x, row), [place])
     number = builder.add(builder.mul(tile, builder.extract_value(parts.shape, 1)), deep)
-    at = builder.add(builder.mul(number, INT64(PARTS * SIDE * DEPTH)), builder.mul(line, INT64(DEPTH)))
-    source = builder.gep(row_of(builder, x, row), [place])
-    halves = ir.VectorType(INT16, SIDE)
-    for half in range(0, DEPTH, SIDE):
-        values = widened(builder, builder.gep(source, [INT64(half)]), SIDE)
-        for part, bits in enumerate(_parted(builder, values)):
-            target = builder.gep(parts.data, [builder.add(at, INT64(part * SIDE * DEPTH + half))])
-            upper = builder.trunc(builder.lshr(bits, _SIXTEEN), halves)
-            builder.store(upper, builder.bitcast(target, halves.as_pointer()), align=2)
+    pair_in_parts(builder, first, builder.gep(first, [INT64(SIDE)]), _line(builder, parts, number, line))
     return context.get_dummy_value()
 
 
@@ -106,16 +107,17 @@ def _generate_split_pair(
     context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]
 ) -> ir.Value:
     panel, place, parts, deep, pair = opened(context, builder, signature, arguments)
-    number = builder.mul(deep, INT64(PARTS * SIDE * SIDE))
-    at = builder.add(number, builder.mul(pair, INT64(SIDE)))
-    source = builder.gep(panel.data, [builder.mul(place, INT64(SIDE))])
-    even, odd = (widened(builder, builder.gep(source, [INT64(begin)]), SIDE) for begin in (0, SIDE))
-    both = zip(_parted(builder, even), _parted(builder, odd), strict=True)
-    for part, (first, second) in enumerate(both):
-        paired = builder.or_(builder.lshr(first, _SIXTEEN), builder.and_(second, _UPPER))
-        target = builder.gep(parts.data, [builder.add(at, INT64(part * SIDE * SIDE))])
-        builder.store(paired, builder.bitcast(target, _BITS.as_pointer()), align=4)
+    first, second = (
+        builder.gep(panel.data, [builder.mul(builder.add(place, INT64(apart)), INT64(SIDE))]) for apart in (0, SIDE)
+    )
+    pair_in_parts(builder, first, second, _line(builder, parts, deep, pair))
     return context.get_dummy_value()
+
+
+def _line(builder: ir.IRBuilder, parts: Any, number: ir.Value, line: ir.Value) -> ir.Value:
+    """Where a line of a tile in parts begins, by the number of that tile."""
+    tiles = builder.bitcast(parts.data, _BITS.as_pointer())
+    return builder.gep(tiles, [builder.add(builder.mul(number, INT64(PARTS * SIDE)), line)])
 
 
 def _parted(builder: ir.IRBuilder, values: ir.Value) -> list[ir.Value]:

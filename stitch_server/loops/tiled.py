@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stitch_server.loops.amx import SIDE, TILES
-from stitch_server.loops.amx_halves import multiply_tiles
+from stitch_server.loops.amx_halves import multiply_tiles, split_and_multiply_tiles
 from stitch_server.loops.compiling import compiled
 from stitch_server.loops.numbers import Floats, Numbers
 from stitch_server.loops.parts import DEPTH, PARTS, Halves, Pairs, split_rows, split_weights
@@ -22,6 +22,8 @@ WIDTH = TILES * SIDE
 # Tiles of inputs whose products are summed before their sum is added to others', which is more exact than one sum for
 # all of them; there is room for a strip of so many in the second cache, too.
 DEEP_AT_ONCE = 18
+# A power of two above that.
+ALL = 32
 # Numbers of rows that have room there beside it.
 ROOM_FOR_ROWS = 2**18
 
@@ -80,16 +82,39 @@ def sum_in_tiles(
     share = -(-DEPTH // (line_inputs * -(-tiles // TILES)))
     for step in range(steps):
         begin, after = step * deep // steps, (step + 1) * deep // steps
-        count = after - begin
+        count, whole = after - begin, min(after, weight.shape[1] // DEPTH) - begin
         for number in range(TILES):
-            split_weights(weight[min(panel + number, len(weight) - 1)], begin * DEPTH, room.weights[number, :count])
+            source = weight[min(panel + number, len(weight) - 1)]
+            split_weights(source, (begin + whole) * DEPTH, room.weights[number, whole:count])
         later, place = (panel, after * DEPTH) if step + 1 < steps else (ahead, 0)
-        fetched = share if later + TILES <= len(weight) else 0
+        # Few rows take less time than fetching a strip does: what they split they fetch themselves.
+        fetched = share if later + TILES <= len(weight) and tiles > TILES else 0
+        # Used once, parts of two tiles of inputs have room in the first cache.
+        kept = 2 if tiles <= TILES and whole == count else ALL
         for tile in range(0, tiles, TILES):
             here = min(TILES, tiles - tile)
             target = sums[tile * SIDE : (tile + here) * SIDE]
             fresh = target if step == 0 else room.sums
-            multiply_tiles(parts, first + tile, here, begin, room.weights, count, fresh, weight, later, place, fetched)
+            at = first + tile
+            if tile == 0 and whole > 0:
+                split_and_multiply_tiles(
+                    parts,
+                    at,
+                    here,
+                    begin,
+                    room.weights,
+                    count,
+                    fresh,
+                    weight,
+                    later,
+                    place,
+                    fetched,
+                    panel,
+                    whole,
+                    kept,
+                )
+            else:
+                multiply_tiles(parts, at, here, begin, room.weights, count, fresh, weight, later, place, fetched)
             place += fetched * count * line_inputs
             if step > 0:
                 _add(room.sums, target)

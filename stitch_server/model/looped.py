@@ -19,13 +19,13 @@ from stitch_server.loops.matrix import Matrix
 from stitch_server.loops.numbers import Numbers
 from stitch_server.loops.panels import LANES
 from stitch_server.loops.products import multiply_shared
-from stitch_server.model.pages import LargePages
 from stitch_server.model.product import Keeping, kept_rows
+from stitch_server.pages import LargePages
 
 # For bfloat16 processors have instructions, and for bytes those without tiles, which a library uses and loops don't.
 MOST_ROWS_OF_NARROW_WEIGHTS = 16
 # With fewer rows tiles take longer than vectors, since all weights have to be split.
-FEWEST_ROWS_IN_TILES = 40
+FEWEST_ROWS_IN_TILES = 24
 # Matrices, one behind the other.
 _PAGES = LargePages()
 

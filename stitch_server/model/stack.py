@@ -18,8 +18,8 @@ from stitch_server.loops.layers import Layers, Pass, Room, run
 from stitch_server.loops.matrix import Matrix
 from stitch_server.loops.numbers import Floats
 from stitch_server.model.looped import LoopProduct, instructions, panels_of, suits
-from stitch_server.model.pages import LargePages
 from stitch_server.model.product import Keeping, kept_rows
+from stitch_server.pages import LargePages
 
 if TYPE_CHECKING:
     from stitch_server.model.lean import LeanLayer

@@ -16,6 +16,7 @@ from stitch_server.engine.lanes import Lanes, Turns, depend, divided
 from stitch_server.engine.runner import Runner
 from stitch_server.engine.sequence import Sequence
 from stitch_server.engine.threads import Spread, Work
+from stitch_server.model.product import Keeping
 from tests.support.runner_chain import Chain, Halves, load, prompt
 from tests.support.tiny_model import write_tiny_pair
 
@@ -111,11 +112,26 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return load(write_tiny_pair(folder, request.param), folder)
 
 
+@pytest.fixture(scope="module")
+def in_loops(tmp_path_factory: pytest.TempPathFactory) -> Halves:
+    folder = tmp_path_factory.mktemp("loops")
+    return load(write_tiny_pair(folder, "qwen2"), folder, keeping=Keeping(loops=True))
+
+
 @pytest.fixture
 def chain(loaded: Halves, monkeypatch: pytest.MonkeyPatch) -> Chain:
-    for runner in (loaded.bottom, loaded.top):
+    return _in_lanes(loaded, monkeypatch)
+
+
+@pytest.fixture
+def looped(in_loops: Halves, monkeypatch: pytest.MonkeyPatch) -> Chain:
+    return _in_lanes(in_loops, monkeypatch)
+
+
+def _in_lanes(halves: Halves, monkeypatch: pytest.MonkeyPatch) -> Chain:
+    for runner in (halves.bottom, halves.top):
         monkeypatch.setattr(runner, "threads", TwoLanes())
-    return Chain(loaded)
+    return Chain(halves)
 
 
 @pytest.fixture
@@ -166,6 +182,22 @@ class TestRunner:
         first, between, last = chain.segment(kept, 16), chain.segment(other), chain.segment(kept)
         assert chain.run(first, between, last)[kept.number] == chain.expected(kept)
         assert lanes == [[21, 21]] * 2
+
+    @pytest.mark.parametrize(
+        ("lengths", "rows"), [((100, 100), [100, 100]), ((70, 58), [64, 64]), ((120, 30, 21), [86, 85]), ((127,), [])]
+    )
+    def test_loops_have_lanes_where_rows_are_many(
+        self, looped: Chain, lanes: list[list[int]], lengths: tuple[int, ...], rows: list[int]
+    ) -> None:
+        for turn in range(3):
+            lanes.clear()
+            routes = ["weak", "strong", "weak"]
+            kept = [looped.sequence(*one) for one in zip(routes, [prompt(n, turn + n) for n in lengths], strict=False)]
+            answers = looped.run(*(looped.segment(one) for one in kept))
+            assert answers == {one.number: looped.expected(one) for one in kept}
+            assert lanes == [rows] * 2 * bool(rows)
+            for one in kept:
+                looped.free.extend(looped.blocks[one.number])
 
     def test_single_tokens_alone_have_one_lane(self, chain: Chain, lanes: list[list[int]]) -> None:
         kept = [chain.sequence("weak", prompt(1, seed)) for seed in range(7)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stitch_server.model.pages import ALIGNMENT_BYTES, BLOCK_BYTES, PAGE_BYTES, LargePages
+from stitch_server.pages import ALIGNMENT_BYTES, BLOCK_BYTES, PAGE_BYTES, LargePages
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
