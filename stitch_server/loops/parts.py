@@ -20,7 +20,8 @@ from stitch_server.loops.compiling import compiled
 from stitch_server.loops.numbers import Floats, Numbers
 from stitch_server.loops.vectors import INT32, INT64, Generated, floats, opened, row_of, widened
 
-# Bits of bfloat16, and pairs of them for neighbouring inputs, the first one's in the lower half.
+# Bits of bfloat16, and pairs of them, for inputs n and n + SIDE of a tile, the first one's in the lower half. Lines of
+# rows have their inputs in the same order.
 Halves = NDArray[np.uint16]
 Pairs = NDArray[np.uint32]
 
