@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from threading import Condition
 from typing import TypeVar
 
@@ -21,6 +21,8 @@ LANE_ROWS = 4
 # Threads share a loop without lanes; with so many rows each they do better apart, since what one of them writes the
 # other one needn't wait for, or fetch from its cache.
 LOOP_LANE_ROWS = 64
+# How many times its share a lane of whole sequences may have.
+UNEVEN = 1.125
 
 
 class Turns:
@@ -68,10 +70,49 @@ class Lanes:
         return [first, *(other.result() for other in others)]
 
 
-def divided(segments: Sequence[Segment], lanes: int) -> list[list[Segment]]:
-    """The same tokens in the same order in as many parts of about as many rows; a prompt may go on in the next one."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a lane has of a pass."""
+
+    segments: list[Segment]
+    # Which rows of the pass these are.
+    rows: list[int]
+
+
+def divided(segments: Sequence[Segment], lanes: int) -> list[Part]:
+    """All tokens in so many parts of about as many rows: whole sequences, or else a prompt may go on in the next one.
+
+    Within a part they are in the same order.
+    """
+    return apart(segments, lanes) or _cut(segments, lanes)
+
+
+def apart(segments: Sequence[Segment], lanes: int) -> list[Part] | None:
+    """Whole sequences in so many parts, none of which depends on another; None where one would be much larger."""
+    lengths: dict[int, int] = {}
+    for segment in segments:
+        lengths[segment.sequence.number] = lengths.get(segment.sequence.number, 0) + segment.length
+    sizes, places = [0] * lanes, dict[int, int]()
+    # Large ones first, so that small ones even them out.
+    for sequence in sorted(lengths, key=lambda number: -lengths[number]):
+        places[sequence] = lane = sizes.index(min(sizes))
+        sizes[lane] += lengths[sequence]
+    if max(sizes) * lanes > UNEVEN * sum(sizes):
+        return None
+    parts = [Part([], []) for _ in range(lanes)]
+    row = 0
+    for segment in segments:
+        part = parts[places[segment.sequence.number]]
+        part.segments.append(segment)
+        part.rows.extend(range(row, row + segment.length))
+        row += segment.length
+    return parts
+
+
+def _cut(segments: Sequence[Segment], lanes: int) -> list[Part]:
+    """The same tokens in the same order in parts of as many rows."""
     whole = sum(segment.length for segment in segments)
-    parts: list[list[Segment]] = [[] for _ in range(lanes)]
+    parts = [Part([], []) for _ in range(lanes)]
     row = 0
     for segment in segments:
         done = 0
@@ -79,12 +120,13 @@ def divided(segments: Sequence[Segment], lanes: int) -> list[list[Segment]]:
             lane = row * lanes // whole
             # Where the next lane begins.
             length = min(segment.length - done, -(-(lane + 1) * whole // lanes) - row)
-            parts[lane].append(replace(segment, position=segment.position + done, length=length))
+            parts[lane].segments.append(replace(segment, position=segment.position + done, length=length))
+            parts[lane].rows.extend(range(row, row + length))
             done, row = done + length, row + length
     return parts
 
 
-def depend(parts: Sequence[Sequence[Segment]]) -> bool:
+def depend(parts: Sequence[Part]) -> bool:
     """Whether a part holds later tokens of a sequence of which another one holds earlier ones."""
-    sequences = [{segment.sequence.number for segment in part} for part in parts]
+    sequences = [{segment.sequence.number for segment in part.segments} for part in parts]
     return sum(map(len, sequences)) > len(set().union(*sequences))

@@ -23,7 +23,7 @@ from stitch_server.devices import sent
 from stitch_server.engine.batch import Batch, Cut, Segment, StepOutput, Token, TokenLogprobs, Verdict
 from stitch_server.engine.graphs import DecodeGraphs
 from stitch_server.engine.judge import Judge
-from stitch_server.engine.lanes import LANE_ROWS, LOOP_LANE_ROWS, Lanes, Turns, depend, divided
+from stitch_server.engine.lanes import LANE_ROWS, LOOP_LANE_ROWS, Lanes, Turns, apart, depend, divided
 from stitch_server.engine.threads import Spread, Threads, Work
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
@@ -94,9 +94,13 @@ class Runner:
     def _work(self, batch: Batch) -> Work:
         seen = sum(one.length * (one.position + one.length) for one in batch.segments)
         attended = seen / self.decoder.past_worth_a_token
+        looped = self.decoder.is_looped(batch.tokens)
         # Lanes read all weights each, and single tokens are bound by just that.
-        least = max(LOOP_LANE_ROWS if self.decoder.is_looped(batch.tokens) else LANE_ROWS, len(batch.segments))
+        least = max(LOOP_LANE_ROWS if looped else LANE_ROWS, len(batch.segments))
         divisible = self.device.type == "cpu" and batch.tokens >= 2 * least
+        if divisible and looped:
+            # Lanes that wait for each other would call the loop for each layer.
+            divisible = apart(batch.segments, 2) is not None
         return Work(batch.tokens, attended, batch.pipelined, divisible)
 
     def _entering(self, segments: Sequenced[Segment]) -> tuple[Tensor, frozenset[int]]:
@@ -123,14 +127,16 @@ class Runner:
         if spread.lanes == 1 or len(hidden) < spread.lanes:
             return self._lane(segments, hidden)
         parts = divided(segments, spread.lanes)
-        rows = torch.split(hidden, [sum(one.length for one in part) for part in parts])
         # The batch is ordered, so a lane passes every layer that those behind it pass.
         turns = [Turns() if depend(parts) else None for _ in parts[1:]]
         lanes = [
-            partial(self._beside, spread.threads, part, states, follows, leads)
-            for part, states, follows, leads in zip(parts, rows, [None, *turns], [*turns, None], strict=True)
+            partial(self._beside, spread.threads, part.segments, hidden[part.rows], follows, leads)
+            for part, follows, leads in zip(parts, [None, *turns], [*turns, None], strict=True)
         ]
-        return torch.cat(self.lanes.run(lanes))
+        moved = torch.empty_like(hidden)
+        for part, rows in zip(parts, self.lanes.run(lanes), strict=True):
+            moved[part.rows] = rows
+        return moved
 
     def _beside(
         self, threads: int, segments: Sequenced[Segment], hidden: Tensor, follows: Turns | None, leads: Turns | None

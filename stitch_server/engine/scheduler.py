@@ -14,8 +14,10 @@ from stitch_server.engine.session import Session
 
 # How long a session stays away after a shard behind had no room for it.
 BACKOFF_SECONDS = 0.05
-# So many that decode lengthen a step by about as much as a prompt's share beside one.
-DECODING_WORTH_A_SHARE = 4
+# So many that decode lengthen a step by about half as much as a prompt's share beside one.
+DECODING_WORTH_A_SHARE = 2
+# Products take rows in tiles: one beyond so many takes about as long as all of a further tile.
+WHOLE_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +147,13 @@ class Scheduler:
     def _prompt_tokens(self, decoding: int) -> int:
         """How many of a pass beside so many decoding sessions.
 
-        Every prompt that waits brings its share. So do some that decode: their step takes longer than that of one, so
-        that more tokens beside them delay it by as much of it.
+        Every prompt that waits brings its share. So do each few that decode: their step takes longer than that of one,
+        so that more tokens beside them delay it by as much of it.
         """
         limits, prompts = self._limits, len(self.waiting) + len(self.running) - decoding
         most, share = limits.prefill_tokens * limits.prompts_together, limits.prefill_tokens_beside_decode
-        shares = max(prompts, -(-decoding // DECODING_WORTH_A_SHARE))
-        return most if not decoding else max(share, min(most, share * shares))
+        shares = prompts + decoding // DECODING_WORTH_A_SHARE
+        return max(share, min(most - decoding % WHOLE_ROWS, share * shares)) if decoding else most
 
     def _decodes(self) -> list[Segment]:
         decoding = [session for session in self.running.values() if session.decoding]

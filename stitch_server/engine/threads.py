@@ -13,7 +13,8 @@ from statistics import median
 from typing import NamedTuple
 
 # Passes of one kind before each candidate is tried once more; then twice as many, and so on up to the most, which is
-# seldom enough that nobody's p95 shows it. First trials may all have met with a neighbour's beginning.
+# seldom enough that nobody's p95 shows it. First trials may all have met with a neighbour's beginning. What was much
+# slower at the first of these times waits for the most.
 FIRST_PASSES = 16
 TRIAL_PASSES = 256
 # How many times each candidate is tried at first; two are enough where the better one took so many times as long as
@@ -67,8 +68,8 @@ class _Trials:
         again = self._passes - self._trial - 1
         if again >= len(self._costs):
             self._trial += min(self._trial, TRIAL_PASSES)
-        elif again >= 0:
-            return list(self._costs)[again]
+        elif again >= 0 and self._is_worth_it(candidate := list(self._costs)[again]):
+            return candidate
         # The least tried one first, so that all are tried under the same conditions.
         untried = [one for one in self._costs if len(self._costs[one]) < FIRST_TRIALS and not self._is_hopeless(one)]
         if untried:
@@ -78,6 +79,10 @@ class _Trials:
 
     def took(self, spread: Spread, cost: float) -> None:
         self._costs[spread].append(cost)
+
+    def _is_worth_it(self, spread: Spread) -> bool:
+        """Whether to try it once more: what seems hopeless once soon, and then as seldom as can be."""
+        return not FIRST_PASSES < self._trial < TRIAL_PASSES or not self._is_hopeless(spread)
 
     def _is_hopeless(self, spread: Spread) -> bool:
         tried = [min(costs) for costs in self._costs.values() if costs]

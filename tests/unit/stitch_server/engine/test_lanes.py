@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stitch.sampling import Sampling
 from stitch_server.engine.batch import Cut, Segment
-from stitch_server.engine.lanes import Lanes, Turns, depend, divided
+from stitch_server.engine.lanes import UNEVEN, Lanes, Turns, apart, depend, divided
 from stitch_server.engine.runner import Runner
 from stitch_server.engine.sequence import Sequence
 from stitch_server.engine.threads import Spread, Work
@@ -28,21 +28,40 @@ def segment(length: int, position: int = 0, sequence: Sequence | None = None) ->
 
 class TestDivided:
     @pytest.mark.parametrize("lanes", [1, 2, 3, 5])
-    def test_all_tokens_stay_in_their_order_in_parts_of_one_size(self, lanes: int) -> None:
+    def test_every_row_is_in_one_part_of_about_one_size(self, lanes: int) -> None:
         draw = Random(lanes)
         for _ in range(50):
             segments = [segment(draw.choice([1, 1, 7, 60]), draw.randrange(9)) for _ in range(draw.randrange(5, 20))]
             parts = divided(segments, lanes)
-            sizes = [sum(one.length for one in part) for part in parts]
-            assert max(sizes) - min(sizes) <= 1
-            assert _tokens(segments) == [token for part in parts for token in _tokens(part)]
+            tokens = _tokens(segments)
+            assert sorted(row for part in parts for row in part.rows) == list(range(len(tokens)))
+            for part in parts:
+                assert _tokens(part.segments) == [tokens[row] for row in part.rows]
+                assert len(part.rows) < 1 + UNEVEN * len(tokens) / lanes
 
-    def test_whole_segments_are_kept_where_they_fit(self) -> None:
-        segments = [segment(3), segment(1), segment(4, 2)]
-        assert [[one.sequence for one in part] for part in divided(segments, 2)] == [
-            [segments[0].sequence, segments[1].sequence],
-            [segments[2].sequence],
+    def test_whole_sequences_stay_together_where_parts_are_even(self) -> None:
+        segments = [segment(1), segment(60), segment(1), segment(40), segment(20)]
+        assert [part.segments for part in divided(segments, 2)] == [
+            [segments[0], segments[1]],
+            [segments[2], segments[3], segments[4]],
         ]
+        assert [part.rows for part in divided(segments, 2)] == [list(range(61)), list(range(61, 122))]
+
+    def test_rows_of_a_part_may_lie_apart(self) -> None:
+        segments = [segment(2), segment(4), segment(2)]
+        assert [part.rows for part in divided(segments, 2)] == [[2, 3, 4, 5], [0, 1, 6, 7]]
+
+    def test_a_prompt_is_cut_where_parts_would_be_uneven(self) -> None:
+        segments = [segment(3), segment(1), segment(8, 2)]
+        assert apart(segments, 2) is None
+        first, second = divided(segments, 2)
+        assert _tokens(first.segments) + _tokens(second.segments) == _tokens(segments)
+        assert (first.rows, second.rows) == (list(range(6)), list(range(6, 12)))
+
+    def test_chunks_of_one_sequence_are_not_parted(self) -> None:
+        first, other = segment(4), segment(8)
+        later = segment(4, position=4, sequence=first.sequence)
+        assert [part.segments for part in divided([first, other, later], 2)] == [[first, later], [other]]
 
     def test_parts_depend_on_each_other_by_their_sequences_alone(self) -> None:
         twice, other = segment(4), segment(4)
@@ -184,7 +203,14 @@ class TestRunner:
         assert lanes == [[21, 21]] * 2
 
     @pytest.mark.parametrize(
-        ("lengths", "rows"), [((100, 100), [100, 100]), ((70, 58), [64, 64]), ((120, 30, 21), [86, 85]), ((127,), [])]
+        ("lengths", "rows"),
+        [
+            ((100, 100), [100, 100]),
+            ((70, 58), [70, 58]),
+            ((90, 48, 41), [90, 89]),
+            ((120, 30, 21), []),
+            ((64, 63), []),
+        ],
     )
     def test_loops_have_lanes_where_rows_are_many(
         self, looped: Chain, lanes: list[list[int]], lengths: tuple[int, ...], rows: list[int]

@@ -78,8 +78,8 @@ class TestPrompts:
         assert bench.take() == [(decoding, 4, 1), (first, 0, 10)]
         bench.add(third)
         bench.answer(decoding)
-        # As much as if nobody decoded, and no more.
-        assert bench.take() == [(decoding, 5, 1), (first, 10, 12)]
+        # With the one that decodes as much as if nobody did, and no more.
+        assert bench.take() == [(decoding, 5, 1), (first, 10, 11)]
 
     def test_beside_decode_prompts_get_less(self) -> None:
         bench = SchedulerBench(prefill_tokens=50, prefill_tokens_beside_decode=5)
@@ -88,12 +88,19 @@ class TestPrompts:
         bench.add(prompt)
         assert bench.take() == [(decoding, 4, 1), (prompt, 0, 5)]
 
-    @pytest.mark.parametrize(("decoding", "tokens"), [(1, 5), (4, 5), (5, 10), (12, 15), (13, 20), (16, 20)])
+    @pytest.mark.parametrize(("decoding", "tokens"), [(1, 5), (2, 10), (5, 15), (12, 35), (16, 45)])
     def test_a_crowd_that_decodes_brings_shares_too(self, decoding: int, tokens: int) -> None:
-        bench = SchedulerBench(prefill_tokens=20, prefill_tokens_beside_decode=5, groups=1)
+        bench = SchedulerBench(prefill_tokens=100, prefill_tokens_beside_decode=5, groups=1)
         bench.decoding(*[1] * decoding)
         bench.add(new_session(90, first_token=5000))
         assert bench.take()[-1][1:] == (0, tokens)
+
+    @pytest.mark.parametrize(("decoding", "tokens"), [(3, 125), (31, 97), (32, 128), (40, 120)])
+    def test_with_those_that_decode_a_full_pass_has_whole_tiles_of_rows(self, decoding: int, tokens: int) -> None:
+        bench = SchedulerBench(blocks=400, prefill_tokens=128, prefill_tokens_beside_decode=90, groups=1)
+        bench.decoding(*[1] * decoding)
+        bench.add(*(new_session(100, first_token=5000 * index) for index in range(1, 4)))
+        assert sum(length for _, _, length in bench.take()) == decoding + tokens
 
     def test_beside_decode_tokens_behind_many_count_more(self) -> None:
         bench = SchedulerBench(prefill_tokens=50, prefill_tokens_beside_decode=12, past_worth_a_token=24)

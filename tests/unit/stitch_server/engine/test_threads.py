@@ -52,6 +52,14 @@ def test_what_is_much_slower_is_tried_less_often(share: float, trials: int) -> N
     assert choices[Spread(1, 4)] == trials
 
 
+@pytest.mark.parametrize(("share", "trials"), [(1.2, 3), (1.4, 0)])
+def test_what_stays_much_slower_waits_for_a_seldom_trial(share: float, trials: int) -> None:
+    threads, cost = Threads(2, 2), lambda spread: share if spread.threads == 1 else 1.0
+    chosen(threads, FIRST_PASSES + 2, cost)
+    assert Counter(chosen(threads, TRIAL_PASSES - FIRST_PASSES - 2, cost))[Spread(1, 1)] == trials
+    assert Counter(chosen(threads, 2, cost))[Spread(1, 1)] == 1
+
+
 @pytest.mark.parametrize("disturbed", [0, 1, 2, 9])
 def test_one_pass_that_was_disturbed_decides_nothing(disturbed: int) -> None:
     threads, taken = Threads(2, 2), Counter[Spread]()
