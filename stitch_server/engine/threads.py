@@ -8,7 +8,7 @@ may be cut into lanes, which meet only at its end, but each lane reads all weigh
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -63,7 +63,8 @@ class _Trials:
         # Seconds by amount, of the newest passes.
         self._costs = {one: deque[float](maxlen=NEWEST) for one in candidates}
 
-    def choose(self) -> Spread:
+    def choose(self, doubtful: Collection[Spread]) -> Spread:
+        """For the next pass; what is `doubtful` is not among the first that are tried."""
         self._passes += 1
         again = self._passes - self._trial - 1
         if again >= len(self._costs):
@@ -71,14 +72,20 @@ class _Trials:
         elif again >= 0 and self._is_worth_it(candidate := list(self._costs)[again]):
             return candidate
         # The least tried one first, so that all are tried under the same conditions.
-        untried = [one for one in self._costs if len(self._costs[one]) < FIRST_TRIALS and not self._is_hopeless(one)]
+        first = [one for one in self._costs if one not in doubtful] or list(self._costs)
+        untried = [one for one in first if len(self._costs[one]) < FIRST_TRIALS and not self._is_hopeless(one)]
         if untried:
             return min(untried, key=lambda one: len(self._costs[one]))
         # Medians, since a pass may be disturbed by anything.
-        return min(self._costs, key=lambda one: median(self._costs[one]))
+        return min((one for one in self._costs if self._costs[one]), key=lambda one: median(self._costs[one]))
 
     def took(self, spread: Spread, cost: float) -> None:
         self._costs[spread].append(cost)
+
+    @property
+    def hopeless(self) -> list[Spread]:
+        """What took much longer than others each time."""
+        return [one for one in self._costs if self._is_hopeless(one)]
 
     def _is_worth_it(self, spread: Spread) -> bool:
         """Whether to try it once more: what seems hopeless once soon, and then as seldom as can be."""
@@ -99,7 +106,11 @@ class Threads:
 
     def choose(self, work: Work) -> Spread:
         """For a pass that is about to begin."""
-        return self._trials(work).choose()
+        pipelined, divisible, size = work.kind
+        # Of about half and of about twice as many rows.
+        neighbours = [self._kinds.get((pipelined, divisible, one)) for one in (size - 1, size + 1)]
+        doubtful = {spread for trials in neighbours if trials is not None for spread in trials.hopeless}
+        return self._trials(work).choose(doubtful)
 
     def took(self, work: Work, spread: Spread, seconds: float) -> None:
         """What a pass has taken."""

@@ -60,6 +60,14 @@ def test_what_stays_much_slower_waits_for_a_seldom_trial(share: float, trials: i
     assert Counter(chosen(threads, 2, cost))[Spread(1, 1)] == 1
 
 
+@pytest.mark.parametrize(("rows", "trials"), [(20, 0), (100, 0), (200, 2)])
+def test_what_is_hopeless_for_about_as_many_rows_is_not_tried_first(rows: int, trials: int) -> None:
+    threads = Threads(2, 2)
+    chosen(threads, FIRST_PASSES, faster, Work(50))
+    assert Counter(chosen(threads, FIRST_PASSES, faster, Work(rows)))[Spread(1, 1)] == trials
+    assert chosen(threads, 100, slower, Work(rows))[-1] == Spread(1, 1)
+
+
 @pytest.mark.parametrize("disturbed", [0, 1, 2, 9])
 def test_one_pass_that_was_disturbed_decides_nothing(disturbed: int) -> None:
     threads, taken = Threads(2, 2), Counter[Spread]()
