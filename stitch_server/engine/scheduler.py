@@ -14,7 +14,7 @@ from stitch_server.engine.session import Session
 
 # How long a session stays away after a shard behind had no room for it.
 BACKOFF_SECONDS = 0.05
-# So many that decode lengthen a step by about half as much as a prompt's share beside one.
+# Each so many that decode bring a prompt's share, too: their step takes longer, so that it delays them by less of it.
 DECODING_WORTH_A_SHARE = 2
 # Products take rows in tiles: one beyond so many takes about as long as all of a further tile.
 WHOLE_ROWS = 32
@@ -28,7 +28,8 @@ class Limits:
     prefill_tokens: int = 128
     # A pass holds at most as many prompt tokens as so many prompts bring.
     prompts_together: int = 2
-    # Beside decoding sessions, whose next token they delay, each prompt that waits brings so many, or each few of them.
+    # Beside decoding sessions, whose next token they delay, each prompt that waits brings so many, and so do each few
+    # of them.
     prefill_tokens_beside_decode: int = 28
     # There a token counts as one more for each so many tokens before it, which it takes as long to attend to as all
     # else of it does; 0: those count nothing.
