@@ -18,6 +18,7 @@ from stitch_server.cache.span import Span
 from stitch_server.crew import together
 from stitch_server.loops.attention import Past, attend_shared, keep_all
 from stitch_server.loops.numbers import Places
+from stitch_server.processor import has_tiles
 
 
 class LoopAttention:
@@ -39,7 +40,7 @@ class LoopAttention:
         pairs = self.past.pairs[layer - self._first]
         keep_all(floats(torch.cat([key, value], dim=1)), pairs, self.past)
         asked, mixed = floats(query), np.empty(query.shape, np.float32)
-        together(partial(attend_shared, asked, self.past, pairs, window or 0, scale, mixed))
+        together(partial(attend_shared, asked, self.past, pairs, window or 0, scale, mixed, has_tiles()))
         return torch.from_numpy(mixed).flatten(1).to(query.dtype)
 
     def _past(self) -> Past:

@@ -81,7 +81,7 @@ def _typed_split_and_multiply_tiles(
     return types.void(*kind.args, whole, whole, whole), _multiply_tiles
 
 
-_Multiply = Callable[[Halves, int, int, int, Pairs, int, Floats, Numbers, int, int, int], None]
+_Multiply = Callable[[Halves | Pairs, int, int, int, Pairs, int, Floats, Numbers, int, int, int], None]
 _SplitAndMultiply = Callable[[Halves, int, int, int, Pairs, int, Floats, Numbers, int, int, int, int, int, int], None]
 multiply_tiles: _Multiply = cast(Any, intrinsic(_typed_multiply_tiles))
 split_and_multiply_tiles: _SplitAndMultiply = cast(Any, intrinsic(_typed_split_and_multiply_tiles))

@@ -6,11 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from stitch_server.loops.amx import close_tiles, open_tiles
 from stitch_server.loops.compiling import compiled
 from stitch_server.loops.dots import LANES, SIDE, STRIP, blend, dots
 from stitch_server.loops.numbers import Floats, Numbers, Places, like, widened
+from stitch_server.loops.parts import DEPTH
 from stitch_server.loops.softmax import largest, shares
 from stitch_server.loops.tasks import first_task, next_task, wait_for
+from stitch_server.loops.tiled_attention import FEWEST_QUERIES, MOST_QUERIES_IN_TILES, attend_in_tiles
 from stitch_server.loops.together import MOST_QUERIES, attend_together
 
 
@@ -36,6 +39,8 @@ class Division(NamedTuple):
     starts: Places
     # Of how many parts of its heads each of these has a task.
     parts: int
+    # Whether many queries for the same keys are multiplied in tiles.
+    in_tiles: bool
 
 
 class Scratch(NamedTuple):
@@ -62,10 +67,14 @@ def keep_all(new: Floats, pairs: Numbers, past: Past) -> None:
 
 
 @compiled()
-def divided(past: Past, heads: int, threads: int) -> Division:
-    """For so many query heads and threads: of several tokens together as few passes over their past as can be."""
+def divided(past: Past, heads: int, threads: int, in_tiles: bool) -> Division:
+    """For so many query heads and threads: of several tokens together as few passes over their past as can be.
+
+    In tiles where heads are whole ones.
+    """
     kv_heads = past.pairs.shape[2] // 2
-    most = max(1, MOST_QUERIES * kv_heads // heads)
+    in_tiles = in_tiles and past.pairs.shape[3] % DEPTH == 0
+    most = max(1, (MOST_QUERIES_IN_TILES // threads if in_tiles else MOST_QUERIES) * kv_heads // heads)
     starts = np.empty(len(past.begins) + 1, np.int64)
     groups = 0
     for token in range(len(past.begins)):
@@ -74,7 +83,7 @@ def divided(past: Past, heads: int, threads: int) -> Division:
             starts[groups] = token
             groups += 1
     starts[groups] = len(past.begins)
-    return Division(starts[: groups + 1], 1 if groups >= 2 * threads or threads == 1 else kv_heads)
+    return Division(starts[: groups + 1], 1 if groups >= 2 * threads or threads == 1 else kv_heads, in_tiles)
 
 
 @compiled()
@@ -116,8 +125,11 @@ def attend(
     seen = past.slots[begin : past.ends[after - 1]]
     if after == first + 1:
         _attend_alone(query[first], pairs, seen, low, high, scale, scratch, mixed[first])
+        return
+    lengths = past.ends[first:after] - begin
+    if division.in_tiles and (after - first) * mixed.shape[1] >= FEWEST_QUERIES * kv_heads:
+        attend_in_tiles(query[first:after], pairs, seen, lengths, low, high, window, scale, mixed[first:after])
     else:
-        lengths = past.ends[first:after] - begin
         attend_together(query[first:after], pairs, seen, lengths, low, high, window, scale, mixed[first:after])
 
 
@@ -129,15 +141,21 @@ def attend_shared(
     window: int,
     scale: float,
     mixed: Floats,
+    in_tiles: bool,
     threads: int,
     counts: Places,
 ) -> None:
-    """What all rows see, by all threads that call it with the same `counts`."""
-    division, scratch = divided(past, mixed.shape[1], threads), scratch_for(past, mixed.shape[1], mixed.shape[2])
+    """What all rows see, by all threads that call it with the same `counts`; in tiles what gains by it."""
+    division = divided(past, mixed.shape[1], threads, in_tiles)
+    scratch = scratch_for(past, mixed.shape[1], mixed.shape[2])
     task = first_task(counts)
+    if in_tiles and task < tasks_of(division):
+        open_tiles()
     while task < tasks_of(division):
         attend(task, division, query, pairs, past, window, scale, scratch, mixed)
         task = next_task(counts)
+    if in_tiles:
+        close_tiles()
     wait_for(counts, tasks_of(division))
 
 

@@ -70,7 +70,7 @@ def run(
     asked = room.asked.reshape(tokens, all_heads, head_dim)
     mixed = room.mixed.reshape(tokens, heads, head_dim)
     scale = np.float32(1) / np.sqrt(np.float32(head_dim))
-    division, scratch = divided(past, heads, threads), scratch_for(past, heads, head_dim)
+    division, scratch = divided(past, heads, threads, by.tiles), scratch_for(past, heads, head_dim)
     heads_at_once = _heads_at_once(head_dim)
     gates = outputs_at_once(hidden.shape[1])
     normed = np.empty_like(hidden)

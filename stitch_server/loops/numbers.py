@@ -17,6 +17,12 @@ Floats = NDArray[np.float32]
 Numbers = NDArray[Any]
 Places = NDArray[np.int64]
 
+LOG_2_E = 1.44269504
+# In two parts, of which the first has few digits.
+LN_2 = (0.693359375, -2.12194440e-4)
+# The polynomial of Cephes' expf, but for its last two terms, 1 + x.
+SERIES = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+
 
 def widened(number: Any) -> Any:
     """A number as float32; only compiled."""
@@ -56,15 +62,13 @@ def _like_by_kind(number: Any, value: Any) -> Callable[[Any, Any], Any]:
 def exponential(value: Any) -> Any:
     """e to the power of a float32, to its last digit or two; unlike a library's, many at once."""
     bounded: Any = min(max(value, np.float32(-87)), np.float32(88))
-    power = np.floor(bounded * np.float32(1.44269504) + np.float32(0.5))
-    # ln 2 in two parts, of which the first has few digits.
-    rest = (bounded - power * np.float32(0.693359375)) + power * np.float32(2.12194440e-4)
-    # The polynomial of Cephes' expf.
-    series = np.float32(1.9875691500e-4)
-    series = series * rest + np.float32(1.3981999507e-3)
-    series = series * rest + np.float32(8.3334519073e-3)
-    series = series * rest + np.float32(4.1665795894e-2)
-    series = series * rest + np.float32(1.6666665459e-1)
-    series = series * rest + np.float32(5.0000001201e-1)
+    power = np.floor(bounded * np.float32(LOG_2_E) + np.float32(0.5))
+    rest = (bounded - power * np.float32(LN_2[0])) - power * np.float32(LN_2[1])
+    series = np.float32(SERIES[0])
+    series = series * rest + np.float32(SERIES[1])
+    series = series * rest + np.float32(SERIES[2])
+    series = series * rest + np.float32(SERIES[3])
+    series = series * rest + np.float32(SERIES[4])
+    series = series * rest + np.float32(SERIES[5])
     series = series * rest * rest + rest + np.float32(1)
     return series * np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(np.float32)

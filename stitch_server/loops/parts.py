@@ -46,11 +46,11 @@ def split_rows(x: Floats, parts: Halves) -> None:
             parts[tile] = 0
         for deep in range(whole):
             for line in range(lines):
-                _split_line(x, tile * SIDE + line, deep * DEPTH, parts, tile, deep, line)
+                split_line(x, tile * SIDE + line, deep * DEPTH, parts, tile, deep, line)
         if whole < parts.shape[1]:
             padded[:lines, : inputs - whole * DEPTH] = x[tile * SIDE : tile * SIDE + lines, whole * DEPTH :]
             for line in range(lines):
-                _split_line(padded, line, 0, parts, tile, whole, line)
+                split_line(padded, line, 0, parts, tile, whole, line)
 
 
 @compiled()
@@ -82,13 +82,18 @@ def _typed_split_pair(typing: Any, panel: Any, place: Any, parts: Any, deep: Any
     return types.void(panel, whole, parts, whole, whole), _generate_split_pair
 
 
-_split_line: Callable[[Floats, int, int, Halves, int, int, int], None] = cast(Any, intrinsic(_typed_split_line))
+split_line: Callable[[Floats, int, int, Halves, int, int, int], None] = cast(Any, intrinsic(_typed_split_line))
 _split_pair: Callable[[Numbers, int, Pairs, int, int], None] = cast(Any, intrinsic(_typed_split_pair))
 
 
 def pair_in_parts(builder: ir.IRBuilder, first: ir.Value, second: ir.Value, target: ir.Value) -> None:
     """SIDE numbers at one address, and as many at another one, side by side to the same line of PARTS tiles."""
-    both = (_parted(builder, widened(builder, numbers, SIDE)) for numbers in (first, second))
+    put_pair(builder, widened(builder, first, SIDE), widened(builder, second, SIDE), target)
+
+
+def put_pair(builder: ir.IRBuilder, first: ir.Value, second: ir.Value, target: ir.Value) -> None:
+    """The same, of two vectors."""
+    both = (_parted(builder, numbers) for numbers in (first, second))
     for part, (lower, upper) in enumerate(zip(*both, strict=True)):
         paired = builder.or_(builder.lshr(lower, _SIXTEEN), builder.and_(upper, _UPPER))
         builder.store(paired, builder.gep(target, [INT64(part * SIDE)]), align=LINE)
@@ -100,7 +105,7 @@ def _generate_split_line(
     x, row, place, parts, tile, deep, line = opened(context, builder, signature, arguments)
     first = builder.gep(row_of(builder, x, row), [place])
     number = builder.add(builder.mul(tile, builder.extract_value(parts.shape, 1)), deep)
-    pair_in_parts(builder, first, builder.gep(first, [INT64(SIDE)]), _line(builder, parts, number, line))
+    pair_in_parts(builder, first, builder.gep(first, [INT64(SIDE)]), line_of(builder, parts, number, line))
     return context.get_dummy_value()
 
 
@@ -111,11 +116,11 @@ def _generate_split_pair(
     first, second = (
         builder.gep(panel.data, [builder.mul(builder.add(place, INT64(apart)), INT64(SIDE))]) for apart in (0, SIDE)
     )
-    pair_in_parts(builder, first, second, _line(builder, parts, deep, pair))
+    pair_in_parts(builder, first, second, line_of(builder, parts, deep, pair))
     return context.get_dummy_value()
 
 
-def _line(builder: ir.IRBuilder, parts: Any, number: ir.Value, line: ir.Value) -> ir.Value:
+def line_of(builder: ir.IRBuilder, parts: Any, number: ir.Value, line: ir.Value) -> ir.Value:
     """Where a line of a tile in parts begins, by the number of that tile."""
     tiles = builder.bitcast(parts.data, _BITS.as_pointer())
     return builder.gep(tiles, [builder.add(builder.mul(number, INT64(PARTS * SIDE)), line)])

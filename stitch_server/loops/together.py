@@ -58,8 +58,8 @@ def attend_together(
         part, later = seen[begin : begin + PART], seen[begin + PART : begin + 2 * PART]
         for kv_head in range(first, end):
             keys, values = pairs[:, kv_head], pairs[:, kv_heads + kv_head]
-            _fetch(keys, later)
-            _fetch(values, later)
+            fetch(keys, later)
+            fetch(values, later)
             _score(asked[kv_head], count, keys, part, turned, dimensions, scores)
             for one in range(count):
                 length = lengths[one // group] - begin
@@ -78,7 +78,8 @@ def attend_together(
 
 
 @compiled()
-def _fetch(rows: Numbers, slots: Places) -> None:
+def fetch(rows: Numbers, slots: Places) -> None:
+    """Asks for these rows to be in the second cache soon."""
     for place in range(slots.size):
         for dimension in range(0, rows.shape[1], CACHE_LINE // rows.itemsize):
             fetched(rows, slots[place], dimension)

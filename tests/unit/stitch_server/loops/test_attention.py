@@ -14,6 +14,7 @@ from stitch_server.loops.attention import Past, attend_shared, keep_all
 from stitch_server.loops.numbers import Places
 from stitch_server.loops.tasks import none_taken
 from stitch_server.loops.together import PART
+from stitch_server.processor import has_tiles
 
 # Among them what lies half-way between two bfloat16, what rounds up to infinity, and what a float32 can hardly hold.
 VALUES = torch.tensor(
@@ -52,16 +53,23 @@ def attend(
     scale: float,
     mixed: torch.Tensor,
     threads: int = 1,
+    in_tiles: bool = False,
 ) -> None:
     """By so many threads, each of which takes every other task."""
     past, counts = Past(0, numbers(pairs)[None], slots, begins, ends), none_taken()
-    arguments = query.numpy(), past, past.pairs[0], window, scale, mixed.numpy(), threads, counts
+    arguments = query.numpy(), past, past.pairs[0], window, scale, mixed.numpy(), in_tiles, threads, counts
     helpers = [Thread(target=attend_shared, args=arguments) for _ in range(threads - 1)]
     for helper in helpers:
         helper.start()
     attend_shared(*arguments)
     for helper in helpers:
         helper.join()
+
+
+IN_TILES = [
+    False,
+    pytest.param(True, marks=pytest.mark.skipif(not has_tiles(), reason="this processor has no AMX")),
+]
 
 
 # Heads and lengths that fill tiles, that leave some of one over, and that have none.
@@ -73,9 +81,18 @@ def attend(
 @pytest.mark.parametrize("window", [0, 5, 18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("in_tiles", IN_TILES)
 class TestAttention:
     def test_is_the_mean_of_what_is_seen(
-        self, heads: int, kv_heads: int, head_dim: int, beside: int, window: int, dtype: torch.dtype, threads: int
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        beside: int,
+        window: int,
+        dtype: torch.dtype,
+        threads: int,
+        in_tiles: bool,
     ) -> None:
         draw = torch.Generator().manual_seed(heads)
         lengths = [1, 3, 17, 33, 140]
@@ -89,7 +106,7 @@ class TestAttention:
         mixed = torch.full((len(lengths), heads, head_dim), float("nan"))
         bounds = np.array([0, *accumulate(lengths)])
         places = torch.cat(slots).numpy(), bounds[:-1], bounds[1:]
-        attend(query, pairs, *places, window, 0.2, mixed, threads)
+        attend(query, pairs, *places, window, 0.2, mixed, threads, in_tiles)
         for row, seen in enumerate(slots):
             torch.testing.assert_close(
                 mixed[row].double(),
@@ -99,7 +116,9 @@ class TestAttention:
             )
 
     # Pasts within a part, and over the borders of several, where the largest score so far may change.
-    @pytest.mark.parametrize(("before", "tokens"), [(30, 2), (30, 5), (30, 40), (30, 110), (PART - 3, 7), (600, 20)])
+    @pytest.mark.parametrize(
+        ("before", "tokens"), [(30, 2), (30, 5), (30, 40), (30, 110), (PART - 3, 7), (600, 20), (250, 170)]
+    )
     def test_neighbours_of_one_sequence_see_no_later_ones(
         self,
         heads: int,
@@ -109,6 +128,7 @@ class TestAttention:
         window: int,
         dtype: torch.dtype,
         threads: int,
+        in_tiles: bool,
         before: int,
         tokens: int,
     ) -> None:
@@ -120,7 +140,7 @@ class TestAttention:
         mixed = torch.full((tokens + 1, heads, head_dim), float("nan"))
         begins = np.array([0] * tokens + [length])
         ends = np.array([*range(before + 1, length + 1), length + alone])
-        attend(query, pairs, slots.numpy(), begins, ends, window, 0.2, mixed, threads)
+        attend(query, pairs, slots.numpy(), begins, ends, window, 0.2, mixed, threads, in_tiles)
         for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
             torch.testing.assert_close(
                 mixed[row].double(),
@@ -128,6 +148,21 @@ class TestAttention:
                 rtol=1e-5,
                 atol=1e-5,
             )
+
+
+@pytest.mark.skipif(not has_tiles(), reason="this processor has no AMX")
+def test_tiles_err_no_more_than_vectors() -> None:
+    draw = torch.Generator().manual_seed(0)
+    tokens = 320
+    pairs, query = torch.randn(tokens, 6, 64, generator=draw), torch.randn(tokens, 9, 64, generator=draw)
+    begins, ends = np.zeros(tokens, np.int64), np.arange(1, tokens + 1)
+    wanted = torch.stack([expected(query[row], pairs[: row + 1], 3) for row in range(tokens)])
+    errors = []
+    for in_tiles in (False, True):
+        mixed = torch.empty(tokens, 9, 64)
+        attend(query, pairs, np.arange(tokens), begins, ends, 0, 0.2, mixed, in_tiles=in_tiles)
+        errors.append(float((mixed - wanted).square().mean().sqrt()))
+    assert errors[1] <= errors[0]
 
 
 def expected(query: torch.Tensor, seen: torch.Tensor, kv_heads: int) -> torch.Tensor:
