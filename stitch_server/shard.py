@@ -154,6 +154,7 @@ def _front(cluster: Cluster, part: Part, pool: BlockPool, links: Downstream, dev
         limits = Limits(
             prefill_tokens=compute.prefill_tokens,
             prompts_together=compute.prompts_together,
+            tokens_worth_a_pass=part.decoder.tokens_worth_a_pass,
             prefill_tokens_beside_decode=compute.prefill_tokens_beside_decode,
             past_worth_a_token=part.decoder.past_worth_a_token,
             groups=compute.groups or (1 if _share_cores(cluster, device) else 2),

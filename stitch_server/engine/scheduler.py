@@ -28,6 +28,8 @@ class Limits:
     prefill_tokens: int = 128
     # A pass holds at most as many prompt tokens as so many prompts bring.
     prompts_together: int = 2
+    # Passes over fewer take hardly less time: a prompt's end isn't halved into them.
+    tokens_worth_a_pass: int = 1
     # Beside decoding sessions, whose next token they delay, each prompt that waits brings so many, and so do each few
     # of them.
     prefill_tokens_beside_decode: int = 28
@@ -140,9 +142,10 @@ class Scheduler:
         past, most = self._limits.past_worth_a_token, self._limits.prefill_tokens
         weight = 1 + session.cached / past if beside and past else 1.0
         alone = len(self.running) + len(self.waiting) == 1
-        if alone and session.reused < session.cached and session.remaining <= most:
+        is_end = session.reused < session.cached and session.remaining <= most
+        if alone and is_end and most // 2 >= self._limits.tokens_worth_a_pass:
             # A long prompt's end comes in halves: while the shards behind compute its last chunk, this one is idle.
-            most = max(1, most // 2)
+            most //= 2
         return self._schedule(session, max(min(int(budget / weight), most), least), segments) * weight
 
     def _prompt_tokens(self, decoding: int) -> int:

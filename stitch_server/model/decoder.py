@@ -72,6 +72,11 @@ class DecoderLayers:
         return self._stack is not None and self._stack.suits(tokens)
 
     @property
+    def tokens_worth_a_pass(self) -> int:
+        """Passes over fewer take hardly less time."""
+        return 1 if self._stack is None else self._stack.tokens_worth_a_pass
+
+    @property
     def past_worth_a_token(self) -> int:
         """To how many tokens one attends in the time of its products, about.
 

@@ -26,6 +26,8 @@ from stitch_server.pages import LargePages
 MOST_ROWS_OF_NARROW_WEIGHTS = 16
 # With fewer rows tiles take longer than vectors, since all weights have to be split.
 FEWEST_ROWS_IN_TILES = 24
+# Half of these take two thirds of their time there.
+ROWS_WORTH_SPLITTING = 128
 # Matrices, one behind the other.
 _PAGES = LargePages()
 
@@ -38,6 +40,11 @@ def suits(rows: int, weight: Numbers) -> bool:
 def instructions(rows: int) -> Instructions:
     """Those that so many rows are multiplied by."""
     return Instructions(rows >= FEWEST_ROWS_IN_TILES and processor.has_tiles(), processor.knows_dots())
+
+
+def rows_worth_a_product(weight: Numbers) -> int:
+    """Fewer take hardly less time by this weight."""
+    return ROWS_WORTH_SPLITTING if weight.dtype == np.float32 and processor.has_tiles() else 1
 
 
 def panels_of(weight: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from stitch_server.loops.attention import Past
 from stitch_server.loops.layers import Layers, Pass, Room, run
 from stitch_server.loops.matrix import Matrix
 from stitch_server.loops.numbers import Floats
-from stitch_server.model.looped import LoopProduct, instructions, panels_of, suits
+from stitch_server.model.looped import LoopProduct, instructions, panels_of, rows_worth_a_product, suits
 from stitch_server.model.product import Keeping, kept_rows
 from stitch_server.pages import LargePages
 
@@ -35,6 +35,11 @@ class LayerStack:
     def suits(self, tokens: int) -> bool:
         """Whether it is the faster way for so many tokens."""
         return suits(tokens, self.layers.down.weight)
+
+    @property
+    def tokens_worth_a_pass(self) -> int:
+        """Passes over fewer take hardly less time."""
+        return rows_worth_a_product(self.layers.down.weight)
 
     def run(self, rotation: Tensor, past: Past, hidden: Tensor, first: int, end: int) -> Tensor:
         """States `[tokens, hidden_size]` behind layers `first` to `end`; keeps their keys and values.

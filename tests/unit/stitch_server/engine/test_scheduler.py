@@ -70,6 +70,13 @@ class TestPrompts:
         assert [length for _ in chunks for _, _, length in bench.take()] == chunks
         assert session.remaining == 0
 
+    @pytest.mark.parametrize(("worth", "chunks"), [(4, [8, 8, 4, 4]), (5, [8] * 3), (20, [8] * 3)])
+    def test_an_end_whose_halves_are_worth_no_pass_comes_whole(self, worth: int, chunks: list[int]) -> None:
+        bench, session = SchedulerBench(prefill_tokens=8, tokens_worth_a_pass=worth), new_session(24)
+        bench.add(session)
+        assert [length for _ in chunks for _, _, length in bench.take()] == chunks
+        assert session.remaining == 0
+
     def test_beside_decode_every_prompt_that_waits_brings_its_share(self) -> None:
         bench = SchedulerBench(prefill_tokens=12, prefill_tokens_beside_decode=5)
         (decoding,) = bench.decoding(4)
