@@ -112,8 +112,8 @@ class Compute(Settings):
     prefill_tokens: int = Field(default=128, ge=1)
     # ... which holds as many as so many prompts bring ...
     prompts_together: int = Field(default=2, ge=1)
-    # ... and, for each prompt that waits, so many while others decode, whose next token they delay; fewer behind
-    # many tokens. Four that decode count as a prompt that waits.
+    # ... and so many, while others decode, whose next token they delay, for each prompt that waits and each two that
+    # decode; fewer behind many tokens.
     prefill_tokens_beside_decode: int = Field(default=28, ge=1)
     # Into how many groups the decoding sessions are split: two or more, so that neighbouring shards work at the same
     # time, or one, so that they take turns; 0: one where they share the cores of a machine, two elsewhere.
