@@ -77,10 +77,9 @@ IN_TILES = [
     ("heads", "kv_heads", "head_dim"),
     [(9, 3, 64), (14, 2, 64), (12, 2, 128), (4, 4, 32), (6, 1, 80), (2, 1, 16), (3, 3, 24)],
 )
-@pytest.mark.parametrize("beside", [0, 2])
 @pytest.mark.parametrize("window", [0, 5, 18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("threads", "beside"), [(1, 0), (3, 2)])
 @pytest.mark.parametrize("in_tiles", IN_TILES)
 class TestAttention:
     def test_is_the_mean_of_what_is_seen(
