@@ -18,14 +18,12 @@ from stitch_server.loops.compiling import compiled
 from stitch_server.loops.numbers import Floats, Numbers, Places
 from stitch_server.loops.parts import DEPTH, PARTS, Halves, Pairs, split_line, split_weights
 from stitch_server.loops.tiled import lines
-from stitch_server.loops.together import fetch
+from stitch_server.loops.together import PART, fetch
 
 # With fewer for the same keys tiles take longer than vectors.
 FEWEST_QUERIES = 16
 # That go together, of all threads: keys and values are split once for these.
 MOST_QUERIES_IN_TILES = 384
-# Tokens of the past in a part: a second cache has room for them in parts, and for their scores and shares.
-PART = 256
 # Queries of a strip.
 WIDTH = TILES * SIDE
 
