@@ -53,14 +53,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _run(parsed: argparse.Namespace) -> int:
     # Only now, so that --help is instant.
-    import asyncio
     import logging
+
+    import uvloop
 
     from router_gateway.server import serve
     from router_gateway.settings import from_flags
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    asyncio.run(serve(from_flags(vars(parsed))))
+    uvloop.run(serve(from_flags(vars(parsed))))
     return 0
 
 

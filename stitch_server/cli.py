@@ -82,8 +82,9 @@ def _add_plan(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    import asyncio
     import logging
+
+    import uvloop
 
     from stitch.cluster import load_cluster
     from stitch.environment import share_cores
@@ -102,7 +103,7 @@ def _run(parsed: argparse.Namespace) -> None:
     # Only now, so that --help is instant and a wrong flag is told at once.
     from stitch_server.server import serve
 
-    asyncio.run(serve(settings))
+    uvloop.run(serve(settings))
 
 
 def _import(parsed: argparse.Namespace) -> None:
