@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -16,40 +12,29 @@ from matplotlib.figure import Figure
 
 from benchmarks.clusters import FirstShard, first_shard, preset, prompt, run, running
 from benchmarks.report import Options, options, write
+from benchmarks.steps import Step, step_logs
 
 SESSIONS = 16
 SHOWN_SECONDS = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What a shard noted of one pass; seconds of the machine's monotonic clock."""
-
-    started: float
-    ended: float
-    tokens: int
-    sessions: int
-
-
 async def measure(options: Options) -> None:
     """16 streams, a new one for each that ends; the slower shard is the one that the other waits for."""
     warm_up, seconds = (1.0, 2.0) if options.tiny else (5.0, 30.0)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["STITCH_STEP_LOG"] = folder
-        with running(preset(groups=2)) as local:
-            async with first_shard(local) as shard:
-                streams = [asyncio.create_task(_stream(shard, number)) for number in range(SESSIONS)]
-                await asyncio.sleep(warm_up)
-                begun = time.perf_counter()
-                await asyncio.sleep(seconds)
-                ended = time.perf_counter()
-                for stream in streams:
-                    stream.cancel()
-                await asyncio.gather(*streams, return_exceptions=True)
-            steps = {name.name: _read(Path(folder) / f"{name.name}.jsonl") for name in local.cluster.shards}
+    with step_logs() as logs, running(preset(groups=2)) as local:
+        async with first_shard(local) as shard:
+            streams = [asyncio.create_task(_stream(shard, number)) for number in range(SESSIONS)]
+            await asyncio.sleep(warm_up)
+            begun = time.perf_counter()
+            await asyncio.sleep(seconds)
+            ended = time.perf_counter()
+            for stream in streams:
+                stream.cancel()
+            await asyncio.gather(*streams, return_exceptions=True)
+        steps = logs.read()
     busy = {name: _busy(taken, begun, ended) for name, taken in steps.items()}
     samples = {
-        f"{name}, ms a step": [(one.ended - one.started) * 1e3 for one in taken if begun <= one.started <= ended]
+        f"{name}, ms a step": [one.milliseconds for one in taken if begun <= one.started <= ended]
         for name, taken in steps.items()
     }
     write(options, samples, {f"{name} computes": share for name, share in busy.items()})
@@ -62,16 +47,14 @@ async def _stream(shard: FirstShard, number: int) -> None:
         await shard.generate(prompt(128, number * 100 + turn), 64 + 7 * number)
 
 
-def _read(path: Path) -> list[Step]:
-    return [Step(**json.loads(line)) for line in path.read_text().splitlines()]
-
-
 def _busy(steps: Sequence[Step], begun: float, ended: float) -> float:
     inside = (max(0.0, min(step.ended, ended) - max(step.started, begun)) for step in steps)
     return sum(inside) / (ended - begun)
 
 
-def _draw(steps: dict[str, list[Step]], busy: dict[str, float], begun: float, ended: float, file: Path) -> None:
+def _draw(
+    steps: Mapping[str, Sequence[Step]], busy: Mapping[str, float], begun: float, ended: float, file: Path
+) -> None:
     figure = Figure(figsize=(10, 1 + len(steps)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for row, taken in enumerate(steps.values()):

@@ -20,7 +20,7 @@ async def measure(options: Options) -> None:
     cluster = preset()
     whole = OneProcess(cluster)
     samples: dict[str, list[float]] = {}
-    with running(cluster) as local, tcp_echo(HIDDEN_BYTES, REPLY_BYTES) as echo:
+    with running(cluster) as local, tcp_echo(HIDDEN_BYTES, REPLY_BYTES) as server, server.connected() as echo:
         async with first_shard(local) as shard:
             for index in range(rounds + 1):
                 one, two = whole.generate(prompt(64), decoded), await shard.generate(prompt(64, index), decoded)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -10,6 +9,8 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import uvloop
 
 from stitch.channels import open_channel
 from stitch.cluster import Cluster, load_cluster
@@ -104,4 +105,4 @@ def _quiet(what: str, how_far: str | float) -> None:
 
 def run(question: Any) -> None:
     """Runs a benchmark's coroutine."""
-    asyncio.run(question)
+    uvloop.run(question)

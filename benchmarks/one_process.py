@@ -56,7 +56,7 @@ class OneProcess:
             cut = part.cuts[session.route]
             segment = Segment(session, cut, session.cached, length, wants, blocks, hidden)
             output = runner.run(Batch((segment,)))
-            hidden = output.hidden[0] if output.hidden else None
+            hidden = output.hidden
         session.cached += length
         return output.tokens[0].id if output.tokens else None
 

@@ -64,6 +64,7 @@ async def _pump(link: SlowLink, source: asyncio.StreamReader, sink: asyncio.Stre
         await arriving
     finally:
         arriving.cancel()
+        sink.close()
 
 
 async def _arrive(under_way: asyncio.Queue[tuple[float, bytes]], sink: asyncio.StreamWriter) -> None:

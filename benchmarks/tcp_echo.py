@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class TcpEcho:
-    """A connection to a process of its own that answers every `request_bytes` with `reply_bytes`."""
+class Echo:
+    """A connection to whoever answers every `request_bytes` with `reply_bytes`."""
 
     connection: socket.socket
     request_bytes: int
@@ -27,18 +27,31 @@ class TcpEcho:
         return time.perf_counter() - started
 
 
+@dataclass(frozen=True, slots=True)
+class EchoServer:
+    """A process of its own that answers one connection."""
+
+    address: str
+    request_bytes: int
+    reply_bytes: int
+
+    @contextmanager
+    def connected(self, address: str = "") -> Iterator[Echo]:
+        """To it by its own address, or by another one that leads there."""
+        host, _, port = (address or self.address).rpartition(":")
+        with closing(socket.create_connection((host, int(port)))) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            yield Echo(connection, self.request_bytes, self.reply_bytes)
+
+
 @contextmanager
-def tcp_echo(request_bytes: int, reply_bytes: int) -> Iterator[TcpEcho]:
-    """The other process lives as long as the block."""
+def tcp_echo(request_bytes: int, reply_bytes: int) -> Iterator[EchoServer]:
+    """Lives as long as the block, in which it must have been connected to."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        port = server.getsockname()[1]
-        command = [sys.executable, "-m", "benchmarks.tcp_echo", str(port), str(request_bytes), str(reply_bytes)]
-        with subprocess.Popen(command) as process:
-            connection, _ = server.accept()
-            with closing(connection):
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                yield TcpEcho(connection, request_bytes, reply_bytes)
-            process.wait()
+        inherited, port = server.fileno(), server.getsockname()[1]
+        command = [sys.executable, "-m", "benchmarks.tcp_echo", *map(str, (inherited, request_bytes, reply_bytes))]
+        with subprocess.Popen(command, pass_fds=[inherited]):
+            yield EchoServer(f"127.0.0.1:{port}", request_bytes, reply_bytes)
 
 
 def _receive(connection: socket.socket, count: int) -> bool:
@@ -50,12 +63,14 @@ def _receive(connection: socket.socket, count: int) -> bool:
     return True
 
 
-def main(port: int, request_bytes: int, reply_bytes: int) -> None:
-    """The answering process, until the other side closes."""
-    with closing(socket.create_connection(("127.0.0.1", port))) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        while _receive(connection, request_bytes):
-            connection.sendall(bytes(reply_bytes))
+def main(inherited: int, request_bytes: int, reply_bytes: int) -> None:
+    """The answering process, on a socket that listens already, until the other side closes."""
+    with closing(socket.socket(fileno=inherited)) as server:
+        connection, _ = server.accept()
+        with closing(connection):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while _receive(connection, request_bytes):
+                connection.sendall(bytes(reply_bytes))
 
 
 if __name__ == "__main__":

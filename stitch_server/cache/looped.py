@@ -16,15 +16,16 @@ from torch import Tensor
 from stitch_server.arrays import floats, numbers
 from stitch_server.cache.span import Span
 from stitch_server.crew import together
-from stitch_server.loops.attention import Past, attend_shared, keep_all
-from stitch_server.loops.numbers import Places
+from stitch_server.loops.attention import attend_shared, keep_all
+from stitch_server.loops.numbers import Numbers
+from stitch_server.loops.past import Past, places_of
 from stitch_server.processor import has_tiles
 
 
 class LoopAttention:
     """The `span.BatchAttend` of a batch on a processor."""
 
-    def __init__(self, pairs: Tensor, first: int, block_tokens: int, spans: Sequence[Span]) -> None:
+    def __init__(self, pairs: Numbers, first: int, block_tokens: int, spans: Sequence[Span]) -> None:
         """`pairs` of all layers from `first` on, as in `Past`."""
         self._pairs, self._first, self._block_tokens, self._spans = pairs, first, block_tokens, spans
         self.past = self._past()
@@ -44,31 +45,16 @@ class LoopAttention:
         return torch.from_numpy(mixed).flatten(1).to(query.dtype)
 
     def _past(self) -> Past:
-        # Not PyTorch's arrays: each of their operations costs a single token some microseconds.
-        slots = [_slots(span, self._block_tokens) for span in self._spans]
-        begins: list[Places] = []
-        ends: list[Places] = []
-        begin = 0
-        for span in self._spans:
-            begins.append(np.full(span.length, begin))
-            ends.append(np.arange(span.position, span.end) + begin + 1)
-            begin += span.end
-        return Past(self._first, numbers(self._pairs), _joined(slots), _joined(begins), _joined(ends))
+        spans = np.array([(span.end, span.length) for span in self._spans], np.int64).reshape(-1, 2)
+        filled = [span.blocks[: -(-span.end // self._block_tokens)] for span in self._spans]
+        blocks = np.array([block for one in filled for block in one], np.int64)
+        return Past(self._first, self._pairs, *places_of(spans, blocks, self._block_tokens))
 
 
-def _slots(span: Span, block_tokens: int) -> Places:
-    """As `span.slots_of`."""
-    slots: Places = np.add.outer(np.array(span.blocks) * block_tokens, np.arange(block_tokens)).ravel()
-    return slots[: span.end]
-
-
-def _joined(parts: Sequence[Places]) -> Places:
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
-
-
-def compile_for(pairs: Tensor) -> None:
-    """Compiles what attends over `pairs` like these, so that the first token need not wait for it."""
+def compiled_for(pairs: Tensor) -> Numbers:
+    """`pairs` as loops read them. Compiles what attends over them, so that the first token need not wait for it."""
     row = torch.zeros(1, pairs.shape[2] // 2, pairs.shape[3])
     # Room of its own: those may have none.
     room = torch.zeros(1, 1, *pairs.shape[2:], dtype=pairs.dtype)
-    LoopAttention(room, 0, 1, [Span(0, 1, [0])])(0, row, row, row, 1.0, None)
+    LoopAttention(numbers(room), 0, 1, [Span(0, 1, [0])])(0, row, row, row, 1.0, None)
+    return numbers(pairs)

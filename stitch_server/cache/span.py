@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from stitch_server.loops.attention import Past
+    from stitch_server.loops.past import Past
 
 
 @dataclass(frozen=True, slots=True)

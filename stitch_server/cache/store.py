@@ -7,7 +7,7 @@ from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
 from itertools import accumulate
 from types import ModuleType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from stitch_server.cache.flash import FlashAttention, Kernel
 from stitch_server.cache.pool import BLOCK_TOKENS
 from stitch_server.cache.span import BatchAttend, Span, slots_of, within
 from stitch_server.pages import LargePages
+
+if TYPE_CHECKING:
+    from stitch_server.loops.numbers import Numbers
 
 # How much longer than the shortest past of a crowd its longest may be: a share, and some tokens.
 MOST_FILLING = 1.25
@@ -50,17 +53,16 @@ class KVStore:
         on_processor = device.type == "cpu"
         self.pairs = LargePages().room(shape, dtype) if on_processor else torch.empty(shape, dtype=dtype, device=device)
         self.keys, self.values = self.pairs[:, :, :kv_heads], self.pairs[:, :, kv_heads:]
-        # Whether loops attend.
-        self.loops = on_processor and dtype in LOOP_DTYPES
-        if self.loops:
-            _looped().compile_for(self.pairs)
+        # The same as loops read it; None where these don't attend.
+        in_loops = on_processor and dtype in LOOP_DTYPES
+        self._numbers: Numbers | None = _looped().compiled_for(self.pairs) if in_loops else None
 
     def attention(self, spans: Sequenced[Span]) -> BatchAttend:
         """The `attend` function for a batch of packed segments."""
         if self.kernel is not None:
             return FlashAttention.of(self, self.kernel, spans)
-        if self.loops:
-            looped: BatchAttend = _looped().LoopAttention(self.pairs, self.first, self.block_tokens, spans)
+        if self._numbers is not None:
+            looped: BatchAttend = _looped().LoopAttention(self._numbers, self.first, self.block_tokens, spans)
             return looped
         return PagedAttention(self, spans)
 

@@ -96,8 +96,8 @@ class Verdict:
 class StepOutput:
     """The result of a batch: hidden states to send on, or tokens."""
 
-    # One [length, hidden] a segment, in the batch's order; empty on the chain's last shard.
-    hidden: tuple[Tensor, ...] = ()
+    # [tokens, hidden], the segments' rows in the batch's order; None on the chain's last shard.
+    hidden: Tensor | None = None
     # By the index of the segment that wanted it.
     tokens: dict[int, Token] = field(default_factory=dict)
     # Segments whose hidden states hold a value that is not finite.

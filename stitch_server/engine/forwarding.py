@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from stitch.errors import StitchError
 from stitch.v1.shard_pb2 import FailureCause
@@ -108,7 +109,7 @@ class Forwarding:
         for address, indices in by_address.items():
             number = next(self._numbers)
             segments = tuple(batch.segments[index] for index in indices)
-            rows = pack(torch.cat([output.hidden[index] for index in indices]), self._wire_dtype)
+            rows = pack(_rows_of(indices, batch.segments, output), self._wire_dtype)
             urgent = self._may_overtake(segments)
             self._unanswered[number] = (address, segments)
             self._downstream.send(address, OutgoingStep(number, segments, _opens(segments), rows, pipelined, urgent))
@@ -134,6 +135,16 @@ class Forwarding:
     def lost(self, address: str) -> list[tuple[int, tuple[Segment, ...]]]:
         """The steps that `address` will never answer; each is still to be settled."""
         return [(step, segments) for step, (to, segments) in self._unanswered.items() if to == address]
+
+
+def _rows_of(indices: Sequenced[int], segments: Sequenced[Segment], output: StepOutput) -> Tensor:
+    """The hidden states of some of the segments, one behind the other. Raises ValueError where there are none."""
+    if output.hidden is None:
+        raise ValueError("a step without hidden states has nothing to send on")
+    if len(indices) == len(segments):
+        return output.hidden
+    parts = torch.split(output.hidden, [segment.length for segment in segments])
+    return torch.cat([parts[index] for index in indices])
 
 
 def _opens(segments: tuple[Segment, ...]) -> tuple[bool, ...]:

@@ -7,6 +7,7 @@ tokens of any layer are its leading rows.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Sequenced
@@ -26,7 +27,7 @@ from stitch_server.engine.judge import Judge
 from stitch_server.engine.lanes import LANE_ROWS, LOOP_LANE_ROWS, Lanes, Turns, apart, depend, divided
 from stitch_server.engine.threads import Spread, Threads, Work
 from stitch_server.model.adapters import Adapters
-from stitch_server.model.decoder import DecoderLayers
+from stitch_server.model.decoder import DecoderLayers, Rotary
 from stitch_server.model.sampler import SampledToken, SampleRequest, sample
 
 
@@ -81,8 +82,7 @@ class Runner:
         if self.stitches:
             stages["stitch"] = stitched - started
         if self.head is None:
-            rows = torch.split(hidden, [segment.length for segment in batch.segments])
-            output = StepOutput(hidden=tuple(rows), spoilt=spoilt, stages=stages, verdicts=verdicts)
+            output = StepOutput(hidden=hidden, spoilt=spoilt, stages=stages, verdicts=verdicts)
         else:
             tokens = self._tokens(self.head, batch.segments, hidden, spoilt, stages)
             output = StepOutput(tokens=tokens, spoilt=spoilt, stages=stages)
@@ -154,10 +154,9 @@ class Runner:
         self, segments: Sequenced[Segment], hidden: Tensor, follows: Turns | None = None, leads: Turns | None = None
     ) -> Tensor:
         """Through all layers; none before the lane that it `follows`, and each told to the one that it `leads`."""
-        positions = torch.tensor([at for one in segments for at in range(one.position, one.position + one.length)])
-        rotary = self.decoder.rotary(sent(positions, self.device))
         spans = [Span(one.position, one.length, one.blocks) for one in segments]
-        # Made where it is asked for: captured passes bring their own.
+        # Made where they are asked for: loops turn by themselves, captured passes bring their own attention.
+        rotary = cache(partial(self._rotary, spans))
         attention = cache(partial(self.store.attention, spans))
         attention_of = cache(lambda count: attention() if count == len(segments) else attention().first(count))
         bounds = sorted({one.cut.enter for one in segments} | {one.cut.leave for one in segments})
@@ -168,19 +167,26 @@ class Runner:
             rows = sum(one.length for one in present)
             adapted = self._adapted(present)
             whole = len(present) == len(segments)
-            here, angles = (hidden, rotary) if whole else (hidden[:rows], tuple(part[:rows] for part in rotary))
+            here = hidden if whole else hidden[:rows]
             if follows is not None:
                 follows.wait_for(end)
             moved = None
             if self.graphs is not None:
-                moved = self.graphs.run(spans[: len(present)], here, angles, first, end, adapted)
+                moved = self.graphs.run(spans[: len(present)], here, _leading(rotary(), rows), first, end, adapted)
             if moved is None:
                 attend = attention_of(len(present))
-                moved = self.decoder.run(here, angles, attend, first, end, adapted, attend.past)
+                if attend.past is not None and self.decoder.is_looped(rows):
+                    moved = self.decoder.run_looped(here, attend.past, first, end, adapted)
+                else:
+                    moved = self.decoder.run(here, _leading(rotary(), rows), attend, first, end, adapted)
             hidden = moved if whole else torch.cat([moved, hidden[rows:]])
             if leads is not None:
                 leads.reached(end)
         return hidden
+
+    def _rotary(self, spans: Sequenced[Span]) -> Rotary:
+        positions = torch.tensor([at for span in spans for at in range(span.position, span.end)])
+        return self.decoder.rotary(sent(positions, self.device))
 
     def _adapted(self, segments: Sequenced[Segment]) -> list[tuple[slice, Adapters]]:
         """The rows of every route that has adapters here: side by side, since batches are ordered."""
@@ -249,6 +255,11 @@ def _use(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
+def _leading(rotary: Rotary, rows: int) -> Rotary:
+    """Of the batch's leading rows."""
+    return tuple(part[:rows] for part in rotary)
+
+
 def _packed(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -268,7 +279,7 @@ def _received(segment: Segment) -> Tensor:
 def _spoilt(rows: Tensor, segments: Sequenced[Segment]) -> list[int]:
     """Segments that hold a value that is not finite. Attention keeps segments apart, so the others are sound."""
     # A sum is not finite if any of its terms isn't, and takes one pass.
-    if bool(torch.isfinite(rows.float().sum())):
+    if math.isfinite(float(rows.float().sum())):
         return []
     parts = torch.split(rows, [segment.length for segment in segments])
     return [index for index, part in enumerate(parts) if not bool(torch.isfinite(part).all())]

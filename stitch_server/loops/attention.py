@@ -11,25 +11,11 @@ from stitch_server.loops.compiling import compiled
 from stitch_server.loops.dots import LANES, SIDE, STRIP, blend, dots
 from stitch_server.loops.numbers import Floats, Numbers, Places, like, widened
 from stitch_server.loops.parts import DEPTH
+from stitch_server.loops.past import Past
 from stitch_server.loops.softmax import largest, shares
 from stitch_server.loops.tasks import first_task, next_task, wait_for
 from stitch_server.loops.tiled_attention import FEWEST_QUERIES, MOST_QUERIES_IN_TILES, attend_in_tiles
 from stitch_server.loops.together import MOST_QUERIES, attend_together
-
-
-class Past(NamedTuple):
-    """Where new tokens of some sequences, and all before them, lie in the cache."""
-
-    # The first of its layers in the whole model.
-    first: int
-    # [layers, slots, 2 * kv_heads, head_dim]: a token's keys, then its values.
-    pairs: Numbers
-    # Sequences' slots, past and present, one sequence behind the other.
-    slots: Places
-    # Which of them each token sees, the last of which is its own. Neighbours that see the same first one are
-    # consecutive tokens of one sequence.
-    begins: Places
-    ends: Places
 
 
 class Division(NamedTuple):

@@ -7,12 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stitch_server.loops.attention import Past, attend, divided, keep, scratch_for, tasks_of
+from stitch_server.loops.attention import attend, divided, keep, scratch_for, tasks_of
 from stitch_server.loops.compiling import compiled
 from stitch_server.loops.instructions import Instructions
 from stitch_server.loops.matrix import ADD, REPLACE, Matrix
 from stitch_server.loops.numbers import Floats, Places, exponential
 from stitch_server.loops.panels import LANES
+from stitch_server.loops.past import Past
 from stitch_server.loops.products import Bench, bench_for, leave, multiply, outputs_at_once, ready
 from stitch_server.loops.tasks import first_task, next_task, wait_for
 
@@ -50,7 +51,7 @@ class Pass(NamedTuple):
 
     # [tokens, hidden_size], in and out.
     hidden: Floats
-    # [tokens, head_dim / 2]: what queries and keys are rotated by.
+    # [positions, head_dim / 2]: what queries and keys at each position are rotated by.
     turns: NDArray[np.complex64]
     past: Past
     room: Room
@@ -136,7 +137,7 @@ def _ask(
             if head < all_heads - kept // 2:
                 if layers.query_key_norm.shape[1] > 0:
                     _normalize(one, layers.query_key_norm[layer, head], epsilon, one)
-                _turn(one, states.turns[token])
+                _turn(one, states.turns[past.ends[token] - past.begins[token] - 1])
             if head >= all_heads - kept:
                 keep(one, token, head - (all_heads - kept), pairs, past)
 

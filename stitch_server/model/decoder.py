@@ -21,10 +21,13 @@ from stitch_server.model.product import PLAINLY, Keeping
 from stitch_server.model.weights import Weights
 
 if TYPE_CHECKING:
-    from stitch_server.loops.attention import Past
+    from stitch_server.loops.past import Past
     from stitch_server.model.stack import LayerStack
 
 __all__ = ["Attend", "DecoderLayers", "Rotary"]
+
+# Rows, and what they pass beside every layer.
+Adapted = Sequence[tuple[slice, Adapters]]
 
 
 @dataclass(frozen=True)
@@ -96,25 +99,22 @@ class DecoderLayers:
         attend: Attend,
         first: int,
         end: int,
-        adapted: Sequence[tuple[slice, Adapters]] = (),
-        past: Past | None = None,
+        adapted: Adapted = (),
     ) -> Tensor:
         """Takes hidden states `[tokens, hidden_size]` through layers `first` to `end` of its own range.
 
-        Rows that are `adapted` pass their adapters beside every layer. `past` may say where the rows lie, for loops
-        that attend themselves.
+        Rows that are `adapted` pass their adapters beside every layer.
         """
-        stack, through = self._stack, partial(self._one_by_one, rotary, attend)
-        if stack is not None and past is not None and stack.suits(len(hidden)):
-            through = partial(stack.run, rotary[0], past)
-        if not adapted:
-            return through(hidden, first, end)
-        for index in range(first, end):
-            after = through(hidden, index, index + 1)
-            for rows, adapters in adapted:
-                after[rows] += adapters(index, hidden[rows])
-            hidden = after
-        return hidden
+        return _beside(adapted, partial(self._one_by_one, rotary, attend), hidden, first, end)
+
+    def run_looped(self, hidden: Tensor, past: Past, first: int, end: int, adapted: Adapted = ()) -> Tensor:
+        """The same where the layers are `is_looped`: loops turn and attend themselves, at the places in `past`.
+
+        Raises ValueError where they are not kept for loops.
+        """
+        if self._stack is None:
+            raise ValueError("these layers are not kept for loops")
+        return _beside(adapted, partial(self._stack.run, past), hidden, first, end)
 
     def _one_by_one(self, rotary: Rotary, attend: Attend, hidden: Tensor, first: int, end: int) -> Tensor:
         for index in range(first, end):
@@ -122,13 +122,28 @@ class DecoderLayers:
         return hidden
 
 
+def _beside(
+    adapted: Adapted, through: Callable[[Tensor, int, int], Tensor], hidden: Tensor, first: int, end: int
+) -> Tensor:
+    """`through` layers `first` to `end`, with what is `adapted` beside each."""
+    if not adapted:
+        return through(hidden, first, end)
+    for index in range(first, end):
+        after = through(hidden, index, index + 1)
+        for rows, adapters in adapted:
+            after[rows] += adapters(index, hidden[rows])
+        hidden = after
+    return hidden
+
+
 def _of_family(
     config: PretrainedConfig, first: int, end: int, weights: Weights
 ) -> tuple[Sequence[Layer], Callable[[Tensor], Rotary], LayerStack | None]:
     """Lean layers where there are some, else those of `transformers`."""
     if lean.supports(config):
-        layers, stack = lean.load_layers(config, first, end, weights)
-        return layers, lean.RotaryAngles(config, weights.device), stack
+        rotary = lean.RotaryAngles(config, weights.device)
+        layers, stack = lean.load_layers(config, first, end, weights, rotary)
+        return layers, rotary, stack
     quantization = weights.keeping.quantization
     if quantization != "none":
         families = ", ".join(lean.FAMILIES)

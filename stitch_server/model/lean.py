@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -32,6 +34,8 @@ ProductOf = Callable[[str, Tensor, Tensor | None], Product]
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 # Scalings whose angles depend on the position alone, never on the length of the sequence.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# That a table of rotations begins with.
+FEWEST_POSITIONS = 4096
 
 
 def supports(config: PretrainedConfig) -> bool:
@@ -47,11 +51,19 @@ class RotaryAngles:
         embedding = LlamaRotaryEmbedding(cast(LlamaConfig, config))
         self._frequencies = embedding.inv_freq.to(device, torch.float32)
         self._radius = torch.tensor(float(embedding.attention_scaling), device=device)
+        self._table = np.empty((0, len(self._frequencies)), np.complex64)
 
     def __call__(self, positions: Tensor) -> Rotary:
         """Complex rotations `[tokens, 1, head_dim / 2]` of positions `[tokens]`."""
         angles = positions.to(torch.float32).unsqueeze(1) * self._frequencies
         return (torch.polar(self._radius.expand_as(angles), angles).unsqueeze(1),)
+
+    def table(self, positions: int) -> NDArray[np.complex64]:
+        """Those of at least so many positions, `[positions, head_dim / 2]`, on a processor; made when first needed."""
+        if positions > len(self._table):
+            count = max(FEWEST_POSITIONS, 1 << (positions - 1).bit_length())
+            self._table = self(torch.arange(count))[0].flatten(1).numpy()
+        return self._table
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +127,9 @@ def _rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
 
 
 def load_layers(
-    config: PretrainedConfig, first: int, end: int, weights: Weights
+    config: PretrainedConfig, first: int, end: int, weights: Weights, rotary: RotaryAngles
 ) -> tuple[list[LeanLayer], LayerStack | None]:
-    """Reads layers `first` to `end`, and stacks them where loops are to take them.
+    """Reads layers `first` to `end`, and stacks them where loops are to take them, which turn by `rotary`.
 
     Raises Incompatible, which names the tensor, where the folder lacks one.
     """
@@ -140,7 +152,7 @@ def load_layers(
         return stacking.product(place, name)
 
     layers = [_load_layer(config, index, weights, partial(stacked, index - first)) for index in range(first, end)]
-    return layers, stacking.stack(layers, weights.dtype)
+    return layers, stacking.stack(layers, rotary, weights.dtype)
 
 
 def _fits_loops(config: PretrainedConfig) -> bool:

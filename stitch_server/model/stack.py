@@ -13,16 +13,16 @@ from torch import Tensor
 
 from stitch_server.arrays import floats, numbers
 from stitch_server.crew import together
-from stitch_server.loops.attention import Past
 from stitch_server.loops.layers import Layers, Pass, Room, run
 from stitch_server.loops.matrix import Matrix
 from stitch_server.loops.numbers import Floats
+from stitch_server.loops.past import Past
 from stitch_server.model.looped import LoopProduct, instructions, panels_of, rows_worth_a_product, suits
 from stitch_server.model.product import Keeping, kept_rows
 from stitch_server.pages import LargePages
 
 if TYPE_CHECKING:
-    from stitch_server.model.lean import LeanLayer
+    from stitch_server.model.lean import LeanLayer, RotaryAngles
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class LayerStack:
     """Decoder layers as loops take them."""
 
     layers: Layers
+    rotary: RotaryAngles
     epsilon: float
 
     def suits(self, tokens: int) -> bool:
@@ -41,13 +42,10 @@ class LayerStack:
         """Passes over fewer take hardly less time."""
         return rows_worth_a_product(self.layers.down.weight)
 
-    def run(self, rotation: Tensor, past: Past, hidden: Tensor, first: int, end: int) -> Tensor:
-        """States `[tokens, hidden_size]` behind layers `first` to `end`; keeps their keys and values.
-
-        Queries and keys are turned by `rotation`, complex `[tokens, 1, head_dim / 2]`.
-        """
-        rows = hidden.to(torch.float32, copy=True).contiguous().numpy()
-        turns = rotation.flatten(1).contiguous().numpy()
+    def run(self, past: Past, hidden: Tensor, first: int, end: int) -> Tensor:
+        """States `[tokens, hidden_size]` behind layers `first` to `end`; keeps their keys and values."""
+        rows = np.array(floats(hidden))
+        turns = self.rotary.table(int((past.ends - past.begins).max()))
         asked, kept = self.layers.query_key_value.bias.shape[1], past.pairs.shape[2] * past.pairs.shape[3]
         widths = (asked, asked - kept, self.layers.gate_up.bias.shape[1] // 2)
         room = Room(*(np.empty((len(rows), width), np.float32) for width in widths))
@@ -85,7 +83,7 @@ class Stacking:
         weight, scales, bias = self._weights[name][index], self._scales[name][index], self._biases[name][index]
         return LoopProduct(Matrix(numbers(weight), scales.numpy(), bias.numpy()))
 
-    def stack(self, layers: Sequence[LeanLayer], dtype: torch.dtype) -> LayerStack:
+    def stack(self, layers: Sequence[LeanLayer], rotary: RotaryAngles, dtype: torch.dtype) -> LayerStack:
         """Of the layers whose matrices were taken, over a cache of `dtype`; compiled, so that no token waits for it."""
         one = layers[0]
         norms = [
@@ -103,12 +101,12 @@ class Stacking:
                 down=self._matrix("down"),
                 windows=np.array([layer.window or 0 for layer in layers]),
             ),
+            rotary=rotary,
             epsilon=one.query_key_epsilon,
         )
         pairs = numbers(torch.zeros(len(layers), 1, 2 * one.kv_heads, one.head_dim, dtype=dtype))
         nowhere = Past(one.index, pairs, *(np.array([place]) for place in (0, 0, 1)))
-        rotation = torch.ones(1, 1, one.head_dim // 2, dtype=torch.complex64)
-        stack.run(rotation, nowhere, torch.zeros(1, len(one.attention_norm.weight)), one.index, one.index + 1)
+        stack.run(nowhere, torch.zeros(1, len(one.attention_norm.weight)), one.index, one.index + 1)
         return stack
 
     def _matrix(self, name: str) -> Matrix:

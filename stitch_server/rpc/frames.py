@@ -104,9 +104,9 @@ class Assembly:
         Raises InvalidRequest for bytes that do not fit their shape, OutOfStep for frames that do not fit together.
         """
         hidden = frame.hidden
-        Packed(hidden.dtype, hidden.tokens, hidden.hidden_size, hidden.data, hidden.scales).check(
-            self._width, self._dtype
-        )
+        # Each reading of a message's bytes copies them.
+        data, scales = hidden.data, hidden.scales
+        Packed(hidden.dtype, hidden.tokens, hidden.hidden_size, data, scales).check(self._width, self._dtype)
         if hidden.tokens < 1:
             raise InvalidRequest("step.hidden.tokens", hidden.tokens, "a frame brings at least 1")
         partial = self._partial.get(frame.step) or self._begin(frame)
@@ -116,8 +116,8 @@ class Assembly:
                 f"but a frame brings {hidden.tokens} and announces {frame.tokens_to_come} more"
             )
         partial.tokens_to_come = frame.tokens_to_come
-        partial.data.append(hidden.data)
-        partial.scales.append(hidden.scales)
+        partial.data.append(data)
+        partial.scales.append(scales)
         if partial.tokens_to_come:
             self._partial[frame.step] = partial
             return None

@@ -43,7 +43,7 @@ class Links:
 
     def send(self, address: str, step: OutgoingStep) -> None:
         frames = list(step_frames(step))
-        self._count_sent(sum(len(frame.step.hidden.data) for frame in frames))
+        self._count_sent(len(step.rows.data))
         self._loop.call_soon_threadsafe(self._put, address, frames, step.urgent)
 
     def close(self, address: str, numbers: Sequenced[int]) -> None:

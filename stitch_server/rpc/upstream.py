@@ -68,7 +68,6 @@ class UpstreamLink:
     def _take(self, request: shard_pb2.LinkRequest) -> None:
         kind = request.WhichOneof("frame")
         if kind == "step":
-            self._count_received(len(request.step.hidden.data))
             self._receive(request.step)
         elif kind == "close":
             self._engine.post(partial(self._relay.close, self, list(request.close.sessions)))
@@ -78,6 +77,7 @@ class UpstreamLink:
     def _receive(self, frame: shard_pb2.Step) -> None:
         step = self._assembly.add(frame)
         if step is not None:
+            self._count_received(len(step.rows.data))
             hidden = partial(self._unpack, step.rows)
             received = ReceivedStep(self, step.number, step.segments, hidden, step.pipelined)
             self._engine.post(partial(self._relay.receive, received))

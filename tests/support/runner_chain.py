@@ -122,12 +122,18 @@ class Chain:
     def run(self, *segments: Segment) -> dict[int, int]:
         """Sampled ids by the number of their sequence."""
         batch, output = self.bottom(*segments)
-        arrived, answer = self.top(batch, output.hidden)
+        arrived, answer = self.top(batch, rows_of(batch, output))
         return {arrived.segments[index].sequence.number: token.id for index, token in answer.tokens.items()}
 
     def expected(self, kept: Kept) -> int:
         """What `transformers` says comes next."""
         return int(self.halves.references[kept.route].logits(kept.token_ids)[-1, :TOKENS].argmax())
+
+
+def rows_of(batch: Batch, output: StepOutput) -> tuple[Tensor, ...]:
+    """Each segment's hidden states."""
+    assert output.hidden is not None
+    return torch.split(output.hidden, [one.length for one in batch.segments])
 
 
 def prompt(tokens: int, seed: int = 0) -> list[int]:

@@ -42,12 +42,12 @@ def our_logits(
     for begin, stop in pairwise(chunks):
         hidden = embedding(torch.tensor(PROMPT[begin:stop]))
         for shard, store in zip(shards, stores, strict=True):
-            rotary = shard.rotary(torch.arange(begin, stop))
-            if keeping.loops:
-                attend = store.attention([Span(begin, stop - begin, range(4))])
-                hidden = shard.run(hidden, rotary, attend, shard.first, shard.end, past=attend.past)
+            cached = store.attention([Span(begin, stop - begin, range(4))])
+            if cached.past is not None and shard.is_looped(stop - begin):
+                hidden = shard.run_looped(hidden, cached.past, shard.first, shard.end)
             else:
-                hidden = shard.run(hidden, rotary, plain, shard.first, shard.end)
+                attend = cached if keeping.loops else plain
+                hidden = shard.run(hidden, shard.rotary(torch.arange(begin, stop)), attend, shard.first, shard.end)
         logits.append(head(hidden))
     return torch.cat(logits)
 

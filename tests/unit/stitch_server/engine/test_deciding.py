@@ -14,7 +14,7 @@ from stitch_server.engine.batch import Batch, Cut, Segment, Verdict, ordered
 from stitch_server.engine.runner import Runner
 from stitch_server.engine.sequence import Sequence
 from stitch_server.model.embedding import Embedding
-from tests.support.runner_chain import CPU, DTYPE, new_runner
+from tests.support.runner_chain import CPU, DTYPE, new_runner, rows_of
 from tests.support.tiny_model import write_tiny_model
 from tests.support.tiny_probe import drawn
 
@@ -63,7 +63,7 @@ def rows(runner: Runner, *segments: Segment) -> dict[int, torch.Tensor]:
     """The hidden states by the first block of their segment."""
     batch = Batch(ordered(segments))
     output = runner.run(batch)
-    return {one.blocks[0]: hidden for one, hidden in zip(batch.segments, output.hidden, strict=True)}
+    return {one.blocks[0]: hidden for one, hidden in zip(batch.segments, rows_of(batch, output), strict=True)}
 
 
 @pytest.mark.parametrize("tokens", [6, 7, 8])
@@ -94,17 +94,20 @@ def test_the_judge_sees_the_states_behind_its_layer(runner: Runner, folder: Path
     one = segment("", 7, 0, undecided=True)
     runner.run(Batch((segment("strong", 5, 1), one)))
     shallow = new_runner(folder, 0, 2, embed=Embedding.load(folder, CPU, DTYPE))
-    (states,) = shallow.run(Batch((replace(one, candidates=()),))).hidden
+    states = shallow.run(Batch((replace(one, candidates=()),))).hidden
     (seen,) = runner.judge.seen  # type: ignore[union-attr]
+    assert states is not None
     assert torch.allclose(seen, states, atol=1e-5)
 
 
 def test_later_chunks_find_the_keys_of_the_deeper_layers(runner: Runner) -> None:
     token_ids = drawn(9, 20)
     whole = Sequence("strong", (), Sampling(), token_ids, 20)
-    (wanted,) = runner.run(Batch((Segment(whole, CUTS["strong"], 0, 20, True, range(4)),))).hidden
+    wanted = runner.run(Batch((Segment(whole, CUTS["strong"], 0, 20, True, range(4)),))).hidden
     judged = Sequence("", (), Sampling(), token_ids, 20)
     runner.run(Batch((Segment(judged, CUTS["weak"], 0, 8, False, range(8, 12), candidates=tuple(CUTS)),)))
     judged.route = "strong"
-    (rest,) = runner.run(Batch((Segment(judged, CUTS["strong"], 8, 12, True, range(8, 12)),))).hidden
+    rest = runner.run(Batch((Segment(judged, CUTS["strong"], 8, 12, True, range(8, 12)),))).hidden
+    assert rest is not None
+    assert wanted is not None
     assert torch.allclose(rest, wanted[8:], atol=1e-5)

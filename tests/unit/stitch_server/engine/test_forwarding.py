@@ -39,7 +39,7 @@ def test_a_step_holds_the_rows_of_its_segments(downstream: FakeDownstream) -> No
     forwarding = Forwarding(downstream, "bfloat16")
     first, second = segment(new_session()), segment(new_session(), length=1)
     rows = torch.arange(12.0).view(3, 4)
-    forwarding.send(Batch((first, second)), StepOutput(hidden=(rows[:2], rows[2:])), pipelined=True)
+    forwarding.send(Batch((first, second)), StepOutput(hidden=rows), pipelined=True)
     address, step = downstream.sent[0]
     assert (address, step.segments, step.pipelined) == ("top:1", (first, second), True)
     assert (step.rows.dtype, step.rows.tokens, step.rows.width) == (shard_pb2.DTYPE_BFLOAT16, 3, 4)
@@ -48,9 +48,9 @@ def test_a_step_holds_the_rows_of_its_segments(downstream: FakeDownstream) -> No
 
 def test_every_address_has_a_step_of_its_own(forwarding: Forwarding, downstream: FakeDownstream) -> None:
     sessions = [new_session(chain=(address, "end:1")) for address in ("a:1", "b:1", "a:1")]
-    rows = tuple(torch.full((2, 4), float(index)) for index in range(3))
+    rows = [torch.full((2, 4), float(index)) for index in range(3)]
     batch = Batch(tuple(segment(session) for session in sessions))
-    numbers = forwarding.send(batch, StepOutput(hidden=rows), pipelined=False)
+    numbers = forwarding.send(batch, StepOutput(hidden=torch.cat(rows)), pipelined=False)
     assert [(address, step.number) for address, step in downstream.sent] == [("a:1", numbers[0]), ("b:1", numbers[1])]
     to_a = downstream.sent[0][1]
     assert [one.sequence for one in to_a.segments] == [sessions[0], sessions[2]]

@@ -191,7 +191,7 @@ class TestMiddle:
 
     def test_a_spoilt_batch_sends_nothing(self, bench: Bench) -> None:
         bench.receive(self.middle(5))
-        bench.relay.deliver(bench.compose(), StepOutput(hidden=(torch.zeros(4, WIDTH),), spoilt=frozenset({0})))
+        bench.relay.deliver(bench.compose(), StepOutput(hidden=torch.zeros(4, WIDTH), spoilt=frozenset({0})))
         assert bench.downstream.sent == []
         assert causes(bench.up.last) == [(5, "PRECONDITION")]
 

@@ -7,7 +7,7 @@ import torch
 
 from stitch_server.engine.batch import Batch
 from stitch_server.engine.sequence import Sequence as Kept
-from tests.support.runner_chain import ROUTES, Chain, prompt
+from tests.support.runner_chain import ROUTES, Chain, prompt, rows_of
 from tests.support.tiny_model import TOKENS
 
 
@@ -46,11 +46,12 @@ def test_who_leaves_early_leaves_with_what_its_layers_made(chain: Chain) -> None
     weak, strong = chain.sequence("weak", prompt(6, 1)), chain.sequence("strong", prompt(7, 2))
     batch, output = chain.bottom(chain.segment(weak), chain.segment(strong))
     assert [one.sequence.route for one in batch.segments] == ["strong", "weak"]
-    assert [rows.shape for rows in output.hidden] == [(7, 48), (6, 48)]
-    for one, rows in zip(batch.segments, output.hidden, strict=True):
+    left = rows_of(batch, output)
+    assert [rows.shape for rows in left] == [(7, 48), (6, 48)]
+    for one, rows in zip(batch.segments, left, strict=True):
         alone = chain.sequence(one.sequence.route, one.sequence.token_ids)
         _, expected = chain.bottom(chain.segment(alone))
-        torch.testing.assert_close(rows, expected.hidden[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rows, expected.hidden, rtol=1e-4, atol=1e-4)
 
 
 def test_only_those_that_want_a_token_get_one(chain: Chain) -> None:
@@ -62,7 +63,7 @@ def test_only_those_that_want_a_token_get_one(chain: Chain) -> None:
 def test_a_token_says_its_position_and_its_logprobs(chain: Chain) -> None:
     kept = chain.sequence("strong", prompt(6), logprobs=2)
     batch, output = chain.bottom(chain.segment(kept))
-    _, answer = chain.top(batch, output.hidden)
+    _, answer = chain.top(batch, rows_of(batch, output))
     token = answer.tokens[0]
     expected = chain.halves.references["strong"].logits(kept.token_ids)[-1, :TOKENS].log_softmax(0)
     assert (token.id, token.position) == (int(expected.argmax()), 6)
@@ -86,7 +87,7 @@ class TestSpoilt:
     def test_it_is_found_and_spoils_no_other(self, chain: Chain, value: float) -> None:
         kept = [chain.sequence(route, prompt(5, seed)) for seed, route in enumerate(("weak", "strong", "weak"))]
         batch, output = chain.bottom(*(chain.segment(one) for one in kept))
-        hidden = [rows.clone() for rows in output.hidden]
+        hidden = [rows.clone() for rows in rows_of(batch, output)]
         victim = batch.segments[1].sequence
         hidden[1][2, 3] = value
         arrived, answer = chain.top(batch, hidden)
@@ -101,12 +102,12 @@ class TestSpoilt:
 
     def test_a_batch_may_be_spoilt_as_a_whole(self, chain: Chain) -> None:
         batch, output = chain.bottom(chain.segment(chain.sequence("weak", prompt(5))))
-        _, answer = chain.top(batch, [rows * float("nan") for rows in output.hidden])
+        _, answer = chain.top(batch, [rows * float("nan") for rows in rows_of(batch, output)])
         assert (answer.spoilt, answer.tokens) == (frozenset({0}), {})
 
     def test_its_blocks_may_be_used_again(self, chain: Chain) -> None:
         kept = chain.sequence("weak", prompt(5))
         batch, output = chain.bottom(chain.segment(kept))
-        chain.top(batch, [rows * float("nan") for rows in output.hidden])
+        chain.top(batch, [rows * float("nan") for rows in rows_of(batch, output)])
         kept.cached = 0
         assert chain.run(chain.segment(kept)) == {kept.number: chain.expected(kept)}

@@ -11,7 +11,7 @@ import torch
 from stitch_server.engine.batch import Batch
 from stitch_server.engine.runner import Runner
 from stitch_server.engine.threads import Threads
-from tests.support.runner_chain import Chain, Halves, load, prompt
+from tests.support.runner_chain import Chain, Halves, load, prompt, rows_of
 from tests.support.tiny_model import write_tiny_pair
 
 
@@ -79,15 +79,15 @@ class TestAsOnAGpu:
 class TestBookkeeping:
     def test_every_shard_names_its_stages(self, chain: Chain) -> None:
         batch, output = chain.bottom(chain.segment(chain.sequence("weak", prompt(5))))
-        _, answer = chain.top(batch, output.hidden)
+        _, answer = chain.top(batch, rows_of(batch, output))
         assert output.stages.keys() == {"bottom_prefill"}
         assert answer.stages.keys() == {"top_prefill", "stitch", "sample"}
         assert all(seconds >= 0 for seconds in [*output.stages.values(), *answer.stages.values()])
-        assert answer.hidden == ()
+        assert answer.hidden is None
 
     def test_without_a_token_nothing_is_sampled(self, chain: Chain) -> None:
         batch, output = chain.bottom(chain.segment(chain.sequence("weak", prompt(5)), wants_token=False))
-        _, answer = chain.top(batch, output.hidden)
+        _, answer = chain.top(batch, rows_of(batch, output))
         assert (answer.tokens, "sample" in answer.stages) == ({}, False)
 
     def test_time_spent_is_summed_up(self, chain: Chain) -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from stitch_server.arrays import numbers
-from stitch_server.loops.attention import Past, attend_shared, keep_all
+from stitch_server.loops.attention import attend_shared, keep_all
 from stitch_server.loops.numbers import Places
+from stitch_server.loops.past import Past
 from stitch_server.loops.tasks import none_taken
 from stitch_server.loops.together import PART
 from stitch_server.processor import has_tiles

@@ -44,7 +44,7 @@ def test_states_are_those_of_a_shard(folder: Path) -> None:
     for row, prompt in zip(seen, prompts, strict=True):
         sequence = Sequence("weak", (), Sampling(), prompt, len(prompt))
         segment = Segment(sequence, Cut(0, LAYER), 0, len(prompt), True, range(4))
-        (states,) = runner.run(Batch((segment,))).hidden
+        states = runner.run(Batch((segment,))).hidden
         assert np.allclose(row, pooled(states[:20]).numpy(), atol=1e-5)
 
 

@@ -1,0 +1,27 @@
+"""Rotations by position: computed for a batch, or looked up in a table that grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stitch_server.model.description import read_config
+from stitch_server.model.lean import FEWEST_POSITIONS, RotaryAngles
+from tests.support.tiny_model import write_tiny_model
+
+
+@pytest.mark.parametrize("positions", [1, FEWEST_POSITIONS, FEWEST_POSITIONS + 1])
+def test_a_table_has_the_rotation_of_every_position(tmp_path: Path, positions: int) -> None:
+    angles = RotaryAngles(read_config(write_tiny_model(tmp_path, layers=1)), torch.device("cpu"))
+    table = angles.table(positions)
+    assert len(table) >= positions
+    (expected,) = angles(torch.arange(positions))
+    torch.testing.assert_close(torch.from_numpy(table[:positions]), expected.flatten(1))
+
+
+def test_a_table_that_is_long_enough_stays(tmp_path: Path) -> None:
+    angles = RotaryAngles(read_config(write_tiny_model(tmp_path, layers=1)), torch.device("cpu"))
+    table = angles.table(FEWEST_POSITIONS + 1)
+    assert angles.table(5) is angles.table(len(table)) is table
