@@ -27,7 +27,8 @@ from stitch_server.engine.judge import Judge
 from stitch_server.engine.lanes import LANE_ROWS, LOOP_LANE_ROWS, Lanes, Turns, apart, depend, divided
 from stitch_server.engine.threads import Spread, Threads, Work
 from stitch_server.model.adapters import Adapters
-from stitch_server.model.decoder import DecoderLayers, Rotary
+from stitch_server.model.attend import Rotary, leading
+from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.sampler import SampledToken, SampleRequest, sample
 
 
@@ -172,13 +173,13 @@ class Runner:
                 follows.wait_for(end)
             moved = None
             if self.graphs is not None:
-                moved = self.graphs.run(spans[: len(present)], here, _leading(rotary(), rows), first, end, adapted)
+                moved = self.graphs.run(spans[: len(present)], here, leading(rotary(), rows), first, end, adapted)
             if moved is None:
                 attend = attention_of(len(present))
                 if attend.past is not None and self.decoder.is_looped(rows):
                     moved = self.decoder.run_looped(here, attend.past, first, end, adapted)
                 else:
-                    moved = self.decoder.run(here, _leading(rotary(), rows), attend, first, end, adapted)
+                    moved = self.decoder.run(here, leading(rotary(), rows), attend, first, end, adapted)
             hidden = moved if whole else torch.cat([moved, hidden[rows:]])
             if leads is not None:
                 leads.reached(end)
@@ -253,11 +254,6 @@ def _use(threads: int) -> None:
     """Of the calling thread's products."""
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
-
-
-def _leading(rotary: Rotary, rows: int) -> Rotary:
-    """Of the batch's leading rows."""
-    return tuple(part[:rows] for part in rotary)
 
 
 def _packed(parts: list[Tensor]) -> Tensor:

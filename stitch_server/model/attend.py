@@ -11,6 +11,11 @@ from torch import Tensor
 Rotary = tuple[Tensor, ...]
 
 
+def leading(rotary: Rotary, rows: int) -> Rotary:
+    """Of the batch's leading tokens."""
+    return tuple(part[:rows] for part in rotary)
+
+
 class Attend(Protocol):
     """What the KV cache offers to a layer."""
 
