@@ -21,7 +21,7 @@ from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import read_config
 from stitch_server.model.embedding import Embedding
 from stitch_server.model.head import Head
-from stitch_server.model.product import Keeping
+from stitch_server.model.linear import WeightFormat
 from stitch_server.sources.resolve import resolve
 
 KINDS: tuple[Quantization, ...] = ("none", "int8", "int4")
@@ -70,8 +70,13 @@ def _losses(folder: Path, kind: Quantization, sequences: int) -> list[float]:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     text = "\n".join(path.read_text() for path in sorted(Path().glob("**/*.md")) if ".venv" not in path.parts)
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
-    decoder = DecoderLayers.load(folder, 0, read_config(folder).num_hidden_layers, CPU, torch.float32, Keeping(kind))
-    embed, head = Embedding.load(folder, CPU, torch.float32), Head.load(folder, CPU, torch.float32, None, Keeping(kind))
+    decoder = DecoderLayers.load(
+        folder, 0, read_config(folder).num_hidden_layers, CPU, torch.float32, WeightFormat(kind)
+    )
+    embed, head = (
+        Embedding.load(folder, CPU, torch.float32),
+        Head.load(folder, CPU, torch.float32, None, WeightFormat(kind)),
+    )
     blocks = SEQUENCE_TOKENS // BLOCK_TOKENS
     store = KVStore(0, decoder.end, blocks, decoder.kv_heads, decoder.head_dim, CPU, torch.float32)
     losses = []

@@ -110,7 +110,7 @@ def write_pair(folder: Path, shapes: Shapes, device: str) -> Cluster:
             "wire_dtype": "bfloat16",
             # Two shards share one device, so neither may plan with all that is free.
             "kv_tokens": KV_TOKENS,
-            "loops": False,
+            "kernels": False,
         },
     }
     (folder / "cluster.json").write_text(json.dumps(fields))

@@ -95,9 +95,9 @@ class Compute(Settings):
     # How the weights of layers and head are kept: as `dtype`, or in fewer bits, which is faster and less exact. With
     # int4 the head is in bytes.
     quantization: Quantization = "none"
-    # On a processor: products and whole layers by loops that are compiled for it, as attention is always. Weights that
-    # are not float32 then take twice the memory.
-    loops: bool = True
+    # On a processor: whole decoder layers by kernels that are compiled for it, as attention always is, instead of by
+    # oneDNN. Bfloat16 weights, and int8 without AMX, then take twice the memory.
+    kernels: bool = True
     wire_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     # Tokens for which each shard keeps KV; 0: planned from the memory that is free at start.
     kv_tokens: int = Field(default=0, ge=0)

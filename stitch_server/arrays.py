@@ -1,11 +1,11 @@
-"""Tensors as loops take them. Computes nothing."""
+"""Tensors as kernels take them. Computes nothing."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from stitch_server.loops.numbers import Floats, Numbers
+from stitch_server.kernels.scalars import Floats, Numbers
 
 
 def floats(rows: Tensor) -> Floats:

@@ -17,8 +17,8 @@ from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import ModelDescription
 from stitch_server.model.embedding import Embedding
 from stitch_server.model.head import Head
+from stitch_server.model.linear import WeightFormat
 from stitch_server.model.probe import Probe
-from stitch_server.model.product import Keeping
 from stitch_server.model.stitch import Stitch
 from stitch_server.model.tokenizer_hash import token_count, tokenizer_hash
 from stitch_server.sources.resolve import resolve
@@ -66,9 +66,9 @@ def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part
     source = cluster.models.bottom if place.role == "bottom" else cluster.models.top
     folder = resolve(cluster.model_source(place.role), cache_folder())
     model = ModelDescription.read(folder, source.id)
-    dtype, keeping = getattr(torch, cluster.compute.dtype), Keeping.of(cluster.compute)
+    dtype, weight_format = getattr(torch, cluster.compute.dtype), WeightFormat.of(cluster.compute)
     first, end = place.layers
-    decoder = DecoderLayers.load(folder, first, end, device, dtype, keeping)
+    decoder = DecoderLayers.load(folder, first, end, device, dtype, weight_format)
     tokenizer = tokenizer_hash(folder)
     cuts = {route.name: cut for route in cluster.routes if (cut := cut_of(route, place)) is not None}
     passed = {
@@ -85,7 +85,7 @@ def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part
         model=model,
         decoder=decoder,
         embedding=Embedding.load(folder, device, dtype) if (place.role, first) == ("bottom", 0) else None,
-        head=Head.load(folder, device, dtype, token_count(folder), keeping) if is_last else None,
+        head=Head.load(folder, device, dtype, token_count(folder), weight_format) if is_last else None,
         stitches={name: stitch for name, stitch in passed.items() if name in entered},
         adapters=adapters,
         fingerprints={

@@ -13,7 +13,7 @@ from stitch_server.engine.wire import bytes_per_token
 from stitch_server.model import lean
 from stitch_server.model.counting import ParameterCount
 from stitch_server.model.description import ModelDescription, read_config
-from stitch_server.model.product import Keeping
+from stitch_server.model.linear import WeightFormat
 from stitch_server.planning import kv_bytes_per_token, kv_tokens
 from stitch_server.sources.resolve import resolve
 
@@ -67,14 +67,14 @@ def _plan_of(cluster: Cluster, place: ShardPlace, device: torch.device, memory_b
     ends = place.role == "bottom" and first == 0
     layers, head = count.between(first, end), count.head if last else 0
     token_bytes = kv_bytes_per_token(end - first, model.kv_heads, model.head_dim, dtype)
-    keeping = Keeping.of(cluster.compute)
-    of_layers, of_head = layers * keeping.bits(dtype) // 8, head * keeping.of_head.bits(dtype) // 8
-    weights = of_layers + of_head
+    weight_format = WeightFormat.of(cluster.compute)
+    of_layers, for_head = layers * weight_format.bits(dtype) // 8, head * weight_format.for_head.bits(dtype) // 8
+    weights = of_layers + for_head
     # Layers that come from `transformers` multiply in their own way.
-    if keeping.keeps_twice(device, dtype) and lean.supports(read_config(folder)):
+    if weight_format.keeps_twice(device, dtype) and lean.supports(read_config(folder)):
         weights += of_layers
-    if keeping.of_head.keeps_twice(device, dtype):
-        weights += of_head
+    if weight_format.for_head.keeps_twice(device, dtype):
+        weights += for_head
     # The embedding's rows are looked up, not multiplied by.
     weights += count.head * dtype.itemsize if ends else 0
     compute, block_tokens = cluster.compute, cluster.compute.kv_block_tokens or BLOCK_TOKENS

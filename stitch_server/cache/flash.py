@@ -124,7 +124,7 @@ class Places:
 class FlashAttention:
     """Writes a batch's new keys and values into their blocks and attends to them there."""
 
-    past = None
+    paged = None
 
     def __init__(self, store: KVStore, kernel: Kernel, lengths: Sequenced[int], places: Places) -> None:
         """`lengths`: of the batch's segments."""
@@ -135,7 +135,7 @@ class FlashAttention:
     def of(cls, store: KVStore, kernel: Kernel, spans: Sequenced[Span]) -> FlashAttention:
         """For packed segments."""
         lengths = [span.length for span in spans]
-        packed = sent(packed_places(spans, store.block_tokens), store.pairs.device)
+        packed = sent(packed_places(spans, store.block_tokens), store.kv.device)
         most_seen = max(span.end for span in spans)
         return cls(store, kernel, lengths, Places.unpacked(packed, sum(lengths), len(spans), max(lengths), most_seen))
 
@@ -153,7 +153,7 @@ class FlashAttention:
         keys.index_copy_(0, places.new_slots, key)
         values.index_copy_(0, places.new_slots, value)
         paged = (self._store.blocks, self._store.block_tokens, *key.shape[1:])
-        mixed = self._kernel(
+        attended = self._kernel(
             query,
             keys.view(paged),
             values.view(paged),
@@ -170,4 +170,4 @@ class FlashAttention:
             block_table=places.pages,
             num_splits=SPLITS,
         )
-        return cast(Tensor, mixed).flatten(1)
+        return cast(Tensor, attended).flatten(1)

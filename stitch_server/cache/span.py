@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from stitch_server.loops.past import Past
+    from stitch_server.kernels.attention.paged_kv import PagedKV
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class BatchAttend(Protocol):
     """Keeps one batch's keys and values, and attends."""
 
     @property
-    def past(self) -> Past | None:
-        """Where the batch's tokens lie, for loops that keep and attend themselves; None where those don't suit."""
+    def paged(self) -> PagedKV | None:
+        """Where the batch's tokens lie, for kernels that keep and attend themselves; None where those don't suit."""
         ...
 
     def __call__(

@@ -19,13 +19,13 @@ from stitch_server.cache.span import BatchAttend, Span, slots_of, within
 from stitch_server.pages import LargePages
 
 if TYPE_CHECKING:
-    from stitch_server.loops.numbers import Numbers
+    from stitch_server.kernels.scalars import Numbers
 
 # How much longer than the shortest past of a crowd its longest may be: a share, and some tokens.
 MOST_FILLING = 1.25
 FILLING_TOKENS = 64
-# What compiled loops read on a processor.
-LOOP_DTYPES = (torch.float32, torch.bfloat16)
+# What compiled kernels read on a processor.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 # Tokens that one call gathers at most, unless a single sequence has more.
 CROWD_TOKENS = 8192
 
@@ -51,19 +51,19 @@ class KVStore:
         # taken page by page, when a block is first written, and never read before.
         shape = (end - first, blocks * block_tokens, 2 * kv_heads, head_dim)
         on_processor = device.type == "cpu"
-        self.pairs = LargePages().room(shape, dtype) if on_processor else torch.empty(shape, dtype=dtype, device=device)
-        self.keys, self.values = self.pairs[:, :, :kv_heads], self.pairs[:, :, kv_heads:]
-        # The same as loops read it; None where these don't attend.
-        in_loops = on_processor and dtype in LOOP_DTYPES
-        self._numbers: Numbers | None = _looped().compiled_for(self.pairs) if in_loops else None
+        self.kv = LargePages().room(shape, dtype) if on_processor else torch.empty(shape, dtype=dtype, device=device)
+        self.keys, self.values = self.kv[:, :, :kv_heads], self.kv[:, :, kv_heads:]
+        # The same as kernels read it; None where these don't attend.
+        in_kernels = on_processor and dtype in KERNEL_DTYPES
+        self._numbers: Numbers | None = _compiled().compiled_for(self.kv) if in_kernels else None
 
     def attention(self, spans: Sequenced[Span]) -> BatchAttend:
         """The `attend` function for a batch of packed segments."""
         if self.kernel is not None:
             return FlashAttention.of(self, self.kernel, spans)
         if self._numbers is not None:
-            looped: BatchAttend = _looped().LoopAttention(self._numbers, self.first, self.block_tokens, spans)
-            return looped
+            attention: BatchAttend = _compiled().CompiledAttention(self._numbers, self.first, self.block_tokens, spans)
+            return attention
         return PagedAttention(self, spans)
 
 
@@ -75,8 +75,8 @@ class _Part(Protocol):
         """Where they are in the batch."""
         ...
 
-    def attend(self, query: Tensor, pairs: Tensor, scale: float) -> Tensor:
-        """query `[rows, heads, head_dim]`, one layer's `pairs`; returns `[rows, heads * head_dim]`."""
+    def attend(self, query: Tensor, kv: Tensor, scale: float) -> Tensor:
+        """query `[rows, heads, head_dim]`, one layer's `kv`; returns `[rows, heads * head_dim]`."""
         ...
 
 
@@ -91,8 +91,8 @@ class _Crowd:
     # What hides the filling, [count, 1, 1, longest]; None where there is none.
     mask: Tensor | None
 
-    def attend(self, query: Tensor, pairs: Tensor, scale: float) -> Tensor:
-        return _decode(query, pairs.index_select(0, self.slots), self, scale)
+    def attend(self, query: Tensor, kv: Tensor, scale: float) -> Tensor:
+        return _decode(query, kv.index_select(0, self.slots), self, scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +104,8 @@ class _Chunk:
     # [length, end]; None where SDPA's own causal mask says the same.
     mask: Tensor | None
 
-    def attend(self, query: Tensor, pairs: Tensor, scale: float) -> Tensor:
-        return _prefill(query, pairs.index_select(0, self.slots), self, scale)
+    def attend(self, query: Tensor, kv: Tensor, scale: float) -> Tensor:
+        return _prefill(query, kv.index_select(0, self.slots), self, scale)
 
 
 class PagedAttention:
@@ -115,12 +115,12 @@ class PagedAttention:
     behind pasts of similar length.
     """
 
-    past = None
+    paged = None
 
     def __init__(self, store: KVStore, spans: Sequenced[Span]) -> None:
         self._store = store
         self._spans = spans
-        self._slots = [slots_of(span, store.block_tokens, store.pairs.device) for span in spans]
+        self._slots = [slots_of(span, store.block_tokens, store.kv.device) for span in spans]
         self._new_slots = self._new()
         # By the layers' window.
         self._parts: dict[int | None, list[_Part]] = {}
@@ -145,16 +145,16 @@ class PagedAttention:
         self._store.values[index].index_copy_(0, self._new_slots, value)
         if window not in self._parts:
             self._parts[window] = [*self._decoding(window), *self._chunks(window)]
-        pairs = self._store.pairs[index]
-        mixed = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
+        kv = self._store.kv[index]
+        attended = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
         for part in self._parts[window]:
-            mixed[part.rows] = part.attend(query[part.rows], pairs, scale)
-        return mixed
+            attended[part.rows] = part.attend(query[part.rows], kv, scale)
+        return attended
 
     def _new(self) -> Tensor:
         """The slots of the tokens that this batch adds."""
         new = [slots[span.position :] for slots, span in zip(self._slots, self._spans, strict=True)]
-        return torch.cat(new) if new else torch.empty(0, dtype=torch.long, device=self._store.pairs.device)
+        return torch.cat(new) if new else torch.empty(0, dtype=torch.long, device=self._store.kv.device)
 
     def _rows(self) -> list[int]:
         """Each segment's first row in the batch, and one behind the last."""
@@ -163,9 +163,9 @@ class PagedAttention:
     def _decoding(self, window: int | None) -> list[_Crowd]:
         rows = self._rows()
         singles = {rows[at]: self._slots[at] for at, span in enumerate(self._spans) if span.length == 1}
-        seen = {row: within(slots, window) for row, slots in singles.items()}
-        lengths = {row: len(slots) for row, slots in seen.items()}
-        return [_crowd({row: seen[row] for row in members}, self._store.pairs) for members in _alike(lengths)]
+        visible = {row: within(slots, window) for row, slots in singles.items()}
+        lengths = {row: len(slots) for row, slots in visible.items()}
+        return [_crowd({row: visible[row] for row in members}, self._store.kv) for members in _alike(lengths)]
 
     def _chunks(self, window: int | None) -> list[_Chunk]:
         rows = self._rows()
@@ -177,7 +177,7 @@ class PagedAttention:
 
     def _mask(self, span: Span, window: int | None) -> Tensor | None:
         window = window if window is not None and window < span.end else None
-        return None if window is None and span.position == 0 else causal_mask(span, window, self._store.pairs)
+        return None if window is None and span.position == 0 else causal_mask(span, window, self._store.kv)
 
 
 def _alike(lengths: Mapping[int, int]) -> list[list[int]]:
@@ -196,11 +196,11 @@ def _joins(length: int, shortest: int, members: int) -> bool:
     return similar and length * (members + 1) <= CROWD_TOKENS
 
 
-def _looped() -> ModuleType:
+def _compiled() -> ModuleType:
     # Only who needs it pays for loading the compiler.
-    from stitch_server.cache import looped
+    from stitch_server.cache import compiled_attention
 
-    return looped
+    return compiled_attention
 
 
 def _crowd(slots: Mapping[int, Tensor], like: Tensor) -> _Crowd:
@@ -217,35 +217,35 @@ def _crowd(slots: Mapping[int, Tensor], like: Tensor) -> _Crowd:
 
 def _where(rows: list[int], like: Tensor) -> slice | Tensor:
     """Rows in ascending order, as an index: a view of the batch where they are neighbours."""
-    together = rows[-1] - rows[0] == len(rows) - 1
-    return slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=like.device)
+    run_in_team = rows[-1] - rows[0] == len(rows) - 1
+    return slice(rows[0], rows[-1] + 1) if run_in_team else torch.tensor(rows, device=like.device)
 
 
-def _decode(query: Tensor, pairs: Tensor, crowd: _Crowd, scale: float) -> Tensor:
+def _decode(query: Tensor, kv: Tensor, crowd: _Crowd, scale: float) -> Tensor:
     _, heads, head_dim = query.shape
-    kv_heads = pairs.shape[1] // 2
-    past = pairs.view(crowd.count, -1, 2 * kv_heads, head_dim).transpose(1, 2)
+    kv_heads = kv.shape[1] // 2
+    paged = kv.view(crowd.count, -1, 2 * kv_heads, head_dim).transpose(1, 2)
     # The query heads of a group become rows of one small product, which spares expanding the keys.
     grouped = query.view(crowd.count, kv_heads, heads // kv_heads, head_dim)
-    keys, values = past[:, :kv_heads], past[:, kv_heads:]
-    mixed = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=crowd.mask, scale=scale)
-    return mixed.reshape(crowd.count, heads * head_dim)
+    keys, values = paged[:, :kv_heads], paged[:, kv_heads:]
+    attended = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=crowd.mask, scale=scale)
+    return attended.reshape(crowd.count, heads * head_dim)
 
 
-def _prefill(query: Tensor, pairs: Tensor, chunk: _Chunk, scale: float) -> Tensor:
+def _prefill(query: Tensor, kv: Tensor, chunk: _Chunk, scale: float) -> Tensor:
     tokens, heads, head_dim = query.shape
-    kv_heads = pairs.shape[1] // 2
-    past = pairs.transpose(0, 1)[None]
-    mixed = functional.scaled_dot_product_attention(
+    kv_heads = kv.shape[1] // 2
+    paged = kv.transpose(0, 1)[None]
+    attended = functional.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
-        past[:, :kv_heads],
-        past[:, kv_heads:],
+        paged[:, :kv_heads],
+        paged[:, kv_heads:],
         attn_mask=chunk.mask,
         is_causal=chunk.mask is None,
         scale=scale,
         enable_gqa=heads != kv_heads,
     )
-    return mixed[0].transpose(0, 1).reshape(tokens, heads * head_dim)
+    return attended[0].transpose(0, 1).reshape(tokens, heads * head_dim)
 
 
 def causal_mask(span: Span, window: int | None, like: Tensor) -> Tensor:

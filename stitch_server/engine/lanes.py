@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 LANE_ROWS = 4
 # Threads share a loop without lanes; with so many rows each they do better apart, since what one of them writes the
 # other one needn't wait for, or fetch from its cache.
-LOOP_LANE_ROWS = 64
+KERNEL_LANE_ROWS = 64
 # How many times its share a lane of whole sequences may have.
 UNEVEN = 1.125
 

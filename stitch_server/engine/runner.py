@@ -24,7 +24,7 @@ from stitch_server.devices import sent
 from stitch_server.engine.batch import Batch, Cut, Segment, StepOutput, Token, TokenLogprobs, Verdict
 from stitch_server.engine.graphs import DecodeGraphs
 from stitch_server.engine.judge import Judge
-from stitch_server.engine.lanes import LANE_ROWS, LOOP_LANE_ROWS, Lanes, Turns, apart, depend, divided
+from stitch_server.engine.lanes import KERNEL_LANE_ROWS, LANE_ROWS, Lanes, Turns, apart, depend, divided
 from stitch_server.engine.threads import Spread, Threads, Work
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.attend import Rotary, leading
@@ -95,11 +95,11 @@ class Runner:
     def _work(self, batch: Batch) -> Work:
         seen = sum(one.length * (one.position + one.length) for one in batch.segments)
         attended = seen / self.decoder.past_worth_a_token
-        looped = self.decoder.is_looped(batch.tokens)
+        compiled = self.decoder.is_compiled(batch.tokens)
         # Lanes read all weights each, and single tokens are bound by just that.
-        least = max(LOOP_LANE_ROWS if looped else LANE_ROWS, len(batch.segments))
+        least = max(KERNEL_LANE_ROWS if compiled else LANE_ROWS, len(batch.segments))
         divisible = self.device.type == "cpu" and batch.tokens >= 2 * least
-        if divisible and looped:
+        if divisible and compiled:
             # Lanes that wait for each other would call the loop for each layer.
             divisible = apart(batch.segments, 2) is not None
         return Work(batch.tokens, attended, batch.pipelined, divisible)
@@ -156,7 +156,7 @@ class Runner:
     ) -> Tensor:
         """Through all layers; none before the lane that it `follows`, and each told to the one that it `leads`."""
         spans = [Span(one.position, one.length, one.blocks) for one in segments]
-        # Made where they are asked for: loops turn by themselves, captured passes bring their own attention.
+        # Made where they are asked for: kernels rotate by themselves, captured passes bring their own attention.
         rotary = cache(partial(self._rotary, spans))
         attention = cache(partial(self.store.attention, spans))
         attention_of = cache(lambda count: attention() if count == len(segments) else attention().first(count))
@@ -176,8 +176,8 @@ class Runner:
                 moved = self.graphs.run(spans[: len(present)], here, leading(rotary(), rows), first, end, adapted)
             if moved is None:
                 attend = attention_of(len(present))
-                if attend.past is not None and self.decoder.is_looped(rows):
-                    moved = self.decoder.run_looped(here, attend.past, first, end, adapted)
+                if attend.paged is not None and self.decoder.is_compiled(rows):
+                    moved = self.decoder.run_compiled(here, attend.paged, first, end, adapted)
                 else:
                     moved = self.decoder.run(here, leading(rotary(), rows), attend, first, end, adapted)
             hidden = moved if whole else torch.cat([moved, hidden[rows:]])

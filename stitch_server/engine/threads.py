@@ -1,8 +1,8 @@
 """How a pass is spread over processor threads: as made such passes fastest so far. Computes nothing itself.
 
 More threads are not always faster: a helper has to be woken for each pass, or, where a library multiplies, for each
-product, and a neighbour on this machine may need the cores. Compiled loops are shared task by task. A pass of many rows
-may be cut into lanes, which meet only at its end, but each lane reads all weights.
+product, and a neighbour on this machine may need the cores. Compiled kernels are shared task by task. A pass of many
+rows may be cut into lanes, which meet only at its end, but each lane reads all weights.
 """
 
 from __future__ import annotations

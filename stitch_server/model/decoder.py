@@ -13,16 +13,16 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from stitch.errors import Incompatible
-from stitch_server.model import borrowed, lean
+from stitch_server.model import lean, transformers_layers
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.attend import Attend, Layer, Rotary
 from stitch_server.model.description import head_dim, kv_heads, read_config
-from stitch_server.model.product import PLAINLY, Keeping
+from stitch_server.model.linear import AS_STORED, WeightFormat
 from stitch_server.model.weights import Weights
 
 if TYPE_CHECKING:
-    from stitch_server.loops.past import Past
-    from stitch_server.model.stack import LayerStack
+    from stitch_server.kernels.attention.paged_kv import PagedKV
+    from stitch_server.model.compiled_layers import CompiledLayers
 
 __all__ = ["Attend", "DecoderLayers", "Rotary"]
 
@@ -42,7 +42,7 @@ class DecoderLayers:
     _layers: Sequence[Layer]
     _rotary: Callable[[Tensor], Rotary]
     # The same layers for a few tokens; None where their matrices are not kept for these, too.
-    _stack: LayerStack | None = None
+    _compiled: CompiledLayers | None = None
 
     @classmethod
     def load(
@@ -52,7 +52,7 @@ class DecoderLayers:
         end: int,
         device: torch.device,
         dtype: torch.dtype,
-        keeping: Keeping = PLAINLY,
+        weight_format: WeightFormat = AS_STORED,
     ) -> DecoderLayers:
         """Reads these layers' weights alone.
 
@@ -61,23 +61,23 @@ class DecoderLayers:
         config = read_config(folder)
         if not 0 <= first < end <= config.num_hidden_layers:
             raise Incompatible(f"layers {first} to {end} are no range of {folder}: it has {config.num_hidden_layers}")
-        with Weights(folder, device, dtype, keeping) as weights:
-            layers, rotary, stack = _of_family(config, first, end, weights)
-        return cls(first, end, config.hidden_size, kv_heads(config), head_dim(config), layers, rotary, stack)
+        with Weights(folder, device, dtype, weight_format) as weights:
+            layers, rotary, compiled = _of_family(config, first, end, weights)
+        return cls(first, end, config.hidden_size, kv_heads(config), head_dim(config), layers, rotary, compiled)
 
     @property
     def is_lean(self) -> bool:
         """Whether none of them is of `transformers`, which may ask a GPU for its results in the middle of a layer."""
         return all(isinstance(layer, lean.LeanLayer) for layer in self._layers)
 
-    def is_looped(self, tokens: int) -> bool:
+    def is_compiled(self, tokens: int) -> bool:
         """Whether a pass of so many tokens, all at the same layers, is one compiled loop."""
-        return self._stack is not None and self._stack.suits(tokens)
+        return self._compiled is not None and self._compiled.suits(tokens)
 
     @property
     def tokens_worth_a_pass(self) -> int:
         """Passes over fewer take hardly less time."""
-        return 1 if self._stack is None else self._stack.tokens_worth_a_pass
+        return 1 if self._compiled is None else self._compiled.tokens_worth_a_pass
 
     @property
     def past_worth_a_token(self) -> int:
@@ -107,14 +107,14 @@ class DecoderLayers:
         """
         return _beside(adapted, partial(self._one_by_one, rotary, attend), hidden, first, end)
 
-    def run_looped(self, hidden: Tensor, past: Past, first: int, end: int, adapted: Adapted = ()) -> Tensor:
-        """The same where the layers are `is_looped`: loops turn and attend themselves, at the places in `past`.
+    def run_compiled(self, hidden: Tensor, paged: PagedKV, first: int, end: int, adapted: Adapted = ()) -> Tensor:
+        """The same where the layers are `is_compiled`: kernels rotate and attend themselves, at the places in `paged`.
 
-        Raises ValueError where they are not kept for loops.
+        Raises ValueError where they are not kept for kernels.
         """
-        if self._stack is None:
-            raise ValueError("these layers are not kept for loops")
-        return _beside(adapted, partial(self._stack.run, past), hidden, first, end)
+        if self._compiled is None:
+            raise ValueError("these layers are not kept for kernels")
+        return _beside(adapted, partial(self._compiled.run, paged), hidden, first, end)
 
     def _one_by_one(self, rotary: Rotary, attend: Attend, hidden: Tensor, first: int, end: int) -> Tensor:
         for index in range(first, end):
@@ -138,15 +138,15 @@ def _beside(
 
 def _of_family(
     config: PretrainedConfig, first: int, end: int, weights: Weights
-) -> tuple[Sequence[Layer], Callable[[Tensor], Rotary], LayerStack | None]:
+) -> tuple[Sequence[Layer], Callable[[Tensor], Rotary], CompiledLayers | None]:
     """Lean layers where there are some, else those of `transformers`."""
     if lean.supports(config):
         rotary = lean.RotaryAngles(config, weights.device)
-        layers, stack = lean.load_layers(config, first, end, weights, rotary)
-        return layers, rotary, stack
-    quantization = weights.keeping.quantization
+        layers, compiled = lean.load_layers(config, first, end, weights, rotary)
+        return layers, rotary, compiled
+    quantization = weights.weight_format.quantization
     if quantization != "none":
         families = ", ".join(lean.FAMILIES)
         raise Incompatible(f"layers of {config.model_type} can't be quantized to {quantization}, only: {families}")
-    angles = borrowed.BorrowedAngles(config, weights.device, weights.dtype)
-    return borrowed.load_layers(config, first, end, weights), angles, None
+    angles = transformers_layers.TransformersAngles(config, weights.device, weights.dtype)
+    return transformers_layers.load_layers(config, first, end, weights), angles, None

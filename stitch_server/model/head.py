@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stitch_server.model import borrowed, lean
+from stitch_server.model import lean, transformers_layers
 from stitch_server.model.description import read_config
 from stitch_server.model.embedding import EMBEDDING
-from stitch_server.model.product import PLAINLY, Keeping, Product, product
+from stitch_server.model.linear import AS_STORED, Linear, WeightFormat, linear
 from stitch_server.model.scales import logit_scale, scaled
 from stitch_server.model.weights import Weights
 
@@ -19,7 +19,7 @@ from stitch_server.model.weights import Weights
 class Head:
     """Hidden states behind the last layer to logits."""
 
-    def __init__(self, norm: Callable[[Tensor], Tensor], to_logits: Product, scale: float = 1.0) -> None:
+    def __init__(self, norm: Callable[[Tensor], Tensor], to_logits: Linear, scale: float = 1.0) -> None:
         self._norm = norm
         self._to_logits = to_logits
         self._scale = scale
@@ -31,7 +31,7 @@ class Head:
         device: torch.device,
         dtype: torch.dtype,
         tokens: int | None = None,
-        keeping: Keeping = PLAINLY,
+        weight_format: WeightFormat = AS_STORED,
     ) -> Head:
         """Reads norm and head; a tied head is the embedding. Raises Incompatible where either is missing.
 
@@ -41,8 +41,12 @@ class Head:
         with Weights(folder, device, dtype) as weights:
             rows = weights.read(EMBEDDING if config.tie_word_embeddings else "lm_head.weight")
             is_lean = lean.supports(config)
-            norm = lean.load_norm(config, "model.norm", weights) if is_lean else borrowed.load_norm(config, weights)
-            return cls(norm, product(rows[:tokens], None, keeping.of_head), logit_scale(config))
+            norm = (
+                lean.load_norm(config, "model.norm", weights)
+                if is_lean
+                else transformers_layers.load_norm(config, weights)
+            )
+            return cls(norm, linear(rows[:tokens], None, weight_format.for_head), logit_scale(config))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states `[n, hidden_size]` to logits float32 `[n, vocabulary]`."""

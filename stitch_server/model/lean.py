@@ -22,14 +22,14 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from stitch_server.model.attend import Attend, Rotary
 from stitch_server.model.description import head_dim, kv_heads
-from stitch_server.model.product import Product, product
+from stitch_server.model.linear import Linear, linear
 from stitch_server.model.weights import Weights
 
 if TYPE_CHECKING:
-    from stitch_server.model.stack import LayerStack
+    from stitch_server.model.compiled_layers import CompiledLayers
 
-# Given a matrix under its name in `loops.layers.Layers`, `[outputs, inputs]`, and its bias: the product by it.
-ProductOf = Callable[[str, Tensor, Tensor | None], Product]
+# Given a matrix under its name in `kernels.layers.Layers`, `[outputs, inputs]`, and its bias: the product by it.
+LinearOf = Callable[[str, Tensor, Tensor | None], Linear]
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 # Scalings whose angles depend on the position alone, never on the length of the sequence.
@@ -93,14 +93,14 @@ class LeanLayer:
     head_dim: int
     window: int | None
     attention_norm: RmsNorm
-    query_key_value: Product
+    query_key_value: Linear
     # [heads + kv_heads, head_dim], where the family has one
     query_key_norm: Tensor | None
     query_key_epsilon: float
-    attention_output: Product
+    attention_output: Linear
     feed_forward_norm: RmsNorm
-    gate_up: Product
-    down: Product
+    gate_up: Linear
+    down: Linear
 
     def __call__(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """`[tokens, hidden_size]` in and out; leaves what it is given unchanged."""
@@ -128,42 +128,42 @@ def _rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
 
 def load_layers(
     config: PretrainedConfig, first: int, end: int, weights: Weights, rotary: RotaryAngles
-) -> tuple[list[LeanLayer], LayerStack | None]:
-    """Reads layers `first` to `end`, and stacks them where loops are to take them, which turn by `rotary`.
+) -> tuple[list[LeanLayer], CompiledLayers | None]:
+    """Reads layers `first` to `end`, and stacks them where kernels are to take them, which rotate by `rotary`.
 
     Raises Incompatible, which names the tensor, where the folder lacks one.
     """
-    keeping = weights.keeping
-    if not (keeping.has_loops(weights.device, weights.dtype) and _fits_loops(config)):
+    weight_format = weights.weight_format
+    if not (weight_format.has_kernels(weights.device, weights.dtype) and _fits_kernels(config)):
 
-        def product_of(name: str, weight: Tensor, bias: Tensor | None) -> Product:
-            return product(weight, bias, replace(keeping, loops=False))
+        def linear_of(name: str, weight: Tensor, bias: Tensor | None) -> Linear:
+            return linear(weight, bias, replace(weight_format, kernels=False))
 
-        return [_load_layer(config, index, weights, product_of) for index in range(first, end)], None
+        return [_load_layer(config, index, weights, linear_of) for index in range(first, end)], None
     # Only who needs it pays for loading the compiler.
-    from stitch_server.model.stack import Stacking
+    from stitch_server.model.compiled_layers import LayerAssembly
 
-    stacking = Stacking(end - first, keeping)
+    assembly = LayerAssembly(end - first, weight_format)
 
-    def stacked(place: int, name: str, weight: Tensor, bias: Tensor | None) -> Product:
-        stacking.take(place, name, weight, bias)
-        if keeping.keeps_twice(weights.device, weights.dtype):
-            return product(weight, bias, replace(keeping, loops=False))
-        return stacking.product(place, name)
+    def assembled(place: int, name: str, weight: Tensor, bias: Tensor | None) -> Linear:
+        assembly.take(place, name, weight, bias)
+        if weight_format.keeps_twice(weights.device, weights.dtype):
+            return linear(weight, bias, replace(weight_format, kernels=False))
+        return assembly.linear(place, name)
 
-    layers = [_load_layer(config, index, weights, partial(stacked, index - first)) for index in range(first, end)]
-    return layers, stacking.stack(layers, rotary, weights.dtype)
+    layers = [_load_layer(config, index, weights, partial(assembled, index - first)) for index in range(first, end)]
+    return layers, assembly.compiled(layers, rotary, weights.dtype)
 
 
-def _fits_loops(config: PretrainedConfig) -> bool:
+def _fits_kernels(config: PretrainedConfig) -> bool:
     """Whether gates and what they gate, one behind the other in one matrix, both begin where a panel does."""
-    from stitch_server.loops.panels import LANES
+    from stitch_server.kernels.matmul.panels import LANES
 
     fits: bool = config.intermediate_size % LANES == 0
     return fits
 
 
-def _load_layer(config: PretrainedConfig, index: int, weights: Weights, product_of: ProductOf) -> LeanLayer:
+def _load_layer(config: PretrainedConfig, index: int, weights: Weights, linear_of: LinearOf) -> LeanLayer:
     heads, keys, width = config.num_attention_heads, kv_heads(config), head_dim(config)
     at = f"model.layers.{index}"
     return LeanLayer(
@@ -173,13 +173,13 @@ def _load_layer(config: PretrainedConfig, index: int, weights: Weights, product_
         head_dim=width,
         window=_window(config, index),
         attention_norm=load_norm(config, f"{at}.input_layernorm", weights),
-        query_key_value=product_of("query_key_value", *_query_key_value(weights, f"{at}.self_attn", heads, keys)),
+        query_key_value=linear_of("query_key_value", *_query_key_value(weights, f"{at}.self_attn", heads, keys)),
         query_key_norm=_query_key_norm(weights, f"{at}.self_attn", heads, keys),
         query_key_epsilon=config.rms_norm_eps,
-        attention_output=product_of("attention_output", *_joined(weights, f"{at}.self_attn.o_proj")),
+        attention_output=linear_of("attention_output", *_joined(weights, f"{at}.self_attn.o_proj")),
         feed_forward_norm=load_norm(config, f"{at}.post_attention_layernorm", weights),
-        gate_up=product_of("gate_up", *_joined(weights, f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj")),
-        down=product_of("down", *_joined(weights, f"{at}.mlp.down_proj")),
+        gate_up=linear_of("gate_up", *_joined(weights, f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj")),
+        down=linear_of("down", *_joined(weights, f"{at}.mlp.down_proj")),
     )
 
 

@@ -1,7 +1,7 @@
-"""Matrices in fewer bits, and products by them without loops. Doesn't know what a product is for.
+"""int8 and int4 weights, and linear layers by them without this project's kernels. Doesn't know whose layers.
 
-In bytes a matrix has one scale for each output. For oneDNN the rows get one each when they come, and the product is
-then one of small integers. In four bits it has a step and a least weight for each group of inputs (`loops/words.py`).
+int8 has a scale for each output; oneDNN quantizes rows as well, so that its product is one of small integers. int4 has
+a step and a least weight for each group of inputs (`kernels/matmul/int4_layout.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stitch_server.loops.words import GROUP, INPUTS, MOST_STEPS, PLACES, WORDS
+from stitch_server.kernels.matmul.int4_layout import GROUP, INPUTS, MOST_STEPS, PLACES, WORDS
 
 # The number of rows that oneDNN's layout is chosen for; layouts for 8, 64 and 512 measured alike.
 TYPICAL_ROWS = 8
@@ -28,13 +28,13 @@ ROUNDED_ZERO = torch.tensor(ZERO_POINT + 0.5)
 LEAST_SCALE = 1e-30
 
 
-def in_bytes(weight: Tensor) -> tuple[Tensor, Tensor]:
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`[outputs, inputs]` to int8 of that shape and float32 scales `[outputs]`: weight ≈ int8 · scale."""
     scales = (weight.float().abs().amax(dim=1) / MOST_INT8).clamp_min(LEAST_SCALE)
     return torch.round(weight.float() / scales[:, None]).to(torch.int8), scales
 
 
-def in_fours(weight: Tensor) -> Tensor:
+def to_int4(weight: Tensor) -> Tensor:
     """`[outputs, inputs]` to words `[outputs, groups * WORDS]` of uint32, the last group filled up with zeros."""
     outputs, inputs = weight.shape
     groups = F.pad(weight.float(), (0, -inputs % GROUP)).view(outputs, -1, GROUP)
@@ -51,7 +51,7 @@ def _joined(numbers: Tensor, places: Sequence[int]) -> Tensor:
     return reduce(torch.bitwise_or, (number << at for number, at in zip(numbers.unbind(-1), places, strict=True)))
 
 
-def from_fours(words: Tensor) -> Tensor:
+def from_int4(words: Tensor) -> Tensor:
     """The float32 `[outputs, inputs of whole groups]` that such words stand for."""
     groups = words.view(torch.int32).view(len(words), -1, WORDS)
     step, least = groups[..., -1:].contiguous().view(torch.float16).float().unbind(-1)
@@ -62,18 +62,18 @@ def from_fours(words: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class PlainFoursProduct:
+class PlainInt4Linear:
     """The matrix in four bits on any device: little memory, and no speed."""
 
     words: Tensor
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, from_fours(self.words)[:, : x.shape[1]].to(x.dtype), self.bias)
+        return F.linear(x, from_int4(self.words)[:, : x.shape[1]].to(x.dtype), self.bias)
 
 
 @dataclass(frozen=True, slots=True)
-class PlainInt8Product:
+class PlainInt8Linear:
     """The matrix as bytes on any device: a quarter of float32's memory, and no faster."""
 
     weight: Tensor
@@ -81,8 +81,8 @@ class PlainInt8Product:
     bias: Tensor | None
 
     @classmethod
-    def quantized(cls, weight: Tensor, bias: Tensor | None) -> PlainInt8Product:
-        return cls(*in_bytes(weight), bias)
+    def quantized(cls, weight: Tensor, bias: Tensor | None) -> PlainInt8Linear:
+        return cls(*to_int8(weight), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         result = F.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
@@ -90,7 +90,7 @@ class PlainInt8Product:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedInt8Product:
+class PackedInt8Linear:
     """The matrix as bytes for oneDNN; the operators are those of `torch.compile`'s quantized models.
 
     Rows become bytes as well, one scale for each: value ≈ (byte - 128) · max |row| / 127.
@@ -103,8 +103,8 @@ class PackedInt8Product:
     bias: Tensor | None
 
     @classmethod
-    def quantized(cls, weight: Tensor, bias: Tensor | None) -> PackedInt8Product:
-        rows, scales = in_bytes(weight)
+    def quantized(cls, weight: Tensor, bias: Tensor | None) -> PackedInt8Linear:
+        rows, scales = to_int8(weight)
         packed = torch.ops.onednn.qlinear_prepack(rows, [TYPICAL_ROWS, weight.shape[1]])
         return cls(packed, scales / MOST_INT8, torch.zeros(len(scales), dtype=torch.int32), bias)
 

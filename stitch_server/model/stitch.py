@@ -26,7 +26,7 @@ from stitch.v1 import inference_pb2
 from stitch_server.devices import sent
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.description import ModelDescription
-from stitch_server.model.product import Product, product
+from stitch_server.model.linear import Linear, linear
 
 METADATA_KEY = "stitch"
 ADAPTERS = ("adapters.down", "adapters.up")
@@ -143,8 +143,8 @@ class Stitch:
         return mapped
 
     @cached_property
-    def _product(self) -> Product:
-        return product(self.weight, self.bias)
+    def _product(self) -> Linear:
+        return linear(self.weight, self.bias)
 
     def check_models(self, bottom: inference_pb2.Model | None = None, top: inference_pb2.Model | None = None) -> None:
         """Raises Incompatible where one of the given models has other weights than the one it was made for.

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stitch.errors import Incompatible
-from stitch_server.model.product import PLAINLY, Keeping
+from stitch_server.model.linear import AS_STORED, WeightFormat
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -34,12 +34,14 @@ def weight_files(folder: Path) -> list[Path]:
 class Weights:
     """The tensors of one model folder, read one by one; a context manager, since the files stay open meanwhile."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, keeping: Keeping = PLAINLY) -> None:
+    def __init__(
+        self, folder: Path, device: torch.device, dtype: torch.dtype, weight_format: WeightFormat = AS_STORED
+    ) -> None:
         self._folder = folder
         self.device = device
         self.dtype = dtype
         # How whoever multiplies by a matrix keeps it.
-        self.keeping = keeping
+        self.weight_format = weight_format
         # safetensors' files have no types of their own.
         self._file_of: dict[str, Any] = {}
         for path in weight_files(folder):

@@ -45,8 +45,8 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 
 
 def write(folder: Path, family: str = "llama", **fields: Any) -> Path:
-    """A GPU has no loops of a processor."""
-    return write_tiny_cluster(folder, family, model=FAMILIES[family], loops=False, **fields)
+    """A GPU has no kernels of a processor."""
+    return write_tiny_cluster(folder, family, model=FAMILIES[family], kernels=False, **fields)
 
 
 def whole(folder: Path, route: str) -> StitchedReference:

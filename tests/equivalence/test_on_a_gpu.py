@@ -37,14 +37,14 @@ def test_the_kernel_sees_what_the_reference_sees(window: int | None) -> None:
     shape = 0, 1, PAGES, KV_HEADS, HEAD_DIM
     stores = [KVStore(*shape, GPU, DTYPE, PAGE_TOKENS, kernel()), KVStore(*shape, CPU, DTYPE, PAGE_TOKENS, varlen)]
     for store in stores:
-        store.pairs.fill_(float("nan"))
+        store.kv.fill_(float("nan"))
     batches = [[(0, 300), (0, 20)], [(300, 1), (20, 280)], [(301, 1), (300, 1)], [(302, 250), (301, 1)]]
     for batch in batches:
         spans = [Span(*where, blocks) for where, blocks in zip(batch, BLOCKS, strict=True)]
         rows = torch.randn(sum(span.length for span in spans), HEADS + 2 * KV_HEADS, HEAD_DIM).to(DTYPE)
         results = []
         for store in stores:
-            query, key, value = rows.to(store.pairs.device).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+            query, key, value = rows.to(store.kv.device).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
             results.append(store.attention(spans)(0, query, key, value, 0.125, window).cpu().float())
         torch.testing.assert_close(*results, **CLOSE)
 

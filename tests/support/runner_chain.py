@@ -21,7 +21,7 @@ from stitch_server.engine.threads import Threads
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.embedding import Embedding
 from stitch_server.model.head import Head
-from stitch_server.model.product import PLAINLY, Keeping
+from stitch_server.model.linear import AS_STORED, WeightFormat
 from stitch_server.model.stitch import Stitch
 from tests.support.stitched_reference import StitchedReference, reference
 from tests.support.tape import Tape
@@ -46,9 +46,15 @@ class Halves:
 
 
 def new_runner(
-    folder: Path, first: int, end: int, *, as_on_a_gpu: bool = False, keeping: Keeping = PLAINLY, **parts: object
+    folder: Path,
+    first: int,
+    end: int,
+    *,
+    as_on_a_gpu: bool = False,
+    weight_format: WeightFormat = AS_STORED,
+    **parts: object,
 ) -> Runner:
-    decoder = DecoderLayers.load(folder, first, end, CPU, DTYPE, keeping)
+    decoder = DecoderLayers.load(folder, first, end, CPU, DTYPE, weight_format)
     shape = decoder.kv_heads, decoder.head_dim, CPU, DTYPE
     if not as_on_a_gpu:
         return Runner(decoder, KVStore(first, end, BLOCKS, *shape), CPU, Threads(1, 1), **parts)  # type: ignore[arg-type]
@@ -57,7 +63,7 @@ def new_runner(
     return Runner(decoder, store, CPU, Threads(1, 1), graphs=graphs, **parts)  # type: ignore[arg-type]
 
 
-def load(pair: TinyPair, folder: Path, as_on_a_gpu: bool = False, keeping: Keeping = PLAINLY) -> Halves:
+def load(pair: TinyPair, folder: Path, as_on_a_gpu: bool = False, weight_format: WeightFormat = AS_STORED) -> Halves:
     files = {
         route: write_random_stitch(
             folder / f"{route}.safetensors", pair.bottom, pair.top, *cut, adapter_rank=ADAPTER_RANKS[route]
@@ -66,12 +72,17 @@ def load(pair: TinyPair, folder: Path, as_on_a_gpu: bool = False, keeping: Keepi
     }
     stitches = {route: Stitch.load(file, CPU, DTYPE) for route, file in files.items()}
     bottom = new_runner(
-        pair.bottom, 0, 5, as_on_a_gpu=as_on_a_gpu, keeping=keeping, embed=Embedding.load(pair.bottom, CPU, DTYPE)
+        pair.bottom,
+        0,
+        5,
+        as_on_a_gpu=as_on_a_gpu,
+        weight_format=weight_format,
+        embed=Embedding.load(pair.bottom, CPU, DTYPE),
     )
     head = Head.load(pair.top, CPU, DTYPE, TOKENS)
     adapters = {route: stitch.adapters for route, stitch in stitches.items() if stitch.adapters is not None}
     parts: dict[str, object] = {"stage": "top_prefill", "stitches": stitches, "adapters": adapters, "head": head}
-    top = new_runner(pair.top, TOP_FIRST, 4, as_on_a_gpu=as_on_a_gpu, keeping=keeping, **parts)
+    top = new_runner(pair.top, TOP_FIRST, 4, as_on_a_gpu=as_on_a_gpu, weight_format=weight_format, **parts)
     references = {route: reference(pair.bottom, pair.top, files[route], *cut) for route, cut in ROUTES.items()}
     return Halves(bottom, top, references)
 

@@ -35,8 +35,10 @@ def varlen(
     assert num_splits == 1, "more than one gives wrong rows in PyTorch 2.13"
     assert enable_gqa or query.shape[1] == key.shape[2]
     window = list(window_size)
-    mixed: Tensor = _varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window, seqused_k, block_table)
-    return mixed
+    attended: Tensor = _varlen(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window, seqused_k, block_table
+    )
+    return attended
 
 
 @torch.library.custom_op("stitch_tests::varlen", mutates_args=())
@@ -54,13 +56,13 @@ def _varlen(
     block_table: Tensor,
 ) -> Tensor:
     _check(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, block_table)
-    mixed = torch.empty(query.shape, dtype=query.dtype)
+    attended = torch.empty(query.shape, dtype=query.dtype)
     for index, length in enumerate(seqused_k.tolist()):
         rows = slice(*cu_seq_q[index : index + 2].tolist())
         pages = block_table[index, : -(-length // PAGE_TOKENS)].long()
         keys, values = (pool[pages].flatten(0, 1)[:length] for pool in (key, value))
-        mixed[rows] = _attended(query[rows], keys, values, scale, window_size)
-    return mixed
+        attended[rows] = _attended(query[rows], keys, values, scale, window_size)
+    return attended
 
 
 def _attended(query: Tensor, keys: Tensor, values: Tensor, scale: float, window_size: list[int]) -> Tensor:

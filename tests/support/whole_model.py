@@ -15,7 +15,7 @@ from stitch_server.cache.store import KVStore
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.embedding import Embedding
 from stitch_server.model.head import Head
-from stitch_server.model.product import PLAINLY, Keeping
+from stitch_server.model.linear import AS_STORED, WeightFormat
 from tests.support.plain_attend import PlainAttend
 
 CPU = torch.device("cpu")
@@ -28,13 +28,13 @@ def our_logits(
     cuts: Sequence[int],
     chunks: Sequence[int],
     dtype: torch.dtype = torch.float32,
-    keeping: Keeping = PLAINLY,
+    weight_format: WeightFormat = AS_STORED,
 ) -> Tensor:
     """Logits `[tokens, vocabulary]` of PROMPT: `cuts` bound the shards' layers, `chunks` the passes' positions.
 
-    Layers that loops may take attend over a cache, which loops read themselves; others over the formula.
+    Layers that kernels may take attend over a cache, which kernels read themselves; others over the formula.
     """
-    shards = [DecoderLayers.load(folder, first, end, CPU, dtype, keeping) for first, end in pairwise(cuts)]
+    shards = [DecoderLayers.load(folder, first, end, CPU, dtype, weight_format) for first, end in pairwise(cuts)]
     embedding, head = Embedding.load(folder, CPU, dtype), Head.load(folder, CPU, dtype)
     plain = PlainAttend()
     stores = [KVStore(each.first, each.end, 4, each.kv_heads, each.head_dim, CPU, dtype) for each in shards]
@@ -43,10 +43,10 @@ def our_logits(
         hidden = embedding(torch.tensor(PROMPT[begin:stop]))
         for shard, store in zip(shards, stores, strict=True):
             cached = store.attention([Span(begin, stop - begin, range(4))])
-            if cached.past is not None and shard.is_looped(stop - begin):
-                hidden = shard.run_looped(hidden, cached.past, shard.first, shard.end)
+            if cached.paged is not None and shard.is_compiled(stop - begin):
+                hidden = shard.run_compiled(hidden, cached.paged, shard.first, shard.end)
             else:
-                attend = cached if keeping.loops else plain
+                attend = cached if weight_format.kernels else plain
                 hidden = shard.run(hidden, shard.rotary(torch.arange(begin, stop)), attend, shard.first, shard.end)
         logits.append(head(hidden))
     return torch.cat(logits)

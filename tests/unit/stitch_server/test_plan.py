@@ -52,13 +52,13 @@ def test_the_ends_of_the_chain_take_embedding_and_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "times"), [("float32", 1), ("bfloat16", 2)])
-@pytest.mark.parametrize(("device", "fields"), [("cpu", {"loops": False}), ("cuda", {})])
-def test_loops_keep_what_is_not_float32_twice(
+@pytest.mark.parametrize(("device", "fields"), [("cpu", {"kernels": False}), ("cuda", {})])
+def test_kernels_keep_what_is_not_float32_twice(
     tmp_path: Path, device: str, fields: dict[str, Any], dtype: str, times: int
 ) -> None:
-    looped = plan(tiny(tmp_path, dtype=dtype), CPU)
+    compiled = plan(tiny(tmp_path, dtype=dtype), CPU)
     once = plan(tiny(tmp_path, kv_tokens=64, dtype=dtype, **fields), torch.device(device))
-    assert [one.weight_bytes for one in looped[1:]] == [times * one.weight_bytes for one in once[1:]]
+    assert [one.weight_bytes for one in compiled[1:]] == [times * one.weight_bytes for one in once[1:]]
 
 
 def test_of_families_without_lean_layers_only_the_head_is_kept_twice(tmp_path: Path) -> None:
@@ -70,23 +70,23 @@ def test_of_families_without_lean_layers_only_the_head_is_kept_twice(tmp_path: P
     assert last.weight_bytes == (top.between(2, 4) + 2 * top.head) * torch.bfloat16.itemsize
 
 
-@pytest.mark.parametrize(("loops", "tiles", "times"), [(False, False, 4), (True, False, 2), (True, True, 4)])
+@pytest.mark.parametrize(("kernels", "tiles", "times"), [(False, False, 4), (True, False, 2), (True, True, 4)])
 def test_bytes_take_a_quarter_of_float32_except_the_embedding(
-    tmp_path: Path, loops: bool, tiles: bool, times: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kernels: bool, tiles: bool, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twice that where loops and a library need them in two ways."""
+    """Twice that where kernels and a library need them in two ways."""
     monkeypatch.setattr(processor, "has_tiles", lambda: tiles)
-    whole, small = (plan(tiny(tmp_path, loops=loops, quantization=kind), CPU) for kind in ("none", "int8"))
+    whole, small = (plan(tiny(tmp_path, kernels=kernels, quantization=kind), CPU) for kind in ("none", "int8"))
     assert [one.weight_bytes * times for one in small[1:]] == [one.weight_bytes for one in whole[1:]]
     assert small[0].weight_bytes - small[1].weight_bytes == whole[0].weight_bytes - whole[1].weight_bytes
 
 
-@pytest.mark.parametrize("loops", [True, False])
+@pytest.mark.parametrize("kernels", [True, False])
 def test_four_bits_and_their_groups_take_five_but_the_head_eight(
-    tmp_path: Path, loops: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processor, "has_tiles", lambda: True)
-    cluster = tiny(tmp_path, loops=loops, quantization="int4")
+    cluster = tiny(tmp_path, kernels=kernels, quantization="int4")
     *_, middle, last = plan(cluster, CPU)
     layers = load_part(cluster, cluster.shard("bottom-1"), CPU).count
     top = load_part(cluster, cluster.shard("top-0"), CPU).count

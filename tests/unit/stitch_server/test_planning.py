@@ -55,7 +55,7 @@ def test_blocks_may_be_larger(configured: int, tokens: int) -> None:
 def test_a_token_takes_keys_and_values_of_every_layer() -> None:
     store = KVStore(5, 8, blocks=4, kv_heads=2, head_dim=8, device=CPU, dtype=torch.bfloat16)
     per_token = kv_bytes_per_token(3, 2, 8, torch.bfloat16)
-    assert per_token * 4 * BLOCK_TOKENS == store.pairs.nbytes
+    assert per_token * 4 * BLOCK_TOKENS == store.kv.nbytes
 
 
 def test_memory_that_is_free_is_more_than_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,21 +48,21 @@ class TestProcessor:
 
 class TestGpu:
     @pytest.fixture(autouse=True)
-    def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    def queries(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         """What a kernel was asked for."""
-        asked: list[tuple[Any, ...]] = []
+        queries: list[tuple[Any, ...]] = []
 
         def kernel_for(*given: Any) -> object:
-            asked.append(given)
+            queries.append(given)
             return varlen
 
         monkeypatch.setattr(provision, "kernel_for", kernel_for)
         monkeypatch.setattr(provision, "capture_for", lambda device: Tape())
-        return asked
+        return queries
 
-    def test_the_kernel_is_for_what_is_computed(self, decoder: DecoderLayers, asked: list[tuple[Any, ...]]) -> None:
+    def test_the_kernel_is_for_what_is_computed(self, decoder: DecoderLayers, queries: list[tuple[Any, ...]]) -> None:
         assert provided(decoder, dtype="bfloat16").store.kernel is varlen
-        assert asked == [(CPU, torch.bfloat16, decoder.head_dim)]
+        assert queries == [(CPU, torch.bfloat16, decoder.head_dim)]
 
     def test_its_pool_does_not_know_the_last_block(self, decoder: DecoderLayers) -> None:
         given = provided(decoder)

@@ -33,7 +33,7 @@ class Both:
         self.plain = KVStore(*shape, PAGES * PAGE_TOKENS // 16, KV_HEADS, HEAD_DIM, CPU, torch.float32)
         for store in (self.paged, self.plain):
             # What nobody has written yet, and what a broken session has left behind.
-            store.pairs.fill_(float("nan"))
+            store.kv.fill_(float("nan"))
         self.heads = heads
         self.blocks = {store: self.scattered(store, sequences) for store in (self.paged, self.plain)}
         self.ends = [0] * sequences
@@ -57,8 +57,8 @@ class Both:
 
     def rows(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as a layer gives them: views of one tensor."""
-        mixed = torch.randn(tokens, self.heads + 2 * KV_HEADS, HEAD_DIM, generator=self.draw)
-        query, key, value = mixed.split([self.heads, KV_HEADS, KV_HEADS], dim=1)
+        attended = torch.randn(tokens, self.heads + 2 * KV_HEADS, HEAD_DIM, generator=self.draw)
+        query, key, value = attended.split([self.heads, KV_HEADS, KV_HEADS], dim=1)
         return query, key, value
 
     def check(self, *lengths: tuple[int, int], window: int | None = None, layers: Sequence[int] = (FIRST,)) -> None:
@@ -110,11 +110,11 @@ def test_the_leading_segments_attend_alone(count: int) -> None:
     both = Both(3)
     both.check((0, 100), (1, 300), (2, 5))
     lengths = [(1, 1), (0, 200), (2, 1)]
-    before = both.paged.pairs.clone()
+    before = both.paged.kv.clone()
     flash, plain = both.attentions(*lengths)
     given = (FIRST, *both.rows(sum(length for _, length in lengths[:count])), 0.3, None)
     torch.testing.assert_close(flash.first(count)(*given), plain.first(count)(*given), rtol=1e-5, atol=1e-5)
-    written = (both.paged.pairs[0] != before[0]).logical_and(both.paged.pairs[0].isfinite()).any(dim=(1, 2))
+    written = (both.paged.kv[0] != before[0]).logical_and(both.paged.kv[0].isfinite()).any(dim=(1, 2))
     assert int(written.sum()) == sum(length for _, length in lengths[:count])
 
 
@@ -145,17 +145,17 @@ class TestPlaces:
 
     def test_a_layer_calls_the_kernel_once_with_what_is_on_the_device(self) -> None:
         """All layers get the very same tensors: nothing of the batch is made anew in a layer."""
-        asked: list[tuple[Any, ...]] = []
+        queries: list[tuple[Any, ...]] = []
 
         def noting(*given: Any, **named: Any) -> Tensor:
-            asked.append((*given[3:5], named["seqused_k"], named["block_table"]))
+            queries.append((*given[3:5], named["seqused_k"], named["block_table"]))
             return varlen(*given, **named)
 
         both = Both(2)
         both.paged.kernel = noting
         both.check((0, 260), (1, 1), layers=range(FIRST, END))
-        assert len(asked) == END - FIRST
-        assert all(one is other for later in asked[1:] for one, other in zip(asked[0], later, strict=True))
+        assert len(queries) == END - FIRST
+        assert all(one is other for later in queries[1:] for one, other in zip(queries[0], later, strict=True))
 
 
 class TestKernel:
@@ -193,9 +193,9 @@ class TestKernel:
     def test_the_reference_and_pytorch_are_called_alike(self) -> None:
         """With the same names in the same order, and the same defaults."""
         ours, theirs = (inspect.signature(one).parameters for one in (Kernel.__call__, varlen_attn))
-        asked = [one for name, one in ours.items() if name != "self"]
+        queries = [one for name, one in ours.items() if name != "self"]
         known = [one for name, one in theirs.items() if name != "return_aux"]
-        assert [(one.name, one.kind, one.default) for one in asked] == [
+        assert [(one.name, one.kind, one.default) for one in queries] == [
             (one.name, one.kind, one.default) for one in known
         ]
         given = inspect.signature(varlen).parameters.values()

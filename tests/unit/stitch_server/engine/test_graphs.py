@@ -146,11 +146,11 @@ def test_a_result_outlives_the_next_replay(llama: DecoderLayers) -> None:
 
 def test_filling_rows_write_where_nobody_reads(llama: DecoderLayers) -> None:
     bench = Bench(llama)
-    bench.store.pairs.fill_(7.0)
+    bench.store.kv.fill_(7.0)
     bench.prefill(3, 4, 5)
-    before = bench.store.pairs.clone()
+    before = bench.store.kv.clone()
     bench.step([0, 1, 2])
-    changed = (bench.store.pairs != before).any(dim=(0, 2, 3))
+    changed = (bench.store.kv != before).any(dim=(0, 2, 3))
     assert {int(slot) for slot in changed.nonzero()} == {
         *((SPARE - 1 - one) * PAGE_TOKENS + 3 + one for one in range(3)),
         SPARE * PAGE_TOKENS,

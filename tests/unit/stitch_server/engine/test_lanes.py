@@ -16,7 +16,7 @@ from stitch_server.engine.lanes import UNEVEN, Lanes, Turns, apart, depend, divi
 from stitch_server.engine.runner import Runner
 from stitch_server.engine.sequence import Sequence
 from stitch_server.engine.threads import Spread, Work
-from stitch_server.model.product import Keeping
+from stitch_server.model.linear import WeightFormat
 from tests.support.runner_chain import Chain, Halves, load, prompt
 from tests.support.tiny_model import write_tiny_pair
 
@@ -132,9 +132,9 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def in_loops(tmp_path_factory: pytest.TempPathFactory) -> Halves:
-    folder = tmp_path_factory.mktemp("loops")
-    return load(write_tiny_pair(folder, "qwen2"), folder, keeping=Keeping(loops=True))
+def in_kernels(tmp_path_factory: pytest.TempPathFactory) -> Halves:
+    folder = tmp_path_factory.mktemp("kernels")
+    return load(write_tiny_pair(folder, "qwen2"), folder, weight_format=WeightFormat(kernels=True))
 
 
 @pytest.fixture
@@ -143,8 +143,8 @@ def chain(loaded: Halves, monkeypatch: pytest.MonkeyPatch) -> Chain:
 
 
 @pytest.fixture
-def looped(in_loops: Halves, monkeypatch: pytest.MonkeyPatch) -> Chain:
-    return _in_lanes(in_loops, monkeypatch)
+def compiled(in_kernels: Halves, monkeypatch: pytest.MonkeyPatch) -> Chain:
+    return _in_lanes(in_kernels, monkeypatch)
 
 
 def _in_lanes(halves: Halves, monkeypatch: pytest.MonkeyPatch) -> Chain:
@@ -213,17 +213,19 @@ class TestRunner:
         ],
     )
     def test_loops_have_lanes_where_rows_are_many(
-        self, looped: Chain, lanes: list[list[int]], lengths: tuple[int, ...], rows: list[int]
+        self, compiled: Chain, lanes: list[list[int]], lengths: tuple[int, ...], rows: list[int]
     ) -> None:
         for turn in range(3):
             lanes.clear()
             routes = ["weak", "strong", "weak"]
-            kept = [looped.sequence(*one) for one in zip(routes, [prompt(n, turn + n) for n in lengths], strict=False)]
-            answers = looped.run(*(looped.segment(one) for one in kept))
-            assert answers == {one.number: looped.expected(one) for one in kept}
+            kept = [
+                compiled.sequence(*one) for one in zip(routes, [prompt(n, turn + n) for n in lengths], strict=False)
+            ]
+            answers = compiled.run(*(compiled.segment(one) for one in kept))
+            assert answers == {one.number: compiled.expected(one) for one in kept}
             assert lanes == [rows] * 2 * bool(rows)
             for one in kept:
-                looped.free.extend(looped.blocks[one.number])
+                compiled.free.extend(compiled.blocks[one.number])
 
     def test_single_tokens_alone_have_one_lane(self, chain: Chain, lanes: list[list[int]]) -> None:
         kept = [chain.sequence("weak", prompt(1, seed)) for seed in range(7)]

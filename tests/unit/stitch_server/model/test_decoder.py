@@ -13,12 +13,12 @@ from stitch.errors import Incompatible
 from stitch_server import processor
 from stitch_server.cache.span import Span
 from stitch_server.cache.store import KVStore
-from stitch_server.model import borrowed, lean, stack
+from stitch_server.model import compiled_layers, lean, transformers_layers
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import Adapted, DecoderLayers
 from stitch_server.model.description import read_config
-from stitch_server.model.product import Keeping, PlainProduct
-from stitch_server.model.quantized import from_fours, in_bytes, in_fours
+from stitch_server.model.linear import PlainLinear, WeightFormat
+from stitch_server.model.quantized import from_int4, to_int4, to_int8
 from stitch_server.model.weights import Weights
 from tests.support.plain_attend import PlainAttend
 from tests.support.tiny_model import LEAN_FAMILIES, write_tiny_model
@@ -59,7 +59,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 LEAN_VARIANTS = [(family, config) for family, config in VARIANTS if family in LEAN_FAMILIES]
 
 
-@pytest.mark.parametrize("family", [*LEAN_FAMILIES, *borrowed.FAMILIES])
+@pytest.mark.parametrize("family", [*LEAN_FAMILIES, *transformers_layers.FAMILIES])
 def test_every_family_in_one_pass_and_in_chunks_over_shards(tmp_path: Path, family: str) -> None:
     folder = write_tiny_model(tmp_path, family)
     theirs = their_logits(folder)
@@ -85,39 +85,39 @@ class TestLoops:
     )
     def test_compute_what_their_models_do(self, tmp_path: Path, family: str, config: dict[str, Any]) -> None:
         folder = write_tiny_model(tmp_path, family, **config)
-        ours = our_logits(folder, (0, 1, 4), self.CHUNKS, keeping=Keeping(loops=True))
+        ours = our_logits(folder, (0, 1, 4), self.CHUNKS, weight_format=WeightFormat(kernels=True))
         torch.testing.assert_close(ours, their_logits(folder), rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("quantization", ["int8", "int4"])
     def test_multiply_fewer_bits_by_whole_rows(
         self, tmp_path: Path, quantization: Quantization, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        folder, keeping = write_tiny_model(tmp_path, "qwen3"), Keeping(quantization, loops=True)
-        looped = our_logits(folder, (0, 4), range(41), keeping=keeping)
+        folder, weight_format = write_tiny_model(tmp_path, "qwen3"), WeightFormat(quantization, kernels=True)
+        compiled = our_logits(folder, (0, 4), range(41), weight_format=weight_format)
 
-        def widened(weight: torch.Tensor, bias: torch.Tensor | None, keeping: Keeping) -> PlainProduct:
+        def widened(weight: torch.Tensor, bias: torch.Tensor | None, weight_format: WeightFormat) -> PlainLinear:
             if quantization == "int4":
-                return PlainProduct(from_fours(in_fours(weight))[:, : weight.shape[1]], bias)
-            rows, scales = in_bytes(weight)
-            return PlainProduct(rows * scales[:, None], bias)
+                return PlainLinear(from_int4(to_int4(weight))[:, : weight.shape[1]], bias)
+            rows, scales = to_int8(weight)
+            return PlainLinear(rows * scales[:, None], bias)
 
-        monkeypatch.setattr(lean, "product", widened)
-        torch.testing.assert_close(looped, our_logits(folder, (0, 4), WHOLE), rtol=1e-4, atol=1e-4)
+        monkeypatch.setattr(lean, "linear", widened)
+        torch.testing.assert_close(compiled, our_logits(folder, (0, 4), WHOLE), rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("family", LEAN_FAMILIES)
     def test_bfloat16_is_near(self, tmp_path: Path, family: str) -> None:
         folder = write_tiny_model(tmp_path, family)
         exact, dtype = their_logits(folder), torch.bfloat16
-        ours = (our_logits(folder, (0, 4), range(41), dtype, Keeping(loops=True)) - exact).abs().mean()
+        ours = (our_logits(folder, (0, 4), range(41), dtype, WeightFormat(kernels=True)) - exact).abs().mean()
         theirs = (their_logits(folder, dtype) - exact).abs().mean()
         assert 0 < ours <= 1.5 * theirs
 
     def test_are_there_on_request(self, tmp_path: Path) -> None:
         config = read_config(folder := write_tiny_model(tmp_path, "llama", layers=1))
-        for loops in (False, True):
-            with Weights(folder, CPU, torch.float32, Keeping(loops=loops)) as weights:
-                _, stacked = lean.load_layers(config, 0, 1, weights, lean.RotaryAngles(config, CPU))
-                assert (stacked is not None) is loops
+        for kernels in (False, True):
+            with Weights(folder, CPU, torch.float32, WeightFormat(kernels=kernels)) as weights:
+                _, assembled = lean.load_layers(config, 0, 1, weights, lean.RotaryAngles(config, CPU))
+                assert (assembled is not None) is kernels
 
     @pytest.mark.parametrize(
         ("quantization", "tiles", "many"),
@@ -127,15 +127,15 @@ class TestLoops:
         self, tmp_path: Path, quantization: Quantization, tiles: bool, many: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(processor, "has_tiles", lambda: tiles)
-        folder, keeping = write_tiny_model(tmp_path, "llama", layers=1), Keeping(quantization, loops=True)
-        decoder = DecoderLayers.load(folder, 0, 1, CPU, torch.float32, keeping)
-        assert [decoder.is_looped(tokens) for tokens in (1, 16, 17, 1000)] == [True, True, many, many]
+        folder, weight_format = write_tiny_model(tmp_path, "llama", layers=1), WeightFormat(quantization, kernels=True)
+        decoder = DecoderLayers.load(folder, 0, 1, CPU, torch.float32, weight_format)
+        assert [decoder.is_compiled(tokens) for tokens in (1, 16, 17, 1000)] == [True, True, many, many]
 
     def test_take_all_layers_at_once_or_each_beside_adapters(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         ranges: list[tuple[int, int]] = []
-        run = stack.run
+        run = compiled_layers.run
 
         def noting(*arguments: Any) -> None:
             ranges.append(arguments[2:4])
@@ -144,7 +144,7 @@ class TestLoops:
         # Each thread calls it.
         torch.set_num_threads(1)
         bench = Bench(tmp_path)
-        monkeypatch.setattr(stack, "run", noting)
+        monkeypatch.setattr(compiled_layers, "run", noting)
         bench.run([(0, 30), (1, 5)])
         bench.run([(0, 30)], adapted=[(slice(0, 1), cast(Adapters, lambda index, hidden: hidden))])
         assert ranges == [(1, 3), (1, 2), (2, 3)]
@@ -152,9 +152,9 @@ class TestLoops:
     def test_leave_tokens_apart(self, tmp_path: Path) -> None:
         """Of several routes a pass has several sequences, each behind a past of its own."""
         bench = Bench(tmp_path)
-        together = bench.run([(0, 30), (1, 5), (2, 17)])
+        run_in_team = bench.run([(0, 30), (1, 5), (2, 17)])
         for number, position in ((0, 30), (1, 5), (2, 17)):
-            torch.testing.assert_close(together[number], bench.run([(number, position)])[0])
+            torch.testing.assert_close(run_in_team[number], bench.run([(number, position)])[0])
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     def test_what_is_not_finite_stays_so_and_by_itself(self, tmp_path: Path, value: float) -> None:
@@ -167,8 +167,8 @@ class TestLoops:
     def test_pass_adapters_beside_every_layer(self, tmp_path: Path) -> None:
         bench = Bench(tmp_path)
         adapters = cast(Adapters, lambda index, hidden: (index + 1) * hidden.tanh())
-        looped = bench.run([(0, 30), (1, 5)], [(slice(1, 2), adapters)])
-        torch.testing.assert_close(looped, bench.run([(0, 30), (1, 5)], [(slice(1, 2), adapters)], looped=False))
+        compiled = bench.run([(0, 30), (1, 5)], [(slice(1, 2), adapters)])
+        torch.testing.assert_close(compiled, bench.run([(0, 30), (1, 5)], [(slice(1, 2), adapters)], compiled=False))
 
     def test_states_that_were_given_stay_as_they_were(self, tmp_path: Path) -> None:
         bench = Bench(tmp_path)
@@ -178,25 +178,25 @@ class TestLoops:
 
 
 class Bench:
-    """Four layers with loops, and three sequences in a cache that has more layers than are run."""
+    """Four layers with kernels, and three sequences in a cache that has more layers than are run."""
 
     def __init__(self, folder: Path) -> None:
         self.layers = DecoderLayers.load(
-            write_tiny_model(folder, "qwen2"), 0, 4, CPU, torch.float32, Keeping(loops=True)
+            write_tiny_model(folder, "qwen2"), 0, 4, CPU, torch.float32, WeightFormat(kernels=True)
         )
         self.store = KVStore(0, 4, 9, self.layers.kv_heads, self.layers.head_dim, CPU, torch.float32)
         draw = torch.Generator().manual_seed(0)
-        self.store.pairs.normal_(generator=draw)
+        self.store.kv.normal_(generator=draw)
         self.hidden = torch.randn(3, 32, generator=draw)
 
     @torch.inference_mode()
-    def run(self, singles: list[tuple[int, int]], adapted: Adapted = (), looped: bool = True) -> torch.Tensor:
+    def run(self, singles: list[tuple[int, int]], adapted: Adapted = (), compiled: bool = True) -> torch.Tensor:
         """States behind layers 1 and 2 of each sequence's token at a position."""
         attend = self.store.attention([Span(at, 1, range(3 * number, 3 * number + 3)) for number, at in singles])
         rows = self.hidden[[number for number, _ in singles]]
-        if looped:
-            assert attend.past is not None
-            return self.layers.run_looped(rows, attend.past, 1, 3, adapted)
+        if compiled:
+            assert attend.paged is not None
+            return self.layers.run_compiled(rows, attend.paged, 1, 3, adapted)
         return self.layers.run(rows, self.layers.rotary(torch.tensor([at for _, at in singles])), attend, 1, 3, adapted)
 
 
@@ -284,7 +284,7 @@ def test_quantized_layers_come_close(tmp_path: Path, family: str, quantization: 
         layers.run(hidden, layers.rotary(torch.arange(6)), PlainAttend(), 0, 4)
         for layers in (
             DecoderLayers.load(folder, 0, 4, CPU, torch.float32),
-            DecoderLayers.load(folder, 0, 4, CPU, torch.float32, Keeping(quantization)),
+            DecoderLayers.load(folder, 0, 4, CPU, torch.float32, WeightFormat(quantization)),
         )
     )
     # Over 200 draws it is .013 to .039 with bytes.
@@ -293,4 +293,4 @@ def test_quantized_layers_come_close(tmp_path: Path, family: str, quantization: 
 
 def test_a_family_that_can_not_be_quantized_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Incompatible, match="layers of olmo2 can't be quantized to int8, only: llama, "):
-        DecoderLayers.load(write_tiny_model(tmp_path, "olmo2"), 0, 1, CPU, torch.float32, Keeping("int8"))
+        DecoderLayers.load(write_tiny_model(tmp_path, "olmo2"), 0, 1, CPU, torch.float32, WeightFormat("int8"))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from stitch.errors import Incompatible
 from stitch_server.model.embedding import EMBEDDING, Embedding
 from stitch_server.model.head import Head
-from stitch_server.model.product import Keeping
+from stitch_server.model.linear import WeightFormat
 from tests.support.tiny_model import TOKENS, write_tiny_model
 from tests.support.whole_model import CPU
 
@@ -55,13 +55,14 @@ def test_logits_are_float32_whatever_it_computes_in(tmp_path: Path) -> None:
     assert head(torch.randn(2, 32, dtype=torch.bfloat16)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("loops", [True, False])
-def test_where_layers_are_in_four_bits_it_is_in_bytes(tmp_path: Path, loops: bool) -> None:
+@pytest.mark.parametrize("kernels", [True, False])
+def test_where_layers_are_in_four_bits_it_is_in_bytes(tmp_path: Path, kernels: bool) -> None:
     folder, hidden = write_tiny_model(tmp_path, layers=1), torch.randn(3, 32)
-    fours, in_bytes, exact = (
-        Head.load(folder, CPU, torch.float32, keeping=Keeping(kind, loops))(hidden) for kind in ("int4", "int8", "none")
+    fours, to_int8, exact = (
+        Head.load(folder, CPU, torch.float32, weight_format=WeightFormat(kind, kernels))(hidden)
+        for kind in ("int4", "int8", "none")
     )
-    assert torch.equal(fours, in_bytes)
+    assert torch.equal(fours, to_int8)
     assert not torch.equal(fours, exact)
 
 

@@ -1,0 +1,45 @@
+"""All tokens of a pass go through all layers of a shard in one call; where bytes are, a few of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stitch.cluster import load_cluster
+from stitch_server import processor
+from stitch_server.model import compiled_layers
+from tests.support.in_process import ChainInProcess
+from tests.support.tiny_cluster import write_tiny_cluster
+
+
+@pytest.mark.parametrize(
+    ("fields", "tiles", "few", "many"),
+    [
+        ({}, False, 1, 1),
+        ({"quantization": "int8"}, False, 1, 0),
+        ({"quantization": "int8"}, True, 1, 1),
+        ({"quantization": "int4"}, False, 1, 1),
+        ({"kernels": False}, False, 0, 0),
+    ],
+)
+def test_a_pass_is_one_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], tiles: bool, few: int, many: int
+) -> None:
+    if tiles and not processor.has_tiles():
+        pytest.skip("this processor has no AMX")
+    monkeypatch.setattr(processor, "has_tiles", lambda: tiles)
+    cluster = load_cluster(str(write_tiny_cluster(tmp_path, threads=1, **fields)))
+    chain, layers, run = ChainInProcess(cluster), [], compiled_layers.run
+
+    def noting(*arguments: Any) -> None:
+        layers.append(arguments[2:4])
+        run(*arguments)
+
+    monkeypatch.setattr(compiled_layers, "run", noting)
+    chain.generate([7, 8, 9], "strong", ("top-0",), 5)
+    assert layers == [(0, 4), (3, 4)] * 5 * few
+    layers.clear()
+    chain.generate([7] * 100, "strong", ("top-0",), 5)
+    assert layers == [(0, 4), (3, 4)] * (many + 4 * few)
