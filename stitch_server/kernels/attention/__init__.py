@@ -1,5 +1,6 @@
 """Attention over a paged KV cache.
 
-`dispatch.py` divides a batch into tasks and computes those of single tokens; `prefill.py` has those of several
-consecutive tokens in vectors (`register_tiles.py`, `softmax.py`), `tiled_prefill.py` in AMX tiles (`softmax_columns.py`).
+`dispatch.py` divides a batch into tasks and computes those of single tokens; those of several consecutive tokens are
+`prefill.py`'s, in vectors (`register_tiles.py`, `softmax.py`), or `tiled_prefill.py`'s, in AMX tiles
+(`softmax_columns.py`).
 """
