@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +105,12 @@ def _quiet(what: str, how_far: str | float) -> None:
     """Benchmarks print figures only."""
 
 
-def run(question: Any) -> None:
-    """Runs a benchmark's coroutine."""
-    uvloop.run(question)
+def run(question: Coroutine[Any, Any, None]) -> None:
+    """Runs a benchmark's coroutine; SIGTERM cancels it, so that it stops what it has started."""
+    uvloop.run(_until_terminated(question))
+
+
+async def _until_terminated(question: Coroutine[Any, Any, None]) -> None:
+    task = asyncio.create_task(question)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await task
