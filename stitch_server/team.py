@@ -12,7 +12,7 @@ from stitch_server.kernels.scalars import Indices
 from stitch_server.kernels.tasks import task_counts
 
 # As many as may be asked for: helpers of one pass must not wait for each other.
-_helpers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="crew")
+_helpers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="team")
 
 
 def run_in_team(function: Callable[[int, Indices], None]) -> None:

@@ -21,8 +21,8 @@ def _sources() -> str:
 _folder = compiled_folder()
 config.CACHE_DIR = "" if _folder is None else str(_folder / _sources())  # type: ignore[attr-defined]
 
-# Kernels copy number by number, never slice to slice: a slice assignment can fail, and what formats its error is
-# optimized again in every caller. Without, compiling all layers takes 39 s instead of 123.
+# Kernels copy number by number, never slice to slice: such an assignment can fail, and what formats its error would be
+# compiled again in every caller (docs/decisions/0028).
 #
 # Sums may be taken in any order, which lets them use vector registers. What is not finite stays so, and a division by
 # zero is no error.
