@@ -212,7 +212,7 @@ class TestRunner:
             ((64, 63), []),
         ],
     )
-    def test_loops_have_lanes_where_rows_are_many(
+    def test_kernels_have_lanes_where_rows_are_many(
         self, compiled: Chain, lanes: list[list[int]], lengths: tuple[int, ...], rows: list[int]
     ) -> None:
         for turn in range(3):

@@ -74,7 +74,7 @@ def test_every_variant(tmp_path: Path, family: str, config: dict[str, Any]) -> N
 
 
 @pytest.mark.usefixtures("_threads")
-class TestLoops:
+class TestKernels:
     """Layers whose matrices are kept for them."""
 
     # Single tokens, and in between chunks.

@@ -72,7 +72,7 @@ def dots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 
 
 @pytest.mark.usefixtures("_threads")
-class TestLoops:
+class TestKernels:
     # The last panel is filled up; inputs are one block in the cache, several, and several of tiles.
     @pytest.fixture(params=[37, 400, 1200])
     def inputs(self, request: pytest.FixtureRequest) -> int:
