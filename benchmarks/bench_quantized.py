@@ -70,13 +70,10 @@ def _losses(folder: Path, kind: Quantization, sequences: int) -> list[float]:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     text = "\n".join(path.read_text() for path in sorted(Path().glob("**/*.md")) if ".venv" not in path.parts)
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
-    decoder = DecoderLayers.load(
-        folder, 0, read_config(folder).num_hidden_layers, CPU, torch.float32, WeightFormat(kind)
-    )
-    embed, head = (
-        Embedding.load(folder, CPU, torch.float32),
-        Head.load(folder, CPU, torch.float32, None, WeightFormat(kind)),
-    )
+    layers, weights = read_config(folder).num_hidden_layers, WeightFormat(kind)
+    decoder = DecoderLayers.load(folder, 0, layers, CPU, torch.float32, weights)
+    embed = Embedding.load(folder, CPU, torch.float32)
+    head = Head.load(folder, CPU, torch.float32, None, weights)
     blocks = SEQUENCE_TOKENS // BLOCK_TOKENS
     store = KVStore(0, decoder.end, blocks, decoder.kv_heads, decoder.head_dim, CPU, torch.float32)
     losses = []

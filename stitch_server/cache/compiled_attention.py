@@ -1,7 +1,7 @@
 """Paged attention by compiled kernels, on threads of a processor. Knows no session.
 
 PyTorch's kernels want each past in one piece, so it has to be gathered first, and those of several sequences filled up
-to one length. A loop reads keys and values where they lie, each sequence's own.
+to one length. A kernel reads keys and values where they lie, each sequence's own.
 """
 
 from __future__ import annotations

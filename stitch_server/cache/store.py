@@ -217,17 +217,17 @@ def _crowd(slots: Mapping[int, Tensor], like: Tensor) -> _Crowd:
 
 def _where(rows: list[int], like: Tensor) -> slice | Tensor:
     """Rows in ascending order, as an index: a view of the batch where they are neighbours."""
-    run_in_team = rows[-1] - rows[0] == len(rows) - 1
-    return slice(rows[0], rows[-1] + 1) if run_in_team else torch.tensor(rows, device=like.device)
+    together = rows[-1] - rows[0] == len(rows) - 1
+    return slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=like.device)
 
 
 def _decode(query: Tensor, kv: Tensor, crowd: _Crowd, scale: float) -> Tensor:
     _, heads, head_dim = query.shape
     kv_heads = kv.shape[1] // 2
-    paged = kv.view(crowd.count, -1, 2 * kv_heads, head_dim).transpose(1, 2)
+    past = kv.view(crowd.count, -1, 2 * kv_heads, head_dim).transpose(1, 2)
     # The query heads of a group become rows of one small product, which spares expanding the keys.
     grouped = query.view(crowd.count, kv_heads, heads // kv_heads, head_dim)
-    keys, values = paged[:, :kv_heads], paged[:, kv_heads:]
+    keys, values = past[:, :kv_heads], past[:, kv_heads:]
     attended = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=crowd.mask, scale=scale)
     return attended.reshape(crowd.count, heads * head_dim)
 
@@ -235,11 +235,11 @@ def _decode(query: Tensor, kv: Tensor, crowd: _Crowd, scale: float) -> Tensor:
 def _prefill(query: Tensor, kv: Tensor, chunk: _Chunk, scale: float) -> Tensor:
     tokens, heads, head_dim = query.shape
     kv_heads = kv.shape[1] // 2
-    paged = kv.transpose(0, 1)[None]
+    past = kv.transpose(0, 1)[None]
     attended = functional.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
-        paged[:, :kv_heads],
-        paged[:, kv_heads:],
+        past[:, :kv_heads],
+        past[:, kv_heads:],
         attn_mask=chunk.mask,
         is_causal=chunk.mask is None,
         scale=scale,

@@ -46,8 +46,8 @@ class CompiledLayers:
         """States `[tokens, hidden_size]` behind layers `first` to `end`; keeps their keys and values."""
         rows = np.array(floats(hidden))
         rotations = self.rotary.table(int((paged.ends - paged.begins).max()))
-        qkv, kv_width = self.layers.query_key_value.bias.shape[1], paged.kv.shape[2] * paged.kv.shape[3]
-        widths = (qkv, qkv - kv_width, self.layers.gate_up.bias.shape[1] // 2)
+        qkv_width, kv_width = self.layers.query_key_value.bias.shape[1], paged.kv.shape[2] * paged.kv.shape[3]
+        widths = (qkv_width, qkv_width - kv_width, self.layers.gate_up.bias.shape[1] // 2)
         activations = Activations(*(np.empty((len(rows), width), np.float32) for width in widths))
         states = Pass(rows, rotations, paged, activations)
         run_in_team(partial(run, states, self.layers, first, end, self.epsilon, instructions(len(rows))))

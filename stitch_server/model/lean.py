@@ -109,9 +109,9 @@ class LeanLayer:
         return self.down(F.silu(gate).mul_(up)).add_(hidden)
 
     def _attention(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        mixed = self.query_key_value(hidden).view(len(hidden), -1, self.head_dim)
+        qkv = self.query_key_value(hidden).view(len(hidden), -1, self.head_dim)
         rotated = self.heads + self.kv_heads
-        query_key, value = mixed[:, :rotated], mixed[:, rotated:]
+        query_key, value = qkv[:, :rotated], qkv[:, rotated:]
         if self.query_key_norm is not None:
             query_key = F.rms_norm(query_key, (self.head_dim,), None, self.query_key_epsilon).mul_(self.query_key_norm)
         query_key = _rotate(query_key, rotary[0])

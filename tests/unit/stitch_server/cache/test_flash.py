@@ -57,8 +57,8 @@ class Both:
 
     def rows(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as a layer gives them: views of one tensor."""
-        attended = torch.randn(tokens, self.heads + 2 * KV_HEADS, HEAD_DIM, generator=self.draw)
-        query, key, value = attended.split([self.heads, KV_HEADS, KV_HEADS], dim=1)
+        qkv = torch.randn(tokens, self.heads + 2 * KV_HEADS, HEAD_DIM, generator=self.draw)
+        query, key, value = qkv.split([self.heads, KV_HEADS, KV_HEADS], dim=1)
         return query, key, value
 
     def check(self, *lengths: tuple[int, int], window: int | None = None, layers: Sequence[int] = (FIRST,)) -> None:

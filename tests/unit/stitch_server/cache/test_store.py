@@ -32,7 +32,7 @@ def _threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     torch.set_num_threads(before)
 
 
-class PagedKV:
+class Past:
     """One sequence's queries, keys and values, and where its tokens lie."""
 
     def __init__(self, tokens: int, heads: int, blocks: list[int], seed: int) -> None:
@@ -56,24 +56,24 @@ class PagedKV:
         return attended[0].transpose(0, 1)[position:].flatten(1)
 
 
-def scattered(count: int, tokens: int, heads: int = 4) -> list[PagedKV]:
+def scattered(count: int, tokens: int, heads: int = 4) -> list[Past]:
     """Sequences whose blocks are neither neighbours nor in order."""
     free = list(range(BLOCKS))
     random.Random(0).shuffle(free)
     needed = blocks_for(tokens)
-    return [PagedKV(tokens, heads, free[one * needed : (one + 1) * needed], one) for one in range(count)]
+    return [Past(tokens, heads, free[one * needed : (one + 1) * needed], one) for one in range(count)]
 
 
 def new_store(dtype: torch.dtype = torch.float32) -> KVStore:
     return KVStore(LAYER, LAYER + 2, BLOCKS, KV_HEADS, HEAD_DIM, CPU, dtype)
 
 
-Part = tuple[PagedKV, int, int]
+Part = tuple[Past, int, int]
 
 
 def packed(parts: list[Part]) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of `(sequence, position, end)`, one behind the other."""
-    rows = [(paged.query[at:end], paged.key[at:end], paged.value[at:end]) for paged, at, end in parts]
+    rows = [(past.query[at:end], past.key[at:end], past.value[at:end]) for past, at, end in parts]
     query, key, value = zip(*rows, strict=True)
     return torch.cat(query), torch.cat(key), torch.cat(value)
 
@@ -86,36 +86,36 @@ def attend(
     layer: int = LAYER,
 ) -> list[Tensor]:
     """One batch; its results by part."""
-    attention = store.attention([paged.span(position, end) for paged, position, end in parts])
+    attention = store.attention([past.span(position, end) for past, position, end in parts])
     query, key, value = packed(parts)
     attended = attention(layer, query, key, value, scale, window)
     return list(torch.split(attended, [end - position for _, position, end in parts]))
 
 
-def check(paged: PagedKV, position: int, end: int, got: Tensor, scale: float = 0.3, window: int | None = None) -> None:
-    torch.testing.assert_close(got, paged.expected(position, end, scale, window), rtol=1e-5, atol=1e-5)
+def check(past: Past, position: int, end: int, got: Tensor, scale: float = 0.3, window: int | None = None) -> None:
+    torch.testing.assert_close(got, past.expected(position, end, scale, window), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("heads", [2, 4, 8])
 @pytest.mark.parametrize("window", [None, 1, 7, 20, 200])
 @pytest.mark.parametrize("chunk", [1, 5, 16, 17, 40])
 def test_chunks_are_the_whole(heads: int, window: int | None, chunk: int) -> None:
-    (paged,) = scattered(1, 40, heads)
+    (past,) = scattered(1, 40, heads)
     store = new_store()
     for position in range(0, 40, chunk):
         end = min(40, position + chunk)
-        (got,) = attend(store, [(paged, position, end)], window=window)
-        check(paged, position, end, got, window=window)
+        (got,) = attend(store, [(past, position, end)], window=window)
+        check(past, position, end, got, window=window)
 
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_decode_goes_on_where_the_prompt_ended(window: int | None) -> None:
-    (paged,) = scattered(1, 50)
+    (past,) = scattered(1, 50)
     store = new_store()
-    attend(store, [(paged, 0, 30)], window=window)
+    attend(store, [(past, 0, 30)], window=window)
     for position in range(30, 50):
-        (got,) = attend(store, [(paged, position, position + 1)], window=window)
-        check(paged, position, position + 1, got, window=window)
+        (got,) = attend(store, [(past, position, position + 1)], window=window)
+        check(past, position, position + 1, got, window=window)
 
 
 @pytest.mark.parametrize("window", [None, 9])
@@ -130,9 +130,9 @@ def test_a_batch_keeps_its_sequences_apart(window: int | None) -> None:
 
 @pytest.mark.parametrize("bounds", [(0, 10, 30, 31), (0, 1, 2, 3)])
 def test_two_chunks_of_one_sequence_may_come_in_one_batch(bounds: tuple[int, ...]) -> None:
-    paged, other = scattered(2, 40)
+    past, other = scattered(2, 40)
     store = new_store()
-    parts = [(other, 0, 1), *((paged, begin, end) for begin, end in pairwise(bounds))]
+    parts = [(other, 0, 1), *((past, begin, end) for begin, end in pairwise(bounds))]
     for part, got in zip(parts, attend(store, parts), strict=True):
         check(*part, got)
 
@@ -147,10 +147,10 @@ class TestCrowds:
         store = new_store()
         # What nobody has written yet, and what a broken session has left behind.
         store.kv.fill_(float("nan"))
-        for paged, end in zip(pasts, ends, strict=True):
+        for past, end in zip(pasts, ends, strict=True):
             if end > 1:
-                attend(store, [(paged, 0, end - 1)], window=window)
-        parts = [(paged, end - 1, end) for paged, end in zip(pasts, ends, strict=True)]
+                attend(store, [(past, 0, end - 1)], window=window)
+        parts = [(past, end - 1, end) for past, end in zip(pasts, ends, strict=True)]
         for part, got in zip(parts, attend(store, parts, window=window), strict=True):
             check(*part, got, window=window)
 
@@ -160,8 +160,8 @@ class TestCrowds:
         monkeypatch.setattr("stitch_server.cache.store.FILLING_TOKENS", 2)
         pasts, ends = scattered(4, 40), (18, 40, 19, 39)
         store = new_store()
-        attend(store, [(paged, 0, end - 1) for paged, end in zip(pasts, ends, strict=True)])
-        parts = [(paged, end - 1, end) for paged, end in zip(pasts, ends, strict=True)]
+        attend(store, [(past, 0, end - 1) for past, end in zip(pasts, ends, strict=True)])
+        parts = [(past, end - 1, end) for past, end in zip(pasts, ends, strict=True)]
         for part, got in zip(parts, attend(store, parts), strict=True):
             check(*part, got)
 
@@ -206,11 +206,11 @@ def test_what_an_earlier_holder_left_is_not_seen() -> None:
 
 @pytest.mark.parametrize("tokens", [12, 1])
 def test_the_leading_segments_attend_alone(tokens: int) -> None:
-    parts = [(paged, 0, tokens) for paged in scattered(3, tokens)]
+    parts = [(past, 0, tokens) for past in scattered(3, tokens)]
     store = new_store()
     third = torch.tensor(parts[2][0].blocks) * BLOCK_TOKENS
     store.kv[:, third] = 7.0
-    attention = store.attention([paged.span(*where) for paged, *where in parts])
+    attention = store.attention([past.span(*where) for past, *where in parts])
     query, key, value = packed(parts[:2])
     got = attention.first(2)(LAYER, query, key, value, 0.3, None)
     for part, one in zip(parts[:2], torch.split(got, tokens), strict=True):
@@ -219,31 +219,31 @@ def test_the_leading_segments_attend_alone(tokens: int) -> None:
 
 
 def test_the_scale_is_the_callers() -> None:
-    (paged,) = scattered(1, 8)
-    (got,) = attend(new_store(), [(paged, 0, 8)], scale=1.7)
-    check(paged, 0, 8, got, scale=1.7)
+    (past,) = scattered(1, 8)
+    (got,) = attend(new_store(), [(past, 0, 8)], scale=1.7)
+    check(past, 0, 8, got, scale=1.7)
 
 
 def test_half_the_bytes_keep_half_the_precision() -> None:
-    (paged,) = scattered(1, 20)
-    halved = PagedKV(20, 4, paged.blocks, 0)
-    halved.query, halved.key, halved.value = (rows.bfloat16() for rows in (paged.query, paged.key, paged.value))
+    (past,) = scattered(1, 20)
+    halved = Past(20, 4, past.blocks, 0)
+    halved.query, halved.key, halved.value = (rows.bfloat16() for rows in (past.query, past.key, past.value))
     (got,) = attend(new_store(torch.bfloat16), [(halved, 0, 20)])
     assert got.dtype is torch.bfloat16
-    torch.testing.assert_close(got.float(), paged.expected(0, 20, 0.3, None), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(got.float(), past.expected(0, 20, 0.3, None), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_decoding_over_half_the_bytes_is_near(tokens: int) -> None:
     """Single tokens of two sequences, alone and beside a chunk of a third."""
     pasts, store = scattered(3, 20), new_store(torch.bfloat16)
-    for paged in pasts:
-        paged.query, paged.key, paged.value = (rows.bfloat16() for rows in (paged.query, paged.key, paged.value))
+    for past in pasts:
+        past.query, past.key, past.value = (rows.bfloat16() for rows in (past.query, past.key, past.value))
     attend(store, [(pasts[0], 0, 12), (pasts[1], 0, 19)])
     parts = [(pasts[0], 12, 13), (pasts[1], 19, 20), (pasts[2], 0, tokens)]
-    for (paged, position, end), got in zip(parts, attend(store, parts), strict=True):
+    for (past, position, end), got in zip(parts, attend(store, parts), strict=True):
         assert got.dtype is torch.bfloat16
-        expected = paged.expected(position, end, 0.3, None)
+        expected = past.expected(position, end, 0.3, None)
         torch.testing.assert_close(got.float(), expected.float(), rtol=0.02, atol=0.02)
 
 

@@ -77,8 +77,8 @@ def test_penalties_see_the_whole_sequence(chain: Chain) -> None:
     favourite = chain.expected(kept)
     shy = chain.sequence("weak", [*prompt(5), favourite], repetition_penalty=10.0)
     logits = chain.halves.references["weak"].logits(shy.token_ids)[-1].clone()
-    visible = torch.tensor(shy.token_ids)
-    logits[visible] = torch.where(logits[visible] > 0, logits[visible] / 10, logits[visible] * 10)
+    seen = torch.tensor(shy.token_ids)
+    logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 10, logits[seen] * 10)
     assert chain.run(chain.segment(shy)) == {shy.number: int(logits.argmax())}
 
 

@@ -152,9 +152,9 @@ class TestKernels:
     def test_leave_tokens_apart(self, tmp_path: Path) -> None:
         """Of several routes a pass has several sequences, each behind a past of its own."""
         bench = Bench(tmp_path)
-        run_in_team = bench.run([(0, 30), (1, 5), (2, 17)])
+        together = bench.run([(0, 30), (1, 5), (2, 17)])
         for number, position in ((0, 30), (1, 5), (2, 17)):
-            torch.testing.assert_close(run_in_team[number], bench.run([(number, position)])[0])
+            torch.testing.assert_close(together[number], bench.run([(number, position)])[0])
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     def test_what_is_not_finite_stays_so_and_by_itself(self, tmp_path: Path, value: float) -> None:

@@ -169,10 +169,10 @@ class TestKernels:
         """To the last bit: so answers don't depend on who else is served."""
         x, weight, bias = operands(16, inputs)
         kept = linear(weight, bias, weight_format)
-        run_in_team = kept(x)
+        together = kept(x)
         for first in range(16):
             for end in range(first + 1, 17):
-                assert torch.equal(kept(x[first:end]), run_in_team[first:end])
+                assert torch.equal(kept(x[first:end]), together[first:end])
 
     @pytest.mark.parametrize(("weight_format", "fewest"), [(KERNELS, 24), (INT8_KERNELS, 1), (INT4_KERNELS, 24)])
     def test_a_row_is_the_same_in_any_crowd(
@@ -180,9 +180,9 @@ class TestKernels:
     ) -> None:
         x, weight, bias = operands(200, inputs)
         kept = linear(weight, bias, weight_format)
-        run_in_team = kept(x)
+        together = kept(x)
         for first, end in ((0, fewest), (1, 1 + fewest), (7, 120), (100, 200), (150, 199)):
-            assert torch.equal(kept(x[first:end]), run_in_team[first:end])
+            assert torch.equal(kept(x[first:end]), together[first:end])
 
     @pytest.mark.parametrize(("rows", "few"), [(1, True), (16, True), (17, False)])
     def test_bfloat16_is_theirs_for_few_rows(self, inputs: int, rows: int, few: bool) -> None:
