@@ -11,14 +11,14 @@ import time
 import numpy as np
 
 from benchmarks.report import Options, options, ratio, write
-from router_gateway.routing.interface import Query, Router
+from router_gateway.routing.heuristic import WeightedRouter
 from router_gateway.routing.ladder import Ladder
-from router_gateway.routing.text.artefact import TextArtefact, fingerprint_of
-from router_gateway.routing.text.hashing import BUCKETS
-from router_gateway.routing.text.model import TextModel
-from router_gateway.routing.text.router import TextRouter
-from router_gateway.routing.text.surface import SURFACE_FEATURES
-from router_gateway.routing.weighted import WeightedRouter
+from router_gateway.routing.learned.artifact import TextArtefact, fingerprint_of
+from router_gateway.routing.learned.hashing import BUCKETS
+from router_gateway.routing.learned.model import TextModel
+from router_gateway.routing.learned.router import TextRouter
+from router_gateway.routing.learned.surface import SURFACE_FEATURES
+from router_gateway.routing.router import Query, Router
 
 WORDS = 130_000
 SOURCES = 3

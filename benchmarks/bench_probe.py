@@ -14,17 +14,17 @@ import torch
 from benchmarks.clusters import preset, prompt, run
 from benchmarks.report import Options, options, write
 from stitch.cluster import Cluster
-from stitch.routing.thresholds import FixedThresholds
 from stitch.sampling import Sampling
-from stitch_server.cache.pool import BLOCK_TOKENS
-from stitch_server.cache.store import KVStore
-from stitch_server.engine.batch import Batch, Cut, Segment
-from stitch_server.engine.judge import Judge
-from stitch_server.engine.runner import Runner
+from stitch.thresholds import FixedThresholds
+from stitch_server.build import Part, load_part
 from stitch_server.engine.sequence import Sequence
-from stitch_server.engine.threads import Threads
+from stitch_server.engine.types import Batch, Cut, Segment
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
+from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.probe import PERCENTILES, Probe, ProbeBinding, features
-from stitch_server.part import Part, load_part
+from stitch_server.worker.model_runner import Runner
+from stitch_server.worker.parallelism import Threads
+from stitch_server.worker.route_probe import Judge
 
 ROUTES = ("weak", "strong")
 WINDOW = 128

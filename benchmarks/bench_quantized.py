@@ -14,9 +14,9 @@ from benchmarks.clusters import FirstShard, first_shard, preset, prompt, run, ru
 from benchmarks.report import Options, options, ratio, write
 from stitch.cluster import Quantization
 from stitch.environment import cache_folder
-from stitch_server.cache.pool import BLOCK_TOKENS
-from stitch_server.cache.span import Span
-from stitch_server.cache.store import KVStore
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
+from stitch_server.kv_cache.span import Span
+from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import read_config
 from stitch_server.model.embedding import Embedding

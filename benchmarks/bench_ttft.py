@@ -7,10 +7,10 @@ from statistics import median
 
 from benchmarks.clusters import preset, run, running
 from benchmarks.report import Options, options, write
+from stitch.cli.ttft_plot import plot
+from stitch.cli.ttft_samples import Sample, medians, regression
+from stitch.cli.ttft_samples import measure as samples_of
 from stitch.client import Client
-from stitch.commands.ttft_plot import plot
-from stitch.ttft import Sample, medians, regression
-from stitch.ttft import measure as samples_of
 
 
 async def measure(options: Options) -> None:

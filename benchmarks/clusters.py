@@ -16,8 +16,8 @@ import uvloop
 
 from stitch.channels import open_channel
 from stitch.cluster import Cluster, load_cluster
-from stitch.local.running import LocalCluster, import_models, prepared
-from stitch.local.state import RunFolder
+from stitch.local.cluster import LocalCluster, import_models, prepared
+from stitch.local.run_folder import RunFolder
 from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
 
 

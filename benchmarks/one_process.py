@@ -11,13 +11,13 @@ import torch
 from benchmarks.clusters import Timed
 from stitch.cluster import Cluster
 from stitch.sampling import Sampling
-from stitch_server.cache.pool import BLOCK_TOKENS
-from stitch_server.cache.store import KVStore
-from stitch_server.engine.batch import Batch, Segment, StepOutput
-from stitch_server.engine.runner import Runner
+from stitch_server.build import Part, load_part
 from stitch_server.engine.sequence import Sequence as Session
-from stitch_server.engine.threads import Threads
-from stitch_server.part import Part, load_part
+from stitch_server.engine.types import Batch, Segment, StepOutput
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
+from stitch_server.kv_cache.store import KVStore
+from stitch_server.worker.model_runner import Runner
+from stitch_server.worker.parallelism import Threads
 
 MOST_TOKENS = 4096
 

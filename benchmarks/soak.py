@@ -17,8 +17,8 @@ import grpc
 from benchmarks.clusters import FirstShard, first_shard, preset, prompt, run, running
 from benchmarks.one_process import OneProcess
 from benchmarks.report import Options, options, write
-from stitch.local.running import LocalCluster
-from stitch_server.cache.pool import BLOCK_TOKENS
+from stitch.local.cluster import LocalCluster
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 
 SESSIONS = 64
 SESSIONS_OF_KV = 20

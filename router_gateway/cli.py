@@ -6,16 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from router_gateway.training import calibrate, evaluate, label, train
-
-# The verbs that make a learned router, in the order in which they are used.
-TRAINING = {
-    "label": (label, "run prompts through the routes of a running cluster and note how good each answer is"),
-    "train": (train, "make a router from labelled prompts"),
-    "calibrate": (calibrate, "find the thresholds that keep a router within a budget"),
-    "evaluate": (evaluate, "compare a router with chance, prompt length and the best possible"),
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0; 2 for what was asked for wrongly; 1 where a port is taken or a file can't be had."""
@@ -44,10 +34,6 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--drain-seconds", metavar="S", type=float, help="for running answers after SIGTERM; default: 30")
     run.add_argument("--replay-wait-seconds", metavar="S", type=float, help="for a lost chain's return; default: 5")
     run.set_defaults(call=_run)
-    for name, (module, purpose) in TRAINING.items():
-        verb = commands.add_parser(name, help=purpose, description=purpose)
-        module.add_arguments(verb)
-        verb.set_defaults(call=module.run)
     return parser
 
 
@@ -57,8 +43,8 @@ def _run(parsed: argparse.Namespace) -> int:
 
     import uvloop
 
+    from router_gateway.config import from_flags
     from router_gateway.server import serve
-    from router_gateway.settings import from_flags
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     uvloop.run(serve(from_flags(vars(parsed))))

@@ -16,36 +16,36 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from router_gateway.background import running
-from router_gateway.fleet.catalogue import Catalogue
-from router_gateway.fleet.fleet import Fleet, watched
-from router_gateway.fleet.placement import Placement
-from router_gateway.fleet.replica import Patience
-from router_gateway.generation.door import Door
-from router_gateway.generation.generator import Generator
-from router_gateway.generation.pace import Pace
-from router_gateway.generation.preparation import Preparation
-from router_gateway.generation.resumption import Persistence, Surroundings
-from router_gateway.generation.selection import Selection
-from router_gateway.generation.vocabulary_source import VocabularySource, first_shards
-from router_gateway.generation.watch import Watch
+from router_gateway.config import FleetSettings, GatewaySettings, check
 from router_gateway.metrics import Metrics
+from router_gateway.requests.failover import Persistence, Surroundings
+from router_gateway.requests.pipeline import Generator
+from router_gateway.requests.preparation import Preparation
 from router_gateway.routing.conversations import Conversations
+from router_gateway.routing.drift_monitor import Watch
 from router_gateway.routing.fallback import FallbackRouter
-from router_gateway.routing.interface import REASON_KINDS, Router
+from router_gateway.routing.heuristic import WeightedRouter
 from router_gateway.routing.ladder import Ladder
+from router_gateway.routing.learned.router import open_text_router
 from router_gateway.routing.probe import open_probe_router
-from router_gateway.routing.text.router import open_text_router
-from router_gateway.routing.weighted import WeightedRouter
+from router_gateway.routing.router import REASON_KINDS, Router
+from router_gateway.routing.selector import Selection
+from router_gateway.routing.ttft_predictor import Pace
 from router_gateway.rpc.decoding import LenientDecoding, methods_of_inference
 from router_gateway.rpc.health import SERVICES, Health
-from router_gateway.rpc.inference import InferenceServicer
-from router_gateway.settings import FleetSettings, GatewaySettings, check
+from router_gateway.rpc.servicer import InferenceServicer
+from router_gateway.shards.models import Catalogue
+from router_gateway.shards.placement import Placement
+from router_gateway.shards.registry import Fleet, watched
+from router_gateway.shards.replica import Patience
+from router_gateway.tokenization.source import VocabularySource, first_shards
 from stitch import channels
 from stitch.cluster import Cluster
 from stitch.errors import InvalidRequest
 from stitch.event_loop import observe_delay
-from stitch.routing.thresholds import Thresholds
-from stitch.stopping import StopSignals
+from stitch.in_flight import Door
+from stitch.process import StopSignals
+from stitch.thresholds import Thresholds
 from stitch.tls import Tls, load_tls
 from stitch.v1 import inference_pb2_grpc
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stitch_server.kernels.scalars import Floats, Numbers
+from stitch_server.cpu.scalars import Floats, Numbers
 
 
 def floats(rows: Tensor) -> Floats:

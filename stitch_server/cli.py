@@ -6,20 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from stitch_server.fit import command as fitting
-from stitch_server.fit import evaluate_command as evaluating
-from stitch_server.fit import sweep_command as sweeping
-from stitch_server.probing import calibrate_command as calibrating
-from stitch_server.probing import command as probing
-
-TOOLS = {
-    "fit": fitting,
-    "sweep": sweeping,
-    "evaluate": evaluating,
-    "probe": probing,
-    "calibrate": calibrating,
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0; 2 for what was asked for wrongly or does not fit together; 1 where a port is taken."""
@@ -42,10 +28,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(verbs)
     _add_import(verbs)
     _add_plan(verbs)
-    for name, command in TOOLS.items():
-        verb = verbs.add_parser(name, help=command.PURPOSE, description=command.PURPOSE)
-        command.add_arguments(verb)
-        verb.set_defaults(call=command.run)
     return parser
 
 
@@ -88,7 +70,7 @@ def _run(parsed: argparse.Namespace) -> None:
 
     from stitch.cluster import load_cluster
     from stitch.environment import share_cores
-    from stitch_server.settings import shard_settings
+    from stitch_server.config import shard_settings
 
     settings = shard_settings(
         load_cluster(parsed.cluster),
@@ -109,8 +91,8 @@ def _run(parsed: argparse.Namespace) -> None:
 def _import(parsed: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from stitch_server.fit.progress import ProgressLine
     from stitch_server.sources.resolve import import_model
+    from stitch_training.progress import ProgressLine
 
     # Progress goes to standard error, so that standard output is the folder alone.
     with ProgressLine(sys.stderr) as line:

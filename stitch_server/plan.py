@@ -8,13 +8,13 @@ import torch
 
 from stitch.cluster import Cluster, ShardPlace
 from stitch.environment import cache_folder
-from stitch_server.cache.pool import BLOCK_TOKENS
-from stitch_server.engine.wire import bytes_per_token
-from stitch_server.model import lean
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
+from stitch_server.kv_sizing import kv_bytes_per_token, kv_tokens
+from stitch_server.model import llama
 from stitch_server.model.counting import ParameterCount
 from stitch_server.model.description import ModelDescription, read_config
 from stitch_server.model.linear import WeightFormat
-from stitch_server.planning import kv_bytes_per_token, kv_tokens
+from stitch_server.rpc.tensors import bytes_per_token
 from stitch_server.sources.resolve import resolve
 
 SESSION_TOKENS = 1024
@@ -71,7 +71,7 @@ def _plan_of(cluster: Cluster, place: ShardPlace, device: torch.device, memory_b
     of_layers, for_head = layers * weight_format.bits(dtype) // 8, head * weight_format.for_head.bits(dtype) // 8
     weights = of_layers + for_head
     # Layers that come from `transformers` multiply in their own way.
-    if weight_format.keeps_twice(device, dtype) and lean.supports(read_config(folder)):
+    if weight_format.keeps_twice(device, dtype) and llama.supports(read_config(folder)):
         weights += of_layers
     if weight_format.for_head.keeps_twice(device, dtype):
         weights += for_head

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from stitch.cluster import Compute
-from stitch_server.cache.flash import PAGE_TOKENS, kernel_for
-from stitch_server.cache.pool import BLOCK_TOKENS, BlockPool, blocks_for
-from stitch_server.cache.store import KVStore
-from stitch_server.engine.graphs import DecodeGraphs, capture_for
+from stitch_server.attention.flash import PAGE_TOKENS, kernel_for
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool, blocks_for
+from stitch_server.kv_cache.store import KVStore
+from stitch_server.kv_sizing import kv_bytes_per_token, kv_tokens
 from stitch_server.model.decoder import DecoderLayers
-from stitch_server.planning import kv_bytes_per_token, kv_tokens
+from stitch_server.worker.cuda_graphs import DecodeGraphs, capture_for
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,16 +19,16 @@ from prometheus_client import start_http_server
 from stitch import channels
 from stitch.environment import step_log_folder
 from stitch.event_loop import observe_delay
-from stitch.stopping import StopSignals
+from stitch.process import StopSignals
 from stitch.tls import load_tls
 from stitch.v1 import shard_pb2, shard_pb2_grpc
+from stitch_server.build import load_part
+from stitch_server.config import ShardSettings
 from stitch_server.devices import pick_device
-from stitch_server.engine.engine import Engine
+from stitch_server.engine.loop import Engine
 from stitch_server.metrics import Metrics
-from stitch_server.part import load_part
-from stitch_server.rpc.links import Links
+from stitch_server.rpc.link_client import Links
 from stitch_server.rpc.servicer import ShardServicer
-from stitch_server.settings import ShardSettings
 from stitch_server.shard import Shard, build_shard
 from stitch_server.step_log import StepLog
 

@@ -12,25 +12,25 @@ from torch import Tensor
 
 from stitch.addresses import is_loopback
 from stitch.cluster import Cluster, ShardPlace
-from stitch.routing.thresholds import FixedThresholds, ThresholdSource, WatchedThresholds
+from stitch.thresholds import FixedThresholds, ThresholdSource, WatchedThresholds
 from stitch.v1 import inference_pb2, shard_pb2
-from stitch_server.cache.pool import BlockPool
-from stitch_server.engine.batch import Batch
-from stitch_server.engine.engine import Engine
-from stitch_server.engine.forwarding import Downstream, Forwarding
-from stitch_server.engine.intake import Intake
-from stitch_server.engine.judge import Judge
-from stitch_server.engine.origin import Origin
-from stitch_server.engine.relay import Relay
-from stitch_server.engine.runner import Runner
+from stitch_server.build import Part
+from stitch_server.engine.first_stage import Origin
+from stitch_server.engine.in_flight import Downstream, Forwarding
+from stitch_server.engine.loop import Engine
+from stitch_server.engine.next_stage import Relay
 from stitch_server.engine.scheduler import Limits
-from stitch_server.engine.threads import Threads
-from stitch_server.engine.wire import DTYPES, Packed, unpack
+from stitch_server.engine.session_table import Intake
+from stitch_server.engine.types import Batch
+from stitch_server.kv_cache.block_pool import BlockPool
 from stitch_server.metrics import Metrics
 from stitch_server.model.probe import MOST_TOKENS
-from stitch_server.part import Part
 from stitch_server.provision import provide
+from stitch_server.rpc.tensors import DTYPES, Packed, unpack
 from stitch_server.step_log import Observer
+from stitch_server.worker.model_runner import Runner
+from stitch_server.worker.parallelism import Threads
+from stitch_server.worker.route_probe import Judge
 
 # Sessions that may decode in one step beside its prompts.
 MOST_DECODING = 4096

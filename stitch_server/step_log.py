@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from stitch_server.engine.batch import Batch
+from stitch_server.engine.types import Batch
 
 # Called with a batch, and the seconds of `time.perf_counter` when it was begun and done.
 Observer = Callable[[Batch, float, float], None]

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from stitch_server.kernels.scalars import Indices
-from stitch_server.kernels.tasks import task_counts
+from stitch_server.cpu.scalars import Indices
+from stitch_server.cpu.tasks import task_counts
 
 # As many as may be asked for: helpers of one pass must not wait for each other.
 _helpers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="team")

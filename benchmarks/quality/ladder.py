@@ -18,12 +18,12 @@ from typing import Any
 
 from stitch.cluster import load_cluster
 from stitch.environment import cache_folder
-from stitch_server.fit.ladder import BOTTOM, TOP, Ladder, Rung, stitched_parameters
-from stitch_server.fit.report import write_json
-from stitch_server.fit.scoring import Interval
 from stitch_server.model.counting import ParameterCount
 from stitch_server.model.description import ModelDescription
 from stitch_server.sources.resolve import resolve
+from stitch_training.cost_ladder import BOTTOM, TOP, Ladder, Rung, stitched_parameters
+from stitch_training.fit_report import write_json
+from stitch_training.scoring import Interval
 
 
 def ladder_of(cluster_name: str, reports: list[dict[str, Any]], files: Sequence[str] = ()) -> Ladder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 
-from router_gateway.routing.interface import Deferred, Judgement, Query, Router
+from router_gateway.routing.router import Deferred, Judgement, Query, Router
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from router_gateway.routing.interface import Deferred, Judgement
+from router_gateway.routing.router import Deferred, Judgement
 from stitch.errors import ObjectivesUnmet
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from router_gateway.routing.interface import Deferred, Judgement, Query
+from router_gateway.routing.router import Deferred, Judgement, Query
 from stitch.cluster import Cluster
-from stitch.routing.choice import reason
-from stitch.routing.thresholds import Thresholds, ThresholdSource, WatchedThresholds
+from stitch.rung import reason
+from stitch.thresholds import Thresholds, ThresholdSource, WatchedThresholds
 from stitch.v1 import shard_pb2
 
 

@@ -10,9 +10,9 @@ from functools import partial
 
 from prometheus_client import Gauge
 
-from router_gateway.generation.generator import Generator
+from router_gateway.requests.pipeline import Generator
 from router_gateway.rpc.decoding import FAILED
-from router_gateway.rpc.translation import to_request, to_response
+from router_gateway.rpc.messages import to_request, to_response
 from stitch.errors import StitchError, to_status
 from stitch.v1 import inference_pb2
 

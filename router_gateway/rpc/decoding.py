@@ -18,7 +18,7 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorP
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError, Message
 
-from router_gateway.generation.validation import Amount
+from router_gateway.requests.limits import Amount
 from stitch.errors import InvalidRequest, translated_errors
 from stitch.v1 import inference_pb2
 

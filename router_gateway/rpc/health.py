@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from grpc_health.v1 import health, health_pb2
 
-from router_gateway.fleet.fleet import Fleet
+from router_gateway.shards.registry import Fleet
 
 # "" stands for the whole server.
 SERVICES = ("", "stitch.v1.Inference")

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from stitch.errors import Exhausted
-from stitch_server.cache.pool import BlockPool
-from stitch_server.engine.batch import Cut, Segment
 from stitch_server.engine.session import Session
+from stitch_server.engine.types import Cut, Segment
+from stitch_server.kv_cache.block_pool import BlockPool
 
 # How long a session stays away after a shard behind had no room for it.
 BACKOFF_SECONDS = 0.05

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from stitch.errors import StitchError
 from stitch.v1.inference_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, FinishReason
-from stitch_server.engine.batch import Token, Verdict
 from stitch_server.engine.sequence import Sequence
+from stitch_server.engine.types import Token, Verdict
 
 
 @dataclass(frozen=True, slots=True)

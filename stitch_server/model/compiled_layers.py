@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from stitch_server.arrays import floats, numbers
-from stitch_server.kernels.attention.paged_kv import PagedKV
-from stitch_server.kernels.layers import Activations, Layers, Pass, run
-from stitch_server.kernels.matmul.matrix import Matrix
-from stitch_server.kernels.scalars import Floats
+from stitch_server.cpu.attention.paged_kv import PagedKV
+from stitch_server.cpu.layers import Activations, Layers, Pass, run
+from stitch_server.cpu.matmul.matrix import Matrix
+from stitch_server.cpu.scalars import Floats
 from stitch_server.model.compiled_linear import CompiledLinear, instructions, panels_of, rows_worth_a_product, suits
 from stitch_server.model.linear import WeightFormat, packed_rows
 from stitch_server.pages import LargePages
 from stitch_server.team import run_in_team
 
 if TYPE_CHECKING:
-    from stitch_server.model.lean import LeanLayer, RotaryAngles
+    from stitch_server.model.llama import LeanLayer, RotaryAngles
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stitch_server import processor
 from stitch_server.arrays import floats, numbers
-from stitch_server.kernels.amx import SIDE
-from stitch_server.kernels.instructions import Instructions
-from stitch_server.kernels.matmul.digits import DEPTH, MOST_INPUTS
-from stitch_server.kernels.matmul.dispatch import multiply_shared
-from stitch_server.kernels.matmul.matrix import Matrix
-from stitch_server.kernels.matmul.panels import LANES
-from stitch_server.kernels.scalars import Numbers
+from stitch_server.cpu import features as processor
+from stitch_server.cpu.amx import SIDE
+from stitch_server.cpu.instructions import Instructions
+from stitch_server.cpu.matmul.digits import DEPTH, MOST_INPUTS
+from stitch_server.cpu.matmul.dispatch import multiply_shared
+from stitch_server.cpu.matmul.matrix import Matrix
+from stitch_server.cpu.matmul.panels import LANES
+from stitch_server.cpu.scalars import Numbers
 from stitch_server.model.linear import WeightFormat, packed_rows
 from stitch_server.pages import LargePages
 from stitch_server.team import run_in_team

@@ -13,15 +13,15 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from stitch.errors import Incompatible
-from stitch_server.model import lean, transformers_layers
+from stitch_server.attention.interface import Attend, Layer, Rotary
+from stitch_server.model import hf_layers, llama
 from stitch_server.model.adapters import Adapters
-from stitch_server.model.attend import Attend, Layer, Rotary
 from stitch_server.model.description import head_dim, kv_heads, read_config
 from stitch_server.model.linear import AS_STORED, WeightFormat
 from stitch_server.model.weights import Weights
 
 if TYPE_CHECKING:
-    from stitch_server.kernels.attention.paged_kv import PagedKV
+    from stitch_server.cpu.attention.paged_kv import PagedKV
     from stitch_server.model.compiled_layers import CompiledLayers
 
 __all__ = ["Attend", "DecoderLayers", "Rotary"]
@@ -68,7 +68,7 @@ class DecoderLayers:
     @property
     def is_lean(self) -> bool:
         """Whether none of them is of `transformers`, which may ask a GPU for its results in the middle of a layer."""
-        return all(isinstance(layer, lean.LeanLayer) for layer in self._layers)
+        return all(isinstance(layer, llama.LeanLayer) for layer in self._layers)
 
     def is_compiled(self, tokens: int) -> bool:
         """Whether a pass of so many tokens, all at the same layers, is one compiled loop."""
@@ -140,13 +140,13 @@ def _of_family(
     config: PretrainedConfig, first: int, end: int, weights: Weights
 ) -> tuple[Sequence[Layer], Callable[[Tensor], Rotary], CompiledLayers | None]:
     """Lean layers where there are some, else those of `transformers`."""
-    if lean.supports(config):
-        rotary = lean.RotaryAngles(config, weights.device)
-        layers, compiled = lean.load_layers(config, first, end, weights, rotary)
+    if llama.supports(config):
+        rotary = llama.RotaryAngles(config, weights.device)
+        layers, compiled = llama.load_layers(config, first, end, weights, rotary)
         return layers, rotary, compiled
     quantization = weights.weight_format.quantization
     if quantization != "none":
-        families = ", ".join(lean.FAMILIES)
+        families = ", ".join(llama.FAMILIES)
         raise Incompatible(f"layers of {config.model_type} can't be quantized to {quantization}, only: {families}")
-    angles = transformers_layers.TransformersAngles(config, weights.device, weights.dtype)
-    return transformers_layers.load_layers(config, first, end, weights), angles, None
+    angles = hf_layers.TransformersAngles(config, weights.device, weights.dtype)
+    return hf_layers.load_layers(config, first, end, weights), angles, None

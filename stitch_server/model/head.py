@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stitch_server.model import lean, transformers_layers
+from stitch_server.model import hf_layers, llama
 from stitch_server.model.description import read_config
 from stitch_server.model.embedding import EMBEDDING
 from stitch_server.model.linear import AS_STORED, Linear, WeightFormat, linear
@@ -40,12 +40,8 @@ class Head:
         config = read_config(folder)
         with Weights(folder, device, dtype) as weights:
             rows = weights.read(EMBEDDING if config.tie_word_embeddings else "lm_head.weight")
-            is_lean = lean.supports(config)
-            norm = (
-                lean.load_norm(config, "model.norm", weights)
-                if is_lean
-                else transformers_layers.load_norm(config, weights)
-            )
+            is_lean = llama.supports(config)
+            norm = llama.load_norm(config, "model.norm", weights) if is_lean else hf_layers.load_norm(config, weights)
             return cls(norm, linear(rows[:tokens], None, weight_format.for_head), logit_scale(config))
 
     def __call__(self, hidden: Tensor) -> Tensor:

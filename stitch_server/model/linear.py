@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stitch.cluster import Compute, Quantization
-from stitch_server import processor
-from stitch_server.kernels.matmul.int4_layout import GROUP, WORDS
+from stitch_server.cpu import features as processor
+from stitch_server.cpu.matmul.int4_layout import GROUP, WORDS
 from stitch_server.model.quantized import (
     TYPICAL_ROWS,
     PackedInt8Linear,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stitch_server.kernels.matmul.int4_layout import GROUP, INPUTS, MOST_STEPS, PLACES, WORDS
+from stitch_server.cpu.matmul.int4_layout import GROUP, INPUTS, MOST_STEPS, PLACES, WORDS
 
 # The number of rows that oneDNN's layout is chosen for; layouts for 8, 64 and 512 measured alike.
 TYPICAL_ROWS = 8

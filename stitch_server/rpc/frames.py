@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from stitch.errors import InvalidRequest, OutOfStep
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2, shard_pb2
-from stitch_server.engine.batch import Segment, Token, TokenLogprobs
-from stitch_server.engine.forwarding import Failure, OutgoingStep, Reply
-from stitch_server.engine.intake import Opening, ReceivedSegment
-from stitch_server.engine.wire import Packed
+from stitch_server.engine.in_flight import Failure, OutgoingStep, Reply
+from stitch_server.engine.session_table import Opening, ReceivedSegment
+from stitch_server.engine.types import Segment, Token, TokenLogprobs
+from stitch_server.rpc.tensors import Packed
 
 # On loopback a 14.7 MB message sent whole made a neighbouring decode step's p95 95 ms, in frames of this size 5 ms.
 FRAME_BYTES = 256 << 10

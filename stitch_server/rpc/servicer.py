@@ -12,14 +12,14 @@ import grpc
 from stitch.errors import Incompatible, InvalidRequest, translated_errors
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2, shard_pb2_grpc
-from stitch_server.engine.batch import Verdict
-from stitch_server.engine.judge import fallback
-from stitch_server.engine.origin import Origin
-from stitch_server.engine.relay import Relay
+from stitch_server.engine.first_stage import Origin
+from stitch_server.engine.next_stage import Relay
 from stitch_server.engine.session import Progress, Session
+from stitch_server.engine.types import Verdict
 from stitch_server.rpc.frames import Assembly, stage_messages, token_message
 from stitch_server.rpc.handshake import check_neighbour
-from stitch_server.rpc.upstream import UpstreamLink, decoded
+from stitch_server.rpc.link_server import UpstreamLink, decoded
+from stitch_server.worker.route_probe import fallback
 
 if TYPE_CHECKING:
     from stitch_server.shard import Shard

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from router_gateway.settings import GatewaySettings
+from router_gateway.config import GatewaySettings
 from stitch.cluster import Cluster, GatewayPlace, ShardPlace, load_cluster
 
 ROOT = Path(__file__).parents[2]

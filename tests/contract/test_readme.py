@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import router_gateway.cli
-import stitch.cli
+import stitch.cli.main
 import stitch_server.cli
 from tests.support.fake_gateway import FakeGateway, serving
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")]
 SOURCES = ("protos", "stitch", "router_gateway", "stitch_server")
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
-    "stitch": stitch.cli.parser,
+    "stitch": stitch.cli.main.parser,
     "stitch-server": stitch_server.cli.build_parser,
     "router-gateway": router_gateway.cli.build_parser,
 }

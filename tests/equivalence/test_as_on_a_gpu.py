@@ -16,7 +16,7 @@ import pytest
 
 from stitch.cluster import load_cluster
 from stitch_server import provision
-from stitch_server.cache.flash import PAGE_TOKENS
+from stitch_server.attention.flash import PAGE_TOKENS
 from tests.support.in_process import ChainInProcess
 from tests.support.loopback_shards import Shards, open_shards
 from tests.support.stitched_reference import StitchedReference, reference

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from stitch_server.cache.flash import PAGE_TOKENS, Kernel, kernel_for
-from stitch_server.cache.span import Span
-from stitch_server.cache.store import KVStore
-from stitch_server.engine.graphs import DecodeGraphs, capture_for
+from stitch_server.attention.flash import PAGE_TOKENS, Kernel, kernel_for
+from stitch_server.kv_cache.span import Span
+from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.decoder import DecoderLayers
+from stitch_server.worker.cuda_graphs import DecodeGraphs, capture_for
 from tests.support.tiny_model import write_tiny_model
 from tests.support.varlen import varlen
 

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from stitch_server.cache.pool import BLOCK_TOKENS
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.loopback_shards import Shards, open_shards
 from tests.support.tiny_cluster import BOTTOM, TOP, write_tiny_cluster
 from tests.support.tiny_probe import WINDOW, drawn, with_tiny_probe

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from stitch_server.cache.pool import BLOCK_TOKENS
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.loopback_shards import Shards, open_shards
 from tests.support.neighbour import neighbour, opening_step
 from tests.support.stitched_reference import StitchedReference, reference

@@ -86,7 +86,7 @@ def test_an_expired_answer_holds_nothing(tiny_cluster: Cluster, route: str) -> N
 
 def test_a_killed_client_s_answers_hold_nothing(tiny_cluster: Cluster) -> None:
     before = cancelled(tiny_cluster, "client")
-    command = [sys.executable, "-m", "stitch.cli", "ask", "stitch", "--gateway", tiny_cluster.gateway]
+    command = [sys.executable, "-m", "stitch.cli.main", "ask", "stitch", "--gateway", tiny_cluster.gateway]
     flags = ["--max-tokens", str(LONG["max_tokens"]), "--ignore-eos", "--route"]
     clients = [subprocess.Popen([*command, *flags, route], stdout=subprocess.DEVNULL) for route in ROUTES]
     try:

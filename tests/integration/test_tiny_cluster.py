@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stitch.cli import main
+from stitch.cli.main import main
 from stitch.client import Answer, AsyncClient
 from stitch.errors import InvalidRequest
 from tests.support.processes import Cluster, running_cluster

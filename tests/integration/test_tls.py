@@ -10,7 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from stitch.cli import main
+from stitch.cli.main import main
 from stitch.client import Client
 from stitch.errors import Unavailable
 from stitch.local.health import serves

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from stitch.cli import main
+from stitch.cli.main import main
 from stitch.cluster import load_cluster
-from stitch.local.running import attached
-from stitch.local.state import run_folder, running_clusters
+from stitch.local.cluster import attached
+from stitch.local.run_folder import run_folder, running_clusters
 from tests.support.fake_programs import DYING
 
 pytestmark = pytest.mark.usefixtures("programs")
@@ -99,7 +99,7 @@ class TestForeground:
     def up(self, programs: None) -> Iterator[subprocess.Popen[str]]:
         # Unbuffered, or the test would wait for lines that are written already.
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, "-m", "stitch.cli", "up"]
+        command = [sys.executable, "-m", "stitch.cli.main", "up"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
             yield process
             process.kill()

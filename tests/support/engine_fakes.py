@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from stitch.sampling import Sampling
-from stitch_server.engine.batch import Batch, StepOutput, Token
-from stitch_server.engine.forwarding import OutgoingStep, Reply
+from stitch_server.engine.in_flight import OutgoingStep, Reply
 from stitch_server.engine.session import Progress, Session
+from stitch_server.engine.types import Batch, StepOutput, Token
 
 WIDTH = 4
 # What every step of a fake chain answers.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from router_gateway.fleet.fleet import Fleet
-from router_gateway.fleet.replica import Patience
+from router_gateway.shards.registry import Fleet
+from router_gateway.shards.replica import Patience
 from stitch import channels
 from stitch.cluster import Cluster
 from tests.support.fake_shard import FakeShard, fake_cluster

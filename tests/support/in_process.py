@@ -10,12 +10,12 @@ import torch
 
 from stitch.cluster import Cluster
 from stitch.v1 import shard_pb2
-from stitch_server.engine.forwarding import OutgoingStep, Reply
-from stitch_server.engine.origin import Origin
-from stitch_server.engine.relay import ReceivedStep, Relay
+from stitch_server.build import load_part
+from stitch_server.engine.first_stage import Origin
+from stitch_server.engine.in_flight import OutgoingStep, Reply
+from stitch_server.engine.next_stage import ReceivedStep, Relay
 from stitch_server.engine.session import Progress
 from stitch_server.metrics import Metrics
-from stitch_server.part import load_part
 from stitch_server.rpc.frames import Assembly, reply_frame, reply_of, step_frames
 from stitch_server.shard import Shard, build_shard
 from tests.support.engine_fakes import new_session

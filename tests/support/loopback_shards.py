@@ -15,8 +15,8 @@ from stitch.channels import open_channel
 from stitch.cluster import Cluster, load_cluster
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2, shard_pb2_grpc
+from stitch_server.config import ShardSettings
 from stitch_server.server import RunningShard, open_shard
-from stitch_server.settings import ShardSettings
 
 ANY_PORT = "127.0.0.1:0"
 

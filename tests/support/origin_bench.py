@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from stitch.errors import StitchError
 from stitch.v1.shard_pb2 import FailureCause
-from stitch_server.cache.pool import BlockPool
-from stitch_server.engine.batch import Batch, Cut
-from stitch_server.engine.forwarding import Failure, Forwarding, OutgoingStep, Reply
-from stitch_server.engine.origin import Origin
+from stitch_server.engine.first_stage import Origin
+from stitch_server.engine.in_flight import Failure, Forwarding, OutgoingStep, Reply
 from stitch_server.engine.scheduler import Limits
 from stitch_server.engine.session import Progress, Session
+from stitch_server.engine.types import Batch, Cut
+from stitch_server.kv_cache.block_pool import BlockPool
 from tests.support.engine_fakes import TOKEN_ID, FakeDownstream, ManualClock, computed, new_session
 
 CUTS = {"weak": Cut(0, 3), "strong": Cut(0, 4)}

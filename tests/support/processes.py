@@ -12,11 +12,11 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from stitch.cli.connection import gateway_of
 from stitch.client import Answer, Client
 from stitch.cluster import load_cluster
-from stitch.commands.connection import gateway_of
-from stitch.local.running import GATEWAY, LocalCluster, import_models, prepared
-from stitch.local.state import RunFolder
+from stitch.local.cluster import GATEWAY, LocalCluster, import_models, prepared
+from stitch.local.run_folder import RunFolder
 
 START_SECONDS = 180.0
 END_SECONDS = 30.0

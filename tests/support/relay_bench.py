@@ -10,11 +10,11 @@ from torch import Tensor
 
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2
-from stitch_server.cache.pool import BlockPool
-from stitch_server.engine.batch import Batch, Cut
-from stitch_server.engine.forwarding import Forwarding, Reply
-from stitch_server.engine.intake import Intake, Opening, ReceivedSegment
-from stitch_server.engine.relay import ReceivedStep, Relay
+from stitch_server.engine.in_flight import Forwarding, Reply
+from stitch_server.engine.next_stage import ReceivedStep, Relay
+from stitch_server.engine.session_table import Intake, Opening, ReceivedSegment
+from stitch_server.engine.types import Batch, Cut
+from stitch_server.kv_cache.block_pool import BlockPool
 from tests.support.engine_fakes import WIDTH, FakeDownstream, FakeUpstream, ManualClock, computed, sampled
 
 CUTS = {"weak": Cut(2, 8), "strong": Cut(4, 8)}

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from stitch.sampling import Sampling
-from stitch_server.cache.flash import PAGE_TOKENS
-from stitch_server.cache.pool import blocks_for
-from stitch_server.cache.store import KVStore
-from stitch_server.engine.batch import Batch, Cut, Segment, StepOutput, ordered
-from stitch_server.engine.graphs import DecodeGraphs
-from stitch_server.engine.runner import Runner
+from stitch_server.attention.flash import PAGE_TOKENS
 from stitch_server.engine.sequence import Sequence as Kept
-from stitch_server.engine.threads import Threads
+from stitch_server.engine.types import Batch, Cut, Segment, StepOutput, ordered
+from stitch_server.kv_cache.block_pool import blocks_for
+from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.embedding import Embedding
 from stitch_server.model.head import Head
 from stitch_server.model.linear import AS_STORED, WeightFormat
 from stitch_server.model.stitch import Stitch
+from stitch_server.worker.cuda_graphs import DecodeGraphs
+from stitch_server.worker.model_runner import Runner
+from stitch_server.worker.parallelism import Threads
 from tests.support.stitched_reference import StitchedReference, reference
 from tests.support.tape import Tape
 from tests.support.tiny_model import TOKENS, TinyPair, write_random_stitch

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from stitch_server.cache.pool import BlockPool
-from stitch_server.engine.batch import Cut, Segment
 from stitch_server.engine.scheduler import Limits, Scheduler
 from stitch_server.engine.session import Session
+from stitch_server.engine.types import Cut, Segment
+from stitch_server.kv_cache.block_pool import BlockPool
 from tests.support.engine_fakes import TOKEN_ID, ManualClock, new_session
 
 CUTS = {"weak": Cut(0, 3), "strong": Cut(0, 4)}

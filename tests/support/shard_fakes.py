@@ -16,15 +16,15 @@ from torch import Tensor
 from stitch.cluster import RouteCut
 from stitch.errors import InvalidRequest
 from stitch.v1 import inference_pb2, shard_pb2
-from stitch_server.cache.pool import BLOCK_TOKENS, BlockPool
-from stitch_server.engine.batch import Cut
-from stitch_server.engine.forwarding import Forwarding
-from stitch_server.engine.intake import Intake
-from stitch_server.engine.origin import Origin
-from stitch_server.engine.relay import Relay
+from stitch_server.engine.first_stage import Origin
+from stitch_server.engine.in_flight import Forwarding
+from stitch_server.engine.next_stage import Relay
 from stitch_server.engine.scheduler import Limits
-from stitch_server.engine.wire import Packed, unpack
+from stitch_server.engine.session_table import Intake
+from stitch_server.engine.types import Cut
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
 from stitch_server.rpc.servicer import ShardServicer
+from stitch_server.rpc.tensors import Packed, unpack
 from tests.support.engine_fakes import WIDTH, FakeDownstream, computed, sampled
 
 CUTS = {"weak": Cut(2, 4)}

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stitch_server.engine.graphs import Replay
+from stitch_server.worker.cuda_graphs import Replay
 
 _ATEN = torch.ops.aten
 # Numbers that go to the host, tensors whose size depends on values, and tensors made of the host's numbers.

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from stitch_server.fit.frozen import Pair
-from stitch_server.fit.packing import PackedSequence
-from stitch_server.fit.whole import WholeModel
+from stitch_training.frozen_models import Pair
+from stitch_training.packing import PackedSequence
+from stitch_training.whole_model import WholeModel
 from tests.support.tiny_model import TOKENS, write_tiny_model
 
 SEQUENCE_TOKENS = 16

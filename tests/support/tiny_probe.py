@@ -13,7 +13,7 @@ from stitch.cluster import load_cluster
 from stitch_server.model.description import ModelDescription
 from stitch_server.model.probe import Probe, ProbeBinding, features
 from stitch_server.model.tokenizer_hash import tokenizer_hash
-from stitch_server.probing.reading import PromptReader
+from stitch_training.probe_states import PromptReader
 from tests.support.tiny_model import TOKENS
 
 # Of a prompt so many tokens are read.

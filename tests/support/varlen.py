@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stitch_server.cache.flash import HEAD_DIM_STEP, MOST_HEAD_DIM, PAGE_TOKENS
+from stitch_server.attention.flash import HEAD_DIM_STEP, MOST_HEAD_DIM, PAGE_TOKENS
 
 
 def varlen(

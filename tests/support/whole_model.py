@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from stitch_server.cache.span import Span
-from stitch_server.cache.store import KVStore
+from stitch_server.kv_cache.span import Span
+from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.embedding import Embedding
 from stitch_server.model.head import Head

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from router_gateway.routing.text.hashing import bucket_counts
-from router_gateway.routing.text.model import TextModel
-from router_gateway.routing.text.surface import SURFACE_FEATURES
+from router_gateway.routing.learned.hashing import bucket_counts
+from router_gateway.routing.learned.model import TextModel
+from router_gateway.routing.learned.surface import SURFACE_FEATURES
 
 SURFACE = len(SURFACE_FEATURES)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality import corpus
-from stitch_server.fit.reading import Turn, read_documents
+from stitch_training.data import Turn, read_documents
 
 
 def test_a_page_gives_what_a_reader_sees() -> None:

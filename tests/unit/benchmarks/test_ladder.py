@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.quality import ladder
-from stitch_server.fit.ladder import BOTTOM, TOP
+from stitch_training.cost_ladder import BOTTOM, TOP
 from tests.support.tiny_fit import write_cluster
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality import packages
-from stitch_server.fit.reading import read_documents
+from stitch_training.data import read_documents
 
 LONG = "A line that says something.\n" * 40
 FILES = {

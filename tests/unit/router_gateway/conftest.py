@@ -12,8 +12,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from router_gateway.config import FleetSettings, GatewaySettings, ReplaySettings
 from router_gateway.server import Gateway, open_gateway
-from router_gateway.settings import FleetSettings, GatewaySettings, ReplaySettings
 from stitch import channels
 from stitch.cluster import Cluster
 from stitch.v1 import inference_pb2, inference_pb2_grpc

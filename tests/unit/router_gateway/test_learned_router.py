@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from router_gateway.routing.interface import Query
-from router_gateway.routing.text.artefact import TextArtefact, fingerprint_of, save_router
+from router_gateway.routing.learned.artifact import TextArtefact, fingerprint_of, save_router
+from router_gateway.routing.router import Query
 from router_gateway.server import router_of
 from stitch.cluster import Cluster
 from stitch.errors import InvalidRequest

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from router_gateway.metrics import PROMPT_BUCKETS, Metrics, prompt_bucket
-from router_gateway.routing.interface import REASON_KINDS
+from router_gateway.routing.router import REASON_KINDS
 from stitch import buckets
 
 NAMES = [

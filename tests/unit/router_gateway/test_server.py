@@ -9,8 +9,8 @@ import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from router_gateway.config import GatewaySettings
 from router_gateway.server import open_gateway
-from router_gateway.settings import GatewaySettings
 from stitch.errors import InvalidRequest
 from stitch.v1 import inference_pb2
 from tests.support.byte_tokenizer import tokens

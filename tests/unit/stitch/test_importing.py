@@ -26,7 +26,7 @@ def modules() -> list[str]:
 
 
 def test_nothing_here_needs_a_model_library() -> None:
-    assert "stitch.commands.demo" in modules()
+    assert "stitch.cli.demo" in modules()
     loaded = loaded_by(f"import {', '.join(modules())}")
     assert {"grpc", "rich", "matplotlib"} <= loaded
     assert not loaded & {
@@ -41,7 +41,8 @@ def test_nothing_here_needs_a_model_library() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["stitch.client", "stitch.cluster", "stitch.local.running", "stitch.batch_file", "stitch.ttft"]
+    "module",
+    ["stitch.client", "stitch.cluster", "stitch.local.cluster", "stitch.cli.batch_file"],
 )
 def test_pictures_are_for_the_command_alone(module: str) -> None:
     assert not loaded_by(f"import {module}") & {"rich", "matplotlib", "numpy"}
@@ -53,7 +54,9 @@ def test_the_client_needs_nothing_of_a_server() -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["ask", "--help"], ["up", "--help"]])
 def test_help_loads_no_library(arguments: list[str]) -> None:
-    call = f"from stitch.cli import parser\ntry: parser().parse_args({arguments})\nexcept SystemExit: pass\nprint()"
+    call = (
+        f"from stitch.cli.main import parser\ntry: parser().parse_args({arguments})\nexcept SystemExit: pass\nprint()"
+    )
     loaded = loaded_by(f"exec({call!r})")
     assert "argparse" in loaded
     assert not loaded & {"grpc", "google", "pydantic", "rich", "matplotlib", "numpy", "asyncio"}

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from stitch.cluster import Cluster, load_cluster
-from stitch_server import processor
-from stitch_server.part import load_part
+from stitch_server.build import load_part
+from stitch_server.cpu import features as processor
+from stitch_server.kv_sizing import kv_bytes_per_token
 from stitch_server.plan import SESSION_TOKENS, plan, table
-from stitch_server.planning import kv_bytes_per_token
 from tests.support.tiny_cluster import write_tiny_cluster
 
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ import torch
 
 from stitch.cluster import Compute
 from stitch_server import provision
-from stitch_server.cache.flash import PAGE_TOKENS
-from stitch_server.cache.pool import BLOCK_TOKENS
-from stitch_server.cache.span import Span
+from stitch_server.attention.flash import PAGE_TOKENS
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
+from stitch_server.kv_cache.span import Span
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.provision import Provision, provide
 from tests.support.tape import Tape

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from stitch.stopping import StopSignals
-from stitch_server.engine.batch import Batch, StepOutput
-from stitch_server.engine.engine import Engine
-from stitch_server.engine.forwarding import Reply
+from stitch.process import StopSignals
+from stitch_server.engine.in_flight import Reply
+from stitch_server.engine.loop import Engine
+from stitch_server.engine.types import Batch, StepOutput
 from stitch_server.server import asked_to_stop
 
 

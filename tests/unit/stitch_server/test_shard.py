@@ -12,16 +12,16 @@ from prometheus_client import generate_latest
 from stitch.cluster import Cluster
 from stitch.errors import Incompatible, StitchError
 from stitch.v1 import inference_pb2, shard_pb2
-from stitch_server.cache.pool import BLOCK_TOKENS
-from stitch_server.engine.origin import Origin
-from stitch_server.engine.relay import Relay
+from stitch_server.build import load_part
+from stitch_server.engine.first_stage import Origin
+from stitch_server.engine.next_stage import Relay
 from stitch_server.engine.scheduler import Limits
-from stitch_server.engine.wire import pack
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.metrics import Metrics
 from stitch_server.model.counting import ParameterCount
 from stitch_server.model.stitch import Stitch
-from stitch_server.part import load_part
 from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_neighbour, check_welcome
+from stitch_server.rpc.tensors import pack
 from stitch_server.shard import Shard, build_shard
 from tests.support.engine_fakes import FakeDownstream
 from tests.support.in_process import ChainInProcess

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from stitch_server.engine.batch import Batch, Cut, Segment
+from stitch_server.engine.types import Batch, Cut, Segment
 from stitch_server.step_log import StepLog
 from tests.support.engine_fakes import new_session
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from router_gateway.routing.fallback import FallbackRouter
-from router_gateway.routing.interface import Judgement, Query
+from router_gateway.routing.router import Judgement, Query
 
 QUERY = Query(("hello",), ("weak", "strong"))
 

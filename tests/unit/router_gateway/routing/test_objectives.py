@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from router_gateway.routing.interface import Deferred, Judgement
 from router_gateway.routing.objectives import Forecast, Objectives, narrowed, settled
+from router_gateway.routing.router import Deferred, Judgement
 from stitch.errors import ObjectivesUnmet
 
 LADDER = [

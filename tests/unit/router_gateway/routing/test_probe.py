@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from router_gateway.routing.fallback import FallbackRouter
-from router_gateway.routing.interface import Deferred, Query
 from router_gateway.routing.probe import ProbeRouter, judgement_of
+from router_gateway.routing.router import Deferred, Query
 from stitch.v1.shard_pb2 import Judged
 
 QUERY = Query(("hello",), ("weak", "strong"))

@@ -92,7 +92,7 @@ async def test_a_defect_is_logged_and_its_text_is_not_sent(
         raise ZeroDivisionError("secret")
 
     async with reach(FakeShard("bottom-0", "bottom", tokens("hello")), FakeShard("top-0", "top")) as gateway:
-        monkeypatch.setattr("router_gateway.rpc.inference.to_request", defect)
+        monkeypatch.setattr("router_gateway.rpc.servicer.to_request", defect)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await gateway.generate()
     assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.INTERNAL, FAILED)

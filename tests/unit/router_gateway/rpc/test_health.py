@@ -8,9 +8,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from router_gateway.config import GatewaySettings
 from router_gateway.rpc.health import SERVICES
 from router_gateway.server import open_gateway
-from router_gateway.settings import GatewaySettings
 from stitch import channels
 from tests.support.fake_shard import FakeShard, fake_cluster
 from tests.unit.router_gateway.conftest import QUICK, Reach

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
-from router_gateway.routing.ttft import LEAST_SAMPLES
+from router_gateway.routing.ttft_regression import LEAST_SAMPLES
 from stitch.errors import InvalidRequest, ObjectivesUnmet, from_code, from_rpc_error
 from stitch.v1 import inference_pb2
 from tests.support.byte_tokenizer import tokens

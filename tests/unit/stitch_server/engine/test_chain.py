@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from stitch.errors import Exhausted, OutOfStep, Unavailable
-from stitch_server.cache.pool import BLOCK_TOKENS, BlockPool
-from stitch_server.engine.batch import Batch, Cut, StepOutput
-from stitch_server.engine.forwarding import Forwarding, Front, OutgoingStep, Reply
-from stitch_server.engine.intake import Intake, Opening, ReceivedSegment
-from stitch_server.engine.origin import Origin
-from stitch_server.engine.relay import ReceivedStep, Relay
+from stitch_server.engine.first_stage import Origin
+from stitch_server.engine.in_flight import Forwarding, Front, OutgoingStep, Reply
+from stitch_server.engine.next_stage import ReceivedStep, Relay
 from stitch_server.engine.scheduler import Limits
 from stitch_server.engine.session import Progress, Session
+from stitch_server.engine.session_table import Intake, Opening, ReceivedSegment
+from stitch_server.engine.types import Batch, Cut, StepOutput
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
 from tests.support.engine_fakes import WIDTH, ManualClock, computed, new_session, sampled
 
 CHAIN = ("middle:1", "last:1")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stitch.cluster import load_cluster
-from stitch_server import processor
+from stitch_server.cpu import features as processor
 from stitch_server.model import compiled_layers
 from tests.support.in_process import ChainInProcess
 from tests.support.tiny_cluster import write_tiny_cluster

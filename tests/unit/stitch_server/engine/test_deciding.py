@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from stitch.sampling import Sampling
-from stitch_server.engine.batch import Batch, Cut, Segment, Verdict, ordered
-from stitch_server.engine.runner import Runner
 from stitch_server.engine.sequence import Sequence
+from stitch_server.engine.types import Batch, Cut, Segment, Verdict, ordered
 from stitch_server.model.embedding import Embedding
+from stitch_server.worker.model_runner import Runner
 from tests.support.runner_chain import CPU, DTYPE, new_runner, rows_of
 from tests.support.tiny_model import write_tiny_model
 from tests.support.tiny_probe import drawn

@@ -9,9 +9,9 @@ import pytest
 from stitch.errors import Exhausted, Incompatible, OutOfStep, Unavailable
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
-from stitch_server.cache.pool import BLOCK_TOKENS
-from stitch_server.engine.forwarding import Failure
+from stitch_server.engine.in_flight import Failure
 from stitch_server.engine.scheduler import BACKOFF_SECONDS
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.engine_fakes import TOKEN_ID
 from tests.support.origin_bench import OriginBench, error_of, ids
 

@@ -9,9 +9,9 @@ import torch
 
 from stitch.errors import Incompatible, Unavailable
 from stitch.v1 import shard_pb2
-from stitch_server.engine.batch import StepOutput, Token
-from stitch_server.engine.forwarding import Failure, Reply
-from stitch_server.engine.intake import ReceivedSegment
+from stitch_server.engine.in_flight import Failure, Reply
+from stitch_server.engine.session_table import ReceivedSegment
+from stitch_server.engine.types import StepOutput, Token
 from tests.support.engine_fakes import WIDTH, FakeUpstream
 from tests.support.relay_bench import BLOCKS, Bench, causes, segment
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from stitch_server.engine.batch import Batch
-from stitch_server.engine.runner import Runner
-from stitch_server.engine.threads import Threads
+from stitch_server.engine.types import Batch
+from stitch_server.worker.model_runner import Runner
+from stitch_server.worker.parallelism import Threads
 from tests.support.runner_chain import Chain, Halves, load, prompt, rows_of
 from tests.support.tiny_model import write_tiny_pair
 

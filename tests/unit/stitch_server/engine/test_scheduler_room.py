@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stitch_server.cache.pool import BLOCK_TOKENS
 from stitch_server.engine.scheduler import BACKOFF_SECONDS
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.engine_fakes import new_session
 from tests.support.scheduler_bench import SchedulerBench
 

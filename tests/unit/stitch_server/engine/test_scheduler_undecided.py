@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from stitch_server.cache.pool import BLOCK_TOKENS
-from stitch_server.engine.batch import Segment, Token, Verdict
 from stitch_server.engine.scheduler import BACKOFF_SECONDS
 from stitch_server.engine.session import Session
+from stitch_server.engine.types import Segment, Token, Verdict
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.engine_fakes import TOKEN_ID, new_session
 from tests.support.scheduler_bench import CUTS, SchedulerBench, one_of
 

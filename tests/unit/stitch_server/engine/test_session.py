@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from stitch.v1.inference_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
-from stitch_server.engine.batch import Token
 from stitch_server.engine.session import Session
+from stitch_server.engine.types import Token
 from tests.support.engine_fakes import new_session
 
 

@@ -10,10 +10,10 @@ import torch
 
 from stitch.cluster import Quantization
 from stitch.errors import Incompatible
-from stitch_server import processor
-from stitch_server.cache.span import Span
-from stitch_server.cache.store import KVStore
-from stitch_server.model import compiled_layers, lean, transformers_layers
+from stitch_server.cpu import features as processor
+from stitch_server.kv_cache.span import Span
+from stitch_server.kv_cache.store import KVStore
+from stitch_server.model import compiled_layers, hf_layers, llama
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import Adapted, DecoderLayers
 from stitch_server.model.description import read_config
@@ -59,7 +59,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 LEAN_VARIANTS = [(family, config) for family, config in VARIANTS if family in LEAN_FAMILIES]
 
 
-@pytest.mark.parametrize("family", [*LEAN_FAMILIES, *transformers_layers.FAMILIES])
+@pytest.mark.parametrize("family", [*LEAN_FAMILIES, *hf_layers.FAMILIES])
 def test_every_family_in_one_pass_and_in_chunks_over_shards(tmp_path: Path, family: str) -> None:
     folder = write_tiny_model(tmp_path, family)
     theirs = their_logits(folder)
@@ -101,7 +101,7 @@ class TestKernels:
             rows, scales = to_int8(weight)
             return PlainLinear(rows * scales[:, None], bias)
 
-        monkeypatch.setattr(lean, "linear", widened)
+        monkeypatch.setattr(llama, "linear", widened)
         torch.testing.assert_close(compiled, our_logits(folder, (0, 4), WHOLE), rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("family", LEAN_FAMILIES)
@@ -116,7 +116,7 @@ class TestKernels:
         config = read_config(folder := write_tiny_model(tmp_path, "llama", layers=1))
         for kernels in (False, True):
             with Weights(folder, CPU, torch.float32, WeightFormat(kernels=kernels)) as weights:
-                _, assembled = lean.load_layers(config, 0, 1, weights, lean.RotaryAngles(config, CPU))
+                _, assembled = llama.load_layers(config, 0, 1, weights, llama.RotaryAngles(config, CPU))
                 assert (assembled is not None) is kernels
 
     @pytest.mark.parametrize(
@@ -202,14 +202,14 @@ class Bench:
 
 @pytest.mark.parametrize("family", LEAN_FAMILIES)
 def test_the_families_that_matter_are_lean(tmp_path: Path, family: str) -> None:
-    assert lean.supports(read_config(write_tiny_model(tmp_path, family, layers=1)))
+    assert llama.supports(read_config(write_tiny_model(tmp_path, family, layers=1)))
 
 
 @pytest.mark.parametrize(
     "config", [{"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}]
 )
 def test_a_variant_that_lean_layers_lack_is_not_theirs(tmp_path: Path, config: dict[str, Any]) -> None:
-    assert not lean.supports(read_config(write_tiny_model(tmp_path, layers=1, **config)))
+    assert not llama.supports(read_config(write_tiny_model(tmp_path, layers=1, **config)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stitch_server import processor
+from stitch_server.cpu import features as processor
 from stitch_server.model import compiled_linear
 from stitch_server.model.compiled_linear import CompiledLinear
 from stitch_server.model.linear import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stitch_server.model.description import read_config
-from stitch_server.model.lean import FEWEST_POSITIONS, RotaryAngles
+from stitch_server.model.llama import FEWEST_POSITIONS, RotaryAngles
 from tests.support.tiny_model import write_tiny_model
 
 

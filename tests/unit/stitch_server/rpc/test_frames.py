@@ -11,10 +11,9 @@ from stitch.channels import MAX_FRAME_BYTES
 from stitch.errors import InvalidRequest, OutOfStep
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2
-from stitch_server.engine.batch import Cut, Segment, Token, TokenLogprobs
-from stitch_server.engine.forwarding import Failure, OutgoingStep, Reply
+from stitch_server.engine.in_flight import Failure, OutgoingStep, Reply
 from stitch_server.engine.session import Session
-from stitch_server.engine.wire import DTYPES, pack
+from stitch_server.engine.types import Cut, Segment, Token, TokenLogprobs
 from stitch_server.rpc.frames import (
     FRAME_BYTES,
     MOST_BEGUN,
@@ -24,6 +23,7 @@ from stitch_server.rpc.frames import (
     reply_of,
     step_frames,
 )
+from stitch_server.rpc.tensors import DTYPES, pack
 from tests.support.engine_fakes import new_session
 
 WIDTH = 1024

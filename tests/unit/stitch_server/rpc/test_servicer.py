@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from stitch.v1 import inference_pb2, shard_pb2
-from stitch_server.engine.wire import pack
 from stitch_server.rpc.handshake import PROTOCOL_VERSION
 from stitch_server.rpc.servicer import PIECE_BYTES
+from stitch_server.rpc.tensors import pack
 from tests.support.engine_fakes import TOKEN_ID, WIDTH
 from tests.support.shard_fakes import (
     CONTEXT_LENGTH,

@@ -1,0 +1,126 @@
+"""The limits of a request that need no model, and those that need its sizes. Knows no way to fix a request.
+
+Everything here raises InvalidRequest with the field, its value and its limit. Sampling's own limits are with Sampling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence, Sized
+
+from router_gateway.requests.types import Prompt
+from router_gateway.routing.objectives import Objectives
+from stitch.errors import InvalidRequest
+
+# The id of a request stands in every log line of it, on every shard.
+MAX_ID_CHARACTERS = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1_024
+
+
+class Amount(str):
+    """A number with its unit, which an error message shows without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def field_of(prompt: Prompt) -> str:
+    """The name of the field that a client fills with such a prompt."""
+    return "prompt" if isinstance(prompt, str) else "chat"
+
+
+def check_count(field: str, items: Sized, most: int, unit: str) -> None:
+    if len(items) > most:
+        raise InvalidRequest(field, Amount(f"{len(items):,} {unit}"), f"it holds at most {most:,}")
+
+
+def check_prompt(prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        if not prompt:
+            raise InvalidRequest("prompt", prompt, "it must not be empty")
+        return
+    if not prompt:
+        raise InvalidRequest("chat.messages", Amount("empty"), "a conversation has at least one")
+    for index, turn in enumerate(prompt):
+        if not turn.role:
+            raise InvalidRequest(f"chat.messages[{index}].role", turn.role, "every message needs a role")
+
+
+def check_id(field: str, name: str) -> None:
+    """A name that a client gave: it stands in log lines, or is remembered."""
+    check_count(field, name, MAX_ID_CHARACTERS, "characters")
+    if not name.isprintable():
+        raise InvalidRequest(field, name, "it must be printable")
+
+
+def check_objectives(objectives: Objectives) -> None:
+    seconds, cost, quality = objectives.max_ttft_seconds, objectives.max_cost, objectives.min_quality
+    # Comparing the other way round would let NaN pass.
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise InvalidRequest("objectives.max_ttft_seconds", seconds, "it must be above 0 and finite")
+    if cost is not None and not 0 < cost <= 1:
+        raise InvalidRequest("objectives.max_cost", cost, "it must be above 0 and at most 1, the dearest route's")
+    if quality is not None and not math.isfinite(quality):
+        raise InvalidRequest("objectives.min_quality", quality, "it must be finite")
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    check_count("stop", stop, MAX_STOP_STRINGS, "strings")
+    for index, string in enumerate(stop):
+        if not string:
+            raise InvalidRequest(f"stop[{index}]", string, "a stop string has at least one character")
+        check_count(f"stop[{index}]", string, MAX_STOP_CHARACTERS, "characters")
+
+
+def check_tokens(field: str, ids: Iterable[int], vocabulary_size: int) -> None:
+    for index, token_id in enumerate(ids):
+        if token_id >= vocabulary_size:
+            limit = f"the vocabulary ends at {vocabulary_size - 1:,}"
+            raise InvalidRequest(f"sampling.{field}[{index}]", token_id, limit)
+
+
+def check_forced(answer: str, forced_token_ids: Sized, most_bytes: int) -> None:
+    """Refuses a forced answer beside forced tokens, and one that can't fit, however it is tokenized."""
+    if forced_token_ids:
+        limit = "a forced answer says all of its tokens itself"
+        raise InvalidRequest("sampling.forced_token_ids", Amount(f"{len(forced_token_ids):,} ids"), limit)
+    if (size := len(answer.encode())) > most_bytes:
+        limit = f"the context holds at most {most_bytes:,}"
+        raise InvalidRequest("forced_answer", Amount(f"{size:,} bytes"), limit)
+
+
+def check_answer_fits(tokens: int, room_tokens: int) -> None:
+    """A forced answer has a token, and ends with the context at the latest."""
+    if not 0 < tokens <= room_tokens:
+        limit = f"it must have at least one, and behind this prompt the context holds {room_tokens:,}"
+        raise InvalidRequest("forced_answer", Amount(f"{tokens:,} tokens"), limit)
+
+
+def check_size(prompt: Prompt, context_tokens: int, longest_token_bytes: int) -> None:
+    """Refuses text that can't fit, however it is tokenized, before anything is computed from it."""
+    size, most = size_bytes(prompt), context_tokens * longest_token_bytes
+    if size > most:
+        limit = f"the context of {context_tokens:,} tokens holds at most {most:,}"
+        raise InvalidRequest(field_of(prompt), Amount(f"{size:,} bytes"), limit)
+    if not isinstance(prompt, str) and len(prompt) > context_tokens:
+        limit = f"every message takes tokens, and the context holds {context_tokens:,}"
+        raise InvalidRequest("chat.messages", Amount(f"{len(prompt):,} messages"), limit)
+
+
+def check_fits(prompt: Prompt, prompt_tokens: int, context_tokens: int) -> None:
+    """A prompt leaves room for one token at least."""
+    if prompt_tokens == 0:
+        raise InvalidRequest(field_of(prompt), Amount("0 tokens"), "it must have at least one")
+    if prompt_tokens + 1 > context_tokens:
+        limit = f"the context holds {context_tokens:,}, the answer included"
+        raise InvalidRequest(field_of(prompt), Amount(f"{prompt_tokens:,} tokens"), limit)
+
+
+def size_bytes(prompt: Prompt) -> int:
+    """Bytes of UTF-8 in all of the prompt's text."""
+    if isinstance(prompt, str):
+        return len(prompt.encode())
+    return sum(len(turn.role.encode()) + len(turn.content.encode()) for turn in prompt)

@@ -1,0 +1,166 @@
+"""A learned router as one safetensors file. Knows no label and no text.
+
+The tensors are the fields of TextModel; the metadata says how it was made, so that a figure can be traced to its data.
+Nothing is unpickled, and whatever does not fit is refused by its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from router_gateway.routing.learned.hashing import BUCKETS
+from router_gateway.routing.learned.model import TextModel
+from router_gateway.routing.learned.surface import SURFACE_FEATURES
+from stitch.errors import InvalidRequest
+
+FORMAT = "stitch-text-router/1"
+# Names hashing.py and surface.py as they are; a change there is a new name.
+FEATURES = "words-pairs-18-surface-21/1"
+
+_DTYPES = {"buckets": np.dtype(np.int32), "topic_source": np.dtype(np.int32), "weights": np.dtype(np.float16)}
+_TENSORS = tuple(field.name for field in fields(TextModel) if field.name not in ("routes", "sources"))
+
+
+@dataclass(frozen=True)
+class TextArtefact:
+    """A model, the thresholds that its training proposes, and where it comes from."""
+
+    model: TextModel
+    # One for each route but the cheapest: a gain that is worth the route's cost.
+    thresholds: tuple[float, ...]
+    # The strongest route's gain at 0 %, 1 %, … 100 % of the training texts, each judged unseen.
+    gain_percentiles: tuple[float, ...]
+    # Data fingerprints, rows, settings and cross-validated figures; JSON.
+    training: dict[str, Any]
+    # SHA-256 of the tensors.
+    fingerprint: str
+
+
+def fingerprint_of(model: TextModel) -> str:
+    """SHA-256 of a model's routes and tensors, in hexadecimal."""
+    digest = hashlib.sha256("\n".join([FEATURES, *model.routes, "", *model.sources]).encode())
+    for name in _TENSORS:
+        digest.update(np.ascontiguousarray(getattr(model, name)).tobytes())
+    return digest.hexdigest()
+
+
+def save_router(artefact: TextArtefact, path: Path) -> None:
+    """Writes an artefact; OSError where the file can't be written."""
+    metadata = {
+        "format": FORMAT,
+        "features": FEATURES,
+        "fingerprint": artefact.fingerprint,
+        "routes": json.dumps(artefact.model.routes),
+        "sources": json.dumps(artefact.model.sources),
+        "thresholds": json.dumps(artefact.thresholds),
+        "gain_percentiles": json.dumps(artefact.gain_percentiles),
+        "training": json.dumps(artefact.training),
+    }
+    tensors = {name: np.ascontiguousarray(getattr(artefact.model, name)) for name in _TENSORS}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # `save_file` would make a file that only its owner reads, and gateways run as others.
+    path.write_bytes(save(tensors, metadata=metadata))
+
+
+def load_router(path: Path) -> TextArtefact:
+    """Reads and checks an artefact. Raises InvalidRequest, naming what is off."""
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except (OSError, SafetensorError) as error:
+        raise InvalidRequest("router", str(path), f"it is no safetensors file: {error}") from error
+    for name, wanted in (("format", FORMAT), ("features", FEATURES)):
+        if metadata.get(name) != wanted:
+            raise InvalidRequest(f"router.{name}", metadata.get(name), f"this version reads {wanted}")
+    model = TextModel(routes=_names(metadata, "routes"), sources=_names(metadata, "sources"), **_checked(tensors))
+    _check_shapes(model)
+    _check_values(model)
+    _check_fingerprint(model, metadata.get("fingerprint"))
+    thresholds = _numbers(metadata, "thresholds", len(model.routes) - 1)
+    percentiles = _numbers(metadata, "gain_percentiles", 101)
+    return TextArtefact(model, thresholds, percentiles, _parsed(metadata, "training", dict), metadata["fingerprint"])
+
+
+def _checked(tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    if set(tensors) != set(_TENSORS):
+        raise InvalidRequest("router.tensors", sorted(tensors), f"they must be {', '.join(sorted(_TENSORS))}")
+    for name, tensor in tensors.items():
+        wanted = _DTYPES.get(name, np.dtype(np.float32))
+        if tensor.dtype != wanted:
+            raise InvalidRequest(f"router.{name}", str(tensor.dtype), f"it must be {wanted}")
+        if not np.isfinite(tensor).all():
+            raise InvalidRequest(f"router.{name}", "not finite", "every value must be")
+    return tensors
+
+
+def _check_shapes(model: TextModel) -> None:
+    rows, sources, topics = len(model.buckets), len(model.sources), len(model.topic_source)
+    views, columns = 1 + sources, sources + topics + sources * len(model.routes)
+    wanted = {
+        "buckets": (rows,),
+        "idf": (rows, views),
+        "weights": (rows, columns),
+        "surface_mean": (views, len(SURFACE_FEATURES)),
+        "surface_scale": (views, len(SURFACE_FEATURES)),
+        "surface_weights": (len(SURFACE_FEATURES), columns),
+        "bias": (columns,),
+        "centre": (sources * len(model.routes),),
+        "topic_source": (topics,),
+        "topic_weights": (topics, len(model.routes)),
+        "source_weights": (sources,),
+    }
+    for name, shape in wanted.items():
+        if getattr(model, name).shape != shape:
+            raise InvalidRequest(f"router.{name}", getattr(model, name).shape, f"its shape must be {shape}")
+
+
+def _check_values(model: TextModel) -> None:
+    buckets, sources = model.buckets, model.topic_source
+    if len(buckets) and not (buckets[0] >= 0 and buckets[-1] < BUCKETS and (np.diff(buckets) > 0).all()):
+        raise InvalidRequest("router.buckets", "out of order", f"they must rise from 0 to {BUCKETS - 1}")
+    if not np.array_equal(np.unique(sources), np.arange(len(model.sources))) or (np.diff(sources) < 0).any():
+        raise InvalidRequest("router.topic_source", sources.tolist(), "it must rise and name every source")
+    for name in ("surface_scale", "source_weights"):
+        if not (getattr(model, name) > 0).all():
+            raise InvalidRequest(f"router.{name}", getattr(model, name).min(), "it must be above 0")
+
+
+def _check_fingerprint(model: TextModel, claimed: str | None) -> None:
+    found = fingerprint_of(model)
+    if found != claimed:
+        raise InvalidRequest("router.fingerprint", claimed, f"the tensors have {found}")
+
+
+def _names(metadata: dict[str, str], field: str) -> tuple[str, ...]:
+    names = _parsed(metadata, field, list)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise InvalidRequest(f"router.{field}", names, "it must be a list of names")
+    return tuple(names)
+
+
+def _numbers(metadata: dict[str, str], field: str, count: int) -> tuple[float, ...]:
+    numbers = _parsed(metadata, field, list)
+    fit = len(numbers) == count and all(isinstance(number, float | int) for number in numbers)
+    if not fit or not np.isfinite(numbers).all():
+        raise InvalidRequest(f"router.{field}", numbers, f"it must be {count} finite numbers")
+    return tuple(map(float, numbers))
+
+
+def _parsed(metadata: dict[str, str], field: str, kind: type[Any]) -> Any:
+    try:
+        value = json.loads(metadata.get(field, ""))
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(f"router.{field}", metadata.get(field), "it must be JSON") from error
+    if not isinstance(value, kind):
+        raise InvalidRequest(f"router.{field}", value, f"it must be a {kind.__name__}")
+    return value

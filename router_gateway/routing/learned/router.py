@@ -1,0 +1,55 @@
+"""The learned router behind the gateway's interface. Knows no training and no request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from router_gateway.routing.learned.artifact import TextArtefact, load_router
+from router_gateway.routing.learned.model import gains_of
+from router_gateway.routing.router import Judgement, Query
+from stitch.errors import InvalidRequest
+from stitch.rung import chosen, reason, score
+from stitch.thresholds import FixedThresholds, Thresholds, ThresholdSource, WatchedThresholds
+
+
+class TextRouter:
+    """Takes the route whose expected gain over the cheapest exceeds its threshold by most."""
+
+    def __init__(self, artefact: TextArtefact, thresholds: ThresholdSource | None = None) -> None:
+        self._artefact = artefact
+        self._thresholds = thresholds or FixedThresholds(artefact.thresholds)
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """The routes that it was trained for, cheapest first."""
+        return self._artefact.model.routes
+
+    @property
+    def calibration(self) -> Thresholds | None:
+        """What it is calibrated to now; None where the thresholds are those of its training."""
+        return self._thresholds.calibration
+
+    def judge(self, query: Query) -> Judgement:
+        """The route for a query. Raises InvalidRequest where its routes are not those of the training."""
+        if query.routes != self.routes:
+            raise InvalidRequest("routes", query.routes, f"the router was trained for {', '.join(self.routes)}")
+        qualities = self._artefact.model.qualities("\n".join(query.turns))
+        gains = gains_of(qualities)
+        thresholds = self._thresholds.current()
+        rung = int(chosen(gains[None, :], np.array(thresholds))[0])
+        why, worth = reason("gain", gains.tolist(), thresholds, rung), tuple(qualities.tolist())
+        share = score(float(gains[-1]), self.calibration, self._artefact.gain_percentiles)
+        return Judgement(self.routes[rung], share, why, "gain", worth)
+
+
+def open_text_router(path: Path, thresholds: Path | None = None) -> TextRouter:
+    """The router of an artefact, with the thresholds of a calibration where there is one.
+
+    Raises InvalidRequest where either file is off, or the thresholds are another router's.
+    """
+    artefact = load_router(path)
+    if thresholds is None:
+        return TextRouter(artefact)
+    return TextRouter(artefact, WatchedThresholds(thresholds, artefact.fingerprint, len(artefact.model.routes)))

@@ -1,1 +1,0 @@
-"""Teaching, calibrating and measuring a text router, offline. Knows no running gateway."""

@@ -1,0 +1,48 @@
+"""`stitch ask`: one question, one answer. Doesn't know how either is drawn."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from stitch.cli.arguments import request_fields
+from stitch.cli.connection import gateway
+from stitch.client import Client, Stream
+from stitch.errors import InvalidRequest
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Asks, and prints the answer while it comes, or as JSON at its end."""
+    with Client(*gateway(parsed)) as client:
+        stream = client.stream(**_input(parsed), timeout=parsed.timeout, **request_fields(parsed))
+        if parsed.json:
+            _print_json(stream)
+        else:
+            _show(stream)
+    return 0
+
+
+def _input(parsed: argparse.Namespace) -> dict[str, Any]:
+    question = sys.stdin.read() if parsed.prompt == "-" else parsed.prompt
+    if parsed.plain:
+        if parsed.system:
+            raise InvalidRequest("--system", parsed.system, "--plain sends no conversation")
+        return {"prompt": question}
+    system = [{"role": "system", "content": parsed.system}] if parsed.system else []
+    return {"messages": [*system, {"role": "user", "content": question}]}
+
+
+def _print_json(stream: Stream) -> None:
+    for _ in stream:
+        pass
+    print(json.dumps(stream.answer.as_json(), ensure_ascii=False))
+
+
+def _show(stream: Stream) -> None:
+    from rich.console import Console
+
+    from stitch.cli.screen import show_stream
+
+    show_stream(Console(), stream)

@@ -1,0 +1,105 @@
+"""`stitch up`: brings a cluster up and shows how far it is. Doesn't know how a process is started or stopped."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.console import Console
+from rich.text import Text
+
+from stitch.cluster import load_cluster
+from stitch.errors import Unavailable
+from stitch.local.cluster import GATEWAY, LocalCluster, import_models, prepared
+from stitch.local.run_folder import run_folder
+
+WATCH_SECONDS = 0.5
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Starts the cluster; without --detach it stays until Ctrl-C, SIGTERM or the gateway's end."""
+    console = Console()
+    with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
+        cluster = bring_up(console, parsed.cluster)
+        if parsed.detach:
+            _announce(console, cluster, "[bold]stitch down[/] stops it")
+            return 0
+        try:
+            _announce(console, cluster, "Ctrl-C stops it")
+            watch(console, cluster)
+        finally:
+            take_down(console, cluster)
+    return 0
+
+
+def bring_up(console: Console, name_or_path: str) -> LocalCluster:
+    """Imports the models, starts every process, and returns once all serve."""
+    described = load_cluster(name_or_path)
+    folder = run_folder(described.name)
+    with folder.claimed():
+        cluster = prepared(described, folder)
+        import_models(cluster.cluster, lambda name, place: _show(console, name, place))
+        with console.status(f"starting {', '.join(cluster.names)}"):
+            cluster.start_all(lambda name, seconds: _show_serving(console, cluster, name, seconds))
+    return cluster
+
+
+def take_down(console: Console, cluster: LocalCluster) -> None:
+    """Stops every process; a second Ctrl-C doesn't wait for running answers."""
+    with console.status("stopping"):
+        try:
+            cluster.stop()
+        except KeyboardInterrupt:
+            cluster.stop(grace_seconds=0)
+    console.print(f"{cluster.cluster.name} has stopped", highlight=False)
+
+
+def watch(console: Console, cluster: LocalCluster) -> None:
+    """Reports a shard that ends; raises Unavailable once the gateway has ended."""
+    watched = list(cluster.names)
+    while True:
+        for name in list(watched):
+            try:
+                cluster.check_running(name)
+            except Unavailable as ended:
+                if name == GATEWAY:
+                    raise
+                watched.remove(name)
+                console.print(str(ended), style="red", highlight=False, markup=False)
+        time.sleep(WATCH_SECONDS)
+
+
+def _announce(console: Console, cluster: LocalCluster, ending: str) -> None:
+    console.print(f'{cluster.cluster.name} serves at {cluster.gateway}: try [bold]stitch ask[/] "…"', highlight=False)
+    console.print(ending, highlight=False)
+
+
+def _show_serving(console: Console, cluster: LocalCluster, name: str, seconds: float) -> None:
+    part = ""
+    if name != GATEWAY:
+        shard = cluster.cluster.shard(name)
+        part = f"{shard.role} layers {shard.layers[0]}–{shard.layers[1] - 1}"
+    _show(console, f"{name:<12} {part:<22} {cluster.address(name):<22}", f"{seconds:5.1f} s")
+
+
+def _show(console: Console, what: str, detail: str) -> None:
+    console.print(Text.assemble(("✓ ", "green"), what, " ", (detail, "dim")), soft_wrap=True)
+
+
+@contextmanager
+def _interrupted_by(*numbers: signal.Signals) -> Iterator[None]:
+    """Makes these signals what Ctrl-C is."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

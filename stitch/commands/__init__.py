@@ -1,1 +1,0 @@
-"""The verbs of the `stitch` command, one module each. Knows no command line: `stitch.cli` has parsed it."""

@@ -1,1 +1,0 @@
-"""What learned routers share: labels, figures, thresholds. Knows neither text nor hidden states."""

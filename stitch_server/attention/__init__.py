@@ -1,0 +1,1 @@
+"""Attention over the KV cache: one interface and three back ends."""

@@ -1,0 +1,213 @@
+"""Whole decoder layers, one behind the other in one call that threads share. Knows arrays alone.
+
+A layer has five stages, each cut into tasks: the QKV projection with RoPE, attention, its output projection, SwiGLU's
+gate and up projections, and the down projection. A stage begins when all tasks of the one before are done.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stitch_server.cpu.attention.dispatch import attend, divided, scratch_for, store, tasks_of
+from stitch_server.cpu.attention.paged_kv import PagedKV
+from stitch_server.cpu.compiling import compiled
+from stitch_server.cpu.instructions import Instructions
+from stitch_server.cpu.matmul.dispatch import Workspace, multiply, outputs_at_once, prepare, release, workspace_for
+from stitch_server.cpu.matmul.matrix import ADD, REPLACE, Matrix
+from stitch_server.cpu.matmul.panels import LANES
+from stitch_server.cpu.scalars import Floats, Indices, exponential
+from stitch_server.cpu.tasks import first_task, next_task, wait_for
+
+
+class Layers(NamedTuple):
+    """Decoder layers of one shape; every array, those of matrices too, has a leading axis for the layer."""
+
+    # The index of the first one in the whole model.
+    first: int
+    attention_norm: Floats
+    query_key_value: Matrix
+    # [layers, rotated heads, head_dim]; [layers, 0, head_dim] where the family has none.
+    query_key_norm: Floats
+    attention_output: Matrix
+    feed_forward_norm: Floats
+    gate_up: Matrix
+    down: Matrix
+    # Sliding windows: how many tokens back one sees, itself included; 0: all.
+    windows: Indices
+
+
+class Activations(NamedTuple):
+    """Intermediate results of a layer, which all threads share."""
+
+    # [tokens, (heads + 2 * kv_heads) * head_dim]
+    qkv: Floats
+    # [tokens, heads * head_dim]
+    attended: Floats
+    # [tokens, intermediate_size]
+    gated: Floats
+
+
+class Pass(NamedTuple):
+    """A batch on its way through the layers."""
+
+    # [tokens, hidden_size], in and out.
+    hidden: Floats
+    # [positions, head_dim / 2]: RoPE's rotations.
+    rotations: NDArray[np.complex64]
+    paged: PagedKV
+    activations: Activations
+
+
+@compiled()
+def run(
+    states: Pass, layers: Layers, first: int, end: int, epsilon: float, by: Instructions, threads: int, counts: Indices
+) -> None:
+    """Takes a batch through layers [first, end) of the whole model.
+
+    Called by each of so many `threads` with the same arguments; every call returns when all is done.
+    """
+    hidden, paged, activations = states.hidden, states.paged, states.activations
+    tokens, head_dim, inner = len(hidden), paged.kv.shape[3], activations.gated.shape[1]
+    all_heads, heads = activations.qkv.shape[1] // head_dim, activations.attended.shape[1] // head_dim
+    qkv = activations.qkv.reshape(tokens, all_heads, head_dim)
+    attended = activations.attended.reshape(tokens, heads, head_dim)
+    scale = np.float32(1) / np.sqrt(np.float32(head_dim))
+    division, scratch = divided(paged, heads, threads, by.tiles), scratch_for(paged, heads, head_dim)
+    heads_at_once = _heads_at_once(head_dim)
+    gates_at_once = outputs_at_once(hidden.shape[1])
+    normed = np.empty_like(hidden)
+    gate_up = np.empty((tokens, 2 * gates_at_once), np.float32)
+    widest = max(hidden.shape[1], activations.attended.shape[1], inner)
+    workspace = workspace_for(tokens, widest, layers.down.weight[0], by, threads)
+    task, done = first_task(counts), 0
+    for layer in range(first - layers.first, end - layers.first):
+        kv = paged.kv[layers.first + layer - paged.first]
+        behind = done + -(-all_heads // heads_at_once)
+        if task < behind:
+            wait_for(counts, done)
+            _rms_norm_rows(hidden, layers.attention_norm[layer], epsilon, normed)
+            prepare(normed, workspace)
+        while task < behind:
+            head = (task - done) * heads_at_once
+            last = min(head + heads_at_once, all_heads)
+            _project_qkv(normed, layers, layer, head, last, epsilon, workspace, states)
+            task = next_task(counts)
+        done, behind = behind, behind + tasks_of(division)
+        if task < behind:
+            wait_for(counts, done)
+        while task < behind:
+            attend(task - done, division, qkv, kv, paged, layers.windows[layer], scale, scratch, attended)
+            task = next_task(counts)
+        matrix = _of_layer(layers.attention_output, layer)
+        done, task = _add_linear(activations.attended, matrix, workspace, hidden, behind, task, counts)
+        behind = done + -(-inner // gates_at_once)
+        if task < behind:
+            wait_for(counts, done)
+            _rms_norm_rows(hidden, layers.feed_forward_norm[layer], epsilon, normed)
+            prepare(normed, workspace)
+        matrix = _of_layer(layers.gate_up, layer)
+        while task < behind:
+            gate = (task - done) * gates_at_once
+            _swiglu(normed, matrix, gate, min(gate + gates_at_once, inner), workspace, gate_up, activations.gated)
+            task = next_task(counts)
+        matrix = _of_layer(layers.down, layer)
+        done, task = _add_linear(activations.gated, matrix, workspace, hidden, behind, task, counts)
+    release(workspace)
+    wait_for(counts, done)
+
+
+@compiled()
+def _heads_at_once(head_dim: int) -> int:
+    """How many heads fill whole panels."""
+    heads = 1
+    while heads * head_dim % LANES != 0:
+        heads += 1
+    return heads
+
+
+@compiled()
+def _project_qkv(
+    normed: Floats, layers: Layers, layer: int, first: int, end: int, epsilon: float, workspace: Workspace, states: Pass
+) -> None:
+    """Projects heads [first, end) of queries, keys and values, applies norms and RoPE, and caches keys and values."""
+    paged, qkv = states.paged, states.activations.qkv
+    head_dim, kept = paged.kv.shape[3], paged.kv.shape[2]
+    all_heads = qkv.shape[1] // head_dim
+    begin = first * head_dim
+    multiply(normed, _of_layer(layers.query_key_value, layer), begin, end * head_dim, workspace, qkv, begin, REPLACE)
+    kv = paged.kv[layers.first + layer - paged.first]
+    for head in range(first, end):
+        for token in range(len(qkv)):
+            one = qkv[token, head * head_dim : (head + 1) * head_dim]
+            if head < all_heads - kept // 2:
+                if layers.query_key_norm.shape[1] > 0:
+                    _rms_norm(one, layers.query_key_norm[layer, head], epsilon, one)
+                _rotate(one, states.rotations[paged.ends[token] - paged.begins[token] - 1])
+            if head >= all_heads - kept:
+                store(one, token, head - (all_heads - kept), kv, paged)
+
+
+@compiled()
+def _add_linear(
+    x: Floats, matrix: Matrix, workspace: Workspace, hidden: Floats, done: int, task: int, counts: Indices
+) -> tuple[int, int]:
+    """The stage hidden += x · matrixᵀ, behind `done` tasks; returns how many there are then, and the next one to do."""
+    outputs = hidden.shape[1]
+    at_once = outputs_at_once(x.shape[1])
+    behind = done + -(-outputs // at_once)
+    if task < behind:
+        wait_for(counts, done)
+        prepare(x, workspace)
+    while task < behind:
+        first = (task - done) * at_once
+        multiply(x, matrix, first, min(first + at_once, outputs), workspace, hidden, first, ADD)
+        task = next_task(counts)
+    return behind, task
+
+
+@compiled()
+def _swiglu(
+    normed: Floats, matrix: Matrix, first: int, end: int, workspace: Workspace, gate_up: Floats, gated: Floats
+) -> None:
+    """gated[:, first:end] = silu(gate) · up; `gate_up` is a buffer."""
+    count, inner = end - first, gated.shape[1]
+    multiply(normed, matrix, first, end, workspace, gate_up, np.int64(0), REPLACE)
+    multiply(normed, matrix, inner + first, inner + end, workspace, gate_up, count, REPLACE)
+    for token in range(len(normed)):
+        for place in range(count):
+            gate = gate_up[token, place]
+            gated[token, first + place] = gate / (np.float32(1) + exponential(-gate)) * gate_up[token, count + place]
+
+
+@compiled(inline="always")
+def _of_layer(matrices: Matrix, layer: int) -> Matrix:
+    return Matrix(matrices.weight[layer], matrices.scales[layer], matrices.bias[layer])
+
+
+@compiled()
+def _rms_norm(values: Floats, gains: Floats, epsilon: float, normed: Floats) -> None:
+    """values / sqrt(mean(values²) + ε) · gains; `normed` may be `values`."""
+    total = np.float32(0)
+    for place in range(gains.size):
+        total += values[place] * values[place]
+    inverse = np.float32(1) / np.sqrt(total / np.float32(gains.size) + np.float32(epsilon))
+    for place in range(gains.size):
+        normed[place] = values[place] * inverse * gains[place]
+
+
+@compiled()
+def _rms_norm_rows(rows: Floats, gains: Floats, epsilon: float, normed: Floats) -> None:
+    for row in range(len(rows)):
+        _rms_norm(rows[row], gains, epsilon, normed[row])
+
+
+@compiled()
+def _rotate(head: Floats, rotations: NDArray[np.complex64]) -> None:
+    """RoPE on neighbouring pairs, in place."""
+    for pair in range(rotations.size):
+        real, imaginary, rotation = head[2 * pair], head[2 * pair + 1], rotations[pair]
+        head[2 * pair] = real * rotation.real - imaginary * rotation.imag
+        head[2 * pair + 1] = real * rotation.imag + imaginary * rotation.real

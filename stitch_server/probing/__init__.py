@@ -1,1 +1,0 @@
-"""Teaching a probe which route a prompt needs, offline. Knows no running shard."""

@@ -1,0 +1,82 @@
+"""What the cluster serves: first by its file, then by what the shards say."""
+
+from __future__ import annotations
+
+import pytest
+
+from router_gateway.shards.models import Catalogue
+from stitch.errors import Unavailable
+from tests.support.fake_shard import CONTEXT_TOKENS, VOCABULARY_SIZE, FakeShard
+from tests.support.fleets import fleet_of
+
+
+async def test_before_any_answer_the_file_alone_speaks() -> None:
+    async with fleet_of(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as (cluster, fleet):
+        catalogue = Catalogue(cluster, fleet)
+        described = catalogue.describe()
+        assert described.bottom.id == "fake"
+        assert described.bottom.layers == 0
+        assert [(route.name, route.bottom_layers, route.top_from) for route in described.routes] == [
+            ("weak", 2, 4),
+            ("strong", 4, 4),
+        ]
+        assert [shard.serving for shard in described.shards] == [False, False]
+        with pytest.raises(Unavailable, match="no shard"):
+            _ = catalogue.context_tokens
+
+
+async def test_what_shards_say_is_merged_in() -> None:
+    top = FakeShard("top-0", "top")
+    async with fleet_of(FakeShard("bottom-0", "bottom"), top) as (cluster, fleet):
+        await fleet.refresh()
+        catalogue = Catalogue(cluster, fleet)
+        await top.stop()
+        await fleet.refresh()
+        described = catalogue.describe()
+        assert described.cluster == "fake"
+        assert described.bottom.layers == 8
+        assert [route.parameters for route in described.routes] == [1_100, 1_400]
+        assert [(shard.name, shard.serving) for shard in described.shards] == [("bottom-0", True), ("top-0", False)]
+        assert [route.stitch for route in described.routes] == ["s1", ""]
+        assert described.shards[1].dtype == "float32"
+        assert catalogue.context_tokens == CONTEXT_TOKENS
+        assert catalogue.vocabulary_size == VOCABULARY_SIZE
+
+
+async def test_the_context_is_no_longer_than_the_smallest_shard_s_room() -> None:
+    top = FakeShard("top-0", "top")
+    top.kv_capacity_tokens = CONTEXT_TOKENS - 1
+    async with fleet_of(FakeShard("bottom-0", "bottom"), top) as (cluster, fleet):
+        await fleet.refresh()
+        assert Catalogue(cluster, fleet).context_tokens == CONTEXT_TOKENS - 1
+
+
+async def test_routes_are_ordered_by_parameters_once_all_are_known() -> None:
+    bottom = FakeShard("bottom-0", "bottom")
+    # A route that leaves earlier may read more, if it enters the other model earlier, too.
+    bottom.parameters = {"weak": 1_000, "strong": 900}
+    async with fleet_of(bottom, FakeShard("top-0", "top")) as (cluster, fleet):
+        catalogue = Catalogue(cluster, fleet)
+        assert catalogue.routes() == ["weak", "strong"]
+        await fleet.refresh(["bottom-0"])
+        assert catalogue.routes() == ["weak", "strong"]
+        await fleet.refresh(["top-0"])
+        assert catalogue.routes() == ["strong", "weak"]
+
+
+async def test_routes_are_ordered_by_layers_while_one_is_unknown() -> None:
+    bottom = FakeShard("bottom-0", "bottom")
+    bottom.parameters = {"weak": 9_000}
+    async with fleet_of(bottom, FakeShard("top-0", "top")) as (cluster, fleet):
+        await fleet.refresh()
+        assert Catalogue(cluster, fleet).routes() == ["weak", "strong"]
+
+
+async def test_costs_are_shares_of_the_dearest_once_all_are_known() -> None:
+    bottom = FakeShard("bottom-0", "bottom")
+    async with fleet_of(bottom, FakeShard("top-0", "top")) as (cluster, fleet):
+        catalogue = Catalogue(cluster, fleet)
+        await fleet.refresh(["bottom-0"])
+        assert catalogue.costs() == {}
+        await fleet.refresh(["top-0"])
+        assert catalogue.costs() == {"weak": 1_100 / 1_400, "strong": 1.0}

@@ -1,0 +1,105 @@
+"""Which configurations a gateway starts with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from router_gateway.config import GatewaySettings, check, from_flags
+from stitch.cluster import load_cluster
+from stitch.errors import InvalidRequest
+
+FLAGS: dict[str, Any] = {
+    "listen": None,
+    "metrics_port": None,
+    "insecure": False,
+    "drain_seconds": None,
+    "replay_wait_seconds": None,
+}
+
+CLUSTER = """
+name = "two"
+[models]
+bottom = { id = "a", source = "a" }
+top = { id = "a", source = "a" }
+[[routes]]
+name = "strong"
+bottom_layers = 4
+top_from = 4
+[[shards]]
+name = "b"
+role = "bottom"
+layers = [0, 4]
+address = "127.0.0.1:7001"
+[[shards]]
+name = "t"
+role = "top"
+layers = [4, 8]
+address = "127.0.0.1:7002"
+[gateway]
+address = "127.0.0.1:7000"
+"""
+
+
+@pytest.fixture
+def cluster_file(tmp_path: Path) -> Path:
+    path = tmp_path / "cluster.toml"
+    path.write_text(CLUSTER)
+    return path
+
+
+def settings(cluster_file: Path, **fields: Any) -> GatewaySettings:
+    return GatewaySettings(cluster=load_cluster(str(cluster_file)), **fields)
+
+
+def test_an_open_address_needs_a_word(cluster_file: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"listen is '0\.0\.0\.0:7000', but .* --insecure"):
+        check(settings(cluster_file, listen="0.0.0.0:7000"))
+    check(settings(cluster_file, listen="0.0.0.0:7000", insecure=True))
+    check(settings(cluster_file))
+
+
+@pytest.mark.parametrize("address", ["7000", "localhost", "localhost:http", ":7000"])
+def test_an_address_is_host_and_port(cluster_file: Path, address: str) -> None:
+    with pytest.raises(InvalidRequest, match="host:port"):
+        check(settings(cluster_file, listen=address))
+
+
+def test_shards_need_ports() -> None:
+    with pytest.raises(InvalidRequest, match=r"shards\.bottom-0\.address"):
+        check(GatewaySettings(cluster=load_cluster("smollm2")))
+
+
+def test_thresholds_must_fit_the_routes(cluster_file: Path) -> None:
+    cluster_file.write_text(f"{CLUSTER}\nthresholds = [0.5]\n")
+    with pytest.raises(InvalidRequest, match=r"gateway\.thresholds"):
+        check(settings(cluster_file))
+
+
+def test_flags_override_the_file(cluster_file: Path) -> None:
+    given = {"cluster": str(cluster_file), "listen": "127.0.0.1:1", "metrics_port": 9, "replay_wait_seconds": 2.5}
+    read = from_flags(FLAGS | given)
+    assert (read.address, read.host, read.metrics_port) == ("127.0.0.1:1", "127.0.0.1", 9)
+    assert read.replay.wait_seconds == 2.5
+
+
+def test_without_flags_the_file_and_the_defaults_decide(cluster_file: Path) -> None:
+    read = from_flags(FLAGS | {"cluster": str(cluster_file)})
+    assert read.address == "127.0.0.1:7000"
+    assert read == settings(cluster_file)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "field"),
+    [
+        ("drain_seconds", -1.0, "drain_seconds"),
+        ("replay_wait_seconds", -1.0, "replay.wait_seconds"),
+        ("metrics_port", 70_000, "metrics_port"),
+    ],
+)
+def test_a_value_outside_of_its_limits_is_named(cluster_file: Path, flag: str, value: float, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        from_flags(FLAGS | {"cluster": str(cluster_file), flag: value})
+    assert caught.value.field == field

@@ -1,0 +1,58 @@
+"""Templates render as `transformers` renders them, and can't do what a template must not."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from router_gateway.tokenization.chat_template import ChatTemplate, TemplateRefusal
+
+MESSAGES = [("system", "Be brief."), ("user", "Hi <b>you</b> & é你"), ("assistant", "Hello!"), ("user", "More?")]
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+
+TEMPLATES = {
+    "blocks are trimmed": """
+        {%- for message in messages %}
+            {{- '<|' + message['role'] + '|>' }}
+            {{ message.content | trim }}
+        {% endfor %}
+        {% if add_generation_prompt %}
+            assistant:
+        {% endif %}""",
+    "special tokens": "{{ bos_token }}{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}",
+    "tojson keeps HTML and letters": "{{ messages | tojson }} {{ messages[1] | tojson(indent=2) }}",
+    "loop controls": "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.role }}{% endfor %}",
+    "namespaces": "{% set n = namespace(c=0) %}{% for m in messages %}{% set n.c = n.c + 1 %}{% endfor %}{{ n.c }}",
+    "absent tools": "{% if tools is not none %}tools{% endif %}{% if documents %}documents{% endif %}none",
+    "generation blocks": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_it_renders_as_transformers_does(name: str) -> None:
+    conversation = [{"role": role, "content": content} for role, content in MESSAGES]
+    expected, _ = render_jinja_template(
+        [conversation], chat_template=TEMPLATES[name], add_generation_prompt=True, **SPECIAL
+    )
+    assert ChatTemplate(TEMPLATES[name], SPECIAL).render(MESSAGES) == expected[0]
+
+
+def test_the_date_is_today() -> None:
+    assert ChatTemplate("{{ strftime_now('%Y') }}", {}).render(MESSAGES) == datetime.now().strftime("%Y")
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[7].content }}", "no element 7"),
+        ("{{ 1 + messages[0].content }}", "unsupported operand"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+    ],
+)
+def test_whatever_a_template_raises_is_a_refusal(template: str, reason: str) -> None:
+    with pytest.raises(TemplateRefusal, match=reason):
+        ChatTemplate(template, {}).render(MESSAGES)

@@ -1,0 +1,94 @@
+"""What the files say: ids, the template, the end tokens; and which files can't be used."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tokenizers import processors
+
+from router_gateway.tokenization.vocabulary import Vocabulary
+from stitch.errors import Incompatible
+from tests.support.byte_tokenizer import byte_tokenizer, tokenizer_files, tokens
+
+
+def vocabulary(**files: object) -> Vocabulary:
+    """The small tokenizer's files with some replaced, by their names without the suffix; None leaves one out."""
+    changed = {f"{name}.json": json.dumps(content).encode() for name, content in files.items() if content is not None}
+    absent = {f"{name}.json" for name, content in files.items() if content is None}
+    given = tokenizer_files() | changed
+    return Vocabulary.from_files({name: content for name, content in given.items() if name not in absent})
+
+
+def test_plain_text_gets_what_the_tokenizer_puts_in_front() -> None:
+    with_first = json.loads(byte_tokenizer().to_str())
+    template = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    with_first["post_processor"] = json.loads(template.__getstate__())
+    read = vocabulary(tokenizer=with_first)
+    assert read.encode("hello") == [1, *tokens("hello")]
+    assert read.encode_rendered("<|im_start|>hello") == [1, *tokens("hello")]
+
+
+def test_a_long_text_is_not_cut_off() -> None:
+    short = json.loads(byte_tokenizer().to_str())
+    short["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    short["padding"] = {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
+    assert vocabulary(tokenizer=short).encode("hello there, hello world") == tokens("hello there, hello world")
+    assert vocabulary(tokenizer=short).encode("hello") == tokens("hello")
+
+
+@pytest.mark.parametrize(
+    ("files", "end_tokens"),
+    [
+        ({"generation_config": {"eos_token_id": [2, 0]}, "config": {"eos_token_id": 1}}, (2, 0)),
+        ({"generation_config": {"eos_token_id": 0}}, (0,)),
+        ({"generation_config": {}, "config": {"eos_token_id": 1}}, (1,)),
+        ({"generation_config": None}, (2,)),
+        ({"generation_config": None, "tokenizer_config": {"eos_token": {"content": "<|endoftext|>"}}}, (0,)),
+        ({"generation_config": None, "tokenizer_config": {}}, ()),
+    ],
+)
+def test_the_first_file_that_names_end_tokens_decides(files: dict[str, object], end_tokens: tuple[int, ...]) -> None:
+    assert vocabulary(**files).end_tokens == end_tokens
+
+
+def test_a_template_stands_in_its_own_file_or_in_the_configuration() -> None:
+    files = tokenizer_files() | {"chat_template.jinja": b"{{ bos_token }}own"}
+    own = Vocabulary.from_files(files).template
+    assert own is not None
+    assert own.render([("user", "x")]) == "<|im_start|>own"
+    named = vocabulary(tokenizer_config={"chat_template": [{"name": "default", "template": "listed"}]}).template
+    assert named is not None
+    assert named.render([("user", "x")]) == "listed"
+
+
+def test_a_model_may_have_no_template() -> None:
+    assert vocabulary(tokenizer_config={}).template is None
+
+
+def test_no_token_stands_for_more_bytes_than_the_longest() -> None:
+    longest = vocabulary().longest_token_bytes
+    decoded = (byte_tokenizer().decode([token_id]) for token_id in range(byte_tokenizer().get_vocab_size()))
+    assert longest >= max(len(text.encode()) for text in decoded)
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({}, "tokenizer.json"),
+        ({"tokenizer.json": b"{}"}, "tokenizer.json"),
+        (tokenizer_files() | {"tokenizer_config.json": b"{"}, "tokenizer_config.json"),
+        (tokenizer_files() | {"generation_config.json": b"[]"}, "generation_config.json"),
+        (tokenizer_files() | {"chat_template.jinja": b"{% for %}"}, "chat template"),
+    ],
+)
+def test_a_file_that_can_t_be_used_is_named(files: dict[str, bytes], named: str) -> None:
+    with pytest.raises(Incompatible, match=named):
+        Vocabulary.from_files(files)

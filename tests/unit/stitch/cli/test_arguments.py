@@ -1,0 +1,61 @@
+"""Flags become fields of a request. Knows no gateway."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from stitch.cli.arguments import add_generation, lengths, positive, request_fields
+from stitch.client.requests import generate_request
+from stitch.v1 import inference_pb2
+
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_generation(parser)
+    return parser.parse_args(arguments)
+
+
+def test_what_is_not_given_is_absent() -> None:
+    assert request_fields(parsed()) == {}
+
+
+def test_zero_is_given() -> None:
+    assert request_fields(parsed("--temperature", "0", "--logprobs", "0")) == {"temperature": 0.0, "logprobs": 0}
+
+
+def test_every_flag_is_a_field() -> None:
+    fields = request_fields(
+        parsed(
+            *("--route", "weak", "--max-tokens", "3", "--temperature", "0.5", "--top-k", "4", "--top-p", "0.9"),
+            *("--min-p", "0.1", "--repetition-penalty", "1.1", "--presence-penalty", "-1", "--frequency-penalty", "1"),
+            *("--max-ttft-seconds", "0.5", "--max-cost", "0.9", "--min-quality", "-0.5"),
+            *("--seed", "7", "--logprobs", "2", "--stop", "a", "--stop", "b", "--stop-token-id", "5", "--ignore-eos"),
+            *("--forced-token-id", "8", "--forced-token-id", "9", "--forced-answer", "so"),
+        )
+    )
+    request = generate_request({"prompt": "x", **fields})
+    assert request.route == "weak"
+    assert list(request.stop) == ["a", "b"]
+    assert (list(request.sampling.forced_token_ids), request.forced_answer) == ([8, 9], "so")
+    assert {field.name for field, _ in request.sampling.ListFields()} == set(
+        inference_pb2.Sampling.DESCRIPTOR.fields_by_name
+    )
+    assert request.objectives == inference_pb2.Objectives(max_ttft_seconds=0.5, max_cost=0.9, min_quality=-0.5)
+
+
+def test_lengths_are_sorted_and_different() -> None:
+    assert lengths("64,32,64") == (32, 64)
+
+
+@pytest.mark.parametrize("text", ["32", "32,32", "0,32"])
+def test_a_line_needs_two_lengths(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        lengths(text)
+
+
+def test_a_count_is_at_least_one() -> None:
+    assert positive("1") == 1
+    with pytest.raises(argparse.ArgumentTypeError, match="0 is not at least 1"):
+        positive("0")

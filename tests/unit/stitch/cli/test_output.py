@@ -1,0 +1,83 @@
+"""Judgements and answers as lines of text. Knows no terminal."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from stitch.cli.output import (
+    judgement_line,
+    line_text,
+    millions,
+    seconds,
+    stages_line,
+    timing_line,
+    tokens_per_second,
+)
+from stitch.cli.ttft_samples import Line
+from stitch.client import Answer, Judgement
+
+ANSWER = Answer(
+    text="Hi",
+    token_ids=(1, 2, 3),
+    route="weak",
+    score=0.125,
+    reason="6 words",
+    prompt_tokens=7,
+    generated_tokens=11,
+    finish_reason="length",
+    ttft_seconds=0.5,
+    total_seconds=2.5,
+    stages={"route": 0.0004, "bottom_prefill": 0.25},
+)
+
+
+def test_a_judgement_has_route_score_and_reason() -> None:
+    assert judgement_line(Judgement("weak", 0.125, "6 words", 7)) == "route weak · score 0.12 · 6 words"
+    assert judgement_line(ANSWER) == "route weak · score 0.12 · 6 words"
+
+
+def test_times_are_said_with_the_tokens() -> None:
+    assert timing_line(ANSWER) == (
+        "7 prompt tokens · 11 generated (length) · first token 500 ms · total 2.50 s · 5.0 tokens/s"
+    )
+
+
+def test_the_pace_leaves_the_first_token_out() -> None:
+    assert tokens_per_second(ANSWER) == 5.0
+
+
+@pytest.mark.parametrize("change", [{"ttft_seconds": None}, {"generated_tokens": 1}, {"total_seconds": 0.5}])
+def test_where_nothing_follows_there_is_no_pace(change: dict[str, float]) -> None:
+    answer = replace(ANSWER, **change)  # type: ignore[arg-type]
+    assert tokens_per_second(answer) is None
+    assert "tokens/s" not in timing_line(answer)
+
+
+def test_stages_are_named() -> None:
+    assert stages_line(ANSWER) == "route 0.4 ms · bottom prefill 250 ms"
+
+
+@pytest.mark.parametrize(
+    ("duration", "text"),
+    [(None, "–"), (0.0, "0 ms"), (0.00123, "1.23 ms"), (0.4567, "457 ms"), (12.345, "12.35 s"), (-1e-6, "0 ms")],
+)
+def test_a_duration_has_a_readable_unit(duration: float | None, text: str) -> None:
+    assert seconds(duration) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(134_515_008, "134.5 M"), (1_543_714_304, "1.54 B")])
+def test_parameters_are_counted_in_millions(count: int, text: str) -> None:
+    assert millions(count) == text
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (Line(0.0025, 0.09, 0.998), "2.50 ms a token + 90 ms, R² 0.998"),
+        (Line(0.0025, -0.09, 1.0), "2.50 ms a token − 90 ms, R² 1.000"),
+    ],
+)
+def test_a_line_is_a_formula(line: Line, text: str) -> None:
+    assert line_text(line) == text

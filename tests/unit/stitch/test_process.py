@@ -1,0 +1,62 @@
+"""One signal lets things finish, a second one does not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from stitch.process import StopSignals
+
+
+async def test_the_first_signal_is_told_from_the_second() -> None:
+    signals = StopSignals()
+    signals.received()
+    assert (signals.first.is_set(), signals.second.is_set()) == (True, False)
+    signals.received()
+    assert signals.second.is_set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_real_signal_arrives(number: int) -> None:
+    signals = StopSignals()
+    signals.install()
+    try:
+        os.kill(os.getpid(), number)
+        await asyncio.wait_for(signals.first.wait(), timeout=10)
+    finally:
+        for installed in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(installed)
+
+
+async def test_draining_ends_by_itself() -> None:
+    drained = []
+
+    async def drain() -> None:
+        drained.append(True)
+
+    await StopSignals().drained(drain())
+    assert drained
+
+
+async def test_a_second_signal_ends_the_draining() -> None:
+    signals = StopSignals()
+    began = asyncio.Event()
+    cancelled = []
+
+    async def drain() -> None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    draining = asyncio.create_task(signals.drained(drain()))
+    await began.wait()
+    signals.received()
+    signals.received()
+    await draining
+    assert cancelled

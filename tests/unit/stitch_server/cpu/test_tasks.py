@@ -1,0 +1,59 @@
+"""Threads that share a call do each task once, and none before the stage in front of it is done."""
+
+from __future__ import annotations
+
+from threading import Thread
+
+import numpy as np
+import pytest
+
+from stitch_server.cpu.compiling import compiled
+from stitch_server.cpu.scalars import Indices
+from stitch_server.cpu.tasks import first_task, next_task, task_counts, wait_for
+
+STAGES, TASKS = 400, 7
+
+
+@compiled(cache=False)
+def work(sums: Indices, taken: Indices, counts: Indices) -> None:
+    """Each task adds up what all tasks of the stage in front of it have written."""
+    done, task = 0, first_task(counts)
+    for stage in range(1, STAGES + 1):
+        behind = done + TASKS
+        if task < behind:
+            wait_for(counts, done)
+        while task < behind:
+            taken[task] += 1
+            sums[stage, task - done] = sums[stage - 1].sum() % 1_000_003
+            task = next_task(counts)
+        done = behind
+    wait_for(counts, done)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_stages_follow_each_other(threads: int) -> None:
+    sums, taken = np.zeros((STAGES + 1, TASKS), np.int64), np.zeros(STAGES * TASKS, np.int64)
+    sums[0] = 1
+    counts = task_counts()
+    helpers = [Thread(target=work, args=(sums, taken, counts)) for _ in range(threads - 1)]
+    for helper in helpers:
+        helper.start()
+    work(sums, taken, counts)
+    expected, value = [7 % 1_000_003], 7
+    for _ in range(STAGES - 1):
+        value = value * TASKS % 1_000_003
+        expected.append(value)
+    assert (sums[1:] == np.array(expected)[:, None]).all()
+    for helper in helpers:
+        helper.join()
+    assert (taken == 1).all()
+
+
+def test_a_helper_that_comes_late_finds_nothing_to_do() -> None:
+    sums, taken = np.zeros((STAGES + 1, TASKS), np.int64), np.zeros(STAGES * TASKS, np.int64)
+    counts = task_counts()
+    work(sums, taken, counts)
+    sums[:] = -1
+    work(sums, taken, counts)
+    assert (taken == 1).all()
+    assert (sums == -1).all()

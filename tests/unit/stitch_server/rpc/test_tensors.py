@@ -1,0 +1,140 @@
+"""Hidden states survive the wire, and bytes that are none are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stitch.errors import InvalidRequest
+from stitch.v1 import shard_pb2
+from stitch_server.rpc.tensors import DTYPES, Packed, bytes_per_token, pack, unpack
+
+CPU = torch.device("cpu")
+EXACT = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def rows(tokens: int = 5, width: int = 12, scale: float = 3.0) -> Tensor:
+    return scale * torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+def test_rows_arrive_as_they_were_rounded(dtype: str) -> None:
+    packed = pack(rows(), dtype)
+    arrived = unpack(packed, CPU, torch.float32)
+    assert torch.equal(arrived, rows().to(EXACT[dtype]).float())
+    assert (packed.tokens, packed.width, packed.scales) == (5, 12, b"")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_receiver_computes_in_its_own_dtype(dtype: str) -> None:
+    assert unpack(pack(rows(), dtype), CPU, torch.bfloat16).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_size_is_what_was_said(dtype: str) -> None:
+    packed = pack(rows(), dtype)
+    assert len(packed.data) + len(packed.scales) == 5 * bytes_per_token(12, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_was_packed_passes_the_check(dtype: str) -> None:
+    pack(rows(), dtype).check(12, DTYPES[dtype][0])
+
+
+def test_bytes_are_little_endian_row_after_row() -> None:
+    packed = pack(torch.tensor([[1.0, 2.0], [3.0, -4.0]]), "float32")
+    assert packed.data == np.array([1, 2, 3, -4], dtype="<f4").tobytes()
+
+
+def test_rows_need_not_lie_in_one_piece() -> None:
+    assert torch.equal(unpack(pack(rows(12, 5).T, "float32"), CPU, torch.float32), rows(12, 5).T)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_int8_is_off_by_half_a_step_at_most(scale: float) -> None:
+    sent = rows(50, 64, scale)
+    arrived = unpack(pack(sent, "int8"), CPU, torch.float32)
+    step = sent.abs().amax(dim=1, keepdim=True) / 127
+    assert bool(((arrived - sent).abs() <= step * 0.5001).all())
+
+
+def test_int8_keeps_the_largest_value_of_a_row() -> None:
+    sent = torch.tensor([[0.4, -127.0, 3.0]])
+    assert unpack(pack(sent, "int8"), CPU, torch.float32).tolist() == [[0.0, -127.0, 3.0]]
+
+
+def test_int8_scales_each_token_by_itself() -> None:
+    sent = torch.tensor([[1e-3, 2e-3], [1e3, 2e3]])
+    torch.testing.assert_close(unpack(pack(sent, "int8"), CPU, torch.float32), sent, rtol=0.01, atol=0)
+
+
+def test_int8_rounds_once_for_a_receiver_of_few_bits() -> None:
+    sent = rows(20, 32)
+    exact = unpack(pack(sent, "int8"), CPU, torch.float32)
+    assert torch.equal(unpack(pack(sent, "int8"), CPU, torch.bfloat16), exact.bfloat16())
+
+
+def test_int8_of_tiny_rows_survives_half_precision() -> None:
+    sent = torch.full((1, 4), 1e-6)
+    assert bool((unpack(pack(sent, "int8"), CPU, torch.float16) > 0).all())
+
+
+def test_int8_of_zeros_is_zeros() -> None:
+    assert not unpack(pack(torch.zeros(2, 3), "int8"), CPU, torch.float32).any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_stays_so(dtype: str, value: float) -> None:
+    sent = rows()
+    sent[2, 3] = value
+    arrived = unpack(pack(sent, dtype), CPU, torch.float32)
+    assert not bool(arrived[2].isfinite().all())
+    assert bool(arrived[[0, 1, 3, 4]].isfinite().all())
+
+
+class TestRefusals:
+    PACKED = pack(rows(), "float32")
+
+    def refused(self, packed: Packed, width: int = 12, dtype: str = "float32") -> InvalidRequest:
+        with pytest.raises(InvalidRequest) as caught:
+            packed.check(width, DTYPES[dtype][0])
+        return caught.value
+
+    def test_another_dtype(self) -> None:
+        error = self.refused(self.PACKED, dtype="bfloat16")
+        assert (error.field, error.value) == ("hidden.dtype", "DTYPE_FLOAT32")
+        assert "DTYPE_BFLOAT16" in error.limit
+
+    def test_a_dtype_that_nobody_knows(self) -> None:
+        unknown: shard_pb2.Dtype = 77  # type: ignore[assignment]
+        assert self.refused(replace(self.PACKED, dtype=unknown)).value == "77"
+
+    def test_another_width(self) -> None:
+        error = self.refused(self.PACKED, width=16)
+        assert (error.field, error.value) == ("hidden.hidden_size", 12)
+        assert "16" in error.limit
+
+    @pytest.mark.parametrize("data", [b"", PACKED.data[:-1], PACKED.data + b"\0"])
+    def test_bytes_that_do_not_fit_the_shape(self, data: bytes) -> None:
+        error = self.refused(replace(self.PACKED, data=data))
+        assert error.field == "hidden.data"
+        assert str(len(data)) in str(error.value)
+        assert "[5, 12]" in error.limit
+        assert str(5 * 12 * 4) in error.limit
+
+    def test_more_tokens_than_bytes(self) -> None:
+        assert self.refused(replace(self.PACKED, tokens=2**31)).field == "hidden.data"
+
+    def test_scales_where_there_are_none(self) -> None:
+        assert self.refused(replace(self.PACKED, scales=b"\0" * 20)).field == "hidden.scales"
+
+    @pytest.mark.parametrize("scales", [b"", b"\0" * 19, b"\0" * 24])
+    def test_scales_that_do_not_fit_the_tokens(self, scales: bytes) -> None:
+        error = self.refused(replace(pack(rows(), "int8"), scales=scales), dtype="int8")
+        assert error.field == "hidden.scales"
+        assert error.limit == "5 tokens take 20"
