@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-TYPED := stitch stitch_server router_gateway tests/support tests/contract benchmarks
+TYPED := stitch stitch_server router_gateway stitch_training tests/support tests/contract benchmarks
 
 .PHONY: help demo up test check bench protos breaking lock install
 

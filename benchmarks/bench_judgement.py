@@ -11,12 +11,12 @@ import time
 import numpy as np
 
 from benchmarks.report import Options, options, ratio, write
-from router_gateway.routing.heuristic import WeightedRouter
+from router_gateway.routing.heuristic import HeuristicRouter
 from router_gateway.routing.ladder import Ladder
-from router_gateway.routing.learned.artifact import TextArtefact, fingerprint_of
+from router_gateway.routing.learned.artifact import RouterArtifact, fingerprint_of
 from router_gateway.routing.learned.hashing import BUCKETS
-from router_gateway.routing.learned.model import TextModel
-from router_gateway.routing.learned.router import TextRouter
+from router_gateway.routing.learned.model import LearnedModel
+from router_gateway.routing.learned.router import LearnedRouter
 from router_gateway.routing.learned.surface import SURFACE_FEATURES
 from router_gateway.routing.router import Query, Router
 
@@ -43,7 +43,7 @@ PIECES = [
 ]
 
 
-def random_router(seed: int = 0) -> TextRouter:
+def random_router(seed: int = 0) -> LearnedRouter:
     """A router of random weights with the size of a real one."""
     draw = np.random.default_rng(seed)
     columns, surface = SOURCES + TOPICS + SOURCES * len(ROUTES), len(SURFACE_FEATURES)
@@ -51,7 +51,7 @@ def random_router(seed: int = 0) -> TextRouter:
     def tensor(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
         return draw.random(shape).astype(np.float32) + np.float32(0.1)
 
-    model = TextModel(
+    model = LearnedModel(
         routes=ROUTES,
         sources=tuple(f"source-{number}" for number in range(SOURCES)),
         buckets=np.sort(draw.choice(BUCKETS, WORDS, replace=False)).astype(np.int32),
@@ -66,7 +66,9 @@ def random_router(seed: int = 0) -> TextRouter:
         topic_weights=tensor(TOPICS, len(ROUTES)),
         source_weights=tensor(SOURCES),
     )
-    return TextRouter(TextArtefact(model, (0.1,), tuple(np.linspace(0, 1, 101).tolist()), {}, fingerprint_of(model)))
+    return LearnedRouter(
+        RouterArtifact(model, (0.1,), tuple(np.linspace(0, 1, 101).tolist()), {}, fingerprint_of(model))
+    )
 
 
 def text_of(characters: int, seed: int) -> str:
@@ -86,7 +88,7 @@ def judged(router: Router, text: str) -> tuple[float, float]:
 
 def measure(chosen: Options) -> None:
     """Alternates the two routers over the same texts, and writes every sample."""
-    routers: dict[str, Router] = {"learned": random_router(), "hand-set": WeightedRouter(Ladder())}
+    routers: dict[str, Router] = {"learned": random_router(), "hand-set": HeuristicRouter(Ladder())}
     samples: dict[str, list[float]] = {}
     for size, characters in CHARACTERS.items():
         for seed in range(20 if chosen.tiny else 1_000):

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.clusters import preset, prompt, run
 from benchmarks.report import Options, options, write
-from stitch.cluster import Cluster
+from stitch.cluster import ClusterConfig
 from stitch.sampling import Sampling
 from stitch.thresholds import FixedThresholds
 from stitch_server.build import Part, load_part
@@ -22,9 +22,9 @@ from stitch_server.engine.types import Batch, Cut, Segment
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.probe import PERCENTILES, Probe, ProbeBinding, features
-from stitch_server.worker.model_runner import Runner
+from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.parallelism import Threads
-from stitch_server.worker.route_probe import Judge
+from stitch_server.worker.route_probe import RouteProbe
 
 ROUTES = ("weak", "strong")
 WINDOW = 128
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 class Bottom:
     """The first shard's runner, and a judge that always takes one route."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: ClusterConfig) -> None:
         part = load_part(cluster, cluster.shards[0], CPU)
         decoder, blocks = part.decoder, max(LENGTHS) // BLOCK_TOKENS
         self._chunk = cluster.compute.prefill_tokens
@@ -43,7 +43,7 @@ class Bottom:
         self._earliest = Cut(0, cluster.earliest_cut)
         self._blocks = range(blocks)
         self._judges = {route: judge_for(route, part, cluster.earliest_cut) for route in ROUTES}
-        self._runner = Runner(
+        self._runner = ModelRunner(
             decoder=decoder,
             store=KVStore(decoder.first, decoder.end, blocks, decoder.kv_heads, decoder.head_dim, CPU, torch.float32),
             device=CPU,
@@ -64,12 +64,12 @@ class Bottom:
             candidates = tuple(self._cuts) if undecided else ()
             segment = Segment(sequence, cut, position, length, False, self._blocks, candidates=candidates)
             output = self._runner.run(Batch((segment,)))
-            if undecided and output.verdicts[0].route != route:
-                raise RuntimeError(f"the probe took {output.verdicts[0].route} and not {route}")
+            if undecided and output.decisions[0].route != route:
+                raise RuntimeError(f"the probe took {output.decisions[0].route} and not {route}")
         return (time.process_time() - started) * 1e3
 
 
-def judge_for(route: str, part: Part, layer: int) -> Judge:
+def judge_for(route: str, part: Part, layer: int) -> RouteProbe:
     """A probe of random weights and a threshold that it never or always exceeds."""
     drawn = torch.Generator().manual_seed(0)
     probe = Probe(
@@ -79,7 +79,7 @@ def judge_for(route: str, part: Part, layer: int) -> Judge:
         thresholds=(0.0,),
         percentiles=tuple(step / (PERCENTILES - 1) for step in range(PERCENTILES)),
     )
-    return Judge(probe, FixedThresholds((-1e9 if route == "strong" else 1e9,)))
+    return RouteProbe(probe, FixedThresholds((-1e9 if route == "strong" else 1e9,)))
 
 
 async def measure(options: Options) -> None:

@@ -15,20 +15,20 @@ from typing import Any
 import uvloop
 
 from stitch.channels import open_channel
-from stitch.cluster import Cluster, load_cluster
+from stitch.cluster import ClusterConfig, load_cluster
 from stitch.local.cluster import LocalCluster, import_models, prepared
 from stitch.local.run_folder import RunFolder
 from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
 
 
-def preset(name: str = "smollm2", **compute: Any) -> Cluster:
+def preset(name: str = "smollm2", **compute: Any) -> ClusterConfig:
     """A preset with some of its `[compute]` fields changed."""
     cluster = load_cluster(name)
     return cluster.model_copy(update={"compute": cluster.compute.model_copy(update=compute)})
 
 
 @contextmanager
-def running(cluster: Cluster) -> Iterator[LocalCluster]:
+def running(cluster: ClusterConfig) -> Iterator[LocalCluster]:
     """The cluster as processes of this machine; inside of the block all of them serve."""
     import_models(cluster, _quiet)
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +60,9 @@ class Timed:
 class FirstShard:
     """Asks the first shard of a route directly, token ids in and out, without the gateway."""
 
-    def __init__(self, stub: shard_pb2_grpc.ShardAsyncStub, cluster: Cluster, chain: Sequence[str] | None) -> None:
+    def __init__(
+        self, stub: shard_pb2_grpc.ShardAsyncStub, cluster: ClusterConfig, chain: Sequence[str] | None
+    ) -> None:
         self._stub = stub
         self._cluster = cluster
         self._chain = chain

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.clusters import Timed
-from stitch.cluster import Cluster
+from stitch.cluster import ClusterConfig
 from stitch.sampling import Sampling
 from stitch_server.build import Part, load_part
 from stitch_server.engine.sequence import Sequence as Session
 from stitch_server.engine.types import Batch, Segment, StepOutput
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.kv_cache.store import KVStore
-from stitch_server.worker.model_runner import Runner
+from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.parallelism import Threads
 
 MOST_TOKENS = 4096
@@ -25,7 +25,7 @@ MOST_TOKENS = 4096
 class OneProcess:
     """Both halves of a cluster's pair, called one after the other."""
 
-    def __init__(self, cluster: Cluster, route: str = "strong", threads: int = 0) -> None:
+    def __init__(self, cluster: ClusterConfig, route: str = "strong", threads: int = 0) -> None:
         device = torch.device("cpu")
         cut = cluster.route(route)
         self._chunk = cluster.compute.prefill_tokens
@@ -60,11 +60,11 @@ class OneProcess:
         session.cached += length
         return output.tokens[0].id if output.tokens else None
 
-    def _runner(self, part: Part, device: torch.device) -> Runner:
+    def _runner(self, part: Part, device: torch.device) -> ModelRunner:
         decoder = part.decoder
         kv_heads, head_dim = decoder.kv_heads, decoder.head_dim
         blocks = MOST_TOKENS // BLOCK_TOKENS
-        return Runner(
+        return ModelRunner(
             decoder=decoder,
             store=KVStore(decoder.first, decoder.end, blocks, kv_heads, head_dim, device, torch.float32),
             device=device,

@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import Qwen2Config
 
-from stitch.cluster import Cluster, load_cluster
+from stitch.cluster import ClusterConfig, load_cluster
 from stitch_server.model.counting import ParameterCount
 from stitch_server.model.description import ModelDescription
 from stitch_server.model.stitch import Stitch, StitchBinding
@@ -82,7 +82,7 @@ TINY = Shapes(
 )
 
 
-def write_pair(folder: Path, shapes: Shapes, device: str) -> Cluster:
+def write_pair(folder: Path, shapes: Shapes, device: str) -> ClusterConfig:
     """Only what the route's shards read is written: of `QWEN`, 12 GB."""
     _write_model(folder / "bottom", shapes.bottom, 0, shapes.bottom_layers)
     _write_model(folder / "top", shapes.top, shapes.top_from, shapes.top.layers)

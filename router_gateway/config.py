@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 
 from router_gateway.routing.ladder import check_thresholds
 from stitch.addresses import check_exposure
-from stitch.cluster import Cluster, load_cluster
+from stitch.cluster import ClusterConfig, load_cluster
 from stitch.errors import InvalidRequest
 from stitch.settings import Settings
 
@@ -35,7 +35,7 @@ class ReplaySettings(Settings):
 class GatewaySettings(Settings):
     """All of it. Where something is None, the cluster file decides."""
 
-    cluster: Cluster
+    cluster: ClusterConfig
     listen: str | None = None
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     # Allows an address that other machines reach.

@@ -18,32 +18,32 @@ from prometheus_client import start_http_server
 from router_gateway.background import running
 from router_gateway.config import FleetSettings, GatewaySettings, check
 from router_gateway.metrics import Metrics
-from router_gateway.requests.failover import Persistence, Surroundings
+from router_gateway.requests.failover import FailoverDependencies, RetryPolicy
 from router_gateway.requests.pipeline import Generator
 from router_gateway.requests.preparation import Preparation
 from router_gateway.routing.conversations import Conversations
-from router_gateway.routing.drift_monitor import Watch
+from router_gateway.routing.drift_monitor import DriftMonitor
 from router_gateway.routing.fallback import FallbackRouter
-from router_gateway.routing.heuristic import WeightedRouter
+from router_gateway.routing.heuristic import HeuristicRouter
 from router_gateway.routing.ladder import Ladder
 from router_gateway.routing.learned.router import open_text_router
 from router_gateway.routing.probe import open_probe_router
 from router_gateway.routing.router import REASON_KINDS, Router
 from router_gateway.routing.selector import Selection
-from router_gateway.routing.ttft_predictor import Pace
+from router_gateway.routing.ttft_predictor import TtftPredictor
 from router_gateway.rpc.decoding import LenientDecoding, methods_of_inference
 from router_gateway.rpc.health import SERVICES, Health
 from router_gateway.rpc.servicer import InferenceServicer
-from router_gateway.shards.models import Catalogue
+from router_gateway.shards.models import ModelRegistry
 from router_gateway.shards.placement import Placement
-from router_gateway.shards.registry import Fleet, watched
-from router_gateway.shards.replica import Patience
+from router_gateway.shards.registry import ShardRegistry, watched
+from router_gateway.shards.replica import HealthPolicy
 from router_gateway.tokenization.source import VocabularySource, first_shards
 from stitch import channels
-from stitch.cluster import Cluster
+from stitch.cluster import ClusterConfig
 from stitch.errors import InvalidRequest
 from stitch.event_loop import observe_delay
-from stitch.in_flight import Door
+from stitch.in_flight import InFlightTracker
 from stitch.process import StopSignals
 from stitch.thresholds import Thresholds
 from stitch.tls import Tls, load_tls
@@ -63,7 +63,7 @@ class Gateway:
     metrics: Metrics
     server: grpc.aio.Server
     health: Health
-    door: Door
+    door: InFlightTracker
 
     async def drain(self, seconds: float) -> None:
         """Says NOT_SERVING, lets nobody in, and waits so long for the answers that are on their way."""
@@ -100,20 +100,20 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         metrics = Metrics([route.name for route in cluster.routes], REASON_KINDS)
         metrics_port = await stack.enter_async_context(_exposed(metrics, settings))
         fleet = await stack.enter_async_context(_fleet(cluster, settings.fleet, tls))
-        placement, catalogue = Placement(cluster, fleet), Catalogue(cluster, fleet)
+        placement, catalogue = Placement(cluster, fleet), ModelRegistry(cluster, fleet)
         threads = stack.enter_context(ThreadPoolExecutor(TEXT_THREADS, "text"))
         firsts = [fleet.replicas[name] for name in first_shards(cluster)]
         source = VocabularySource(firsts)
-        pace = Pace(
+        pace = TtftPredictor(
             [route.name for route in cluster.routes], lambda: sum(first.serving for first in firsts), time.monotonic
         )
         router, calibration = router_of(cluster)
-        conversations, watch = Conversations(time.monotonic), Watch(metrics, calibration)
+        conversations, watch = Conversations(time.monotonic), DriftMonitor(metrics, calibration)
         selection = Selection(router, catalogue, pace, conversations, watch)
         preparation = Preparation(cluster, catalogue, source, selection, threads)
-        persistence = Persistence(**settings.replay.model_dump())
-        around = Surroundings(fleet, placement, metrics.replays, persistence, time.monotonic)
-        door, health = Door(), Health()
+        persistence = RetryPolicy(**settings.replay.model_dump())
+        around = FailoverDependencies(fleet, placement, metrics.replays, persistence, time.monotonic)
+        door, health = InFlightTracker(), Health()
         generator = Generator(preparation, selection, around, pace, metrics, lambda: door.cleared)
         servicer = InferenceServicer(generator, catalogue, door, metrics, settings.batch_at_once)
         server, port = await _listening(servicer, health, settings.address, tls)
@@ -125,7 +125,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
 
 
 async def _serve_health(
-    health: Health, source: VocabularySource, fleet: Fleet, placement: Placement, settings: GatewaySettings
+    health: Health, source: VocabularySource, fleet: ShardRegistry, placement: Placement, settings: GatewaySettings
 ) -> None:
     """SERVING from the moment on when a prompt can be read and a route is whole."""
     await source.load(settings.fleet.poll_seconds)
@@ -161,14 +161,14 @@ async def _exposed(metrics: Metrics, settings: GatewaySettings) -> AsyncIterator
 
 
 @asynccontextmanager
-async def _fleet(cluster: Cluster, settings: FleetSettings, tls: Tls | None) -> AsyncIterator[Fleet]:
-    patience = Patience(settings.answer_seconds, settings.silent_polls)
+async def _fleet(cluster: ClusterConfig, settings: FleetSettings, tls: Tls | None) -> AsyncIterator[ShardRegistry]:
+    patience = HealthPolicy(settings.answer_seconds, settings.silent_polls)
     connect = partial(channels.open_channel, credentials=tls.client() if tls else None)
-    async with watched(Fleet(cluster, connect, patience), settings.poll_seconds) as fleet:
+    async with watched(ShardRegistry(cluster, connect, patience), settings.poll_seconds) as fleet:
         yield fleet
 
 
-def router_of(cluster: Cluster) -> tuple[Router, Callable[[], Thresholds | None] | None]:
+def router_of(cluster: ClusterConfig) -> tuple[Router, Callable[[], Thresholds | None] | None]:
     """The router that the cluster file names, and what a learned one is calibrated to at the moment.
 
     Raises InvalidRequest where it was trained for other routes.
@@ -178,7 +178,7 @@ def router_of(cluster: Cluster) -> tuple[Router, Callable[[], Thresholds | None]
         probe = open_probe_router(cluster)
         return probe, lambda: probe.calibration
     if place.router is None:
-        return FallbackRouter(WeightedRouter(Ladder(place.thresholds)), place.fallback_route), None
+        return FallbackRouter(HeuristicRouter(Ladder(place.thresholds)), place.fallback_route), None
     thresholds = None if place.router_thresholds is None else cluster.folder / place.router_thresholds
     learned = open_text_router(cluster.folder / place.router, thresholds)
     unknown = set(learned.routes) ^ {route.name for route in cluster.routes}

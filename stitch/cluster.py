@@ -24,19 +24,19 @@ Role = Literal["bottom", "top"]
 ROLES: tuple[Role, Role] = ("bottom", "top")
 
 
-class ModelSource(Settings):
+class ModelConfig(Settings):
     """Where a model comes from: a hub id, a folder, a GGUF file, or a GGUF file inside a PyPI package."""
 
     id: str
     source: str
 
 
-class Models(Settings):
-    bottom: ModelSource
-    top: ModelSource
+class PairConfig(Settings):
+    bottom: ModelConfig
+    top: ModelConfig
 
 
-class RouteCut(Settings):
+class RouteConfig(Settings):
     """Layers [0, bottom_layers) of the bottom model, a stitch, layers [top_from, …) of the top model."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")
@@ -46,13 +46,13 @@ class RouteCut(Settings):
     stitch: str | None = None
 
     @model_validator(mode="after")
-    def _name_is_free(self) -> RouteCut:
+    def _name_is_free(self) -> RouteConfig:
         if self.name == "auto":
             raise ValueError("`auto` asks for the router's judgement and can't name a route")
         return self
 
 
-class ShardPlace(Settings):
+class ShardConfig(Settings):
     """A process with layers [first, end) of one model, and where it is reached."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
@@ -63,14 +63,14 @@ class ShardPlace(Settings):
     metrics_port: int = Field(default=0, ge=0, le=65535)
 
     @model_validator(mode="after")
-    def _range_is_not_empty(self) -> ShardPlace:
+    def _range_is_not_empty(self) -> ShardConfig:
         first, end = self.layers
         if not 0 <= first < end:
             raise ValueError(f"layers {first} to {end} are no range")
         return self
 
 
-class GatewayPlace(Settings):
+class GatewayConfig(Settings):
     address: str
     metrics_port: int = Field(default=0, ge=0, le=65535)
     # Where the router fails or does not know, it takes this route; by default the most expensive one.
@@ -87,7 +87,7 @@ class GatewayPlace(Settings):
     thresholds: tuple[float, ...] | None = Field(default=None, strict=False)
 
 
-class Compute(Settings):
+class ComputeConfig(Settings):
     """How shards compute; the same for all of them, so that every answer is the same wherever it is made."""
 
     device: str = "auto"
@@ -125,21 +125,21 @@ class Compute(Settings):
     pipelined_threads: int = Field(default=0, ge=0)
 
 
-class Cluster(Settings):
+class ClusterConfig(Settings):
     # Also the name of the folder where `stitch up` keeps the cluster's state.
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
-    models: Models
-    routes: tuple[RouteCut, ...] = Field(min_length=1, strict=False)
-    shards: tuple[ShardPlace, ...] = Field(min_length=2, strict=False)
-    gateway: GatewayPlace
-    compute: Compute = Compute()
+    models: PairConfig
+    routes: tuple[RouteConfig, ...] = Field(min_length=1, strict=False)
+    shards: tuple[ShardConfig, ...] = Field(min_length=2, strict=False)
+    gateway: GatewayConfig
+    compute: ComputeConfig = ComputeConfig()
     # Without it everything travels in the clear.
     tls: TlsFiles | None = None
     # The folder that relative paths start from; set by `load_cluster`.
     folder: Path = Field(default=Path("."), strict=False)
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> Cluster:
+    def _parts_fit(self) -> ClusterConfig:
         for part in ("routes", "shards"):
             names = [item.name for item in getattr(self, part)]
             if len(set(names)) < len(names):
@@ -179,7 +179,7 @@ class Cluster(Settings):
                 held = shard.layers[1]
                 raise ValueError(f"gateway.probe reads behind layer {cut}, but shard {shard.name} ends at {held}")
 
-    def _check_covered(self, role: Role, first: int, end: int, route: RouteCut) -> None:
+    def _check_covered(self, role: Role, first: int, end: int, route: RouteConfig) -> None:
         reached = first
         for start, stop in self._ranges(role):
             if start <= reached < stop:
@@ -187,7 +187,7 @@ class Cluster(Settings):
         if reached < end:
             raise ValueError(f"route {route.name} passes {role} layer {reached}, which no shard holds")
 
-    def route(self, name: str) -> RouteCut:
+    def route(self, name: str) -> RouteConfig:
         """The route of that name; InvalidRequest where there is none."""
         for route in self.routes:
             if route.name == name:
@@ -195,7 +195,7 @@ class Cluster(Settings):
         known = ", ".join(route.name for route in self.routes)
         raise InvalidRequest("route", name, f"this cluster has: {known}, auto")
 
-    def shard(self, name: str) -> ShardPlace:
+    def shard(self, name: str) -> ShardConfig:
         """The shard of that name; InvalidRequest where there is none."""
         for shard in self.shards:
             if shard.name == name:
@@ -208,7 +208,7 @@ class Cluster(Settings):
         path = self.folder / source
         return str(path) if path.exists() else source
 
-    def stitch_file(self, route: RouteCut) -> Path | None:
+    def stitch_file(self, route: RouteConfig) -> Path | None:
         """The route's stitch as a path, or None where it needs none."""
         return None if route.stitch is None else self.folder / route.stitch
 
@@ -228,7 +228,7 @@ class Cluster(Settings):
         named = self.gateway.probe_thresholds
         return None if named is None else self.folder / named
 
-    def stages(self, route: RouteCut) -> list[list[ShardPlace]]:
+    def stages(self, route: RouteConfig) -> list[list[ShardConfig]]:
         """The chain of a route: for every stage the replicas that can take it, in order."""
         ranges: list[tuple[Role, tuple[int, int]]] = []
         for role in ROLES:
@@ -236,7 +236,7 @@ class Cluster(Settings):
         return [[shard for shard in self.shards if (shard.role, shard.layers) == stage] for stage in ranges]
 
 
-def _takes_part(role: Role, layers: tuple[int, int], route: RouteCut) -> bool:
+def _takes_part(role: Role, layers: tuple[int, int], route: RouteConfig) -> bool:
     first, end = layers
     return first < route.bottom_layers if role == "bottom" else end > route.top_from
 
@@ -247,7 +247,7 @@ def presets() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-def load_cluster(name_or_path: str) -> Cluster:
+def load_cluster(name_or_path: str) -> ClusterConfig:
     """Reads a cluster file, or a preset by its name.
 
     Raises InvalidRequest, which names the field at fault, where it does not describe a cluster.
@@ -255,7 +255,7 @@ def load_cluster(name_or_path: str) -> Cluster:
     path = _cluster_path(name_or_path)
     try:
         fields = json.loads(path.read_text()) if path.suffix == ".json" else tomllib.loads(path.read_text())
-        return Cluster.model_validate({**fields, "folder": path.parent})
+        return ClusterConfig.model_validate({**fields, "folder": path.parent})
     except (TypeError, ValueError) as error:
         raise _invalid(path, error) from error
 

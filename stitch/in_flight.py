@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from stitch.errors import Unavailable
 
 
-class Door:
+class InFlightTracker:
     """Counts the calls inside; once closed, nobody else comes in."""
 
     def __init__(self) -> None:

@@ -72,7 +72,7 @@ class FixedThresholds:
         return self._thresholds
 
 
-class WatchedThresholds:
+class ReloadingThresholds:
     """Those of a file, read again when its date or size changes; what can't be read leaves the last ones in force."""
 
     def __init__(self, path: Path, router: str | None, routes: int, now: Callable[[], float] = time.monotonic) -> None:

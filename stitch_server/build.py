@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from stitch.cluster import Cluster, RouteCut, ShardPlace
+from stitch.cluster import ClusterConfig, RouteConfig, ShardConfig
 from stitch.environment import cache_folder
 from stitch.v1 import inference_pb2
 from stitch_server.engine.types import Cut
@@ -45,7 +45,7 @@ class Part:
     # On the first shard, where the cluster file names one.
     probe: Probe | None = None
 
-    def describe(self, route: RouteCut) -> inference_pb2.RouteDescription:
+    def describe(self, route: RouteConfig) -> inference_pb2.RouteDescription:
         """A route that passes here: the stitch where it is held, and the parameters that are read here."""
         stitch, adapters, cut = self.stitches.get(route.name), self.adapters.get(route.name), self.cuts[route.name]
         parameters = self.count.between(cut.enter, cut.leave)
@@ -61,7 +61,7 @@ class Part:
         )
 
 
-def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part:
+def load_part(cluster: ClusterConfig, place: ShardConfig, device: torch.device) -> Part:
     """Reads a shard's own tensors. Raises Incompatible where files do not fit the cluster file."""
     source = cluster.models.bottom if place.role == "bottom" else cluster.models.top
     folder = resolve(cluster.model_source(place.role), cache_folder())
@@ -100,7 +100,7 @@ def load_part(cluster: Cluster, place: ShardPlace, device: torch.device) -> Part
     )
 
 
-def cut_of(route: RouteCut, place: ShardPlace) -> Cut | None:
+def cut_of(route: RouteConfig, place: ShardConfig) -> Cut | None:
     """The layers of a shard that a route passes; None where it passes none."""
     first, end = place.layers
     if place.role == "bottom":
@@ -111,7 +111,12 @@ def cut_of(route: RouteCut, place: ShardPlace) -> Cut | None:
 
 
 def _stitch(
-    cluster: Cluster, route: RouteCut, top: ModelDescription, tokenizer: str, device: torch.device, dtype: torch.dtype
+    cluster: ClusterConfig,
+    route: RouteConfig,
+    top: ModelDescription,
+    tokenizer: str,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Stitch | None:
     path = cluster.stitch_file(route)
     if path is None:
@@ -124,12 +129,12 @@ def _stitch(
     return stitch
 
 
-def _adapters(stitch: Stitch | None, place: ShardPlace) -> Adapters | None:
+def _adapters(stitch: Stitch | None, place: ShardConfig) -> Adapters | None:
     """Those of the layers that lie here."""
     return None if stitch is None or stitch.adapters is None else stitch.adapters.between(*place.layers)
 
 
-def _probe(cluster: Cluster, bottom: ModelDescription, tokenizer: str, device: torch.device) -> Probe | None:
+def _probe(cluster: ClusterConfig, bottom: ModelDescription, tokenizer: str, device: torch.device) -> Probe | None:
     if (path := cluster.probe_file) is None:
         return None
     probe = Probe.load(path, device)

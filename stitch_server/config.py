@@ -5,14 +5,14 @@ from __future__ import annotations
 from pydantic import Field, ValidationError
 
 from stitch.addresses import check_exposure
-from stitch.cluster import Cluster, ShardPlace
+from stitch.cluster import ClusterConfig, ShardConfig
 from stitch.errors import InvalidRequest
 from stitch.settings import Settings
 
 
 class ShardSettings(Settings):
-    cluster: Cluster
-    place: ShardPlace
+    cluster: ClusterConfig
+    place: ShardConfig
     # host:port; by default the port of the place's address, on the same host.
     listen: str
     metrics_port: int = Field(ge=0, le=65535)
@@ -25,7 +25,12 @@ class ShardSettings(Settings):
 
 
 def shard_settings(
-    cluster: Cluster, shard: str, listen: str | None, metrics_port: int | None, insecure: bool, drain_seconds: float
+    cluster: ClusterConfig,
+    shard: str,
+    listen: str | None,
+    metrics_port: int | None,
+    insecure: bool,
+    drain_seconds: float,
 ) -> ShardSettings:
     """Fills in what no flag says.
 

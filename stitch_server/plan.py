@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stitch.cluster import Cluster, ShardPlace
+from stitch.cluster import ClusterConfig, ShardConfig
 from stitch.environment import cache_folder
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.kv_sizing import kv_bytes_per_token, kv_tokens
@@ -38,7 +38,7 @@ class ShardPlan:
         return self.kv_tokens // SESSION_TOKENS
 
 
-def plan(cluster: Cluster, device: torch.device, memory_bytes: int | None = None) -> list[ShardPlan]:
+def plan(cluster: ClusterConfig, device: torch.device, memory_bytes: int | None = None) -> list[ShardPlan]:
     """One plan a shard, for `memory_bytes` on each device; None: what is free on this machine's `device` now."""
     return [_plan_of(cluster, place, device, memory_bytes) for place in cluster.shards]
 
@@ -57,7 +57,7 @@ def table(plans: list[ShardPlan]) -> str:
     return "\n".join([head, *rows, f"sessions: of {SESSION_TOKENS:,} tokens each, all at once"])
 
 
-def _plan_of(cluster: Cluster, place: ShardPlace, device: torch.device, memory_bytes: int | None) -> ShardPlan:
+def _plan_of(cluster: ClusterConfig, place: ShardConfig, device: torch.device, memory_bytes: int | None) -> ShardPlan:
     source = cluster.models.bottom if place.role == "bottom" else cluster.models.top
     folder = resolve(cluster.model_source(place.role), cache_folder())
     model, count = ModelDescription.read(folder, source.id), ParameterCount.read(folder)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stitch.cluster import Compute
+from stitch.cluster import ComputeConfig
 from stitch_server.attention.flash import PAGE_TOKENS, kernel_for
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool, blocks_for
 from stitch_server.kv_cache.store import KVStore
@@ -24,7 +24,7 @@ class Provision:
     graphs: DecodeGraphs | None
 
 
-def provide(compute: Compute, decoder: DecoderLayers, context_length: int, device: torch.device) -> Provision:
+def provide(compute: ComputeConfig, decoder: DecoderLayers, context_length: int, device: torch.device) -> Provision:
     """For the layers of `decoder`, whose weights are in memory already."""
     dtype: torch.dtype = getattr(torch, compute.dtype)
     shape = decoder.kv_heads, decoder.head_dim

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from stitch.addresses import is_loopback
-from stitch.cluster import Cluster, ShardPlace
-from stitch.thresholds import FixedThresholds, ThresholdSource, WatchedThresholds
+from stitch.cluster import ClusterConfig, ShardConfig
+from stitch.thresholds import FixedThresholds, ReloadingThresholds, ThresholdSource
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.build import Part
-from stitch_server.engine.first_stage import Origin
-from stitch_server.engine.in_flight import Downstream, Forwarding
+from stitch_server.engine.first_stage import FirstStage
+from stitch_server.engine.in_flight import Downstream, StepsInFlight
 from stitch_server.engine.loop import Engine
-from stitch_server.engine.next_stage import Relay
+from stitch_server.engine.next_stage import NextStage
 from stitch_server.engine.scheduler import Limits
-from stitch_server.engine.session_table import Intake
+from stitch_server.engine.session_table import SessionTable
 from stitch_server.engine.types import Batch
 from stitch_server.kv_cache.block_pool import BlockPool
 from stitch_server.metrics import Metrics
@@ -28,9 +28,9 @@ from stitch_server.model.probe import MOST_TOKENS
 from stitch_server.provision import provide
 from stitch_server.rpc.tensors import DTYPES, Packed, unpack
 from stitch_server.step_log import Observer
-from stitch_server.worker.model_runner import Runner
+from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.parallelism import Threads
-from stitch_server.worker.route_probe import Judge
+from stitch_server.worker.route_probe import RouteProbe
 
 # Sessions that may decode in one step beside its prompts.
 MOST_DECODING = 4096
@@ -47,13 +47,13 @@ TOKENIZER_FILES = (
 class Shard:
     """A loaded shard with its engine; `rpc` serves it."""
 
-    cluster: Cluster
-    place: ShardPlace
+    cluster: ClusterConfig
+    place: ShardConfig
     part: Part
     identity: shard_pb2.ShardIdentity
     metrics: Metrics
     engine: Engine
-    front: Origin | Relay
+    front: FirstStage | NextStage
     pool: BlockPool
     device: torch.device
     # Rows that a neighbour may send in one step.
@@ -84,8 +84,8 @@ class Shard:
 
 
 def build_shard(
-    cluster: Cluster,
-    place: ShardPlace,
+    cluster: ClusterConfig,
+    place: ShardConfig,
     part: Part,
     device: torch.device,
     links: Downstream,
@@ -98,7 +98,7 @@ def build_shard(
     pool = provision.pool
     cores = len(os.sched_getaffinity(0))
     alone = compute.threads or cores
-    runner = Runner(
+    runner = ModelRunner(
         decoder=part.decoder,
         store=provision.store,
         device=device,
@@ -137,18 +137,20 @@ def build_shard(
     )
 
 
-def _judge(cluster: Cluster, part: Part) -> Judge | None:
+def _judge(cluster: ClusterConfig, part: Part) -> RouteProbe | None:
     """Raises InvalidRequest where the thresholds are another probe's."""
     probe, file = part.probe, cluster.probe_thresholds_file
     if probe is None:
         return None
     thresholds: ThresholdSource = FixedThresholds(probe.thresholds)
     if file is not None:
-        thresholds = WatchedThresholds(file, probe.fingerprint, len(probe.binding.routes))
-    return Judge(probe, thresholds, cluster.gateway.fallback_route)
+        thresholds = ReloadingThresholds(file, probe.fingerprint, len(probe.binding.routes))
+    return RouteProbe(probe, thresholds, cluster.gateway.fallback_route)
 
 
-def _front(cluster: Cluster, part: Part, pool: BlockPool, links: Downstream, device: torch.device) -> Origin | Relay:
+def _front(
+    cluster: ClusterConfig, part: Part, pool: BlockPool, links: Downstream, device: torch.device
+) -> FirstStage | NextStage:
     compute = cluster.compute
     if part.embedding is not None:
         limits = Limits(
@@ -161,19 +163,19 @@ def _front(cluster: Cluster, part: Part, pool: BlockPool, links: Downstream, dev
             max_waiting_sessions=compute.max_waiting_sessions,
             probe_tokens=0 if part.probe is None else part.probe.binding.tokens,
         )
-        return Origin(pool, part.cuts, limits, Forwarding(links, compute.wire_dtype))
-    forwarding = None if part.head is not None else Forwarding(links, compute.wire_dtype)
-    intake = Intake(pool, part.cuts, forwarding)
-    return Relay(pool, intake, forwarding, compute.batch_tokens)
+        return FirstStage(pool, part.cuts, limits, StepsInFlight(links, compute.wire_dtype))
+    forwarding = None if part.head is not None else StepsInFlight(links, compute.wire_dtype)
+    intake = SessionTable(pool, part.cuts, forwarding)
+    return NextStage(pool, intake, forwarding, compute.batch_tokens)
 
 
-def _share_cores(cluster: Cluster, device: torch.device) -> bool:
+def _share_cores(cluster: ClusterConfig, device: torch.device) -> bool:
     """Whether all shards compute on all cores of this machine's processor, so that each slows the others down."""
     compute, hosts = cluster.compute, [place.address.rpartition(":")[0] for place in cluster.shards]
     return device.type == "cpu" and compute.threads == compute.pipelined_threads == 0 and all(map(is_loopback, hosts))
 
 
-def _read(metrics: Metrics, front: Origin | Relay, pool: BlockPool, runner: Runner) -> None:
+def _read(metrics: Metrics, front: FirstStage | NextStage, pool: BlockPool, runner: ModelRunner) -> None:
     about = "The share of KV blocks that sessions hold; blocks that only remember a beginning count as free."
     metrics.read_gauge("stitch_kv_cache_usage_ratio", about, lambda: pool.usage)
     metrics.read_gauge("stitch_sessions_running", "Sessions with KV here.", lambda: front.running_sessions)
@@ -184,7 +186,7 @@ def _read(metrics: Metrics, front: Origin | Relay, pool: BlockPool, runner: Runn
 
 
 def _identity(
-    cluster: Cluster, place: ShardPlace, part: Part, pool: BlockPool, device: torch.device
+    cluster: ClusterConfig, place: ShardConfig, part: Part, pool: BlockPool, device: torch.device
 ) -> shard_pb2.ShardIdentity:
     identity = shard_pb2.ShardIdentity(
         shard=place.name,

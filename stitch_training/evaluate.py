@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stitch.cluster import Cluster, RouteCut
+from stitch.cluster import ClusterConfig, RouteConfig
 from stitch_training.cost_ladder import BOTTOM, TOP, Ladder, Rung, parameters_of, whole_parameters
 from stitch_training.exact_match import Exam, read_questions
 from stitch_training.fit import check_cut
@@ -35,7 +35,7 @@ Progress = Callable[[str, int, int], None]
 class EvaluationSettings:
     """What an evaluation is told; of the data only the held-out part is read, unless all of it is to be."""
 
-    cluster: Cluster
+    cluster: ClusterConfig
     data: DataSettings
     dtype: str
     held_out_percent: int = 10
@@ -76,7 +76,7 @@ def evaluate(settings: EvaluationSettings, progress: Progress) -> Ladder:
     return Ladder(rungs[0], rungs[1], tuple(rungs[2:]))
 
 
-def system_of(loaded: LoadedPair, cluster: Cluster, route: RouteCut) -> System:
+def system_of(loaded: LoadedPair, cluster: ClusterConfig, route: RouteConfig) -> System:
     """A route as it is served: its layers, and its stitch where it has one."""
     cut = route.bottom_layers, route.top_from
     check_cut(loaded, cut)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stitch.cluster import Cluster, RouteCut
+from stitch.cluster import ClusterConfig, RouteConfig
 from stitch.errors import InvalidRequest
 from stitch_server.model.adapters import Adapters
 from stitch_training.distill import Distillation, Training
@@ -34,7 +34,7 @@ from stitch_training.trainable_stitch import TrainableStitch
 class FitSettings:
     """What a fit is told."""
 
-    cluster: Cluster
+    cluster: ClusterConfig
     route: str
     data: DataSettings
     training: Training
@@ -115,7 +115,7 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
     return Fit(final.map, final.adapters, cut, loaded, report)
 
 
-def cut_of(route: RouteCut) -> Cut:
+def cut_of(route: RouteConfig) -> Cut:
     """The route's cut. Raises InvalidRequest where the cluster file gives it no stitch."""
     if route.stitch is None:
         raise InvalidRequest("route", route.name, "the cluster file gives it no stitch, so there is none to fit")

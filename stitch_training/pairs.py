@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from stitch.cluster import ROLES, Cluster
+from stitch.cluster import ROLES, ClusterConfig
 from stitch.environment import cache_folder
 from stitch.errors import Incompatible
 from stitch_server.model.counting import ParameterCount
@@ -47,7 +47,7 @@ class LoadedPair:
         return stitch
 
 
-def load_pair(cluster: Cluster, dtype: torch.dtype) -> LoadedPair:
+def load_pair(cluster: ClusterConfig, dtype: torch.dtype) -> LoadedPair:
     """Both models whole, on the processor, in `dtype`; once where they are one.
 
     Raises Incompatible where their tokenizers differ.

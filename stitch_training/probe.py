@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stitch.cluster import Cluster
+from stitch.cluster import ClusterConfig
 from stitch.environment import cache_folder
 from stitch.errors import InvalidRequest
 from stitch_server.model.counting import ParameterCount
@@ -37,7 +37,7 @@ Progress = Callable[[str, int, int], None]
 class TeachingSettings:
     """What a probe is made of."""
 
-    cluster: Cluster
+    cluster: ClusterConfig
     # Of a prompt's first tokens so many are read.
     tokens: int
     # The mean cost that its own thresholds keep to, 0 (all cheapest) to 1 (all dearest).
@@ -66,7 +66,7 @@ class Taught:
     found: dict[str, dict[str, Rankings]]
 
 
-def cheapest_first(cluster: Cluster) -> tuple[str, ...]:
+def cheapest_first(cluster: ClusterConfig) -> tuple[str, ...]:
     """The cluster's routes by the parameters that they read for a token, as the gateway orders them."""
     folders = [resolve(cluster.model_source(role), cache_folder()) for role in ("bottom", "top")]
     bottom, top = (ParameterCount.read(folder) for folder in folders)

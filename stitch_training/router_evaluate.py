@@ -12,7 +12,7 @@ from stitch.cli.arguments import named
 from stitch_training.router_arguments import add_data, said
 
 if TYPE_CHECKING:
-    from router_gateway.routing.learned.artifact import TextArtefact
+    from router_gateway.routing.learned.artifact import RouterArtifact
     from stitch_training.labels import LabelledSet
     from stitch_training.router_report import Rankings
 
@@ -56,7 +56,7 @@ def evaluate(router: Path, data: list[Path], renamed: list[str], plot: Path | No
         out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _measured(artefact: TextArtefact, labelled: LabelledSet) -> tuple[dict[str, Rankings], dict[str, Any]]:
+def _measured(artefact: RouterArtifact, labelled: LabelledSet) -> tuple[dict[str, Rankings], dict[str, Any]]:
     """The rankings of every pair, and what the artefact's own thresholds make of the prompts; both printed."""
     import numpy as np
 
@@ -79,7 +79,7 @@ def _measured(artefact: TextArtefact, labelled: LabelledSet) -> tuple[dict[str, 
     return found, {"shares": by_route, "quality": quality}
 
 
-def _was_seen(artefact: TextArtefact, labelled: LabelledSet) -> bool:
+def _was_seen(artefact: RouterArtifact, labelled: LabelledSet) -> bool:
     return any(seen.get("sha256") == labelled.fingerprint for seen in artefact.training.get("data", []))
 
 

@@ -16,7 +16,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from sklearn.linear_model import Ridge
 
-from router_gateway.routing.learned.model import Floats, TextModel
+from router_gateway.routing.learned.model import Floats, LearnedModel
 from stitch.errors import InvalidRequest
 from stitch_training.labels import LabelledSet, Qualities, same_prompt
 from stitch_training.router_classifier import Classifier, learn_sources, learn_topics
@@ -71,7 +71,7 @@ def gather(sets: Sequence[LabelledSet]) -> Examples:
     )
 
 
-def fit(examples: Examples) -> TextModel:
+def fit(examples: Examples) -> LearnedModel:
     """The model of all rows; every source has at least one."""
     buckets = shared_buckets(examples.texts)
     view = learn_view(examples.texts, buckets)
@@ -115,7 +115,7 @@ def common_topics(topics: Sequence[str]) -> list[str]:
     return [topic if counts[topic] >= LEAST_ROWS else topic.partition("/")[0] for topic in topics]
 
 
-def _assembled(examples: Examples, whole: View, gate: Classifier, experts: Sequence[_Expert]) -> TextModel:
+def _assembled(examples: Examples, whole: View, gate: Classifier, experts: Sequence[_Expert]) -> LearnedModel:
     views = [whole, *(expert.view for expert in experts)]
     # Column blocks in the model's order, each with its view.
     blocks: list[tuple[View, Classifier | _Expert]] = [
@@ -123,7 +123,7 @@ def _assembled(examples: Examples, whole: View, gate: Classifier, experts: Seque
         *((expert.view, expert.topics) for expert in experts),
         *((expert.view, expert) for expert in experts),
     ]
-    return TextModel(
+    return LearnedModel(
         routes=examples.routes,
         sources=examples.sources,
         buckets=whole.buckets,

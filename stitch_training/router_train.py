@@ -42,7 +42,7 @@ def train(data: list[Path], out: Path, routes: tuple[str, ...], renamed: list[st
     """
     import numpy as np
 
-    from router_gateway.routing.learned.artifact import TextArtefact, fingerprint_of, save_router
+    from router_gateway.routing.learned.artifact import RouterArtifact, fingerprint_of, save_router
     from stitch_training.calibration import calibrate, relative_costs
     from stitch_training.labels import read_labels
     from stitch_training.router_cross_validation import unseen_gains
@@ -55,7 +55,7 @@ def train(data: list[Path], out: Path, routes: tuple[str, ...], renamed: list[st
     gains = unseen_gains(examples, prompts, folds, lambda done: _say(f"fold {done} of {folds}"))
     found = _figures(sets, examples, gains)
     model = fit(examples)
-    artefact = TextArtefact(
+    artefact = RouterArtifact(
         model=model,
         thresholds=calibrate(gains, relative_costs(routes, None), FIRST_BUDGET).thresholds,
         gain_percentiles=tuple(np.quantile(gains[:, -1], np.linspace(0, 1, 101)).tolist()),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from stitch.cluster import Cluster
+from stitch.cluster import ClusterConfig
 from stitch_training.cost_ladder import BOTTOM, TOP, Ladder, Rung, parameters_of, whole_parameters
 from stitch_training.fit import check_cut, described, passes_for
 from stitch_training.held_out import alone_losses, tail_losses
@@ -22,7 +22,7 @@ from stitch_training.sums import ClosedForm, Cut
 class SweepSettings:
     """What a sweep is told."""
 
-    cluster: Cluster
+    cluster: ClusterConfig
     cuts: tuple[Cut, ...]
     data: DataSettings
     dtype: str

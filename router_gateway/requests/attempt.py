@@ -28,7 +28,7 @@ async def attempt(
     Raises ChainLost, or the StitchError that a shard raised.
     """
     call = chain.first.generate(request, timeout_seconds)
-    with chain.told_when_gone(call.cancel):
+    with chain.on_unavailable(call.cancel):
         try:
             async for response in call:
                 yield response

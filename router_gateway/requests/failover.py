@@ -15,12 +15,12 @@ from prometheus_client import Counter as CounterMetric
 
 from router_gateway.requests.attempt import ChainLost
 from router_gateway.shards.placement import Chain, Placement
-from router_gateway.shards.registry import Fleet
+from router_gateway.shards.registry import ShardRegistry
 from stitch.errors import Exhausted, StitchError, Unavailable
 
 
 @dataclass(frozen=True, slots=True)
-class Persistence:
+class RetryPolicy:
     """How long an answer is resumed before it is given up; every new token makes the counts begin anew."""
 
     wait_seconds: float
@@ -31,19 +31,19 @@ class Persistence:
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class FailoverDependencies:
     """What every answer of a gateway shares."""
 
-    fleet: Fleet
+    fleet: ShardRegistry
     placement: Placement
     replays: CounterMetric
-    persistence: Persistence
+    persistence: RetryPolicy
     # Seconds that only ever grow.
     clock: Callable[[], float]
 
 
 @dataclass(slots=True)
-class Losses:
+class FailureRecord:
     """What went wrong since the last token."""
 
     count: int = 0
@@ -54,14 +54,14 @@ class Losses:
     last: Exception | None = None
 
 
-class Resumption:
+class Failover:
     """The chains of one answer, one after the other."""
 
-    def __init__(self, routes: tuple[str, ...], around: Surroundings) -> None:
+    def __init__(self, routes: tuple[str, ...], around: FailoverDependencies) -> None:
         # Those between which a first shard is to decide, or the one that it took.
         self.routes = routes
         self._around = around
-        self._losses = Losses()
+        self._losses = FailureRecord()
 
     def settle(self, route: str) -> None:
         """The answer takes this route from now on, whatever is lost."""
@@ -70,7 +70,7 @@ class Resumption:
     def progressed(self) -> None:
         """A token came: what happened before is forgotten."""
         if self._losses.count:
-            self._losses = Losses()
+            self._losses = FailureRecord()
 
     async def lost(self, chain: Chain, error: ChainLost | Exhausted, generated_tokens: int) -> None:
         """Notes that the chain failed. Raises Unavailable where too many did."""

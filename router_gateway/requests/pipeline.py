@@ -9,14 +9,14 @@ from dataclasses import replace
 
 from router_gateway.metrics import Metrics
 from router_gateway.requests.answer import Answer
-from router_gateway.requests.failover import Resumption, Surroundings
+from router_gateway.requests.failover import Failover, FailoverDependencies
 from router_gateway.requests.preparation import Preparation, Prepared
-from router_gateway.requests.recorder import Observation
+from router_gateway.requests.recorder import Recorder
 from router_gateway.requests.stream import TokenStream
 from router_gateway.requests.types import Event, Finished, FinishReason, Request, Started
-from router_gateway.routing.router import Judgement
+from router_gateway.routing.router import RouteDecision
 from router_gateway.routing.selector import Selection
-from router_gateway.routing.ttft_predictor import Pace
+from router_gateway.routing.ttft_predictor import TtftPredictor
 from stitch.errors import Unavailable
 from stitch.sampling import Sampling
 
@@ -28,8 +28,8 @@ class Generator:
         self,
         preparation: Preparation,
         selection: Selection,
-        around: Surroundings,
-        pace: Pace,
+        around: FailoverDependencies,
+        pace: TtftPredictor,
         metrics: Metrics,
         stopping: Callable[[], bool],
     ) -> None:
@@ -44,19 +44,19 @@ class Generator:
         """The moment, on the clock of arrivals and deadlines."""
         return self._around.clock()
 
-    async def judge(self, request: Request) -> tuple[Judgement, int]:
+    async def judge(self, request: Request) -> tuple[RouteDecision, int]:
         """The judgement and the number of prompt tokens, without generating anything.
 
         Where the first shard judges, it is asked for one token and left as soon as it has judged.
         """
         question = replace(request, request_id=uuid.uuid4().hex, sampling=Sampling(max_tokens=1))
         prepared = await self._preparation.prepare(question)
-        if isinstance(prepared.judgement, Judgement):
-            return prepared.judgement, len(prepared.token_ids)
+        if isinstance(prepared.decision, RouteDecision):
+            return prepared.decision, len(prepared.token_ids)
         async with aclosing(self._stream(prepared, None).steps()) as steps:
             async for step in steps:
-                if step.judgement is not None:
-                    return step.judgement, len(prepared.token_ids)
+                if step.decision is not None:
+                    return step.decision, len(prepared.token_ids)
         raise Unavailable("the first shard answered without a judgement")
 
     async def generate(
@@ -68,7 +68,7 @@ class Generator:
         Raises any StitchError; see `Preparation.prepare` and `TokenStream.steps`.
         """
         clock, stopping = self._around.clock, self._stopping
-        with Observation(arrival, deadline, self._pace, self._metrics, clock, stopping) as seen:
+        with Recorder(arrival, deadline, self._pace, self._metrics, clock, stopping) as seen:
             request = read()
             seen.named(request.request_id)
             prepared = await self._preparation.prepare(request, seen.elapsed_seconds)
@@ -77,18 +77,16 @@ class Generator:
                 async for event in events:
                     yield event
 
-    async def _answer(
-        self, prepared: Prepared, deadline: float | None, seen: Observation
-    ) -> AsyncGenerator[Event, None]:
+    async def _answer(self, prepared: Prepared, deadline: float | None, seen: Recorder) -> AsyncGenerator[Event, None]:
         answer = Answer(prepared.vocabulary.detokenizer(), prepared.request.stop)
         reason = FinishReason.LENGTH
-        if isinstance(prepared.judgement, Judgement):
-            yield self._started(prepared, prepared.judgement, seen)
+        if isinstance(prepared.decision, RouteDecision):
+            yield self._started(prepared, prepared.decision, seen)
         seen.handed_over()
         async with aclosing(self._stream(prepared, deadline).steps()) as steps:
             async for step in steps:
-                if step.judgement is not None:
-                    yield self._started(prepared, step.judgement, seen)
+                if step.decision is not None:
+                    yield self._started(prepared, step.decision, seen)
                 seen.tokens(len(step.tokens), step.stages)
                 if (delta := answer.push(step.tokens)) is not None:
                     seen.text()
@@ -103,17 +101,17 @@ class Generator:
         yield _finished(FinishReason.STOP if answer.stopped else reason, prepared, answer, seen)
 
     def _stream(self, prepared: Prepared, deadline: float | None) -> TokenStream:
-        judgement = prepared.judgement
-        routes = (judgement.route,) if isinstance(judgement, Judgement) else judgement.routes
-        return TokenStream(prepared, Resumption(routes, self._around), deadline, self._around.clock)
+        decision = prepared.decision
+        routes = (decision.route,) if isinstance(decision, RouteDecision) else decision.routes
+        return TokenStream(prepared, Failover(routes, self._around), deadline, self._around.clock)
 
-    def _started(self, prepared: Prepared, judgement: Judgement, seen: Observation) -> Started:
-        self._selection.take(prepared.request, judgement)
-        seen.judged(judgement)
-        return Started(prepared.request.request_id, judgement, len(prepared.token_ids))
+    def _started(self, prepared: Prepared, decision: RouteDecision, seen: Recorder) -> Started:
+        self._selection.take(prepared.request, decision)
+        seen.judged(decision)
+        return Started(prepared.request.request_id, decision, len(prepared.token_ids))
 
 
-def _finished(reason: FinishReason, prepared: Prepared, answer: Answer, seen: Observation) -> Finished:
+def _finished(reason: FinishReason, prepared: Prepared, answer: Answer, seen: Recorder) -> Finished:
     seen.finished(reason)
     return Finished(
         reason=reason,

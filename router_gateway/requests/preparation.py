@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 
 from router_gateway.requests import limits
 from router_gateway.requests.types import Prompt, Request
-from router_gateway.routing.router import Deferred, Judgement
+from router_gateway.routing.router import DeferredDecision, RouteDecision
 from router_gateway.routing.selector import Selection
-from router_gateway.shards.models import Catalogue
+from router_gateway.shards.models import ModelRegistry
 from router_gateway.tokenization.chat_template import TemplateRefusal
 from router_gateway.tokenization.source import VocabularySource
 from router_gateway.tokenization.vocabulary import Vocabulary
-from stitch.cluster import Cluster
+from stitch.cluster import ClusterConfig
 from stitch.errors import InvalidRequest, shown
 from stitch.sampling import Sampling
 
@@ -29,7 +29,7 @@ class Prepared:
 
     request: Request
     token_ids: tuple[int, ...]
-    judgement: Judgement | Deferred
+    decision: RouteDecision | DeferredDecision
     # max_tokens ends with the context at the latest; the model's own end tokens are among stop_token_ids.
     sampling: Sampling
     vocabulary: Vocabulary
@@ -39,7 +39,12 @@ class Preparation:
     """Validates, tokenizes and judges; every refusal comes from here, before a shard is asked."""
 
     def __init__(
-        self, cluster: Cluster, catalogue: Catalogue, source: VocabularySource, selection: Selection, threads: Executor
+        self,
+        cluster: ClusterConfig,
+        catalogue: ModelRegistry,
+        source: VocabularySource,
+        selection: Selection,
+        threads: Executor,
     ) -> None:
         self._cluster = cluster
         self._catalogue = catalogue
@@ -62,8 +67,8 @@ class Preparation:
         if request.forced_answer is not None:
             asked = await self._forced(request.forced_answer, asked, len(ids), vocabulary)
         sampling = complete(asked, len(ids), self._catalogue.context_tokens, vocabulary.end_tokens)
-        judgement = self._selection.select(request, len(ids), waited_seconds())
-        return Prepared(request, tuple(ids), judgement, sampling, vocabulary)
+        decision = self._selection.select(request, len(ids), waited_seconds())
+        return Prepared(request, tuple(ids), decision, sampling, vocabulary)
 
     def _vocabulary(self, prompt: Prompt) -> Vocabulary:
         limits.check_prompt(prompt)

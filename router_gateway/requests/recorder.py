@@ -14,8 +14,8 @@ from typing import Self
 from router_gateway.metrics import NO_ROUTE, STAGES, Metrics, prompt_bucket
 from router_gateway.requests.preparation import Prepared
 from router_gateway.requests.types import FinishReason, Stage
-from router_gateway.routing.router import Judgement
-from router_gateway.routing.ttft_predictor import Pace, Run
+from router_gateway.routing.router import RouteDecision
+from router_gateway.routing.ttft_predictor import Run, TtftPredictor
 from stitch.errors import Exhausted, Expired, InvalidRequest, ObjectivesUnmet, Unavailable
 
 _log = logging.getLogger(__name__)
@@ -37,14 +37,14 @@ _OUTCOMES: dict[type[BaseException], str] = {
 }
 
 
-class Observation:
+class Recorder:
     """Times are seconds of `clock`; `arrival` and `deadline` are moments of it."""
 
     def __init__(
         self,
         arrival: float,
         deadline: float | None,
-        pace: Pace,
+        pace: TtftPredictor,
         metrics: Metrics,
         clock: Callable[[], float],
         stopping: Callable[[], bool],
@@ -81,15 +81,15 @@ class Observation:
         self._run = self._pace.begin(self._prompt_tokens)
         self._max_ttft_seconds = prepared.request.objectives.max_ttft_seconds
 
-    def judged(self, judgement: Judgement) -> None:
+    def judged(self, decision: RouteDecision) -> None:
         """It has a route."""
-        self._route = judgement.route
+        self._route = decision.route
         self._metrics.prompt_tokens.labels(route=self._route).observe(self._prompt_tokens)
-        self._metrics.routed.labels(route=self._route, reason=judgement.kind).inc()
-        if judgement.score is not None:
-            self._metrics.route_score.observe(judgement.score)
+        self._metrics.routed.labels(route=self._route, reason=decision.kind).inc()
+        if decision.score is not None:
+            self._metrics.route_score.observe(decision.score)
         if self._run is not None:
-            self._run.takes(judgement.route)
+            self._run.takes(decision.route)
 
     def handed_over(self) -> None:
         """From here on the shards work on it."""

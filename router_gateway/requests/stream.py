@@ -11,12 +11,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from router_gateway.requests.attempt import ChainLost, attempt
-from router_gateway.requests.failover import Resumption
+from router_gateway.requests.failover import Failover
 from router_gateway.requests.preparation import Prepared
 from router_gateway.requests.types import FinishReason, Stage, Token
-from router_gateway.routing.probe import judgement_of
-from router_gateway.routing.router import Deferred, Judgement
-from router_gateway.shards.placement import Chain, Fork
+from router_gateway.routing.probe import decision_of
+from router_gateway.routing.router import DeferredDecision, RouteDecision
+from router_gateway.shards.placement import CandidateChains, Chain
 from stitch.errors import Exhausted, Expired
 from stitch.v1 import inference_pb2, shard_pb2
 
@@ -36,7 +36,7 @@ class Step:
     # On the last step.
     finish: FinishReason | None = None
     # Where it was deferred: once, before the first token.
-    judgement: Judgement | None = None
+    decision: RouteDecision | None = None
 
 
 class TokenStream:
@@ -46,7 +46,7 @@ class TokenStream:
     """
 
     def __init__(
-        self, prepared: Prepared, resumption: Resumption, deadline: float | None, clock: Callable[[], float]
+        self, prepared: Prepared, resumption: Failover, deadline: float | None, clock: Callable[[], float]
     ) -> None:
         self._prepared = prepared
         self._resumption = resumption
@@ -99,7 +99,7 @@ class TokenStream:
             prompt_tokens=len(prepared.token_ids),
             sampling=prepared.sampling.to_proto(),
         )
-        if isinstance(chain, Fork):
+        if isinstance(chain, CandidateChains):
             for route, branch in chain.branches.items():
                 message.candidates.add(route=route, chain=branch.rest)
         else:
@@ -107,20 +107,20 @@ class TokenStream:
             message.chain.extend(chain.rest)
         return message
 
-    def _judgement(self, response: shard_pb2.ShardGenerateResponse) -> Judgement | None:
+    def _judgement(self, response: shard_pb2.ShardGenerateResponse) -> RouteDecision | None:
         """What the first shard decided, where it was asked to. Raises ChainLost where it does something else."""
-        routes, deferred = self._resumption.routes, self._prepared.judgement
-        if len(routes) == 1 or not isinstance(deferred, Deferred):
+        routes, deferred = self._resumption.routes, self._prepared.decision
+        if len(routes) == 1 or not isinstance(deferred, DeferredDecision):
             return None
-        judgement = deferred.settled(judgement_of(response.judged))
-        if judgement.route != response.judged.route or judgement.route not in routes:
-            taken = response.judged.route or "none"
+        decision = deferred.settled(decision_of(response.decision))
+        if decision.route != response.decision.route or decision.route not in routes:
+            taken = response.decision.route or "none"
             raise ChainLost("out_of_step", f"the first shard took {taken} of the routes {', '.join(routes)}")
-        self._resumption.settle(judgement.route)
-        return judgement
+        self._resumption.settle(decision.route)
+        return decision
 
     def _step(self, response: shard_pb2.ShardGenerateResponse) -> Step:
-        judgement = self._judgement(response)
+        decision = self._judgement(response)
         for position, token in enumerate(response.tokens, self._length):
             if token.position != position:
                 raise ChainLost("out_of_step", f"token {token.position} came in place of {position}")
@@ -128,7 +128,7 @@ class TokenStream:
         self._generated += [token.id for token in response.tokens]
         if response.tokens:
             self._resumption.progressed()
-        return Step(tuple(map(_token, response.tokens)), stages, _FINISH.get(response.finish_reason), judgement)
+        return Step(tuple(map(_token, response.tokens)), stages, _FINISH.get(response.finish_reason), decision)
 
     def _left_seconds(self) -> float | None:
         """Until the client's deadline. Raises Expired behind it."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from router_gateway.routing.objectives import ANYTHING, Objectives
-from router_gateway.routing.router import Judgement
+from router_gateway.routing.router import RouteDecision
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2
 
@@ -63,7 +63,7 @@ class Stage:
 @dataclass(frozen=True, slots=True)
 class Started:
     request_id: str
-    judgement: Judgement
+    decision: RouteDecision
     prompt_tokens: int
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from router_gateway.metrics import Metrics
 from router_gateway.routing.drift import Latest
-from router_gateway.routing.router import Judgement
+from router_gateway.routing.router import RouteDecision
 from stitch.thresholds import Thresholds
 
 _log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ DRIFT_LIMIT = 0.15
 _OVER = 0.8
 
 
-class Watch:
+class DriftMonitor:
     """`calibration` says what the router is calibrated to now; None in place of it: its scores are no shares."""
 
     def __init__(self, metrics: Metrics, calibration: Callable[[], Thresholds | None] | None) -> None:
@@ -35,14 +35,14 @@ class Watch:
         self._metrics.route_drift.set(math.nan)
         self._compare_with(None)
 
-    def judged(self, judgement: Judgement, routes: Sequence[str]) -> None:
+    def judged(self, decision: RouteDecision, routes: Sequence[str]) -> None:
         """A request takes its route by this judgement; `routes` are all there are, cheapest first."""
-        if judgement.kind in ("requested", "conversation") or judgement.score is None:
+        if decision.kind in ("requested", "conversation") or decision.score is None:
             return
         calibration = self._calibration() if self._calibration is not None else None
         if calibration is not self._known:
             self._compare_with(calibration)
-        self._latest.add(judgement.route, judgement.score)
+        self._latest.add(decision.route, decision.score)
         shares = {route: self._latest.share(route) for route in routes}
         for route, share in shares.items():
             self._metrics.route_share.labels(route=route).set(share)

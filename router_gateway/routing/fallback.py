@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 
-from router_gateway.routing.router import Deferred, Judgement, Query, Router
+from router_gateway.routing.router import DeferredDecision, Query, RouteDecision, Router
 
 _log = logging.getLogger(__name__)
 
@@ -17,26 +17,26 @@ class FallbackRouter:
         self._router = router
         self._fallback_route = fallback_route
 
-    def judge(self, query: Query) -> Judgement | Deferred:
+    def judge(self, query: Query) -> RouteDecision | DeferredDecision:
         try:
-            judgement = self._router.judge(query)
+            decision = self._router.judge(query)
         # A router is a plug-in: whatever goes wrong in it, the query has a route all the same.
         except Exception:
             _log.exception("the router failed")
             return self._fallback(query, "the router failed")
-        if isinstance(judgement, Deferred):
-            return judgement
-        if not _is_proper(judgement, query):
-            _log.error("the router answered %s", judgement)
+        if isinstance(decision, DeferredDecision):
+            return decision
+        if not _is_proper(decision, query):
+            _log.error("the router answered %s", decision)
             return self._fallback(query, "the router's answer is no judgement")
-        return judgement
+        return decision
 
-    def _fallback(self, query: Query, why: str) -> Judgement:
+    def _fallback(self, query: Query, why: str) -> RouteDecision:
         route = self._fallback_route or query.routes[-1]
-        return Judgement(route, 1.0, f"{why}, so the fallback", "fallback")
+        return RouteDecision(route, 1.0, f"{why}, so the fallback", "fallback")
 
 
-def _is_proper(judgement: Judgement, query: Query) -> bool:
-    complete = judgement.qualities is None or len(judgement.qualities) == len(query.routes)
-    finite = judgement.score is not None and math.isfinite(judgement.score)
-    return judgement.route in query.routes and finite and complete
+def _is_proper(decision: RouteDecision, query: Query) -> bool:
+    complete = decision.qualities is None or len(decision.qualities) == len(query.routes)
+    finite = decision.score is not None and math.isfinite(decision.score)
+    return decision.route in query.routes and finite and complete

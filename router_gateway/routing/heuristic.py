@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from router_gateway.routing.features import Feature, features
 from router_gateway.routing.ladder import Ladder
-from router_gateway.routing.router import Judgement, Query, ReasonKind
+from router_gateway.routing.router import Query, ReasonKind, RouteDecision
 
 BIAS = -2.2
 WEIGHTS: Mapping[str, float] = {
@@ -31,17 +31,17 @@ WEIGHTS: Mapping[str, float] = {
 SHOWN_FEATURES = 3
 
 
-class WeightedRouter:
+class HeuristicRouter:
     """Scores a query by its features and looks the score up on the ladder."""
 
     def __init__(self, ladder: Ladder) -> None:
         self._ladder = ladder
 
-    def judge(self, query: Query) -> Judgement:
+    def judge(self, query: Query) -> RouteDecision:
         found = features(query.turns)
         score = logistic(BIAS + sum(_weight(feature) for feature in found))
         route, compared = self._ladder.pick(score, query.routes)
-        return Judgement(route, score, f"{_shown(found)}: {compared}", _kind(found))
+        return RouteDecision(route, score, f"{_shown(found)}: {compared}", _kind(found))
 
 
 def logistic(logit: float) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from router_gateway.routing.router import Deferred, Judgement
+from router_gateway.routing.router import DeferredDecision, RouteDecision
 from stitch.errors import ObjectivesUnmet
 
 
@@ -44,19 +44,23 @@ class Forecast:
     quality: float | None
 
 
-def narrowed(objectives: Objectives, forecasts: Sequence[Forecast]) -> Judgement | Deferred:
+def narrowed(objectives: Objectives, forecasts: Sequence[Forecast]) -> RouteDecision | DeferredDecision:
     """The routes that keep to the objectives, where the first shard is to judge; the only one needs no judgement.
 
     Raises ObjectivesUnmet where none does.
     """
     fitting = _fitting(objectives, forecasts)
     if len(fitting) > 1:
-        return Deferred(tuple(one.route for one in fitting), lambda found: settled(objectives, found, forecasts))
+        return DeferredDecision(
+            tuple(one.route for one in fitting), lambda found: settled(objectives, found, forecasts)
+        )
     reason = "; ".join(_said(objectives, one) for one in forecasts)
-    return Judgement(fitting[0].route, None, f"only {fitting[0].route} keeps to the objectives: {reason}", "objective")
+    return RouteDecision(
+        fitting[0].route, None, f"only {fitting[0].route} keeps to the objectives: {reason}", "objective"
+    )
 
 
-def settled(objectives: Objectives, preferred: Judgement, forecasts: Sequence[Forecast]) -> Judgement:
+def settled(objectives: Objectives, preferred: RouteDecision, forecasts: Sequence[Forecast]) -> RouteDecision:
     """The judgement that keeps to the objectives; `forecasts` are of the routes to choose from, cheapest first.
 
     Raises ObjectivesUnmet where none does.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from router_gateway.routing.router import Deferred, Judgement, Query
-from stitch.cluster import Cluster
+from router_gateway.routing.router import DeferredDecision, Query, RouteDecision
+from stitch.cluster import ClusterConfig
 from stitch.rung import reason
-from stitch.thresholds import Thresholds, ThresholdSource, WatchedThresholds
+from stitch.thresholds import ReloadingThresholds, Thresholds, ThresholdSource
 from stitch.v1 import shard_pb2
 
 
@@ -26,24 +26,24 @@ class ProbeRouter:
         self._thresholds.current()
         return self._thresholds.calibration
 
-    def judge(self, query: Query) -> Deferred:
-        return Deferred(query.routes)
+    def judge(self, query: Query) -> DeferredDecision:
+        return DeferredDecision(query.routes)
 
 
-def open_probe_router(cluster: Cluster) -> ProbeRouter:
+def open_probe_router(cluster: ClusterConfig) -> ProbeRouter:
     """The router of a cluster with a probe; InvalidRequest where its thresholds are not those of these routes."""
     file = cluster.probe_thresholds_file
     if file is None or not file.exists():
         return ProbeRouter()
-    return ProbeRouter(WatchedThresholds(file, None, len(cluster.routes)))
+    return ProbeRouter(ReloadingThresholds(file, None, len(cluster.routes)))
 
 
-def judgement_of(judged: shard_pb2.Judged) -> Judgement:
+def decision_of(judged: shard_pb2.ProbeDecision) -> RouteDecision:
     """What a shard's probe takes of all routes, as every other judgement."""
     route = judged.preferred or judged.route
     if judged.failure or len(judged.thresholds) != len(judged.gains) - 1:
-        return Judgement(route, 1.0, f"{judged.failure or 'no gains came'}, so the fallback", "fallback")
+        return RouteDecision(route, 1.0, f"{judged.failure or 'no gains came'}, so the fallback", "fallback")
     # Of several routes the one that exceeds its threshold by most was taken.
     worth = [gain - threshold for gain, threshold in zip(judged.gains, (0.0, *judged.thresholds), strict=True)]
     why = reason("probe", judged.gains, judged.thresholds, worth.index(max(worth)))
-    return Judgement(route, judged.score, why, "probe")
+    return RouteDecision(route, judged.score, why, "probe")

@@ -22,7 +22,7 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class RouteDecision:
     route: str
     # How much the query asks for the strongest route, 0 to 1; None where the request names the route and nobody judged.
     score: float | None
@@ -33,23 +33,23 @@ class Judgement:
     qualities: tuple[float, ...] | None = None
 
 
-def _as_it_is(judgement: Judgement) -> Judgement:
-    return judgement
+def _as_it_is(decision: RouteDecision) -> RouteDecision:
+    return decision
 
 
 @dataclass(frozen=True, slots=True)
-class Deferred:
+class DeferredDecision:
     """No judgement yet: the first shard takes one of these routes while it computes the prompt."""
 
     # Cheapest first.
     routes: tuple[str, ...]
     # What the request's objectives make of the first shard's judgement.
-    settled: Callable[[Judgement], Judgement] = _as_it_is
+    settled: Callable[[RouteDecision], RouteDecision] = _as_it_is
 
 
 class Router(Protocol):
     """Anything that picks a route. It is called on the event loop, so it takes well under a millisecond."""
 
-    def judge(self, query: Query) -> Judgement | Deferred:
+    def judge(self, query: Query) -> RouteDecision | DeferredDecision:
         """The route for a query; any text has one. An exception makes the gateway take its fallback."""
         ...

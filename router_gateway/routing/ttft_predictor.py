@@ -13,7 +13,7 @@ from itertools import islice
 from router_gateway.routing.ttft_regression import TtftLine
 
 
-class Pace:
+class TtftPredictor:
     """Predicts for requests that come, and learns from those under way. `lanes`: first shards that share the work."""
 
     def __init__(self, routes: Iterable[str], lanes: Callable[[], int], clock: Callable[[], float]) -> None:
@@ -77,7 +77,7 @@ class Pace:
 class Run:
     """One request. Each of its moments counts once, however often it is told."""
 
-    pace: Pace
+    pace: TtftPredictor
     prompt_tokens: int
     # To be computed before its first token.
     tokens: float

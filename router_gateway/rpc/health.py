@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from grpc_health.v1 import health, health_pb2
 
-from router_gateway.shards.registry import Fleet
+from router_gateway.shards.registry import ShardRegistry
 
 # "" stands for the whole server.
 SERVICES = ("", "stitch.v1.Inference")
@@ -24,7 +24,7 @@ class Health:
         # The stubs know the servicer of threaded servers only.
         self.servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
 
-    async def follow(self, fleet: Fleet, ready: Callable[[], bool]) -> None:
+    async def follow(self, fleet: ShardRegistry, ready: Callable[[], bool]) -> None:
         """Sets the status anew after every change among the shards, for ever."""
         while True:
             version = fleet.version

@@ -11,7 +11,7 @@ from router_gateway.requests import limits
 from router_gateway.requests.limits import Amount
 from router_gateway.requests.types import Delta, Event, Finished, FinishReason, Prompt, Request, Started, Turn
 from router_gateway.routing.objectives import Objectives
-from router_gateway.routing.router import Judgement
+from router_gateway.routing.router import RouteDecision
 from stitch.errors import InvalidRequest
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2
@@ -79,8 +79,8 @@ def to_response(event: Event) -> inference_pb2.GenerateResponse:
             assert_never(event)
 
 
-def to_judgement(judgement: Judgement) -> inference_pb2.Judgement:
-    return inference_pb2.Judgement(route=judgement.route, score=judgement.score or 0.0, reason=judgement.reason)
+def to_decision(decision: RouteDecision) -> inference_pb2.RouteDecision:
+    return inference_pb2.RouteDecision(route=decision.route, score=decision.score or 0.0, reason=decision.reason)
 
 
 def _to_objectives(message: inference_pb2.Objectives) -> Objectives:
@@ -103,8 +103,8 @@ def _to_sampling(message: inference_pb2.Sampling) -> Sampling:
 
 
 def _started(event: Started) -> inference_pb2.Started:
-    judgement = to_judgement(event.judgement)
-    return inference_pb2.Started(request_id=event.request_id, judgement=judgement, prompt_tokens=event.prompt_tokens)
+    decision = to_decision(event.decision)
+    return inference_pb2.Started(request_id=event.request_id, decision=decision, prompt_tokens=event.prompt_tokens)
 
 
 def _delta(event: Delta) -> inference_pb2.Delta:

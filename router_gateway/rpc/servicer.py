@@ -15,9 +15,9 @@ import grpc
 from router_gateway.metrics import Metrics
 from router_gateway.requests.pipeline import Generator
 from router_gateway.rpc.batch import Batch
-from router_gateway.rpc.messages import to_judgement, to_question, to_request, to_response
-from router_gateway.shards.models import Catalogue
-from stitch.in_flight import Door
+from router_gateway.rpc.messages import to_decision, to_question, to_request, to_response
+from router_gateway.shards.models import ModelRegistry
+from stitch.in_flight import InFlightTracker
 from stitch.v1 import inference_pb2, inference_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -27,7 +27,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     """Runs behind `LenientDecoding`, which turns StitchErrors into statuses."""
 
     def __init__(
-        self, generator: Generator, catalogue: Catalogue, door: Door, metrics: Metrics, batch_at_once: int
+        self,
+        generator: Generator,
+        catalogue: ModelRegistry,
+        door: InFlightTracker,
+        metrics: Metrics,
+        batch_at_once: int,
     ) -> None:
         self._generator = generator
         self._catalogue = catalogue
@@ -57,8 +62,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     await context.write(response)
 
     async def Route(self, request: inference_pb2.RouteRequest, context: Context) -> inference_pb2.RouteResponse:
-        judgement, prompt_tokens = await self._generator.judge(to_question(request))
-        return inference_pb2.RouteResponse(judgement=to_judgement(judgement), prompt_tokens=prompt_tokens)
+        decision, prompt_tokens = await self._generator.judge(to_question(request))
+        return inference_pb2.RouteResponse(decision=to_decision(decision), prompt_tokens=prompt_tokens)
 
     async def Describe(
         self, request: inference_pb2.DescribeRequest, context: Context

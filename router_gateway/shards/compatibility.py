@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from stitch.v1 import shard_pb2
 
 
-class Agreement:
+class CompatibilityCheck:
     """The first shard that states a fact settles it, for as long as the gateway and its tokenizer live."""
 
     def __init__(self) -> None:

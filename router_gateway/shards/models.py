@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from router_gateway.shards.registry import Fleet
+from router_gateway.shards.registry import ShardRegistry
 from router_gateway.shards.replica import Replica
-from stitch.cluster import Cluster, ModelSource, RouteCut, ShardPlace
+from stitch.cluster import ClusterConfig, ModelConfig, RouteConfig, ShardConfig
 from stitch.errors import Unavailable
 from stitch.v1 import inference_pb2, shard_pb2
 
 
-class Catalogue:
+class ModelRegistry:
     """Merges the cluster file with the shards' identities; those are kept while a shard is away."""
 
-    def __init__(self, cluster: Cluster, fleet: Fleet) -> None:
+    def __init__(self, cluster: ClusterConfig, fleet: ShardRegistry) -> None:
         self._cluster = cluster
         self._fleet = fleet
 
@@ -56,7 +56,7 @@ class Catalogue:
             shards=[_shard(replica) for replica in self._fleet.replicas.values()],
         )
 
-    def _route(self, route: RouteCut) -> inference_pb2.RouteDescription:
+    def _route(self, route: RouteConfig) -> inference_pb2.RouteDescription:
         """The cut as the file has it; parameters are 0 until every stage of the route has said what it reads."""
         said = [self._said_of(route, stage) for stage in self._cluster.stages(route)]
         return inference_pb2.RouteDescription(
@@ -67,7 +67,7 @@ class Catalogue:
             parameters=sum(part.parameters for part in said) if all(part.parameters for part in said) else 0,
         )
 
-    def _said_of(self, route: RouteCut, stage: Iterable[ShardPlace]) -> inference_pb2.RouteDescription:
+    def _said_of(self, route: RouteConfig, stage: Iterable[ShardConfig]) -> inference_pb2.RouteDescription:
         """What any replica of a stage says of its own part of the route."""
         for place in stage:
             identity = self._fleet.replicas[place.name].identity
@@ -76,7 +76,7 @@ class Catalogue:
                     return part
         return inference_pb2.RouteDescription()
 
-    def _model(self, role: str, source: ModelSource) -> inference_pb2.Model:
+    def _model(self, role: str, source: ModelConfig) -> inference_pb2.Model:
         """As a shard of that role describes its own model, or as its neighbour does."""
         for identity in sorted(self._identities(), key=lambda identity: identity.role != role):
             model: inference_pb2.Model = getattr(identity, role)
@@ -97,7 +97,7 @@ class Catalogue:
 
 
 def _shard(replica: Replica) -> inference_pb2.ShardDescription:
-    place: ShardPlace = replica.place
+    place: ShardConfig = replica.place
     identity = replica.identity or shard_pb2.ShardIdentity()
     return inference_pb2.ShardDescription(
         name=place.name,

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from router_gateway.shards.registry import Fleet
+from router_gateway.shards.registry import ShardRegistry
 from router_gateway.shards.replica import Replica
-from stitch.cluster import Cluster, RouteCut
+from stitch.cluster import ClusterConfig, RouteConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +41,16 @@ class Chain:
             replica.reserve(tokens)
 
     @contextmanager
-    def told_when_gone(self, tell: Callable[[], object]) -> Iterator[None]:
+    def on_unavailable(self, tell: Callable[[], object]) -> Iterator[None]:
         """Calls `tell` if any of the shards goes away inside of the block."""
         with ExitStack() as stack:
             for replica in self.replicas:
-                stack.enter_context(replica.told_when_gone(tell))
+                stack.enter_context(replica.on_unavailable(tell))
             yield
 
 
 @dataclass(frozen=True, slots=True)
-class Fork(Chain):
+class CandidateChains(Chain):
     """The chains of several routes, of which their common first shard takes one; `replicas` are those of all.
 
     If any of them goes away, all is begun anew: what the first shard takes is known a moment later.
@@ -63,7 +63,7 @@ class Fork(Chain):
 class Placement:
     """Finds chains of shards that serve now."""
 
-    def __init__(self, cluster: Cluster, fleet: Fleet) -> None:
+    def __init__(self, cluster: ClusterConfig, fleet: ShardRegistry) -> None:
         self._stages = {
             route.name: [[fleet.replicas[place.name] for place in stage] for stage in cluster.stages(route)]
             for route in cluster.routes
@@ -82,7 +82,7 @@ class Placement:
             chosen.append(min(serving, key=lambda one: (failures[one.place.name], -one.free_kv_tokens)))
         return Chain(tuple(chosen))
 
-    def fork(self, routes: Sequence[str], failures: Counter[str]) -> Fork | None:
+    def fork(self, routes: Sequence[str], failures: Counter[str]) -> CandidateChains | None:
         """A chain as `choose` finds it for each route; None where one of them has none.
 
         All have one first shard: the first stage is the same for every route, and so is the choice.
@@ -92,9 +92,9 @@ class Placement:
         if len(found) < len(chains):
             return None
         replicas = {replica.place.name: replica for chain in found.values() for replica in chain.replicas}
-        return Fork(tuple(replicas.values()), found)
+        return CandidateChains(tuple(replicas.values()), found)
 
-    def reachable(self, route: RouteCut) -> bool:
+    def reachable(self, route: RouteConfig) -> bool:
         """Whether every stage of the route has a shard that serves."""
         return all(any(replica.serving for replica in stage) for stage in self._stages[route.name])
 

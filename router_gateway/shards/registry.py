@@ -9,19 +9,19 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import grpc
 
 from router_gateway.background import running
-from router_gateway.shards.compatibility import Agreement
-from router_gateway.shards.replica import Patience, Replica
-from stitch.cluster import Cluster
+from router_gateway.shards.compatibility import CompatibilityCheck
+from router_gateway.shards.replica import HealthPolicy, Replica
+from stitch.cluster import ClusterConfig
 
 Connect = Callable[[str], grpc.aio.Channel]
 
 
-class Fleet:
+class ShardRegistry:
     """A replica for every shard of the cluster file, and a version that counts their changes."""
 
-    def __init__(self, cluster: Cluster, connect: Connect, patience: Patience) -> None:
+    def __init__(self, cluster: ClusterConfig, connect: Connect, patience: HealthPolicy) -> None:
         self._channels = [connect(shard.address) for shard in cluster.shards]
-        agreement = Agreement()
+        agreement = CompatibilityCheck()
         self.replicas = {
             shard.name: Replica(shard, channel, agreement, self._change, patience)
             for shard, channel in zip(cluster.shards, self._channels, strict=True)
@@ -50,7 +50,7 @@ class Fleet:
 
 
 @asynccontextmanager
-async def watched(fleet: Fleet, poll_seconds: float) -> AsyncIterator[Fleet]:
+async def watched(fleet: ShardRegistry, poll_seconds: float) -> AsyncIterator[ShardRegistry]:
     """Polls every shard again and again, each at its own pace, and closes the connections at the end."""
 
     async def watch(replica: Replica) -> None:

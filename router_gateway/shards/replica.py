@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import grpc
 
-from router_gateway.shards.compatibility import Agreement
-from stitch.cluster import ShardPlace
+from router_gateway.shards.compatibility import CompatibilityCheck
+from stitch.cluster import ShardConfig
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ GenerateCall = grpc.aio.UnaryStreamCall[shard_pb2.ShardGenerateRequest, shard_pb
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class HealthPolicy:
     """When a shard counts as gone."""
 
     answer_seconds: float
@@ -33,11 +33,11 @@ class Replica:
 
     def __init__(
         self,
-        place: ShardPlace,
+        place: ShardConfig,
         channel: grpc.aio.Channel,
-        agreement: Agreement,
+        agreement: CompatibilityCheck,
         changed: Callable[[], None],
-        patience: Patience,
+        patience: HealthPolicy,
     ) -> None:
         self.place = place
         self.serving = False
@@ -73,7 +73,7 @@ class Replica:
         return self._stub.FetchTokenizer(shard_pb2.FetchTokenizerRequest(), timeout=timeout_seconds)
 
     @contextmanager
-    def told_when_gone(self, tell: Callable[[], object]) -> Iterator[None]:
+    def on_unavailable(self, tell: Callable[[], object]) -> Iterator[None]:
         """Calls `tell` if the shard goes away inside of the block."""
         self._waiting.add(tell)
         try:

@@ -10,7 +10,7 @@ import grpc
 
 from router_gateway.shards.replica import Replica
 from router_gateway.tokenization.vocabulary import FILES, Vocabulary
-from stitch.cluster import Cluster
+from stitch.cluster import ClusterConfig
 from stitch.errors import Incompatible, Unavailable
 
 _log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class VocabularySource:
             await asyncio.sleep(pause_seconds)
 
 
-def first_shards(cluster: Cluster) -> list[str]:
+def first_shards(cluster: ClusterConfig) -> list[str]:
     """Names of the shards that hold the embedding, and so the tokenizer."""
     return [shard.name for shard in cluster.shards if shard.role == "bottom" and shard.layers[0] == 0]
 

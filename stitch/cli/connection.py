@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from stitch.cluster import Cluster
+from stitch.cluster import ClusterConfig
 from stitch.local.run_folder import the_running_cluster
 
 
@@ -20,6 +20,6 @@ def gateway(parsed: argparse.Namespace) -> tuple[str, Path | None]:
     return address, parsed.authority or authority
 
 
-def gateway_of(cluster: Cluster) -> tuple[str, Path | None]:
+def gateway_of(cluster: ClusterConfig) -> tuple[str, Path | None]:
     """The same of a cluster on this machine."""
     return cluster.gateway.address, cluster.folder / cluster.tls.authority if cluster.tls else None

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from stitch.cli.connection import gateway_of
-from stitch.cli.output import judgement_line, seconds
+from stitch.cli.output import decision_line, seconds
 from stitch.cli.screen import show_stream
 from stitch.cli.status import show_description
 from stitch.cli.ttft import draw, measured, show_times
@@ -88,7 +88,7 @@ def ask_many(console: Console, client: Client) -> None:
         _show_question(console, question)
         if not isinstance(outcome, Answer):
             raise outcome
-        line = f"{judgement_line(outcome)} · first token {seconds(outcome.ttft_seconds)}"
+        line = f"{decision_line(outcome)} · first token {seconds(outcome.ttft_seconds)}"
         console.print(Text(line, style="cyan"), soft_wrap=True)
         console.print(Text(outcome.text.strip()), soft_wrap=True)
 

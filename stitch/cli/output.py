@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from stitch.cli.ttft_samples import Line
-from stitch.client import Answer, Judgement
+from stitch.client import Answer, RouteDecision
 
 
-def judgement_line(judged: Judgement | Answer) -> str:
+def decision_line(judged: RouteDecision | Answer) -> str:
     """Route, score and reason."""
     return f"route {judged.route} · score {judged.score:.2f} · {judged.reason}"
 

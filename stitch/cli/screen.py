@@ -5,15 +5,15 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from stitch.cli.output import judgement_line, stages_line, timing_line
-from stitch.client import Answer, Judgement, Stream
+from stitch.cli.output import decision_line, stages_line, timing_line
+from stitch.client import Answer, RouteDecision, Stream
 
 
 def show_stream(console: Console, stream: Stream) -> Answer:
     """Prints the judgement, the answer as it comes, and where the time went."""
     for event in stream:
-        if isinstance(event, Judgement):
-            console.print(Text(judgement_line(event), style="cyan"), soft_wrap=True)
+        if isinstance(event, RouteDecision):
+            console.print(Text(decision_line(event), style="cyan"), soft_wrap=True)
         else:
             console.out(event.text, end="", highlight=False)
             console.file.flush()

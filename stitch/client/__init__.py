@@ -4,7 +4,7 @@ with Client("127.0.0.1:7001") as client:
     print(client.generate("The capital of France is", max_tokens=8).text)
 """
 
-from stitch.client.answers import Alternative, Answer, Delta, Judgement, TokenLogprobs
+from stitch.client.answers import Alternative, Answer, Delta, RouteDecision, TokenLogprobs
 from stitch.client.asynchronous import AsyncClient, AsyncStream
 from stitch.client.blocking import Client, Stream
 from stitch.client.requests import Message, RequestFields, RouteFields
@@ -16,9 +16,9 @@ __all__ = [
     "AsyncStream",
     "Client",
     "Delta",
-    "Judgement",
     "Message",
     "RequestFields",
+    "RouteDecision",
     "RouteFields",
     "Stream",
     "TokenLogprobs",

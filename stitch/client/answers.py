@@ -21,7 +21,7 @@ _STAGES = ("route", "queue", "bottom_prefill", "wire", "stitch", "top_prefill", 
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class RouteDecision:
     """What the router made of a query; the first event of every stream."""
 
     route: str
@@ -92,16 +92,16 @@ _JSON_FIELDS = (
 class Collector:
     """Puts one answer together from the events of its stream."""
 
-    judgement: Judgement | None = None
+    decision: RouteDecision | None = None
     deltas: list[Delta] = field(default_factory=list)
     finished: inference_pb2.Finished | None = None
 
-    def take(self, response: inference_pb2.GenerateResponse) -> Judgement | Delta | None:
+    def take(self, response: inference_pb2.GenerateResponse) -> RouteDecision | Delta | None:
         """The event that this message means to a reader of the stream, if any."""
         match response.WhichOneof("event"):
             case "started":
-                self.judgement = judgement_of(response.started)
-                return self.judgement
+                self.decision = decision_of(response.started)
+                return self.decision
             case "delta":
                 self.deltas.append(_delta(response.delta))
                 return self.deltas[-1]
@@ -112,23 +112,23 @@ class Collector:
     def answer(self) -> Answer:
         """The whole answer; Unavailable where its stream ended too early."""
         tokens = tuple(token for delta in self.deltas for token in delta.token_ids)
-        if self.judgement is None or self.finished is None:
+        if self.decision is None or self.finished is None:
             raise Unavailable(f"the answer's stream ended after {len(tokens)} tokens, before its end", len(tokens))
         return Answer(
             text="".join(delta.text for delta in self.deltas),
             token_ids=tokens,
-            route=self.judgement.route,
-            score=self.judgement.score,
-            reason=self.judgement.reason,
+            route=self.decision.route,
+            score=self.decision.score,
+            reason=self.decision.reason,
             logprobs=tuple(token for delta in self.deltas for token in delta.logprobs),
             **_ending(self.finished),
         )
 
 
-def judgement_of(message: inference_pb2.Started | inference_pb2.RouteResponse) -> Judgement:
+def decision_of(message: inference_pb2.Started | inference_pb2.RouteResponse) -> RouteDecision:
     """The judgement that either message carries."""
-    made = message.judgement
-    return Judgement(made.route, made.score, made.reason, message.prompt_tokens)
+    made = message.decision
+    return RouteDecision(made.route, made.score, made.reason, message.prompt_tokens)
 
 
 def _ending(finished: inference_pb2.Finished) -> dict[str, Any]:

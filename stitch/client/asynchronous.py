@@ -13,7 +13,7 @@ from typing import Any, Self, Unpack
 from grpc.aio import UnaryStreamCall
 
 from stitch.channels import open_channel
-from stitch.client.answers import Answer, Collector, Delta, Judgement, judgement_of
+from stitch.client.answers import Answer, Collector, Delta, RouteDecision, decision_of
 from stitch.client.batches import Batch, Outcome
 from stitch.client.failures import translated_rpc_errors
 from stitch.client.requests import RequestFields, RouteFields, generate_request, route_request
@@ -31,7 +31,7 @@ class AsyncStream:
         self._start = start
         self._collector = Collector()
 
-    async def __aiter__(self) -> AsyncGenerator[Judgement | Delta, None]:
+    async def __aiter__(self) -> AsyncGenerator[RouteDecision | Delta, None]:
         self._collector = Collector()
         call = self._start()
         try:
@@ -101,11 +101,11 @@ class AsyncClient:
 
     async def route(
         self, prompt: str | None = None, *, timeout: float | None = None, **fields: Unpack[RouteFields]
-    ) -> Judgement:
+    ) -> RouteDecision:
         """The route that a query would take, without an answer."""
         request = route_request({"prompt": prompt, **fields})
         with translated_rpc_errors():
-            return judgement_of(await self._stub.Route(request, timeout=timeout))
+            return decision_of(await self._stub.Route(request, timeout=timeout))
 
     async def describe(self, *, timeout: float | None = None) -> inference_pb2.DescribeResponse:
         """The models, routes and shards behind the gateway."""

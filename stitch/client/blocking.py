@@ -10,7 +10,7 @@ from typing import Any, Self, Unpack
 import grpc
 
 from stitch.channels import open_sync_channel
-from stitch.client.answers import Answer, Collector, Delta, Judgement, judgement_of
+from stitch.client.answers import Answer, Collector, Delta, RouteDecision, decision_of
 from stitch.client.batches import Batch, Outcome
 from stitch.client.failures import translated_rpc_errors
 from stitch.client.requests import RequestFields, RouteFields, generate_request, route_request
@@ -26,7 +26,7 @@ class Stream:
         self._start = start
         self._collector = Collector()
 
-    def __iter__(self) -> Iterator[Judgement | Delta]:
+    def __iter__(self) -> Iterator[RouteDecision | Delta]:
         self._collector = Collector()
         call = self._start()
         try:
@@ -91,11 +91,11 @@ class Client:
 
     def route(
         self, prompt: str | None = None, *, timeout: float | None = None, **fields: Unpack[RouteFields]
-    ) -> Judgement:
+    ) -> RouteDecision:
         """The route that a query would take, without an answer."""
         request = route_request({"prompt": prompt, **fields})
         with translated_rpc_errors():
-            return judgement_of(self._stub.Route(request, timeout=timeout))
+            return decision_of(self._stub.Route(request, timeout=timeout))
 
     def describe(self, *, timeout: float | None = None) -> inference_pb2.DescribeResponse:
         """The models, routes and shards behind the gateway."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from stitch.cluster import Cluster
+from stitch.cluster import ClusterConfig
 from stitch.errors import Unavailable
 from stitch.local.health import serves
 from stitch.local.ports import with_ports
@@ -32,7 +32,7 @@ class LocalCluster:
     """The processes of one cluster, by name: its shards, then `gateway`."""
 
     folder: RunFolder
-    cluster: Cluster
+    cluster: ClusterConfig
     processes: dict[str, LocalProcess] = field(default_factory=dict)
 
     @property
@@ -103,7 +103,7 @@ class LocalCluster:
         self.folder.end()
 
 
-def prepared(cluster: Cluster, folder: RunFolder) -> LocalCluster:
+def prepared(cluster: ClusterConfig, folder: RunFolder) -> LocalCluster:
     """The cluster with its ports found and its file written, and no process yet.
 
     Raises Unavailable where it runs already.
@@ -121,7 +121,7 @@ def attached(folder: RunFolder) -> LocalCluster:
     return LocalCluster(folder, folder.cluster(), {process.name: process for process in folder.processes()})
 
 
-def import_models(cluster: Cluster, imported: Callable[[str, str], None]) -> None:
+def import_models(cluster: ClusterConfig, imported: Callable[[str, str], None]) -> None:
     """Makes every model ready to load; the importer's progress goes to standard error as it comes.
 
     `imported` is told each model's id and folder. Raises Unavailable where one can't be had.

@@ -6,13 +6,13 @@ import socket
 from contextlib import ExitStack
 from typing import TypeVar
 
-from stitch.cluster import Cluster, GatewayPlace, ShardPlace
+from stitch.cluster import ClusterConfig, GatewayConfig, ShardConfig
 from stitch.errors import InvalidRequest
 
-Place = TypeVar("Place", ShardPlace, GatewayPlace)
+Place = TypeVar("Place", ShardConfig, GatewayConfig)
 
 
-def with_ports(cluster: Cluster) -> Cluster:
+def with_ports(cluster: ClusterConfig) -> ClusterConfig:
     """The cluster with a free port in place of every 0.
 
     Raises InvalidRequest for an address that is not of this machine, or taken.

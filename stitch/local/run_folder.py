@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stitch.cluster import Cluster, load_cluster
+from stitch.cluster import ClusterConfig, load_cluster
 from stitch.environment import cache_folder
 from stitch.errors import InvalidRequest, Unavailable
 from stitch.local.processes import LocalProcess
@@ -43,7 +43,7 @@ class RunFolder:
         log = self.log(process)
         return "\n".join(log.read_text(errors="replace").splitlines()[-count:]) if log.exists() else ""
 
-    def begin(self, cluster: Cluster) -> None:
+    def begin(self, cluster: ClusterConfig) -> None:
         """Writes the cluster file that every process is started with, and clears the logs of the run before."""
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
         for log in self.path.glob("logs/*.log"):
@@ -68,7 +68,7 @@ class RunFolder:
         """Forgets the processes; the logs stay."""
         self._processes_file.unlink(missing_ok=True)
 
-    def cluster(self) -> Cluster:
+    def cluster(self) -> ClusterConfig:
         """The cluster as it was started."""
         return load_cluster(str(self.cluster_file))
 
@@ -107,7 +107,7 @@ def the_running_cluster() -> RunFolder:
             raise InvalidRequest("cluster", None, f"several run on this machine; name one of: {known}")
 
 
-def _portable(cluster: Cluster) -> dict[str, Any]:
+def _portable(cluster: ClusterConfig) -> dict[str, Any]:
     """The cluster's fields with absolute paths, so that the file means the same in another folder."""
     fields = cluster.model_dump(mode="json", exclude={"folder"})
     for route, cut in zip(fields["routes"], cluster.routes, strict=True):

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19stitch/v1/inference.proto\x12\tstitch.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.stitch.v1.ChatMessage\"\xde\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\x05H\x08\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\t\x88\x01\x01\x12\x18\n\x10\x66orced_token_ids\x18\r \x03(\rB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0b\n\t_logprobs\"\x8e\x01\n\nObjectives\x12\x1d\n\x10max_ttft_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08max_cost\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0bmin_quality\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x13\n\x11_max_ttft_secondsB\x0b\n\t_max_costB\x0e\n\x0c_min_quality\"\x97\x02\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.stitch.v1.ChatH\x00\x12%\n\x08sampling\x18\x03 \x01(\x0b\x32\x13.stitch.v1.Sampling\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\r\n\x05route\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12)\n\nobjectives\x18\x07 \x01(\x0b\x32\x15.stitch.v1.Objectives\x12\x17\n\x0f\x63onversation_id\x18\x08 \x01(\t\x12\x1a\n\rforced_answer\x18\t \x01(\tH\x01\x88\x01\x01\x42\x07\n\x05inputB\x10\n\x0e_forced_answer\"\x8e\x01\n\x10GenerateResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.stitch.v1.StartedH\x00\x12!\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.stitch.v1.DeltaH\x00\x12\'\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x13.stitch.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"]\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\tjudgement\x18\x02 \x01(\x0b\x32\x14.stitch.v1.Judgement\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\"9\n\tJudgement\x12\r\n\x05route\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\"T\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.stitch.v1.TokenLogprobs\"`\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12,\n\x0c\x61lternatives\x18\x03 \x03(\x0b\x32\x16.stitch.v1.Alternative\"0\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xc9\x01\n\x08\x46inished\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.stitch.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x18\n\x10generated_tokens\x18\x03 \x01(\r\x12\x19\n\x0cttft_seconds\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\rtotal_seconds\x18\x05 \x01(\x01\x12 \n\x06stages\x18\x06 \x03(\x0b\x32\x10.stitch.v1.StageB\x0f\n\r_ttft_seconds\"&\n\x05Stage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"D\n\x14GenerateBatchRequest\x12,\n\x08requests\x18\x01 \x03(\x0b\x32\x1a.stitch.v1.GenerateRequest\"\x8c\x01\n\x15GenerateBatchResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12/\n\x08response\x18\x02 \x01(\x0b\x32\x1b.stitch.v1.GenerateResponseH\x00\x12(\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x17.stitch.v1.RequestErrorH\x00\x42\t\n\x07outcome\"-\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x8e\x01\n\x0cRouteRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.stitch.v1.ChatH\x00\x12)\n\nobjectives\x18\x03 \x01(\x0b\x32\x15.stitch.v1.Objectives\x12\x17\n\x0f\x63onversation_id\x18\x04 \x01(\tB\x07\n\x05input\"O\n\rRouteResponse\x12\'\n\tjudgement\x18\x01 \x01(\x0b\x32\x14.stitch.v1.Judgement\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"\x11\n\x0f\x44\x65scribeRequest\"\xbe\x01\n\x10\x44\x65scribeResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12 \n\x06\x62ottom\x18\x02 \x01(\x0b\x32\x10.stitch.v1.Model\x12\x1d\n\x03top\x18\x03 \x01(\x0b\x32\x10.stitch.v1.Model\x12+\n\x06routes\x18\x04 \x03(\x0b\x32\x1b.stitch.v1.RouteDescription\x12+\n\x06shards\x18\x05 \x03(\x0b\x32\x1b.stitch.v1.ShardDescription\"\x91\x01\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x07 \x01(\r\"m\n\x10RouteDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rbottom_layers\x18\x02 \x01(\r\x12\x10\n\x08top_from\x18\x03 \x01(\r\x12\x0e\n\x06stitch\x18\x04 \x01(\t\x12\x12\n\nparameters\x18\x05 \x01(\x04\"\xb3\x01\n\x10ShardDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x11\n\tend_layer\x18\x05 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x1a\n\x12kv_capacity_tokens\x18\x08 \x01(\r\x12\x0f\n\x07serving\x18\t \x01(\x08*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa9\x02\n\tInference\x12\x45\n\x08Generate\x12\x1a.stitch.v1.GenerateRequest\x1a\x1b.stitch.v1.GenerateResponse0\x01\x12T\n\rGenerateBatch\x12\x1f.stitch.v1.GenerateBatchRequest\x1a .stitch.v1.GenerateBatchResponse0\x01\x12:\n\x05Route\x12\x17.stitch.v1.RouteRequest\x1a\x18.stitch.v1.RouteResponse\x12\x43\n\x08\x44\x65scribe\x12\x1a.stitch.v1.DescribeRequest\x1a\x1b.stitch.v1.DescribeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19stitch/v1/inference.proto\x12\tstitch.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.stitch.v1.ChatMessage\"\xde\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\x05H\x08\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\t\x88\x01\x01\x12\x18\n\x10\x66orced_token_ids\x18\r \x03(\rB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0b\n\t_logprobs\"\x8e\x01\n\nObjectives\x12\x1d\n\x10max_ttft_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08max_cost\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0bmin_quality\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x13\n\x11_max_ttft_secondsB\x0b\n\t_max_costB\x0e\n\x0c_min_quality\"\x97\x02\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.stitch.v1.ChatH\x00\x12%\n\x08sampling\x18\x03 \x01(\x0b\x32\x13.stitch.v1.Sampling\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\r\n\x05route\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12)\n\nobjectives\x18\x07 \x01(\x0b\x32\x15.stitch.v1.Objectives\x12\x17\n\x0f\x63onversation_id\x18\x08 \x01(\t\x12\x1a\n\rforced_answer\x18\t \x01(\tH\x01\x88\x01\x01\x42\x07\n\x05inputB\x10\n\x0e_forced_answer\"\x8e\x01\n\x10GenerateResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.stitch.v1.StartedH\x00\x12!\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.stitch.v1.DeltaH\x00\x12\'\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x13.stitch.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"`\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x08\x64\x65\x63ision\x18\x02 \x01(\x0b\x32\x18.stitch.v1.RouteDecision\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\"=\n\rRouteDecision\x12\r\n\x05route\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\"T\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.stitch.v1.TokenLogprobs\"`\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12,\n\x0c\x61lternatives\x18\x03 \x03(\x0b\x32\x16.stitch.v1.Alternative\"0\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xc9\x01\n\x08\x46inished\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.stitch.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x18\n\x10generated_tokens\x18\x03 \x01(\r\x12\x19\n\x0cttft_seconds\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\rtotal_seconds\x18\x05 \x01(\x01\x12 \n\x06stages\x18\x06 \x03(\x0b\x32\x10.stitch.v1.StageB\x0f\n\r_ttft_seconds\"&\n\x05Stage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"D\n\x14GenerateBatchRequest\x12,\n\x08requests\x18\x01 \x03(\x0b\x32\x1a.stitch.v1.GenerateRequest\"\x8c\x01\n\x15GenerateBatchResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12/\n\x08response\x18\x02 \x01(\x0b\x32\x1b.stitch.v1.GenerateResponseH\x00\x12(\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x17.stitch.v1.RequestErrorH\x00\x42\t\n\x07outcome\"-\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x8e\x01\n\x0cRouteRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.stitch.v1.ChatH\x00\x12)\n\nobjectives\x18\x03 \x01(\x0b\x32\x15.stitch.v1.Objectives\x12\x17\n\x0f\x63onversation_id\x18\x04 \x01(\tB\x07\n\x05input\"R\n\rRouteResponse\x12*\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x18.stitch.v1.RouteDecision\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"\x11\n\x0f\x44\x65scribeRequest\"\xbe\x01\n\x10\x44\x65scribeResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12 \n\x06\x62ottom\x18\x02 \x01(\x0b\x32\x10.stitch.v1.Model\x12\x1d\n\x03top\x18\x03 \x01(\x0b\x32\x10.stitch.v1.Model\x12+\n\x06routes\x18\x04 \x03(\x0b\x32\x1b.stitch.v1.RouteDescription\x12+\n\x06shards\x18\x05 \x03(\x0b\x32\x1b.stitch.v1.ShardDescription\"\x91\x01\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x07 \x01(\r\"m\n\x10RouteDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rbottom_layers\x18\x02 \x01(\r\x12\x10\n\x08top_from\x18\x03 \x01(\r\x12\x0e\n\x06stitch\x18\x04 \x01(\t\x12\x12\n\nparameters\x18\x05 \x01(\x04\"\xb3\x01\n\x10ShardDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x11\n\tend_layer\x18\x05 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x1a\n\x12kv_capacity_tokens\x18\x08 \x01(\r\x12\x0f\n\x07serving\x18\t \x01(\x08*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa9\x02\n\tInference\x12\x45\n\x08Generate\x12\x1a.stitch.v1.GenerateRequest\x1a\x1b.stitch.v1.GenerateResponse0\x01\x12T\n\rGenerateBatch\x12\x1f.stitch.v1.GenerateBatchRequest\x1a .stitch.v1.GenerateBatchResponse0\x01\x12:\n\x05Route\x12\x17.stitch.v1.RouteRequest\x1a\x18.stitch.v1.RouteResponse\x12\x43\n\x08\x44\x65scribe\x12\x1a.stitch.v1.DescribeRequest\x1a\x1b.stitch.v1.DescribeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stitch.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2960
-  _globals['_FINISHREASON']._serialized_end=3055
+  _globals['_FINISHREASON']._serialized_start=2970
+  _globals['_FINISHREASON']._serialized_end=3065
   _globals['_CHATMESSAGE']._serialized_start=40
   _globals['_CHATMESSAGE']._serialized_end=84
   _globals['_CHAT']._serialized_start=86
@@ -46,39 +46,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATERESPONSE']._serialized_start=1045
   _globals['_GENERATERESPONSE']._serialized_end=1187
   _globals['_STARTED']._serialized_start=1189
-  _globals['_STARTED']._serialized_end=1282
-  _globals['_JUDGEMENT']._serialized_start=1284
-  _globals['_JUDGEMENT']._serialized_end=1341
-  _globals['_DELTA']._serialized_start=1343
-  _globals['_DELTA']._serialized_end=1427
-  _globals['_TOKENLOGPROBS']._serialized_start=1429
-  _globals['_TOKENLOGPROBS']._serialized_end=1525
-  _globals['_ALTERNATIVE']._serialized_start=1527
-  _globals['_ALTERNATIVE']._serialized_end=1575
-  _globals['_FINISHED']._serialized_start=1578
-  _globals['_FINISHED']._serialized_end=1779
-  _globals['_STAGE']._serialized_start=1781
-  _globals['_STAGE']._serialized_end=1819
-  _globals['_GENERATEBATCHREQUEST']._serialized_start=1821
-  _globals['_GENERATEBATCHREQUEST']._serialized_end=1889
-  _globals['_GENERATEBATCHRESPONSE']._serialized_start=1892
-  _globals['_GENERATEBATCHRESPONSE']._serialized_end=2032
-  _globals['_REQUESTERROR']._serialized_start=2034
-  _globals['_REQUESTERROR']._serialized_end=2079
-  _globals['_ROUTEREQUEST']._serialized_start=2082
-  _globals['_ROUTEREQUEST']._serialized_end=2224
-  _globals['_ROUTERESPONSE']._serialized_start=2226
-  _globals['_ROUTERESPONSE']._serialized_end=2305
-  _globals['_DESCRIBEREQUEST']._serialized_start=2307
-  _globals['_DESCRIBEREQUEST']._serialized_end=2324
-  _globals['_DESCRIBERESPONSE']._serialized_start=2327
-  _globals['_DESCRIBERESPONSE']._serialized_end=2517
-  _globals['_MODEL']._serialized_start=2520
-  _globals['_MODEL']._serialized_end=2665
-  _globals['_ROUTEDESCRIPTION']._serialized_start=2667
-  _globals['_ROUTEDESCRIPTION']._serialized_end=2776
-  _globals['_SHARDDESCRIPTION']._serialized_start=2779
-  _globals['_SHARDDESCRIPTION']._serialized_end=2958
-  _globals['_INFERENCE']._serialized_start=3058
-  _globals['_INFERENCE']._serialized_end=3355
+  _globals['_STARTED']._serialized_end=1285
+  _globals['_ROUTEDECISION']._serialized_start=1287
+  _globals['_ROUTEDECISION']._serialized_end=1348
+  _globals['_DELTA']._serialized_start=1350
+  _globals['_DELTA']._serialized_end=1434
+  _globals['_TOKENLOGPROBS']._serialized_start=1436
+  _globals['_TOKENLOGPROBS']._serialized_end=1532
+  _globals['_ALTERNATIVE']._serialized_start=1534
+  _globals['_ALTERNATIVE']._serialized_end=1582
+  _globals['_FINISHED']._serialized_start=1585
+  _globals['_FINISHED']._serialized_end=1786
+  _globals['_STAGE']._serialized_start=1788
+  _globals['_STAGE']._serialized_end=1826
+  _globals['_GENERATEBATCHREQUEST']._serialized_start=1828
+  _globals['_GENERATEBATCHREQUEST']._serialized_end=1896
+  _globals['_GENERATEBATCHRESPONSE']._serialized_start=1899
+  _globals['_GENERATEBATCHRESPONSE']._serialized_end=2039
+  _globals['_REQUESTERROR']._serialized_start=2041
+  _globals['_REQUESTERROR']._serialized_end=2086
+  _globals['_ROUTEREQUEST']._serialized_start=2089
+  _globals['_ROUTEREQUEST']._serialized_end=2231
+  _globals['_ROUTERESPONSE']._serialized_start=2233
+  _globals['_ROUTERESPONSE']._serialized_end=2315
+  _globals['_DESCRIBEREQUEST']._serialized_start=2317
+  _globals['_DESCRIBEREQUEST']._serialized_end=2334
+  _globals['_DESCRIBERESPONSE']._serialized_start=2337
+  _globals['_DESCRIBERESPONSE']._serialized_end=2527
+  _globals['_MODEL']._serialized_start=2530
+  _globals['_MODEL']._serialized_end=2675
+  _globals['_ROUTEDESCRIPTION']._serialized_start=2677
+  _globals['_ROUTEDESCRIPTION']._serialized_end=2786
+  _globals['_SHARDDESCRIPTION']._serialized_start=2789
+  _globals['_SHARDDESCRIPTION']._serialized_end=2968
+  _globals['_INFERENCE']._serialized_start=3068
+  _globals['_INFERENCE']._serialized_end=3365
 # @@protoc_insertion_point(module_scope)

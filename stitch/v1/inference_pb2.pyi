@@ -103,16 +103,16 @@ class GenerateResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[Started, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
 class Started(_message.Message):
-    __slots__ = ("request_id", "judgement", "prompt_tokens")
+    __slots__ = ("request_id", "decision", "prompt_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    JUDGEMENT_FIELD_NUMBER: _ClassVar[int]
+    DECISION_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
-    judgement: Judgement
+    decision: RouteDecision
     prompt_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., judgement: _Optional[_Union[Judgement, _Mapping]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., decision: _Optional[_Union[RouteDecision, _Mapping]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
-class Judgement(_message.Message):
+class RouteDecision(_message.Message):
     __slots__ = ("route", "score", "reason")
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
@@ -211,12 +211,12 @@ class RouteRequest(_message.Message):
     def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., objectives: _Optional[_Union[Objectives, _Mapping]] = ..., conversation_id: _Optional[str] = ...) -> None: ...
 
 class RouteResponse(_message.Message):
-    __slots__ = ("judgement", "prompt_tokens")
-    JUDGEMENT_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("decision", "prompt_tokens")
+    DECISION_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    judgement: Judgement
+    decision: RouteDecision
     prompt_tokens: int
-    def __init__(self, judgement: _Optional[_Union[Judgement, _Mapping]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, decision: _Optional[_Union[RouteDecision, _Mapping]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()

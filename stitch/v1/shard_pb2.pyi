@@ -63,18 +63,18 @@ class Candidate(_message.Message):
     def __init__(self, route: _Optional[str] = ..., chain: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ShardGenerateResponse(_message.Message):
-    __slots__ = ("tokens", "finish_reason", "stages", "judged")
+    __slots__ = ("tokens", "finish_reason", "stages", "decision")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
-    JUDGED_FIELD_NUMBER: _ClassVar[int]
+    DECISION_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[GeneratedToken]
     finish_reason: _inference_pb2.FinishReason
     stages: _containers.RepeatedCompositeFieldContainer[_inference_pb2.Stage]
-    judged: Judged
-    def __init__(self, tokens: _Optional[_Iterable[_Union[GeneratedToken, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stages: _Optional[_Iterable[_Union[_inference_pb2.Stage, _Mapping]]] = ..., judged: _Optional[_Union[Judged, _Mapping]] = ...) -> None: ...
+    decision: ProbeDecision
+    def __init__(self, tokens: _Optional[_Iterable[_Union[GeneratedToken, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stages: _Optional[_Iterable[_Union[_inference_pb2.Stage, _Mapping]]] = ..., decision: _Optional[_Union[ProbeDecision, _Mapping]] = ...) -> None: ...
 
-class Judged(_message.Message):
+class ProbeDecision(_message.Message):
     __slots__ = ("route", "score", "gains", "thresholds", "failure", "preferred")
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]

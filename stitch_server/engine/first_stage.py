@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 
 from stitch.errors import Exhausted, OutOfStep, StitchError, Unavailable
 from stitch.v1 import shard_pb2
-from stitch_server.engine.in_flight import Failure, Forwarding, Reply
+from stitch_server.engine.in_flight import Failure, Reply, StepsInFlight
 from stitch_server.engine.scheduler import Limits, Scheduler
 from stitch_server.engine.session import Progress, Session
 from stitch_server.engine.types import Batch, Cut, Segment, StepOutput, Token, ordered
 from stitch_server.kv_cache.block_pool import BlockPool
 
 
-class Origin:
+class FirstStage:
     """Drives sessions: feeds their tokens through the chain and every sampled token back into it."""
 
     def __init__(
@@ -22,7 +22,7 @@ class Origin:
         pool: BlockPool,
         cuts: Mapping[str, Cut],
         limits: Limits,
-        forwarding: Forwarding,
+        forwarding: StepsInFlight,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.scheduler = Scheduler(pool, cuts, limits, self._drop, clock)
@@ -65,8 +65,8 @@ class Origin:
 
     def deliver(self, batch: Batch, output: StepOutput) -> None:
         for index, session, _ in _sessions_of(batch):
-            if (verdict := output.verdicts.get(index)) is not None:
-                session.settle(verdict)
+            if (decision := output.decisions.get(index)) is not None:
+                session.settle(decision)
                 self.scheduler.settled(session)
         self._forwarding.send(batch, output, pipelined=self.scheduler.ready)
         now = self._clock()
@@ -125,9 +125,9 @@ class Origin:
     def _failed(self, session: Session, failure: Failure) -> None:
         if failure.cause == shard_pb2.FAILURE_CAUSE_PREFIX_MISSING:
             session.reusable = False
-            self.scheduler.postpone(session)
+            self.scheduler.preempt(session)
         elif failure.cause == shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED:
-            self.scheduler.postpone(session)
+            self.scheduler.preempt(session)
         elif failure.cause == shard_pb2.FAILURE_CAUSE_TOO_LONG:
             self._end(session, Progress(error=Exhausted(failure.message, 60.0)))
         elif failure.cause == shard_pb2.FAILURE_CAUSE_UNAVAILABLE:

@@ -63,7 +63,7 @@ class Downstream(Protocol):
     def close(self, address: str, numbers: Sequenced[int]) -> None: ...
 
 
-class Front(Protocol):
+class BatchSource(Protocol):
     """Where a shard's work comes from and its results go: clients on the first shard, a link on every other.
 
     Everything happens in the engine's thread.
@@ -80,7 +80,7 @@ class Front(Protocol):
     def lost(self, address: str, error: StitchError) -> None: ...
 
 
-class Forwarding:
+class StepsInFlight:
     """What this shard has sent and not yet heard of."""
 
     def __init__(self, downstream: Downstream, wire_dtype: str, window_steps: int = WINDOW_STEPS) -> None:
@@ -103,7 +103,7 @@ class Forwarding:
         """Sends each segment's hidden states to its next shard; returns the numbers of the steps this made."""
         by_address: dict[str, list[int]] = {}
         for index, segment in enumerate(batch.segments):
-            if index not in output.spoilt:
+            if index not in output.non_finite:
                 by_address.setdefault(segment.sequence.chain[0], []).append(index)
         numbers = []
         for address, indices in by_address.items():

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
 
-from stitch_server.engine.in_flight import Front
+from stitch_server.engine.in_flight import BatchSource
 from stitch_server.engine.types import Batch, StepOutput
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Engine:
 
     def __init__(
         self,
-        front: Front,
+        front: BatchSource,
         runner: Computes,
         observe: Callable[[Batch, float, float], None] = lambda batch, started, ended: None,
     ) -> None:

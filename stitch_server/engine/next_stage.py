@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from stitch.errors import Incompatible, OutOfStep, StitchError
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
-from stitch_server.engine.in_flight import Failure, Forwarding, Reply
+from stitch_server.engine.in_flight import Failure, Reply, StepsInFlight
 from stitch_server.engine.sequence import Sequence
-from stitch_server.engine.session_table import Intake, ReceivedSegment, Refused, Upstream
+from stitch_server.engine.session_table import ReceivedSegment, Refused, SessionTable, Upstream
 from stitch_server.engine.types import Batch, Segment, StepOutput, Token, ordered
 from stitch_server.kv_cache.block_pool import BlockPool
 
@@ -68,14 +68,14 @@ class _Part:
     received: ReceivedSegment
 
 
-class Relay:
+class NextStage:
     """Takes steps from any number of links: one cache and one batch for all of them."""
 
     def __init__(
         self,
         pool: BlockPool,
-        intake: Intake,
-        forwarding: Forwarding | None,
+        intake: SessionTable,
+        forwarding: StepsInFlight | None,
         batch_tokens: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -138,7 +138,7 @@ class Relay:
                 self._sent_at[step] = now
         # Only now, since what is refused here must be closed behind as well, if this very batch opened it there.
         for index, (segment, part) in enumerate(zip(batch.segments, parts, strict=True)):
-            if index in output.spoilt:
+            if index in output.non_finite:
                 self._spoil(segment, part)
             else:
                 self._pool.publish(segment.sequence.number, segment.position + segment.length)
@@ -225,7 +225,7 @@ class Relay:
     def _sampled(self, batch: Batch, output: StepOutput) -> None:
         for index, segment in enumerate(batch.segments):
             part: _Part = segment.origin
-            if index not in output.spoilt:
+            if index not in output.non_finite:
                 part.answer.awaited -= 1
             if (token := output.tokens.get(index)) is not None:
                 segment.sequence.token_ids.append(token.id)

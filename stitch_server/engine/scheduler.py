@@ -91,12 +91,12 @@ class Scheduler:
             self.waiting.remove(session)
         self._pool.release(session.number)
 
-    def postpone(self, session: Session) -> None:
+    def preempt(self, session: Session) -> None:
         """The session begins anew later: its KV is freed here and behind, its tokens stay."""
         self.running.pop(session.number, None)
         self._pool.release(session.number)
         self._drop(session)
-        session.begin_anew()
+        session.reset_for_recompute()
         session.not_before = self._clock() + BACKOFF_SECONDS
         self.waiting.appendleft(session)
 
@@ -221,7 +221,7 @@ class Scheduler:
             youngest = next(reversed(self.running.values()))
             # What is already part of this pass goes with its session.
             segments[:] = [segment for segment in segments if segment.sequence is not youngest]
-            self.postpone(youngest)
+            self.preempt(youngest)
             if youngest is session:
                 return False
         return True

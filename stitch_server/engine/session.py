@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from stitch.errors import StitchError
 from stitch.v1.inference_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, FinishReason
 from stitch_server.engine.sequence import Sequence
-from stitch_server.engine.types import Token, Verdict
+from stitch_server.engine.types import RouteDecision, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Progress:
     # With the first token: seconds by stage.
     stages: dict[str, float] = field(default_factory=dict)
     error: StitchError | None = None
-    verdict: Verdict | None = None
+    decision: RouteDecision | None = None
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -49,11 +49,11 @@ class Session(Sequence):
         """Whether its first pass is to decide its route."""
         return bool(self.candidates)
 
-    def settle(self, verdict: Verdict) -> None:
+    def settle(self, decision: RouteDecision) -> None:
         """It takes this route from now on, also when it begins anew."""
-        self.route, self.chain = verdict.route, self.candidates[verdict.route]
+        self.route, self.chain = decision.route, self.candidates[decision.route]
         self.candidates = {}
-        self.report(Progress(verdict=verdict))
+        self.report(Progress(decision=decision))
 
     @property
     def remaining(self) -> int:
@@ -74,7 +74,7 @@ class Session(Sequence):
             return FINISH_REASON_LENGTH
         return None
 
-    def begin_anew(self) -> None:
+    def reset_for_recompute(self) -> None:
         """Forgets what is computed, not what is known."""
         self.epoch += 1
         self.cached = self.reused = 0

@@ -12,7 +12,7 @@ from typing import Protocol
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
-from stitch_server.engine.in_flight import Forwarding, Reply
+from stitch_server.engine.in_flight import Reply, StepsInFlight
 from stitch_server.engine.sequence import Sequence
 from stitch_server.engine.types import Cut
 from stitch_server.kv_cache.block_pool import BlockPool
@@ -63,10 +63,10 @@ class _Ended:
     message: str
 
 
-class Intake:
+class SessionTable:
     """Keeps the sequences of every link, and their KV blocks."""
 
-    def __init__(self, pool: BlockPool, cuts: Mapping[str, Cut], forwarding: Forwarding | None) -> None:
+    def __init__(self, pool: BlockPool, cuts: Mapping[str, Cut], forwarding: StepsInFlight | None) -> None:
         self._pool = pool
         self._cuts = cuts
         # None on the last shard of the chain.

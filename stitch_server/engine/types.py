@@ -77,7 +77,7 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class RouteDecision:
     """The route that a sequence takes from here on, and why."""
 
     route: str
@@ -101,8 +101,8 @@ class StepOutput:
     # By the index of the segment that wanted it.
     tokens: dict[int, Token] = field(default_factory=dict)
     # Segments whose hidden states hold a value that is not finite.
-    spoilt: frozenset[int] = frozenset()
+    non_finite: frozenset[int] = frozenset()
     # Seconds by stage.
     stages: dict[str, float] = field(default_factory=dict)
     # By the index of the segment that had candidates.
-    verdicts: dict[int, Verdict] = field(default_factory=dict)
+    decisions: dict[int, RouteDecision] = field(default_factory=dict)

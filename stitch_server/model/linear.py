@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stitch.cluster import Compute, Quantization
+from stitch.cluster import ComputeConfig, Quantization
 from stitch_server.cpu import features as processor
 from stitch_server.cpu.matmul.int4_layout import GROUP, WORDS
 from stitch_server.model.quantized import (
@@ -49,7 +49,7 @@ class WeightFormat:
     kernels: bool = False
 
     @classmethod
-    def of(cls, compute: Compute) -> WeightFormat:
+    def of(cls, compute: ComputeConfig) -> WeightFormat:
         """As the cluster file says."""
         return cls(compute.quantization, compute.kernels)
 

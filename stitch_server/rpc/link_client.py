@@ -14,7 +14,7 @@ import grpc
 from stitch.channels import open_channel
 from stitch.errors import Incompatible, OutOfStep, StitchError, Unavailable, from_rpc_error
 from stitch.v1 import shard_pb2, shard_pb2_grpc
-from stitch_server.engine.in_flight import Front, OutgoingStep
+from stitch_server.engine.in_flight import BatchSource, OutgoingStep
 from stitch_server.engine.loop import Engine
 from stitch_server.rpc.frames import reply_of, step_frames
 from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_welcome
@@ -35,9 +35,9 @@ class Links:
         self._loop = asyncio.get_running_loop()
         self._identity = shard_pb2.ShardIdentity()
         self._engine: Engine | None = None
-        self._front: Front | None = None
+        self._front: BatchSource | None = None
 
-    def attach(self, identity: shard_pb2.ShardIdentity, engine: Engine, front: Front) -> None:
+    def attach(self, identity: shard_pb2.ShardIdentity, engine: Engine, front: BatchSource) -> None:
         """Says who calls, and who hears of replies and losses. The engine is made with these links: it comes later."""
         self._identity, self._engine, self._front = identity, engine, front
 

@@ -13,7 +13,7 @@ from stitch.errors import Incompatible, InvalidRequest, StitchError
 from stitch.v1 import shard_pb2
 from stitch_server.engine.in_flight import Reply
 from stitch_server.engine.loop import Engine
-from stitch_server.engine.next_stage import ReceivedStep, Relay
+from stitch_server.engine.next_stage import NextStage, ReceivedStep
 from stitch_server.rpc.frames import Assembly, reply_frame
 from stitch_server.rpc.tensors import Packed
 
@@ -27,7 +27,7 @@ class UpstreamLink:
     def __init__(
         self,
         engine: Engine,
-        relay: Relay,
+        relay: NextStage,
         assembly: Assembly,
         unpack: Callable[[Packed], Tensor],
         count_received: Callable[[int], None],

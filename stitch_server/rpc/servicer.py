@@ -12,10 +12,10 @@ import grpc
 from stitch.errors import Incompatible, InvalidRequest, translated_errors
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2, shard_pb2_grpc
-from stitch_server.engine.first_stage import Origin
-from stitch_server.engine.next_stage import Relay
+from stitch_server.engine.first_stage import FirstStage
+from stitch_server.engine.next_stage import NextStage
 from stitch_server.engine.session import Progress, Session
-from stitch_server.engine.types import Verdict
+from stitch_server.engine.types import RouteDecision
 from stitch_server.rpc.frames import Assembly, stage_messages, token_message
 from stitch_server.rpc.handshake import check_neighbour
 from stitch_server.rpc.link_server import UpstreamLink, decoded
@@ -40,7 +40,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
     ) -> AsyncIterator[shard_pb2.ShardGenerateResponse]:
         async with translated_errors(context):
             origin = self._shard.front
-            if not isinstance(origin, Origin):
+            if not isinstance(origin, FirstStage):
                 name, role = self._shard.place.name, self._shard.place.role
                 raise Incompatible(f"shard {name} holds {role} layers without the embedding: no chain begins here")
             outbox: asyncio.Queue[Progress] = asyncio.Queue()
@@ -61,7 +61,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         async with translated_errors(context):
             shard = self._shard
             relay = shard.front
-            if not isinstance(relay, Relay):
+            if not isinstance(relay, NextStage):
                 raise Incompatible(f"shard {shard.place.name} is the first of its chain: no shard stands before it")
             frames = decoded(requests)
             first = await anext(frames, None)
@@ -142,14 +142,14 @@ def _check_candidates(request: shard_pb2.ShardGenerateRequest, routes: Sequence[
         raise InvalidRequest("candidates", ", ".join(named), "they stand instead of route and chain")
 
 
-def _judged(verdict: Verdict) -> shard_pb2.Judged:
-    return shard_pb2.Judged(
-        route=verdict.route,
-        score=verdict.score,
-        gains=verdict.gains,
-        thresholds=verdict.thresholds,
-        failure=verdict.failure,
-        preferred=verdict.preferred,
+def _judged(decision: RouteDecision) -> shard_pb2.ProbeDecision:
+    return shard_pb2.ProbeDecision(
+        route=decision.route,
+        score=decision.score,
+        gains=decision.gains,
+        thresholds=decision.thresholds,
+        failure=decision.failure,
+        preferred=decision.preferred,
     )
 
 
@@ -162,8 +162,8 @@ def _response(progress: Progress) -> shard_pb2.ShardGenerateResponse:
     if progress.error is not None:
         raise progress.error
     response = shard_pb2.ShardGenerateResponse(stages=stage_messages(progress.stages))
-    if progress.verdict is not None:
-        response.judged.CopyFrom(_judged(progress.verdict))
+    if progress.decision is not None:
+        response.decision.CopyFrom(_judged(progress.decision))
     if progress.token is not None:
         response.tokens.append(token_message(progress.token))
     if progress.finish_reason is not None:

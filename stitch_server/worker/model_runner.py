@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stitch_server.attention.interface import Rotary, leading
 from stitch_server.devices import sent
-from stitch_server.engine.types import Batch, Cut, Segment, StepOutput, Token, TokenLogprobs, Verdict
+from stitch_server.engine.types import Batch, Cut, RouteDecision, Segment, StepOutput, Token, TokenLogprobs
 from stitch_server.kv_cache.span import Span
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.adapters import Adapters
@@ -29,11 +29,11 @@ from stitch_server.model.sampler import SampledToken, SampleRequest, sample
 from stitch_server.worker.cuda_graphs import DecodeGraphs
 from stitch_server.worker.micro_batches import KERNEL_LANE_ROWS, LANE_ROWS, Lanes, Turns, apart, depend, divided
 from stitch_server.worker.parallelism import Spread, Threads, Work
-from stitch_server.worker.route_probe import Judge
+from stitch_server.worker.route_probe import RouteProbe
 
 
 @dataclass(slots=True)
-class Runner:
+class ModelRunner:
     """A shard's part of the pair, ready to compute."""
 
     decoder: DecoderLayers
@@ -52,7 +52,7 @@ class Runner:
     # On the last shard: hidden states to logits.
     head: Callable[[Tensor], Tensor] | None = None
     # On a first shard that decides: who does, and the layers that each route then passes here.
-    judge: Judge | None = None
+    judge: RouteProbe | None = None
     cuts: Mapping[str, Cut] = field(default_factory=dict)
     # On a GPU: passes of single tokens, captured; and what waits until all is computed that was asked for.
     graphs: DecodeGraphs | None = None
@@ -68,11 +68,11 @@ class Runner:
         spread = self.threads.choose(work)
         started = time.perf_counter()
         _use(spread.threads)
-        hidden, spoilt = self._entering(batch.segments)
+        hidden, non_finite = self._entering(batch.segments)
         stitched = time.perf_counter()
-        verdicts: dict[int, Verdict] = {}
+        decisions: dict[int, RouteDecision] = {}
         if self.judge is not None and any(segment.candidates for segment in batch.segments):
-            hidden, verdicts = self._deciding(self.judge, batch.segments, hidden, spread)
+            hidden, decisions = self._deciding(self.judge, batch.segments, hidden, spread)
         else:
             hidden = self._through_layers(batch.segments, hidden, spread)
         if self.wait is not None and (self.head is None or batch.tokens > len(batch.segments)):
@@ -83,10 +83,10 @@ class Runner:
         if self.stitches:
             stages["stitch"] = stitched - started
         if self.head is None:
-            output = StepOutput(hidden=hidden, spoilt=spoilt, stages=stages, verdicts=verdicts)
+            output = StepOutput(hidden=hidden, non_finite=non_finite, stages=stages, decisions=decisions)
         else:
-            tokens = self._tokens(self.head, batch.segments, hidden, spoilt, stages)
-            output = StepOutput(tokens=tokens, spoilt=spoilt, stages=stages)
+            tokens = self._tokens(self.head, batch.segments, hidden, non_finite, stages)
+            output = StepOutput(tokens=tokens, non_finite=non_finite, stages=stages)
         seconds = time.perf_counter() - started
         self.threads.took(work, spread, seconds)
         self.busy_seconds += seconds
@@ -112,17 +112,17 @@ class Runner:
             ]
             return self.embed(sent(torch.tensor(ids), self.device)), frozenset()
         parts: list[Tensor] = []
-        spoilt: set[int] = set()
+        non_finite: set[int] = set()
         index = 0
         # Rows of different routes may come from different models, and so have different widths.
         for route, group in groupby(segments, key=lambda segment: segment.sequence.route):
             members = list(group)
             received = _packed([_received(segment) for segment in members])
-            spoilt.update(index + offset for offset in _spoilt(received, members))
+            non_finite.update(index + offset for offset in _non_finite(received, members))
             index += len(members)
             stitch = self.stitches.get(route)
             parts.append(received if stitch is None else stitch(received, _begins(members)))
-        return _packed(parts), frozenset(spoilt)
+        return _packed(parts), frozenset(non_finite)
 
     def _through_layers(self, segments: Sequenced[Segment], hidden: Tensor, spread: Spread) -> Tensor:
         if spread.lanes == 1 or len(hidden) < spread.lanes:
@@ -200,8 +200,8 @@ class Runner:
         return found
 
     def _deciding(
-        self, judge: Judge, segments: Sequenced[Segment], hidden: Tensor, spread: Spread
-    ) -> tuple[Tensor, dict[int, Verdict]]:
+        self, judge: RouteProbe, segments: Sequenced[Segment], hidden: Tensor, spread: Spread
+    ) -> tuple[Tensor, dict[int, RouteDecision]]:
         """As `_through_layers`, but segments with candidates get their routes where the first ones leave.
 
         Up to there all segments pass the same layers, and then those that go on are gathered anew.
@@ -209,13 +209,13 @@ class Runner:
         up_to = [replace(one, cut=Cut(one.cut.enter, judge.layer)) for one in segments]
         hidden = self._through_layers(up_to, hidden, spread)
         rows = [0, *accumulate(one.length for one in segments)]
-        verdicts = {
+        decisions = {
             index: judge.judge(hidden[rows[index] : rows[index + 1]], one.candidates)
             for index, one in enumerate(segments)
             if one.candidates
         }
         leaves = [
-            self.cuts[verdicts[index].route].leave if index in verdicts else one.cut.leave
+            self.cuts[decisions[index].route].leave if index in decisions else one.cut.leave
             for index, one in enumerate(segments)
         ]
         staying = sorted(
@@ -225,21 +225,21 @@ class Runner:
             taken = sent(torch.cat([torch.arange(rows[index], rows[index + 1]) for index in staying]), self.device)
             onward = [replace(segments[index], cut=Cut(judge.layer, leaves[index])) for index in staying]
             hidden[taken] = self._through_layers(onward, hidden[taken], spread)
-        return hidden, verdicts
+        return hidden, decisions
 
     @staticmethod
     def _tokens(
         head: Callable[[Tensor], Tensor],
         segments: Sequenced[Segment],
         hidden: Tensor,
-        spoilt: frozenset[int],
+        non_finite: frozenset[int],
         stages: dict[str, float],
     ) -> dict[int, Token]:
         started = time.perf_counter()
         last_rows, wanted, row = [], [], 0
         for index, segment in enumerate(segments):
             row += segment.length
-            if segment.wants_token and index not in spoilt:
+            if segment.wants_token and index not in non_finite:
                 last_rows.append(row - 1)
                 wanted.append(index)
         if not wanted:
@@ -272,7 +272,7 @@ def _received(segment: Segment) -> Tensor:
     return segment.hidden
 
 
-def _spoilt(rows: Tensor, segments: Sequenced[Segment]) -> list[int]:
+def _non_finite(rows: Tensor, segments: Sequenced[Segment]) -> list[int]:
     """Segments that hold a value that is not finite. Attention keeps segments apart, so the others are sound."""
     # A sum is not finite if any of its terms isn't, and takes one pass.
     if math.isfinite(float(rows.float().sum())):

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from stitch.rung import chosen, score
 from stitch.thresholds import ThresholdSource
-from stitch_server.engine.types import Verdict
+from stitch_server.engine.types import RouteDecision
 from stitch_server.model.probe import Probe
 
 
-class Judge:
+class RouteProbe:
     """A probe with the thresholds of this moment, and the route where it has no proper answer."""
 
     def __init__(self, probe: Probe, thresholds: ThresholdSource, fallback_route: str | None = None) -> None:
@@ -33,7 +33,7 @@ class Judge:
         """Of a prompt's first states so many are read."""
         return self._probe.binding.tokens
 
-    def judge(self, states: Tensor, candidates: Sequence[str]) -> Verdict:
+    def judge(self, states: Tensor, candidates: Sequence[str]) -> RouteDecision:
         """One of the candidates, cheapest first, for a prompt whose states `[tokens or more, hidden]` these are."""
         gains, thresholds = self._probe.gains(states[: self.tokens]), self._thresholds.current()
         if not all(map(math.isfinite, gains)):
@@ -41,16 +41,16 @@ class Judge:
         rung = int(chosen(np.array([gains]), np.array(thresholds))[0])
         preferred = self._probe.binding.routes[rung]
         share = score(gains[-1], self._thresholds.calibration, self._probe.percentiles)
-        return among(candidates, Verdict(preferred, share, gains, thresholds))
+        return among(candidates, RouteDecision(preferred, share, gains, thresholds))
 
 
-def fallback(route: str | None, candidates: Sequence[str], why: str) -> Verdict:
+def fallback(route: str | None, candidates: Sequence[str], why: str) -> RouteDecision:
     """The verdict where nobody judges; without a `route` the dearest."""
-    return among(candidates, Verdict(route or candidates[-1], failure=why))
+    return among(candidates, RouteDecision(route or candidates[-1], failure=why))
 
 
-def among(candidates: Sequence[str], verdict: Verdict) -> Verdict:
+def among(candidates: Sequence[str], decision: RouteDecision) -> RouteDecision:
     """The same where its route is a candidate; else the dearest candidate."""
-    if verdict.route in candidates:
-        return verdict
-    return replace(verdict, route=candidates[-1], preferred=verdict.route)
+    if decision.route in candidates:
+        return decision
+    return replace(decision, route=candidates[-1], preferred=decision.route)

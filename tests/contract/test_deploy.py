@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from router_gateway.config import GatewaySettings
-from stitch.cluster import Cluster, GatewayPlace, ShardPlace, load_cluster
+from stitch.cluster import ClusterConfig, GatewayConfig, ShardConfig, load_cluster
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -27,7 +27,7 @@ BUILT = [name for name, service in SERVICES.items() if "build" in service]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Cluster:
+def cluster() -> ClusterConfig:
     return load_cluster(str(DEPLOY / "compose.toml"))
 
 
@@ -37,7 +37,7 @@ def test_commands_parse(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_a_process_listens_where_the_cluster_file_says(name: str, cluster: Cluster) -> None:
+def test_a_process_listens_where_the_cluster_file_says(name: str, cluster: ClusterConfig) -> None:
     parsed = _parsed(name)
     place = cluster.gateway if name == "gateway" else cluster.shard(parsed.shard)
     host, _, port = place.address.rpartition(":")
@@ -47,7 +47,7 @@ def test_a_process_listens_where_the_cluster_file_says(name: str, cluster: Clust
     assert (ROOT / parsed.cluster).samefile(DEPLOY / "compose.toml")
 
 
-def test_every_shard_of_the_cluster_has_a_service(cluster: Cluster) -> None:
+def test_every_shard_of_the_cluster_has_a_service(cluster: ClusterConfig) -> None:
     assert {_parsed(name).shard for name in PROCESSES if name != "gateway"} == {one.name for one in cluster.shards}
 
 
@@ -61,20 +61,20 @@ def test_health_is_asked_where_the_process_listens(name: str) -> None:
     assert re.findall(r":(\d+)'", program[3]) == [_parsed(name).listen.rpartition(":")[2]]
 
 
-def test_what_is_imported_is_what_the_cluster_loads(cluster: Cluster) -> None:
+def test_what_is_imported_is_what_the_cluster_loads(cluster: ClusterConfig) -> None:
     assert {_parsed("import").source} == {cluster.models.bottom.source, cluster.models.top.source}
 
 
-def test_stitches_of_the_cluster_are_in_the_tree(cluster: Cluster) -> None:
+def test_stitches_of_the_cluster_are_in_the_tree(cluster: ClusterConfig) -> None:
     stitches = [path for route in cluster.routes if (path := cluster.stitch_file(route)) is not None]
     assert stitches
     assert all(path.is_file() for path in stitches)
 
 
-def test_prometheus_scrapes_every_process(cluster: Cluster) -> None:
+def test_prometheus_scrapes_every_process(cluster: ClusterConfig) -> None:
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     scraped = [target for job in config["scrape_configs"] for one in job["static_configs"] for target in one["targets"]]
-    places: list[GatewayPlace | ShardPlace] = [cluster.gateway, *cluster.shards]
+    places: list[GatewayConfig | ShardConfig] = [cluster.gateway, *cluster.shards]
     assert sorted(scraped) == sorted(f"{one.address.rpartition(':')[0]}:{one.metrics_port}" for one in places)
 
 

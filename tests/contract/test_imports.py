@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("stitch", "stitch_server", "router_gateway")
+PACKAGES = ("stitch", "stitch_server", "router_gateway", "stitch_training")
 EXTRAS = {
     # `stitch.event_loop` and `stitch.process` are for both programs.
     "stitch": ("cli", "gateway"),

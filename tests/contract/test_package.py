@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PACKAGES = ("stitch", "stitch_server", "router_gateway")
+PACKAGES = ("stitch", "stitch_server", "router_gateway", "stitch_training")
 
 
 def test_every_data_file_is_packaged() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from stitch.cluster import Cluster, load_cluster, presets
+from stitch.cluster import ClusterConfig, load_cluster, presets
 
 
 @pytest.fixture(params=presets())
-def preset(request: pytest.FixtureRequest) -> Cluster:
+def preset(request: pytest.FixtureRequest) -> ClusterConfig:
     return load_cluster(request.param)
 
 
@@ -16,7 +16,7 @@ def test_the_default_is_among_them() -> None:
     assert "smollm2" in presets()
 
 
-def test_every_route_has_a_shard_for_every_layer_it_passes(preset: Cluster) -> None:
+def test_every_route_has_a_shard_for_every_layer_it_passes(preset: ClusterConfig) -> None:
     for route in preset.routes:
         stages = preset.stages(route)
         assert all(stages)
@@ -25,7 +25,7 @@ def test_every_route_has_a_shard_for_every_layer_it_passes(preset: Cluster) -> N
         assert stages[-1][0].role == "top"
 
 
-def test_every_stitch_is_shipped(preset: Cluster) -> None:
+def test_every_stitch_is_shipped(preset: ClusterConfig) -> None:
     stitches = [preset.stitch_file(route) for route in preset.routes]
     missing = [path.name for path in stitches if path is not None and not path.is_file()]
     assert missing == []

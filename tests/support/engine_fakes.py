@@ -73,20 +73,20 @@ class FakeUpstream:
         return self.replies[-1]
 
 
-def computed(batch: Batch, spoilt: Sequence[int] = (), stages: Mapping[str, float] = NO_STAGES) -> StepOutput:
+def computed(batch: Batch, non_finite: Sequence[int] = (), stages: Mapping[str, float] = NO_STAGES) -> StepOutput:
     """What a runner in the middle of a chain makes of a batch: rows of zeros."""
     rows = torch.zeros(batch.tokens, WIDTH)
-    return StepOutput(hidden=rows, spoilt=frozenset(spoilt), stages=dict(stages))
+    return StepOutput(hidden=rows, non_finite=frozenset(non_finite), stages=dict(stages))
 
 
-def sampled(batch: Batch, spoilt: Sequence[int] = (), stages: Mapping[str, float] = NO_STAGES) -> StepOutput:
+def sampled(batch: Batch, non_finite: Sequence[int] = (), stages: Mapping[str, float] = NO_STAGES) -> StepOutput:
     """What a runner at the end of a chain makes of a batch: always the same token."""
     tokens = {
         index: Token(TOKEN_ID, segment.position + segment.length)
         for index, segment in enumerate(batch.segments)
-        if segment.wants_token and index not in spoilt
+        if segment.wants_token and index not in non_finite
     }
-    return StepOutput(tokens=tokens, spoilt=frozenset(spoilt), stages=dict(stages))
+    return StepOutput(tokens=tokens, non_finite=frozenset(non_finite), stages=dict(stages))
 
 
 def new_session(

@@ -67,7 +67,7 @@ class FakeGateway(inference_pb2_grpc.InferenceServicer):
     def Route(self, request: inference_pb2.RouteRequest, context: Any) -> inference_pb2.RouteResponse:
         self.requests.append(request)
         words = _words(request)
-        return inference_pb2.RouteResponse(judgement=_judgement(words, ""), prompt_tokens=len(words))
+        return inference_pb2.RouteResponse(decision=_judgement(words, ""), prompt_tokens=len(words))
 
     def Describe(self, request: inference_pb2.DescribeRequest, context: Any) -> inference_pb2.DescribeResponse:
         return description()
@@ -78,13 +78,13 @@ class FakeGateway(inference_pb2_grpc.InferenceServicer):
             raise failure
         sampling = Sampling.from_proto(request.sampling)
         words = _words(request)
-        judgement = _judgement(words, request.route)
-        started = inference_pb2.Started(judgement=judgement, prompt_tokens=len(words), request_id=request.request_id)
+        decision = _judgement(words, request.route)
+        started = inference_pb2.Started(decision=decision, prompt_tokens=len(words), request_id=request.request_id)
         yield inference_pb2.GenerateResponse(started=started)
         answer = ["echo:", *words][: sampling.max_tokens]
         yield from self._deltas(answer, sampling)
         if not self.cuts_short:
-            finished = self._finished(judgement.route, words, answer)
+            finished = self._finished(decision.route, words, answer)
             yield inference_pb2.GenerateResponse(finished=finished)
 
     def _deltas(self, answer: list[str], sampling: Sampling) -> Iterator[inference_pb2.GenerateResponse]:
@@ -175,11 +175,11 @@ def _words(request: Any) -> list[str]:
     return str(text).split()
 
 
-def _judgement(words: list[str], route: str) -> inference_pb2.Judgement:
+def _judgement(words: list[str], route: str) -> inference_pb2.RouteDecision:
     if route not in ("", "auto", *ROUTES):
         raise InvalidRequest("route", route, "this cluster has: weak, strong, auto")
     score = min(1.0, len(words) / 16)
     if route in ROUTES:
-        return inference_pb2.Judgement(route=route, score=score, reason="asked for")
+        return inference_pb2.RouteDecision(route=route, score=score, reason="asked for")
     chosen = "strong" if score >= 0.5 else "weak"
-    return inference_pb2.Judgement(route=chosen, score=score, reason=f"{len(words)} words")
+    return inference_pb2.RouteDecision(route=chosen, score=score, reason=f"{len(words)} words")

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from stitch import channels
-from stitch.cluster import Cluster, GatewayPlace, Models, ModelSource, RouteCut, ShardPlace
+from stitch.cluster import ClusterConfig, GatewayConfig, ModelConfig, PairConfig, RouteConfig, ShardConfig
 from stitch.errors import Exhausted, translated_errors
 from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
 from tests.support.byte_tokenizer import tokenizer_files
@@ -25,8 +25,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Fault = Callable[[Context], Awaitable[object]]
 
 ROUTES = (
-    RouteCut(name="weak", bottom_layers=2, top_from=4, stitch="weak.safetensors"),
-    RouteCut(name="strong", bottom_layers=4, top_from=4),
+    RouteConfig(name="weak", bottom_layers=2, top_from=4, stitch="weak.safetensors"),
+    RouteConfig(name="strong", bottom_layers=4, top_from=4),
 )
 
 
@@ -57,7 +57,7 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         self.forgets_the_end = False
         self.logprob: float | None = None
         # What its probe says where it is asked to decide; None: nothing.
-        self.verdict: shard_pb2.Judged | None = shard_pb2.Judged(
+        self.decision: shard_pb2.ProbeDecision | None = shard_pb2.ProbeDecision(
             route="weak", score=0.3, gains=[0.0, 0.25], thresholds=[0.5]
         )
         self.requests: list[shard_pb2.ShardGenerateRequest] = []
@@ -68,10 +68,10 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         self._port = 0
 
     @property
-    def place(self) -> ShardPlace:
+    def place(self) -> ShardConfig:
         address = f"127.0.0.1:{self._port}"
         role: Any = self.role
-        return ShardPlace(name=self.name, role=role, layers=LAYERS[self.role], address=address)
+        return ShardConfig(name=self.name, role=role, layers=LAYERS[self.role], address=address)
 
     async def start(self) -> None:
         """Listens on the port of the last time, or any free one."""
@@ -121,8 +121,8 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         raise NotImplementedError
 
     async def _say(self, request: shard_pb2.ShardGenerateRequest, context: Context) -> None:
-        if request.candidates and self.verdict is not None:
-            await context.write(shard_pb2.ShardGenerateResponse(judged=self.verdict))
+        if request.candidates and self.decision is not None:
+            await context.write(shard_pb2.ShardGenerateResponse(decision=self.decision))
         first = len(request.token_ids) - request.prompt_tokens
         for index in range(first, request.sampling.max_tokens):
             if index in self.faults:
@@ -195,21 +195,21 @@ async def cuts_short(context: Context) -> None:
 
 
 @asynccontextmanager
-async def fake_cluster(*shards: FakeShard, **gateway: Any) -> AsyncIterator[Cluster]:
+async def fake_cluster(*shards: FakeShard, **gateway: Any) -> AsyncIterator[ClusterConfig]:
     """A cluster of these shards, which serve as long as the block lasts, with the routes `weak` and `strong`.
 
     `gateway`: fields of its place.
     """
     for shard in shards:
         await shard.start()
-    source = ModelSource(id="fake", source="nowhere")
+    source = ModelConfig(id="fake", source="nowhere")
     try:
-        yield Cluster(
+        yield ClusterConfig(
             name="fake",
-            models=Models(bottom=source, top=source),
+            models=PairConfig(bottom=source, top=source),
             routes=ROUTES,
             shards=tuple(shard.place for shard in shards),
-            gateway=GatewayPlace(address="127.0.0.1:0", **gateway),
+            gateway=GatewayConfig(address="127.0.0.1:0", **gateway),
         )
     finally:
         for shard in shards:

@@ -8,12 +8,12 @@ from functools import partial
 
 import torch
 
-from stitch.cluster import Cluster
+from stitch.cluster import ClusterConfig
 from stitch.v1 import shard_pb2
 from stitch_server.build import load_part
-from stitch_server.engine.first_stage import Origin
+from stitch_server.engine.first_stage import FirstStage
 from stitch_server.engine.in_flight import OutgoingStep, Reply
-from stitch_server.engine.next_stage import ReceivedStep, Relay
+from stitch_server.engine.next_stage import NextStage, ReceivedStep
 from stitch_server.engine.session import Progress
 from stitch_server.metrics import Metrics
 from stitch_server.rpc.frames import Assembly, reply_frame, reply_of, step_frames
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 class ChainInProcess:
     """The shards by name; a shard's name is its address."""
 
-    cluster: Cluster
+    cluster: ClusterConfig
     shards: dict[str, Shard] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -42,7 +42,7 @@ class ChainInProcess:
         session = new_session(len(token_ids), route, chain=chain, heard=heard, max_tokens=count)
         session.token_ids = list(token_ids)
         origin = self.shards["bottom-0"].front
-        assert isinstance(origin, Origin)
+        assert isinstance(origin, FirstStage)
         origin.admit(session)
         while not heard or heard[-1].finish_reason is None:
             for shard in self.shards.values():
@@ -84,7 +84,7 @@ class LinkEnd:
     """The receiving end of one link."""
 
     def __init__(self, sender: Shard, receiver: Shard) -> None:
-        assert isinstance(receiver.front, Relay)
+        assert isinstance(receiver.front, NextStage)
         self.relay = receiver.front
         self._sender, self._receiver = sender, receiver
         width = receiver.incoming_width(sender.place.role)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stitch.channels import open_channel
-from stitch.cluster import Cluster, load_cluster
+from stitch.cluster import ClusterConfig, load_cluster
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.config import ShardSettings
@@ -25,7 +25,7 @@ ANY_PORT = "127.0.0.1:0"
 class Shards:
     """Shards that listen, by name."""
 
-    cluster: Cluster
+    cluster: ClusterConfig
     running: dict[str, RunningShard]
     stubs: dict[str, shard_pb2_grpc.ShardAsyncStub]
 
@@ -51,7 +51,9 @@ class Shards:
         )
         return [token.id async for response in self.stubs[first].Generate(request) for token in response.tokens]
 
-    async def ask(self, token_ids: Sequence[int], count: int, **sampling: Any) -> tuple[shard_pb2.Judged, list[int]]:
+    async def ask(
+        self, token_ids: Sequence[int], count: int, **sampling: Any
+    ) -> tuple[shard_pb2.ProbeDecision, list[int]]:
         """The same where the first shard decides the route: what it decided, and the tokens."""
         request = shard_pb2.ShardGenerateRequest(
             token_ids=token_ids,
@@ -62,7 +64,7 @@ class Shards:
             _, *rest = self.chain(route.name)
             request.candidates.add(route=route.name, chain=[self.address(name) for name in rest])
         responses = [response async for response in self.stubs[self.chain(route.name)[0]].Generate(request)]
-        (judged,) = (response.judged for response in responses if response.HasField("judged"))
+        (judged,) = (response.decision for response in responses if response.HasField("decision"))
         return judged, [token.id for response in responses for token in response.tokens]
 
     def used(self) -> dict[str, float]:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from stitch.errors import StitchError
 from stitch.v1.shard_pb2 import FailureCause
-from stitch_server.engine.first_stage import Origin
-from stitch_server.engine.in_flight import Failure, Forwarding, OutgoingStep, Reply
+from stitch_server.engine.first_stage import FirstStage
+from stitch_server.engine.in_flight import Failure, OutgoingStep, Reply, StepsInFlight
 from stitch_server.engine.scheduler import Limits
 from stitch_server.engine.session import Progress, Session
 from stitch_server.engine.types import Batch, Cut
@@ -22,11 +22,11 @@ class OriginBench:
 
     def __init__(self, blocks: int = 64, **limits: int) -> None:
         self.pool, self.clock, self.downstream = BlockPool(blocks), ManualClock(), FakeDownstream()
-        self.origin = Origin(
+        self.origin = FirstStage(
             self.pool,
             CUTS,
             Limits(**{"prompts_together": 1} | limits),
-            Forwarding(self.downstream, "float32", window_steps=2),
+            StepsInFlight(self.downstream, "float32", window_steps=2),
             self.clock,
         )
 

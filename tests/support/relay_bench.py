@@ -10,9 +10,9 @@ from torch import Tensor
 
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2
-from stitch_server.engine.in_flight import Forwarding, Reply
-from stitch_server.engine.next_stage import ReceivedStep, Relay
-from stitch_server.engine.session_table import Intake, Opening, ReceivedSegment
+from stitch_server.engine.in_flight import Reply, StepsInFlight
+from stitch_server.engine.next_stage import NextStage, ReceivedStep
+from stitch_server.engine.session_table import Opening, ReceivedSegment, SessionTable
 from stitch_server.engine.types import Batch, Cut
 from stitch_server.kv_cache.block_pool import BlockPool
 from tests.support.engine_fakes import WIDTH, FakeDownstream, FakeUpstream, ManualClock, computed, sampled
@@ -56,9 +56,9 @@ class Bench:
     step: int = 0
 
     def __post_init__(self) -> None:
-        forwarding = None if self.last else Forwarding(self.downstream, "float32")
-        intake = Intake(self.pool, CUTS, forwarding)
-        self.relay = Relay(self.pool, intake, forwarding, self.batch_tokens, self.clock)
+        forwarding = None if self.last else StepsInFlight(self.downstream, "float32")
+        intake = SessionTable(self.pool, CUTS, forwarding)
+        self.relay = NextStage(self.pool, intake, forwarding, self.batch_tokens, self.clock)
 
     def receive(self, *segments: ReceivedSegment, upstream: FakeUpstream | None = None, pipelined: bool = False) -> int:
         self.step += 1
@@ -71,9 +71,9 @@ class Bench:
         assert batch is not None
         return batch
 
-    def compute(self, spoilt: tuple[int, ...] = (), **stages: float) -> Batch:
+    def compute(self, non_finite: tuple[int, ...] = (), **stages: float) -> Batch:
         batch = self.compose()
-        output = sampled(batch, spoilt, stages) if self.last else computed(batch, spoilt, stages)
+        output = sampled(batch, non_finite, stages) if self.last else computed(batch, non_finite, stages)
         self.relay.deliver(batch, output)
         return batch
 

@@ -21,7 +21,7 @@ from stitch_server.model.head import Head
 from stitch_server.model.linear import AS_STORED, WeightFormat
 from stitch_server.model.stitch import Stitch
 from stitch_server.worker.cuda_graphs import DecodeGraphs
-from stitch_server.worker.model_runner import Runner
+from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.parallelism import Threads
 from tests.support.stitched_reference import StitchedReference, reference
 from tests.support.tape import Tape
@@ -40,8 +40,8 @@ TOP_FIRST = 1
 class Halves:
     """Both shards of a pair, and what they must equal together."""
 
-    bottom: Runner
-    top: Runner
+    bottom: ModelRunner
+    top: ModelRunner
     references: dict[str, StitchedReference]
 
 
@@ -53,14 +53,14 @@ def new_runner(
     as_on_a_gpu: bool = False,
     weight_format: WeightFormat = AS_STORED,
     **parts: object,
-) -> Runner:
+) -> ModelRunner:
     decoder = DecoderLayers.load(folder, first, end, CPU, DTYPE, weight_format)
     shape = decoder.kv_heads, decoder.head_dim, CPU, DTYPE
     if not as_on_a_gpu:
-        return Runner(decoder, KVStore(first, end, BLOCKS, *shape), CPU, Threads(1, 1), **parts)  # type: ignore[arg-type]
+        return ModelRunner(decoder, KVStore(first, end, BLOCKS, *shape), CPU, Threads(1, 1), **parts)  # type: ignore[arg-type]
     store = KVStore(first, end, BLOCKS + 1, *shape, PAGE_TOKENS, varlen)
     graphs = DecodeGraphs(decoder, store, varlen, 2, Tape())
-    return Runner(decoder, store, CPU, Threads(1, 1), graphs=graphs, **parts)  # type: ignore[arg-type]
+    return ModelRunner(decoder, store, CPU, Threads(1, 1), graphs=graphs, **parts)  # type: ignore[arg-type]
 
 
 def load(pair: TinyPair, folder: Path, as_on_a_gpu: bool = False, weight_format: WeightFormat = AS_STORED) -> Halves:

@@ -13,14 +13,14 @@ import grpc
 import torch
 from torch import Tensor
 
-from stitch.cluster import RouteCut
+from stitch.cluster import RouteConfig
 from stitch.errors import InvalidRequest
 from stitch.v1 import inference_pb2, shard_pb2
-from stitch_server.engine.first_stage import Origin
-from stitch_server.engine.in_flight import Forwarding
-from stitch_server.engine.next_stage import Relay
+from stitch_server.engine.first_stage import FirstStage
+from stitch_server.engine.in_flight import StepsInFlight
+from stitch_server.engine.next_stage import NextStage
 from stitch_server.engine.scheduler import Limits
-from stitch_server.engine.session_table import Intake
+from stitch_server.engine.session_table import SessionTable
 from stitch_server.engine.types import Cut
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
 from stitch_server.rpc.servicer import ShardServicer
@@ -52,14 +52,14 @@ class FakeContext:
 class InlineEngine:
     """Obeys at once, and computes whatever there is to compute; `computes` false: the chain stands still."""
 
-    front: Origin | Relay
+    front: FirstStage | NextStage
     downstream: FakeDownstream
     computes: bool = True
 
     def post(self, command: Callable[[], None]) -> None:
         command()
         while self.computes and (batch := self.front.next_batch()) is not None:
-            if isinstance(self.front, Relay):
+            if isinstance(self.front, NextStage):
                 self.front.deliver(batch, sampled(batch))
             else:
                 self.front.deliver(batch, computed(batch, stages={"bottom_prefill": 0.5}))
@@ -76,7 +76,9 @@ class FakeShard:
 
     def __post_init__(self) -> None:
         self.pool, self.downstream = BlockPool(BLOCKS), FakeDownstream()
-        self.front = self._origin() if self.first else Relay(self.pool, Intake(self.pool, CUTS, None), None, 64)
+        self.front = (
+            self._origin() if self.first else NextStage(self.pool, SessionTable(self.pool, CUTS, None), None, 64)
+        )
         self.engine = InlineEngine(self.front, self.downstream)
         self.place = SimpleNamespace(name="bottom-0" if self.first else "top-0", role="bottom" if self.first else "top")
         model = SimpleNamespace(vocabulary_size=VOCABULARY_SIZE, context_length=CONTEXT_LENGTH)
@@ -86,15 +88,15 @@ class FakeShard:
         self.metrics = SimpleNamespace(received=SimpleNamespace(inc=self.received_bytes.append))
         self.max_step_tokens = 128
 
-    def _origin(self) -> Origin:
+    def _origin(self) -> FirstStage:
         cuts = {"weak": Cut(0, 3)}
-        return Origin(self.pool, cuts, Limits(max_waiting_sessions=2), Forwarding(self.downstream, "float32"))
+        return FirstStage(self.pool, cuts, Limits(max_waiting_sessions=2), StepsInFlight(self.downstream, "float32"))
 
     @staticmethod
-    def _route(name: str) -> RouteCut:
+    def _route(name: str) -> RouteConfig:
         if name not in CUTS:
             raise InvalidRequest("route", name, "this cluster has: weak, auto")
-        return RouteCut(name=name, bottom_layers=3, top_from=2, stitch="weak.safetensors")
+        return RouteConfig(name=name, bottom_layers=3, top_from=2, stitch="weak.safetensors")
 
     @property
     def kv_free_tokens(self) -> int:

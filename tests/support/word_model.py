@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from router_gateway.routing.learned.hashing import bucket_counts
-from router_gateway.routing.learned.model import TextModel
+from router_gateway.routing.learned.model import LearnedModel
 from router_gateway.routing.learned.surface import SURFACE_FEATURES
 
 SURFACE = len(SURFACE_FEATURES)
@@ -17,13 +17,13 @@ def bucket_of(word: str) -> int:
     return int(bucket)
 
 
-def word_model(gains: dict[str, float], routes: tuple[str, ...] = ("weak", "strong")) -> TextModel:
+def word_model(gains: dict[str, float], routes: tuple[str, ...] = ("weak", "strong")) -> LearnedModel:
     """One source, one topic; a text of one known word gains `gains[word]` on each dearer route, rung by rung."""
     words = sorted(gains, key=bucket_of)
     rungs = np.arange(len(routes))
     weights = np.array([[0.0, 0.0, *(gains[word] * rungs)] for word in words], np.float16)
     columns = weights.shape[1]
-    return TextModel(
+    return LearnedModel(
         routes=routes,
         sources=("made",),
         buckets=np.array([bucket_of(word) for word in words], np.int32),

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from router_gateway.routing.learned.hashing import BUCKETS
-from router_gateway.routing.learned.model import TextModel
+from router_gateway.routing.learned.model import LearnedModel
 from router_gateway.routing.learned.surface import SURFACE_FEATURES
 from stitch.errors import InvalidRequest
 
@@ -27,14 +27,14 @@ FORMAT = "stitch-text-router/1"
 FEATURES = "words-pairs-18-surface-21/1"
 
 _DTYPES = {"buckets": np.dtype(np.int32), "topic_source": np.dtype(np.int32), "weights": np.dtype(np.float16)}
-_TENSORS = tuple(field.name for field in fields(TextModel) if field.name not in ("routes", "sources"))
+_TENSORS = tuple(field.name for field in fields(LearnedModel) if field.name not in ("routes", "sources"))
 
 
 @dataclass(frozen=True)
-class TextArtefact:
+class RouterArtifact:
     """A model, the thresholds that its training proposes, and where it comes from."""
 
-    model: TextModel
+    model: LearnedModel
     # One for each route but the cheapest: a gain that is worth the route's cost.
     thresholds: tuple[float, ...]
     # The strongest route's gain at 0 %, 1 %, … 100 % of the training texts, each judged unseen.
@@ -45,7 +45,7 @@ class TextArtefact:
     fingerprint: str
 
 
-def fingerprint_of(model: TextModel) -> str:
+def fingerprint_of(model: LearnedModel) -> str:
     """SHA-256 of a model's routes and tensors, in hexadecimal."""
     digest = hashlib.sha256("\n".join([FEATURES, *model.routes, "", *model.sources]).encode())
     for name in _TENSORS:
@@ -53,7 +53,7 @@ def fingerprint_of(model: TextModel) -> str:
     return digest.hexdigest()
 
 
-def save_router(artefact: TextArtefact, path: Path) -> None:
+def save_router(artefact: RouterArtifact, path: Path) -> None:
     """Writes an artefact; OSError where the file can't be written."""
     metadata = {
         "format": FORMAT,
@@ -71,7 +71,7 @@ def save_router(artefact: TextArtefact, path: Path) -> None:
     path.write_bytes(save(tensors, metadata=metadata))
 
 
-def load_router(path: Path) -> TextArtefact:
+def load_router(path: Path) -> RouterArtifact:
     """Reads and checks an artefact. Raises InvalidRequest, naming what is off."""
     try:
         with safe_open(str(path), framework="numpy") as file:
@@ -82,13 +82,13 @@ def load_router(path: Path) -> TextArtefact:
     for name, wanted in (("format", FORMAT), ("features", FEATURES)):
         if metadata.get(name) != wanted:
             raise InvalidRequest(f"router.{name}", metadata.get(name), f"this version reads {wanted}")
-    model = TextModel(routes=_names(metadata, "routes"), sources=_names(metadata, "sources"), **_checked(tensors))
+    model = LearnedModel(routes=_names(metadata, "routes"), sources=_names(metadata, "sources"), **_checked(tensors))
     _check_shapes(model)
     _check_values(model)
     _check_fingerprint(model, metadata.get("fingerprint"))
     thresholds = _numbers(metadata, "thresholds", len(model.routes) - 1)
     percentiles = _numbers(metadata, "gain_percentiles", 101)
-    return TextArtefact(model, thresholds, percentiles, _parsed(metadata, "training", dict), metadata["fingerprint"])
+    return RouterArtifact(model, thresholds, percentiles, _parsed(metadata, "training", dict), metadata["fingerprint"])
 
 
 def _checked(tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -103,7 +103,7 @@ def _checked(tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def _check_shapes(model: TextModel) -> None:
+def _check_shapes(model: LearnedModel) -> None:
     rows, sources, topics = len(model.buckets), len(model.sources), len(model.topic_source)
     views, columns = 1 + sources, sources + topics + sources * len(model.routes)
     wanted = {
@@ -124,7 +124,7 @@ def _check_shapes(model: TextModel) -> None:
             raise InvalidRequest(f"router.{name}", getattr(model, name).shape, f"its shape must be {shape}")
 
 
-def _check_values(model: TextModel) -> None:
+def _check_values(model: LearnedModel) -> None:
     buckets, sources = model.buckets, model.topic_source
     if len(buckets) and not (buckets[0] >= 0 and buckets[-1] < BUCKETS and (np.diff(buckets) > 0).all()):
         raise InvalidRequest("router.buckets", "out of order", f"they must rise from 0 to {BUCKETS - 1}")
@@ -135,7 +135,7 @@ def _check_values(model: TextModel) -> None:
             raise InvalidRequest(f"router.{name}", getattr(model, name).min(), "it must be above 0")
 
 
-def _check_fingerprint(model: TextModel, claimed: str | None) -> None:
+def _check_fingerprint(model: LearnedModel, claimed: str | None) -> None:
     found = fingerprint_of(model)
     if found != claimed:
         raise InvalidRequest("router.fingerprint", claimed, f"the tensors have {found}")

@@ -33,7 +33,7 @@ SURFACE_LIMIT = 4.0
 
 
 @dataclass(frozen=True, eq=False)
-class TextModel:
+class LearnedModel:
     """Weights. The columns are the sources' logits, then the topics', then each expert's quality on every route."""
 
     # Cheapest first.

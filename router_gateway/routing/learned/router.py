@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from router_gateway.routing.learned.artifact import TextArtefact, load_router
+from router_gateway.routing.learned.artifact import RouterArtifact, load_router
 from router_gateway.routing.learned.model import gains_of
-from router_gateway.routing.router import Judgement, Query
+from router_gateway.routing.router import Query, RouteDecision
 from stitch.errors import InvalidRequest
 from stitch.rung import chosen, reason, score
-from stitch.thresholds import FixedThresholds, Thresholds, ThresholdSource, WatchedThresholds
+from stitch.thresholds import FixedThresholds, ReloadingThresholds, Thresholds, ThresholdSource
 
 
-class TextRouter:
+class LearnedRouter:
     """Takes the route whose expected gain over the cheapest exceeds its threshold by most."""
 
-    def __init__(self, artefact: TextArtefact, thresholds: ThresholdSource | None = None) -> None:
+    def __init__(self, artefact: RouterArtifact, thresholds: ThresholdSource | None = None) -> None:
         self._artefact = artefact
         self._thresholds = thresholds or FixedThresholds(artefact.thresholds)
 
@@ -31,7 +31,7 @@ class TextRouter:
         """What it is calibrated to now; None where the thresholds are those of its training."""
         return self._thresholds.calibration
 
-    def judge(self, query: Query) -> Judgement:
+    def judge(self, query: Query) -> RouteDecision:
         """The route for a query. Raises InvalidRequest where its routes are not those of the training."""
         if query.routes != self.routes:
             raise InvalidRequest("routes", query.routes, f"the router was trained for {', '.join(self.routes)}")
@@ -41,15 +41,15 @@ class TextRouter:
         rung = int(chosen(gains[None, :], np.array(thresholds))[0])
         why, worth = reason("gain", gains.tolist(), thresholds, rung), tuple(qualities.tolist())
         share = score(float(gains[-1]), self.calibration, self._artefact.gain_percentiles)
-        return Judgement(self.routes[rung], share, why, "gain", worth)
+        return RouteDecision(self.routes[rung], share, why, "gain", worth)
 
 
-def open_text_router(path: Path, thresholds: Path | None = None) -> TextRouter:
+def open_text_router(path: Path, thresholds: Path | None = None) -> LearnedRouter:
     """The router of an artefact, with the thresholds of a calibration where there is one.
 
     Raises InvalidRequest where either file is off, or the thresholds are another router's.
     """
     artefact = load_router(path)
     if thresholds is None:
-        return TextRouter(artefact)
-    return TextRouter(artefact, WatchedThresholds(thresholds, artefact.fingerprint, len(artefact.model.routes)))
+        return LearnedRouter(artefact)
+    return LearnedRouter(artefact, ReloadingThresholds(thresholds, artefact.fingerprint, len(artefact.model.routes)))

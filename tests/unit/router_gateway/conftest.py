@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from router_gateway.config import FleetSettings, GatewaySettings, ReplaySettings
 from router_gateway.server import Gateway, open_gateway
 from stitch import channels
-from stitch.cluster import Cluster
+from stitch.cluster import ClusterConfig
 from stitch.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.fake_shard import FakeShard, fake_cluster
 
@@ -32,7 +32,7 @@ class Reached:
     gateway: Gateway
     channel: grpc.aio.Channel
     stub: Any
-    cluster: Cluster
+    cluster: ClusterConfig
 
     async def generate(self, prompt: str = "hello", **fields: Any) -> list[inference_pb2.GenerateResponse]:
         """All events of one answer."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stitch.cluster import Cluster, load_cluster, presets
+from stitch.cluster import ClusterConfig, load_cluster, presets
 from stitch.errors import InvalidRequest
 
 
@@ -38,7 +38,7 @@ def write(folder: Path, content: dict[str, Any]) -> str:
     return str(path)
 
 
-def cluster(folder: Path, **changes: Any) -> Cluster:
+def cluster(folder: Path, **changes: Any) -> ClusterConfig:
     return load_cluster(write(folder, fields(**changes)))
 
 

@@ -7,11 +7,11 @@ import asyncio
 import pytest
 
 from stitch.errors import Unavailable
-from stitch.in_flight import Door
+from stitch.in_flight import InFlightTracker
 
 
 async def test_a_closed_door_waits_for_those_inside() -> None:
-    door = Door()
+    door = InFlightTracker()
     with door.passed():
         door.close()
         empty = asyncio.create_task(door.empty())
@@ -23,7 +23,7 @@ async def test_a_closed_door_waits_for_those_inside() -> None:
 
 
 async def test_nobody_inside_is_empty_at_once() -> None:
-    door = Door()
+    door = InFlightTracker()
     await door.empty()
     with pytest.raises(KeyError), door.passed():
         raise KeyError

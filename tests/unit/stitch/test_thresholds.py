@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from stitch.errors import InvalidRequest
-from stitch.thresholds import LOOK_AGAIN_SECONDS, WatchedThresholds, read_thresholds
+from stitch.thresholds import LOOK_AGAIN_SECONDS, ReloadingThresholds, read_thresholds
 
 ROUTER = "f" * 64
 
@@ -44,7 +44,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_new_file_is_in_force_after_a_look(path: Path) -> None:
     clock = Clock()
-    watched = WatchedThresholds(path, ROUTER, 2, clock)
+    watched = ReloadingThresholds(path, ROUTER, 2, clock)
     assert watched.current() == (0.25,)
     written(path, [0.75])
     clock.now += LOOK_AGAIN_SECONDS / 2
@@ -70,7 +70,7 @@ def test_a_broken_file_leaves_the_last_thresholds_in_force(
     path: Path, broken: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = Clock()
-    watched = WatchedThresholds(path, ROUTER, 2, clock)
+    watched = ReloadingThresholds(path, ROUTER, 2, clock)
     written(path, **{"thresholds": [0.5], **broken})
     clock.now += LOOK_AGAIN_SECONDS
     with caplog.at_level(logging.ERROR):
@@ -80,7 +80,7 @@ def test_a_broken_file_leaves_the_last_thresholds_in_force(
 
 def test_a_broken_file_is_complained_about_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    watched = WatchedThresholds(path, ROUTER, 2, clock)
+    watched = ReloadingThresholds(path, ROUTER, 2, clock)
     path.write_text("{")
     for _ in range(3):
         clock.now += LOOK_AGAIN_SECONDS
@@ -90,7 +90,7 @@ def test_a_broken_file_is_complained_about_once(path: Path, caplog: pytest.LogCa
 
 def test_a_calibration_is_known_with_its_thresholds(path: Path) -> None:
     clock = Clock()
-    watched = WatchedThresholds(path, ROUTER, 2, clock)
+    watched = ReloadingThresholds(path, ROUTER, 2, clock)
     assert (watched.calibration.budget, watched.calibration.costs) == (0.3, None)
     written(path, [0.75], budget=0.1, costs=[0, 1])
     clock.now += LOOK_AGAIN_SECONDS
@@ -100,7 +100,7 @@ def test_a_calibration_is_known_with_its_thresholds(path: Path) -> None:
 
 def test_a_file_that_vanishes_changes_nothing(path: Path) -> None:
     clock = Clock()
-    watched = WatchedThresholds(path, ROUTER, 2, clock)
+    watched = ReloadingThresholds(path, ROUTER, 2, clock)
     path.unlink()
     clock.now += LOOK_AGAIN_SECONDS
     assert watched.current() == (0.25,)
@@ -108,7 +108,7 @@ def test_a_file_that_vanishes_changes_nothing(path: Path) -> None:
 
 def test_after_a_broken_file_a_good_one_is_taken(path: Path) -> None:
     clock = Clock()
-    watched = WatchedThresholds(path, ROUTER, 2, clock)
+    watched = ReloadingThresholds(path, ROUTER, 2, clock)
     path.write_text("no")
     clock.now += LOOK_AGAIN_SECONDS
     assert watched.current() == (0.25,)
@@ -119,12 +119,12 @@ def test_after_a_broken_file_a_good_one_is_taken(path: Path) -> None:
 
 def test_a_gateway_does_not_start_with_thresholds_of_another_router(path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"thresholds\.router"):
-        WatchedThresholds(path, "0" * 64, 2)
+        ReloadingThresholds(path, "0" * 64, 2)
 
 
 def test_a_gateway_does_not_start_with_too_few_thresholds(path: Path) -> None:
     with pytest.raises(InvalidRequest, match="3 routes need 2"):
-        WatchedThresholds(path, ROUTER, 3)
+        ReloadingThresholds(path, ROUTER, 3)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "\x00"])

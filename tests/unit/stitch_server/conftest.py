@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stitch.cluster import Cluster, load_cluster
+from stitch.cluster import ClusterConfig, load_cluster
 from tests.support.tiny_cluster import Layers, write_tiny_cluster
 
 # The first bottom shard computes alone for routes that leave in it; the last top shard owns the head.
@@ -20,12 +20,12 @@ def seeded() -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> ClusterConfig:
     return load_cluster(str(write_tiny_cluster(tmp_path_factory.mktemp("pair"))))
 
 
 @pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+def deep(tmp_path_factory: pytest.TempPathFactory) -> ClusterConfig:
     """Two shards of either model."""
     file = write_tiny_cluster(tmp_path_factory.mktemp("deep"), bottoms=BOTTOMS, tops=TOPS)
     return load_cluster(str(file))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from stitch.cluster import Cluster, RouteCut, ShardPlace, load_cluster
+from stitch.cluster import ClusterConfig, RouteConfig, ShardConfig, load_cluster
 from stitch.errors import Incompatible
 from stitch_server.build import cut_of, load_part
 from stitch_server.engine.types import Cut
@@ -33,11 +33,11 @@ CPU = torch.device("cpu")
     ],
 )
 def test_a_route_passes_the_layers_between_its_cuts(role: Any, layers: Layers, cut: Cut | None) -> None:
-    route = RouteCut(name="weak", bottom_layers=6, top_from=3, stitch="s")
-    assert cut_of(route, ShardPlace(name="a", role=role, layers=layers, address="a:1")) == cut
+    route = RouteConfig(name="weak", bottom_layers=6, top_from=3, stitch="s")
+    assert cut_of(route, ShardConfig(name="a", role=role, layers=layers, address="a:1")) == cut
 
 
-def test_the_first_shard_embeds_and_the_last_has_the_head(deep: Cluster) -> None:
+def test_the_first_shard_embeds_and_the_last_has_the_head(deep: ClusterConfig) -> None:
     ends = [
         (part.embedding is not None, part.head is not None)
         for part in (load_part(deep, place, CPU) for place in deep.shards)
@@ -45,12 +45,12 @@ def test_the_first_shard_embeds_and_the_last_has_the_head(deep: Cluster) -> None
     assert ends == [(True, False), (False, False), (False, False), (False, True)]
 
 
-def test_each_has_the_stitches_of_the_routes_that_enter_there(deep: Cluster) -> None:
+def test_each_has_the_stitches_of_the_routes_that_enter_there(deep: ClusterConfig) -> None:
     held = [sorted(load_part(deep, place, CPU).stitches) for place in deep.shards]
     assert held == [[], [], ["weak"], ["strong"]]
 
 
-def test_each_has_the_adapters_of_its_layers(deep: Cluster) -> None:
+def test_each_has_the_adapters_of_its_layers(deep: ClusterConfig) -> None:
     """Only the stitch of `weak` brings some; it enters on the first of both top shards."""
     held = [load_part(deep, place, CPU).adapters for place in deep.shards]
     assert [{name: (one.first, one.end) for name, one in part.items()} for part in held] == [
@@ -58,7 +58,7 @@ def test_each_has_the_adapters_of_its_layers(deep: Cluster) -> None:
     ]  # fmt: skip
 
 
-def test_each_has_the_cuts_of_the_routes_that_pass(deep: Cluster) -> None:
+def test_each_has_the_cuts_of_the_routes_that_pass(deep: ClusterConfig) -> None:
     cuts = [load_part(deep, place, CPU).cuts for place in deep.shards]
     assert cuts == [
         {"weak": Cut(0, 2), "strong": Cut(0, 2)},
@@ -68,13 +68,13 @@ def test_each_has_the_cuts_of_the_routes_that_pass(deep: Cluster) -> None:
     ]
 
 
-def test_layers_that_the_model_lacks_are_refused(cluster: Cluster) -> None:
-    place = ShardPlace(name="a", role="bottom", layers=(0, 9), address="a:1")
+def test_layers_that_the_model_lacks_are_refused(cluster: ClusterConfig) -> None:
+    place = ShardConfig(name="a", role="bottom", layers=(0, 9), address="a:1")
     with pytest.raises(Incompatible, match="layers 0 to 9 are no range"):
         load_part(cluster, place, CPU)
 
 
-def changed(cluster: Cluster, change: Callable[[dict[str, Any]], object], tmp_path: Path) -> Cluster:
+def changed(cluster: ClusterConfig, change: Callable[[dict[str, Any]], object], tmp_path: Path) -> ClusterConfig:
     """A cluster file that says something else of the same files."""
     fields = json.loads((cluster.folder / "cluster.json").read_text())
     for model in fields["models"].values():
@@ -86,13 +86,13 @@ def changed(cluster: Cluster, change: Callable[[dict[str, Any]], object], tmp_pa
     return load_cluster(str(tmp_path / "cluster.json"))
 
 
-def test_a_stitch_for_another_cut_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_stitch_for_another_cut_is_refused(cluster: ClusterConfig, tmp_path: Path) -> None:
     other = changed(cluster, lambda fields: fields["routes"][0].update(bottom_layers=2), tmp_path)
     with pytest.raises(Incompatible, match="from layer 3 to 2 can't serve a cut from layer 2 to 2"):
         load_part(other, other.shard("top-0"), CPU)
 
 
-def test_a_stitch_for_another_model_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_stitch_for_another_model_is_refused(cluster: ClusterConfig, tmp_path: Path) -> None:
     def swap(fields: dict[str, Any]) -> None:
         fields["models"]["top"] = fields["models"]["bottom"]
 
@@ -101,7 +101,7 @@ def test_a_stitch_for_another_model_is_refused(cluster: Cluster, tmp_path: Path)
         load_part(other, other.shard("top-0"), CPU)
 
 
-def test_a_stitch_that_is_gone_is_named(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_stitch_that_is_gone_is_named(cluster: ClusterConfig, tmp_path: Path) -> None:
     other = changed(cluster, lambda fields: fields["routes"][0].update(stitch="gone.safetensors"), tmp_path)
     with pytest.raises(Incompatible, match=r"gone\.safetensors is no stitch"):
         load_part(other, other.shard("top-0"), CPU)

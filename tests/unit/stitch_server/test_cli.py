@@ -29,7 +29,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_every_verb_says_what_it_is_for() -> None:
     said = build_parser().format_help()
-    for verb in ("run", "import", "plan", "fit", "sweep", "evaluate"):
+    for verb in ("run", "import", "plan"):
         assert f"\n    {verb} " in said
 
 

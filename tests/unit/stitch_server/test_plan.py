@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from stitch.cluster import Cluster, load_cluster
+from stitch.cluster import ClusterConfig, load_cluster
 from stitch_server.build import load_part
 from stitch_server.cpu import features as processor
 from stitch_server.kv_sizing import kv_bytes_per_token
@@ -18,7 +18,7 @@ from tests.support.tiny_cluster import write_tiny_cluster
 CPU = torch.device("cpu")
 
 
-def tiny(folder: Path, **compute: Any) -> Cluster:
+def tiny(folder: Path, **compute: Any) -> ClusterConfig:
     return load_cluster(str(write_tiny_cluster(folder, bottoms=((0, 2), (2, 4)), tops=((2, 4),), **compute)))
 
 

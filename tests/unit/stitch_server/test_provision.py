@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from stitch.cluster import Compute
+from stitch.cluster import ComputeConfig
 from stitch_server import provision
 from stitch_server.attention.flash import PAGE_TOKENS
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
@@ -30,7 +30,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> DecoderLayers:
 
 
 def provided(decoder: DecoderLayers, **compute: Any) -> Provision:
-    return provide(Compute(**{"kv_tokens": KV_TOKENS, **compute}), decoder, CONTEXT, CPU)
+    return provide(ComputeConfig(**{"kv_tokens": KV_TOKENS, **compute}), decoder, CONTEXT, CPU)
 
 
 class TestProcessor:

@@ -13,7 +13,7 @@ from stitch_server.engine.types import Batch, StepOutput
 from stitch_server.server import asked_to_stop
 
 
-class Front:
+class BatchSource:
     """Has nothing to compute, or breaks."""
 
     broken = False
@@ -36,19 +36,19 @@ class Front:
         raise NotImplementedError
 
 
-class Runner:
+class ModelRunner:
     def run(self, batch: Batch) -> StepOutput:
         raise NotImplementedError
 
 
 @pytest.fixture
-def front() -> Front:
-    return Front()
+def front() -> BatchSource:
+    return BatchSource()
 
 
 @pytest.fixture
-def engine(front: Front) -> Iterator[Engine]:
-    engine = Engine(front, Runner())
+def engine(front: BatchSource) -> Iterator[Engine]:
+    engine = Engine(front, ModelRunner())
     engine.start()
     yield engine
     engine.stop()
@@ -61,7 +61,7 @@ async def test_a_signal_does(engine: Engine) -> None:
     assert not engine.ended.done()
 
 
-async def test_an_engine_that_broke_does_and_is_named(engine: Engine, front: Front) -> None:
+async def test_an_engine_that_broke_does_and_is_named(engine: Engine, front: BatchSource) -> None:
     front.broken = True
     with pytest.raises(RuntimeError, match="out of paper"):
         await asked_to_stop(StopSignals(), engine)

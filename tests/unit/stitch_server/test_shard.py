@@ -9,12 +9,12 @@ import pytest
 import torch
 from prometheus_client import generate_latest
 
-from stitch.cluster import Cluster
+from stitch.cluster import ClusterConfig
 from stitch.errors import Incompatible, StitchError
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.build import load_part
-from stitch_server.engine.first_stage import Origin
-from stitch_server.engine.next_stage import Relay
+from stitch_server.engine.first_stage import FirstStage
+from stitch_server.engine.next_stage import NextStage
 from stitch_server.engine.scheduler import Limits
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.metrics import Metrics
@@ -31,14 +31,19 @@ from tests.support.tiny_cluster import CUTS
 CPU = torch.device("cpu")
 
 
-def new_shard(cluster: Cluster, name: str) -> Shard:
+def new_shard(cluster: ClusterConfig, name: str) -> Shard:
     place = cluster.shard(name)
     return build_shard(cluster, place, load_part(cluster, place, CPU), CPU, FakeDownstream(), Metrics(name))
 
 
 class TestShards:
-    def test_the_first_drives_and_the_others_relay(self, deep: Cluster) -> None:
-        assert [type(new_shard(deep, place.name).front) for place in deep.shards] == [Origin, Relay, Relay, Relay]
+    def test_the_first_drives_and_the_others_relay(self, deep: ClusterConfig) -> None:
+        assert [type(new_shard(deep, place.name).front) for place in deep.shards] == [
+            FirstStage,
+            NextStage,
+            NextStage,
+            NextStage,
+        ]
 
     @pytest.mark.parametrize(
         ("fields", "address", "groups"),
@@ -51,23 +56,23 @@ class TestShards:
         ],
     )
     def test_those_that_share_cores_take_turns(
-        self, cluster: Cluster, fields: dict[str, int], address: str, groups: int, monkeypatch: pytest.MonkeyPatch
+        self, cluster: ClusterConfig, fields: dict[str, int], address: str, groups: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first, *others = cluster.shards
         compute = cluster.compute.model_copy(update={"threads": 0} | fields)
         places = (first, *(place.model_copy(update={"address": address}) for place in others))
         limits: list[Limits] = []
 
-        class Noting(Origin):
+        class Noting(FirstStage):
             def __init__(self, *arguments: Any) -> None:
                 limits.append(arguments[2])
                 super().__init__(*arguments)
 
-        monkeypatch.setattr("stitch_server.shard.Origin", Noting)
+        monkeypatch.setattr("stitch_server.shard.FirstStage", Noting)
         new_shard(cluster.model_copy(update={"compute": compute, "shards": places}), first.name)
         assert [one.groups for one in limits] == [groups]
 
-    def test_a_shard_says_what_it_is(self, cluster: Cluster) -> None:
+    def test_a_shard_says_what_it_is(self, cluster: ClusterConfig) -> None:
         shard = new_shard(cluster, "top-0")
         said = shard.identity
         assert (said.shard, said.role, said.first_layer, said.end_layer) == ("top-0", "top", 2, 4)
@@ -80,7 +85,7 @@ class TestShards:
         ]
         assert shard.kv_free_tokens == 8192
 
-    def test_a_route_names_its_stitch_where_it_is_held(self, cluster: Cluster) -> None:
+    def test_a_route_names_its_stitch_where_it_is_held(self, cluster: ClusterConfig) -> None:
         bottom, top = (new_shard(cluster, name).identity for name in ("bottom-0", "top-0"))
         held = {
             route.name: Stitch.load(cluster.stitch_file(route) or Path(), CPU, torch.float32).fingerprint
@@ -89,14 +94,14 @@ class TestShards:
         assert {route.name: route.stitch for route in top.routes} == held
         assert {route.stitch for route in bottom.routes} == {""}
 
-    def test_a_route_names_its_stitch_wherever_that_adapts_layers(self, deep: Cluster) -> None:
+    def test_a_route_names_its_stitch_wherever_that_adapts_layers(self, deep: ClusterConfig) -> None:
         top_0, top_1 = (new_shard(deep, name).identity for name in ("top-0", "top-1"))
         stated = [{route.name: route.stitch for route in one.routes} for one in (top_0, top_1)]
         assert stated[0]["weak"] == stated[1]["weak"] != ""
         assert stated[1]["strong"] not in ("", stated[1]["weak"])
 
-    def test_parameters_of_all_shards_are_those_of_the_route(self, cluster: Cluster, deep: Cluster) -> None:
-        def total(of: Cluster, route: str) -> int:
+    def test_parameters_of_all_shards_are_those_of_the_route(self, cluster: ClusterConfig, deep: ClusterConfig) -> None:
+        def total(of: ClusterConfig, route: str) -> int:
             identities = [new_shard(of, place.name).identity for place in of.shards]
             return sum(one.parameters for identity in identities for one in identity.routes if one.name == route)
 
@@ -107,34 +112,34 @@ class TestShards:
         assert total(cluster, "strong") == total(deep, "strong")
         assert 0 < total(cluster, "weak") != total(cluster, "strong")
 
-    def test_what_arrives_is_as_wide_as_its_model(self, deep: Cluster) -> None:
+    def test_what_arrives_is_as_wide_as_its_model(self, deep: ClusterConfig) -> None:
         widths = [
             [new_shard(deep, name).incoming_width(role) for role in ("bottom", "top")]
             for name in ("bottom-1", "top-0", "top-1")
         ]
         assert widths == [[48, 48], [48, 32], [48, 32]]
 
-    def test_what_arrives_is_computed_with_in_its_own_dtype(self, deep: Cluster) -> None:
+    def test_what_arrives_is_computed_with_in_its_own_dtype(self, deep: ClusterConfig) -> None:
         rows = torch.ones(2, 48)
         arrived = new_shard(deep, "bottom-1").unpack(pack(rows, "int8"))
         assert arrived.dtype is torch.float32
         assert torch.equal(arrived, rows)
 
-    def test_a_stitch_knows_its_bottom(self, cluster: Cluster) -> None:
+    def test_a_stitch_knows_its_bottom(self, cluster: ClusterConfig) -> None:
         shard = new_shard(cluster, "top-0")
         shard.check_stitch("weak", new_shard(cluster, "bottom-0").identity.bottom)
         shard.check_stitch("medium", inference_pb2.Model())
         with pytest.raises(Incompatible, match="made for the bottom model bottom"):
             shard.check_stitch("weak", inference_pb2.Model(id="other", revision="1"))
 
-    def test_neighbours_of_one_cluster_fit(self, deep: Cluster) -> None:
+    def test_neighbours_of_one_cluster_fit(self, deep: ClusterConfig) -> None:
         shards = [new_shard(deep, place.name) for place in deep.shards]
         for caller, receiver in ((0, 1), (1, 2), (1, 3), (2, 3)):
             hello = shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=shards[caller].identity)
             check_neighbour(hello, shards[receiver].identity, shards[receiver].check_stitch)
             check_welcome(shard_pb2.Welcome(identity=shards[receiver].identity), shards[caller].identity)
 
-    def test_its_metrics_are_read_from_it(self, cluster: Cluster) -> None:
+    def test_its_metrics_are_read_from_it(self, cluster: ClusterConfig) -> None:
         shard = new_shard(cluster, "bottom-0")
         shard.pool.begin(1, [], 0)
         shard.pool.grow(1, 2048)
@@ -144,7 +149,7 @@ class TestShards:
         assert 'stitch_kv_cache_usage_ratio{shard="bottom-0"} 0.25' in said
         assert 'stitch_prefix_tokens_asked_total{shard="bottom-0"} 0.0' in said
 
-    def test_the_tokenizer_files_are_those_that_there_are(self, cluster: Cluster) -> None:
+    def test_the_tokenizer_files_are_those_that_there_are(self, cluster: ClusterConfig) -> None:
         names = [path.name for path in new_shard(cluster, "bottom-0").tokenizer_files]
         assert names == ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"]
 
@@ -154,7 +159,7 @@ class TestChains:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def chained(cls, deep: Cluster) -> ChainInProcess:
+    def chained(cls, deep: ClusterConfig) -> ChainInProcess:
         return ChainInProcess(deep)
 
     @pytest.mark.parametrize(

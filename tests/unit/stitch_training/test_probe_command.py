@@ -16,7 +16,7 @@ from stitch.errors import InvalidRequest
 from stitch.thresholds import read_thresholds
 from stitch_server.build import load_part
 from stitch_server.model.probe import Probe
-from stitch_server.worker.model_runner import Runner
+from stitch_server.worker.model_runner import ModelRunner
 from stitch_training import probe_calibrate_command as calibrate_command
 from stitch_training import probe_command as command
 from stitch_training.probe import cheapest_first
@@ -137,10 +137,10 @@ class TestCalibration:
         taught.write_text(json.dumps(fields))
         chain = ChainInProcess(load_cluster(str(taught)))
         runner = chain.shards["bottom-0"].engine._runner
-        assert isinstance(runner, Runner)
+        assert isinstance(runner, ModelRunner)
         assert runner.judge is not None
-        verdict = runner.judge.judge(torch.randn(10, 48), ("weak", "strong"))
-        assert verdict.thresholds == read_thresholds(thresholds).thresholds
+        decision = runner.judge.judge(torch.randn(10, 48), ("weak", "strong"))
+        assert decision.thresholds == read_thresholds(thresholds).thresholds
 
     def test_thresholds_of_another_probe_are_refused(self, taught: Path) -> None:
         thresholds = self.calibrated(taught, 0.25)

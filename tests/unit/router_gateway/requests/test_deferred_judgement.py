@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from router_gateway.routing.router import Deferred
+from router_gateway.routing.router import DeferredDecision
 from stitch.errors import Unavailable
 from stitch.thresholds import Thresholds
 from stitch.v1 import inference_pb2, shard_pb2
@@ -18,7 +18,7 @@ from tests.support.waiting import eventually
 from tests.unit.router_gateway.requests.test_stream import SCRIPT, bottoms, ids, prepared, streaming, top
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
-UNDECIDED = replace(prepared(), judgement=Deferred(("weak", "strong")))
+UNDECIDED = replace(prepared(), decision=DeferredDecision(("weak", "strong")))
 
 
 class TestStream:
@@ -30,10 +30,10 @@ class TestStream:
         chains = {one.route: list(one.chain) for one in request.candidates}
         assert chains == {route: [above.place.address] for route in ("weak", "strong")}
         assert (request.route, list(request.chain)) == ("", [])
-        assert first.judgement is not None
-        assert (first.judgement.route, first.judgement.score, first.judgement.kind) == ("weak", 0.3, "probe")
-        assert first.judgement.reason == "probe 0.25 ≤ 0.50"
-        assert [step.judgement for step in steps] == [None] * len(steps)
+        assert first.decision is not None
+        assert (first.decision.route, first.decision.score, first.decision.kind) == ("weak", 0.3, "probe")
+        assert first.decision.reason == "probe 0.25 ≤ 0.50"
+        assert [step.decision for step in steps] == [None] * len(steps)
         assert ids(steps) == [*SCRIPT, END_TOKEN]
 
     @pytest.mark.parametrize("before_token", [0, 3])
@@ -42,29 +42,29 @@ class TestStream:
         first.free_kv_tokens += 1
         first.faults[before_token] = aborts(UNAVAILABLE)
         # Asked again it would decide otherwise.
-        second.verdict = shard_pb2.Judged(route="strong", gains=[0.0, 1.0], thresholds=[0.5])
+        second.decision = shard_pb2.ProbeDecision(route="strong", gains=[0.0, 1.0], thresholds=[0.5])
         async with streaming(first, second, top()) as stream:
             steps = await stream.all(UNDECIDED)
         [again] = second.requests
         assert (again.route, len(again.candidates)) == ("weak", 0)
-        assert [step.judgement.route for step in steps if step.judgement is not None] == ["weak"]
+        assert [step.decision.route for step in steps if step.decision is not None] == ["weak"]
         assert ids(steps) == [*SCRIPT, END_TOKEN]
 
     async def test_a_chain_lost_before_the_judgement_is_replaced_undecided(self) -> None:
         first, second = bottoms(2)
         first.free_kv_tokens += 1
-        first.verdict = None
+        first.decision = None
         first.faults[0] = aborts(UNAVAILABLE)
         async with streaming(first, second, top()) as stream:
             steps = await stream.all(UNDECIDED)
         assert len(second.requests[0].candidates) == 2
         assert ids(steps) == [*SCRIPT, END_TOKEN]
 
-    @pytest.mark.parametrize("verdict", [None, shard_pb2.Judged(route="other")])
-    async def test_a_shard_that_takes_no_candidate_is_left(self, verdict: shard_pb2.Judged | None) -> None:
+    @pytest.mark.parametrize("decision", [None, shard_pb2.ProbeDecision(route="other")])
+    async def test_a_shard_that_takes_no_candidate_is_left(self, decision: shard_pb2.ProbeDecision | None) -> None:
         first, second = bottoms(2)
         first.free_kv_tokens += 1
-        first.verdict = verdict
+        first.decision = decision
         async with streaming(first, second, top()) as stream:
             steps = await stream.all(UNDECIDED)
         assert stream.replays == {"out_of_step": 1}
@@ -73,7 +73,7 @@ class TestStream:
     async def test_no_chain_names_all_routes(self) -> None:
         [bottom] = bottoms(1)
         bottom.faults[0] = aborts(UNAVAILABLE)
-        bottom.verdict = None
+        bottom.decision = None
         async with streaming(bottom, top(), most_losses=0) as stream:
             with pytest.raises(Unavailable, match="route weak or strong"):
                 await stream.all(UNDECIDED)
@@ -92,18 +92,18 @@ class TestGateway:
     async def test_the_client_hears_the_judgement_first(self, reach: Any) -> None:
         async with reach(*self.shards(), cluster={"probe": "probe.safetensors"}) as reached:
             first, *others = await reached.generate()
-            assert first.started.judgement.route == "weak"
-            assert first.started.judgement.reason == "probe 0.25 ≤ 0.50"
+            assert first.started.decision.route == "weak"
+            assert first.started.decision.reason == "probe 0.25 ≤ 0.50"
             assert {one.WhichOneof("event") for one in others} == {"delta", "finished"}
             value = reached.gateway.metrics.registry.get_sample_value
             assert value("stitch_routed_total", {"route": "weak", "reason": "probe"}) == 1
             assert value("stitch_route_score_sum") == pytest.approx(0.3)
 
     async def test_a_failed_judgement_is_a_counted_fallback(self, reach: Any) -> None:
-        verdict = shard_pb2.Judged(route="strong", score=1.0, failure="the probe's gains are not finite")
-        async with reach(*self.shards(verdict=verdict), cluster={"probe": "probe.safetensors"}) as reached:
+        decision = shard_pb2.ProbeDecision(route="strong", score=1.0, failure="the probe's gains are not finite")
+        async with reach(*self.shards(decision=decision), cluster={"probe": "probe.safetensors"}) as reached:
             started = (await reached.generate())[0].started
-            assert started.judgement.reason == "the probe's gains are not finite, so the fallback"
+            assert started.decision.reason == "the probe's gains are not finite, so the fallback"
             value = reached.gateway.metrics.registry.get_sample_value
             assert value("stitch_routed_total", {"route": "strong", "reason": "fallback"}) == 1
 
@@ -111,7 +111,7 @@ class TestGateway:
         bottom, above = self.shards()
         async with reach(bottom, above, cluster={"probe": "probe.safetensors"}) as reached:
             started = (await reached.generate(route="strong"))[0].started
-            assert (started.judgement.route, started.judgement.reason) == ("strong", "the request names it")
+            assert (started.decision.route, started.decision.reason) == ("strong", "the request names it")
             assert [len(request.candidates) for request in bottom.requests] == [0]
             value = reached.gateway.metrics.registry.get_sample_value
             assert value("stitch_route_score_count") == 0
@@ -120,7 +120,7 @@ class TestGateway:
         bottom, above = self.shards()
         async with reach(bottom, above, cluster={"probe": "probe.safetensors"}) as reached:
             said = await reached.stub.Route(inference_pb2.RouteRequest(prompt="hello"))
-            assert (said.judgement.route, said.judgement.reason) == ("weak", "probe 0.25 ≤ 0.50")
+            assert (said.decision.route, said.decision.reason) == ("weak", "probe 0.25 ≤ 0.50")
             assert said.prompt_tokens == 1
             [request] = bottom.requests
             assert request.sampling.max_tokens == 1
@@ -131,7 +131,7 @@ class TestGateway:
         async with reach(bottom, above, cluster={"probe": "probe.safetensors"}) as reached:
             await reached.generate(conversation_id="c")
             started = (await reached.generate(conversation_id="c"))[0].started
-            assert (started.judgement.route, started.judgement.reason) == ("weak", "the conversation keeps weak")
+            assert (started.decision.route, started.decision.reason) == ("weak", "the conversation keeps weak")
             assert [len(request.candidates) for request in bottom.requests] == [2, 0]
 
     async def test_an_objective_that_leaves_one_route_asks_no_probe(self, reach: Any) -> None:
@@ -139,7 +139,7 @@ class TestGateway:
         async with reach(bottom, above, cluster={"probe": "probe.safetensors"}) as reached:
             wanted = inference_pb2.Objectives(max_cost=0.8)
             started = (await reached.generate(objectives=wanted))[0].started
-            assert started.judgement.reason.startswith("only weak keeps to the objectives: weak has cost 0.79")
+            assert started.decision.reason.startswith("only weak keeps to the objectives: weak has cost 0.79")
             assert [len(request.candidates) for request in bottom.requests] == [0]
 
     async def test_the_budget_is_that_of_the_thresholds(self, reach: Any, tmp_path: Path) -> None:

@@ -14,30 +14,30 @@ from router_gateway.metrics import Metrics
 from router_gateway.requests.preparation import Preparation, complete, tokenize
 from router_gateway.requests.types import Prompt, Request, Turn
 from router_gateway.routing.conversations import Conversations
-from router_gateway.routing.drift_monitor import Watch
-from router_gateway.routing.router import REASON_KINDS, Judgement, Query
+from router_gateway.routing.drift_monitor import DriftMonitor
+from router_gateway.routing.router import REASON_KINDS, Query, RouteDecision
 from router_gateway.routing.selector import Selection, user_turns
-from router_gateway.routing.ttft_predictor import Pace
-from router_gateway.shards.models import Catalogue
+from router_gateway.routing.ttft_predictor import TtftPredictor
+from router_gateway.shards.models import ModelRegistry
 from router_gateway.tokenization.source import VocabularySource
 from router_gateway.tokenization.vocabulary import Vocabulary
-from stitch.cluster import Cluster, GatewayPlace, Models, ModelSource, ShardPlace
+from stitch.cluster import ClusterConfig, GatewayConfig, ModelConfig, PairConfig, ShardConfig
 from stitch.errors import InvalidRequest, Unavailable
 from stitch.sampling import Sampling
 from tests.support.byte_tokenizer import byte_tokenizer, tokenizer_files, tokens
 from tests.support.fake_shard import ROUTES
 
 VOCABULARY = Vocabulary.from_files(tokenizer_files())
-SOURCE = ModelSource(id="fake", source="nowhere")
-CLUSTER = Cluster(
+SOURCE = ModelConfig(id="fake", source="nowhere")
+CLUSTER = ClusterConfig(
     name="fake",
-    models=Models(bottom=SOURCE, top=SOURCE),
+    models=PairConfig(bottom=SOURCE, top=SOURCE),
     routes=ROUTES,
     shards=(
-        ShardPlace(name="b", role="bottom", layers=(0, 4), address="h:1"),
-        ShardPlace(name="t", role="top", layers=(4, 8), address="h:2"),
+        ShardConfig(name="b", role="bottom", layers=(0, 4), address="h:1"),
+        ShardConfig(name="t", role="top", layers=(4, 8), address="h:2"),
     ),
-    gateway=GatewayPlace(address="h:3"),
+    gateway=GatewayConfig(address="h:3"),
 )
 
 
@@ -55,9 +55,9 @@ class AlwaysWeak:
     def __init__(self) -> None:
         self.queries: list[Query] = []
 
-    def judge(self, query: Query) -> Judgement:
+    def judge(self, query: Query) -> RouteDecision:
         self.queries.append(query)
-        return Judgement("weak", 0.25, "because", "length")
+        return RouteDecision("weak", 0.25, "because", "length")
 
 
 @pytest.fixture
@@ -75,10 +75,13 @@ def source() -> VocabularySource:
 @pytest.fixture
 def preparation(router: AlwaysWeak, source: VocabularySource) -> Iterator[Preparation]:
     with ThreadPoolExecutor(1, "text") as threads:
-        catalogue = cast(Catalogue, SmallModel())
-        pace, conversations = Pace(catalogue.routes(), lambda: 1, time.monotonic), Conversations(time.monotonic)
+        catalogue = cast(ModelRegistry, SmallModel())
+        pace, conversations = (
+            TtftPredictor(catalogue.routes(), lambda: 1, time.monotonic),
+            Conversations(time.monotonic),
+        )
         selection = Selection(
-            router, catalogue, pace, conversations, Watch(Metrics(catalogue.routes(), REASON_KINDS), None)
+            router, catalogue, pace, conversations, DriftMonitor(Metrics(catalogue.routes(), REASON_KINDS), None)
         )
         yield Preparation(CLUSTER, catalogue, source, selection, threads)
 
@@ -90,7 +93,7 @@ def request(prompt: Prompt = "hello", sampling: Sampling | None = None, **fields
 async def test_a_prompt_becomes_ids_and_a_route(preparation: Preparation, router: AlwaysWeak) -> None:
     prepared = await preparation.prepare(request("hello world"))
     assert list(prepared.token_ids) == tokens("hello world")
-    assert prepared.judgement == Judgement("weak", 0.25, "because", "length")
+    assert prepared.decision == RouteDecision("weak", 0.25, "because", "length")
     assert router.queries == [Query(("hello world",), ("weak", "strong"))]
 
 
@@ -106,9 +109,9 @@ async def test_a_conversation_goes_through_the_template_and_all_user_turns_are_j
 
 
 async def test_a_named_route_is_taken_and_the_score_is_said_all_the_same(preparation: Preparation) -> None:
-    judgement = (await preparation.prepare(request(route="strong"))).judgement
-    assert (judgement.route, judgement.score, judgement.kind) == ("strong", 0.25, "requested")
-    assert "weak" in judgement.reason
+    decision = (await preparation.prepare(request(route="strong"))).decision
+    assert (decision.route, decision.score, decision.kind) == ("strong", 0.25, "requested")
+    assert "weak" in decision.reason
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from router_gateway.routing.objectives import Forecast, Objectives, settled
-from router_gateway.routing.router import Judgement
-from router_gateway.routing.ttft_predictor import Pace, Run
+from router_gateway.routing.router import RouteDecision
+from router_gateway.routing.ttft_predictor import Run, TtftPredictor
 from stitch.errors import ObjectivesUnmet
 
 SECONDS_A_TOKEN = {"weak": 0.001, "strong": 0.0014}
@@ -59,7 +59,7 @@ def promised(pace: Callable[[float], float], mean_gap: float, seed: int = 1) -> 
     """Requests at random moments, with objectives from below the time of an idle cluster to far above it."""
     draw, kept = random.Random(seed), Kept()
     shards = Shards(draw, pace)
-    known = Pace(SECONDS_A_TOKEN, lambda: 1, lambda: shards.now)
+    known = TtftPredictor(SECONDS_A_TOKEN, lambda: 1, lambda: shards.now)
     for index in range(LEARNING + ASKED):
         shards.pass_time(shards.now + draw.expovariate(1 / mean_gap))
         tokens, preferred = int(16 * 2 ** draw.uniform(0, 6)), draw.choice(list(SECONDS_A_TOKEN))
@@ -70,7 +70,7 @@ def promised(pace: Callable[[float], float], mean_gap: float, seed: int = 1) -> 
         limit = idle * 0.7 * 10 ** draw.random()
         forecasts = [Forecast(route, known.seconds(route, tokens), None, None) for route in SECONDS_A_TOKEN]
         try:
-            judged = settled(Objectives(max_ttft_seconds=limit), Judgement(preferred, 0.5, "", "gain"), forecasts)
+            judged = settled(Objectives(max_ttft_seconds=limit), RouteDecision(preferred, 0.5, "", "gain"), forecasts)
         except ObjectivesUnmet:
             kept.refused += 1
             waited = max(shards.free_at - shards.now, 0)

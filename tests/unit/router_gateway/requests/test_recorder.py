@@ -10,17 +10,17 @@ from prometheus_client import generate_latest
 
 from router_gateway.metrics import OUTCOMES, Metrics
 from router_gateway.requests.preparation import Prepared
-from router_gateway.requests.recorder import Observation
+from router_gateway.requests.recorder import Recorder
 from router_gateway.requests.types import FinishReason, Request, Stage
-from router_gateway.routing.router import REASON_KINDS, Judgement
-from router_gateway.routing.ttft_predictor import Pace
+from router_gateway.routing.router import REASON_KINDS, RouteDecision
+from router_gateway.routing.ttft_predictor import TtftPredictor
 from router_gateway.tokenization.vocabulary import Vocabulary
 from stitch.errors import Exhausted, Expired, InvalidRequest, ObjectivesUnmet, StitchError, Unavailable
 from stitch.sampling import Sampling
 from tests.support.byte_tokenizer import tokenizer_files
 
 VOCABULARY = Vocabulary.from_files(tokenizer_files())
-JUDGEMENT = Judgement("strong", 0.7, "why", "content")
+JUDGEMENT = RouteDecision("strong", 0.7, "why", "content")
 
 
 def prepared() -> Prepared:
@@ -33,11 +33,11 @@ class Bench:
     def __init__(self) -> None:
         self.now = 100.0
         self.metrics = Metrics(["weak", "strong"], REASON_KINDS)
-        self.pace = Pace(["weak", "strong"], lambda: 1, lambda: self.now)
+        self.pace = TtftPredictor(["weak", "strong"], lambda: 1, lambda: self.now)
         self.stopping = False
 
-    def observe(self, deadline: float | None = None) -> Observation:
-        return Observation(100.0, deadline, self.pace, self.metrics, lambda: self.now, lambda: self.stopping)
+    def observe(self, deadline: float | None = None) -> Recorder:
+        return Recorder(100.0, deadline, self.pace, self.metrics, lambda: self.now, lambda: self.stopping)
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.metrics.registry.get_sample_value(name, labels)
@@ -159,7 +159,7 @@ def test_stages_are_kept_and_a_strange_one_makes_no_label(bench: Bench) -> None:
     ("act", "waiting", "running"), [(lambda seen: None, 1, 0), (lambda seen: seen.handed_over(), 0, 1)]
 )
 def test_a_request_is_in_one_place_at_a_time(
-    bench: Bench, act: Callable[[Observation], None], waiting: int, running: int
+    bench: Bench, act: Callable[[Recorder], None], waiting: int, running: int
 ) -> None:
     def places() -> tuple[float | None, float | None]:
         return bench.value("stitch_requests_waiting"), bench.value("stitch_requests_running")

@@ -11,11 +11,11 @@ import grpc
 import pytest
 
 from router_gateway.metrics import REPLAY_CAUSES, Metrics
-from router_gateway.requests.failover import Persistence, Resumption, Surroundings
+from router_gateway.requests.failover import Failover, FailoverDependencies, RetryPolicy
 from router_gateway.requests.preparation import Prepared
 from router_gateway.requests.stream import Step, TokenStream
 from router_gateway.requests.types import FinishReason, Request, Stage
-from router_gateway.routing.router import Judgement
+from router_gateway.routing.router import RouteDecision
 from router_gateway.shards.placement import Placement
 from router_gateway.tokenization.vocabulary import Vocabulary
 from stitch.errors import Exhausted, Expired, Incompatible, StitchError, Unavailable
@@ -34,22 +34,22 @@ UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 def prepared(**sampling: int) -> Prepared:
     request = Request("id", "prompt", Sampling())
     filled = Sampling(stop_token_ids=(END_TOKEN,), **sampling)
-    return Prepared(request, PROMPT, Judgement("strong", 0.9, "", "content"), filled, VOCABULARY)
+    return Prepared(request, PROMPT, RouteDecision("strong", 0.9, "", "content"), filled, VOCABULARY)
 
 
 def routes_of(what: Prepared) -> tuple[str, ...]:
-    return (what.judgement.route,) if isinstance(what.judgement, Judgement) else what.judgement.routes
+    return (what.decision.route,) if isinstance(what.decision, RouteDecision) else what.decision.routes
 
 
 class Running:
     """A stream in front of fake shards, with what it counts."""
 
-    def __init__(self, around: Surroundings, metrics: Metrics) -> None:
+    def __init__(self, around: FailoverDependencies, metrics: Metrics) -> None:
         self._around = around
         self._metrics = metrics
 
     def steps(self, what: Prepared, deadline: float | None = None) -> aclosing[AsyncIterator[Step]]:
-        resumption = Resumption(routes_of(what), self._around)
+        resumption = Failover(routes_of(what), self._around)
         return aclosing(TokenStream(what, resumption, deadline, self._around.clock).steps())
 
     async def all(self, what: Prepared | None = None, deadline: float | None = None) -> list[Step]:
@@ -76,8 +76,8 @@ async def streaming(
     async with fleet_of(*shards) as (cluster, fleet):
         await fleet.refresh()
         metrics = Metrics(["weak", "strong"], ["requested"])
-        persistence = Persistence(wait_seconds, first_pause_seconds=0.005, most_losses=most_losses)
-        around = Surroundings(fleet, Placement(cluster, fleet), metrics.replays, persistence, clock)
+        persistence = RetryPolicy(wait_seconds, first_pause_seconds=0.005, most_losses=most_losses)
+        around = FailoverDependencies(fleet, Placement(cluster, fleet), metrics.replays, persistence, clock)
         yield Running(around, metrics)
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from router_gateway.metrics import Metrics
 from router_gateway.routing.drift import LEAST, WINDOW
-from router_gateway.routing.drift_monitor import DRIFT_LIMIT, Watch
-from router_gateway.routing.router import REASON_KINDS, Judgement, ReasonKind
+from router_gateway.routing.drift_monitor import DRIFT_LIMIT, DriftMonitor
+from router_gateway.routing.router import REASON_KINDS, ReasonKind, RouteDecision
 from stitch.thresholds import Thresholds
 
 ROUTES = ("small", "middle", "large")
@@ -27,11 +27,11 @@ class Tower:
     def __init__(self, calibration: Thresholds | None, learned: bool = True) -> None:
         self.calibration = calibration
         self.metrics = Metrics(ROUTES, REASON_KINDS)
-        self.watch = Watch(self.metrics, (lambda: self.calibration) if learned else None)
+        self.watch = DriftMonitor(self.metrics, (lambda: self.calibration) if learned else None)
 
     def judge(self, route: str, score: float = 0.5, kind: ReasonKind = "gain", times: int = 1) -> None:
         for _ in range(times):
-            self.watch.judged(Judgement(route, score, "", kind), ROUTES)
+            self.watch.judged(RouteDecision(route, score, "", kind), ROUTES)
 
     def value(self, name: str, **labels: str) -> float:
         value = self.metrics.registry.get_sample_value(f"stitch_route_{name}", labels)

@@ -7,39 +7,39 @@ import math
 import pytest
 
 from router_gateway.routing.fallback import FallbackRouter
-from router_gateway.routing.router import Judgement, Query
+from router_gateway.routing.router import Query, RouteDecision
 
 QUERY = Query(("hello",), ("weak", "strong"))
 
 
 class Scripted:
-    def __init__(self, answer: Judgement | Exception) -> None:
+    def __init__(self, answer: RouteDecision | Exception) -> None:
         self._answer = answer
 
-    def judge(self, query: Query) -> Judgement:
+    def judge(self, query: Query) -> RouteDecision:
         if isinstance(self._answer, Exception):
             raise self._answer
         return self._answer
 
 
 def test_a_proper_judgement_passes_unchanged() -> None:
-    judgement = Judgement("weak", 0.2, "why", "length")
-    assert FallbackRouter(Scripted(judgement)).judge(QUERY) is judgement
+    decision = RouteDecision("weak", 0.2, "why", "length")
+    assert FallbackRouter(Scripted(decision)).judge(QUERY) is decision
 
 
 @pytest.mark.parametrize(
     "answer",
     [
         ValueError("broken"),
-        Judgement("gone", 0.5, "", "content"),
-        Judgement("weak", math.nan, "", "content"),
-        Judgement("weak", 0.5, "", "gain", qualities=(0.5,)),
+        RouteDecision("gone", 0.5, "", "content"),
+        RouteDecision("weak", math.nan, "", "content"),
+        RouteDecision("weak", 0.5, "", "gain", qualities=(0.5,)),
     ],
 )
-def test_a_failure_takes_the_dearest_route_and_says_so(answer: Judgement | Exception) -> None:
-    judgement = FallbackRouter(Scripted(answer)).judge(QUERY)
-    assert (judgement.route, judgement.kind) == ("strong", "fallback")
-    assert "router" in judgement.reason
+def test_a_failure_takes_the_dearest_route_and_says_so(answer: RouteDecision | Exception) -> None:
+    decision = FallbackRouter(Scripted(answer)).judge(QUERY)
+    assert (decision.route, decision.kind) == ("strong", "fallback")
+    assert "router" in decision.reason
 
 
 def test_the_operator_may_name_another_route() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from router_gateway.routing.features import features
-from router_gateway.routing.heuristic import WEIGHTS, WeightedRouter
+from router_gateway.routing.heuristic import WEIGHTS, HeuristicRouter
 from router_gateway.routing.ladder import Ladder
-from router_gateway.routing.router import REASON_KINDS, Judgement, Query
+from router_gateway.routing.router import REASON_KINDS, Query, RouteDecision
 
 ROUTES = ("weak", "strong")
 DUCKS = (
@@ -16,8 +16,8 @@ DUCKS = (
 )
 
 
-def judged(*turns: str, routes: tuple[str, ...] = ROUTES) -> Judgement:
-    return WeightedRouter(Ladder()).judge(Query(turns, routes))
+def judged(*turns: str, routes: tuple[str, ...] = ROUTES) -> RouteDecision:
+    return HeuristicRouter(Ladder()).judge(Query(turns, routes))
 
 
 @pytest.mark.parametrize("text", ["Hello", "What is the capital of France?", "Write a haiku about autumn."])
@@ -38,11 +38,11 @@ def test_a_follow_up_is_judged_with_what_came_before() -> None:
 
 
 def test_the_reason_names_what_weighed_most() -> None:
-    judgement = judged(DUCKS)
-    assert "34 words" in judgement.reason
-    assert "constraint" in judgement.reason
-    assert judgement.reason.endswith(f"{judgement.score:.2f}, at least 0.50")
-    assert judgement.kind == "content"
+    decision = judged(DUCKS)
+    assert "34 words" in decision.reason
+    assert "constraint" in decision.reason
+    assert decision.reason.endswith(f"{decision.score:.2f}, at least 0.50")
+    assert decision.kind == "content"
     assert judged("Hello").kind == "length"
 
 
@@ -51,11 +51,11 @@ def test_the_reason_names_what_weighed_most() -> None:
 )
 @pytest.mark.parametrize("routes", [("one",), ROUTES, ("a", "b", "c", "d")])
 def test_any_text_has_a_judgement(text: str, routes: tuple[str, ...]) -> None:
-    judgement = judged(text, routes=routes)
-    assert judgement.route in routes
-    assert 0 < judgement.score < 1
-    assert judgement.kind in REASON_KINDS
-    assert len(judgement.reason) < 200
+    decision = judged(text, routes=routes)
+    assert decision.route in routes
+    assert 0 < decision.score < 1
+    assert decision.kind in REASON_KINDS
+    assert len(decision.reason) < 200
 
 
 def test_no_turn_at_all_has_a_judgement() -> None:

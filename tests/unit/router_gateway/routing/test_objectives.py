@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from router_gateway.routing.objectives import Forecast, Objectives, narrowed, settled
-from router_gateway.routing.router import Deferred, Judgement
+from router_gateway.routing.router import DeferredDecision, RouteDecision
 from stitch.errors import ObjectivesUnmet
 
 LADDER = [
@@ -15,8 +15,8 @@ LADDER = [
 ]
 
 
-def preferring(route: str) -> Judgement:
-    return Judgement(route, 0.7, "gain 0.20 > 0.10", "gain")
+def preferring(route: str) -> RouteDecision:
+    return RouteDecision(route, 0.7, "gain 0.20 > 0.10", "gain")
 
 
 def taken(objectives: Objectives, preferred: str = "large") -> str:
@@ -85,7 +85,7 @@ class TestNarrowed:
 
     def test_it_judges_between_those_that_keep_to_them(self) -> None:
         deferred = narrowed(Objectives(max_ttft_seconds=1.0), LADDER)
-        assert isinstance(deferred, Deferred)
+        assert isinstance(deferred, DeferredDecision)
         assert deferred.routes == ("small", "middle")
         assert deferred.settled(preferring("small")).reason == "gain 0.20 > 0.10; ttft 0.50 s ≤ 1 s"
         moved = deferred.settled(preferring("large"))
@@ -93,7 +93,7 @@ class TestNarrowed:
 
     def test_the_only_one_needs_no_judgement(self) -> None:
         judged = narrowed(Objectives(max_cost=0.3), LADDER)
-        assert isinstance(judged, Judgement)
+        assert isinstance(judged, RouteDecision)
         assert (judged.route, judged.score, judged.kind) == ("small", None, "objective")
         costs = "small has cost 0.25; middle has cost 0.50; large has cost 1.00"
         assert judged.reason == f"only small keeps to the objectives: {costs}"

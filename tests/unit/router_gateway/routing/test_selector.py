@@ -10,13 +10,13 @@ import pytest
 from router_gateway.metrics import Metrics
 from router_gateway.requests.types import Request
 from router_gateway.routing.conversations import Conversations
-from router_gateway.routing.drift_monitor import Watch
+from router_gateway.routing.drift_monitor import DriftMonitor
 from router_gateway.routing.objectives import Objectives
-from router_gateway.routing.router import REASON_KINDS, Deferred, Judgement, Query
+from router_gateway.routing.router import REASON_KINDS, DeferredDecision, Query, RouteDecision
 from router_gateway.routing.selector import Selection
-from router_gateway.routing.ttft_predictor import Pace
+from router_gateway.routing.ttft_predictor import TtftPredictor
 from router_gateway.routing.ttft_regression import LEAST_SAMPLES
-from router_gateway.shards.models import Catalogue
+from router_gateway.shards.models import ModelRegistry
 from stitch.errors import InvalidRequest, ObjectivesUnmet
 from stitch.sampling import Sampling
 
@@ -34,11 +34,11 @@ class Pair:
 class Scripted:
     """A router that says what a test wants."""
 
-    judgement = Judgement("strong", 0.9, "hard", "gain", qualities=(0.25, 0.75))
+    decision = RouteDecision("strong", 0.9, "hard", "gain", qualities=(0.25, 0.75))
     defers = False
 
-    def judge(self, query: Query) -> Judgement | Deferred:
-        return Deferred(query.routes) if self.defers else self.judgement
+    def judge(self, query: Query) -> RouteDecision | DeferredDecision:
+        return DeferredDecision(query.routes) if self.defers else self.decision
 
 
 class Desk:
@@ -47,10 +47,10 @@ class Desk:
     def __init__(self) -> None:
         self.now = 0.0
         self.router = Scripted()
-        self.pace = Pace(["weak", "strong"], lambda: 1, lambda: self.now)
-        catalogue = cast(Catalogue, Pair())
+        self.pace = TtftPredictor(["weak", "strong"], lambda: 1, lambda: self.now)
+        catalogue = cast(ModelRegistry, Pair())
         self.metrics = Metrics(["weak", "strong"], REASON_KINDS)
-        watch = Watch(self.metrics, None)
+        watch = DriftMonitor(self.metrics, None)
         self.selection = Selection(self.router, catalogue, self.pace, Conversations(lambda: self.now), watch)
 
     def learn(self, route: str, seconds_a_token: float) -> None:
@@ -60,21 +60,21 @@ class Desk:
             run.token()
             run.text()
 
-    def ask(self, waited: float = 0.0, **fields: Any) -> Judgement:
+    def ask(self, waited: float = 0.0, **fields: Any) -> RouteDecision:
         """As for a request that is answered."""
         request = Request("id", "text", Sampling(), **fields)
-        judgement = self.selection.select(request, 100, waited)
-        if isinstance(judgement, Deferred):
-            judgement = judgement.settled(self.router.judgement)
-        self.selection.take(request, judgement)
-        return judgement
+        decision = self.selection.select(request, 100, waited)
+        if isinstance(decision, DeferredDecision):
+            decision = decision.settled(self.router.decision)
+        self.selection.take(request, decision)
+        return decision
 
-    def explain(self, **fields: Any) -> Judgement | Deferred:
+    def explain(self, **fields: Any) -> RouteDecision | DeferredDecision:
         """As for a request that is only judged."""
         return self.selection.select(Request("", "text", Sampling(), **fields), 100)
 
     def now_judged(self, route: str, kind: Any = "gain") -> None:
-        self.router.judgement = replace(self.router.judgement, route=route, kind=kind)
+        self.router.decision = replace(self.router.decision, route=route, kind=kind)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def desk() -> Desk:
 
 class TestObjectives:
     def test_none_leaves_the_router_s_judgement(self, desk: Desk) -> None:
-        assert desk.ask() is desk.router.judgement
+        assert desk.ask() is desk.router.decision
 
     def test_a_first_text_in_time(self, desk: Desk) -> None:
         assert desk.ask(objectives=Objectives(max_ttft_seconds=2.1)).route == "strong"
@@ -118,12 +118,12 @@ class TestObjectives:
         assert desk.ask(objectives=Objectives(min_quality=0.5)).route == "strong"
 
     def test_a_quality_needs_a_learned_router(self, desk: Desk) -> None:
-        desk.router.judgement = Judgement("strong", 0.9, "12 words", "length")
+        desk.router.decision = RouteDecision("strong", 0.9, "12 words", "length")
         with pytest.raises(InvalidRequest, match=r"objectives\.min_quality is 0\.5, but only a learned router"):
             desk.ask(objectives=Objectives(min_quality=0.5))
 
     def test_a_router_that_failed_fails_no_request_for_its_quality(self, desk: Desk) -> None:
-        desk.router.judgement = Judgement("strong", 1.0, "it failed", "fallback")
+        desk.router.decision = RouteDecision("strong", 1.0, "it failed", "fallback")
         assert desk.ask(objectives=Objectives(min_quality=0.5)).route == "strong"
         assert desk.ask(objectives=Objectives(min_quality=0.5, max_cost=0.9)).route == "weak"
 
@@ -157,7 +157,7 @@ class TestConversations:
         assert desk.ask(conversation_id="c").route == "weak"
         desk.now_judged("strong")
         explained = desk.explain(conversation_id="c")
-        assert isinstance(explained, Judgement)
+        assert isinstance(explained, RouteDecision)
         assert explained.route == "weak"
 
     def test_a_fallback_is_no_route_to_stay_on(self, desk: Desk) -> None:
@@ -200,21 +200,21 @@ class TestDeferred:
 
     def test_both_routes_are_open(self, desk: Desk) -> None:
         deferred = desk.explain()
-        assert isinstance(deferred, Deferred)
+        assert isinstance(deferred, DeferredDecision)
         assert deferred.routes == ("weak", "strong")
 
     def test_what_a_request_or_its_conversation_says_needs_no_judgement(self, desk: Desk) -> None:
-        assert desk.explain(route="weak") == Judgement("weak", None, "the request names it", "requested")
+        assert desk.explain(route="weak") == RouteDecision("weak", None, "the request names it", "requested")
         desk.ask(conversation_id="c")
-        kept = Judgement("strong", None, "the conversation keeps strong", "conversation")
+        kept = RouteDecision("strong", None, "the conversation keeps strong", "conversation")
         assert desk.explain(conversation_id="c") == kept
 
     def test_objectives_narrow_the_choice(self, desk: Desk) -> None:
         narrow = desk.explain(objectives=Objectives(max_ttft_seconds=1.5))
-        assert isinstance(narrow, Judgement)
+        assert isinstance(narrow, RouteDecision)
         assert (narrow.route, narrow.kind) == ("weak", "objective")
         wide = desk.explain(objectives=Objectives(max_ttft_seconds=2.5))
-        assert isinstance(wide, Deferred)
+        assert isinstance(wide, DeferredDecision)
 
     def test_a_quality_is_not_predicted(self, desk: Desk) -> None:
         with pytest.raises(

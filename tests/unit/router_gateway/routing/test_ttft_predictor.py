@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router_gateway.routing.ttft_predictor import Pace
+from router_gateway.routing.ttft_predictor import TtftPredictor
 from router_gateway.routing.ttft_regression import LEAST_SAMPLES
 
 SECONDS_A_TOKEN = 0.01
@@ -16,7 +16,7 @@ class Gateway:
     def __init__(self, lanes: int = 1) -> None:
         self.now = 0.0
         self.lanes = lanes
-        self.pace = Pace(["weak", "strong"], lambda: self.lanes, lambda: self.now)
+        self.pace = TtftPredictor(["weak", "strong"], lambda: self.lanes, lambda: self.now)
 
     def answer(self, route: str, tokens: int) -> None:
         run = self.pace.begin(tokens, route)

@@ -8,7 +8,7 @@ import pytest
 
 from router_gateway.requests.types import Delta, Finished, FinishReason, Stage, Started, Token, Turn
 from router_gateway.routing.objectives import Objectives
-from router_gateway.routing.router import Judgement
+from router_gateway.routing.router import RouteDecision
 from router_gateway.rpc.messages import to_prompt, to_question, to_request, to_response
 from stitch.errors import InvalidRequest
 from stitch.v1 import inference_pb2
@@ -96,9 +96,9 @@ def test_what_is_outside_of_its_limits_is_refused(bad: inference_pb2.GenerateReq
 
 
 def test_events_become_messages() -> None:
-    started = to_response(Started("id", Judgement("weak", 0.25, "why", "length"), 3)).started
-    assert (started.request_id, started.judgement.route, started.judgement.reason) == ("id", "weak", "why")
-    assert (started.judgement.score, started.prompt_tokens) == (0.25, 3)
+    started = to_response(Started("id", RouteDecision("weak", 0.25, "why", "length"), 3)).started
+    assert (started.request_id, started.decision.route, started.decision.reason) == ("id", "weak", "why")
+    assert (started.decision.score, started.prompt_tokens) == (0.25, 3)
 
     logprobs = inference_pb2.TokenLogprobs(token_id=8, logprob=-1.5)
     delta = to_response(Delta("text", (Token(7), Token(8, logprobs)))).delta

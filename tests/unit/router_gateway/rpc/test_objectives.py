@@ -25,9 +25,9 @@ def objectives(**limits: float) -> inference_pb2.Objectives:
     return inference_pb2.Objectives(**limits)
 
 
-async def judged(gateway: Reached, prompt: str = "hello", **fields: Any) -> inference_pb2.Judgement:
+async def judged(gateway: Reached, prompt: str = "hello", **fields: Any) -> inference_pb2.RouteDecision:
     started = (await gateway.generate(prompt, **fields))[0].started
-    return started.judgement
+    return started.decision
 
 
 async def refused(gateway: Reached, **fields: Any) -> Exception:
@@ -96,8 +96,8 @@ async def test_a_judgement_alone_explains_objectives(reach: Reach) -> None:
     async with reach(*shards()) as gateway:
         request = inference_pb2.RouteRequest(prompt=HARD, objectives=objectives(max_cost=0.8))
         answer = await gateway.stub.Route(request)
-        assert answer.judgement.route == "weak"
-        assert "strong has cost 1.00" in answer.judgement.reason
+        assert answer.decision.route == "weak"
+        assert "strong has cost 1.00" in answer.decision.reason
 
 
 async def test_a_conversation_stays_where_it_was_judged(reach: Reach) -> None:
@@ -107,5 +107,5 @@ async def test_a_conversation_stays_where_it_was_judged(reach: Reach) -> None:
         assert kept.reason.startswith("the conversation keeps strong; the router would take weak (")
         assert gateway.metric("stitch_routed_total", route="strong", reason="conversation") == 1
         asked = await gateway.stub.Route(inference_pb2.RouteRequest(prompt="ok", conversation_id="c"))
-        assert asked.judgement.route == "strong"
+        assert asked.decision.route == "strong"
         assert (await judged(gateway, "ok", conversation_id="d")).route == "weak"

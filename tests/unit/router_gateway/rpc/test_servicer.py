@@ -43,8 +43,8 @@ async def test_an_answer_is_told_from_the_judgement_to_the_end(reach: Reach) -> 
         events = await gateway.generate("hello world", request_id="mine")
     started, *deltas, last = events
     assert started.started.request_id == "mine"
-    assert started.started.judgement.route == "weak"
-    assert started.started.judgement.reason.startswith("2 words")
+    assert started.started.decision.route == "weak"
+    assert started.started.decision.reason.startswith("2 words")
     assert {delta.WhichOneof("event") for delta in deltas} == {"delta"}
     assert text_of(events) == TEXT
     assert ids_of(events) == [*tokens(TEXT), END_TOKEN]
@@ -259,7 +259,7 @@ async def test_judgements_are_counted_by_route_and_reason(reach: Reach, route: s
     bottom, top = shards()
     async with reach(bottom, top) as gateway:
         events = await gateway.generate(route=route)
-        assert events[0].started.judgement.route == bottom.requests[0].route == taken
+        assert events[0].started.decision.route == bottom.requests[0].route == taken
         assert gateway.metric("stitch_routed_total", route=taken, reason=reason) == 1
         assert gateway.metric("stitch_route_score_count") == 1
 
@@ -267,14 +267,14 @@ async def test_judgements_are_counted_by_route_and_reason(reach: Reach, route: s
 async def test_thresholds_of_the_cluster_file_hold(reach: Reach) -> None:
     async with reach(*shards(), cluster={"thresholds": (0.01,)}) as gateway:
         judged = await gateway.stub.Route(inference_pb2.RouteRequest(prompt="Hello"))
-    assert judged.judgement.route == "strong"
+    assert judged.decision.route == "strong"
 
 
 async def test_judging_alone_asks_no_shard(reach: Reach) -> None:
     bottom, top = shards()
     async with reach(bottom, top) as gateway:
         judged = await gateway.stub.Route(inference_pb2.RouteRequest(prompt="hello world"))
-        assert judged.judgement.route == "weak"
+        assert judged.decision.route == "weak"
         assert judged.prompt_tokens == len(tokens("hello world"))
         error = await refusal(gateway.stub.Route(inference_pb2.RouteRequest()))
         assert isinstance(error, InvalidRequest)

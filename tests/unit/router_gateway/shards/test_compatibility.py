@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router_gateway.shards.compatibility import Agreement
+from router_gateway.shards.compatibility import CompatibilityCheck
 from stitch.v1.inference_pb2 import Model, RouteDescription
 from stitch.v1.shard_pb2 import ShardIdentity
 from tests.support.fake_shard import FakeShard
@@ -33,13 +33,13 @@ FIRST = ShardIdentity(
     ],
 )
 def test_a_difference_is_named_with_both_sides(second: ShardIdentity, objection: str) -> None:
-    agreement = Agreement()
+    agreement = CompatibilityCheck()
     assert agreement.objection(FIRST) is None
     assert agreement.objection(second) == objection
 
 
 def test_what_a_shard_does_not_know_is_no_difference() -> None:
-    agreement = Agreement()
+    agreement = CompatibilityCheck()
     assert agreement.objection(ShardIdentity()) is None
     assert agreement.objection(FIRST) is None
     assert agreement.objection(ShardIdentity(tokenizer="abc")) is None

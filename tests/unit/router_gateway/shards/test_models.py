@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router_gateway.shards.models import Catalogue
+from router_gateway.shards.models import ModelRegistry
 from stitch.errors import Unavailable
 from tests.support.fake_shard import CONTEXT_TOKENS, VOCABULARY_SIZE, FakeShard
 from tests.support.fleets import fleet_of
@@ -12,7 +12,7 @@ from tests.support.fleets import fleet_of
 
 async def test_before_any_answer_the_file_alone_speaks() -> None:
     async with fleet_of(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as (cluster, fleet):
-        catalogue = Catalogue(cluster, fleet)
+        catalogue = ModelRegistry(cluster, fleet)
         described = catalogue.describe()
         assert described.bottom.id == "fake"
         assert described.bottom.layers == 0
@@ -29,7 +29,7 @@ async def test_what_shards_say_is_merged_in() -> None:
     top = FakeShard("top-0", "top")
     async with fleet_of(FakeShard("bottom-0", "bottom"), top) as (cluster, fleet):
         await fleet.refresh()
-        catalogue = Catalogue(cluster, fleet)
+        catalogue = ModelRegistry(cluster, fleet)
         await top.stop()
         await fleet.refresh()
         described = catalogue.describe()
@@ -48,7 +48,7 @@ async def test_the_context_is_no_longer_than_the_smallest_shard_s_room() -> None
     top.kv_capacity_tokens = CONTEXT_TOKENS - 1
     async with fleet_of(FakeShard("bottom-0", "bottom"), top) as (cluster, fleet):
         await fleet.refresh()
-        assert Catalogue(cluster, fleet).context_tokens == CONTEXT_TOKENS - 1
+        assert ModelRegistry(cluster, fleet).context_tokens == CONTEXT_TOKENS - 1
 
 
 async def test_routes_are_ordered_by_parameters_once_all_are_known() -> None:
@@ -56,7 +56,7 @@ async def test_routes_are_ordered_by_parameters_once_all_are_known() -> None:
     # A route that leaves earlier may read more, if it enters the other model earlier, too.
     bottom.parameters = {"weak": 1_000, "strong": 900}
     async with fleet_of(bottom, FakeShard("top-0", "top")) as (cluster, fleet):
-        catalogue = Catalogue(cluster, fleet)
+        catalogue = ModelRegistry(cluster, fleet)
         assert catalogue.routes() == ["weak", "strong"]
         await fleet.refresh(["bottom-0"])
         assert catalogue.routes() == ["weak", "strong"]
@@ -69,13 +69,13 @@ async def test_routes_are_ordered_by_layers_while_one_is_unknown() -> None:
     bottom.parameters = {"weak": 9_000}
     async with fleet_of(bottom, FakeShard("top-0", "top")) as (cluster, fleet):
         await fleet.refresh()
-        assert Catalogue(cluster, fleet).routes() == ["weak", "strong"]
+        assert ModelRegistry(cluster, fleet).routes() == ["weak", "strong"]
 
 
 async def test_costs_are_shares_of_the_dearest_once_all_are_known() -> None:
     bottom = FakeShard("bottom-0", "bottom")
     async with fleet_of(bottom, FakeShard("top-0", "top")) as (cluster, fleet):
-        catalogue = Catalogue(cluster, fleet)
+        catalogue = ModelRegistry(cluster, fleet)
         await fleet.refresh(["bottom-0"])
         assert catalogue.costs() == {}
         await fleet.refresh(["top-0"])

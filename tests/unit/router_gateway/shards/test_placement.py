@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from router_gateway.shards.placement import Chain, Placement
-from router_gateway.shards.registry import Fleet
+from router_gateway.shards.registry import ShardRegistry
 from tests.support.fake_shard import FakeShard
 from tests.support.fleets import fleet_of
 
@@ -78,7 +78,7 @@ async def test_a_chain_serves_as_long_as_all_of_it_does_and_tells_when_not() -> 
     async with fleet_of(FakeShard("bottom-0", "bottom"), top) as (_, fleet):
         chain = await _only(fleet)
         assert chain.serving
-        with chain.told_when_gone(lambda: told.append(True)):
+        with chain.on_unavailable(lambda: told.append(True)):
             await top.stop()
             await fleet.refresh()
         assert told
@@ -90,7 +90,7 @@ async def test_the_shards_of_a_route_are_all_replicas_of_its_stages() -> None:
         assert Placement(cluster, fleet).shards("weak") == ["bottom-0", "bottom-1", "top-0", "top-1"]
 
 
-async def _only(fleet: Fleet) -> Chain:
+async def _only(fleet: ShardRegistry) -> Chain:
     await fleet.refresh()
     return Chain(tuple(fleet.replicas.values()))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from router_gateway.shards.registry import Fleet, watched
-from router_gateway.shards.replica import Patience
+from router_gateway.shards.registry import ShardRegistry, watched
+from router_gateway.shards.replica import HealthPolicy
 from stitch import channels
 from tests.support.fake_shard import FakeShard, fake_cluster
 from tests.support.fleets import fleet_of
@@ -47,7 +47,7 @@ async def test_only_the_named_shards_are_polled() -> None:
 async def test_a_watched_fleet_sees_a_shard_go_and_come_back() -> None:
     shard = FakeShard("bottom-0", "bottom")
     async with fake_cluster(shard, FakeShard("top-0", "top")) as cluster:
-        fleet = Fleet(cluster, channels.open_channel, Patience(answer_seconds=0.2, silent_polls=1))
+        fleet = ShardRegistry(cluster, channels.open_channel, HealthPolicy(answer_seconds=0.2, silent_polls=1))
         replica = fleet.replicas["bottom-0"]
         async with watched(fleet, poll_seconds=0.01):
             await eventually(lambda: replica.serving)

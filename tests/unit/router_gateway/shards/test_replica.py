@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stitch.cluster import ShardPlace
+from stitch.cluster import ShardConfig
 from tests.support.fake_shard import LAYERS, FakeShard
 from tests.support.fleets import fleet_of
 
@@ -64,9 +64,9 @@ async def test_those_who_wait_are_told_when_it_goes_and_only_inside_of_their_blo
     async with fleet_of(shard, FakeShard("top-0", "top")) as (_, fleet):
         replica = fleet.replicas["bottom-0"]
         await replica.poll()
-        with replica.told_when_gone(lambda: told.append("too early")):
+        with replica.on_unavailable(lambda: told.append("too early")):
             pass
-        with replica.told_when_gone(lambda: told.append("gone")):
+        with replica.on_unavailable(lambda: told.append("gone")):
             await shard.stop()
             await replica.poll()
             await replica.poll()
@@ -97,6 +97,6 @@ async def test_room_is_counted_until_the_shard_says_what_is_free() -> None:
 
 
 def test_the_fake_stands_where_it_listens() -> None:
-    assert FakeShard("top-0", "top").place == ShardPlace(
+    assert FakeShard("top-0", "top").place == ShardConfig(
         name="top-0", role="top", layers=LAYERS["top"], address="127.0.0.1:0"
     )

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from stitch.cli.output import (
-    judgement_line,
+    decision_line,
     line_text,
     millions,
     seconds,
@@ -16,7 +16,7 @@ from stitch.cli.output import (
     tokens_per_second,
 )
 from stitch.cli.ttft_samples import Line
-from stitch.client import Answer, Judgement
+from stitch.client import Answer, RouteDecision
 
 ANSWER = Answer(
     text="Hi",
@@ -34,8 +34,8 @@ ANSWER = Answer(
 
 
 def test_a_judgement_has_route_score_and_reason() -> None:
-    assert judgement_line(Judgement("weak", 0.125, "6 words", 7)) == "route weak · score 0.12 · 6 words"
-    assert judgement_line(ANSWER) == "route weak · score 0.12 · 6 words"
+    assert decision_line(RouteDecision("weak", 0.125, "6 words", 7)) == "route weak · score 0.12 · 6 words"
+    assert decision_line(ANSWER) == "route weak · score 0.12 · 6 words"
 
 
 def test_times_are_said_with_the_tokens() -> None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from stitch.client.answers import Alternative, Answer, Collector, Delta, Judgement, TokenLogprobs
+from stitch.client.answers import Alternative, Answer, Collector, Delta, RouteDecision, TokenLogprobs
 from stitch.errors import Unavailable
 from stitch.v1.inference_pb2 import (
     FINISH_REASON_LENGTH,
@@ -17,12 +17,12 @@ from stitch.v1.inference_pb2 import (
     Started,
 )
 from stitch.v1.inference_pb2 import Delta as DeltaMessage
-from stitch.v1.inference_pb2 import Judgement as JudgementMessage
+from stitch.v1.inference_pb2 import RouteDecision as JudgementMessage
 
 
 def started() -> GenerateResponse:
-    judgement = JudgementMessage(route="weak", score=0.25, reason="short")
-    return GenerateResponse(started=Started(judgement=judgement, prompt_tokens=5))
+    decision = JudgementMessage(route="weak", score=0.25, reason="short")
+    return GenerateResponse(started=Started(decision=decision, prompt_tokens=5))
 
 
 def delta(text: str, *tokens: int) -> GenerateResponse:
@@ -62,7 +62,7 @@ def test_an_answer_is_all_of_its_stream() -> None:
 def test_a_reader_sees_the_judgement_and_the_pieces() -> None:
     collector = Collector()
     events = [collector.take(response) for response in (started(), delta("Hi", 1), finished(), GenerateResponse())]
-    assert events == [Judgement("weak", 0.25, "short", 5), Delta("Hi", (1,), ()), None, None]
+    assert events == [RouteDecision("weak", 0.25, "short", 5), Delta("Hi", (1,), ()), None, None]
 
 
 def test_an_answer_at_its_limit_says_so() -> None:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from stitch.client import Answer, AsyncClient, Client, Delta, Judgement
+from stitch.client import Answer, AsyncClient, Client, Delta, RouteDecision
 from stitch.errors import Exhausted, Expired, InvalidRequest, Unavailable
 from tests.support.fake_gateway import WAIT_SECONDS, FakeGateway
 
@@ -18,11 +18,11 @@ async def cancelled(gateway: FakeGateway) -> bool:
 async def test_both_clients_make_the_same_of_the_same_replies(gateway: FakeGateway) -> None:
     async with AsyncClient(gateway.address) as client:
         answer = await client.generate("a b c", logprobs=1)
-        judgement = await client.route("a b c")
+        decision = await client.route("a b c")
         found = await client.describe()
     with Client(gateway.address) as blocking:
         assert answer == blocking.generate("a b c", logprobs=1)
-        assert judgement == blocking.route("a b c")
+        assert decision == blocking.route("a b c")
         assert found == blocking.describe()
 
 
@@ -30,7 +30,7 @@ async def test_a_stream_is_events_and_then_an_answer(gateway: FakeGateway) -> No
     async with AsyncClient(gateway.address) as client:
         stream = client.stream("a")
         events = [event async for event in stream]
-    assert events == [Judgement("weak", 0.0625, "1 words", 1), Delta("echo:", (5,), ()), Delta(" a", (1,), ())]
+    assert events == [RouteDecision("weak", 0.0625, "1 words", 1), Delta("echo:", (5,), ()), Delta(" a", (1,), ())]
     assert stream.answer.text == "echo: a"
 
 

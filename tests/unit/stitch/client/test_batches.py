@@ -11,15 +11,15 @@ from stitch.v1.inference_pb2 import (
     Finished,
     GenerateBatchResponse,
     GenerateResponse,
-    Judgement,
     RequestError,
+    RouteDecision,
     Started,
 )
 
 
 def answer_events(index: int, text: str) -> list[GenerateBatchResponse]:
     events = [
-        GenerateResponse(started=Started(judgement=Judgement(route="weak"))),
+        GenerateResponse(started=Started(decision=RouteDecision(route="weak"))),
         GenerateResponse(delta=Delta(text=text, token_ids=[1])),
         GenerateResponse(finished=Finished(reason=FINISH_REASON_STOP)),
     ]

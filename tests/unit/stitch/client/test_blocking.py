@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from stitch.client import Answer, Client, Delta, Judgement
+from stitch.client import Answer, Client, Delta, RouteDecision
 from stitch.errors import Exhausted, Expired, Incompatible, InvalidRequest, StitchError, Unavailable
 from tests.support.fake_gateway import STAGES, WAIT_SECONDS, FakeGateway
 
@@ -45,7 +45,7 @@ def test_a_stream_begins_with_the_judgement(gateway: FakeGateway) -> None:
     with Client(gateway.address) as client:
         stream = client.stream("a b")
         events = list(stream)
-    assert events == [Judgement("weak", 0.125, "2 words", 2), *DELTAS]
+    assert events == [RouteDecision("weak", 0.125, "2 words", 2), *DELTAS]
     assert stream.answer.text == "echo: a b"
 
 
@@ -145,7 +145,7 @@ def test_a_batch_without_a_gateway_is_all_errors() -> None:
 
 def test_route_judges_only(gateway: FakeGateway) -> None:
     with Client(gateway.address) as client:
-        assert client.route("a " * 12) == Judgement("strong", 0.75, "12 words", 12)
+        assert client.route("a " * 12) == RouteDecision("strong", 0.75, "12 words", 12)
         assert client.route(messages=[{"role": "user", "content": "a"}]).route == "weak"
 
 

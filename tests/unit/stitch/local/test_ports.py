@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from stitch.cluster import Cluster, load_cluster
+from stitch.cluster import ClusterConfig, load_cluster
 from stitch.errors import InvalidRequest
 from stitch.local.ports import with_ports
 
 
-def preset(**gateway: Any) -> Cluster:
+def preset(**gateway: Any) -> ClusterConfig:
     cluster = load_cluster("smollm2")
     return cluster.model_copy(update={"gateway": cluster.gateway.model_copy(update=gateway)})
 
 
-def ports(cluster: Cluster) -> list[int]:
+def ports(cluster: ClusterConfig) -> list[int]:
     places = [*cluster.shards, cluster.gateway]
     return [port for place in places for port in (int(place.address.rpartition(":")[2]), place.metrics_port)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stitch.cluster import Cluster, load_cluster
+from stitch.cluster import ClusterConfig, load_cluster
 from stitch.errors import InvalidRequest, Unavailable
 from stitch.local.processes import LocalProcess
 from stitch.local.run_folder import RunFolder, run_folder, running_clusters, the_running_cluster
@@ -50,7 +50,7 @@ def test_a_model_s_folder_beside_the_cluster_file_is_found(tmp_path: Path) -> No
     models = {"bottom": {"id": "a", "source": "tiny"}, "top": {"id": "b", "source": "org/on-the-hub"}}
     fields = {**load_cluster("smollm2").model_dump(mode="json", exclude={"folder"}), "models": models}
     folder = run_folder("smollm2")
-    folder.begin(Cluster.model_validate({**fields, "folder": tmp_path}))
+    folder.begin(ClusterConfig.model_validate({**fields, "folder": tmp_path}))
     assert folder.cluster().models.bottom.source == str(tmp_path / "tiny")
     assert folder.cluster().models.top.source == "org/on-the-hub"
 
@@ -59,7 +59,7 @@ def test_a_probe_beside_the_cluster_file_is_found(tmp_path: Path) -> None:
     gateway = {"address": "127.0.0.1:0", "probe": "probe.safetensors", "probe_thresholds": "thresholds.json"}
     fields = {**load_cluster("smollm2").model_dump(mode="json", exclude={"folder"}), "gateway": gateway}
     folder = run_folder("smollm2")
-    folder.begin(Cluster.model_validate({**fields, "folder": tmp_path}))
+    folder.begin(ClusterConfig.model_validate({**fields, "folder": tmp_path}))
     assert folder.cluster().probe_file == tmp_path / "probe.safetensors"
     assert folder.cluster().probe_thresholds_file == tmp_path / "thresholds.json"
 

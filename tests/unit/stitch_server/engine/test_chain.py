@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from stitch.errors import Exhausted, OutOfStep, Unavailable
-from stitch_server.engine.first_stage import Origin
-from stitch_server.engine.in_flight import Forwarding, Front, OutgoingStep, Reply
-from stitch_server.engine.next_stage import ReceivedStep, Relay
+from stitch_server.engine.first_stage import FirstStage
+from stitch_server.engine.in_flight import BatchSource, OutgoingStep, Reply, StepsInFlight
+from stitch_server.engine.next_stage import NextStage, ReceivedStep
 from stitch_server.engine.scheduler import Limits
 from stitch_server.engine.session import Progress, Session
-from stitch_server.engine.session_table import Intake, Opening, ReceivedSegment
+from stitch_server.engine.session_table import Opening, ReceivedSegment, SessionTable
 from stitch_server.engine.types import Batch, Cut, StepOutput
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
 from tests.support.engine_fakes import WIDTH, ManualClock, computed, new_session, sampled
@@ -32,7 +32,7 @@ class LateLink:
 
     forward: deque[tuple[bool, Callable[[], None]]] = field(default_factory=deque)
     backward: deque[Callable[[], None]] = field(default_factory=deque)
-    receiver: Relay | None = None
+    receiver: NextStage | None = None
     replied: Callable[[Reply], None] | None = None
 
     def send(self, address: str, step: OutgoingStep) -> None:
@@ -86,10 +86,10 @@ class Simulation:
         limits = Limits(
             prefill_tokens=self.draw.choice([17, 33]), prefill_tokens_beside_decode=8, groups=self.draw.randrange(1, 4)
         )
-        self.origin = Origin(self.pools[0], CUTS, limits, Forwarding(self.links[0], "float32"), self.clock)
-        behind = Forwarding(self.links[1], "float32")
-        self.middle = Relay(self.pools[1], Intake(self.pools[1], CUTS, behind), behind, 24, self.clock)
-        self.last = Relay(self.pools[2], Intake(self.pools[2], CUTS, None), None, 24, self.clock)
+        self.origin = FirstStage(self.pools[0], CUTS, limits, StepsInFlight(self.links[0], "float32"), self.clock)
+        behind = StepsInFlight(self.links[1], "float32")
+        self.middle = NextStage(self.pools[1], SessionTable(self.pools[1], CUTS, behind), behind, 24, self.clock)
+        self.last = NextStage(self.pools[2], SessionTable(self.pools[2], CUTS, None), None, 24, self.clock)
         self.links[0].receiver, self.links[0].replied = self.middle, self.origin.replied
         self.links[1].receiver, self.links[1].replied = self.last, self.middle.replied
         self.live: dict[int, tuple[Session, list[Progress]]] = {}
@@ -111,7 +111,7 @@ class Simulation:
 
     def compute(self) -> None:
         """One shard takes a pass, if it can; the others are busy."""
-        fronts: list[Front] = [self.origin, self.middle, self.last]
+        fronts: list[BatchSource] = [self.origin, self.middle, self.last]
         front = self.draw.choice(fronts)
         batch = front.next_batch()
         if batch is None:
@@ -121,11 +121,11 @@ class Simulation:
         else:
             front.deliver(batch, self.output(front, batch))
 
-    def output(self, front: Front, batch: Batch) -> StepOutput:
-        spoilt = [index for index in range(len(batch.segments)) if self.draw.random() < 0.004]
+    def output(self, front: BatchSource, batch: Batch) -> StepOutput:
+        non_finite = [index for index in range(len(batch.segments)) if self.draw.random() < 0.004]
         if front is self.last:
-            return sampled(batch, spoilt)
-        return computed(batch, spoilt if front is self.middle else [])
+            return sampled(batch, non_finite)
+        return computed(batch, non_finite if front is self.middle else [])
 
     def turn(self, load: bool) -> None:
         self.clock.advance(0.005)

@@ -11,9 +11,9 @@ import torch
 
 from stitch.sampling import Sampling
 from stitch_server.engine.sequence import Sequence
-from stitch_server.engine.types import Batch, Cut, Segment, Verdict, ordered
+from stitch_server.engine.types import Batch, Cut, RouteDecision, Segment, ordered
 from stitch_server.model.embedding import Embedding
-from stitch_server.worker.model_runner import Runner
+from stitch_server.worker.model_runner import ModelRunner
 from tests.support.runner_chain import CPU, DTYPE, new_runner, rows_of
 from tests.support.tiny_model import write_tiny_model
 from tests.support.tiny_probe import drawn
@@ -30,9 +30,9 @@ class Scripted:
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
 
-    def judge(self, states: torch.Tensor, candidates: tuple[str, ...]) -> Verdict:
+    def judge(self, states: torch.Tensor, candidates: tuple[str, ...]) -> RouteDecision:
         self.seen.append(states.clone())
-        return Verdict(tuple(CUTS)[len(states) % 3])
+        return RouteDecision(tuple(CUTS)[len(states) % 3])
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def runner(folder: Path) -> Runner:
+def runner(folder: Path) -> ModelRunner:
     judge: object = Scripted()
     return new_runner(folder, 0, 4, embed=Embedding.load(folder, CPU, DTYPE), judge=judge, cuts=CUTS)
 
@@ -59,7 +59,7 @@ def route_of(tokens: int) -> str:
     return tuple(CUTS)[tokens % 3]
 
 
-def rows(runner: Runner, *segments: Segment) -> dict[int, torch.Tensor]:
+def rows(runner: ModelRunner, *segments: Segment) -> dict[int, torch.Tensor]:
     """The hidden states by the first block of their segment."""
     batch = Batch(ordered(segments))
     output = runner.run(batch)
@@ -67,14 +67,14 @@ def rows(runner: Runner, *segments: Segment) -> dict[int, torch.Tensor]:
 
 
 @pytest.mark.parametrize("tokens", [6, 7, 8])
-def test_an_undecided_segment_ends_as_with_its_route_named(runner: Runner, tokens: int) -> None:
+def test_an_undecided_segment_ends_as_with_its_route_named(runner: ModelRunner, tokens: int) -> None:
     named, undecided = segment(route_of(tokens), tokens, 0), segment("", tokens, 1, undecided=True)
     undecided.sequence.token_ids = named.sequence.token_ids
     assert torch.allclose(rows(runner, undecided)[4], rows(runner, named)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
-def test_neighbours_of_all_kinds_change_nothing(runner: Runner, order: tuple[int, ...]) -> None:
+def test_neighbours_of_all_kinds_change_nothing(runner: ModelRunner, order: tuple[int, ...]) -> None:
     undecided = [segment("", 6 + route, slot, undecided=True) for slot, route in enumerate(order)]
     decided = [segment(route, 5, 3 + slot) for slot, route in enumerate(CUTS)]
     decoding = [segment(route, 1, 6 + slot) for slot, route in enumerate(CUTS)]
@@ -84,13 +84,13 @@ def test_neighbours_of_all_kinds_change_nothing(runner: Runner, order: tuple[int
         assert torch.allclose(together[one.blocks[0]], rows(runner, one)[one.blocks[0]], atol=1e-5)
 
 
-def test_verdicts_stand_at_their_segments(runner: Runner) -> None:
+def test_verdicts_stand_at_their_segments(runner: ModelRunner) -> None:
     segments = (segment("strong", 3, 0), segment("", 8, 1, undecided=True), segment("", 6, 2, undecided=True))
-    verdicts = runner.run(Batch(segments)).verdicts
-    assert {index: verdict.route for index, verdict in verdicts.items()} == {1: "strong", 2: "weak"}
+    decisions = runner.run(Batch(segments)).decisions
+    assert {index: decision.route for index, decision in decisions.items()} == {1: "strong", 2: "weak"}
 
 
-def test_the_judge_sees_the_states_behind_its_layer(runner: Runner, folder: Path) -> None:
+def test_the_judge_sees_the_states_behind_its_layer(runner: ModelRunner, folder: Path) -> None:
     one = segment("", 7, 0, undecided=True)
     runner.run(Batch((segment("strong", 5, 1), one)))
     shallow = new_runner(folder, 0, 2, embed=Embedding.load(folder, CPU, DTYPE))
@@ -100,7 +100,7 @@ def test_the_judge_sees_the_states_behind_its_layer(runner: Runner, folder: Path
     assert torch.allclose(seen, states, atol=1e-5)
 
 
-def test_later_chunks_find_the_keys_of_the_deeper_layers(runner: Runner) -> None:
+def test_later_chunks_find_the_keys_of_the_deeper_layers(runner: ModelRunner) -> None:
     token_ids = drawn(9, 20)
     whole = Sequence("strong", (), Sampling(), token_ids, 20)
     wanted = runner.run(Batch((Segment(whole, CUTS["strong"], 0, 20, True, range(4)),))).hidden

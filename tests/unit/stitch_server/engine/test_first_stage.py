@@ -10,7 +10,7 @@ from stitch.errors import Exhausted, Unavailable
 from stitch.v1.inference_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
 from stitch_server.engine.in_flight import OutgoingStep
 from stitch_server.engine.session import Progress, Session
-from stitch_server.engine.types import Verdict
+from stitch_server.engine.types import RouteDecision
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.engine_fakes import TOKEN_ID, computed, new_session
 from tests.support.origin_bench import OriginBench, error_of, ids
@@ -168,9 +168,9 @@ class TestVerdicts:
     """A session that came with candidates takes the route that its first pass decides."""
 
     @staticmethod
-    def decided(bench: OriginBench, verdict: Verdict) -> OutgoingStep:
+    def decided(bench: OriginBench, decision: RouteDecision) -> OutgoingStep:
         batch = bench.compose()
-        bench.origin.deliver(batch, replace(computed(batch), verdicts={0: verdict}))
+        bench.origin.deliver(batch, replace(computed(batch), decisions={0: decision}))
         return bench.downstream.last
 
     def admit(self, bench: OriginBench) -> tuple[Session, list[Progress]]:
@@ -179,11 +179,11 @@ class TestVerdicts:
     def test_its_rows_go_where_the_verdict_says(self) -> None:
         bench = OriginBench(probe_tokens=8)
         session, heard = self.admit(bench)
-        verdict = Verdict("strong", 0.8, (0.0, 0.5), (0.2,))
-        step = self.decided(bench, verdict)
+        decision = RouteDecision("strong", 0.8, (0.0, 0.5), (0.2,))
+        step = self.decided(bench, decision)
         assert bench.downstream.sent[-1][0] == "top:2"
         assert (session.route, session.chain) == ("strong", ("top:2",))
-        assert heard == [Progress(verdict=verdict)]
+        assert heard == [Progress(decision=decision)]
         bench.reply(step)
         assert heard[-1].token is not None
 
@@ -199,7 +199,7 @@ class TestVerdicts:
         bench.origin.abandon(session)
         assert bench.idle
         session, _ = self.admit(bench)
-        self.decided(bench, Verdict("weak"))
+        self.decided(bench, RouteDecision("weak"))
         bench.origin.abandon(session)
         assert bench.idle
         assert bench.downstream.closed == [("top:1", session.number)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stitch.v1 import shard_pb2
-from stitch_server.engine.in_flight import Forwarding
+from stitch_server.engine.in_flight import StepsInFlight
 from stitch_server.engine.session import Session
 from stitch_server.engine.types import Batch, Cut, Segment, StepOutput
 from tests.support.engine_fakes import FakeDownstream, computed, new_session
@@ -19,10 +19,10 @@ def segment(session: Session, position: int = 0, length: int = 2, wants_token: b
 
 
 def send(
-    forwarding: Forwarding, *segments: Segment, pipelined: bool = False, spoilt: tuple[int, ...] = ()
+    forwarding: StepsInFlight, *segments: Segment, pipelined: bool = False, non_finite: tuple[int, ...] = ()
 ) -> list[int]:
     batch = Batch(segments)
-    return forwarding.send(batch, computed(batch, spoilt), pipelined)
+    return forwarding.send(batch, computed(batch, non_finite), pipelined)
 
 
 @pytest.fixture
@@ -31,12 +31,12 @@ def downstream() -> FakeDownstream:
 
 
 @pytest.fixture
-def forwarding(downstream: FakeDownstream) -> Forwarding:
-    return Forwarding(downstream, "float32", window_steps=3)
+def forwarding(downstream: FakeDownstream) -> StepsInFlight:
+    return StepsInFlight(downstream, "float32", window_steps=3)
 
 
 def test_a_step_holds_the_rows_of_its_segments(downstream: FakeDownstream) -> None:
-    forwarding = Forwarding(downstream, "bfloat16")
+    forwarding = StepsInFlight(downstream, "bfloat16")
     first, second = segment(new_session()), segment(new_session(), length=1)
     rows = torch.arange(12.0).view(3, 4)
     forwarding.send(Batch((first, second)), StepOutput(hidden=rows), pipelined=True)
@@ -46,7 +46,7 @@ def test_a_step_holds_the_rows_of_its_segments(downstream: FakeDownstream) -> No
     assert step.rows.data == rows.bfloat16().view(torch.uint8).numpy().tobytes()
 
 
-def test_every_address_has_a_step_of_its_own(forwarding: Forwarding, downstream: FakeDownstream) -> None:
+def test_every_address_has_a_step_of_its_own(forwarding: StepsInFlight, downstream: FakeDownstream) -> None:
     sessions = [new_session(chain=(address, "end:1")) for address in ("a:1", "b:1", "a:1")]
     rows = [torch.full((2, 4), float(index)) for index in range(3)]
     batch = Batch(tuple(segment(session) for session in sessions))
@@ -58,41 +58,41 @@ def test_every_address_has_a_step_of_its_own(forwarding: Forwarding, downstream:
     assert forwarding.steps_in_flight == 2
 
 
-def test_only_the_first_segment_opens_a_session(forwarding: Forwarding, downstream: FakeDownstream) -> None:
+def test_only_the_first_segment_opens_a_session(forwarding: StepsInFlight, downstream: FakeDownstream) -> None:
     one, other = new_session(), new_session()
     send(forwarding, segment(one), segment(one, position=2), segment(other))
     send(forwarding, segment(one, position=4), segment(other, position=2))
     assert [step.opens for _, step in downstream.sent] == [(True, False, True), (False, False)]
 
 
-def test_a_session_that_begins_anew_opens_anew(forwarding: Forwarding, downstream: FakeDownstream) -> None:
+def test_a_session_that_begins_anew_opens_anew(forwarding: StepsInFlight, downstream: FakeDownstream) -> None:
     session = new_session()
     send(forwarding, segment(session))
-    session.begin_anew()
+    session.reset_for_recompute()
     send(forwarding, segment(session))
     assert [step.opens for _, step in downstream.sent] == [(True,), (True,)]
 
 
-def test_spoilt_segments_stay_here(forwarding: Forwarding, downstream: FakeDownstream) -> None:
-    spoilt, sound = new_session(), new_session()
-    send(forwarding, segment(spoilt), segment(sound), spoilt=(0,))
+def test_spoilt_segments_stay_here(forwarding: StepsInFlight, downstream: FakeDownstream) -> None:
+    non_finite, sound = new_session(), new_session()
+    send(forwarding, segment(non_finite), segment(sound), non_finite=(0,))
     assert [one.sequence for one in downstream.last.segments] == [sound]
-    assert not spoilt.opened
+    assert not non_finite.opened
 
 
-def test_a_batch_of_spoilt_segments_is_no_step(forwarding: Forwarding, downstream: FakeDownstream) -> None:
-    assert send(forwarding, segment(new_session()), spoilt=(0,)) == []
+def test_a_batch_of_spoilt_segments_is_no_step(forwarding: StepsInFlight, downstream: FakeDownstream) -> None:
+    assert send(forwarding, segment(new_session()), non_finite=(0,)) == []
     assert (downstream.sent, forwarding.steps_in_flight) == ([], 0)
 
 
-def test_unanswered_steps_fill_the_window(forwarding: Forwarding) -> None:
+def test_unanswered_steps_fill_the_window(forwarding: StepsInFlight) -> None:
     numbers = [send(forwarding, segment(new_session()))[0] for _ in range(3)]
     assert forwarding.full
     forwarding.settle(numbers[1])
     assert not forwarding.full
 
 
-def test_a_step_is_settled_once(forwarding: Forwarding) -> None:
+def test_a_step_is_settled_once(forwarding: StepsInFlight) -> None:
     one = segment(new_session())
     (number,) = send(forwarding, one)
     assert forwarding.settle(number) == (one,)
@@ -100,7 +100,7 @@ def test_a_step_is_settled_once(forwarding: Forwarding) -> None:
     assert forwarding.settle(99) == ()
 
 
-def test_a_lost_address_names_its_steps(forwarding: Forwarding) -> None:
+def test_a_lost_address_names_its_steps(forwarding: StepsInFlight) -> None:
     mine, other = segment(new_session(chain=("a:1",))), segment(new_session(chain=("b:1",)))
     (number,) = send(forwarding, mine)
     send(forwarding, other)
@@ -108,7 +108,7 @@ def test_a_lost_address_names_its_steps(forwarding: Forwarding) -> None:
     assert forwarding.lost("c:1") == []
 
 
-def test_the_end_of_a_session_goes_to_its_next_shard(forwarding: Forwarding, downstream: FakeDownstream) -> None:
+def test_the_end_of_a_session_goes_to_its_next_shard(forwarding: StepsInFlight, downstream: FakeDownstream) -> None:
     forwarding.close(("a:1", "b:1"), 5)
     assert downstream.closed == [("a:1", 5)]
 
@@ -116,7 +116,7 @@ def test_the_end_of_a_session_goes_to_its_next_shard(forwarding: Forwarding, dow
 class TestOvertaking:
     """A decode step waits for no prompt's frames, but never passes an earlier step of its own sessions."""
 
-    def test_a_decode_step_may(self, forwarding: Forwarding, downstream: FakeDownstream) -> None:
+    def test_a_decode_step_may(self, forwarding: StepsInFlight, downstream: FakeDownstream) -> None:
         session = new_session()
         (number,) = send(forwarding, segment(session))
         assert not downstream.last.urgent
@@ -125,17 +125,17 @@ class TestOvertaking:
         send(forwarding, segment(session, position=2, length=1))
         assert downstream.last.urgent
 
-    def test_the_last_token_of_a_prompt_may_not(self, forwarding: Forwarding, downstream: FakeDownstream) -> None:
+    def test_the_last_token_of_a_prompt_may_not(self, forwarding: StepsInFlight, downstream: FakeDownstream) -> None:
         session = new_session()
         send(forwarding, segment(session, length=100))
         send(forwarding, segment(session, position=100, length=1))
         assert not downstream.last.urgent
 
-    def test_a_prompt_of_one_token_may_not(self, forwarding: Forwarding, downstream: FakeDownstream) -> None:
+    def test_a_prompt_of_one_token_may_not(self, forwarding: StepsInFlight, downstream: FakeDownstream) -> None:
         send(forwarding, segment(new_session(), length=1))
         assert not downstream.last.urgent
 
-    def test_a_mixed_step_may_not(self, forwarding: Forwarding, downstream: FakeDownstream) -> None:
+    def test_a_mixed_step_may_not(self, forwarding: StepsInFlight, downstream: FakeDownstream) -> None:
         session = new_session()
         forwarding.settle(send(forwarding, segment(session))[0])
         send(forwarding, segment(session, position=2, length=1), segment(new_session(), length=3))

@@ -173,7 +173,7 @@ class TestLast:
 
     def test_a_spoilt_segment_ends_its_session_alone(self, bench: Bench) -> None:
         bench.receive(segment(5), segment(6))
-        bench.compute(spoilt=(0,))
+        bench.compute(non_finite=(0,))
         assert causes(bench.up.last) == [(5, "PRECONDITION")]
         assert "session 5 at position 0 are not finite" in bench.up.last.failures[0].message
         assert [number for number, _, _ in bench.up.last.tokens] == [6]
@@ -182,14 +182,14 @@ class TestLast:
     def test_what_follows_a_spoilt_chunk_is_answered_too(self, bench: Bench) -> None:
         bench.receive(segment(5, 8, wants_token=False))
         bench.receive(segment(5, 4, position=8))
-        bench.compute(spoilt=(0,))
+        bench.compute(non_finite=(0,))
         assert [reply.step for reply in bench.up.replies] == [1, 2]
         assert causes(bench.up.replies[0]) == [(5, "PRECONDITION")]
         assert bench.idle
 
     def test_spoilt_tokens_are_not_shared(self, bench: Bench) -> None:
         bench.receive(segment(5, 40))
-        bench.compute(spoilt=(0,))
+        bench.compute(non_finite=(0,))
         bench.receive(segment(6, 8, position=32, reused=32))
         assert bench.relay.next_batch() is None
         assert causes(bench.up.last) == [(6, "PREFIX_MISSING")]

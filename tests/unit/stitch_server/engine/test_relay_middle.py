@@ -134,7 +134,7 @@ class TestMiddle:
     def test_a_spoilt_chunk_closes_what_its_batch_has_opened_behind(self, bench: Bench) -> None:
         bench.receive(self.middle(5, 8, wants_token=False))
         bench.receive(self.middle(5, 4, 8))
-        batch = bench.compute(spoilt=(1,))
+        batch = bench.compute(non_finite=(1,))
         assert bench.downstream.last.opens == (True,)
         assert bench.downstream.closed == [("end:1", batch.segments[0].sequence.number)]
         assert causes(bench.up.last) == [(5, "PRECONDITION")]
@@ -191,7 +191,7 @@ class TestMiddle:
 
     def test_a_spoilt_batch_sends_nothing(self, bench: Bench) -> None:
         bench.receive(self.middle(5))
-        bench.relay.deliver(bench.compose(), StepOutput(hidden=torch.zeros(4, WIDTH), spoilt=frozenset({0})))
+        bench.relay.deliver(bench.compose(), StepOutput(hidden=torch.zeros(4, WIDTH), non_finite=frozenset({0})))
         assert bench.downstream.sent == []
         assert causes(bench.up.last) == [(5, "PRECONDITION")]
 

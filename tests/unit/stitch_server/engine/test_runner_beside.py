@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stitch_server.engine.types import Batch
-from stitch_server.worker.model_runner import Runner
+from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.parallelism import Threads
 from tests.support.runner_chain import Chain, Halves, load, prompt, rows_of
 from tests.support.tiny_model import write_tiny_pair
@@ -29,7 +29,7 @@ class TestAsOnAGpu:
         return Chain(captured)
 
     @staticmethod
-    def replays(runner: Runner) -> int:
+    def replays(runner: ModelRunner) -> int:
         graphs: Any = runner.graphs
         return int(graphs._capture.replayed)
 
@@ -68,7 +68,7 @@ class TestAsOnAGpu:
         self, chain: Chain, monkeypatch: pytest.MonkeyPatch, tokens: int, waits: list[int]
     ) -> None:
         """Single tokens are waited for where they are sent on, and else with what is sampled."""
-        waited: list[Runner] = []
+        waited: list[ModelRunner] = []
         for half in (chain.halves.bottom, chain.halves.top):
             monkeypatch.setattr(half, "wait", partial(waited.append, half))
         kept = chain.sequence("weak", prompt(tokens))

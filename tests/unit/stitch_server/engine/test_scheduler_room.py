@@ -59,7 +59,7 @@ class TestMakingRoom:
         bench = SchedulerBench(prefill_tokens=100, prefill_tokens_beside_decode=100)
         (session,) = bench.decoding(20)
         bench.answer(session)
-        bench.scheduler.postpone(session)
+        bench.scheduler.preempt(session)
         bench.clock.advance(BACKOFF_SECONDS)
         (segment,) = bench.scheduler.next_segments()
         assert (segment.position, segment.length, segment.wants_token) == (0, 22, True)
@@ -70,7 +70,7 @@ class TestPostponing:
         bench, session = SchedulerBench(), new_session()
         bench.add(session)
         bench.take()
-        bench.scheduler.postpone(session)
+        bench.scheduler.preempt(session)
         assert bench.dropped == [session]
         assert bench.pool.free_blocks == 64
         assert bench.take() == []
@@ -83,8 +83,8 @@ class TestPostponing:
         bench, first, second = SchedulerBench(), new_session(), new_session(first_token=50)
         bench.add(first, second)
         bench.take()
-        bench.scheduler.postpone(first)
-        bench.scheduler.postpone(second)
+        bench.scheduler.preempt(first)
+        bench.scheduler.preempt(second)
         assert list(bench.scheduler.waiting) == [second, first]
 
 

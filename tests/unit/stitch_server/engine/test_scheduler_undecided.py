@@ -8,7 +8,7 @@ import pytest
 
 from stitch_server.engine.scheduler import BACKOFF_SECONDS
 from stitch_server.engine.session import Session
-from stitch_server.engine.types import Segment, Token, Verdict
+from stitch_server.engine.types import RouteDecision, Segment, Token
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.engine_fakes import TOKEN_ID, new_session
 from tests.support.scheduler_bench import CUTS, SchedulerBench, one_of
@@ -71,7 +71,7 @@ class Simulation:
         if session not in self.sessions or session.epoch != epoch:
             return
         if self.draw.random() < 0.02:
-            self.bench.scheduler.postpone(session)
+            self.bench.scheduler.preempt(session)
             return
         self.bench.answer(session)
         if session.finish_after(Token(TOKEN_ID, len(session.token_ids) - 1)) is not None:
@@ -119,7 +119,7 @@ class TestUndecided:
 
     @staticmethod
     def settled(bench: SchedulerBench, session: Session, route: str = "strong") -> None:
-        session.settle(Verdict(route))
+        session.settle(RouteDecision(route))
         bench.scheduler.settled(session)
 
     def test_its_window_comes_in_one_pass_beyond_every_budget(self) -> None:
@@ -188,7 +188,7 @@ class TestUndecided:
         session = self.new()
         bench.add(session)
         bench.take()
-        bench.scheduler.postpone(session)
+        bench.scheduler.preempt(session)
         bench.clock.advance(BACKOFF_SECONDS)
         assert session.undecided
         assert bench.take() == [(session, 0, 20)]
@@ -199,7 +199,7 @@ class TestUndecided:
         bench.add(session)
         bench.take()
         self.settled(bench, session)
-        bench.scheduler.postpone(session)
+        bench.scheduler.preempt(session)
         bench.clock.advance(BACKOFF_SECONDS)
         (segment,) = bench.scheduler.next_segments()
         assert (segment.cut, segment.candidates) == (CUTS["strong"], ())

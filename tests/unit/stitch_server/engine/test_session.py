@@ -53,7 +53,7 @@ def test_beginning_anew_keeps_what_is_known() -> None:
     session = new_session(5)
     session.token_ids += [50, 51]
     session.cached, session.reused, session.opened, session.answered = 6, 4, True, True
-    session.begin_anew()
+    session.reset_for_recompute()
     assert (session.epoch, session.cached, session.reused, session.opened) == (1, 0, 0, False)
     assert (session.remaining, session.answered) == (7, True)
 

@@ -178,9 +178,9 @@ class TestCrowds:
         broken.key = broken.key * float("nan")
         store = new_store()
         attend(store, [(sound, 0, 30), (broken, 0, 10)])
-        got, spoilt = attend(store, [(sound, 30, 31), (broken, 10, 11)])
+        got, non_finite = attend(store, [(sound, 30, 31), (broken, 10, 11)])
         check(sound, 30, 31, got)
-        assert bool(spoilt.isnan().any())
+        assert bool(non_finite.isnan().any())
 
 
 def test_layers_are_kept_apart() -> None:

@@ -15,7 +15,7 @@ from stitch_server.engine.sequence import Sequence
 from stitch_server.engine.types import Cut, Segment
 from stitch_server.model.linear import WeightFormat
 from stitch_server.worker.micro_batches import UNEVEN, Lanes, Turns, apart, depend, divided
-from stitch_server.worker.model_runner import Runner
+from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.parallelism import Spread, Work
 from tests.support.runner_chain import Chain, Halves, load, prompt
 from tests.support.tiny_model import write_tiny_pair
@@ -234,15 +234,15 @@ class TestRunner:
 
     def test_a_lane_that_fails_ends_its_pass_alone(self, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
         kept = chain.sequence("weak", prompt(40))
-        lane = Runner._lane
+        lane = ModelRunner._lane
 
-        def failing(self: Runner, segments: Any, hidden: Tensor, *turns: Any) -> Tensor:
+        def failing(self: ModelRunner, segments: Any, hidden: Tensor, *turns: Any) -> Tensor:
             if segments[0].position == 0:
                 raise RuntimeError("no memory")
             return lane(self, segments, hidden, *turns)
 
         with monkeypatch.context() as broken:
-            broken.setattr(Runner, "_lane", failing)
+            broken.setattr(ModelRunner, "_lane", failing)
             with pytest.raises(RuntimeError, match="no memory"):
                 chain.bottom(chain.segment(kept))
         kept.cached = 0

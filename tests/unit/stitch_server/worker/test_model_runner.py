@@ -91,7 +91,7 @@ class TestSpoilt:
         victim = batch.segments[1].sequence
         hidden[1][2, 3] = value
         arrived, answer = chain.top(batch, hidden)
-        assert {arrived.segments[index].sequence.number for index in answer.spoilt} == {victim.number}
+        assert {arrived.segments[index].sequence.number for index in answer.non_finite} == {victim.number}
         for index, token in answer.tokens.items():
             assert token.id == chain.expected(self.of(arrived, index))
         assert len(answer.tokens) == 2
@@ -103,7 +103,7 @@ class TestSpoilt:
     def test_a_batch_may_be_spoilt_as_a_whole(self, chain: Chain) -> None:
         batch, output = chain.bottom(chain.segment(chain.sequence("weak", prompt(5))))
         _, answer = chain.top(batch, [rows * float("nan") for rows in rows_of(batch, output)])
-        assert (answer.spoilt, answer.tokens) == (frozenset({0}), {})
+        assert (answer.non_finite, answer.tokens) == (frozenset({0}), {})
 
     def test_its_blocks_may_be_used_again(self, chain: Chain) -> None:
         kept = chain.sequence("weak", prompt(5))

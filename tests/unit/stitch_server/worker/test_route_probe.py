@@ -8,12 +8,12 @@ import torch
 
 from stitch.thresholds import FixedThresholds, Thresholds
 from stitch_server.model.probe import Probe, ProbeBinding
-from stitch_server.worker.route_probe import Judge, fallback
+from stitch_server.worker.route_probe import RouteProbe, fallback
 
 ROUTES = ("weak", "strong")
 
 
-def new_judge(gain: float, threshold: float, fallback_route: str | None = None) -> Judge:
+def new_judge(gain: float, threshold: float, fallback_route: str | None = None) -> RouteProbe:
     """Every prompt has the same gain."""
     probe = Probe(
         weight=torch.zeros(1, 2),
@@ -22,17 +22,17 @@ def new_judge(gain: float, threshold: float, fallback_route: str | None = None) 
         thresholds=(9.0,),
         percentiles=tuple(step / 100 for step in range(101)),
     )
-    return Judge(probe, FixedThresholds((threshold,)), fallback_route)
+    return RouteProbe(probe, FixedThresholds((threshold,)), fallback_route)
 
 
 STATES = torch.ones(5, 2)
 
 
 def test_a_gain_above_the_threshold_goes_on() -> None:
-    verdict = new_judge(0.75, 0.5).judge(STATES, ROUTES)
-    assert (verdict.route, verdict.failure) == ("strong", "")
-    assert (verdict.gains, verdict.thresholds) == ((0.0, 0.75), (0.5,))
-    assert verdict.score == 75 / 101
+    decision = new_judge(0.75, 0.5).judge(STATES, ROUTES)
+    assert (decision.route, decision.failure) == ("strong", "")
+    assert (decision.gains, decision.thresholds) == ((0.0, 0.75), (0.5,))
+    assert decision.score == 75 / 101
 
 
 def test_the_threshold_itself_does_not() -> None:
@@ -54,8 +54,8 @@ def test_what_is_not_finite_takes_the_fallback() -> None:
 
 def test_a_route_that_is_no_candidate_gives_way_to_the_dearest_that_is() -> None:
     candidates = ("weak", "middle")
-    verdict = new_judge(0.75, 0.5).judge(STATES, candidates)
-    assert (verdict.route, verdict.preferred, verdict.gains) == ("middle", "strong", (0.0, 0.75))
+    decision = new_judge(0.75, 0.5).judge(STATES, candidates)
+    assert (decision.route, decision.preferred, decision.gains) == ("middle", "strong", (0.0, 0.75))
     assert new_judge(0.25, 0.5).judge(STATES, candidates).preferred == ""
     unread = new_judge(0.0, 0.5, "strong").judge(torch.full((3, 2), float("nan")), candidates)
     assert (unread.route, unread.preferred) == ("middle", "strong")

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from router_gateway.routing.learned.artifact import FORMAT, TextArtefact, fingerprint_of, load_router, save_router
-from router_gateway.routing.learned.model import TextModel
+from router_gateway.routing.learned.artifact import FORMAT, RouterArtifact, fingerprint_of, load_router, save_router
+from router_gateway.routing.learned.model import LearnedModel
 from stitch.errors import InvalidRequest
 
 
 @pytest.fixture
-def path(artefact: TextArtefact, tmp_path: Path) -> Path:
+def path(artefact: RouterArtifact, tmp_path: Path) -> Path:
     path = tmp_path / "made" / "router.safetensors"
     save_router(artefact, path)
     return path
@@ -36,14 +36,14 @@ def changed(path: Path, metadata: dict[str, str] | None = None, **tensors: Any) 
     return path
 
 
-def test_a_router_comes_back_as_it_was(artefact: TextArtefact, path: Path) -> None:
+def test_a_router_comes_back_as_it_was(artefact: RouterArtifact, path: Path) -> None:
     loaded = load_router(path)
-    for field in fields(TextModel):
+    for field in fields(LearnedModel):
         assert np.array_equal(getattr(loaded.model, field.name), getattr(artefact.model, field.name))
     assert replace(loaded, model=artefact.model) == artefact
 
 
-def test_the_fingerprint_follows_every_tensor_and_the_routes(model: TextModel) -> None:
+def test_the_fingerprint_follows_every_tensor_and_the_routes(model: LearnedModel) -> None:
     others = [
         replace(model, bias=model.bias + 1),
         replace(model, routes=("weak", "other")),
@@ -111,7 +111,7 @@ def test_a_file_that_is_not_there_is_refused_by_its_name(tmp_path: Path) -> None
         load_router(tmp_path / "absent.safetensors")
 
 
-def test_the_metadata_can_be_read_without_this_package(artefact: TextArtefact, path: Path) -> None:
+def test_the_metadata_can_be_read_without_this_package(artefact: RouterArtifact, path: Path) -> None:
     size = int.from_bytes(path.read_bytes()[:8], "little")
     metadata = json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]
     assert metadata["format"] == FORMAT

@@ -7,21 +7,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from router_gateway.routing.learned.model import SURFACE_LIMIT, TextModel, standardized, term_frequency
+from router_gateway.routing.learned.model import SURFACE_LIMIT, LearnedModel, standardized, term_frequency
 from router_gateway.routing.learned.surface import SURFACE_FEATURES
 
 
-def test_a_known_word_gains_its_weight(model: TextModel) -> None:
+def test_a_known_word_gains_its_weight(model: LearnedModel) -> None:
     assert model.qualities("prove").tolist() == pytest.approx([0.5, 1.0])
     assert model.gains("Hello").tolist() == pytest.approx([0.0, -0.25])
 
 
-def test_words_share_a_length_of_one(model: TextModel) -> None:
+def test_words_share_a_length_of_one(model: LearnedModel) -> None:
     # Two words of equal weight, so each counts 1 / sqrt(2); their pair is unknown.
     assert model.gains("prove hello")[1] == pytest.approx((0.5 - 0.25) / 2**0.5, abs=1e-3)
 
 
-def test_a_rare_word_outweighs_a_common_one(model: TextModel) -> None:
+def test_a_rare_word_outweighs_a_common_one(model: LearnedModel) -> None:
     first = int(np.argmax(model.weights[:, -1]))
     idf = np.ones_like(model.idf)
     idf[first, 1] = 3.0
@@ -32,11 +32,11 @@ def test_a_rare_word_outweighs_a_common_one(model: TextModel) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "unknown words only", "😀", "中文", "x" * 100_000, "\x00", "\ud800"])
-def test_what_is_not_known_gains_nothing(model: TextModel, text: str) -> None:
+def test_what_is_not_known_gains_nothing(model: LearnedModel, text: str) -> None:
     assert model.gains(text).tolist() == pytest.approx([0.0, 0.0])
 
 
-def test_the_surface_counts_in_standard_deviations(model: TextModel) -> None:
+def test_the_surface_counts_in_standard_deviations(model: LearnedModel) -> None:
     words = SURFACE_FEATURES.index("words")
     weights = model.surface_weights.copy()
     weights[words, -1] = 0.1
@@ -46,7 +46,7 @@ def test_the_surface_counts_in_standard_deviations(model: TextModel) -> None:
     assert longer.gains("w " * 3_000)[1] == pytest.approx(0.1 * SURFACE_LIMIT, rel=1e-5)
 
 
-def test_topics_add_by_their_posterior(model: TextModel) -> None:
+def test_topics_add_by_their_posterior(model: LearnedModel) -> None:
     columns = np.zeros((len(model.buckets), 5), np.float16)
     columns[:, 3:] = model.weights[:, 2:]
     two = replace(
@@ -61,7 +61,9 @@ def test_topics_add_by_their_posterior(model: TextModel) -> None:
     assert two.gains("prove")[1] == pytest.approx(0.5 + 0.75 * 0.4, abs=1e-3)
 
 
-def two_sources(model: TextModel, logit: float, level: float, detail: float, weights: tuple[float, float]) -> TextModel:
+def two_sources(
+    model: LearnedModel, logit: float, level: float, detail: float, weights: tuple[float, float]
+) -> LearnedModel:
     """The first source's expert gains `level` + `detail`, the second's 0; the gate says `logit` for the first."""
     rows, surface = len(model.buckets), len(SURFACE_FEATURES)
     return replace(
@@ -81,12 +83,12 @@ def two_sources(model: TextModel, logit: float, level: float, detail: float, wei
     )
 
 
-def test_levels_mix_by_the_rows_that_look_alike(model: TextModel) -> None:
+def test_levels_mix_by_the_rows_that_look_alike(model: LearnedModel) -> None:
     mixed = two_sources(model, float(np.log(3)), level=1.0, detail=0.0, weights=(10.0, 10 / 9))
     assert mixed.gains("x")[1] == pytest.approx(3 / 4, rel=1e-5)
 
 
-def test_for_details_a_small_source_counts_like_a_large_one(model: TextModel) -> None:
+def test_for_details_a_small_source_counts_like_a_large_one(model: LearnedModel) -> None:
     # The gate leans to the second by the factor 9, which has nine times the rows.
     mixed = two_sources(model, float(-np.log(9)), level=0.0, detail=1.0, weights=(10.0, 10 / 9))
     assert mixed.gains("x")[1] == pytest.approx(0.5, rel=1e-4)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from router_gateway.routing.fallback import FallbackRouter
-from router_gateway.routing.learned.artifact import TextArtefact, fingerprint_of, save_router
-from router_gateway.routing.learned.router import TextRouter, open_text_router
+from router_gateway.routing.learned.artifact import RouterArtifact, fingerprint_of, save_router
+from router_gateway.routing.learned.router import LearnedRouter, open_text_router
 from router_gateway.routing.router import REASON_KINDS, Query
 from stitch.errors import InvalidRequest
 from stitch.thresholds import FixedThresholds
@@ -18,33 +18,35 @@ from tests.support.word_model import word_model
 ROUTES = ("weak", "strong")
 
 
-def test_a_gain_above_the_threshold_takes_the_strong_route_and_says_why(artefact: TextArtefact) -> None:
-    judgement = TextRouter(artefact).judge(Query(("prove",), ROUTES))
-    assert (judgement.route, judgement.reason, judgement.kind) == ("strong", "gain 0.50 > 0.10", "gain")
+def test_a_gain_above_the_threshold_takes_the_strong_route_and_says_why(artefact: RouterArtifact) -> None:
+    decision = LearnedRouter(artefact).judge(Query(("prove",), ROUTES))
+    assert (decision.route, decision.reason, decision.kind) == ("strong", "gain 0.50 > 0.10", "gain")
 
 
-def test_a_gain_below_the_threshold_takes_the_weak_route_and_says_why(artefact: TextArtefact) -> None:
-    judgement = TextRouter(artefact).judge(Query(("hello",), ROUTES))
-    assert (judgement.route, judgement.reason) == ("weak", "gain -0.25 ≤ 0.10")
+def test_a_gain_below_the_threshold_takes_the_weak_route_and_says_why(artefact: RouterArtifact) -> None:
+    decision = LearnedRouter(artefact).judge(Query(("hello",), ROUTES))
+    assert (decision.route, decision.reason) == ("weak", "gain -0.25 ≤ 0.10")
 
 
 @pytest.mark.parametrize(("text", "score"), [("hello", 0.0), ("", 0.33), ("prove", 1.0)])
-def test_a_score_is_the_share_of_training_texts_that_ask_less(artefact: TextArtefact, text: str, score: float) -> None:
-    assert TextRouter(artefact).judge(Query((text,), ROUTES)).score == pytest.approx(score, abs=0.02)
+def test_a_score_is_the_share_of_training_texts_that_ask_less(
+    artefact: RouterArtifact, text: str, score: float
+) -> None:
+    assert LearnedRouter(artefact).judge(Query((text,), ROUTES)).score == pytest.approx(score, abs=0.02)
 
 
-def test_a_follow_up_is_judged_with_what_came_before(artefact: TextArtefact) -> None:
-    router = TextRouter(artefact)
+def test_a_follow_up_is_judged_with_what_came_before(artefact: RouterArtifact) -> None:
+    router = LearnedRouter(artefact)
     assert router.judge(Query(("commit it",), ROUTES)).route == "weak"
     assert router.judge(Query(("prove", "commit it"), ROUTES)).route == "strong"
 
 
-def test_a_ladder_of_three_is_climbed_only_as_far_as_it_pays(artefact: TextArtefact) -> None:
+def test_a_ladder_of_three_is_climbed_only_as_far_as_it_pays(artefact: RouterArtifact) -> None:
     model = word_model({"prove": 0.5, "sum": 0.2}, ("small", "middle", "large"))
-    ladder = TextArtefact(model, (0.1, 0.45), artefact.gain_percentiles, {}, fingerprint_of(model))
-    judgements = [TextRouter(ladder).judge(Query((text,), model.routes)) for text in ("x", "sum", "prove")]
-    assert [judgement.route for judgement in judgements] == ["small", "middle", "large"]
-    assert [judgement.reason for judgement in judgements] == [
+    ladder = RouterArtifact(model, (0.1, 0.45), artefact.gain_percentiles, {}, fingerprint_of(model))
+    decisions = [LearnedRouter(ladder).judge(Query((text,), model.routes)) for text in ("x", "sum", "prove")]
+    assert [decision.route for decision in decisions] == ["small", "middle", "large"]
+    assert [decision.reason for decision in decisions] == [
         "gain 0.00 ≤ 0.10",
         "gain 0.20 > 0.10",
         "gain 1.00 > 0.45",
@@ -67,31 +69,31 @@ def test_a_ladder_of_three_is_climbed_only_as_far_as_it_pays(artefact: TextArtef
         "a\u0301" * 3_000,
     ],
 )
-def test_any_text_has_a_judgement(artefact: TextArtefact, text: str) -> None:
-    judgement = TextRouter(artefact).judge(Query((text,), ROUTES))
-    assert judgement.route in ROUTES
-    assert 0 <= judgement.score <= 1
-    assert judgement.kind in REASON_KINDS
+def test_any_text_has_a_judgement(artefact: RouterArtifact, text: str) -> None:
+    decision = LearnedRouter(artefact).judge(Query((text,), ROUTES))
+    assert decision.route in ROUTES
+    assert 0 <= decision.score <= 1
+    assert decision.kind in REASON_KINDS
 
 
-def test_no_turns_have_a_judgement_too(artefact: TextArtefact) -> None:
-    assert TextRouter(artefact).judge(Query((), ROUTES)).route == "weak"
+def test_no_turns_have_a_judgement_too(artefact: RouterArtifact) -> None:
+    assert LearnedRouter(artefact).judge(Query((), ROUTES)).route == "weak"
 
 
-def test_routes_of_another_cluster_are_an_error_that_the_gateway_survives(artefact: TextArtefact) -> None:
+def test_routes_of_another_cluster_are_an_error_that_the_gateway_survives(artefact: RouterArtifact) -> None:
     query = Query(("hello",), ("small", "large"))
     with pytest.raises(InvalidRequest, match="trained for weak, strong"):
-        TextRouter(artefact).judge(query)
-    assert FallbackRouter(TextRouter(artefact)).judge(query).kind == "fallback"
+        LearnedRouter(artefact).judge(query)
+    assert FallbackRouter(LearnedRouter(artefact)).judge(query).kind == "fallback"
 
 
-def test_other_thresholds_are_asked_for_at_every_judgement(artefact: TextArtefact) -> None:
-    router = TextRouter(artefact, FixedThresholds((0.6,)))
+def test_other_thresholds_are_asked_for_at_every_judgement(artefact: RouterArtifact) -> None:
+    router = LearnedRouter(artefact, FixedThresholds((0.6,)))
     assert router.judge(Query(("prove",), ROUTES)).route == "weak"
 
 
 def test_a_score_is_the_share_of_the_calibration_s_texts_where_there_is_one(
-    artefact: TextArtefact, tmp_path: Path
+    artefact: RouterArtifact, tmp_path: Path
 ) -> None:
     path, thresholds = tmp_path / "router.safetensors", tmp_path / "thresholds.json"
     save_router(artefact, path)
@@ -103,15 +105,15 @@ def test_a_score_is_the_share_of_the_calibration_s_texts_where_there_is_one(
     assert router.judge(Query(("prove",), ROUTES)).score == pytest.approx(0.1, abs=0.01)
     assert router.calibration is not None
     assert router.calibration.budget == 0.1
-    assert TextRouter(artefact).calibration is None
+    assert LearnedRouter(artefact).calibration is None
 
 
-def test_a_judgement_says_what_every_route_is_expected_to_be_worth(artefact: TextArtefact) -> None:
-    judgement = TextRouter(artefact).judge(Query(("hello",), ROUTES))
-    assert judgement.qualities == (0.5, 0.25)
+def test_a_judgement_says_what_every_route_is_expected_to_be_worth(artefact: RouterArtifact) -> None:
+    decision = LearnedRouter(artefact).judge(Query(("hello",), ROUTES))
+    assert decision.qualities == (0.5, 0.25)
 
 
-def test_a_router_opens_from_its_files(artefact: TextArtefact, tmp_path: Path) -> None:
+def test_a_router_opens_from_its_files(artefact: RouterArtifact, tmp_path: Path) -> None:
     path, thresholds = tmp_path / "router.safetensors", tmp_path / "thresholds.json"
     save_router(artefact, path)
     fields = {"routes": ROUTES, "thresholds": [0.6], "router": artefact.fingerprint, "budget": 0.1}
