@@ -156,9 +156,9 @@ def _front(
         limits = Limits(
             prefill_tokens=compute.prefill_tokens,
             prompts_together=compute.prompts_together,
-            tokens_worth_a_pass=part.decoder.tokens_worth_a_pass,
+            min_efficient_tokens=part.decoder.min_efficient_tokens,
             prefill_tokens_beside_decode=compute.prefill_tokens_beside_decode,
-            past_worth_a_token=part.decoder.past_worth_a_token,
+            attention_cost_per_token=part.decoder.attention_cost_per_token,
             groups=compute.groups or (1 if _share_cores(cluster, device) else 2),
             max_waiting_sessions=compute.max_waiting_sessions,
             probe_tokens=0 if part.probe is None else part.probe.binding.tokens,

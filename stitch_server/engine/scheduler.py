@@ -29,13 +29,13 @@ class Limits:
     # A pass holds at most as many prompt tokens as so many prompts bring.
     prompts_together: int = 2
     # Passes over fewer take hardly less time: a prompt's end isn't halved into them.
-    tokens_worth_a_pass: int = 1
+    min_efficient_tokens: int = 1
     # Beside decoding sessions, whose next token they delay, each prompt that waits brings so many, and so do each few
     # of them.
     prefill_tokens_beside_decode: int = 28
     # There a token counts as one more for each so many tokens before it, which it takes as long to attend to as all
     # else of it does; 0: those count nothing.
-    past_worth_a_token: int = 0
+    attention_cost_per_token: int = 0
     # Into how many groups the decoding sessions are split, so that neighbours work at the same time; one: in turns.
     groups: int = 2
     max_waiting_sessions: int = 256
@@ -139,11 +139,11 @@ class Scheduler:
 
     def _prefill(self, session: Session, budget: float, beside: bool, segments: list[Segment], least: int = 1) -> float:
         """Appends the session's next chunk, of at least so many tokens; returns what of the budget it takes."""
-        past, most = self._limits.past_worth_a_token, self._limits.prefill_tokens
+        past, most = self._limits.attention_cost_per_token, self._limits.prefill_tokens
         weight = 1 + session.cached / past if beside and past else 1.0
         alone = len(self.running) + len(self.waiting) == 1
         is_end = session.reused < session.cached and session.remaining <= most
-        if alone and is_end and most // 2 >= self._limits.tokens_worth_a_pass:
+        if alone and is_end and most // 2 >= self._limits.min_efficient_tokens:
             # A long prompt's end comes in halves: while the shards behind compute its last chunk, this one is idle.
             most //= 2
         return self._schedule(session, max(min(int(budget / weight), most), least), segments) * weight

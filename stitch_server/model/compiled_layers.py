@@ -38,8 +38,8 @@ class CompiledLayers:
         return suits(tokens, self.layers.down.weight)
 
     @property
-    def tokens_worth_a_pass(self) -> int:
-        """Passes over fewer take hardly less time."""
+    def min_efficient_tokens(self) -> int:
+        """The number of tokens below which a pass takes hardly less time."""
         return rows_worth_a_product(self.layers.down.weight)
 
     def run(self, paged: PagedKV, hidden: Tensor, first: int, end: int) -> Tensor:

@@ -75,16 +75,16 @@ class DecoderLayers:
         return self._compiled is not None and self._compiled.suits(tokens)
 
     @property
-    def tokens_worth_a_pass(self) -> int:
-        """Passes over fewer take hardly less time."""
-        return 1 if self._compiled is None else self._compiled.tokens_worth_a_pass
+    def min_efficient_tokens(self) -> int:
+        """The number of tokens below which a pass takes hardly less time."""
+        return 1 if self._compiled is None else self._compiled.min_efficient_tokens
 
     @property
-    def past_worth_a_token(self) -> int:
-        """To how many tokens one attends in the time of its products, about.
+    def attention_cost_per_token(self) -> int:
+        """The context length at which a token's attention takes about as long as its matmuls.
 
-        A layer's matrices have some 12 · hidden_size² weights, a token that is seen takes 2 · hidden_size products, and
-        these take twice as long.
+        A layer's matrices have some 12 · hidden_size² weights; attention takes 2 · hidden_size multiplications a token
+        of the context, and each of these takes twice as long.
         """
         return 3 * self.hidden_size
 

@@ -94,7 +94,7 @@ class ModelRunner:
 
     def _work(self, batch: Batch) -> Work:
         seen = sum(one.length * (one.position + one.length) for one in batch.segments)
-        attended = seen / self.decoder.past_worth_a_token
+        attended = seen / self.decoder.attention_cost_per_token
         compiled = self.decoder.is_compiled(batch.tokens)
         # Lanes read all weights each, and single tokens are bound by just that.
         least = max(KERNEL_LANE_ROWS if compiled else LANE_ROWS, len(batch.segments))

@@ -72,7 +72,7 @@ class TestPrompts:
 
     @pytest.mark.parametrize(("worth", "chunks"), [(4, [8, 8, 4, 4]), (5, [8] * 3), (20, [8] * 3)])
     def test_an_end_whose_halves_are_worth_no_pass_comes_whole(self, worth: int, chunks: list[int]) -> None:
-        bench, session = SchedulerBench(prefill_tokens=8, tokens_worth_a_pass=worth), new_session(24)
+        bench, session = SchedulerBench(prefill_tokens=8, min_efficient_tokens=worth), new_session(24)
         bench.add(session)
         assert [length for _ in chunks for _, _, length in bench.take()] == chunks
         assert session.remaining == 0
@@ -110,7 +110,7 @@ class TestPrompts:
         assert sum(length for _, _, length in bench.take()) == decoding + tokens
 
     def test_beside_decode_tokens_behind_many_count_more(self) -> None:
-        bench = SchedulerBench(prefill_tokens=50, prefill_tokens_beside_decode=12, past_worth_a_token=24)
+        bench = SchedulerBench(prefill_tokens=50, prefill_tokens_beside_decode=12, attention_cost_per_token=24)
         (decoding,) = bench.decoding(4)
         prompt = new_session(200)
         bench.add(prompt)
@@ -124,7 +124,7 @@ class TestPrompts:
         assert [length for _, _, length in chunks[-3:]] == [1, 1, 1]
 
     def test_where_nobody_decodes_all_tokens_count_alike(self) -> None:
-        bench, session = SchedulerBench(prefill_tokens=8, past_worth_a_token=2), new_session(20)
+        bench, session = SchedulerBench(prefill_tokens=8, attention_cost_per_token=2), new_session(20)
         bench.add(session)
         assert [bench.take() for _ in range(3)] == [[(session, 0, 8)], [(session, 8, 8)], [(session, 16, 4)]]
 
