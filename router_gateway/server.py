@@ -43,8 +43,7 @@ from stitch import channels
 from stitch.cluster import ClusterConfig
 from stitch.errors import InvalidRequest
 from stitch.event_loop import observe_delay
-from stitch.in_flight import InFlightTracker
-from stitch.process import StopSignals
+from stitch.process import InFlightTracker, StopSignals
 from stitch.thresholds import Thresholds
 from stitch.tls import Tls, load_tls
 from stitch.v1 import inference_pb2_grpc
@@ -63,18 +62,18 @@ class Gateway:
     metrics: Metrics
     server: grpc.aio.Server
     health: Health
-    door: InFlightTracker
+    in_flight: InFlightTracker
 
     async def drain(self, seconds: float) -> None:
         """Says NOT_SERVING, lets nobody in, and waits so long for the answers that are on their way."""
         await self.health.leave()
-        self.door.close()
+        self.in_flight.close()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.door.empty(), seconds)
+            await asyncio.wait_for(self.in_flight.wait_until_empty(), seconds)
 
     async def stop(self) -> None:
         """Ends every call that is left, and with it its session on every shard."""
-        self.door.cleared = True
+        self.in_flight.aborting = True
         await self.server.stop(None)
 
 
@@ -113,11 +112,11 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         preparation = Preparation(cluster, catalogue, source, selection, threads)
         persistence = RetryPolicy(**settings.replay.model_dump())
         around = FailoverDependencies(fleet, placement, metrics.replays, persistence, time.monotonic)
-        door, health = InFlightTracker(), Health()
-        generator = Generator(preparation, selection, around, pace, metrics, lambda: door.cleared)
-        servicer = InferenceServicer(generator, catalogue, door, metrics, settings.batch_at_once)
+        in_flight, health = InFlightTracker("this gateway"), Health()
+        generator = Generator(preparation, selection, around, pace, metrics, lambda: in_flight.aborting)
+        servicer = InferenceServicer(generator, catalogue, in_flight, metrics, settings.batch_at_once)
         server, port = await _listening(servicer, health, settings.address, tls)
-        gateway = Gateway(port, metrics_port, metrics, server, health, door)
+        gateway = Gateway(port, metrics_port, metrics, server, health, in_flight)
         stack.push_async_callback(gateway.stop)
         coming_up = _serve_health(health, source, fleet, placement, settings)
         await stack.enter_async_context(running(coming_up, observe_delay(metrics.event_loop_delay)))

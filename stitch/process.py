@@ -1,10 +1,17 @@
-"""From the first signal to the end: drain, then stop; a second signal stops at once. Knows no request."""
+"""How a process stops: the signals that ask it to, and the calls that it lets finish first.
+
+The first signal starts the drain, a second one ends it at once. A drain closes the tracker, which refuses new calls,
+and waits until the running ones have left.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+
+from stitch.errors import Unavailable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -32,3 +39,40 @@ class StopSignals:
         for task in (work, second):
             task.cancel()
         await asyncio.gather(work, second, return_exceptions=True)
+
+
+class InFlightTracker:
+    """Counts the calls of a process that run now; once closed, it admits no more."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is what a refusal calls the process, such as `this gateway`."""
+        self._name = name
+        self._running = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+        # Whether new calls are refused.
+        self.closed = False
+        # Whether running calls are being ended before they finish.
+        self.aborting = False
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Counts a call for the length of the block. Raises Unavailable where the tracker is closed."""
+        if self.closed:
+            raise Unavailable(f"{self._name} is shutting down")
+        self._running += 1
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._empty.set()
+
+    def close(self) -> None:
+        """Refuses every call from now on; running ones go on."""
+        self.closed = True
+
+    async def wait_until_empty(self) -> None:
+        """Returns once no call runs."""
+        await self._empty.wait()

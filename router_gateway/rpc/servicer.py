@@ -17,7 +17,7 @@ from router_gateway.requests.pipeline import Generator
 from router_gateway.rpc.batch import Batch
 from router_gateway.rpc.messages import to_decision, to_question, to_request, to_response
 from router_gateway.shards.models import ModelRegistry
-from stitch.in_flight import InFlightTracker
+from stitch.process import InFlightTracker
 from stitch.v1 import inference_pb2, inference_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -30,13 +30,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self,
         generator: Generator,
         catalogue: ModelRegistry,
-        door: InFlightTracker,
+        in_flight: InFlightTracker,
         metrics: Metrics,
         batch_at_once: int,
     ) -> None:
         self._generator = generator
         self._catalogue = catalogue
-        self._door = door
+        self._in_flight = in_flight
         self._metrics = metrics
         self._batch_at_once = batch_at_once
 
@@ -44,7 +44,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> None:
         arrival = self._generator.now()
-        with self._door.passed():
+        with self._in_flight.admit():
             events = self._generator.generate(partial(to_request, request), arrival, _deadline(arrival, context))
             async with aclosing(events):
                 async for event in events:
@@ -55,7 +55,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         arrival = self._generator.now()
         batch = Batch(self._generator, self._batch_at_once, self._metrics.requests_waiting)
-        with self._door.passed():
+        with self._in_flight.admit():
             responses = batch.responses(request.requests, arrival, _deadline(arrival, context))
             async with aclosing(responses):
                 async for response in responses:

@@ -49,7 +49,7 @@ async def test_draining_lets_answers_finish_and_nobody_in(reach: Reach) -> None:
         answer = asyncio.create_task(gateway.generate())
         await eventually(lambda: not bottom.faults)
         drain = asyncio.create_task(gateway.gateway.drain(seconds=60))
-        await eventually(lambda: gateway.gateway.door.closed)
+        await eventually(lambda: gateway.gateway.in_flight.closed)
         with pytest.raises(grpc.aio.AioRpcError, match="shutting down") as caught:
             await gateway.generate()
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -8,7 +8,8 @@ import signal
 
 import pytest
 
-from stitch.process import StopSignals
+from stitch.errors import Unavailable
+from stitch.process import InFlightTracker, StopSignals
 
 
 async def test_the_first_signal_is_told_from_the_second() -> None:
@@ -60,3 +61,23 @@ async def test_a_second_signal_ends_the_draining() -> None:
     signals.received()
     await draining
     assert cancelled
+
+
+async def test_closed_tracker_refuses_new_calls_and_waits_for_running_ones() -> None:
+    tracker = InFlightTracker("this gateway")
+    with tracker.admit():
+        tracker.close()
+        empty = asyncio.create_task(tracker.wait_until_empty())
+        with pytest.raises(Unavailable, match="this gateway is shutting down"), tracker.admit():
+            pass
+        await asyncio.sleep(0)
+        assert not empty.done()
+    await empty
+
+
+async def test_tracker_without_calls_is_empty_also_after_a_call_that_raised() -> None:
+    tracker = InFlightTracker("this gateway")
+    await tracker.wait_until_empty()
+    with pytest.raises(KeyError), tracker.admit():
+        raise KeyError
+    await tracker.wait_until_empty()
