@@ -1,0 +1,91 @@
+"""A shard drains under 16 streams while a replica serves: its sessions end there, and new ones go elsewhere."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from stitch.client import Client
+from tests.support.processes import GATEWAY, Cluster, running_cluster
+from tests.support.tiny_cluster import BOTTOM, TOP, write_tiny_cluster
+from tests.support.waiting import becomes_true
+
+STREAMS = 16
+ANSWER_TOKENS = 200
+START_SECONDS = 60.0
+# The limit of `--drain-seconds`: a shard that ends by itself ends earlier, by far.
+DRAIN_SECONDS = 30.0
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    file = write_tiny_cluster(
+        tmp_path_factory.mktemp("pair"), name="draining", bottoms=[BOTTOM, BOTTOM], tops=[TOP, TOP]
+    )
+    with running_cluster(file, tmp_path_factory.mktemp("run")) as running:
+        yield running
+
+
+def fields(stream: int) -> dict[str, Any]:
+    """The request of one stream; every stream samples with a seed of its own."""
+    route = ("weak", "strong")[stream % 2]
+    return {"route": route, "max_tokens": ANSWER_TOKENS, "ignore_eos": True, "temperature": 0.7, "seed": stream}
+
+
+class Streams:
+    """Clients that ask the gateway again and again, each for the same answer."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._stopping = threading.Event()
+        self.expected = [cluster.generate("stitch", **fields(stream)).token_ids for stream in range(STREAMS)]
+        self.answers: list[list[tuple[int, ...]]] = [[] for _ in range(STREAMS)]
+
+    def ask(self, stream: int) -> None:
+        """Raises what the client raises: an answer that is cut ends the test."""
+        with Client(self._cluster.gateway) as client:
+            while not self._stopping.is_set():
+                self.answers[stream].append(tuple(client.generate("stitch", **fields(stream)).token_ids))
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+
+def sessions_until_the_end(cluster: Cluster, name: str) -> list[int]:
+    """The running sessions of a shard, again and again, until its process has ended."""
+    found = []
+    while cluster.running(name):
+        try:
+            found.append(int(cluster.metric(name, "stitch_sessions_running")))
+        except OSError:
+            break
+    return found
+
+
+@pytest.mark.parametrize("name", ["top-0", "bottom-0"])
+def test_draining_shard_ends_its_sessions_and_gets_no_new_one(cluster: Cluster, name: str) -> None:
+    streams = Streams(cluster)
+    replays = cluster.metric(GATEWAY, "stitch_replays_total")
+    with ThreadPoolExecutor(STREAMS) as threads:
+        asking = [threads.submit(streams.ask, stream) for stream in range(STREAMS)]
+        try:
+            running = lambda: cluster.metric(name, "stitch_sessions_running") >= STREAMS // 4  # noqa: E731
+            assert becomes_true(running, START_SECONDS)
+            cluster.signal(name, signal.SIGTERM)
+            running_sessions = sessions_until_the_end(cluster, name)
+            assert cluster.wait_for_end(name, DRAIN_SECONDS / 2) == 0
+        finally:
+            streams.stop()
+        for done in asking:
+            done.result()
+    # The first sample may be older than the signal's arrival.
+    assert running_sessions[1:] == sorted(running_sessions[1:], reverse=True)
+    for expected, answers in zip(streams.expected, streams.answers, strict=True):
+        assert set(answers) == {tuple(expected)}
+    assert cluster.metric(GATEWAY, "stitch_replays_total") == replays
+    cluster.restart(name)
