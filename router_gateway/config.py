@@ -8,10 +8,10 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from router_gateway.routing.ladder import check_thresholds
-from stitch.addresses import check_exposure
 from stitch.cluster import ClusterConfig, load_cluster
 from stitch.errors import InvalidRequest
 from stitch.settings import Settings
+from stitch.tls import check_exposure
 
 
 class FleetSettings(Settings):

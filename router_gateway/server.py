@@ -42,8 +42,7 @@ from router_gateway.tokenization.source import VocabularySource, first_shards
 from stitch import channels
 from stitch.cluster import ClusterConfig
 from stitch.errors import InvalidRequest
-from stitch.event_loop import observe_delay
-from stitch.process import InFlightTracker, StopSignals
+from stitch.process import InFlightTracker, StopSignals, observe_delay
 from stitch.thresholds import Thresholds
 from stitch.tls import Tls, load_tls
 from stitch.v1 import inference_pb2_grpc

@@ -1,23 +1,27 @@
-"""How a process stops: the signals that ask it to, and the calls that it lets finish first.
+"""How a server process stops, and how late its event loop runs.
 
-The first signal starts the drain, a second one ends it at once. A drain closes the tracker, which refuses new calls,
-and waits until the running ones have left.
+The first signal to stop starts the drain, a second one ends it at once. A drain closes the tracker of calls in flight,
+which refuses new calls, and waits until the running ones have left.
 """
 
 from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
+
+from prometheus_client import Histogram
 
 from stitch.errors import Unavailable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+DELAY_INTERVAL_SECONDS = 0.25
 
 
 class StopSignals:
-    """Counts the signals to stop that this process gets; call `install` on its event loop."""
+    """Counts the signals to stop that this process receives; call `install` on its event loop."""
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
@@ -32,7 +36,7 @@ class StopSignals:
         (self.second if self.first.is_set() else self.first).set()
 
     async def drained(self, drain: Awaitable[None]) -> None:
-        """Returns once `drain` is done, or the second signal came."""
+        """Returns when `drain` is done or the second signal has arrived, whichever is first."""
         work = asyncio.ensure_future(drain)
         second = asyncio.create_task(self.second.wait())
         await asyncio.wait({work, second}, return_when=asyncio.FIRST_COMPLETED)
@@ -74,5 +78,13 @@ class InFlightTracker:
         self.closed = True
 
     async def wait_until_empty(self) -> None:
-        """Returns once no call runs."""
+        """Returns when no call runs."""
         await self._empty.wait()
+
+
+async def observe_delay(delay: Histogram, interval_seconds: float = DELAY_INTERVAL_SECONDS) -> None:
+    """Sleeps in an endless loop and observes by how many seconds each sleep was too long."""
+    while True:
+        due = time.perf_counter() + interval_seconds
+        await asyncio.sleep(interval_seconds)
+        delay.observe(max(0.0, time.perf_counter() - due))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field, ValidationError
 
-from stitch.addresses import check_exposure
 from stitch.cluster import ClusterConfig, ShardConfig
 from stitch.errors import InvalidRequest
 from stitch.settings import Settings
+from stitch.tls import check_exposure
 
 
 class ShardSettings(Settings):

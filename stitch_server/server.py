@@ -18,8 +18,7 @@ from prometheus_client import start_http_server
 
 from stitch import channels
 from stitch.environment import step_log_folder
-from stitch.event_loop import observe_delay
-from stitch.process import StopSignals
+from stitch.process import StopSignals, observe_delay
 from stitch.tls import load_tls
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.build import load_part

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stitch.addresses import is_loopback
 from stitch.cluster import ClusterConfig, ShardConfig
 from stitch.thresholds import FixedThresholds, ReloadingThresholds, ThresholdSource
+from stitch.tls import is_loopback
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.build import Part
 from stitch_server.engine.first_stage import FirstStage

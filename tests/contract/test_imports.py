@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("stitch", "stitch_server", "router_gateway", "stitch_training")
 EXTRAS = {
-    # `stitch.event_loop` and `stitch.process` are for both programs.
+    # `stitch.process` is for both programs.
     "stitch": ("cli", "gateway"),
     "stitch_server": ("shard",),
     "router_gateway": ("gateway", "router"),

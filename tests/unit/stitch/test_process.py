@@ -1,18 +1,21 @@
-"""One signal lets things finish, a second one does not."""
+"""Stop signals, the tracker of calls in flight, and the event loop's delay."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
+import time
 
 import pytest
+from prometheus_client import CollectorRegistry, Histogram
 
 from stitch.errors import Unavailable
-from stitch.process import InFlightTracker, StopSignals
+from stitch.process import InFlightTracker, StopSignals, observe_delay
+from tests.support.waiting import eventually
 
 
-async def test_the_first_signal_is_told_from_the_second() -> None:
+async def test_stop_signals_count_first_and_second_signal() -> None:
     signals = StopSignals()
     signals.received()
     assert (signals.first.is_set(), signals.second.is_set()) == (True, False)
@@ -21,7 +24,7 @@ async def test_the_first_signal_is_told_from_the_second() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_real_signal_arrives(number: int) -> None:
+async def test_stop_signals_receive_operating_system_signals(number: int) -> None:
     signals = StopSignals()
     signals.install()
     try:
@@ -32,7 +35,7 @@ async def test_a_real_signal_arrives(number: int) -> None:
             asyncio.get_running_loop().remove_signal_handler(installed)
 
 
-async def test_draining_ends_by_itself() -> None:
+async def test_drained_returns_when_drain_is_done() -> None:
     drained = []
 
     async def drain() -> None:
@@ -42,7 +45,7 @@ async def test_draining_ends_by_itself() -> None:
     assert drained
 
 
-async def test_a_second_signal_ends_the_draining() -> None:
+async def test_second_signal_cancels_drain() -> None:
     signals = StopSignals()
     began = asyncio.Event()
     cancelled = []
@@ -61,6 +64,24 @@ async def test_a_second_signal_ends_the_draining() -> None:
     signals.received()
     await draining
     assert cancelled
+
+
+async def test_observe_delay_reports_blocked_event_loop() -> None:
+    registry = CollectorRegistry()
+    delay = Histogram("delay", "how late", registry=registry)
+
+    def value(suffix: str) -> float:
+        return registry.get_sample_value(f"delay_{suffix}") or 0.0
+
+    observing = asyncio.create_task(observe_delay(delay, interval_seconds=0.001))
+    try:
+        await eventually(lambda: value("count") >= 1)
+        before = value("sum")
+        # Blocks the loop on purpose.
+        time.sleep(0.05)  # noqa: ASYNC251
+        await eventually(lambda: value("sum") - before >= 0.04)
+    finally:
+        observing.cancel()
 
 
 async def test_closed_tracker_refuses_new_calls_and_waits_for_running_ones() -> None:

@@ -1,4 +1,4 @@
-"""Certificates that can't be used are named before anything listens."""
+"""Loading of certificates, and the addresses that need them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from stitch.errors import InvalidRequest
-from stitch.tls import TlsFiles, gateway_credentials, load_tls
+from stitch.tls import TlsFiles, check_exposure, gateway_credentials, is_loopback, load_tls
 from tests.support.certificates import write_certificates
 
 
-def test_files_are_relative_to_the_cluster_s(tmp_path: Path) -> None:
+def test_load_tls_reads_files_relative_to_folder(tmp_path: Path) -> None:
     write_certificates(tmp_path)
     names = TlsFiles(authority="authority.pem", certificate="certificate.pem", key="key.pem")
     tls = load_tls(names, tmp_path)
@@ -23,7 +23,7 @@ def test_files_are_relative_to_the_cluster_s(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"), [(None, "it can't be read: No such file"), (b"\x30\x82", "it is no PEM file")]
 )
-def test_a_file_that_is_none_is_named(tmp_path: Path, content: bytes | None, reason: str) -> None:
+def test_load_tls_names_field_of_unusable_file(tmp_path: Path, content: bytes | None, reason: str) -> None:
     files = write_certificates(tmp_path) | {"key": str(tmp_path / "other.pem")}
     if content is not None:
         (tmp_path / "other.pem").write_bytes(content)
@@ -31,7 +31,32 @@ def test_a_file_that_is_none_is_named(tmp_path: Path, content: bytes | None, rea
         load_tls(TlsFiles(**files), Path())
 
 
-def test_a_client_s_authority_is_named(tmp_path: Path) -> None:
+def test_gateway_credentials_name_missing_authority(tmp_path: Path) -> None:
     assert gateway_credentials(None) is None
     with pytest.raises(InvalidRequest, match=r"authority is '.*, but it can't be read"):
         gateway_credentials(tmp_path / "gone.pem")
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("localhost", True),
+        ("[::1]", True),
+        ("0.0.0.0", False),
+        ("[::]", False),
+        ("192.168.1.5", False),
+        ("localhost.example.org", False),
+    ],
+)
+def test_is_loopback_is_true_for_addresses_of_this_machine_alone(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_check_exposure_refuses_open_address_without_tls_or_insecure() -> None:
+    with pytest.raises(InvalidRequest, match=r"listen is '0\.0\.0\.0:7', but .*--insecure allows it"):
+        check_exposure("listen", "0.0.0.0:7", secured=False, insecure=False)
+    check_exposure("listen", "0.0.0.0:7", secured=False, insecure=True)
+    check_exposure("listen", "0.0.0.0:7", secured=True, insecure=False)
+    check_exposure("listen", "127.0.0.1:7", secured=False, insecure=False)
