@@ -10,7 +10,7 @@ from benchmarks.report import Options, options, ratio, write
 async def measure(options: Options) -> None:
     """TTFT of one prompt that nobody has asked before; the bottom computes chunk n + 1 while the top computes n."""
     rounds, tokens = (1, 256) if options.tiny else (7, 1024)
-    cluster = preset(threads=1, pipelined_threads=1)
+    cluster = preset(threads=1, threads_while_pipelined=1)
     whole = OneProcess(cluster, threads=1)
     samples: dict[str, list[float]] = {}
     with running(cluster) as local:

@@ -122,7 +122,7 @@ class ComputeConfig(Settings):
     # Processor threads of one shard; 0: all cores.
     threads: int = Field(default=0, ge=0)
     # The same while a neighbour computes at the same time; 0: as many. For shards that share one machine.
-    pipelined_threads: int = Field(default=0, ge=0)
+    threads_while_pipelined: int = Field(default=0, ge=0)
 
 
 class ClusterConfig(Settings):

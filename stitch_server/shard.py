@@ -102,7 +102,7 @@ def build_shard(
         decoder=part.decoder,
         store=provision.store,
         device=device,
-        threads=Threads(alone, compute.pipelined_threads or alone),
+        threads=Threads(alone, compute.threads_while_pipelined or alone),
         embed=part.embedding,
         stage=f"{place.role}_prefill",
         stitches={route: stitch for route, stitch in part.stitches.items() if stitch is not None},
@@ -172,7 +172,11 @@ def _front(
 def _share_cores(cluster: ClusterConfig, device: torch.device) -> bool:
     """Whether all shards compute on all cores of this machine's processor, so that each slows the others down."""
     compute, hosts = cluster.compute, [place.address.rpartition(":")[0] for place in cluster.shards]
-    return device.type == "cpu" and compute.threads == compute.pipelined_threads == 0 and all(map(is_loopback, hosts))
+    return (
+        device.type == "cpu"
+        and compute.threads == compute.threads_while_pipelined == 0
+        and all(map(is_loopback, hosts))
+    )
 
 
 def _read(metrics: Metrics, front: FirstStage | NextStage, pool: BlockPool, runner: ModelRunner) -> None:
