@@ -51,10 +51,10 @@ class ShardGenerateRequest(_message.Message):
     route: str
     chain: _containers.RepeatedScalarFieldContainer[str]
     sampling: _inference_pb2.Sampling
-    candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., route: _Optional[str] = ..., chain: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ...) -> None: ...
+    candidates: _containers.RepeatedCompositeFieldContainer[CandidateChain]
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., route: _Optional[str] = ..., chain: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[CandidateChain, _Mapping]]] = ...) -> None: ...
 
-class Candidate(_message.Message):
+class CandidateChain(_message.Message):
     __slots__ = ("route", "chain")
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     CHAIN_FIELD_NUMBER: _ClassVar[int]
@@ -107,8 +107,8 @@ class LinkRequest(_message.Message):
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     step: Step
-    close: Close
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ...) -> None: ...
+    close: CloseSessions
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., close: _Optional[_Union[CloseSessions, _Mapping]] = ...) -> None: ...
 
 class LinkResponse(_message.Message):
     __slots__ = ("welcome", "reply")
@@ -197,22 +197,22 @@ class Step(_message.Message):
     def __init__(self, step: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., hidden: _Optional[_Union[HiddenStates, _Mapping]] = ..., tokens_to_come: _Optional[int] = ..., pipelined: _Optional[bool] = ...) -> None: ...
 
 class Segment(_message.Message):
-    __slots__ = ("session", "epoch", "position", "length", "wants_token", "opening")
+    __slots__ = ("session", "epoch", "position", "length", "wants_token", "new_session")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     WANTS_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    OPENING_FIELD_NUMBER: _ClassVar[int]
+    NEW_SESSION_FIELD_NUMBER: _ClassVar[int]
     session: int
     epoch: int
     position: int
     length: int
     wants_token: bool
-    opening: Opening
-    def __init__(self, session: _Optional[int] = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ..., length: _Optional[int] = ..., wants_token: _Optional[bool] = ..., opening: _Optional[_Union[Opening, _Mapping]] = ...) -> None: ...
+    new_session: NewSession
+    def __init__(self, session: _Optional[int] = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ..., length: _Optional[int] = ..., wants_token: _Optional[bool] = ..., new_session: _Optional[_Union[NewSession, _Mapping]] = ...) -> None: ...
 
-class Opening(_message.Message):
+class NewSession(_message.Message):
     __slots__ = ("route", "chain", "sampling", "token_ids", "prompt_tokens", "reused_tokens")
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     CHAIN_FIELD_NUMBER: _ClassVar[int]
@@ -262,7 +262,7 @@ class SessionFailure(_message.Message):
     message: str
     def __init__(self, session: _Optional[int] = ..., epoch: _Optional[int] = ..., cause: _Optional[_Union[FailureCause, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
-class Close(_message.Message):
+class CloseSessions(_message.Message):
     __slots__ = ("sessions",)
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     sessions: _containers.RepeatedScalarFieldContainer[int]
@@ -273,16 +273,18 @@ class ShardDescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ShardDescribeResponse(_message.Message):
-    __slots__ = ("identity", "kv_free_tokens", "running_sessions", "waiting_sessions")
+    __slots__ = ("identity", "kv_free_tokens", "running_sessions", "waiting_sessions", "draining")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     KV_FREE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     WAITING_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     identity: ShardIdentity
     kv_free_tokens: int
     running_sessions: int
     waiting_sessions: int
-    def __init__(self, identity: _Optional[_Union[ShardIdentity, _Mapping]] = ..., kv_free_tokens: _Optional[int] = ..., running_sessions: _Optional[int] = ..., waiting_sessions: _Optional[int] = ...) -> None: ...
+    draining: bool
+    def __init__(self, identity: _Optional[_Union[ShardIdentity, _Mapping]] = ..., kv_free_tokens: _Optional[int] = ..., running_sessions: _Optional[int] = ..., waiting_sessions: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class FetchTokenizerRequest(_message.Message):
     __slots__ = ()

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ShardStub:
-    """A contiguous range of one model's decoder layers, and the KV cache for exactly those.
+    """One shard: a contiguous range of one model's decoder layers, and the KV cache of exactly those layers.
     """
 
     def __init__(self, channel):
@@ -58,32 +58,32 @@ class ShardStub:
 
 
 class ShardServicer:
-    """A contiguous range of one model's decoder layers, and the KV cache for exactly those.
+    """One shard: a contiguous range of one model's decoder layers, and the KV cache of exactly those layers.
     """
 
     def Generate(self, request, context):
-        """One generation, from token ids to token ids. Only a shard that holds the embedding serves it.
+        """Generates for one request: prompt token ids in, sampled token ids out. Served by shards that hold the embedding.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Link(self, request_iterator, context):
-        """The one long-lived stream between two neighbours, shared by all sessions.
+        """The one long-lived stream from a shard to its next shard, shared by all sessions.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Describe(self, request, context):
-        """What this shard holds.
+        """The shard's identity, load and free KV cache.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FetchTokenizer(self, request, context):
-        """The tokenizer's files, so that a gateway needs no model of its own.
+        """The tokenizer's files, so that a gateway needs no copy of the model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,7 +121,7 @@ def add_ShardServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Shard:
-    """A contiguous range of one model's decoder layers, and the KV cache for exactly those.
+    """One shard: a contiguous range of one model's decoder layers, and the KV cache of exactly those layers.
     """
 
     @staticmethod

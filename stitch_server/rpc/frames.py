@@ -58,12 +58,12 @@ def _segment_message(segment: Segment, opens: bool) -> shard_pb2.Segment:
         wants_token=segment.wants_token,
     )
     if opens:
-        message.opening.route = sequence.route
-        message.opening.chain.extend(sequence.chain[1:])
-        message.opening.sampling.CopyFrom(sequence.sampling.to_proto())
-        message.opening.token_ids.extend(sequence.token_ids)
-        message.opening.prompt_tokens = sequence.prompt_tokens
-        message.opening.reused_tokens = sequence.reused
+        message.new_session.route = sequence.route
+        message.new_session.chain.extend(sequence.chain[1:])
+        message.new_session.sampling.CopyFrom(sequence.sampling.to_proto())
+        message.new_session.token_ids.extend(sequence.token_ids)
+        message.new_session.prompt_tokens = sequence.prompt_tokens
+        message.new_session.reused_tokens = sequence.reused
     return message
 
 
@@ -147,13 +147,13 @@ class Assembly:
 
 
 def _received(message: shard_pb2.Segment) -> ReceivedSegment:
-    opening = _opening(message.opening) if message.HasField("opening") else None
+    opening = _opening(message.new_session) if message.HasField("new_session") else None
     return ReceivedSegment(
         message.session, message.epoch, message.position, message.length, message.wants_token, opening
     )
 
 
-def _opening(message: shard_pb2.Opening) -> Opening:
+def _opening(message: shard_pb2.NewSession) -> Opening:
     return Opening(
         route=message.route,
         chain=tuple(message.chain),

@@ -47,7 +47,7 @@ class Links:
         self._loop.call_soon_threadsafe(self._put, address, frames, step.urgent)
 
     def close(self, address: str, numbers: Sequenced[int]) -> None:
-        frame = shard_pb2.LinkRequest(close=shard_pb2.Close(sessions=numbers))
+        frame = shard_pb2.LinkRequest(close=shard_pb2.CloseSessions(sessions=numbers))
         self._loop.call_soon_threadsafe(self._put_if_open, address, frame)
 
     async def aclose(self) -> None:

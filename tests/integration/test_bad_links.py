@@ -210,7 +210,7 @@ async def test_a_wrong_position_ends_its_session_alone(
 
 async def test_a_session_must_name_the_shards_behind_it(greeted: Neighbour) -> None:
     step = opening_step(1, "weak", 3, WIDTH)
-    step.segments[0].opening.chain.append("127.0.0.1:1")
+    step.segments[0].new_session.chain.append("127.0.0.1:1")
     failures = (await greeted.ask(step)).failures
     assert [one.cause for one in failures] == [shard_pb2.FAILURE_CAUSE_PRECONDITION]
     assert failures[0].message == "the session names 1 shards behind this one, which is the last of its chain"

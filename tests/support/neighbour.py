@@ -81,13 +81,13 @@ def opening_step(number: int, route: str, tokens: int, width: int, value: float 
 
     `changes` are fields of its one segment.
     """
-    opening = shard_pb2.Opening(
+    new_session = shard_pb2.NewSession(
         route=route,
         prompt_tokens=tokens,
         token_ids=[number % 100] * tokens,
         sampling=inference_pb2.Sampling(max_tokens=64),
     )
-    segment = {"session": number, "length": tokens, "wants_token": True, "opening": opening, **changes}
+    segment = {"session": number, "length": tokens, "wants_token": True, "new_session": new_session, **changes}
     hidden = hidden_states([value] * tokens * width, tokens)
     return shard_pb2.Step(step=number, segments=[shard_pb2.Segment(**segment)], hidden=hidden)
 

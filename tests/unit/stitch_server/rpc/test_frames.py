@@ -186,7 +186,7 @@ class TestRefusals:
 
     def test_sampling_out_of_its_limits(self) -> None:
         frame = frames_of(new_step(5, opens=True))[0]
-        frame.segments[0].opening.sampling.temperature = -1.0
+        frame.segments[0].new_session.sampling.temperature = -1.0
         assert self.refused(frame).field == "sampling.temperature"
 
     @pytest.mark.parametrize("to_come", [35, 37, 0])

@@ -151,8 +151,8 @@ def step(session: int, length: int = 3, number: int = 1) -> shard_pb2.LinkReques
     rows = pack(torch.zeros(length, WIDTH), "float32")
     hidden = shard_pb2.HiddenStates(dtype=rows.dtype, tokens=length, hidden_size=WIDTH, data=rows.data)
     frame = shard_pb2.Step(step=number, hidden=hidden)
-    opening = shard_pb2.Opening(route="weak", token_ids=range(length), prompt_tokens=length)
-    frame.segments.add(session=session, length=length, wants_token=True, opening=opening)
+    opening = shard_pb2.NewSession(route="weak", token_ids=range(length), prompt_tokens=length)
+    frame.segments.add(session=session, length=length, wants_token=True, new_session=opening)
     return shard_pb2.LinkRequest(step=frame)
 
 
@@ -201,7 +201,7 @@ class TestLink:
         assert last.idle
 
     async def test_a_closed_session_is_freed(self, last: FakeShard) -> None:
-        close = shard_pb2.LinkRequest(close=shard_pb2.Close(sessions=[5]))
+        close = shard_pb2.LinkRequest(close=shard_pb2.CloseSessions(sessions=[5]))
         running = list[int]()
 
         async def frames() -> AsyncIterator[shard_pb2.LinkRequest]:
