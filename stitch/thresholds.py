@@ -1,7 +1,11 @@
-"""What a gain must be for a dearer route to pay, in a file that a running gateway reads again. Knows no model.
+"""From the gains of N routes to one of them, by thresholds that a running program reads again from a file.
 
-`router-gateway calibrate` writes such a file; replacing it changes the budget of a running gateway, and a file that is
-broken changes nothing.
+A threshold is the least gain over the cheapest route for which a costlier one is taken. Of several routes whose gain
+exceeds their threshold, the one that exceeds it by most is taken; with thresholds proportional to the routes' costs
+that is the best trade of quality for cost at one price, whatever the number of routes.
+
+`stitch-train calibrate` writes the file. Replacing it changes the budget of a running gateway or shard; an invalid
+file leaves the last valid thresholds in force.
 """
 
 from __future__ import annotations
@@ -10,10 +14,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from stitch.errors import InvalidRequest
@@ -21,8 +28,8 @@ from stitch.settings import Settings
 
 _log = logging.getLogger(__name__)
 
-# A change is seen after this at most, and judging reads the file's date no more often.
-LOOK_AGAIN_SECONDS = 1.0
+# The file's date and size are checked at most this often, so a change takes effect after this time at most.
+RELOAD_INTERVAL_SECONDS = 1.0
 
 
 class Thresholds(Settings):
@@ -31,37 +38,69 @@ class Thresholds(Settings):
     # Cheapest first.
     routes: tuple[str, ...] = Field(min_length=1, strict=False)
     thresholds: tuple[float, ...] = Field(strict=False)
-    # The artefact that they were calibrated for.
+    # Fingerprint of the router or probe that they were calibrated for.
     router: str
-    # What they were calibrated to: the mean cost between all cheapest (0) and all dearest (1).
+    # The mean cost that they keep to, from 0 (every text on the cheapest route) to 1 (every text on the costliest).
     budget: float = Field(ge=0, le=1, strict=False)
-    # That cost by route, from 0 to 1; None: equal steps.
+    # Relative cost of each route, from 0 to 1; None: equal steps.
     costs: tuple[float, ...] | None = Field(default=None, strict=False)
-    # The strongest route's gain at 0 %, 1 %, … 100 % of the texts of the calibration; None: as in the training.
+    # The strongest route's gain at 0 %, 1 %, … 100 % of the calibration's texts; None: those of the training.
     gain_percentiles: tuple[float, ...] | None = Field(default=None, min_length=101, max_length=101, strict=False)
 
     def write(self, path: Path) -> None:
-        """In one step, so that whoever reads it meanwhile sees the old file or the new one."""
+        """Replaces the file in one step, so that a concurrent reader gets either the old file or the new one."""
         fresh = path.with_name(f".{path.name}.new")
         fresh.write_text(self.model_dump_json(indent=1) + "\n")
         os.replace(fresh, path)
 
 
+def choose_routes(gains: NDArray[np.floating[Any]], thresholds: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+    """Route indices [texts] for gains [texts, routes], whose first column is 0, and thresholds [routes - 1]."""
+    excess = gains - np.concatenate([[0.0], thresholds])
+    # argmax takes the first of equals, which is the cheapest.
+    best: NDArray[np.int64] = np.argmax(excess, axis=1)
+    return best
+
+
+def gain_score(gain: float, calibration: Thresholds | None, trained: Sequence[float]) -> float:
+    """The share, 0 to 1, of texts whose gain on the strongest route is below `gain`.
+
+    The texts are those of the calibration where it has gain percentiles, else those of the training.
+    """
+    calibrated = None if calibration is None else calibration.gain_percentiles
+    percentiles = calibrated or trained
+    return bisect_left(percentiles, gain) / len(percentiles)
+
+
+def decision_reason(source: str, gains: Sequence[float], thresholds: Sequence[float], index: int) -> str:
+    """The comparison that decided for route `index`, such as `gain 0.12 > 0.08`.
+
+    For the cheapest route it is the comparison of the route that came nearest to its threshold. `gains` [routes] have
+    0 for the cheapest, `thresholds` are [routes - 1]; `source` names what predicted the gains.
+    """
+    if not thresholds:
+        return "the only route"
+    if index:
+        return f"{source} {gains[index]:.2f} > {thresholds[index - 1]:.2f}"
+    nearest = max(range(len(thresholds)), key=lambda route: gains[route + 1] - thresholds[route])
+    return f"{source} {gains[nearest + 1]:.2f} ≤ {thresholds[nearest]:.2f}"
+
+
 class ThresholdSource(Protocol):
-    """Where a router finds the thresholds of this moment."""
+    """Where a router reads the thresholds that are in force."""
 
     def current(self) -> tuple[float, ...]:
-        """One for each route but the cheapest."""
+        """One threshold for each route but the cheapest."""
         ...
 
     @property
     def calibration(self) -> Thresholds | None:
-        """Where they come from; None: from the router's training."""
+        """The calibration that they come from; None: the router's training."""
         ...
 
 
 class FixedThresholds:
-    """The same ones always."""
+    """Thresholds that never change, such as those of a router's training."""
 
     calibration = None
 
@@ -73,25 +112,25 @@ class FixedThresholds:
 
 
 class ReloadingThresholds:
-    """Those of a file, read again when its date or size changes; what can't be read leaves the last ones in force."""
+    """Thresholds of a file that is read again when its date or size changes; invalid content is logged and ignored."""
 
     def __init__(self, path: Path, router: str | None, routes: int, now: Callable[[], float] = time.monotonic) -> None:
-        """`router` is the fingerprint that they must be for; None: any.
+        """`router` is the fingerprint that the file must name; None: any.
 
-        Raises InvalidRequest where the file is none of thresholds, or of others.
+        Raises InvalidRequest where the file holds no thresholds, or those of another router or number of routes.
         """
         self._path, self._router, self._routes, self._now = path, router, routes, now
         self._stamp = _stamp(path)
         self.calibration = self._read()
-        self._look_at = now() + LOOK_AGAIN_SECONDS
+        self._check_at = now() + RELOAD_INTERVAL_SECONDS
 
     def current(self) -> tuple[float, ...]:
-        if self._now() >= self._look_at:
-            self._look_at = self._now() + LOOK_AGAIN_SECONDS
-            self._look()
+        if self._now() >= self._check_at:
+            self._check_at = self._now() + RELOAD_INTERVAL_SECONDS
+            self._reload_if_changed()
         return self.calibration.thresholds
 
-    def _look(self) -> None:
+    def _reload_if_changed(self) -> None:
         stamp = _stamp(self._path)
         if stamp in (None, self._stamp):
             return
@@ -112,14 +151,13 @@ class ReloadingThresholds:
             limit = f"{self._routes} routes need {self._routes - 1} of them"
             raise InvalidRequest("thresholds.thresholds", found.thresholds, limit)
         if found.costs is not None and len(found.costs) != self._routes:
-            raise InvalidRequest(
-                "thresholds.costs", found.costs, f"there must be one for each of {self._routes} routes"
-            )
+            limit = f"there must be one for each of {self._routes} routes"
+            raise InvalidRequest("thresholds.costs", found.costs, limit)
         return found
 
 
 def read_thresholds(path: Path) -> Thresholds:
-    """Raises InvalidRequest, naming the field, where the file is none of thresholds."""
+    """Raises InvalidRequest, which names the field, where the file holds no thresholds."""
     try:
         return Thresholds.model_validate(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
@@ -131,8 +169,9 @@ def read_thresholds(path: Path) -> Thresholds:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
+    """The file's date and size; None where it does not exist."""
     try:
-        seen = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return seen.st_mtime_ns, seen.st_size
+    return status.st_mtime_ns, status.st_size

@@ -91,8 +91,8 @@ def _run(parsed: argparse.Namespace) -> None:
 def _import(parsed: argparse.Namespace) -> None:
     from pathlib import Path
 
+    from stitch.progress import ProgressLine
     from stitch_server.sources.resolve import import_model
-    from stitch_training.progress import ProgressLine
 
     # Progress goes to standard error, so that standard output is the folder alone.
     with ProgressLine(sys.stderr) as line:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stitch.errors import InvalidRequest
-from stitch.rung import chosen
-from stitch.thresholds import Thresholds
+from stitch.thresholds import Thresholds, choose_routes
 from stitch_training.recovery import Numbers
 
 # Halvings of the range of prices: far below a float's resolution of gains.
@@ -68,7 +67,7 @@ def calibrate(gains: Numbers, relative_costs: Numbers, budget: float) -> Calibra
         else:
             low = price
     thresholds = high * relative_costs[1:]
-    taken = chosen(gains, thresholds)
+    taken = choose_routes(gains, thresholds)
     shares = np.bincount(taken, minlength=len(relative_costs)) / len(gains)
     return Calibration(tuple(thresholds.tolist()), budget, float(shares @ relative_costs), tuple(shares.tolist()))
 
@@ -99,4 +98,4 @@ def budget_for(cost: float, costs: Mapping[str, float], routes: Sequence[str]) -
 
 
 def _mean_cost(gains: Numbers, costs: Numbers, price: float) -> float:
-    return float(costs[chosen(gains, price * costs[1:])].mean())
+    return float(costs[choose_routes(gains, price * costs[1:])].mean())

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from stitch.errors import InvalidRequest
+from stitch.progress import ProgressLine
 from stitch_training.fit_arguments import add_cluster, add_data, data_settings, use_threads
-from stitch_training.progress import ProgressLine
 
 PURPOSE = "measure both models and every route on held-out text"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stitch.errors import InvalidRequest
+from stitch.progress import ProgressLine
 from stitch_training.fit_arguments import add_cluster, add_data, add_work, data_settings, use_threads
-from stitch_training.progress import ProgressLine
 
 if TYPE_CHECKING:
     from stitch_training.distill import Training

@@ -38,6 +38,7 @@ def run(parsed: argparse.Namespace) -> None:
 
     from stitch.cluster import load_cluster
     from stitch.environment import cache_folder
+    from stitch.progress import ProgressLine
     from stitch_server.model.description import ModelDescription
     from stitch_server.model.probe import Probe
     from stitch_server.model.tokenizer_hash import tokenizer_hash
@@ -45,7 +46,6 @@ def run(parsed: argparse.Namespace) -> None:
     from stitch_training.calibration import calibrate, relative_costs
     from stitch_training.labels import read_prompts
     from stitch_training.probe_states import PromptReader
-    from stitch_training.progress import ProgressLine
 
     if not 0 <= parsed.budget <= 1:
         raise InvalidRequest("budget", parsed.budget, "it must be 0 to 1")

@@ -44,9 +44,9 @@ def run(parsed: argparse.Namespace) -> None:
 
     from stitch.cli.arguments import named
     from stitch.cluster import load_cluster
+    from stitch.progress import ProgressLine
     from stitch_training.labels import read_labels
     from stitch_training.probe import TeachingSettings, cheapest_first, teach
-    from stitch_training.progress import ProgressLine
 
     cluster = load_cluster(parsed.cluster)
     dtype = getattr(torch, parsed.dtype)

@@ -60,7 +60,7 @@ def _measured(artefact: RouterArtifact, labelled: LabelledSet) -> tuple[dict[str
     """The rankings of every pair, and what the artefact's own thresholds make of the prompts; both printed."""
     import numpy as np
 
-    from stitch.rung import chosen
+    from stitch.thresholds import choose_routes
     from stitch_training.router_report import curve_table, pairs, table
 
     if _was_seen(artefact, labelled):
@@ -70,7 +70,7 @@ def _measured(artefact: RouterArtifact, labelled: LabelledSet) -> tuple[dict[str
     for pair, ranked in found.items():
         print(table(f"{labelled.name}, {pair}, {len(labelled):,} rows:", ranked))
         print(curve_table(ranked["router"]), end="\n\n")
-    taken = chosen(gains, np.array(artefact.thresholds))
+    taken = choose_routes(gains, np.array(artefact.thresholds))
     shares = np.bincount(taken, minlength=len(labelled.routes)) / len(labelled)
     by_route = dict(zip(labelled.routes, shares.tolist(), strict=True))
     quality = float(labelled.qualities[np.arange(len(taken)), taken].mean())

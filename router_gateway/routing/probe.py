@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from router_gateway.routing.router import DeferredDecision, Query, RouteDecision
 from stitch.cluster import ClusterConfig
-from stitch.rung import reason
-from stitch.thresholds import ReloadingThresholds, Thresholds, ThresholdSource
+from stitch.thresholds import ReloadingThresholds, Thresholds, ThresholdSource, decision_reason
 from stitch.v1 import shard_pb2
 
 
@@ -45,5 +44,5 @@ def decision_of(judged: shard_pb2.ProbeDecision) -> RouteDecision:
         return RouteDecision(route, 1.0, f"{judged.failure or 'no gains came'}, so the fallback", "fallback")
     # Of several routes the one that exceeds its threshold by most was taken.
     worth = [gain - threshold for gain, threshold in zip(judged.gains, (0.0, *judged.thresholds), strict=True)]
-    why = reason("probe", judged.gains, judged.thresholds, worth.index(max(worth)))
+    why = decision_reason("probe", judged.gains, judged.thresholds, worth.index(max(worth)))
     return RouteDecision(route, judged.score, why, "probe")

@@ -9,8 +9,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from stitch.rung import chosen, score
-from stitch.thresholds import ThresholdSource
+from stitch.thresholds import ThresholdSource, choose_routes, gain_score
 from stitch_server.engine.types import RouteDecision
 from stitch_server.model.probe import Probe
 
@@ -38,9 +37,9 @@ class RouteProbe:
         gains, thresholds = self._probe.gains(states[: self.tokens]), self._thresholds.current()
         if not all(map(math.isfinite, gains)):
             return fallback(self._fallback_route, candidates, "the probe's gains are not finite")
-        rung = int(chosen(np.array([gains]), np.array(thresholds))[0])
+        rung = int(choose_routes(np.array([gains]), np.array(thresholds))[0])
         preferred = self._probe.binding.routes[rung]
-        share = score(gains[-1], self._thresholds.calibration, self._probe.percentiles)
+        share = gain_score(gains[-1], self._thresholds.calibration, self._probe.percentiles)
         return among(candidates, RouteDecision(preferred, share, gains, thresholds))
 
 

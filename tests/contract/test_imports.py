@@ -19,7 +19,9 @@ EXTRAS = {
     # `stitch.process` is for both programs.
     "stitch": ("cli", "gateway"),
     "stitch_server": ("shard",),
-    "router_gateway": ("gateway", "router"),
+    "router_gateway": ("gateway",),
+    # Training loads a shard's models and writes what a gateway's router reads.
+    "stitch_training": ("shard", "gateway", "training"),
 }
 HEAVY = {"torch", "transformers", "gguf"}
 TRAINING = {"sklearn", "scipy", "matplotlib"}
@@ -81,7 +83,7 @@ def test_the_lock_pins_every_dependency() -> None:
     lock = (ROOT / "requirements.lock").read_text().splitlines()
     assert all(line.count("==") == 1 and not line.startswith("-") for line in lock)
     pinned = {_normal(line.partition("==")[0]) for line in lock}
-    wanted = {name for extra in ("cli", "gateway", "router", "shard", "dev") for name in _distributions((extra,))}
+    wanted = {name for extra in ("cli", "gateway", "shard", "training", "dev") for name in _distributions((extra,))}
     assert wanted - {"stitch-serving"} <= pinned
 
 

@@ -10,8 +10,15 @@ from router_gateway.routing.learned.artifact import RouterArtifact, load_router
 from router_gateway.routing.learned.model import gains_of
 from router_gateway.routing.router import Query, RouteDecision
 from stitch.errors import InvalidRequest
-from stitch.rung import chosen, reason, score
-from stitch.thresholds import FixedThresholds, ReloadingThresholds, Thresholds, ThresholdSource
+from stitch.thresholds import (
+    FixedThresholds,
+    ReloadingThresholds,
+    Thresholds,
+    ThresholdSource,
+    choose_routes,
+    decision_reason,
+    gain_score,
+)
 
 
 class LearnedRouter:
@@ -38,9 +45,9 @@ class LearnedRouter:
         qualities = self._artefact.model.qualities("\n".join(query.turns))
         gains = gains_of(qualities)
         thresholds = self._thresholds.current()
-        rung = int(chosen(gains[None, :], np.array(thresholds))[0])
-        why, worth = reason("gain", gains.tolist(), thresholds, rung), tuple(qualities.tolist())
-        share = score(float(gains[-1]), self.calibration, self._artefact.gain_percentiles)
+        rung = int(choose_routes(gains[None, :], np.array(thresholds))[0])
+        why, worth = decision_reason("gain", gains.tolist(), thresholds, rung), tuple(qualities.tolist())
+        share = gain_score(float(gains[-1]), self.calibration, self._artefact.gain_percentiles)
         return RouteDecision(self.routes[rung], share, why, "gain", worth)
 
 
