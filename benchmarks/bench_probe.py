@@ -16,14 +16,14 @@ from benchmarks.report import Options, options, write
 from stitch.cluster import ClusterConfig
 from stitch.sampling import Sampling
 from stitch.thresholds import FixedThresholds
-from stitch_server.build import Part, load_part
+from stitch_server.build import LoadedStage, load_stage
 from stitch_server.engine.sequence import Sequence
 from stitch_server.engine.types import Batch, Cut, Segment
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.probe import PERCENTILES, Probe, ProbeBinding, features
 from stitch_server.worker.model_runner import ModelRunner
-from stitch_server.worker.parallelism import Threads
+from stitch_server.worker.parallelism import ParallelismTuner
 from stitch_server.worker.route_probe import RouteProbe
 
 ROUTES = ("weak", "strong")
@@ -36,20 +36,20 @@ class Bottom:
     """The first shard's runner, and a judge that always takes one route."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
-        part = load_part(cluster, cluster.shards[0], CPU)
-        decoder, blocks = part.decoder, max(LENGTHS) // BLOCK_TOKENS
+        loaded = load_stage(cluster, cluster.shards[0], CPU)
+        decoder, blocks = loaded.decoder, max(LENGTHS) // BLOCK_TOKENS
         self._chunk = cluster.compute.prefill_tokens
-        self._cuts = part.cuts
+        self._cuts = loaded.cuts
         self._earliest = Cut(0, cluster.earliest_cut)
         self._blocks = range(blocks)
-        self._judges = {route: judge_for(route, part, cluster.earliest_cut) for route in ROUTES}
+        self._judges = {route: judge_for(route, loaded, cluster.earliest_cut) for route in ROUTES}
         self._runner = ModelRunner(
             decoder=decoder,
             store=KVStore(decoder.first, decoder.end, blocks, decoder.kv_heads, decoder.head_dim, CPU, torch.float32),
             device=CPU,
-            threads=Threads(1, 1),
-            embed=part.embedding,
-            cuts=part.cuts,
+            threads=ParallelismTuner(1, 1),
+            embed=loaded.embedding,
+            cuts=loaded.cuts,
         )
 
     def prefill_ms(self, token_ids: list[int], route: str, judged: bool) -> float:
@@ -69,13 +69,13 @@ class Bottom:
         return (time.process_time() - started) * 1e3
 
 
-def judge_for(route: str, part: Part, layer: int) -> RouteProbe:
+def judge_for(route: str, loaded: LoadedStage, layer: int) -> RouteProbe:
     """A probe of random weights and a threshold that it never or always exceeds."""
     drawn = torch.Generator().manual_seed(0)
     probe = Probe(
-        weight=torch.randn(1, features(part.model.hidden_size), generator=drawn),
+        weight=torch.randn(1, features(loaded.model.hidden_size), generator=drawn),
         bias=torch.zeros(1),
-        binding=ProbeBinding.of(part.model, layer, WINDOW, ROUTES, part.tokenizer),
+        binding=ProbeBinding.of(loaded.model, layer, WINDOW, ROUTES, loaded.tokenizer),
         thresholds=(0.0,),
         percentiles=tuple(step / (PERCENTILES - 1) for step in range(PERCENTILES)),
     )

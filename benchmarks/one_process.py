@@ -11,13 +11,13 @@ import torch
 from benchmarks.clusters import Timed
 from stitch.cluster import ClusterConfig
 from stitch.sampling import Sampling
-from stitch_server.build import Part, load_part
+from stitch_server.build import LoadedStage, load_stage
 from stitch_server.engine.sequence import Sequence as Session
 from stitch_server.engine.types import Batch, Segment, StepOutput
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.worker.model_runner import ModelRunner
-from stitch_server.worker.parallelism import Threads
+from stitch_server.worker.parallelism import ParallelismTuner
 
 MOST_TOKENS = 4096
 
@@ -30,8 +30,8 @@ class OneProcess:
         cut = cluster.route(route)
         self._chunk = cluster.compute.prefill_tokens
         self._threads = threads or len(os.sched_getaffinity(0))
-        self._parts = [load_part(cluster, replicas[0], device) for replicas in cluster.stages(cut)]
-        self._runners = [self._runner(part, device) for part in self._parts]
+        self._stages = [load_stage(cluster, replicas[0], device) for replicas in cluster.stages(cut)]
+        self._runners = [self._runner(stage, device) for stage in self._stages]
         self._route = cut.name
 
     def generate(self, token_ids: Sequence[int], tokens: int) -> Timed:
@@ -51,26 +51,26 @@ class OneProcess:
 
     def _step(self, session: Session, length: int, wants: bool) -> int | None:
         hidden, output = None, StepOutput()
-        for part, runner in zip(self._parts, self._runners, strict=True):
+        for stage, runner in zip(self._stages, self._runners, strict=True):
             blocks = range(MOST_TOKENS // BLOCK_TOKENS)
-            cut = part.cuts[session.route]
+            cut = stage.cuts[session.route]
             segment = Segment(session, cut, session.cached, length, wants, blocks, hidden)
             output = runner.run(Batch((segment,)))
             hidden = output.hidden
         session.cached += length
         return output.tokens[0].id if output.tokens else None
 
-    def _runner(self, part: Part, device: torch.device) -> ModelRunner:
-        decoder = part.decoder
+    def _runner(self, stage: LoadedStage, device: torch.device) -> ModelRunner:
+        decoder = stage.decoder
         kv_heads, head_dim = decoder.kv_heads, decoder.head_dim
         blocks = MOST_TOKENS // BLOCK_TOKENS
         return ModelRunner(
             decoder=decoder,
             store=KVStore(decoder.first, decoder.end, blocks, kv_heads, head_dim, device, torch.float32),
             device=device,
-            threads=Threads(self._threads, self._threads),
-            embed=part.embedding,
-            stitches={route: stitch for route, stitch in part.stitches.items() if stitch is not None},
-            adapters=part.adapters,
-            head=part.head,
+            threads=ParallelismTuner(self._threads, self._threads),
+            embed=stage.embedding,
+            stitches={route: stitch for route, stitch in stage.stitches.items() if stitch is not None},
+            adapters=stage.adapters,
+            head=stage.head,
         )

@@ -25,7 +25,7 @@ from stitch_server.sources.resolve import resolve
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class LoadedStage:
     """What a shard holds of the pair, in memory."""
 
     folder: Path
@@ -61,7 +61,7 @@ class Part:
         )
 
 
-def load_part(cluster: ClusterConfig, place: ShardConfig, device: torch.device) -> Part:
+def load_stage(cluster: ClusterConfig, place: ShardConfig, device: torch.device) -> LoadedStage:
     """Reads a shard's own tensors. Raises Incompatible where files do not fit the cluster file."""
     source = cluster.models.bottom if place.role == "bottom" else cluster.models.top
     folder = resolve(cluster.model_source(place.role), cache_folder())
@@ -80,7 +80,7 @@ def load_part(cluster: ClusterConfig, place: ShardConfig, device: torch.device) 
     beside = {name: _adapters(stitch, place) for name, stitch in passed.items()}
     adapters = {name: found for name, found in beside.items() if found is not None}
     is_last = (place.role, end) == ("top", model.layers)
-    return Part(
+    return LoadedStage(
         folder=folder,
         model=model,
         decoder=decoder,

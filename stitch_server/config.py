@@ -1,4 +1,8 @@
-"""What one shard process is told: the cluster, its own part, where to listen. Reads no file and no flag."""
+"""The settings of one shard process: the cluster, which shard it is, and where it listens.
+
+`shard_settings` merges the values of the command line with the defaults of the cluster file. A `ShardSettings` is
+frozen and within its limits, and its address is one that the cluster's TLS settings allow.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,11 @@ from stitch.tls import check_exposure
 
 
 class ShardSettings(Settings):
+    """What `stitch_server.server.serve` takes."""
+
     cluster: ClusterConfig
-    place: ShardConfig
-    # host:port; by default the port of the place's address, on the same host.
+    shard: ShardConfig
+    # host:port; by default the address of `shard`.
     listen: str
     metrics_port: int = Field(ge=0, le=65535)
     insecure: bool = False
@@ -21,6 +27,7 @@ class ShardSettings(Settings):
 
     @property
     def host(self) -> str:
+        """The host part of `listen`."""
         return self.listen.rpartition(":")[0]
 
 
@@ -32,17 +39,17 @@ def shard_settings(
     insecure: bool,
     drain_seconds: float,
 ) -> ShardSettings:
-    """Fills in what no flag says.
+    """The settings from the command line; what is None there comes from the cluster file.
 
-    Raises InvalidRequest for an unknown shard, a value outside of its limits or an address that is not allowed.
+    Raises InvalidRequest for an unknown shard, a value outside its limits, or an address that needs TLS.
     """
-    place = cluster.shard(shard)
+    config = cluster.shard(shard)
     try:
         settings = ShardSettings(
             cluster=cluster,
-            place=place,
-            listen=listen or place.address,
-            metrics_port=place.metrics_port if metrics_port is None else metrics_port,
+            shard=config,
+            listen=listen or config.address,
+            metrics_port=config.metrics_port if metrics_port is None else metrics_port,
             insecure=insecure,
             drain_seconds=drain_seconds,
         )

@@ -21,7 +21,7 @@ from stitch.environment import step_log_folder
 from stitch.process import StopSignals, observe_delay
 from stitch.tls import load_tls
 from stitch.v1 import shard_pb2, shard_pb2_grpc
-from stitch_server.build import load_part
+from stitch_server.build import load_stage
 from stitch_server.config import ShardSettings
 from stitch_server.devices import pick_device
 from stitch_server.engine.loop import Engine
@@ -43,7 +43,7 @@ async def serve(settings: ShardSettings) -> None:
     signals = StopSignals()
     signals.install()
     async with open_shard(settings) as running:
-        print(f"stitch-server: shard {settings.place.name} listens on {settings.host}:{running.port}", flush=True)
+        print(f"stitch-server: shard {settings.shard.name} listens on {settings.host}:{running.port}", flush=True)
         await asked_to_stop(signals, running.shard.engine)
         await signals.drained(running.drain(settings.drain_seconds))
 
@@ -84,14 +84,14 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
     """
     tls = load_tls(settings.cluster.tls, settings.cluster.folder)
     device = pick_device(settings.cluster.compute.device)
-    part = await asyncio.to_thread(load_part, settings.cluster, settings.place, device)
+    loaded = await asyncio.to_thread(load_stage, settings.cluster, settings.shard, device)
     async with AsyncExitStack() as stack:
-        metrics = Metrics(settings.place.name)
+        metrics = Metrics(settings.shard.name)
         links = Links(metrics.sent.inc, tls.client() if tls else None)
         stack.push_async_callback(links.aclose)
-        folder, name = step_log_folder(), settings.place.name
+        folder, name = step_log_folder(), settings.shard.name
         step_log = None if folder is None else stack.enter_context(StepLog(folder, name))
-        shard = build_shard(settings.cluster, settings.place, part, device, links, metrics, step_log)
+        shard = build_shard(settings.cluster, settings.shard, loaded, device, links, metrics, step_log)
         links.attach(shard.identity, shard.engine, shard.front)
         shard.engine.start()
         stack.push_async_callback(asyncio.to_thread, shard.engine.stop)

@@ -1,4 +1,4 @@
-"""One shard put together: its engine is built around its part of the pair. Loads nothing, listens nowhere."""
+"""One shard put together: its engine is built around a loaded stage. Loads nothing, listens nowhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stitch.cluster import ClusterConfig, ShardConfig
 from stitch.thresholds import FixedThresholds, ReloadingThresholds, ThresholdSource
 from stitch.tls import is_loopback
 from stitch.v1 import inference_pb2, shard_pb2
-from stitch_server.build import Part
+from stitch_server.build import LoadedStage
 from stitch_server.engine.first_stage import FirstStage
 from stitch_server.engine.in_flight import Downstream, StepsInFlight
 from stitch_server.engine.loop import Engine
@@ -29,7 +29,7 @@ from stitch_server.provision import provide
 from stitch_server.rpc.tensors import DTYPES, Packed, unpack
 from stitch_server.step_log import Observer
 from stitch_server.worker.model_runner import ModelRunner
-from stitch_server.worker.parallelism import Threads
+from stitch_server.worker.parallelism import ParallelismTuner
 from stitch_server.worker.route_probe import RouteProbe
 
 # Sessions that may decode in one step beside its prompts.
@@ -48,8 +48,8 @@ class Shard:
     """A loaded shard with its engine; `rpc` serves it."""
 
     cluster: ClusterConfig
-    place: ShardConfig
-    part: Part
+    config: ShardConfig
+    loaded: LoadedStage
     identity: shard_pb2.ShardIdentity
     metrics: Metrics
     engine: Engine
@@ -65,12 +65,12 @@ class Shard:
 
     @property
     def tokenizer_files(self) -> list[Path]:
-        return [path for name in TOKENIZER_FILES if (path := self.part.folder / name).is_file()]
+        return [path for name in TOKENIZER_FILES if (path := self.loaded.folder / name).is_file()]
 
     def incoming_width(self, caller_role: str) -> int:
         """The hidden size that a caller of this role sends."""
-        widths = [stitch.binding.bottom_hidden for stitch in self.part.stitches.values() if stitch is not None]
-        return widths[0] if caller_role != self.place.role and widths else self.part.model.hidden_size
+        widths = [stitch.binding.bottom_hidden for stitch in self.loaded.stitches.values() if stitch is not None]
+        return widths[0] if caller_role != self.config.role and widths else self.loaded.model.hidden_size
 
     def unpack(self, rows: Packed) -> Tensor:
         """What a neighbour sent, as this shard computes with it; runs in the engine's thread."""
@@ -78,42 +78,42 @@ class Shard:
 
     def check_stitch(self, route: str, bottom: inference_pb2.Model) -> None:
         """Incompatible where the route's stitch was not made for this bottom model."""
-        stitch = self.part.stitches.get(route)
+        stitch = self.loaded.stitches.get(route)
         if stitch is not None:
             stitch.check_models(bottom=bottom)
 
 
 def build_shard(
     cluster: ClusterConfig,
-    place: ShardConfig,
-    part: Part,
+    config: ShardConfig,
+    loaded: LoadedStage,
     device: torch.device,
     links: Downstream,
     metrics: Metrics,
     step_log: Observer | None = None,
 ) -> Shard:
-    """Puts cache, runner, front and engine around the loaded part; nothing runs yet."""
+    """Puts cache, runner, front and engine around the loaded stage; nothing runs yet."""
     compute = cluster.compute
-    provision = provide(compute, part.decoder, part.model.context_length, device)
+    provision = provide(compute, loaded.decoder, loaded.model.context_length, device)
     pool = provision.pool
     cores = len(os.sched_getaffinity(0))
     alone = compute.threads or cores
     runner = ModelRunner(
-        decoder=part.decoder,
+        decoder=loaded.decoder,
         store=provision.store,
         device=device,
-        threads=Threads(alone, compute.threads_while_pipelined or alone),
-        embed=part.embedding,
-        stage=f"{place.role}_prefill",
-        stitches={route: stitch for route, stitch in part.stitches.items() if stitch is not None},
-        adapters=part.adapters,
-        head=part.head,
-        judge=_judge(cluster, part),
-        cuts=part.cuts,
+        threads=ParallelismTuner(alone, compute.threads_while_pipelined or alone),
+        embed=loaded.embedding,
+        stage=f"{config.role}_prefill",
+        stitches={route: stitch for route, stitch in loaded.stitches.items() if stitch is not None},
+        adapters=loaded.adapters,
+        head=loaded.head,
+        judge=_route_probe(cluster, loaded),
+        cuts=loaded.cuts,
         graphs=provision.graphs,
         wait=partial(torch.cuda.synchronize, device) if device.type == "cuda" else None,
     )
-    front = _front(cluster, part, pool, links, device)
+    front = _front(cluster, loaded, pool, links, device)
     prompt_tokens = compute.prefill_tokens * compute.prompts_together
 
     def observe(batch: Batch, started: float, ended: float) -> None:
@@ -125,9 +125,9 @@ def build_shard(
     _read(metrics, front, pool, runner)
     return Shard(
         cluster=cluster,
-        place=place,
-        part=part,
-        identity=_identity(cluster, place, part, pool, device),
+        config=config,
+        loaded=loaded,
+        identity=_identity(cluster, config, loaded, pool, device),
         metrics=metrics,
         engine=engine,
         front=front,
@@ -137,9 +137,9 @@ def build_shard(
     )
 
 
-def _judge(cluster: ClusterConfig, part: Part) -> RouteProbe | None:
+def _route_probe(cluster: ClusterConfig, loaded: LoadedStage) -> RouteProbe | None:
     """Raises InvalidRequest where the thresholds are another probe's."""
-    probe, file = part.probe, cluster.probe_thresholds_file
+    probe, file = loaded.probe, cluster.probe_thresholds_file
     if probe is None:
         return None
     thresholds: ThresholdSource = FixedThresholds(probe.thresholds)
@@ -149,29 +149,29 @@ def _judge(cluster: ClusterConfig, part: Part) -> RouteProbe | None:
 
 
 def _front(
-    cluster: ClusterConfig, part: Part, pool: BlockPool, links: Downstream, device: torch.device
+    cluster: ClusterConfig, loaded: LoadedStage, pool: BlockPool, links: Downstream, device: torch.device
 ) -> FirstStage | NextStage:
     compute = cluster.compute
-    if part.embedding is not None:
+    if loaded.embedding is not None:
         limits = Limits(
             prefill_tokens=compute.prefill_tokens,
             prompts_together=compute.prompts_together,
-            min_efficient_tokens=part.decoder.min_efficient_tokens,
+            min_efficient_tokens=loaded.decoder.min_efficient_tokens,
             prefill_tokens_beside_decode=compute.prefill_tokens_beside_decode,
-            attention_cost_per_token=part.decoder.attention_cost_per_token,
+            attention_cost_per_token=loaded.decoder.attention_cost_per_token,
             groups=compute.groups or (1 if _share_cores(cluster, device) else 2),
             max_waiting_sessions=compute.max_waiting_sessions,
-            probe_tokens=0 if part.probe is None else part.probe.binding.tokens,
+            probe_tokens=0 if loaded.probe is None else loaded.probe.binding.tokens,
         )
-        return FirstStage(pool, part.cuts, limits, StepsInFlight(links, compute.wire_dtype))
-    forwarding = None if part.head is not None else StepsInFlight(links, compute.wire_dtype)
-    intake = SessionTable(pool, part.cuts, forwarding)
+        return FirstStage(pool, loaded.cuts, limits, StepsInFlight(links, compute.wire_dtype))
+    forwarding = None if loaded.head is not None else StepsInFlight(links, compute.wire_dtype)
+    intake = SessionTable(pool, loaded.cuts, forwarding)
     return NextStage(pool, intake, forwarding, compute.batch_tokens)
 
 
 def _share_cores(cluster: ClusterConfig, device: torch.device) -> bool:
     """Whether all shards compute on all cores of this machine's processor, so that each slows the others down."""
-    compute, hosts = cluster.compute, [place.address.rpartition(":")[0] for place in cluster.shards]
+    compute, hosts = cluster.compute, [shard.address.rpartition(":")[0] for shard in cluster.shards]
     return (
         device.type == "cpu"
         and compute.threads == compute.threads_while_pipelined == 0
@@ -190,22 +190,22 @@ def _read(metrics: Metrics, front: FirstStage | NextStage, pool: BlockPool, runn
 
 
 def _identity(
-    cluster: ClusterConfig, place: ShardConfig, part: Part, pool: BlockPool, device: torch.device
+    cluster: ClusterConfig, config: ShardConfig, loaded: LoadedStage, pool: BlockPool, device: torch.device
 ) -> shard_pb2.ShardIdentity:
     identity = shard_pb2.ShardIdentity(
-        shard=place.name,
-        role=place.role,
-        first_layer=place.layers[0],
-        end_layer=place.layers[1],
-        tokenizer=part.tokenizer,
+        shard=config.name,
+        role=config.role,
+        first_layer=config.layers[0],
+        end_layer=config.layers[1],
+        tokenizer=loaded.tokenizer,
         wire_dtype=DTYPES[cluster.compute.wire_dtype][0],
         kv_capacity_tokens=pool.tokens,
         kv_block_tokens=pool.block_tokens,
         device=str(device),
         compute_dtype=cluster.compute.dtype,
-        probe="" if part.probe is None else part.probe.fingerprint,
+        probe="" if loaded.probe is None else loaded.probe.fingerprint,
         quantization=cluster.compute.quantization,
     )
-    (identity.bottom if place.role == "bottom" else identity.top).CopyFrom(part.model.to_proto())
-    identity.routes.extend(part.describe(route) for route in cluster.routes if route.name in part.cuts)
+    (identity.bottom if config.role == "bottom" else identity.top).CopyFrom(loaded.model.to_proto())
+    identity.routes.extend(loaded.describe(route) for route in cluster.routes if route.name in loaded.cuts)
     return identity

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stitch_server.arrays import floats, numbers
 from stitch_server.cpu.attention.dispatch import attend_shared, store_all
 from stitch_server.cpu.attention.paged_kv import PagedKV, slot_mapping
 from stitch_server.cpu.features import has_tiles
 from stitch_server.cpu.scalars import Numbers
+from stitch_server.devices import as_bits, as_float32
 from stitch_server.kv_cache.span import Span
-from stitch_server.team import run_in_team
+from stitch_server.thread_pool import run_on_thread_pool
 
 
 class CompiledAttention:
@@ -39,9 +39,9 @@ class CompiledAttention:
     ) -> Tensor:
         """As `model.attend.Attend` says."""
         kv = self.paged.kv[layer - self._first]
-        store_all(floats(torch.cat([key, value], dim=1)), kv, self.paged)
-        queries, attended = floats(query), np.empty(query.shape, np.float32)
-        run_in_team(partial(attend_shared, queries, self.paged, kv, window or 0, scale, attended, has_tiles()))
+        store_all(as_float32(torch.cat([key, value], dim=1)), kv, self.paged)
+        queries, attended = as_float32(query), np.empty(query.shape, np.float32)
+        run_on_thread_pool(partial(attend_shared, queries, self.paged, kv, window or 0, scale, attended, has_tiles()))
         return torch.from_numpy(attended).flatten(1).to(query.dtype)
 
     def _paged(self) -> PagedKV:
@@ -56,5 +56,5 @@ def compiled_for(kv: Tensor) -> Numbers:
     row = torch.zeros(1, kv.shape[2] // 2, kv.shape[3])
     # Room of its own: those may have none.
     room = torch.zeros(1, 1, *kv.shape[2:], dtype=kv.dtype)
-    CompiledAttention(numbers(room), 0, 1, [Span(0, 1, [0])])(0, row, row, row, 1.0, None)
-    return numbers(kv)
+    CompiledAttention(as_bits(room), 0, 1, [Span(0, 1, [0])])(0, row, row, row, 1.0, None)
+    return as_bits(kv)

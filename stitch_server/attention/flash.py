@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stitch_server.devices import sent
+from stitch_server.devices import to_device_async
 from stitch_server.kv_cache.block_pool import blocks_for
 from stitch_server.kv_cache.span import Span
 
@@ -135,7 +135,7 @@ class FlashAttention:
     def of(cls, store: KVStore, kernel: Kernel, spans: Sequenced[Span]) -> FlashAttention:
         """For packed segments."""
         lengths = [span.length for span in spans]
-        packed = sent(packed_places(spans, store.block_tokens), store.kv.device)
+        packed = to_device_async(packed_places(spans, store.block_tokens), store.kv.device)
         most_seen = max(span.end for span in spans)
         return cls(store, kernel, lengths, Places.unpacked(packed, sum(lengths), len(spans), max(lengths), most_seen))
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from stitch_server.attention.flash import FlashAttention, Kernel
+from stitch_server.huge_pages import HugePageArena
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.kv_cache.span import BatchAttend, Span, slots_of, within
-from stitch_server.pages import LargePages
 
 if TYPE_CHECKING:
     from stitch_server.cpu.scalars import Numbers
@@ -51,7 +51,9 @@ class KVStore:
         # taken page by page, when a block is first written, and never read before.
         shape = (end - first, blocks * block_tokens, 2 * kv_heads, head_dim)
         on_processor = device.type == "cpu"
-        self.kv = LargePages().room(shape, dtype) if on_processor else torch.empty(shape, dtype=dtype, device=device)
+        self.kv = (
+            HugePageArena().allocate(shape, dtype) if on_processor else torch.empty(shape, dtype=dtype, device=device)
+        )
         self.keys, self.values = self.kv[:, :, :kv_heads], self.kv[:, :, kv_heads:]
         # The same as kernels read it; None where these don't attend.
         in_kernels = on_processor and dtype in KERNEL_DTYPES

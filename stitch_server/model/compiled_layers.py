@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stitch_server.arrays import floats, numbers
 from stitch_server.cpu.attention.paged_kv import PagedKV
 from stitch_server.cpu.layers import Activations, Layers, Pass, run
 from stitch_server.cpu.matmul.matrix import Matrix
 from stitch_server.cpu.scalars import Floats
+from stitch_server.devices import as_bits, as_float32
+from stitch_server.huge_pages import HugePageArena
 from stitch_server.model.compiled_linear import CompiledLinear, instructions, panels_of, rows_worth_a_product, suits
 from stitch_server.model.linear import WeightFormat, packed_rows
-from stitch_server.pages import LargePages
-from stitch_server.team import run_in_team
+from stitch_server.thread_pool import run_on_thread_pool
 
 if TYPE_CHECKING:
     from stitch_server.model.llama import LeanLayer, RotaryAngles
@@ -44,13 +44,13 @@ class CompiledLayers:
 
     def run(self, paged: PagedKV, hidden: Tensor, first: int, end: int) -> Tensor:
         """States `[tokens, hidden_size]` behind layers `first` to `end`; keeps their keys and values."""
-        rows = np.array(floats(hidden))
+        rows = np.array(as_float32(hidden))
         rotations = self.rotary.table(int((paged.ends - paged.begins).max()))
         qkv_width, kv_width = self.layers.query_key_value.bias.shape[1], paged.kv.shape[2] * paged.kv.shape[3]
         widths = (qkv_width, qkv_width - kv_width, self.layers.gate_up.bias.shape[1] // 2)
         activations = Activations(*(np.empty((len(rows), width), np.float32) for width in widths))
         states = Pass(rows, rotations, paged, activations)
-        run_in_team(partial(run, states, self.layers, first, end, self.epsilon, instructions(len(rows))))
+        run_on_thread_pool(partial(run, states, self.layers, first, end, self.epsilon, instructions(len(rows))))
         return torch.from_numpy(rows).to(hidden.dtype)
 
 
@@ -59,7 +59,7 @@ class LayerAssembly:
 
     def __init__(self, layers: int, weight_format: WeightFormat) -> None:
         self._layers, self._weight_format = layers, weight_format
-        self._pages = LargePages()
+        self._pages = HugePageArena()
         self._weights: dict[str, Tensor] = {}
         self._scales: dict[str, Tensor] = {}
         self._biases: dict[str, Tensor] = {}
@@ -69,7 +69,7 @@ class LayerAssembly:
         rows, scales = packed_rows(weight, self._weight_format)
         panels = panels_of(rows)
         if name not in self._weights:
-            self._weights[name] = self._pages.room((self._layers, *panels.shape), panels.dtype)
+            self._weights[name] = self._pages.allocate((self._layers, *panels.shape), panels.dtype)
             self._scales[name] = torch.ones(self._layers, len(rows))
             self._biases[name] = torch.zeros(self._layers, len(rows))
         self._weights[name][index] = panels
@@ -81,7 +81,7 @@ class LayerAssembly:
     def linear(self, index: int, name: str) -> CompiledLinear:
         """The linear layer of a matrix that was taken."""
         weight, scales, bias = self._weights[name][index], self._scales[name][index], self._biases[name][index]
-        return CompiledLinear(Matrix(numbers(weight), scales.numpy(), bias.numpy()))
+        return CompiledLinear(Matrix(as_bits(weight), scales.numpy(), bias.numpy()))
 
     def compiled(self, layers: Sequence[LeanLayer], rotary: RotaryAngles, dtype: torch.dtype) -> CompiledLayers:
         """The layers whose matrices were taken, over a cache of `dtype`; compiles, so that no token waits for it."""
@@ -104,14 +104,14 @@ class LayerAssembly:
             rotary=rotary,
             epsilon=one.query_key_epsilon,
         )
-        kv = numbers(torch.zeros(len(layers), 1, 2 * one.kv_heads, one.head_dim, dtype=dtype))
+        kv = as_bits(torch.zeros(len(layers), 1, 2 * one.kv_heads, one.head_dim, dtype=dtype))
         nowhere = PagedKV(one.index, kv, *(np.array([place]) for place in (0, 0, 1)))
         compiled.run(nowhere, torch.zeros(1, len(one.attention_norm.weight)), one.index, one.index + 1)
         return compiled
 
     def _matrix(self, name: str) -> Matrix:
-        return Matrix(numbers(self._weights[name]), self._scales[name].numpy(), self._biases[name].numpy())
+        return Matrix(as_bits(self._weights[name]), self._scales[name].numpy(), self._biases[name].numpy())
 
 
 def _stacked_arrays(values: Sequence[Tensor]) -> Floats:
-    return floats(torch.stack(list(values)))
+    return as_float32(torch.stack(list(values)))

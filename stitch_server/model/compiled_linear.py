@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stitch_server.arrays import floats, numbers
 from stitch_server.cpu import features as processor
 from stitch_server.cpu.amx import SIDE
 from stitch_server.cpu.instructions import Instructions
@@ -18,9 +17,10 @@ from stitch_server.cpu.matmul.dispatch import multiply_shared
 from stitch_server.cpu.matmul.matrix import Matrix
 from stitch_server.cpu.matmul.panels import LANES
 from stitch_server.cpu.scalars import Numbers
+from stitch_server.devices import as_bits, as_float32
+from stitch_server.huge_pages import HugePageArena
 from stitch_server.model.linear import WeightFormat, packed_rows
-from stitch_server.pages import LargePages
-from stitch_server.team import run_in_team
+from stitch_server.thread_pool import run_on_thread_pool
 
 # For more rows oneDNN has instructions for bfloat16, and for int8 without AMX, that kernels here don't use.
 MOST_ROWS_OF_NARROW_WEIGHTS = 16
@@ -28,7 +28,7 @@ MOST_ROWS_OF_NARROW_WEIGHTS = 16
 FEWEST_ROWS_IN_TILES = 24
 # In tiles, half of so many rows take two thirds of the time.
 ROWS_WORTH_SPLITTING = 128
-_PAGES = LargePages()
+_PAGES = HugePageArena()
 
 
 def suits(rows: int, weight: Numbers) -> bool:
@@ -75,7 +75,7 @@ class CompiledLinear:
         rows, scales = packed_rows(weight, weight_format)
         scales = torch.ones(outputs) if scales is None else scales
         bias = torch.zeros(outputs) if bias is None else bias.to(torch.float32, copy=True)
-        made = cls(Matrix(numbers(_PAGES.copied(panels_of(rows))), scales.numpy(), bias.numpy()))
+        made = cls(Matrix(as_bits(_PAGES.copy(panels_of(rows))), scales.numpy(), bias.numpy()))
         # Compiled here, and not while the first token waits.
         made(torch.zeros(1, inputs))
         return made
@@ -89,7 +89,7 @@ class CompiledLinear:
 
         Only weights are quantized, never rows: more exact than oneDNN's product of int8 by int8.
         """
-        rows = floats(x)
+        rows = as_float32(x)
         result = np.empty((x.shape[0], len(self.matrix.bias)), np.float32)
-        run_in_team(partial(multiply_shared, rows, self.matrix, result, instructions(len(rows))))
+        run_on_thread_pool(partial(multiply_shared, rows, self.matrix, result, instructions(len(rows))))
         return torch.from_numpy(result).to(x.dtype)

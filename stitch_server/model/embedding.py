@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stitch_server.huge_pages import HugePageArena
 from stitch_server.model.description import read_config
 from stitch_server.model.scales import embedding_scale, scaled
 from stitch_server.model.weights import Weights
-from stitch_server.pages import LargePages
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -30,7 +30,7 @@ class Embedding:
             rows = weights.read(EMBEDDING)
         if device.type == "cpu":
             # Out of the file at once: a row that is mapped when a token first asks for it takes it some 250 µs.
-            rows = LargePages().copied(rows)
+            rows = HugePageArena().copy(rows)
         return cls(rows, embedding_scale(read_config(folder)))
 
     def __call__(self, token_ids: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stitch.errors import Incompatible
 from stitch.v1 import inference_pb2
-from stitch_server.devices import sent
+from stitch_server.devices import to_device_async
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.description import ModelDescription
 from stitch_server.model.linear import Linear, linear
@@ -139,7 +139,7 @@ class Stitch:
         """`[tokens, bottom_hidden]` to `[tokens, top_hidden]`; `begins` are the rows of sequences' first tokens."""
         mapped = self._product(hidden.to(self.weight.dtype))
         if self.first is not None and begins:
-            mapped[sent(torch.tensor(begins), mapped.device)] = self.first
+            mapped[to_device_async(torch.tensor(begins), mapped.device)] = self.first
         return mapped
 
     @cached_property

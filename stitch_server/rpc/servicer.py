@@ -41,7 +41,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         async with translated_errors(context):
             origin = self._shard.front
             if not isinstance(origin, FirstStage):
-                name, role = self._shard.place.name, self._shard.place.role
+                name, role = self._shard.config.name, self._shard.config.role
                 raise Incompatible(f"shard {name} holds {role} layers without the embedding: no chain begins here")
             outbox: asyncio.Queue[Progress] = asyncio.Queue()
             session = self._session(request, outbox)
@@ -62,7 +62,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             shard = self._shard
             relay = shard.front
             if not isinstance(relay, NextStage):
-                raise Incompatible(f"shard {shard.place.name} is the first of its chain: no shard stands before it")
+                raise Incompatible(f"shard {shard.config.name} is the first of its chain: no shard stands before it")
             frames = decoded(requests)
             first = await anext(frames, None)
             if first is None or first.WhichOneof("frame") != "hello":
@@ -96,7 +96,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
 
     def _session(self, request: shard_pb2.ShardGenerateRequest, outbox: asyncio.Queue[Progress]) -> Session:
         shard = self._shard
-        model = shard.part.model
+        model = shard.loaded.model
         _check(request, model.vocabulary_size, model.context_length)
         if request.candidates:
             _check_candidates(request, [route.name for route in shard.cluster.routes])
@@ -112,7 +112,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             context_length=model.context_length,
             report=lambda progress: _report(loop, outbox, progress),
         )
-        if candidates and shard.part.probe is None:
+        if candidates and shard.loaded.probe is None:
             route = shard.cluster.gateway.fallback_route
             session.settle(fallback(route, tuple(candidates), "the first shard has no probe"))
         return session

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stitch.errors import InvalidRequest
 from stitch.v1 import shard_pb2
-from stitch_server.arrays import numbers
+from stitch_server.devices import as_bits
 
 DTYPES: dict[str, tuple[shard_pb2.Dtype, torch.dtype]] = {
     "float32": (shard_pb2.DTYPE_FLOAT32, torch.float32),
@@ -77,4 +77,4 @@ def unpack(packed: Packed, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _bytes(rows: Tensor) -> bytes:
-    return numbers(rows.cpu()).tobytes()
+    return as_bits(rows.cpu()).tobytes()

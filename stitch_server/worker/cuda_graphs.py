@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stitch_server.attention.flash import FlashAttention, Kernel, Places, packed_places
 from stitch_server.attention.interface import Rotary
-from stitch_server.devices import sent
+from stitch_server.devices import to_device_async
 from stitch_server.kv_cache.span import Span
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.adapters import Adapters
@@ -91,7 +91,7 @@ class _Buffers:
         """Rows behind the given ones stay as they are: nobody reads what becomes of them."""
         for kept, given in zip((self.hidden, *self.rotary), (hidden, *rotary), strict=True):
             kept[: len(given)] = given
-        self.places.copy_(sent(places, hidden.device))
+        self.places.copy_(to_device_async(places, hidden.device))
 
 
 class DecodeGraphs:

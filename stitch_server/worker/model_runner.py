@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stitch_server.attention.interface import Rotary, leading
-from stitch_server.devices import sent
+from stitch_server.devices import to_device_async
 from stitch_server.engine.types import Batch, Cut, RouteDecision, Segment, StepOutput, Token, TokenLogprobs
 from stitch_server.kv_cache.span import Span
 from stitch_server.kv_cache.store import KVStore
@@ -28,7 +28,7 @@ from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.sampler import SampledToken, SampleRequest, sample
 from stitch_server.worker.cuda_graphs import DecodeGraphs
 from stitch_server.worker.micro_batches import KERNEL_LANE_ROWS, LANE_ROWS, Lanes, Turns, apart, depend, divided
-from stitch_server.worker.parallelism import Spread, Threads, Work
+from stitch_server.worker.parallelism import Parallelism, ParallelismTuner, PassShape
 from stitch_server.worker.route_probe import RouteProbe
 
 
@@ -39,7 +39,7 @@ class ModelRunner:
     decoder: DecoderLayers
     store: KVStore
     device: torch.device
-    threads: Threads
+    threads: ParallelismTuner
     # On the first shard: token ids to hidden states.
     embed: Callable[[Tensor], Tensor] | None = None
     # What a pass through these layers counts as in the breakdown of the TTFT.
@@ -92,7 +92,7 @@ class ModelRunner:
         self.busy_seconds += seconds
         return output
 
-    def _work(self, batch: Batch) -> Work:
+    def _work(self, batch: Batch) -> PassShape:
         seen = sum(one.length * (one.position + one.length) for one in batch.segments)
         attended = seen / self.decoder.attention_cost_per_token
         compiled = self.decoder.is_compiled(batch.tokens)
@@ -102,7 +102,7 @@ class ModelRunner:
         if divisible and compiled:
             # Lanes that wait for each other would call the loop for each layer.
             divisible = apart(batch.segments, 2) is not None
-        return Work(batch.tokens, attended, batch.pipelined, divisible)
+        return PassShape(batch.tokens, attended, batch.pipelined, divisible)
 
     def _entering(self, segments: Sequenced[Segment]) -> tuple[Tensor, frozenset[int]]:
         """The batch's rows `[tokens, hidden]` as the first layers take them, and which segments are spoilt."""
@@ -110,7 +110,7 @@ class ModelRunner:
             ids = [
                 token for one in segments for token in one.sequence.token_ids[one.position : one.position + one.length]
             ]
-            return self.embed(sent(torch.tensor(ids), self.device)), frozenset()
+            return self.embed(to_device_async(torch.tensor(ids), self.device)), frozenset()
         parts: list[Tensor] = []
         non_finite: set[int] = set()
         index = 0
@@ -124,7 +124,7 @@ class ModelRunner:
             parts.append(received if stitch is None else stitch(received, _begins(members)))
         return _packed(parts), frozenset(non_finite)
 
-    def _through_layers(self, segments: Sequenced[Segment], hidden: Tensor, spread: Spread) -> Tensor:
+    def _through_layers(self, segments: Sequenced[Segment], hidden: Tensor, spread: Parallelism) -> Tensor:
         if spread.lanes == 1 or len(hidden) < spread.lanes:
             return self._lane(segments, hidden)
         parts = divided(segments, spread.lanes)
@@ -187,7 +187,7 @@ class ModelRunner:
 
     def _rotary(self, spans: Sequenced[Span]) -> Rotary:
         positions = torch.tensor([at for span in spans for at in range(span.position, span.end)])
-        return self.decoder.rotary(sent(positions, self.device))
+        return self.decoder.rotary(to_device_async(positions, self.device))
 
     def _adapted(self, segments: Sequenced[Segment]) -> list[tuple[slice, Adapters]]:
         """The rows of every route that has adapters here: side by side, since batches are ordered."""
@@ -200,7 +200,7 @@ class ModelRunner:
         return found
 
     def _deciding(
-        self, judge: RouteProbe, segments: Sequenced[Segment], hidden: Tensor, spread: Spread
+        self, judge: RouteProbe, segments: Sequenced[Segment], hidden: Tensor, spread: Parallelism
     ) -> tuple[Tensor, dict[int, RouteDecision]]:
         """As `_through_layers`, but segments with candidates get their routes where the first ones leave.
 
@@ -222,7 +222,9 @@ class ModelRunner:
             (index for index, leave in enumerate(leaves) if leave > judge.layer), key=lambda index: -leaves[index]
         )
         if staying:
-            taken = sent(torch.cat([torch.arange(rows[index], rows[index + 1]) for index in staying]), self.device)
+            taken = to_device_async(
+                torch.cat([torch.arange(rows[index], rows[index + 1]) for index in staying]), self.device
+            )
             onward = [replace(segments[index], cut=Cut(judge.layer, leaves[index])) for index in staying]
             hidden[taken] = self._through_layers(onward, hidden[taken], spread)
         return hidden, decisions
@@ -244,7 +246,7 @@ class ModelRunner:
                 wanted.append(index)
         if not wanted:
             return {}
-        logits = head(hidden[sent(torch.tensor(last_rows), hidden.device)])
+        logits = head(hidden[to_device_async(torch.tensor(last_rows), hidden.device)])
         sampled = sample(logits, [_request(segments[index]) for index in wanted])
         stages["sample"] = time.perf_counter() - started
         return {index: _token(segments[index], drawn) for index, drawn in zip(wanted, sampled, strict=True)}

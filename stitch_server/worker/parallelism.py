@@ -27,14 +27,14 @@ ROWS_WORTH_READING = 16
 NEWEST = 5
 
 
-class Spread(NamedTuple):
+class Parallelism(NamedTuple):
     """Into how many lanes a pass is cut, and how many threads each of them has."""
 
     lanes: int
     threads: int
 
 
-class Work(NamedTuple):
+class PassShape(NamedTuple):
     """What a pass has to do."""
 
     rows: int
@@ -58,12 +58,12 @@ class Work(NamedTuple):
 class _Trials:
     """Passes of one kind."""
 
-    def __init__(self, candidates: Sequence[Spread]) -> None:
+    def __init__(self, candidates: Sequence[Parallelism]) -> None:
         self._passes, self._trial = 0, FIRST_PASSES
         # Seconds by amount, of the newest passes.
         self._costs = {one: deque[float](maxlen=NEWEST) for one in candidates}
 
-    def choose(self, doubtful: Collection[Spread]) -> Spread:
+    def choose(self, doubtful: Collection[Parallelism]) -> Parallelism:
         """For the next pass; what is `doubtful` is not among the first that are tried."""
         self._passes += 1
         again = self._passes - self._trial - 1
@@ -79,24 +79,24 @@ class _Trials:
         # Medians, since a pass may be disturbed by anything.
         return min((one for one in self._costs if self._costs[one]), key=lambda one: median(self._costs[one]))
 
-    def took(self, spread: Spread, cost: float) -> None:
+    def took(self, spread: Parallelism, cost: float) -> None:
         self._costs[spread].append(cost)
 
     @property
-    def hopeless(self) -> list[Spread]:
+    def hopeless(self) -> list[Parallelism]:
         """What took much longer than others each time."""
         return [one for one in self._costs if self._is_hopeless(one)]
 
-    def _is_worth_it(self, spread: Spread) -> bool:
+    def _is_worth_it(self, spread: Parallelism) -> bool:
         """Whether to try it once more: what seems hopeless once soon, and then as seldom as can be."""
         return not FIRST_PASSES < self._trial < TRIAL_PASSES or not self._is_hopeless(spread)
 
-    def _is_hopeless(self, spread: Spread) -> bool:
+    def _is_hopeless(self, spread: Parallelism) -> bool:
         tried = [min(costs) for costs in self._costs.values() if costs]
         return len(self._costs[spread]) > 1 and min(self._costs[spread]) > HOPELESS * min(tried)
 
 
-class Threads:
+class ParallelismTuner:
     """Chooses, pass by pass: all threads, also in two lanes where that can be, a quarter of them, or one."""
 
     def __init__(self, alone: int, pipelined: int) -> None:
@@ -104,7 +104,7 @@ class Threads:
         self._most = {False: alone, True: pipelined}
         self._kinds: dict[tuple[bool, bool, int], _Trials] = {}
 
-    def choose(self, work: Work) -> Spread:
+    def choose(self, work: PassShape) -> Parallelism:
         """For a pass that is about to begin."""
         pipelined, divisible, size = work.kind
         # Of about half and of about twice as many rows.
@@ -112,16 +112,16 @@ class Threads:
         doubtful = {spread for trials in neighbours if trials is not None for spread in trials.hopeless}
         return self._trials(work).choose(doubtful)
 
-    def took(self, work: Work, spread: Spread, seconds: float) -> None:
+    def took(self, work: PassShape, spread: Parallelism, seconds: float) -> None:
         """What a pass has taken."""
         self._trials(work).took(spread, seconds / work.amount)
 
-    def _trials(self, work: Work) -> _Trials:
+    def _trials(self, work: PassShape) -> _Trials:
         if work.kind not in self._kinds:
             self._kinds[work.kind] = _Trials(_candidates(self._most[work.pipelined], work.divisible))
         return self._kinds[work.kind]
 
 
-def _candidates(most: int, divisible: bool) -> list[Spread]:
-    lanes = {Spread(2, most // 2)} if divisible and most > 1 else set()
-    return sorted({*lanes, Spread(1, most), Spread(1, max(1, most // 4)), Spread(1, 1)}, reverse=True)
+def _candidates(most: int, divisible: bool) -> list[Parallelism]:
+    lanes = {Parallelism(2, most // 2)} if divisible and most > 1 else set()
+    return sorted({*lanes, Parallelism(1, most), Parallelism(1, max(1, most // 4)), Parallelism(1, 1)}, reverse=True)

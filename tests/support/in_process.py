@@ -10,7 +10,7 @@ import torch
 
 from stitch.cluster import ClusterConfig
 from stitch.v1 import shard_pb2
-from stitch_server.build import load_part
+from stitch_server.build import load_stage
 from stitch_server.engine.first_stage import FirstStage
 from stitch_server.engine.in_flight import OutgoingStep, Reply
 from stitch_server.engine.next_stage import NextStage, ReceivedStep
@@ -32,9 +32,9 @@ class ChainInProcess:
 
     def __post_init__(self) -> None:
         for place in self.cluster.shards:
-            part = load_part(self.cluster, place, CPU)
+            loaded = load_stage(self.cluster, place, CPU)
             links = LinksInProcess(self, place.name)
-            self.shards[place.name] = build_shard(self.cluster, place, part, CPU, links, Metrics(place.name))
+            self.shards[place.name] = build_shard(self.cluster, place, loaded, CPU, links, Metrics(place.name))
 
     def generate(self, token_ids: Sequence[int], route: str, chain: tuple[str, ...], count: int) -> list[int]:
         """`count` greedy tokens behind `token_ids`; raises what the session ended with."""
@@ -87,7 +87,7 @@ class LinkEnd:
         assert isinstance(receiver.front, NextStage)
         self.relay = receiver.front
         self._sender, self._receiver = sender, receiver
-        width = receiver.incoming_width(sender.place.role)
+        width = receiver.incoming_width(sender.config.role)
         self._assembly = Assembly(width, receiver.identity.wire_dtype, receiver.max_step_tokens)
 
     def take(self, frame: shard_pb2.Step) -> None:

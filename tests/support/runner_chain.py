@@ -22,7 +22,7 @@ from stitch_server.model.linear import AS_STORED, WeightFormat
 from stitch_server.model.stitch import Stitch
 from stitch_server.worker.cuda_graphs import DecodeGraphs
 from stitch_server.worker.model_runner import ModelRunner
-from stitch_server.worker.parallelism import Threads
+from stitch_server.worker.parallelism import ParallelismTuner
 from tests.support.stitched_reference import StitchedReference, reference
 from tests.support.tape import Tape
 from tests.support.tiny_model import TOKENS, TinyPair, write_random_stitch
@@ -57,10 +57,10 @@ def new_runner(
     decoder = DecoderLayers.load(folder, first, end, CPU, DTYPE, weight_format)
     shape = decoder.kv_heads, decoder.head_dim, CPU, DTYPE
     if not as_on_a_gpu:
-        return ModelRunner(decoder, KVStore(first, end, BLOCKS, *shape), CPU, Threads(1, 1), **parts)  # type: ignore[arg-type]
+        return ModelRunner(decoder, KVStore(first, end, BLOCKS, *shape), CPU, ParallelismTuner(1, 1), **parts)  # type: ignore[arg-type]
     store = KVStore(first, end, BLOCKS + 1, *shape, PAGE_TOKENS, varlen)
     graphs = DecodeGraphs(decoder, store, varlen, 2, Tape())
-    return ModelRunner(decoder, store, CPU, Threads(1, 1), graphs=graphs, **parts)  # type: ignore[arg-type]
+    return ModelRunner(decoder, store, CPU, ParallelismTuner(1, 1), graphs=graphs, **parts)  # type: ignore[arg-type]
 
 
 def load(pair: TinyPair, folder: Path, as_on_a_gpu: bool = False, weight_format: WeightFormat = AS_STORED) -> Halves:

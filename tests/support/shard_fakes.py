@@ -80,11 +80,13 @@ class FakeShard:
             self._origin() if self.first else NextStage(self.pool, SessionTable(self.pool, CUTS, None), None, 64)
         )
         self.engine = InlineEngine(self.front, self.downstream)
-        self.place = SimpleNamespace(name="bottom-0" if self.first else "top-0", role="bottom" if self.first else "top")
+        self.config = SimpleNamespace(
+            name="bottom-0" if self.first else "top-0", role="bottom" if self.first else "top"
+        )
         model = SimpleNamespace(vocabulary_size=VOCABULARY_SIZE, context_length=CONTEXT_LENGTH)
-        self.part = SimpleNamespace(model=model)
+        self.loaded = SimpleNamespace(model=model)
         self.cluster = SimpleNamespace(route=self._route)
-        self.identity = new_identity(self.place.name, self.place.role)
+        self.identity = new_identity(self.config.name, self.config.role)
         self.metrics = SimpleNamespace(received=SimpleNamespace(inc=self.received_bytes.append))
         self.max_step_tokens = 128
 

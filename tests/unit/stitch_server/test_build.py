@@ -12,7 +12,7 @@ import torch
 
 from stitch.cluster import ClusterConfig, RouteConfig, ShardConfig, load_cluster
 from stitch.errors import Incompatible
-from stitch_server.build import cut_of, load_part
+from stitch_server.build import cut_of, load_stage
 from stitch_server.engine.types import Cut
 from tests.support.tiny_cluster import Layers
 
@@ -40,26 +40,26 @@ def test_a_route_passes_the_layers_between_its_cuts(role: Any, layers: Layers, c
 def test_the_first_shard_embeds_and_the_last_has_the_head(deep: ClusterConfig) -> None:
     ends = [
         (part.embedding is not None, part.head is not None)
-        for part in (load_part(deep, place, CPU) for place in deep.shards)
+        for part in (load_stage(deep, place, CPU) for place in deep.shards)
     ]
     assert ends == [(True, False), (False, False), (False, False), (False, True)]
 
 
 def test_each_has_the_stitches_of_the_routes_that_enter_there(deep: ClusterConfig) -> None:
-    held = [sorted(load_part(deep, place, CPU).stitches) for place in deep.shards]
+    held = [sorted(load_stage(deep, place, CPU).stitches) for place in deep.shards]
     assert held == [[], [], ["weak"], ["strong"]]
 
 
 def test_each_has_the_adapters_of_its_layers(deep: ClusterConfig) -> None:
     """Only the stitch of `weak` brings some; it enters on the first of both top shards."""
-    held = [load_part(deep, place, CPU).adapters for place in deep.shards]
+    held = [load_stage(deep, place, CPU).adapters for place in deep.shards]
     assert [{name: (one.first, one.end) for name, one in part.items()} for part in held] == [
         {}, {}, {"weak": (2, 3)}, {"weak": (3, 4)}
     ]  # fmt: skip
 
 
 def test_each_has_the_cuts_of_the_routes_that_pass(deep: ClusterConfig) -> None:
-    cuts = [load_part(deep, place, CPU).cuts for place in deep.shards]
+    cuts = [load_stage(deep, place, CPU).cuts for place in deep.shards]
     assert cuts == [
         {"weak": Cut(0, 2), "strong": Cut(0, 2)},
         {"weak": Cut(2, 3), "strong": Cut(2, 4)},
@@ -71,7 +71,7 @@ def test_each_has_the_cuts_of_the_routes_that_pass(deep: ClusterConfig) -> None:
 def test_layers_that_the_model_lacks_are_refused(cluster: ClusterConfig) -> None:
     place = ShardConfig(name="a", role="bottom", layers=(0, 9), address="a:1")
     with pytest.raises(Incompatible, match="layers 0 to 9 are no range"):
-        load_part(cluster, place, CPU)
+        load_stage(cluster, place, CPU)
 
 
 def changed(cluster: ClusterConfig, change: Callable[[dict[str, Any]], object], tmp_path: Path) -> ClusterConfig:
@@ -89,7 +89,7 @@ def changed(cluster: ClusterConfig, change: Callable[[dict[str, Any]], object], 
 def test_a_stitch_for_another_cut_is_refused(cluster: ClusterConfig, tmp_path: Path) -> None:
     other = changed(cluster, lambda fields: fields["routes"][0].update(bottom_layers=2), tmp_path)
     with pytest.raises(Incompatible, match="from layer 3 to 2 can't serve a cut from layer 2 to 2"):
-        load_part(other, other.shard("top-0"), CPU)
+        load_stage(other, other.shard("top-0"), CPU)
 
 
 def test_a_stitch_for_another_model_is_refused(cluster: ClusterConfig, tmp_path: Path) -> None:
@@ -98,10 +98,10 @@ def test_a_stitch_for_another_model_is_refused(cluster: ClusterConfig, tmp_path:
 
     other = changed(cluster, swap, tmp_path)
     with pytest.raises(Incompatible, match="made for the top model"):
-        load_part(other, other.shard("top-0"), CPU)
+        load_stage(other, other.shard("top-0"), CPU)
 
 
 def test_a_stitch_that_is_gone_is_named(cluster: ClusterConfig, tmp_path: Path) -> None:
     other = changed(cluster, lambda fields: fields["routes"][0].update(stitch="gone.safetensors"), tmp_path)
     with pytest.raises(Incompatible, match=r"gone\.safetensors is no stitch"):
-        load_part(other, other.shard("top-0"), CPU)
+        load_stage(other, other.shard("top-0"), CPU)

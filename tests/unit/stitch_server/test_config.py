@@ -20,7 +20,7 @@ def settings(shard: str = "top-0", **flags: Any) -> ShardSettings:
 
 def test_what_no_flag_says_is_the_cluster_files() -> None:
     made = settings()
-    assert (made.place.name, made.place.layers) == ("top-0", (20, 30))
+    assert (made.shard.name, made.shard.layers) == ("top-0", (20, 30))
     assert (made.listen, made.host, made.metrics_port, made.insecure) == ("127.0.0.1:0", "127.0.0.1", 0, False)
 
 

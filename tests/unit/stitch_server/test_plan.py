@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stitch.cluster import ClusterConfig, load_cluster
-from stitch_server.build import load_part
+from stitch_server.build import load_stage
 from stitch_server.cpu import features as processor
 from stitch_server.kv_sizing import kv_bytes_per_token
 from stitch_server.plan import SESSION_TOKENS, plan, table
@@ -34,7 +34,7 @@ def test_every_shard_has_a_plan_in_the_order_of_the_file(tmp_path: Path) -> None
 def test_kv_is_what_the_shard_s_store_takes(tmp_path: Path) -> None:
     cluster = tiny(tmp_path, kv_tokens=4096)
     for one, place in zip(plan(cluster, CPU), cluster.shards, strict=True):
-        part = load_part(cluster, place, CPU)
+        part = load_stage(cluster, place, CPU)
         model = part.model
         layers = place.layers[1] - place.layers[0]
         assert one.kv_bytes_per_token == kv_bytes_per_token(layers, model.kv_heads, model.head_dim, torch.float32)
@@ -44,9 +44,9 @@ def test_kv_is_what_the_shard_s_store_takes(tmp_path: Path) -> None:
 def test_the_ends_of_the_chain_take_embedding_and_head(tmp_path: Path) -> None:
     cluster = tiny(tmp_path)
     first, middle, last = plan(cluster, CPU)
-    embedding = load_part(cluster, cluster.shard("bottom-0"), CPU).count.head * torch.float32.itemsize
+    embedding = load_stage(cluster, cluster.shard("bottom-0"), CPU).count.head * torch.float32.itemsize
     assert first.weight_bytes == middle.weight_bytes + embedding
-    top = load_part(cluster, cluster.shard("top-0"), CPU).count
+    top = load_stage(cluster, cluster.shard("top-0"), CPU).count
     assert last.weight_bytes == (top.between(2, 4) + top.head) * torch.float32.itemsize
     assert (first.link_bytes_per_token, last.link_bytes_per_token) == (middle.link_bytes_per_token, 0)
 
@@ -65,7 +65,7 @@ def test_of_families_without_lean_layers_only_the_head_is_kept_twice(tmp_path: P
     file = write_tiny_cluster(tmp_path, "olmo2", bottoms=((0, 4),), tops=((2, 4),), dtype="bfloat16")
     cluster = load_cluster(str(file))
     first, last = plan(cluster, CPU)
-    bottom, top = (load_part(cluster, place, CPU).count for place in cluster.shards)
+    bottom, top = (load_stage(cluster, place, CPU).count for place in cluster.shards)
     assert first.weight_bytes == (bottom.between(0, 4) + bottom.head) * torch.bfloat16.itemsize
     assert last.weight_bytes == (top.between(2, 4) + 2 * top.head) * torch.bfloat16.itemsize
 
@@ -88,8 +88,8 @@ def test_four_bits_and_their_groups_take_five_but_the_head_eight(
     monkeypatch.setattr(processor, "has_tiles", lambda: True)
     cluster = tiny(tmp_path, kernels=kernels, quantization="int4")
     *_, middle, last = plan(cluster, CPU)
-    layers = load_part(cluster, cluster.shard("bottom-1"), CPU).count
-    top = load_part(cluster, cluster.shard("top-0"), CPU).count
+    layers = load_stage(cluster, cluster.shard("bottom-1"), CPU).count
+    top = load_stage(cluster, cluster.shard("top-0"), CPU).count
     assert middle.weight_bytes == layers.between(*cluster.shard("bottom-1").layers) * 5 // 8
     assert last.weight_bytes == top.between(2, 4) * 5 // 8 + top.head
 

@@ -12,7 +12,7 @@ from prometheus_client import generate_latest
 from stitch.cluster import ClusterConfig
 from stitch.errors import Incompatible, StitchError
 from stitch.v1 import inference_pb2, shard_pb2
-from stitch_server.build import load_part
+from stitch_server.build import load_stage
 from stitch_server.engine.first_stage import FirstStage
 from stitch_server.engine.next_stage import NextStage
 from stitch_server.engine.scheduler import Limits
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 def new_shard(cluster: ClusterConfig, name: str) -> Shard:
     place = cluster.shard(name)
-    return build_shard(cluster, place, load_part(cluster, place, CPU), CPU, FakeDownstream(), Metrics(name))
+    return build_shard(cluster, place, load_stage(cluster, place, CPU), CPU, FakeDownstream(), Metrics(name))
 
 
 class TestShards:

@@ -14,7 +14,7 @@ import torch
 from stitch.cluster import load_cluster
 from stitch.errors import InvalidRequest
 from stitch.thresholds import read_thresholds
-from stitch_server.build import load_part
+from stitch_server.build import load_stage
 from stitch_server.model.probe import Probe
 from stitch_server.worker.model_runner import ModelRunner
 from stitch_training import probe_calibrate_command as calibrate_command
@@ -67,10 +67,10 @@ def test_labels_become_a_probe_that_the_shard_loads(cluster_file: Path, capsys: 
     fields["gateway"]["probe"] = "probe.safetensors"
     cluster_file.write_text(json.dumps(fields))
     cluster = load_cluster(str(cluster_file))
-    loaded = load_part(cluster, cluster.shard("bottom-0"), CPU).probe
+    loaded = load_stage(cluster, cluster.shard("bottom-0"), CPU).probe
     assert loaded is not None
     assert loaded.fingerprint == probe.fingerprint
-    assert load_part(cluster, cluster.shard("top-0"), CPU).probe is None
+    assert load_stage(cluster, cluster.shard("top-0"), CPU).probe is None
 
 
 def test_names_in_the_file_stand_for_routes(cluster_file: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from stitch_server.engine.types import Batch
 from stitch_server.worker.model_runner import ModelRunner
-from stitch_server.worker.parallelism import Threads
+from stitch_server.worker.parallelism import ParallelismTuner
 from tests.support.runner_chain import Chain, Halves, load, prompt, rows_of
 from tests.support.tiny_model import write_tiny_pair
 
@@ -99,7 +99,7 @@ class TestBookkeeping:
         wanted = [torch.get_num_threads()]
         monkeypatch.setattr(torch, "get_num_threads", lambda: wanted[-1])
         monkeypatch.setattr(torch, "set_num_threads", wanted.append)
-        monkeypatch.setattr(chain.halves.bottom, "threads", Threads(alone=7, pipelined=5))
+        monkeypatch.setattr(chain.halves.bottom, "threads", ParallelismTuner(alone=7, pipelined=5))
         kept = chain.sequence("weak", prompt(20))
         for pipelined in (False, True, False):
             chain.bottom(chain.segment(kept, 5), pipelined=pipelined)

@@ -16,7 +16,7 @@ from stitch_server.engine.types import Cut, Segment
 from stitch_server.model.linear import WeightFormat
 from stitch_server.worker.micro_batches import UNEVEN, Lanes, Turns, apart, depend, divided
 from stitch_server.worker.model_runner import ModelRunner
-from stitch_server.worker.parallelism import Spread, Work
+from stitch_server.worker.parallelism import Parallelism, PassShape
 from tests.support.runner_chain import Chain, Halves, load, prompt
 from tests.support.tiny_model import write_tiny_pair
 
@@ -118,8 +118,8 @@ class TestLanes:
 class TwoLanes:
     """In place of `Threads`: every pass that can be cut is."""
 
-    def choose(self, work: Work) -> Spread:
-        return Spread(2 if work.divisible else 1, 1)
+    def choose(self, work: PassShape) -> Parallelism:
+        return Parallelism(2 if work.divisible else 1, 1)
 
     def took(self, *what: object) -> None:
         pass

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from stitch_server.arrays import numbers
 from stitch_server.cpu.attention.dispatch import attend_shared, store_all
 from stitch_server.cpu.attention.paged_kv import PagedKV
 from stitch_server.cpu.attention.prefill import PART
 from stitch_server.cpu.features import has_tiles
 from stitch_server.cpu.scalars import Indices
 from stitch_server.cpu.tasks import task_counts
+from stitch_server.devices import as_bits
 
 # Among them what lies half-way between two bfloat16, what rounds up to infinity, and what a float32 can hardly hold.
 VALUES = torch.tensor(
@@ -25,7 +25,7 @@ VALUES = torch.tensor(
 
 def kept(values: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
     """One token's key and value, as they come out of the cache."""
-    paged = PagedKV(0, numbers(kv)[None], np.array([3, 1]), np.array([0]), np.array([2]))
+    paged = PagedKV(0, as_bits(kv)[None], np.array([3, 1]), np.array([0]), np.array([2]))
     store_all(values.view(1, 2, -1).numpy(), paged.kv[0], paged)
     return kv[1].flatten()
 
@@ -57,7 +57,7 @@ def attend(
     in_tiles: bool = False,
 ) -> None:
     """By so many threads, each of which takes every other task."""
-    paged, counts = PagedKV(0, numbers(kv)[None], slots, begins, ends), task_counts()
+    paged, counts = PagedKV(0, as_bits(kv)[None], slots, begins, ends), task_counts()
     arguments = query.numpy(), paged, paged.kv[0], window, scale, attended.numpy(), in_tiles, threads, counts
     helpers = [Thread(target=attend_shared, args=arguments) for _ in range(threads - 1)]
     for helper in helpers:
