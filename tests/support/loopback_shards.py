@@ -81,7 +81,7 @@ async def open_shards(cluster_file: Path) -> AsyncIterator[Shards]:
         stubs: dict[str, shard_pb2_grpc.ShardAsyncStub] = {}
         # The first shard of a chain is stopped first.
         for place in reversed(cluster.shards):
-            settings = ShardSettings(cluster=cluster, place=place, listen=ANY_PORT, metrics_port=0)
+            settings = ShardSettings(cluster=cluster, shard=place, listen=ANY_PORT, metrics_port=0)
             running[place.name] = await stack.enter_async_context(open_shard(settings))
             channel = await stack.enter_async_context(open_channel(f"127.0.0.1:{running[place.name].port}"))
             stubs[place.name] = shard_pb2_grpc.ShardStub(channel)
