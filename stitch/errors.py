@@ -1,19 +1,19 @@
-"""Everything that can go wrong on purpose, and the gRPC status of each. Knows nothing of who raises it.
+"""The errors that a caller of any program can meet, and the translation of each to a gRPC status and back.
 
 StitchError
 ├── InvalidRequest       INVALID_ARGUMENT      a field, its value and its limit
 ├── Incompatible         FAILED_PRECONDITION   two sides that do not fit together
-├── OutOfStep            FAILED_PRECONDITION   a frame that the cache has no place for
-├── Exhausted            RESOURCE_EXHAUSTED    no room now; carries when to come back
-├── ObjectivesUnmet      OUT_OF_RANGE          no route is predicted to keep to what the request asks for
-├── Unavailable          UNAVAILABLE           no shard can go on; carries how far it came
+├── OutOfStep            FAILED_PRECONDITION   a frame whose position contradicts the KV cache
+├── Exhausted            RESOURCE_EXHAUSTED    no room now; carries when to retry
+├── ObjectivesUnmet      OUT_OF_RANGE          no route is predicted to meet the request's objectives
+├── Unavailable          UNAVAILABLE           a shard is gone; carries the number of tokens generated
 └── Expired              DEADLINE_EXCEEDED     the deadline passed
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ClassVar
 
 import grpc
@@ -26,17 +26,17 @@ DOMAIN = "stitch"
 
 
 class StitchError(Exception):
-    """The root of the tree; its text is meant for the client."""
+    """The root of the tree; its text is written for the client."""
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
 
     def details(self) -> Iterable[Message]:
-        """The google.rpc details that travel beside the message."""
+        """The google.rpc details that are sent with the message."""
         yield error_details_pb2.ErrorInfo(reason=type(self).__name__, domain=DOMAIN)
 
 
 class InvalidRequest(StitchError):
-    """A field of a request is off. Names the field, the value and the limit."""
+    """A field of a request is outside its limits; the text names the field, the value and the limit."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
 
@@ -53,19 +53,19 @@ class InvalidRequest(StitchError):
 
 
 class Incompatible(StitchError):
-    """Two shards, models, tokenizers or stitches that do not belong together. Names both sides."""
+    """Two shards, models, tokenizers or stitches don't fit together; the text names both sides."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
 class OutOfStep(StitchError):
-    """A frame whose position, epoch or session contradicts the cache."""
+    """A frame's position, epoch or session contradicts the KV cache."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
 class Exhausted(StitchError):
-    """No room for the request now."""
+    """There is no room for the request now."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -81,13 +81,13 @@ class Exhausted(StitchError):
 
 
 class ObjectivesUnmet(StitchError):
-    """No route is predicted to keep to a request's objectives; says what was predicted of each."""
+    """No route is predicted to meet a request's objectives; the text has the prediction of each."""
 
     code = grpc.StatusCode.OUT_OF_RANGE
 
 
 class Unavailable(StitchError):
-    """A shard of the chain is gone, and no other can take its place."""
+    """A shard of the chain is gone, and no replica can replace it."""
 
     code = grpc.StatusCode.UNAVAILABLE
 
@@ -101,7 +101,7 @@ class Unavailable(StitchError):
 
 
 class Expired(StitchError):
-    """The request's deadline passed."""
+    """The request's deadline has passed."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -132,8 +132,20 @@ async def translated_errors(context: grpc.aio.ServicerContext[Any, Any]) -> Asyn
         await context.abort(error.code, str(error), tuple(status.trailing_metadata or ()))
 
 
+@contextmanager
+def translated_rpc_errors() -> Iterator[None]:
+    """Raises the StitchError that the other side raised; any other RpcError passes unchanged."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        translated = from_rpc_error(error)
+        if translated is error:
+            raise
+        raise translated from error
+
+
 def from_rpc_error(error: grpc.RpcError) -> Exception:
-    """The StitchError that the other side raised, or the RpcError itself where it was none of ours."""
+    """The StitchError that the other side raised, or the RpcError itself where its status has no StitchError."""
     code, message = error.code(), error.details() or ""
     details = _details(error)
     if code is grpc.StatusCode.INVALID_ARGUMENT and "BadRequest" in details:
@@ -154,7 +166,7 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
 
 
 def from_code(code: int, message: str) -> StitchError:
-    """The error behind a google.rpc.Code and its message, where no details came along."""
+    """The error of a google.rpc.Code and its message, where the details are not known."""
     match code:
         case code_pb2.INVALID_ARGUMENT:
             return _invalid_request(message.partition(" is ")[0], message)
@@ -173,7 +185,7 @@ def from_code(code: int, message: str) -> StitchError:
 
 def _details(error: grpc.RpcError) -> dict[str, Any]:
     """The known details of a failed call, by the name of their type."""
-    # Pairs in truth, both from grpc and from grpc.aio; the stubs say otherwise.
+    # grpc and grpc.aio both return pairs, unlike what the type stubs declare.
     metadata: Any = error.trailing_metadata() or ()
     packed = dict(metadata).get("grpc-status-details-bin")
     if not isinstance(packed, bytes):

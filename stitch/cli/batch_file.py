@@ -12,7 +12,7 @@ from typing import Any, Self, TextIO
 import grpc
 
 from stitch.client import Answer, AsyncClient
-from stitch.client.requests import generate_request
+from stitch.client.messages import generate_request
 from stitch.errors import Exhausted, InvalidRequest, StitchError
 
 # A gateway that is full says when to come back; one that stays full that often is not going to have room.

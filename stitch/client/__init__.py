@@ -1,13 +1,21 @@
-"""The client library: text in, answers out, blocking or with asyncio. Knows the gateway alone, no shard.
+"""The client library: prompts in, answers out, blocking or with asyncio. It talks to a gateway and to no shard.
 
 with Client("127.0.0.1:7001") as client:
     print(client.generate("The capital of France is", max_tokens=8).text)
 """
 
-from stitch.client.answers import Alternative, Answer, Delta, RouteDecision, TokenLogprobs
 from stitch.client.asynchronous import AsyncClient, AsyncStream
 from stitch.client.blocking import Client, Stream
-from stitch.client.requests import Message, RequestFields, RouteFields
+from stitch.client.messages import (
+    Alternative,
+    Answer,
+    Delta,
+    Message,
+    RequestFields,
+    RouteDecision,
+    RouteFields,
+    TokenLogprobs,
+)
 
 __all__ = [
     "Alternative",

@@ -1,52 +1,51 @@
-"""Many requests in one call: what goes out, what comes back, in the order of asking. Knows no connection."""
+"""The requests of one GenerateBatch call, and the outcome of each in the order in which the caller gave them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from stitch.client.answers import Answer, Collector
-from stitch.client.requests import generate_request
+from stitch.client.messages import Answer, Collector, generate_request
 from stitch.errors import InvalidRequest, Unavailable, from_code
 from stitch.v1 import inference_pb2
 
 Outcome = Answer | Exception
-"""An answer, or why there is none."""
+"""An answer, or the error in its place."""
 
 
 class Batch:
-    """One outcome for every request, whatever becomes of the others and of the call."""
+    """One outcome per request, whether other requests or the call itself fail."""
 
     def __init__(self, requests: Iterable[str | Mapping[str, Any]]) -> None:
         self.message = inference_pb2.GenerateBatchRequest()
         self._outcomes: list[Outcome | None] = []
-        # Index in the message to index in what the caller gave.
-        self._places: list[int] = []
+        # By the request's index in the message: its index among the caller's requests, some of which are invalid.
+        self._indices: list[int] = []
         for request in requests:
-            self._add(request)
-        self._collectors = [Collector() for _ in self._places]
+            self._append(request)
+        self._collectors = [Collector() for _ in self._indices]
 
-    def _add(self, request: str | Mapping[str, Any]) -> None:
+    def _append(self, request: str | Mapping[str, Any]) -> None:
         try:
             self.message.requests.append(generate_request(_fields(request)))
         except InvalidRequest as error:
             self._outcomes.append(error)
         else:
-            self._places.append(len(self._outcomes))
+            self._indices.append(len(self._outcomes))
             self._outcomes.append(None)
 
-    def take(self, response: inference_pb2.GenerateBatchResponse) -> None:
-        """Files one event with the request that it is about."""
+    def add(self, response: inference_pb2.GenerateBatchResponse) -> None:
+        """Adds one event to the request that it names."""
         if response.WhichOneof("outcome") == "error":
-            self._outcomes[self._places[response.index]] = from_code(response.error.code, response.error.message)
+            self._outcomes[self._indices[response.index]] = from_code(response.error.code, response.error.message)
         else:
-            self._collectors[response.index].take(response.response)
+            self._collectors[response.index].add(response.response)
 
     def outcomes(self, failure: Exception | None = None) -> list[Outcome]:
-        """What became of every request; `failure` ended the call, if anything did."""
-        for place, collector in zip(self._places, self._collectors, strict=True):
-            if self._outcomes[place] is None:
-                self._outcomes[place] = _outcome(collector, failure)
+        """The outcome of every request; `failure` is the error that ended the call, if one did."""
+        for index, collector in zip(self._indices, self._collectors, strict=True):
+            if self._outcomes[index] is None:
+                self._outcomes[index] = _outcome(collector, failure)
         return [outcome for outcome in self._outcomes if outcome is not None]
 
 
@@ -61,5 +60,5 @@ def _fields(request: object) -> Mapping[str, Any]:
 def _outcome(collector: Collector, failure: Exception | None) -> Outcome:
     try:
         return collector.answer()
-    except Unavailable as cut_short:
-        return failure or cut_short
+    except Unavailable as incomplete:
+        return failure or incomplete

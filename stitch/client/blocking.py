@@ -1,4 +1,4 @@
-"""The client for programs without an event loop. Doesn't know how a message is read or written."""
+"""The client for programs without an event loop; `messages.py` builds its requests and reads its responses."""
 
 from __future__ import annotations
 
@@ -10,17 +10,26 @@ from typing import Any, Self, Unpack
 import grpc
 
 from stitch.channels import open_sync_channel
-from stitch.client.answers import Answer, Collector, Delta, RouteDecision, decision_of
 from stitch.client.batches import Batch, Outcome
-from stitch.client.failures import translated_rpc_errors
-from stitch.client.requests import RequestFields, RouteFields, generate_request, route_request
+from stitch.client.messages import (
+    Answer,
+    Collector,
+    Delta,
+    RequestFields,
+    RouteDecision,
+    RouteFields,
+    decision_of,
+    generate_request,
+    route_request,
+)
+from stitch.errors import translated_rpc_errors
 from stitch.tls import gateway_credentials
 from stitch.v1 import inference_pb2
 from stitch.v1.inference_pb2_grpc import InferenceStub
 
 
 class Stream:
-    """An answer as it comes: a Judgement first, then Deltas. Iterating asks; leaving the loop cancels."""
+    """The events of one answer: a RouteDecision, then Deltas. A loop over it sends the request; leaving it cancels."""
 
     def __init__(self, start: Callable[[], grpc.CallIterator[inference_pb2.GenerateResponse]]) -> None:
         self._start = start
@@ -32,27 +41,27 @@ class Stream:
         try:
             with translated_rpc_errors():
                 for response in call:
-                    event = self._collector.take(response)
+                    event = self._collector.add(response)
                     if event is not None:
                         yield event
         finally:
             call.cancel()  # type: ignore[no-untyped-call]
 
     def text(self) -> Iterator[str]:
-        """The answer's text alone, piece by piece."""
+        """The pieces of the answer's text, without the route decision."""
         return (event.text for event in self if isinstance(event, Delta))
 
     @property
     def answer(self) -> Answer:
-        """The whole answer, once the stream was read to its end; Unavailable before."""
+        """The whole answer, after the stream was read to its end; raises Unavailable before that."""
         return self._collector.answer()
 
 
 class Client:
-    """One connection to a gateway at `host:port`, usable from many threads.
+    """One connection to a gateway at `host:port`, usable from several threads.
 
-    `authority`: the PEM file whose signature on the gateway's certificate is believed; None: no TLS. Every call raises
-    a StitchError where the gateway refuses or fails; `timeout` is in seconds.
+    `authority` is the PEM file of the authority that must have signed the gateway's certificate; None: no TLS. Every
+    call raises a StitchError where the gateway refuses or fails; `timeout` is in seconds.
     """
 
     def __init__(self, address: str, authority: Path | None = None) -> None:
@@ -62,7 +71,7 @@ class Client:
     def generate(
         self, prompt: str | None = None, *, timeout: float | None = None, **fields: Unpack[RequestFields]
     ) -> Answer:
-        """One answer to a prompt, or to `messages`."""
+        """The answer to a prompt, or to `messages`."""
         stream = self.stream(prompt, timeout=timeout, **fields)
         for _ in stream:
             pass
@@ -71,12 +80,12 @@ class Client:
     def stream(
         self, prompt: str | None = None, *, timeout: float | None = None, **fields: Unpack[RequestFields]
     ) -> Stream:
-        """The same while it is being written."""
+        """The stream of one answer, which yields it while it is generated."""
         request = generate_request({"prompt": prompt, **fields})
         return Stream(lambda: self._stub.Generate(request, timeout=timeout))
 
     def batch(self, requests: Iterable[str | Mapping[str, Any]], *, timeout: float | None = None) -> list[Outcome]:
-        """One outcome for every request, in their order: an Answer, or the error that it met.
+        """One outcome per request, in the order of the requests: an Answer, or the error of that request.
 
         A request is a prompt, or a mapping with `prompt` or `messages` and any of RequestFields.
         """
@@ -84,7 +93,7 @@ class Client:
         try:
             with translated_rpc_errors():
                 for response in self._stub.GenerateBatch(batch.message, timeout=timeout):
-                    batch.take(response)
+                    batch.add(response)
         except Exception as error:
             return batch.outcomes(error)
         return batch.outcomes()
@@ -92,13 +101,13 @@ class Client:
     def route(
         self, prompt: str | None = None, *, timeout: float | None = None, **fields: Unpack[RouteFields]
     ) -> RouteDecision:
-        """The route that a query would take, without an answer."""
+        """The route decision of a query, without an answer."""
         request = route_request({"prompt": prompt, **fields})
         with translated_rpc_errors():
             return decision_of(self._stub.Route(request, timeout=timeout))
 
     def describe(self, *, timeout: float | None = None) -> inference_pb2.DescribeResponse:
-        """The models, routes and shards behind the gateway."""
+        """The models, routes and shards that the gateway serves."""
         with translated_rpc_errors():
             return self._stub.Describe(inference_pb2.DescribeRequest(), timeout=timeout)
 

@@ -7,7 +7,7 @@ import argparse
 import pytest
 
 from stitch.cli.arguments import add_generation, lengths, positive, request_fields
-from stitch.client.requests import generate_request
+from stitch.client.messages import generate_request
 from stitch.v1 import inference_pb2
 
 

@@ -1,4 +1,4 @@
-"""The asyncio client against a gateway without a model: what differs from the blocking one. Knows no shard."""
+"""The asyncio client against a fake gateway, as far as it differs from the blocking client."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ async def cancelled(gateway: FakeGateway) -> bool:
     return await asyncio.to_thread(gateway.cancelled.wait, WAIT_SECONDS)
 
 
-async def test_both_clients_make_the_same_of_the_same_replies(gateway: FakeGateway) -> None:
+async def test_async_and_blocking_client_return_equal_results(gateway: FakeGateway) -> None:
     async with AsyncClient(gateway.address) as client:
         answer = await client.generate("a b c", logprobs=1)
         decision = await client.route("a b c")
@@ -26,7 +26,7 @@ async def test_both_clients_make_the_same_of_the_same_replies(gateway: FakeGatew
         assert found == blocking.describe()
 
 
-async def test_a_stream_is_events_and_then_an_answer(gateway: FakeGateway) -> None:
+async def test_stream_yields_events_and_then_has_answer(gateway: FakeGateway) -> None:
     async with AsyncClient(gateway.address) as client:
         stream = client.stream("a")
         events = [event async for event in stream]
@@ -34,12 +34,12 @@ async def test_a_stream_is_events_and_then_an_answer(gateway: FakeGateway) -> No
     assert stream.answer.text == "echo: a"
 
 
-async def test_the_text_alone_comes_in_pieces(gateway: FakeGateway) -> None:
+async def test_stream_text_yields_pieces(gateway: FakeGateway) -> None:
     async with AsyncClient(gateway.address) as client:
         assert [piece async for piece in client.stream("a b").text()] == ["echo:", " a", " b"]
 
 
-async def test_leaving_a_stream_cancels_the_call(gateway: FakeGateway) -> None:
+async def test_leaving_stream_cancels_call(gateway: FakeGateway) -> None:
     gateway.stall_before_word = 1
     async with AsyncClient(gateway.address) as client:
         async for event in client.stream("a b c"):
@@ -48,7 +48,7 @@ async def test_leaving_a_stream_cancels_the_call(gateway: FakeGateway) -> None:
         assert await cancelled(gateway)
 
 
-async def test_leaving_the_text_cancels_the_call(gateway: FakeGateway) -> None:
+async def test_leaving_text_cancels_call(gateway: FakeGateway) -> None:
     gateway.stall_before_word = 1
     async with AsyncClient(gateway.address) as client:
         async for _ in client.stream("a b c").text():
@@ -56,7 +56,7 @@ async def test_leaving_the_text_cancels_the_call(gateway: FakeGateway) -> None:
         assert await cancelled(gateway)
 
 
-async def test_cancelling_the_task_cancels_the_call(gateway: FakeGateway) -> None:
+async def test_cancelled_task_cancels_call(gateway: FakeGateway) -> None:
     gateway.stall_before_word = 1
     first = asyncio.Event()
 
@@ -73,7 +73,7 @@ async def test_cancelling_the_task_cancels_the_call(gateway: FakeGateway) -> Non
         assert await cancelled(gateway)
 
 
-async def test_a_deadline_ends_the_call(gateway: FakeGateway) -> None:
+async def test_deadline_ends_call(gateway: FakeGateway) -> None:
     gateway.stall_before_word = 1
     async with AsyncClient(gateway.address) as client:
         with pytest.raises(Expired):
@@ -81,7 +81,7 @@ async def test_a_deadline_ends_the_call(gateway: FakeGateway) -> None:
     assert await cancelled(gateway)
 
 
-async def test_the_gateway_s_errors_are_raised_here(gateway: FakeGateway) -> None:
+async def test_client_raises_error_of_gateway(gateway: FakeGateway) -> None:
     gateway.failure = lambda request: Exhausted("full", 2.5)
     async with AsyncClient(gateway.address) as client:
         with pytest.raises(Exhausted, match=r"^full$") as caught:
@@ -89,13 +89,13 @@ async def test_the_gateway_s_errors_are_raised_here(gateway: FakeGateway) -> Non
     assert caught.value.retry_after_seconds == 2.5
 
 
-async def test_many_answers_share_one_connection(gateway: FakeGateway) -> None:
+async def test_concurrent_requests_share_one_connection(gateway: FakeGateway) -> None:
     async with AsyncClient(gateway.address) as client:
         answers = await asyncio.gather(*(client.generate(f"query {index}") for index in range(12)))
     assert [answer.text for answer in answers] == [f"echo: query {index}" for index in range(12)]
 
 
-async def test_a_batch_keeps_the_order_and_loses_nothing(gateway: FakeGateway) -> None:
+async def test_batch_returns_one_outcome_per_request_in_order(gateway: FakeGateway) -> None:
     async with AsyncClient(gateway.address) as client:
         answered, empty, malformed = await client.batch(["a", "", {"prompt": 3}])
     assert isinstance(answered, Answer)
@@ -103,6 +103,6 @@ async def test_a_batch_keeps_the_order_and_loses_nothing(gateway: FakeGateway) -
     assert isinstance(malformed, InvalidRequest)
 
 
-async def test_a_batch_without_a_gateway_is_all_errors() -> None:
+async def test_batch_without_gateway_returns_errors() -> None:
     async with AsyncClient("127.0.0.1:1") as client:
         assert [type(outcome) for outcome in await client.batch(["a", "b"])] == [Unavailable, Unavailable]

@@ -1,9 +1,9 @@
-"""A batch has an outcome for every request, whatever happens. Knows no connection."""
+"""A batch has one outcome per request, whatever fails."""
 
 from __future__ import annotations
 
-from stitch.client.answers import Answer
 from stitch.client.batches import Batch
+from stitch.client.messages import Answer
 from stitch.errors import Expired, InvalidRequest, StitchError, Unavailable
 from stitch.v1.inference_pb2 import (
     FINISH_REASON_STOP,
@@ -30,58 +30,58 @@ def texts(batch: Batch, failure: Exception | None = None) -> list[object]:
     return [outcome.text if isinstance(outcome, Answer) else type(outcome) for outcome in batch.outcomes(failure)]
 
 
-def test_answers_come_in_the_order_of_asking() -> None:
+def test_outcomes_are_in_request_order() -> None:
     batch = Batch(["a", "b"])
     for event in answer_events(1, "B") + answer_events(0, "A"):
-        batch.take(event)
+        batch.add(event)
     assert texts(batch) == ["A", "B"]
 
 
-def test_interleaved_answers_are_told_apart() -> None:
+def test_batch_separates_interleaved_answers() -> None:
     batch = Batch(["a", "b"])
     for pair in zip(answer_events(0, "A"), answer_events(1, "B"), strict=True):
         for event in pair:
-            batch.take(event)
+            batch.add(event)
     assert texts(batch) == ["A", "B"]
 
 
-def test_a_malformed_request_keeps_its_place_and_is_not_sent() -> None:
+def test_malformed_request_is_not_sent_and_keeps_its_index() -> None:
     batch = Batch(["a", {"prompt": 7}, 3, {"prompt": "d", "max_tokens": 2}])  # type: ignore[list-item]
     assert [request.prompt for request in batch.message.requests] == ["a", "d"]
     for event in answer_events(1, "D") + answer_events(0, "A"):
-        batch.take(event)
+        batch.add(event)
     assert texts(batch) == ["A", InvalidRequest, InvalidRequest, "D"]
 
 
-def test_a_request_that_fails_disturbs_no_other() -> None:
+def test_failed_request_leaves_others_unchanged() -> None:
     batch = Batch(["a", "b"])
-    batch.take(GenerateBatchResponse(index=0, error=RequestError(code=3, message="prompt is '', but …")))
+    batch.add(GenerateBatchResponse(index=0, error=RequestError(code=3, message="prompt is '', but …")))
     for event in answer_events(1, "B"):
-        batch.take(event)
+        batch.add(event)
     failed, answered = batch.outcomes()
     assert isinstance(failed, InvalidRequest)
     assert failed.field == "prompt"
     assert isinstance(answered, Answer)
 
 
-def test_what_ended_the_call_is_the_outcome_of_the_unanswered() -> None:
+def test_failed_call_is_outcome_of_unanswered_requests() -> None:
     batch = Batch(["a", "b"])
     for event in answer_events(0, "A"):
-        batch.take(event)
+        batch.add(event)
     assert texts(batch, failure=Expired("too late")) == ["A", Expired]
 
 
-def test_a_batch_that_ends_early_says_so() -> None:
+def test_unanswered_request_is_unavailable() -> None:
     assert texts(Batch(["a"])) == [Unavailable]
 
 
-def test_an_error_of_an_unknown_code_is_an_error() -> None:
+def test_error_with_unmapped_code_is_stitch_error() -> None:
     batch = Batch(["a"])
-    batch.take(GenerateBatchResponse(index=0, error=RequestError(code=13, message="internal error")))
+    batch.add(GenerateBatchResponse(index=0, error=RequestError(code=13, message="internal error")))
     (outcome,) = batch.outcomes()
     assert type(outcome) is StitchError
     assert str(outcome) == "internal error"
 
 
-def test_an_empty_batch_has_no_outcome() -> None:
+def test_empty_batch_has_no_outcomes() -> None:
     assert Batch([]).outcomes() == []

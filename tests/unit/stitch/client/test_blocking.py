@@ -1,4 +1,4 @@
-"""The blocking client against a gateway without a model. Knows no shard."""
+"""The blocking client against a fake gateway."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from stitch.client import Answer, Client, Delta, RouteDecision
 from stitch.errors import Exhausted, Expired, Incompatible, InvalidRequest, StitchError, Unavailable
 from tests.support.fake_gateway import STAGES, WAIT_SECONDS, FakeGateway
 
-# What the gateway streams to `a b`.
+# The gateway's answer to `a b`.
 DELTAS = (Delta("echo:", (5,), ()), Delta(" a", (1,), ()), Delta(" b", (1,), ()))
 
 
-def test_an_answer_has_all_that_the_gateway_said(gateway: FakeGateway) -> None:
+def test_answer_has_every_field_of_response(gateway: FakeGateway) -> None:
     with Client(gateway.address) as client:
         answer = client.generate("to be or not")
     assert answer == Answer(
@@ -31,7 +31,7 @@ def test_an_answer_has_all_that_the_gateway_said(gateway: FakeGateway) -> None:
     )
 
 
-def test_fields_reach_the_gateway(gateway: FakeGateway) -> None:
+def test_generate_sends_fields(gateway: FakeGateway) -> None:
     with Client(gateway.address) as client:
         answer = client.generate(
             messages=[{"role": "user", "content": "a b c"}], max_tokens=2, route="strong", stop="z"
@@ -41,7 +41,7 @@ def test_fields_reach_the_gateway(gateway: FakeGateway) -> None:
     assert (answer.route, answer.finish_reason, answer.text) == ("strong", "length", "echo: a")
 
 
-def test_a_stream_begins_with_the_judgement(gateway: FakeGateway) -> None:
+def test_stream_begins_with_route_decision(gateway: FakeGateway) -> None:
     with Client(gateway.address) as client:
         stream = client.stream("a b")
         events = list(stream)
@@ -49,25 +49,25 @@ def test_a_stream_begins_with_the_judgement(gateway: FakeGateway) -> None:
     assert stream.answer.text == "echo: a b"
 
 
-def test_the_text_alone_comes_in_pieces(gateway: FakeGateway) -> None:
+def test_stream_text_yields_pieces(gateway: FakeGateway) -> None:
     with Client(gateway.address) as client:
         assert list(client.stream("a b").text()) == ["echo:", " a", " b"]
 
 
-def test_logprobs_come_with_their_tokens(gateway: FakeGateway) -> None:
+def test_answer_has_logprobs_of_every_token(gateway: FakeGateway) -> None:
     with Client(gateway.address) as client:
         answer = client.generate("a b", logprobs=2)
     assert [len(token.alternatives) for token in answer.logprobs] == [2, 2, 2]
 
 
-def test_nothing_is_asked_before_the_stream_is_read(gateway: FakeGateway) -> None:
+def test_stream_sends_nothing_before_iteration(gateway: FakeGateway) -> None:
     with Client(gateway.address) as client:
         client.stream("a b")
         client.describe()
     assert gateway.requests == []
 
 
-def test_leaving_a_stream_cancels_the_call(gateway: FakeGateway) -> None:
+def test_leaving_stream_cancels_call(gateway: FakeGateway) -> None:
     gateway.stall_before_word = 1
     with Client(gateway.address) as client:
         for event in client.stream("a b c"):
@@ -76,24 +76,24 @@ def test_leaving_a_stream_cancels_the_call(gateway: FakeGateway) -> None:
         assert gateway.cancelled.wait(WAIT_SECONDS)
 
 
-def test_an_answer_is_not_there_before_its_end(gateway: FakeGateway) -> None:
+def test_answer_before_end_of_stream_is_unavailable(gateway: FakeGateway) -> None:
     gateway.stall_before_word = 1
     with Client(gateway.address) as client:
         stream = client.stream("a b c")
         for event in stream:
             if isinstance(event, Delta):
                 break
-        with pytest.raises(Unavailable, match="ended after 1 tokens"):
+        with pytest.raises(Unavailable, match="broke off after 1 tokens"):
             _ = stream.answer
 
 
-def test_a_stream_without_an_end_is_an_error(gateway: FakeGateway) -> None:
+def test_stream_without_finished_event_is_unavailable(gateway: FakeGateway) -> None:
     gateway.cuts_short = True
-    with Client(gateway.address) as client, pytest.raises(Unavailable, match="ended after 2 tokens"):
+    with Client(gateway.address) as client, pytest.raises(Unavailable, match="broke off after 2 tokens"):
         client.generate("a")
 
 
-def test_a_deadline_ends_the_call(gateway: FakeGateway) -> None:
+def test_deadline_ends_call(gateway: FakeGateway) -> None:
     gateway.stall_before_word = 1
     with Client(gateway.address) as client, pytest.raises(Expired):
         client.generate("a b c", timeout=0.2)
@@ -104,7 +104,7 @@ def test_a_deadline_ends_the_call(gateway: FakeGateway) -> None:
     "error",
     [InvalidRequest("prompt", "", "no"), Incompatible("two sides"), Exhausted("full", 2.5), Unavailable("gone", 7)],
 )
-def test_the_gateway_s_errors_are_raised_here(gateway: FakeGateway, error: StitchError) -> None:
+def test_client_raises_error_of_gateway(gateway: FakeGateway, error: StitchError) -> None:
     gateway.failure = lambda request: error
     with Client(gateway.address) as client, pytest.raises(type(error)) as caught:
         client.generate("a")
@@ -113,19 +113,19 @@ def test_the_gateway_s_errors_are_raised_here(gateway: FakeGateway, error: Stitc
     assert getattr(caught.value, "generated_tokens", None) == getattr(error, "generated_tokens", None)
 
 
-def test_a_failure_that_is_none_of_ours_stays_what_it_is(gateway: FakeGateway) -> None:
+def test_client_raises_unknown_rpc_error_unchanged(gateway: FakeGateway) -> None:
     gateway.failure = lambda request: 1 / 0  # type: ignore[return-value, assignment]
     with Client(gateway.address) as client, pytest.raises(grpc.RpcError) as caught:
         client.generate("a")
     assert caught.value.code() is grpc.StatusCode.UNKNOWN
 
 
-def test_limits_are_the_gateway_s(gateway: FakeGateway) -> None:
+def test_limits_are_checked_by_gateway(gateway: FakeGateway) -> None:
     with Client(gateway.address) as client, pytest.raises(InvalidRequest, match=r"^sampling.temperature is -1\.0, but"):
         client.generate("a", temperature=-1)
 
 
-def test_a_batch_keeps_the_order_and_loses_nothing(gateway: FakeGateway) -> None:
+def test_batch_returns_one_outcome_per_request_in_order(gateway: FakeGateway) -> None:
     requests: list[str | dict[str, object]] = ["a", {"prompt": ""}, {"prompt": 3}, {"prompt": "b c", "max_tokens": 1}]
     with Client(gateway.address) as client:
         answered, empty, malformed, limited = client.batch(requests)
@@ -137,19 +137,19 @@ def test_a_batch_keeps_the_order_and_loses_nothing(gateway: FakeGateway) -> None
     assert limited.finish_reason == "length"
 
 
-def test_a_batch_without_a_gateway_is_all_errors() -> None:
+def test_batch_without_gateway_returns_errors() -> None:
     with Client("127.0.0.1:1") as client:
         outcomes = client.batch(["a", {"prompt": 3}])
     assert [type(outcome) for outcome in outcomes] == [Unavailable, InvalidRequest]
 
 
-def test_route_judges_only(gateway: FakeGateway) -> None:
+def test_route_returns_decision_without_answer(gateway: FakeGateway) -> None:
     with Client(gateway.address) as client:
         assert client.route("a " * 12) == RouteDecision("strong", 0.75, "12 words", 12)
         assert client.route(messages=[{"role": "user", "content": "a"}]).route == "weak"
 
 
-def test_describe_names_models_routes_and_shards(gateway: FakeGateway) -> None:
+def test_describe_returns_models_routes_and_shards(gateway: FakeGateway) -> None:
     with Client(gateway.address) as client:
         found = client.describe()
     assert (found.bottom.hidden_size, found.top.hidden_size) == (1536, 896)
@@ -157,6 +157,6 @@ def test_describe_names_models_routes_and_shards(gateway: FakeGateway) -> None:
     assert [shard.serving for shard in found.shards] == [True, True, False]
 
 
-def test_a_gateway_that_is_not_there_is_unavailable() -> None:
+def test_missing_gateway_is_unavailable() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(Unavailable):
         client.describe()

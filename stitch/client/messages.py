@@ -1,0 +1,321 @@
+"""The messages of the Inference service as Python values: keyword arguments become requests, events become answers.
+
+A request is checked only as far as its fields must be encoded; the gateway checks their limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypedDict
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message as ProtoMessage
+
+from stitch.errors import InvalidRequest, Unavailable
+from stitch.v1 import inference_pb2
+
+Message = Mapping[str, str]
+"""One turn of a conversation: `{"role": "user", "content": "…"}`."""
+
+
+class RouteFields(TypedDict, total=False):
+    """The fields on which the choice of a route depends. A field that is absent or None takes the gateway's default."""
+
+    # A conversation, in place of the prompt.
+    messages: Sequence[Message] | None
+    # Objectives; `Objectives` in inference.proto documents how each is met.
+    max_ttft_seconds: float | None
+    max_cost: float | None
+    min_quality: float | None
+    # Requests of one conversation stay on its route.
+    conversation_id: str | None
+
+
+class RequestFields(RouteFields, total=False):
+    """The fields of a request besides its prompt."""
+
+    # 0 is greedy.
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    seed: int | None
+    max_tokens: int | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    # Alternatives to report for each token.
+    logprobs: int | None
+    # The answer ends before any of these strings.
+    stop: str | Sequence[str] | None
+    # A route's name, or `auto`.
+    route: str | None
+    # The first tokens of the answer, and the text of the whole answer.
+    forced_token_ids: Sequence[int] | None
+    forced_answer: str | None
+    request_id: str | None
+
+
+_SAMPLING = frozenset(inference_pb2.Sampling.DESCRIPTOR.fields_by_name)
+_OBJECTIVES = frozenset(inference_pb2.Objectives.DESCRIPTOR.fields_by_name)
+_PLAIN = ("stop", "route", "request_id", "conversation_id", "forced_answer")
+_ROUTE_FIELDS = frozenset((*_OBJECTIVES, "conversation_id"))
+_INPUT = ("prompt", "messages")
+
+_KINDS = {
+    FieldDescriptor.CPPTYPE_STRING: "text in valid Unicode",
+    FieldDescriptor.CPPTYPE_DOUBLE: "a number",
+    FieldDescriptor.CPPTYPE_BOOL: "true or false",
+    FieldDescriptor.CPPTYPE_INT32: "a whole number of 32 bits",
+    FieldDescriptor.CPPTYPE_UINT32: "a whole number from 0 to 4294967295",
+    FieldDescriptor.CPPTYPE_UINT64: "a whole number from 0 to 18446744073709551615",
+}
+
+
+def generate_request(fields: Mapping[str, Any]) -> inference_pb2.GenerateRequest:
+    """The message of a request with these fields: `prompt` or `messages`, and any of RequestFields.
+
+    Raises InvalidRequest for a field that is unknown or can't be encoded.
+    """
+    request = inference_pb2.GenerateRequest()
+    _set_input(request, fields)
+    for name, value in fields.items():
+        if name not in _INPUT and value is not None:
+            _assign(_owner(request, name, value), name, value)
+    return request
+
+
+def route_request(fields: Mapping[str, Any]) -> inference_pb2.RouteRequest:
+    """The message that asks for a route decision alone: `prompt` or `messages`, and any of RouteFields.
+
+    Raises InvalidRequest as `generate_request` does.
+    """
+    request = inference_pb2.RouteRequest()
+    _set_input(request, fields)
+    for name, value in fields.items():
+        if name not in _INPUT and value is not None:
+            if name not in _ROUTE_FIELDS:
+                known = [*_INPUT, *sorted(_ROUTE_FIELDS)]
+                raise InvalidRequest(name, value, f"a route request has: {', '.join(known)}")
+            _assign(request.objectives if name in _OBJECTIVES else request, name, value)
+    return request
+
+
+def _owner(request: inference_pb2.GenerateRequest, name: str, value: object) -> ProtoMessage:
+    if name in _SAMPLING:
+        return request.sampling
+    if name in _OBJECTIVES:
+        return request.objectives
+    if name in _PLAIN:
+        return request
+    known = [*_INPUT, *_PLAIN, *sorted(_OBJECTIVES), *sorted(_SAMPLING)]
+    raise InvalidRequest(name, value, f"a request has: {', '.join(known)}")
+
+
+def _set_input(request: inference_pb2.GenerateRequest | inference_pb2.RouteRequest, fields: Mapping[str, Any]) -> None:
+    prompt, messages = fields.get("prompt"), fields.get("messages")
+    if (prompt is None) == (messages is None):
+        raise InvalidRequest("prompt", prompt, "a request needs either a prompt or messages")
+    if messages is None:
+        _assign(request, "prompt", prompt)
+        return
+    request.chat.SetInParent()
+    for index, message in enumerate(_listed("messages", messages)):
+        _add_message(request.chat, index, message)
+
+
+def _add_message(chat: inference_pb2.Chat, index: int, message: object) -> None:
+    path = f"messages[{index}]"
+    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+        raise InvalidRequest(path, message, "it must have a role and a content, nothing else")
+    turn = chat.messages.add()
+    for name in ("role", "content"):
+        _assign(turn, name, message[name], path=f"{path}.{name}")
+
+
+def _listed(name: str, value: object) -> Iterable[Any]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise InvalidRequest(name, value, "it must be a list")
+    return value
+
+
+def _assign(message: ProtoMessage, name: str, value: Any, path: str | None = None) -> None:
+    """Sets one field; raises InvalidRequest with `path` and the type that the field needs."""
+    field = message.DESCRIPTOR.fields_by_name[name]
+    if not field.is_repeated:
+        _store(path or name, value, field.cpp_type, partial(setattr, message, name))
+        return
+    items = [value] if isinstance(value, str) else _listed(name, value)
+    for index, item in enumerate(items):
+        _store(f"{name}[{index}]", item, field.cpp_type, getattr(message, name).append)
+
+
+def _store(path: str, value: object, kind: int, store: Callable[[Any], None]) -> None:
+    # protobuf itself accepts true as 1.0, 1 as true, and bytes as text.
+    fits = isinstance(value, bool) == (kind == FieldDescriptor.CPPTYPE_BOOL) and not isinstance(value, bytes)
+    try:
+        if fits:
+            store(value)
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise InvalidRequest(path, value, f"it must be {_KINDS[kind]}")
+
+
+FinishReason = Literal["stop", "length"]
+
+_FINISH_REASONS: dict[int, FinishReason] = {
+    inference_pb2.FINISH_REASON_STOP: "stop",
+    inference_pb2.FINISH_REASON_LENGTH: "length",
+}
+
+# In the order in which a request goes through them.
+_STAGES = ("route", "queue", "bottom_prefill", "wire", "stitch", "top_prefill", "sample")
+
+
+@dataclass(frozen=True, slots=True)
+class RouteDecision:
+    """The route of a query and why the router chose it; the first event of every stream."""
+
+    route: str
+    # How much the query needs the strongest route, 0 to 1.
+    score: float
+    reason: str
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    token_id: int
+    logprob: float
+    alternatives: tuple[Alternative, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """The next piece of an answer: whole characters, and the tokens that they were decoded from."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    # One entry per token where the request asked for log-probabilities, else none.
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer. Durations are the gateway's, counted from the request's arrival there."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    route: str
+    score: float
+    reason: str
+    prompt_tokens: int
+    generated_tokens: int
+    finish_reason: FinishReason
+    # None where the answer has no text.
+    ttft_seconds: float | None
+    total_seconds: float
+    # The parts of the time to the first token, in seconds by stage.
+    stages: dict[str, float]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The answer as plain JSON values; `logprobs` only where the request asked for them."""
+        fields = {name: getattr(self, name) for name in _JSON_FIELDS}
+        fields["token_ids"] = list(self.token_ids)
+        if self.logprobs:
+            fields["logprobs"] = [_logprobs_json(token) for token in self.logprobs]
+        return fields
+
+
+_JSON_FIELDS = (
+    *("text", "token_ids", "route", "score", "reason", "prompt_tokens", "generated_tokens"),
+    *("finish_reason", "ttft_seconds", "total_seconds", "stages"),
+)
+
+
+@dataclass(slots=True)
+class Collector:
+    """Assembles one answer from the events of its stream."""
+
+    decision: RouteDecision | None = None
+    deltas: list[Delta] = field(default_factory=list)
+    finished: inference_pb2.Finished | None = None
+
+    def add(self, response: inference_pb2.GenerateResponse) -> RouteDecision | Delta | None:
+        """Adds the event of one message and returns it; None for the one that ends the stream."""
+        match response.WhichOneof("event"):
+            case "started":
+                self.decision = decision_of(response.started)
+                return self.decision
+            case "delta":
+                self.deltas.append(_delta(response.delta))
+                return self.deltas[-1]
+            case "finished":
+                self.finished = response.finished
+        return None
+
+    def answer(self) -> Answer:
+        """The whole answer; raises Unavailable where the stream ended before its `finished` event."""
+        tokens = tuple(token for delta in self.deltas for token in delta.token_ids)
+        if self.decision is None or self.finished is None:
+            raise Unavailable(f"the stream of the answer broke off after {len(tokens)} tokens", len(tokens))
+        return Answer(
+            text="".join(delta.text for delta in self.deltas),
+            token_ids=tokens,
+            route=self.decision.route,
+            score=self.decision.score,
+            reason=self.decision.reason,
+            logprobs=tuple(token for delta in self.deltas for token in delta.logprobs),
+            **_finished_fields(self.finished),
+        )
+
+
+def decision_of(message: inference_pb2.Started | inference_pb2.RouteResponse) -> RouteDecision:
+    """The route decision that either message carries."""
+    decision = message.decision
+    return RouteDecision(decision.route, decision.score, decision.reason, message.prompt_tokens)
+
+
+def _finished_fields(finished: inference_pb2.Finished) -> dict[str, Any]:
+    return {
+        "prompt_tokens": finished.prompt_tokens,
+        "generated_tokens": finished.generated_tokens,
+        "finish_reason": _FINISH_REASONS.get(finished.reason, "stop"),
+        "ttft_seconds": finished.ttft_seconds if finished.HasField("ttft_seconds") else None,
+        "total_seconds": finished.total_seconds,
+        "stages": {stage.name: stage.seconds for stage in sorted(finished.stages, key=_stage_order)},
+    }
+
+
+def _stage_order(stage: inference_pb2.Stage) -> int:
+    # A stage that only a newer gateway has follows the known ones.
+    return _STAGES.index(stage.name) if stage.name in _STAGES else len(_STAGES)
+
+
+def _delta(message: inference_pb2.Delta) -> Delta:
+    return Delta(message.text, tuple(message.token_ids), _logprobs(message.logprobs))
+
+
+def _logprobs(tokens: Iterable[inference_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(TokenLogprobs(token.token_id, token.logprob, _alternatives(token)) for token in tokens)
+
+
+def _alternatives(token: inference_pb2.TokenLogprobs) -> tuple[Alternative, ...]:
+    return tuple(Alternative(other.token_id, other.logprob) for other in token.alternatives)
+
+
+def _logprobs_json(token: TokenLogprobs) -> dict[str, Any]:
+    alternatives = [{"token_id": other.token_id, "logprob": other.logprob} for other in token.alternatives]
+    return {"token_id": token.token_id, "logprob": token.logprob, "alternatives": alternatives}
