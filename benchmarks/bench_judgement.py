@@ -12,13 +12,11 @@ import numpy as np
 
 from benchmarks.report import Options, options, ratio, write
 from router_gateway.routing.heuristic import HeuristicRouter
-from router_gateway.routing.ladder import Ladder
 from router_gateway.routing.learned.artifact import RouterArtifact, fingerprint_of
-from router_gateway.routing.learned.hashing import BUCKETS
+from router_gateway.routing.learned.features import BUCKETS, SURFACE_FEATURES
 from router_gateway.routing.learned.model import LearnedModel
 from router_gateway.routing.learned.router import LearnedRouter
-from router_gateway.routing.learned.surface import SURFACE_FEATURES
-from router_gateway.routing.router import Query, Router
+from router_gateway.routing.router import Ladder, Query, Router
 
 WORDS = 130_000
 SOURCES = 3
@@ -82,7 +80,7 @@ def text_of(characters: int, seed: int) -> str:
 def judged(router: Router, text: str) -> tuple[float, float]:
     """Milliseconds of one judgement: of the processor, and on the wall."""
     began, began_thread = time.perf_counter(), time.thread_time()
-    router.judge(Query((text,), ROUTES))
+    router.decide(Query((text,), ROUTES))
     return 1e3 * (time.thread_time() - began_thread), 1e3 * (time.perf_counter() - began)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from router_gateway.routing.ladder import check_thresholds
+from router_gateway.routing.router import check_thresholds
 from stitch.cluster import ClusterConfig, load_cluster
 from stitch.errors import InvalidRequest
 from stitch.settings import Settings

@@ -23,12 +23,10 @@ from router_gateway.requests.pipeline import Generator
 from router_gateway.requests.preparation import Preparation
 from router_gateway.routing.conversations import Conversations
 from router_gateway.routing.drift_monitor import DriftMonitor
-from router_gateway.routing.fallback import FallbackRouter
 from router_gateway.routing.heuristic import HeuristicRouter
-from router_gateway.routing.ladder import Ladder
-from router_gateway.routing.learned.router import open_text_router
+from router_gateway.routing.learned.router import open_learned_router
 from router_gateway.routing.probe import open_probe_router
-from router_gateway.routing.router import REASON_KINDS, Router
+from router_gateway.routing.router import REASON_KINDS, FallbackRouter, Ladder, Router
 from router_gateway.routing.selector import Selection
 from router_gateway.routing.ttft_predictor import TtftPredictor
 from router_gateway.rpc.decoding import LenientDecoding, methods_of_inference
@@ -178,7 +176,7 @@ def router_of(cluster: ClusterConfig) -> tuple[Router, Callable[[], Thresholds |
     if place.router is None:
         return FallbackRouter(HeuristicRouter(Ladder(place.thresholds)), place.fallback_route), None
     thresholds = None if place.router_thresholds is None else cluster.folder / place.router_thresholds
-    learned = open_text_router(cluster.folder / place.router, thresholds)
+    learned = open_learned_router(cluster.folder / place.router, thresholds)
     unknown = set(learned.routes) ^ {route.name for route in cluster.routes}
     if unknown:
         raise InvalidRequest(

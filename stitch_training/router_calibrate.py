@@ -49,17 +49,17 @@ def calibrate(
     from stitch_training import calibration
     from stitch_training.labels import read_prompts
 
-    artefact = load_router(router)
-    routes, known = artefact.model.routes, named_numbers(costs, "costs")
+    artifact = load_router(router)
+    routes, known = artifact.model.routes, named_numbers(costs, "costs")
     relative = calibration.relative_costs(routes, known)
     if budget is None:
         if known is None or cost is None:
             raise InvalidRequest("costs", costs, "--cost needs the cost of every route")
         budget = calibration.budget_for(cost, known, routes)
     prompts = [prompt for path in data for prompt in read_prompts(path)]
-    gains = np.array([artefact.model.gains(prompt) for prompt in prompts], np.float64)
+    gains = np.array([artifact.model.gains(prompt) for prompt in prompts], np.float64)
     found = calibration.calibrate(gains, relative, budget)
-    _put(found.thresholds_file(routes, artefact.fingerprint, gains, relative), out)
+    _put(found.thresholds_file(routes, artifact.fingerprint, gains, relative), out)
     print(found.said(routes, len(prompts)), file=sys.stderr)
 
 

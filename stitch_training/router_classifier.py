@@ -19,7 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.extmath import randomized_svd
 
-from router_gateway.routing.learned.model import Floats
+from router_gateway.routing.learned.model import FloatArray
 
 Values: TypeAlias = NDArray[np.floating[Any]]
 
@@ -40,12 +40,12 @@ class Classifier:
 
     # Sorted.
     classes: tuple[str, ...]
-    word_weights: Floats
-    surface_weights: Floats
-    bias: Floats
+    word_weights: FloatArray
+    surface_weights: FloatArray
+    bias: FloatArray
 
 
-def learn_sources(words: sp.csr_array, surface: Floats, labels: Sequence[str]) -> Classifier:
+def learn_sources(words: sp.csr_array, surface: FloatArray, labels: Sequence[str]) -> Classifier:
     """The classifier of [texts, rows] and [texts, surface] with few classes and many texts of each."""
     classes = tuple(sorted(set(labels)))
     if len(classes) == 1:
@@ -55,7 +55,7 @@ def learn_sources(words: sp.csr_array, surface: Floats, labels: Sequence[str]) -
     return _classifier(classes, weights[: words.shape[1]], weights[words.shape[1] :], bias)
 
 
-def learn_topics(words: sp.csr_array, surface: Floats, labels: Sequence[str]) -> tuple[Classifier, Floats]:
+def learn_topics(words: sp.csr_array, surface: FloatArray, labels: Sequence[str]) -> tuple[Classifier, FloatArray]:
     """The classifier, and the posterior [texts, classes] of every text by one that has not seen it.
 
     Words are [texts, rows], surfaces [texts, surface].
@@ -72,7 +72,7 @@ def learn_topics(words: sp.csr_array, surface: Floats, labels: Sequence[str]) ->
     return _classifier(classes, axes @ weights[:dimensions], weights[dimensions:], bias), posterior
 
 
-def _constant(classes: tuple[str, ...], words: sp.csr_array, surface: Floats) -> tuple[Classifier, Floats]:
+def _constant(classes: tuple[str, ...], words: sp.csr_array, surface: FloatArray) -> tuple[Classifier, FloatArray]:
     of_words, of_surface = (np.zeros((part.shape[1], 1), np.float32) for part in (words, surface))
     classifier = Classifier(classes, of_words, of_surface, np.zeros(1, np.float32))
     return classifier, np.ones((len(surface), 1), np.float32)
@@ -106,7 +106,7 @@ def _fit(
     return weights, bias
 
 
-def _cross_fitted(seen: Values, index: NDArray[Any], classes: int) -> Floats:
+def _cross_fitted(seen: Values, index: NDArray[Any], classes: int) -> FloatArray:
     fold = np.random.default_rng(0).permutation(len(seen)) % INNER_FOLDS
     posterior = np.zeros((len(seen), classes), np.float32)
     for held in range(INNER_FOLDS):

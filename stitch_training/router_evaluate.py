@@ -39,15 +39,15 @@ def evaluate(router: Path, data: list[Path], renamed: list[str], plot: Path | No
     from stitch_training.labels import read_labels
     from stitch_training.router_report import as_json
 
-    artefact = load_router(router)
-    report: dict[str, Any] = {"router": artefact.fingerprint, "data": {}}
+    artifact = load_router(router)
+    report: dict[str, Any] = {"router": artifact.fingerprint, "data": {}}
     for path in data:
-        labelled = read_labels(path, artefact.model.routes, named(renamed, "rename"))
-        found, rungs = _measured(artefact, labelled)
+        labelled = read_labels(path, artifact.model.routes, named(renamed, "rename"))
+        found, rungs = _measured(artifact, labelled)
         report["data"][labelled.name] = {
             "sha256": labelled.fingerprint,
             "rows": len(labelled),
-            "seen_in_training": _was_seen(artefact, labelled),
+            "seen_in_training": _was_seen(artifact, labelled),
             "pairs": as_json(found),
             "at_thresholds": rungs,
         }
@@ -56,21 +56,21 @@ def evaluate(router: Path, data: list[Path], renamed: list[str], plot: Path | No
         out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _measured(artefact: RouterArtifact, labelled: LabelledSet) -> tuple[dict[str, Rankings], dict[str, Any]]:
+def _measured(artifact: RouterArtifact, labelled: LabelledSet) -> tuple[dict[str, Rankings], dict[str, Any]]:
     """The rankings of every pair, and what the artefact's own thresholds make of the prompts; both printed."""
     import numpy as np
 
     from stitch.thresholds import choose_routes
     from stitch_training.router_report import curve_table, pairs, table
 
-    if _was_seen(artefact, labelled):
+    if _was_seen(artifact, labelled):
         print(f"{labelled.name}: the router was trained on this very file, so its figures flatter it", file=sys.stderr)
-    gains = np.array([artefact.model.gains(prompt) for prompt in labelled.prompts], np.float64)
+    gains = np.array([artifact.model.gains(prompt) for prompt in labelled.prompts], np.float64)
     found = pairs(labelled.routes, gains, labelled.prompts, labelled.qualities)
     for pair, ranked in found.items():
         print(table(f"{labelled.name}, {pair}, {len(labelled):,} rows:", ranked))
         print(curve_table(ranked["router"]), end="\n\n")
-    taken = choose_routes(gains, np.array(artefact.thresholds))
+    taken = choose_routes(gains, np.array(artifact.thresholds))
     shares = np.bincount(taken, minlength=len(labelled.routes)) / len(labelled)
     by_route = dict(zip(labelled.routes, shares.tolist(), strict=True))
     quality = float(labelled.qualities[np.arange(len(taken)), taken].mean())
@@ -79,8 +79,8 @@ def _measured(artefact: RouterArtifact, labelled: LabelledSet) -> tuple[dict[str
     return found, {"shares": by_route, "quality": quality}
 
 
-def _was_seen(artefact: RouterArtifact, labelled: LabelledSet) -> bool:
-    return any(seen.get("sha256") == labelled.fingerprint for seen in artefact.training.get("data", []))
+def _was_seen(artifact: RouterArtifact, labelled: LabelledSet) -> bool:
+    return any(seen.get("sha256") == labelled.fingerprint for seen in artifact.training.get("data", []))
 
 
 def _draw(found: dict[str, Rankings], plot: Path | None, name: str | None) -> None:

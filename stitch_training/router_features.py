@@ -10,9 +10,8 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from router_gateway.routing.learned.hashing import BUCKETS, bucket_counts
-from router_gateway.routing.learned.model import Floats, standardized, term_frequency
-from router_gateway.routing.learned.surface import surface
+from router_gateway.routing.learned.features import BUCKETS, bucket_counts, surface_features
+from router_gateway.routing.learned.model import FloatArray, standardized, term_frequency
 
 # A word of one text alone can't be learned from.
 LEAST_TEXTS = 2
@@ -25,7 +24,7 @@ class Texts:
     # [texts, buckets]: 1 + log(count)
     frequencies: sp.csr_array
     # [texts, surface]
-    surface: Floats
+    surface: FloatArray
 
     def __getitem__(self, rows: NDArray[Any]) -> Texts:
         return Texts(self.frequencies[rows], self.surface[rows])
@@ -41,7 +40,7 @@ def see(texts: Sequence[str]) -> Texts:
     columns = np.concatenate([buckets for buckets, _ in seen])
     values = term_frequency(np.concatenate([counts for _, counts in seen]))
     frequencies = sp.csr_array((values, columns, ends), shape=(len(texts), BUCKETS))
-    return Texts(frequencies, np.stack([surface(text) for text in texts]))
+    return Texts(frequencies, np.stack([surface_features(text) for text in texts]))
 
 
 def shared_buckets(texts: Texts) -> NDArray[np.int32]:
@@ -55,10 +54,10 @@ class View:
 
     # [rows]
     buckets: NDArray[np.int32]
-    idf: Floats
+    idf: FloatArray
     # [surface]
-    surface_mean: Floats
-    surface_scale: Floats
+    surface_mean: FloatArray
+    surface_scale: FloatArray
 
     def words(self, texts: Texts) -> sp.csr_array:
         """[texts, rows]: tf-idf, every text of length 1."""
@@ -67,7 +66,7 @@ class View:
         lengths[lengths == 0] = 1
         return (sp.diags_array(1 / lengths) @ weighed).tocsr()
 
-    def surface(self, texts: Texts) -> Floats:
+    def surface(self, texts: Texts) -> FloatArray:
         """[texts, surface], standardized."""
         return standardized(texts.surface, self.surface_mean, self.surface_scale)
 

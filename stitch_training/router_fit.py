@@ -16,7 +16,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from sklearn.linear_model import Ridge
 
-from router_gateway.routing.learned.model import Floats, LearnedModel
+from router_gateway.routing.learned.model import FloatArray, LearnedModel
 from stitch.errors import InvalidRequest
 from stitch_training.labels import LabelledSet, Qualities, same_prompt
 from stitch_training.router_classifier import Classifier, learn_sources, learn_topics
@@ -88,12 +88,12 @@ class _Expert:
     view: View
     topics: Classifier
     # A column for every route.
-    word_weights: Floats
-    topic_weights: Floats
-    surface_weights: Floats
-    bias: Floats
+    word_weights: FloatArray
+    topic_weights: FloatArray
+    surface_weights: FloatArray
+    bias: FloatArray
     # [routes]: the mean of words and surface over the expert's rows.
-    centre: Floats
+    centre: FloatArray
 
 
 def _fit_expert(examples: Examples, buckets: NDArray[np.int32]) -> _Expert:

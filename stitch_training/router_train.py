@@ -55,15 +55,15 @@ def train(data: list[Path], out: Path, routes: tuple[str, ...], renamed: list[st
     gains = unseen_gains(examples, prompts, folds, lambda done: _say(f"fold {done} of {folds}"))
     found = _figures(sets, examples, gains)
     model = fit(examples)
-    artefact = RouterArtifact(
+    artifact = RouterArtifact(
         model=model,
         thresholds=calibrate(gains, relative_costs(routes, None), FIRST_BUDGET).thresholds,
         gain_percentiles=tuple(np.quantile(gains[:, -1], np.linspace(0, 1, 101)).tolist()),
         training=_provenance(sets, found, folds),
         fingerprint=fingerprint_of(model),
     )
-    save_router(artefact, out)
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, fingerprint {artefact.fingerprint[:12]}")
+    save_router(artifact, out)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, fingerprint {artifact.fingerprint[:12]}")
 
 
 def check(routes: tuple[str, ...], folds: int) -> None:

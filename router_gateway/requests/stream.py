@@ -112,7 +112,7 @@ class TokenStream:
         routes, deferred = self._resumption.routes, self._prepared.decision
         if len(routes) == 1 or not isinstance(deferred, DeferredDecision):
             return None
-        decision = deferred.settled(decision_of(response.decision))
+        decision = deferred.finalize(decision_of(response.decision))
         if decision.route != response.decision.route or decision.route not in routes:
             taken = response.decision.route or "none"
             raise ChainLost("out_of_step", f"the first shard took {taken} of the routes {', '.join(routes)}")

@@ -12,8 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from router_gateway.routing.features import Feature, features
-from router_gateway.routing.ladder import Ladder
-from router_gateway.routing.router import Query, ReasonKind, RouteDecision
+from router_gateway.routing.router import Ladder, Query, ReasonKind, RouteDecision
 
 BIAS = -2.2
 WEIGHTS: Mapping[str, float] = {
@@ -37,7 +36,7 @@ class HeuristicRouter:
     def __init__(self, ladder: Ladder) -> None:
         self._ladder = ladder
 
-    def judge(self, query: Query) -> RouteDecision:
+    def decide(self, query: Query) -> RouteDecision:
         found = features(query.turns)
         score = logistic(BIAS + sum(_weight(feature) for feature in found))
         route, compared = self._ladder.pick(score, query.routes)

@@ -25,7 +25,7 @@ class ProbeRouter:
         self._thresholds.current()
         return self._thresholds.calibration
 
-    def judge(self, query: Query) -> DeferredDecision:
+    def decide(self, query: Query) -> DeferredDecision:
         return DeferredDecision(query.routes)
 
 

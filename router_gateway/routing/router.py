@@ -1,21 +1,34 @@
-"""What a router is asked and what it answers. Knows no way to judge."""
+"""The interface of a router, its decisions, and two pieces that routers share: thresholds and a fallback.
+
+In goes a `Query`, out comes a `RouteDecision`, or a `DeferredDecision` where the first shard decides while it computes
+the prompt. A router is called on the event loop, so it takes well under a millisecond.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Protocol, get_args
 
-# Why a query took its route, in a word that is fit for a metric's label.
+from stitch.errors import InvalidRequest
+from stitch.v1 import inference_pb2
+
+_log = logging.getLogger(__name__)
+
+# Why a query takes its route; also a metric's label.
 ReasonKind = Literal["requested", "length", "content", "gain", "probe", "fallback", "objective", "conversation"]
 REASON_KINDS: tuple[ReasonKind, ...] = get_args(ReasonKind)
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What is judged: all that the user said, and the routes to choose from."""
+    """What a router decides on: the user's text, and the routes to choose from."""
 
-    # Every turn of the user's, oldest first: a follow-up such as "commit it" says little alone.
+    # All turns of the user, oldest first, since a follow-up such as "commit it" says little alone.
     turns: tuple[str, ...]
     # Cheapest first, at least one.
     routes: tuple[str, ...]
@@ -24,32 +37,103 @@ class Query:
 @dataclass(frozen=True, slots=True)
 class RouteDecision:
     route: str
-    # How much the query asks for the strongest route, 0 to 1; None where the request names the route and nobody judged.
+    # How much the query needs the strongest route, 0 to 1; None where no router scored it.
     score: float | None
-    # For a person to read.
+    # For people to read.
     reason: str
     kind: ReasonKind
-    # What the answer is expected to be worth on every route of the query, where the router has learned it.
+    # Expected quality of the answer on every route of the query; None where the router predicts none.
     qualities: tuple[float, ...] | None = None
 
+    def to_proto(self) -> inference_pb2.RouteDecision:
+        return inference_pb2.RouteDecision(route=self.route, score=self.score or 0.0, reason=self.reason)
 
-def _as_it_is(decision: RouteDecision) -> RouteDecision:
+
+def _unchanged(decision: RouteDecision) -> RouteDecision:
     return decision
 
 
 @dataclass(frozen=True, slots=True)
 class DeferredDecision:
-    """No judgement yet: the first shard takes one of these routes while it computes the prompt."""
+    """No decision yet: the first shard chooses one of these routes while it computes the prompt."""
 
     # Cheapest first.
     routes: tuple[str, ...]
-    # What the request's objectives make of the first shard's judgement.
-    settled: Callable[[RouteDecision], RouteDecision] = _as_it_is
+    # Applies the request's objectives to the shard's decision.
+    finalize: Callable[[RouteDecision], RouteDecision] = _unchanged
 
 
 class Router(Protocol):
-    """Anything that picks a route. It is called on the event loop, so it takes well under a millisecond."""
+    """Chooses a route for a query."""
 
-    def judge(self, query: Query) -> RouteDecision | DeferredDecision:
-        """The route for a query; any text has one. An exception makes the gateway take its fallback."""
+    def decide(self, query: Query) -> RouteDecision | DeferredDecision:
+        """The route for a query; every text has one. May raise: `FallbackRouter` then takes the fallback route."""
         ...
+
+
+class FallbackRouter:
+    """Asks `router`; where that raises or decides nothing valid, takes `fallback_route`.
+
+    None stands for the most expensive route of the query.
+    """
+
+    def __init__(self, router: Router, fallback_route: str | None = None) -> None:
+        self._router = router
+        self._fallback_route = fallback_route
+
+    def decide(self, query: Query) -> RouteDecision | DeferredDecision:
+        try:
+            decision = self._router.decide(query)
+        # A router may be any code: whatever it raises, the query still gets a route.
+        except Exception:
+            _log.exception("the router failed")
+            return self._fallback(query, "the router failed")
+        if isinstance(decision, DeferredDecision):
+            return decision
+        if not _is_valid(decision, query):
+            _log.error("the router's decision is invalid: %s", decision)
+            return self._fallback(query, "the router's decision is invalid")
+        return decision
+
+    def _fallback(self, query: Query, why: str) -> RouteDecision:
+        route = self._fallback_route or query.routes[-1]
+        return RouteDecision(route, 1.0, f"{why}, so the fallback", "fallback")
+
+
+def _is_valid(decision: RouteDecision, query: Query) -> bool:
+    complete = decision.qualities is None or len(decision.qualities) == len(query.routes)
+    finite = decision.score is not None and math.isfinite(decision.score)
+    return decision.route in query.routes and finite and complete
+
+
+class Ladder:
+    """Maps a score in [0, 1] to one of N routes, cheapest first, by one threshold between adjacent routes."""
+
+    def __init__(self, thresholds: Sequence[float] | None = None) -> None:
+        """None: thresholds that give every route an equal share of the range of scores."""
+        self._thresholds = thresholds
+
+    def pick(self, score: float, routes: Sequence[str]) -> tuple[str, str]:
+        """The route for a score, and the comparison that decided, in words."""
+        thresholds = self._thresholds or equal_steps(len(routes))
+        index = bisect_right(thresholds, score)
+        if index == 0:
+            compared = f"below {thresholds[0]:.2f}" if thresholds else "the only route"
+        else:
+            compared = f"at least {thresholds[index - 1]:.2f}"
+        return routes[index], f"{score:.2f}, {compared}"
+
+
+def equal_steps(routes: int) -> list[float]:
+    """Thresholds that give every route an equal share of the range of scores."""
+    return [step / routes for step in range(1, routes)]
+
+
+def check_thresholds(thresholds: Sequence[float] | None, routes: int) -> None:
+    """Raises InvalidRequest unless there is one between every two routes, ascending within (0, 1)."""
+    if thresholds is None:
+        return
+    if len(thresholds) != routes - 1:
+        raise InvalidRequest("gateway.thresholds", list(thresholds), f"{routes} routes need {routes - 1} of them")
+    if not all(low < high for low, high in pairwise((0.0, *thresholds, 1.0))):
+        raise InvalidRequest("gateway.thresholds", list(thresholds), "they must rise, above 0 and below 1")

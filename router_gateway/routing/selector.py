@@ -44,7 +44,7 @@ class Selection:
         Raises ObjectivesUnmet, or InvalidRequest for an objective that the router has no prediction for.
         """
         query = Query(user_turns(request.prompt), tuple(self._catalogue.routes()))
-        judged = self._router.judge(query)
+        judged = self._router.decide(query)
         preferred = self._preferred(request, judged)
         objectives = _applicable(request.objectives, judged)
         if not objectives.given:

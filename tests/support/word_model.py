@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from router_gateway.routing.learned.hashing import bucket_counts
+from router_gateway.routing.learned.features import SURFACE_FEATURES, bucket_counts
 from router_gateway.routing.learned.model import LearnedModel
-from router_gateway.routing.learned.surface import SURFACE_FEATURES
 
 SURFACE = len(SURFACE_FEATURES)
 

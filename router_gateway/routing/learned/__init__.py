@@ -1,1 +1,1 @@
-"""A router learned from labelled texts, with numpy alone at run time. Knows no training and no cluster."""
+"""A router learned from labelled texts. At run time it needs numpy alone; `stitch_training` fits it."""

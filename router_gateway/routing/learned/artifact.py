@@ -1,7 +1,7 @@
-"""A learned router as one safetensors file. Knows no label and no text.
+"""A learned router as one safetensors file: writes, reads and checks it.
 
-The tensors are the fields of TextModel; the metadata says how it was made, so that a figure can be traced to its data.
-Nothing is unpickled, and whatever does not fit is refused by its name.
+The tensors are the fields of `LearnedModel`; the metadata records how they were trained, so that every figure can be
+traced to its data. Nothing is unpickled, and a tensor or metadata entry that does not fit is refused by its name.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from router_gateway.routing.learned.hashing import BUCKETS
+from router_gateway.routing.learned.features import BUCKETS, SURFACE_FEATURES
 from router_gateway.routing.learned.model import LearnedModel
-from router_gateway.routing.learned.surface import SURFACE_FEATURES
 from stitch.errors import InvalidRequest
 
 FORMAT = "stitch-text-router/1"
-# Names hashing.py and surface.py as they are; a change there is a new name.
+# Identifies the functions of features.py; a change there needs a new name.
 FEATURES = "words-pairs-18-surface-21/1"
 
 _DTYPES = {"buckets": np.dtype(np.int32), "topic_source": np.dtype(np.int32), "weights": np.dtype(np.float16)}
@@ -32,12 +31,12 @@ _TENSORS = tuple(field.name for field in fields(LearnedModel) if field.name not 
 
 @dataclass(frozen=True)
 class RouterArtifact:
-    """A model, the thresholds that its training proposes, and where it comes from."""
+    """A model, the thresholds that its training proposes, and a record of that training."""
 
     model: LearnedModel
-    # One for each route but the cheapest: a gain that is worth the route's cost.
+    # One for each route but the cheapest: the gain from which on it pays for the route's cost.
     thresholds: tuple[float, ...]
-    # The strongest route's gain at 0 %, 1 %, … 100 % of the training texts, each judged unseen.
+    # The strongest route's gain at 0 %, 1 %, … 100 % of the training texts, each predicted out of fold.
     gain_percentiles: tuple[float, ...]
     # Data fingerprints, rows, settings and cross-validated figures; JSON.
     training: dict[str, Any]
@@ -53,26 +52,26 @@ def fingerprint_of(model: LearnedModel) -> str:
     return digest.hexdigest()
 
 
-def save_router(artefact: RouterArtifact, path: Path) -> None:
-    """Writes an artefact; OSError where the file can't be written."""
+def save_router(artifact: RouterArtifact, path: Path) -> None:
+    """Writes an artifact. Raises OSError where the file can't be written."""
     metadata = {
         "format": FORMAT,
         "features": FEATURES,
-        "fingerprint": artefact.fingerprint,
-        "routes": json.dumps(artefact.model.routes),
-        "sources": json.dumps(artefact.model.sources),
-        "thresholds": json.dumps(artefact.thresholds),
-        "gain_percentiles": json.dumps(artefact.gain_percentiles),
-        "training": json.dumps(artefact.training),
+        "fingerprint": artifact.fingerprint,
+        "routes": json.dumps(artifact.model.routes),
+        "sources": json.dumps(artifact.model.sources),
+        "thresholds": json.dumps(artifact.thresholds),
+        "gain_percentiles": json.dumps(artifact.gain_percentiles),
+        "training": json.dumps(artifact.training),
     }
-    tensors = {name: np.ascontiguousarray(getattr(artefact.model, name)) for name in _TENSORS}
+    tensors = {name: np.ascontiguousarray(getattr(artifact.model, name)) for name in _TENSORS}
     path.parent.mkdir(parents=True, exist_ok=True)
-    # `save_file` would make a file that only its owner reads, and gateways run as others.
+    # `save_file` would create a file that only its owner can read, and gateways run as other users.
     path.write_bytes(save(tensors, metadata=metadata))
 
 
 def load_router(path: Path) -> RouterArtifact:
-    """Reads and checks an artefact. Raises InvalidRequest, naming what is off."""
+    """Reads and checks an artifact. Raises InvalidRequest, which names the entry that does not fit."""
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}

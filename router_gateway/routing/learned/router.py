@@ -1,4 +1,4 @@
-"""The learned router behind the gateway's interface. Knows no training and no request."""
+"""The learned router of texts: an artifact's gains, compared with thresholds, decide the route."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ from stitch.thresholds import (
 
 
 class LearnedRouter:
-    """Takes the route whose expected gain over the cheapest exceeds its threshold by most."""
+    """Decides for the route whose expected gain over the cheapest exceeds its threshold by most."""
 
-    def __init__(self, artefact: RouterArtifact, thresholds: ThresholdSource | None = None) -> None:
-        self._artefact = artefact
-        self._thresholds = thresholds or FixedThresholds(artefact.thresholds)
+    def __init__(self, artifact: RouterArtifact, thresholds: ThresholdSource | None = None) -> None:
+        self._artifact = artifact
+        self._thresholds = thresholds or FixedThresholds(artifact.thresholds)
 
     @property
     def routes(self) -> tuple[str, ...]:
         """The routes that it was trained for, cheapest first."""
-        return self._artefact.model.routes
+        return self._artifact.model.routes
 
     @property
     def calibration(self) -> Thresholds | None:
-        """What it is calibrated to now; None where the thresholds are those of its training."""
+        """The calibration in force; None where the thresholds are those of its training."""
         return self._thresholds.calibration
 
-    def judge(self, query: Query) -> RouteDecision:
-        """The route for a query. Raises InvalidRequest where its routes are not those of the training."""
+    def decide(self, query: Query) -> RouteDecision:
+        """The route for a query. Raises InvalidRequest where its routes differ from those of the training."""
         if query.routes != self.routes:
             raise InvalidRequest("routes", query.routes, f"the router was trained for {', '.join(self.routes)}")
-        qualities = self._artefact.model.qualities("\n".join(query.turns))
+        qualities = self._artifact.model.qualities("\n".join(query.turns))
         gains = gains_of(qualities)
         thresholds = self._thresholds.current()
         rung = int(choose_routes(gains[None, :], np.array(thresholds))[0])
         why, worth = decision_reason("gain", gains.tolist(), thresholds, rung), tuple(qualities.tolist())
-        share = gain_score(float(gains[-1]), self.calibration, self._artefact.gain_percentiles)
+        share = gain_score(float(gains[-1]), self.calibration, self._artifact.gain_percentiles)
         return RouteDecision(self.routes[rung], share, why, "gain", worth)
 
 
-def open_text_router(path: Path, thresholds: Path | None = None) -> LearnedRouter:
-    """The router of an artefact, with the thresholds of a calibration where there is one.
+def open_learned_router(path: Path, thresholds: Path | None = None) -> LearnedRouter:
+    """The router in the artifact at `path`, with the thresholds of a calibration file where there is one.
 
-    Raises InvalidRequest where either file is off, or the thresholds are another router's.
+    Raises InvalidRequest where either file is invalid, or the thresholds were calibrated for another router.
     """
-    artefact = load_router(path)
+    artifact = load_router(path)
     if thresholds is None:
-        return LearnedRouter(artefact)
-    return LearnedRouter(artefact, ReloadingThresholds(thresholds, artefact.fingerprint, len(artefact.model.routes)))
+        return LearnedRouter(artifact)
+    return LearnedRouter(artifact, ReloadingThresholds(thresholds, artifact.fingerprint, len(artifact.model.routes)))

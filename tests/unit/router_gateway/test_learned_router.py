@@ -29,7 +29,7 @@ async def cluster_with(folder: Path, *routes: str) -> ClusterConfig:
 
 async def test_the_named_router_judges(tmp_path: Path) -> None:
     router, calibration = router_of(await cluster_with(tmp_path, "weak", "strong"))
-    decisions = [router.judge(Query((text,), ("weak", "strong"))) for text in ("prove it", "hello you")]
+    decisions = [router.decide(Query((text,), ("weak", "strong"))) for text in ("prove it", "hello you")]
     assert [decision.route for decision in decisions] == ["strong", "weak"]
     assert decisions[0].reason == "gain 0.50 > 0.10"
     assert decisions[0].qualities == (0.5, 1.0)

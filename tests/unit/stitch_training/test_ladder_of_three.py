@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from router_gateway.routing.learned.artifact import load_router
-from router_gateway.routing.learned.router import open_text_router
+from router_gateway.routing.learned.router import open_learned_router
 from router_gateway.routing.router import Query
 from stitch_training.router_calibrate import calibrate
 from stitch_training.router_evaluate import evaluate
@@ -30,18 +30,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_is_a_threshold_for_every_rung_but_the_cheapest(folder: Path) -> None:
-    artefact = load_router(folder / "router.safetensors")
-    assert artefact.model.routes == ROUTES
-    assert len(artefact.thresholds) == 2
-    assert set(artefact.training["unseen"]["seen"]) == {"small → middle", "small → large"}
+    artifact = load_router(folder / "router.safetensors")
+    assert artifact.model.routes == ROUTES
+    assert len(artifact.thresholds) == 2
+    assert set(artifact.training["unseen"]["seen"]) == {"small → middle", "small → large"}
 
 
 @pytest.mark.parametrize("cost", [130.0, 200.0])
 def test_a_mean_cost_is_kept_to(folder: Path, cost: float) -> None:
     path, out = folder / "router.safetensors", folder / "thresholds.json"
     calibrate(path, [folder / "unseen.jsonl"], None, cost, COSTS, out)
-    router = open_text_router(path, out)
-    taken = [router.judge(Query((row["prompt"],), ROUTES)).route for row in rows(240, seed=1, routes=ROUTES)]
+    router = open_learned_router(path, out)
+    taken = [router.decide(Query((row["prompt"],), ROUTES)).route for row in rows(240, seed=1, routes=ROUTES)]
     price = {"small": 100, "middle": 150, "large": 300}
     assert np.mean([price[route] for route in taken]) == pytest.approx(cost, abs=5)
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from router_gateway.routing.learned.artifact import load_router
-from router_gateway.routing.learned.router import open_text_router
+from router_gateway.routing.learned.router import open_learned_router
 from router_gateway.routing.router import Query
 from stitch.errors import InvalidRequest
 from stitch.thresholds import read_thresholds
@@ -38,11 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_says_what_it_was_and_on_what(folder: Path) -> None:
-    artefact = load_router(folder / "router.safetensors")
-    [data] = artefact.training["data"]
+    artifact = load_router(folder / "router.safetensors")
+    [data] = artifact.training["data"]
     assert (data["name"], data["rows"], data["skipped"]) == ("seen", 160, 0)
-    assert artefact.training["unseen"]["seen"]["weak → strong"]["apgr"] > 0.6
-    assert list(artefact.gain_percentiles) == sorted(artefact.gain_percentiles)
+    assert artifact.training["unseen"]["seen"]["weak → strong"]["apgr"] > 0.6
+    assert list(artifact.gain_percentiles) == sorted(artifact.gain_percentiles)
 
 
 def test_training_twice_gives_the_same_router(folder: Path) -> None:
@@ -52,9 +52,9 @@ def test_training_twice_gives_the_same_router(folder: Path) -> None:
 
 
 def test_a_trained_router_sends_hard_prompts_to_the_strong_route(folder: Path) -> None:
-    router = open_text_router(folder / "router.safetensors")
-    assert router.judge(Query(("prove the theorem and the integral",), ("weak", "strong"))).route == "strong"
-    assert router.judge(Query(("hello what music for breakfast",), ("weak", "strong"))).route == "weak"
+    router = open_learned_router(folder / "router.safetensors")
+    assert router.decide(Query(("prove the theorem and the integral",), ("weak", "strong"))).route == "strong"
+    assert router.decide(Query(("hello what music for breakfast",), ("weak", "strong"))).route == "weak"
 
 
 @pytest.mark.parametrize("budget", [0.2, 0.5])
@@ -62,8 +62,8 @@ def test_calibration_keeps_a_budget(folder: Path, budget: float, capsys: pytest.
     out = folder / "thresholds.json"
     flags = ("--router", folder / "router.safetensors", "--data", folder / "unseen.jsonl", "--out", out)
     assert ran(calibrate, *flags, "--budget", budget) == 0
-    router = open_text_router(folder / "router.safetensors", out)
-    taken = [router.judge(Query((row["prompt"],), ("weak", "strong"))).route for row in rows(160, seed=1)]
+    router = open_learned_router(folder / "router.safetensors", out)
+    taken = [router.decide(Query((row["prompt"],), ("weak", "strong"))).route for row in rows(160, seed=1)]
     assert taken.count("strong") / 160 == pytest.approx(budget, abs=0.01)
     assert f"of a budget of {budget:.3f}" in capsys.readouterr().err
     assert not list(folder.glob(".*"))

@@ -55,7 +55,7 @@ class AlwaysWeak:
     def __init__(self) -> None:
         self.queries: list[Query] = []
 
-    def judge(self, query: Query) -> RouteDecision:
+    def decide(self, query: Query) -> RouteDecision:
         self.queries.append(query)
         return RouteDecision("weak", 0.25, "because", "length")
 

@@ -6,8 +6,7 @@ import pytest
 
 from router_gateway.routing.features import features
 from router_gateway.routing.heuristic import WEIGHTS, HeuristicRouter
-from router_gateway.routing.ladder import Ladder
-from router_gateway.routing.router import REASON_KINDS, Query, RouteDecision
+from router_gateway.routing.router import REASON_KINDS, Ladder, Query, RouteDecision
 
 ROUTES = ("weak", "strong")
 DUCKS = (
@@ -17,7 +16,7 @@ DUCKS = (
 
 
 def judged(*turns: str, routes: tuple[str, ...] = ROUTES) -> RouteDecision:
-    return HeuristicRouter(Ladder()).judge(Query(turns, routes))
+    return HeuristicRouter(Ladder()).decide(Query(turns, routes))
 
 
 @pytest.mark.parametrize("text", ["Hello", "What is the capital of France?", "Write a haiku about autumn."])

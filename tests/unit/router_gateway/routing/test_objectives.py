@@ -87,8 +87,8 @@ class TestNarrowed:
         deferred = narrowed(Objectives(max_ttft_seconds=1.0), LADDER)
         assert isinstance(deferred, DeferredDecision)
         assert deferred.routes == ("small", "middle")
-        assert deferred.settled(preferring("small")).reason == "gain 0.20 > 0.10; ttft 0.50 s ≤ 1 s"
-        moved = deferred.settled(preferring("large"))
+        assert deferred.finalize(preferring("small")).reason == "gain 0.20 > 0.10; ttft 0.50 s ≤ 1 s"
+        moved = deferred.finalize(preferring("large"))
         assert (moved.route, moved.kind, moved.score) == ("middle", "objective", 0.7)
 
     def test_the_only_one_needs_no_judgement(self) -> None:

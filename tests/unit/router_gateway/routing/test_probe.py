@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from router_gateway.routing.fallback import FallbackRouter
 from router_gateway.routing.probe import ProbeRouter, decision_of
-from router_gateway.routing.router import DeferredDecision, Query
+from router_gateway.routing.router import DeferredDecision, FallbackRouter, Query
 from stitch.v1.shard_pb2 import ProbeDecision
 
 QUERY = Query(("hello",), ("weak", "strong"))
 
 
 def test_every_query_is_left_to_the_shard() -> None:
-    assert ProbeRouter().judge(QUERY) == DeferredDecision(("weak", "strong"))
-    assert FallbackRouter(ProbeRouter()).judge(QUERY) == DeferredDecision(("weak", "strong"))
+    assert ProbeRouter().decide(QUERY) == DeferredDecision(("weak", "strong"))
+    assert FallbackRouter(ProbeRouter()).decide(QUERY) == DeferredDecision(("weak", "strong"))
 
 
 @pytest.mark.parametrize(

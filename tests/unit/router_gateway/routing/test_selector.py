@@ -37,7 +37,7 @@ class Scripted:
     decision = RouteDecision("strong", 0.9, "hard", "gain", qualities=(0.25, 0.75))
     defers = False
 
-    def judge(self, query: Query) -> RouteDecision | DeferredDecision:
+    def decide(self, query: Query) -> RouteDecision | DeferredDecision:
         return DeferredDecision(query.routes) if self.defers else self.decision
 
 
@@ -65,7 +65,7 @@ class Desk:
         request = Request("id", "text", Sampling(), **fields)
         decision = self.selection.select(request, 100, waited)
         if isinstance(decision, DeferredDecision):
-            decision = decision.settled(self.router.decision)
+            decision = decision.finalize(self.router.decision)
         self.selection.take(request, decision)
         return decision
 

@@ -1,4 +1,4 @@
-"""A router of two routes that knows two words."""
+"""Fixtures: a learned router of two routes whose model has weights for two words."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def model() -> LearnedModel:
 
 
 @pytest.fixture
-def artefact(model: LearnedModel) -> RouterArtifact:
+def artifact(model: LearnedModel) -> RouterArtifact:
     percentiles = tuple(np.linspace(-0.25, 0.5, 101).tolist())
     return RouterArtifact(model, (0.1,), percentiles, {"data": []}, fingerprint_of(model))

@@ -1,4 +1,4 @@
-"""What is saved is what is loaded, and what does not fit is refused by its name."""
+"""Tests of the artifact file: round trip, and refusal of everything that does not fit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from stitch.errors import InvalidRequest
 
 
 @pytest.fixture
-def path(artefact: RouterArtifact, tmp_path: Path) -> Path:
+def path(artifact: RouterArtifact, tmp_path: Path) -> Path:
     path = tmp_path / "made" / "router.safetensors"
-    save_router(artefact, path)
+    save_router(artifact, path)
     return path
 
 
@@ -36,14 +36,14 @@ def changed(path: Path, metadata: dict[str, str] | None = None, **tensors: Any) 
     return path
 
 
-def test_a_router_comes_back_as_it_was(artefact: RouterArtifact, path: Path) -> None:
+def test_saved_router_loads_unchanged(artifact: RouterArtifact, path: Path) -> None:
     loaded = load_router(path)
     for field in fields(LearnedModel):
-        assert np.array_equal(getattr(loaded.model, field.name), getattr(artefact.model, field.name))
-    assert replace(loaded, model=artefact.model) == artefact
+        assert np.array_equal(getattr(loaded.model, field.name), getattr(artifact.model, field.name))
+    assert replace(loaded, model=artifact.model) == artifact
 
 
-def test_the_fingerprint_follows_every_tensor_and_the_routes(model: LearnedModel) -> None:
+def test_fingerprint_covers_tensors_routes_and_sources(model: LearnedModel) -> None:
     others = [
         replace(model, bias=model.bias + 1),
         replace(model, routes=("weak", "other")),
@@ -68,7 +68,7 @@ def test_the_fingerprint_follows_every_tensor_and_the_routes(model: LearnedModel
         ({"training": "[]"}, "router.training"),
     ],
 )
-def test_metadata_that_does_not_fit_is_refused(path: Path, metadata: dict[str, str], field: str) -> None:
+def test_load_router_refuses_invalid_metadata(path: Path, metadata: dict[str, str], field: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         load_router(changed(path, metadata))
     assert refused.value.field == field
@@ -92,28 +92,28 @@ def test_metadata_that_does_not_fit_is_refused(path: Path, metadata: dict[str, s
         ({"topic_weights": np.ones((1, 2), np.float32)}, "router.fingerprint"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(path: Path, tensors: dict[str, Any], field: str) -> None:
+def test_load_router_refuses_invalid_tensors(path: Path, tensors: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         load_router(changed(path, **tensors))
     assert refused.value.field == field
 
 
 @pytest.mark.parametrize("content", [b"", b"pickle", b"\x80\x04K\x01.", b"\xff" * 64])
-def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_load_router_refuses_other_files(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "router.safetensors"
     path.write_bytes(content)
     with pytest.raises(InvalidRequest, match=r"router is .*no safetensors file"):
         load_router(path)
 
 
-def test_a_file_that_is_not_there_is_refused_by_its_name(tmp_path: Path) -> None:
+def test_load_router_names_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="absent"):
         load_router(tmp_path / "absent.safetensors")
 
 
-def test_the_metadata_can_be_read_without_this_package(artefact: RouterArtifact, path: Path) -> None:
+def test_metadata_is_plain_json(artifact: RouterArtifact, path: Path) -> None:
     size = int.from_bytes(path.read_bytes()[:8], "little")
     metadata = json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]
     assert metadata["format"] == FORMAT
     assert json.loads(metadata["routes"]) == ["weak", "strong"]
-    assert metadata["fingerprint"] == artefact.fingerprint
+    assert metadata["fingerprint"] == artifact.fingerprint
