@@ -1,4 +1,4 @@
-"""Every metric and label that the dashboard and the README name is served by a running cluster. Judges no value."""
+"""Every metric and label that the dashboard and `docs/metrics.md` name is served by a running cluster."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_legends_show_labels_that_the_query_keeps() -> None:
             assert shown <= kept or (not kept and shown in ({"shard"}, {"route"})), panel["title"]
 
 
-def test_the_readme_names_what_is_served(served: Labels) -> None:
-    named = _in_readme()
+def test_documented_metrics_are_served(served: Labels) -> None:
+    named = _documented()
     assert len(named) > 15
     for name, labels in named:
         samples = [sample for sample in (name, f"{name}_count") if sample in served]
@@ -63,9 +63,9 @@ def test_the_readme_names_what_is_served(served: Labels) -> None:
         assert set(labels.split(",")) - {""} <= set(served[samples[0]]), name
 
 
-def test_the_dashboard_shows_everything_that_the_readme_names() -> None:
+def test_dashboard_shows_all_documented_metrics() -> None:
     asked = {re.sub("_(bucket|sum|count)$", "", name) for one in EXPRESSIONS for name in re.findall(r"stitch_\w+", one)}
-    assert {name for name, _ in _in_readme()} == asked
+    assert {name for name, _ in _documented()} == asked
 
 
 def test_an_alert_says_what_to_do() -> None:
@@ -83,9 +83,9 @@ def test_nothing_is_asked_twice() -> None:
     assert len(set(EXPRESSIONS)) == len(EXPRESSIONS)
 
 
-def _in_readme() -> list[tuple[str, str]]:
-    """Metrics and their labels, as its table of metrics has them."""
-    table = (ROOT / "README.md").read_text().partition("## Metrics")[2]
+def _documented() -> list[tuple[str, str]]:
+    """The metrics and their labels in the table of `docs/metrics.md`."""
+    table = (ROOT / "docs/metrics.md").read_text()
     return re.findall(r"`(stitch_\w+)(?:\{([\w,]+)\})?`", table)
 
 

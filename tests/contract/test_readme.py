@@ -13,15 +13,17 @@ import pytest
 import router_gateway.cli
 import stitch.cli.main
 import stitch_server.cli
+import stitch_training.cli
 from tests.support.fake_gateway import FakeGateway, serving
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")]
-SOURCES = ("protos", "stitch", "router_gateway", "stitch_server")
+SOURCES = ("protos", "stitch", "router_gateway", "stitch_server", "stitch_training")
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "stitch": stitch.cli.main.parser,
     "stitch-server": stitch_server.cli.build_parser,
     "router-gateway": router_gateway.cli.build_parser,
+    "stitch-train": stitch_training.cli.build_parser,
 }
 
 
