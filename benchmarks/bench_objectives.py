@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.clusters import preset, run, running
 from benchmarks.report import Options, options, write
-from stitch.cli.ttft_samples import WORDS, Line, regression
+from stitch.cli.ttft import WORDS, Line, regression
 from stitch.client import Answer, AsyncClient
 from stitch.errors import ObjectivesUnmet
 

@@ -7,9 +7,8 @@ from statistics import median
 
 from benchmarks.clusters import preset, run, running
 from benchmarks.report import Options, options, write
-from stitch.cli.ttft_plot import plot
-from stitch.cli.ttft_samples import Sample, medians, regression
-from stitch.cli.ttft_samples import measure as samples_of
+from stitch.cli.ttft import Sample, medians, plot, regression
+from stitch.cli.ttft import measure as samples_of
 from stitch.client import Client
 
 

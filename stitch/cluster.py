@@ -213,6 +213,11 @@ class ClusterConfig(Settings):
         return None if route.stitch is None else self.folder / route.stitch
 
     @property
+    def gateway_endpoint(self) -> tuple[str, Path | None]:
+        """What a client of this cluster takes: the gateway's address and the authority's file; None: no TLS."""
+        return self.gateway.address, self.folder / self.tls.authority if self.tls else None
+
+    @property
     def earliest_cut(self) -> int:
         """The bottom layers that all routes pass."""
         return min(route.bottom_layers for route in self.routes)

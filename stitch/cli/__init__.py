@@ -1,1 +1,1 @@
-"""The verbs of the `stitch` command, one module each. Knows no command line: `stitch.cli.main` has parsed it."""
+"""The `stitch` command: `main` parses its arguments, and one module per verb runs it."""

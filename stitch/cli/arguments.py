@@ -1,4 +1,7 @@
-"""Flags that several verbs share. Doesn't know the limits of a request's values: the gateway does."""
+"""Flags that several verbs share, and what they mean; the gateway checks the limits of a request's values.
+
+Imports no library at the top, so that `--help` is instant.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,22 @@ _SAMPLING: tuple[tuple[str, _Kind, str, str], ...] = (
     ("top_k", int, "K", "keep the K likeliest tokens"),
     ("top_p", float, "P", "keep the likeliest tokens that make up P"),
     ("min_p", float, "P", "drop tokens less likely than P times the likeliest"),
-    ("repetition_penalty", float, "R", "divide the logits of tokens already seen"),
+    ("repetition_penalty", float, "R", "divide the logits of tokens in the context"),
     ("presence_penalty", float, "R", "subtract from the logits of tokens already generated"),
-    ("frequency_penalty", float, "R", "the same for every time that they were"),
+    ("frequency_penalty", float, "R", "subtract once for every time a token was generated"),
     ("seed", int, "N", "same seed, same text"),
     ("logprobs", int, "N", "report log-probabilities and N alternatives (with --json)"),
 )
 _OTHERS = ("route", "stop", "stop_token_ids", "forced_token_ids", "forced_answer", "ignore_eos")
 _OBJECTIVES: tuple[tuple[str, _Kind, str, str], ...] = (
     ("max_ttft_seconds", float, "S", "take a route whose first text is predicted to come within S seconds"),
-    ("max_cost", float, "C", "take a route that costs at most C times what the dearest does"),
-    ("min_quality", float, "Q", "take the cheapest route whose answer a learned router expects to be worth Q"),
+    ("max_cost", float, "C", "take a route that costs at most C times as much as the most expensive"),
+    ("min_quality", float, "Q", "take the cheapest route whose answer has an expected quality of at least Q"),
 )
 
 
 def add_generation(verb: argparse.ArgumentParser) -> None:
-    """What decides the route, and what decides the next token."""
+    """The flags of the route's choice and of sampling."""
     group = verb.add_argument_group("route")
     group.add_argument("--route", metavar="R", help="a route's name; by default the router decides")
     for name, kind, metavar, explanation in _OBJECTIVES:
@@ -51,14 +54,13 @@ def add_generation(verb: argparse.ArgumentParser) -> None:
         metavar="ID",
         help="begin with this token; may be repeated",
     )
-    group.add_argument("--forced-answer", metavar="TEXT", help="answer this; --logprobs says how likely it is")
-    group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the model's end token")
+    group.add_argument("--forced-answer", metavar="TEXT", help="return this text (with --logprobs: how likely it is)")
+    group.add_argument("--ignore-eos", action="store_true", default=None, help="generate past the model's end token")
 
 
 def request_fields(parsed: argparse.Namespace) -> dict[str, Any]:
-    """What `add_generation` has read, as fields of a request; what was not given is absent."""
-    tabled = (name for name, *_ in (*_OBJECTIVES, *_SAMPLING))
-    names = (*_OTHERS, *tabled)
+    """The flags of `add_generation` as fields of a request, without those that were not given."""
+    names = (*_OTHERS, *(name for name, *_ in (*_OBJECTIVES, *_SAMPLING)))
     given = {name: getattr(parsed, name) for name in names}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -69,12 +71,27 @@ def add_gateway(verb: argparse.ArgumentParser) -> None:
 
 
 def add_authority(verb: argparse.ArgumentParser) -> None:
-    """Whose signature on a gateway's certificate is believed."""
-    verb.add_argument("--authority", type=Path, metavar="FILE", help="a PEM file: connect by TLS to whom it has signed")
+    """The flag of the authority that must have signed the gateway's certificate."""
+    verb.add_argument(
+        "--authority", type=Path, metavar="FILE", help="connect by TLS and trust the authority in this PEM file"
+    )
+
+
+def gateway_endpoint(parsed: argparse.Namespace) -> tuple[str, Path | None]:
+    """What a client takes: `--gateway` and `--authority`, by default those of the cluster that runs on this machine.
+
+    Raises Unavailable where no cluster runs.
+    """
+    if parsed.gateway:
+        return parsed.gateway, parsed.authority
+    from stitch.local.run_folder import only_running_cluster
+
+    address, authority = only_running_cluster().cluster().gateway_endpoint
+    return address, parsed.authority or authority
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
+    """A whole number of at least 1, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
@@ -82,7 +99,7 @@ def positive(text: str) -> int:
 
 
 def lengths(text: str) -> tuple[int, ...]:
-    """Different whole numbers from 1 on, separated by commas, for argparse."""
+    """Distinct whole numbers of at least 1, separated by commas, for argparse."""
     found = tuple(sorted({positive(part) for part in text.split(",")}))
     if len(found) < 2:
         raise argparse.ArgumentTypeError(f"a line needs two lengths or more, not {text}")
@@ -91,7 +108,6 @@ def lengths(text: str) -> tuple[int, ...]:
 
 def named(pairs: Sequence[str], field: str) -> dict[str, str]:
     """`["a=b"]` as {"a": "b"}; InvalidRequest where one has no `=`."""
-    # Only now, so that --help is instant.
     from stitch.errors import InvalidRequest
 
     for pair in pairs:

@@ -1,4 +1,4 @@
-"""`stitch ask`: one question, one answer. Doesn't know how either is drawn."""
+"""`stitch ask`: one question, one answer, printed while it is generated or as JSON at its end."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import json
 import sys
 from typing import Any
 
-from stitch.cli.arguments import request_fields
-from stitch.cli.connection import gateway
+from stitch.cli.arguments import gateway_endpoint, request_fields
+from stitch.cli.output import show_stream
 from stitch.client import Client, Stream
 from stitch.errors import InvalidRequest
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Asks, and prints the answer while it comes, or as JSON at its end."""
-    with Client(*gateway(parsed)) as client:
+    """Sends the question and prints the answer."""
+    with Client(*gateway_endpoint(parsed)) as client:
         stream = client.stream(**_input(parsed), timeout=parsed.timeout, **request_fields(parsed))
         if parsed.json:
             _print_json(stream)
@@ -42,7 +42,5 @@ def _print_json(stream: Stream) -> None:
 
 def _show(stream: Stream) -> None:
     from rich.console import Console
-
-    from stitch.cli.screen import show_stream
 
     show_stream(Console(), stream)

@@ -1,4 +1,4 @@
-"""`stitch chat`: a conversation. Knows no tokens: the gateway applies the chat template to the whole of it."""
+"""`stitch chat`: a conversation, which every request sends whole; the gateway applies the chat template."""
 
 from __future__ import annotations
 
@@ -12,27 +12,25 @@ from typing import Any
 import grpc
 from rich.console import Console
 
-from stitch.cli.arguments import request_fields
-from stitch.cli.connection import gateway
-from stitch.cli.failures import sentence
-from stitch.cli.screen import show_stream
+from stitch.cli.arguments import gateway_endpoint, request_fields
+from stitch.cli.output import sentence, show_stream
 from stitch.client import Client
 from stitch.errors import StitchError
 
-HELP = "/new begins anew · /route NAME goes on with a route, /route auto with the router's choice · /quit, Ctrl-D"
+HELP = "/new starts a conversation · /route NAME switches the route, /route auto lets the router decide · /quit, Ctrl-D"
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Reads turns until the end of the input."""
+    """Reads turns until the input ends."""
     with contextlib.suppress(ImportError):
-        # Editing and history of the line; not every Python has it.
+        # Line editing and history; not every Python has it.
         import readline  # noqa: F401
 
     console = Console()
-    with Client(*gateway(parsed)) as client:
+    with Client(*gateway_endpoint(parsed)) as client:
         conversation = Conversation(client, console, request_fields(parsed), parsed.system)
         console.print(HELP, style="dim", highlight=False)
-        conversation.hold(input)
+        conversation.run(input)
     return 0
 
 
@@ -42,18 +40,18 @@ def _new_name() -> str:
 
 @dataclass(slots=True)
 class Conversation:
-    """The turns so far, and what every request carries beside them."""
+    """The turns so far, and the other fields of every request."""
 
     client: Client
     console: Console
     fields: dict[str, Any]
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
-    # Names it at the gateway, which keeps it on one route.
+    # The gateway keeps requests with this name on one route.
     name: str = field(default_factory=_new_name)
 
-    def hold(self, read_line: Callable[[str], str]) -> None:
-        """Goes on until `read_line` raises EOFError, or a line says /quit."""
+    def run(self, read_line: Callable[[str], str]) -> None:
+        """Handles lines until `read_line` raises EOFError or returns /quit."""
         while True:
             try:
                 line = read_line("> ").strip()
@@ -61,10 +59,10 @@ class Conversation:
                 return
             if line == "/quit":
                 return
-            self.take(line)
+            self.handle(line)
 
-    def take(self, line: str) -> None:
-        """A command, or the next turn."""
+    def handle(self, line: str) -> None:
+        """Runs a command, or asks the next question."""
         command, _, argument = line.partition(" ")
         match command:
             case "":
@@ -74,7 +72,7 @@ class Conversation:
                 self.name = _new_name()
             case "/route":
                 self.fields["route"] = argument.strip() or "auto"
-                # Under its old name the conversation would stay where it is.
+                # Under its old name the conversation would stay on its route.
                 self.name = _new_name()
             case "/help":
                 self.console.print(HELP, style="dim", highlight=False)
@@ -82,7 +80,7 @@ class Conversation:
                 self._ask(line)
 
     def _ask(self, question: str) -> None:
-        """One question; a failure, and Ctrl-C, end this turn alone and leave no trace of it."""
+        """Asks one question; a failure or Ctrl-C drops this turn and keeps the conversation."""
         turn = {"role": "user", "content": question}
         system = [{"role": "system", "content": self.system}] if self.system else []
         try:

@@ -1,4 +1,4 @@
-"""`stitch demo`: everything once, in two minutes. Doesn't know how a part of it is done: the other verbs do."""
+"""`stitch demo`: a cluster, one question, several at once, and the time to first token, in two minutes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from stitch.cli.connection import gateway_of
-from stitch.cli.output import decision_line, seconds
-from stitch.cli.screen import show_stream
+from stitch.cli.output import decision_line, seconds, show_stream
 from stitch.cli.status import show_description
-from stitch.cli.ttft import draw, measured, show_times
+from stitch.cli.ttft import measure_with_progress, show_times, write_plot
 from stitch.cli.up import bring_up, take_down
 from stitch.client import Answer, Client
 from stitch.cluster import load_cluster
@@ -22,7 +20,7 @@ from stitch.local.run_folder import run_folder
 
 QUESTION = "Explain step by step how rain forms, and compare it with snow."
 QUESTION_TOKENS = 64
-# Short and easy ones, and some that ask for reasoning or code: the router's judgements differ.
+# Easy questions, and some that need reasoning or code, so that routes differ.
 QUESTIONS = (
     "What is the capital of France?",
     "Compare cats and dogs as pets and explain which suits a small flat better.",
@@ -39,9 +37,9 @@ REPEAT = 3
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """The whole demonstration; a cluster that runs already is used, and left running."""
+    """Runs the whole demonstration; uses a cluster that runs already, and leaves it running."""
     console = Console()
-    with _serving(console, parsed.cluster) as gateway, Client(*gateway) as client:
+    with _serving(console, parsed.cluster) as endpoint, Client(*endpoint) as client:
         found = client.describe()
         routes = [route.name for route in found.routes]
         console.rule("1 · two models, one forward pass")
@@ -51,35 +49,35 @@ def run(parsed: argparse.Namespace) -> int:
         console.rule(f"3 · {len(QUESTIONS)} questions at once")
         ask_many(console, client)
         console.rule("4 · time to first token against prompt length")
-        samples = measured(console, client, routes, LENGTHS, REPEAT)
+        samples = measure_with_progress(console, client, routes, LENGTHS, REPEAT)
         show_times(console, samples, routes)
-        draw(console, samples, routes, found.cluster, Path(parsed.out))
+        write_plot(console, samples, routes, found.cluster, Path(parsed.out))
     return 0
 
 
 @contextmanager
 def _serving(console: Console, name_or_path: str) -> Iterator[tuple[str, Path | None]]:
-    """What a client of that cluster's gateway takes."""
+    """The endpoint of that cluster's gateway, which is started for the block if it doesn't run."""
     folder = run_folder(load_cluster(name_or_path).name)
     if folder.processes():
-        yield gateway_of(folder.cluster())
+        yield folder.cluster().gateway_endpoint
         return
     console.rule("0 · a cluster on this machine")
     cluster = bring_up(console, name_or_path)
     try:
-        yield gateway_of(cluster.cluster)
+        yield cluster.cluster.gateway_endpoint
     finally:
         take_down(console, cluster)
 
 
 def ask(console: Console, client: Client) -> None:
-    """One question, judged, and answered as one watches."""
+    """Asks one question and prints its route decision and the answer while it is generated."""
     _show_question(console, QUESTION)
     show_stream(console, client.stream(messages=_chat(QUESTION), max_tokens=QUESTION_TOKENS))
 
 
 def ask_many(console: Console, client: Client) -> None:
-    """Many questions in one call, each with its judgement and its answer."""
+    """Asks several questions in one call and prints each with its route decision and its answer."""
     requests = [{"messages": _chat(question), "max_tokens": ANSWER_TOKENS} for question in QUESTIONS]
     with console.status("answering all of them together"):
         outcomes = client.batch(requests)

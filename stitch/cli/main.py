@@ -1,10 +1,11 @@
-"""The `stitch` command: parses, then calls one function. Doesn't know its verbs' work, so `--help` is instant."""
+"""The `stitch` command: parses its arguments, then imports and calls one verb, so that `--help` is instant."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 
 from stitch.cli.arguments import add_gateway, add_generation, lengths, positive
@@ -17,20 +18,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns its exit code: 0, 1 for a failure, 2 for bad usage, 130 for Ctrl-C."""
     parsed = parser().parse_args(arguments)
     try:
-        code: int = import_module(f"stitch.cli.{parsed.verb}").run(parsed)
-        return code
+        return _VERBS[parsed.verb].run(parsed)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
         if _interrupted(error):
             return INTERRUPTED
-        # Raised again where it is none of the failures that a user can do something about.
-        print(f"stitch: {import_module('stitch.cli.failures').sentence(error)}", file=sys.stderr)
+        # `sentence` raises a defect of this program again.
+        print(f"stitch: {import_module('stitch.cli.output').sentence(error)}", file=sys.stderr)
         return 1
 
 
 def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C lies behind it: where that hits a lock that gRPC is taking, the lock complains in its place."""
+    """Whether Ctrl-C caused the error: a lock that gRPC acquires just then raises an error of its own."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
@@ -40,14 +40,14 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     whole = argparse.ArgumentParser(prog="stitch", description="Two pretrained language models, served as one.")
     verbs = whole.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, (explanation, add_arguments) in _VERBS.items():
-        add_arguments(verbs.add_parser(name, help=explanation, description=explanation))
+    for name, verb in _VERBS.items():
+        verb.add_arguments(verbs.add_parser(name, help=verb.help, description=verb.help))
     return whole
 
 
 def _up(verb: argparse.ArgumentParser) -> None:
     _cluster(verb)
-    verb.add_argument("--detach", action="store_true", help="return once it serves; `stitch down` stops it")
+    verb.add_argument("--detach", action="store_true", help="return when it serves; `stitch down` stops it")
 
 
 def _down(verb: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def _down(verb: argparse.ArgumentParser) -> None:
 def _ask(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("prompt", metavar="PROMPT", help="the question; `-` reads it from standard input")
     verb.add_argument("--plain", action="store_true", help="send the prompt as it is, without the chat template")
-    verb.add_argument("--system", metavar="TEXT", help="what the model is told before the question")
+    verb.add_argument("--system", metavar="TEXT", help="the system message before the question")
     verb.add_argument("--json", action="store_true", help="print one JSON object when the answer is complete")
     verb.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this time")
     add_generation(verb)
@@ -65,15 +65,15 @@ def _ask(verb: argparse.ArgumentParser) -> None:
 
 
 def _chat(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    verb.add_argument("--system", metavar="TEXT", help="the system message before the conversation")
     add_generation(verb)
     add_gateway(verb)
 
 
 def _batch(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("file", metavar="FILE.jsonl", help='one request a line: {"prompt": …} or {"messages": […]}, …')
-    verb.add_argument("--out", required=True, metavar="FILE.jsonl", help="one answer or error a line, in order")
-    verb.add_argument("--resume", action="store_true", help="keep the answers in --out, ask for the rest alone")
+    verb.add_argument("file", metavar="FILE.jsonl", help='one request per line: {"prompt": …} or {"messages": […]}, …')
+    verb.add_argument("--out", required=True, metavar="FILE.jsonl", help="one answer or error per line, in order")
+    verb.add_argument("--resume", action="store_true", help="keep the answers in --out and request only the others")
     verb.add_argument("--concurrency", type=positive, default=16, metavar="N", help="requests at once (16)")
     add_generation(verb)
     add_gateway(verb)
@@ -104,15 +104,30 @@ def _cluster(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("cluster", nargs="?", default=DEFAULT_CLUSTER, metavar="CLUSTER", help=explanation)
 
 
-_VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    "up": ("Start a cluster on this machine.", _up),
-    "down": ("Stop a cluster that `up --detach` has started.", _down),
-    "ask": ("Ask one question and watch the answer come.", _ask),
-    "chat": ("Hold a conversation.", _chat),
-    "batch": ("Answer a file of requests.", _batch),
-    "status": ("Show models, routes and shards.", _status),
-    "ttft": ("Measure the time to the first token against the prompt's length.", _ttft),
-    "demo": ("Show everything once, on this machine.", _demo),
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """A verb's help, its arguments, and the module and function that run it."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    module: str
+    function: str = "run"
+
+    def run(self, parsed: argparse.Namespace) -> int:
+        """Imports the module and calls the function; returns the exit code."""
+        code: int = getattr(import_module(self.module), self.function)(parsed)
+        return code
+
+
+_VERBS = {
+    "up": Verb("Start a cluster on this machine.", _up, "stitch.cli.up"),
+    "down": Verb("Stop a cluster that `up --detach` has started.", _down, "stitch.cli.up", "run_down"),
+    "ask": Verb("Ask one question and print the answer while it is generated.", _ask, "stitch.cli.ask"),
+    "chat": Verb("Hold a conversation.", _chat, "stitch.cli.chat"),
+    "batch": Verb("Answer a file of requests.", _batch, "stitch.cli.batch"),
+    "status": Verb("Show models, routes and shards.", _status, "stitch.cli.status"),
+    "ttft": Verb("Measure the time to the first token against the prompt's length.", _ttft, "stitch.cli.ttft"),
+    "demo": Verb("Show everything once, on this machine.", _demo, "stitch.cli.demo"),
 }
 
 if __name__ == "__main__":

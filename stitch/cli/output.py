@@ -1,42 +1,53 @@
-"""Judgements and answers as lines of text. Knows no terminal."""
+"""What the command prints: lines, streamed answers, tables, and the sentence of a failure.
+
+Rich is imported where something is drawn, so that failures and JSON need the client alone.
+"""
 
 from __future__ import annotations
 
-from stitch.cli.ttft_samples import Line
-from stitch.client import Answer, RouteDecision
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import grpc
+
+from stitch.client import Answer, RouteDecision, Stream
+from stitch.errors import StitchError
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
 
 
-def decision_line(judged: RouteDecision | Answer) -> str:
-    """Route, score and reason."""
-    return f"route {judged.route} · score {judged.score:.2f} · {judged.reason}"
+def decision_line(decision: RouteDecision | Answer) -> str:
+    """Route, score and reason in one line."""
+    return f"route {decision.route} · score {decision.score:.2f} · {decision.reason}"
 
 
 def timing_line(answer: Answer) -> str:
-    """Tokens and durations."""
-    parts = [
+    """Tokens and durations in one line."""
+    columns = [
         f"{answer.prompt_tokens} prompt tokens",
         f"{answer.generated_tokens} generated ({answer.finish_reason})",
         f"first token {seconds(answer.ttft_seconds)}",
         f"total {seconds(answer.total_seconds)}",
     ]
     speed = tokens_per_second(answer)
-    return " · ".join(parts if speed is None else [*parts, f"{speed:.1f} tokens/s"])
+    return " · ".join(columns if speed is None else [*columns, f"{speed:.1f} tokens/s"])
 
 
 def stages_line(answer: Answer) -> str:
-    """Where the time to the first token went."""
+    """The parts of the time to the first token in one line."""
     return " · ".join(f"{stage.replace('_', ' ')} {seconds(spent)}" for stage, spent in answer.stages.items())
 
 
 def tokens_per_second(answer: Answer) -> float | None:
-    """The pace behind the first token; None where there is nothing behind it."""
+    """The decode rate after the first token; None where no token follows it."""
     if answer.ttft_seconds is None or answer.generated_tokens < 2 or answer.total_seconds <= answer.ttft_seconds:
         return None
     return (answer.generated_tokens - 1) / (answer.total_seconds - answer.ttft_seconds)
 
 
 def seconds(duration: float | None) -> str:
-    """A duration in the unit in which it reads best."""
+    """A duration in seconds or milliseconds; a dash for None."""
     if duration is None:
         return "–"
     if abs(duration) >= 1:
@@ -45,13 +56,50 @@ def seconds(duration: float | None) -> str:
     return f"{round(duration * 1000, 2) + 0.0:.3g} ms"
 
 
-def line_text(line: Line) -> str:
-    """A regression line's slope, intercept and fit."""
-    sign = "−" if line.intercept_seconds < 0 else "+"
-    formula = f"{line.slope_seconds * 1000:.2f} ms a token {sign} {seconds(abs(line.intercept_seconds))}"
-    return f"{formula}, R² {line.r_squared:.3f}"
-
-
 def millions(count: int) -> str:
-    """A number of parameters."""
+    """A number of parameters in millions or billions."""
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def show_stream(console: Console, stream: Stream) -> Answer:
+    """Prints the route decision, the answer while it is generated, and its durations."""
+    from rich.text import Text
+
+    for event in stream:
+        if isinstance(event, RouteDecision):
+            console.print(Text(decision_line(event), style="cyan"), soft_wrap=True)
+        else:
+            console.out(event.text, end="", highlight=False)
+            console.file.flush()
+    answer = stream.answer
+    console.out()
+    console.print(Text(timing_line(answer), style="dim"), soft_wrap=True)
+    if answer.stages:
+        console.print(Text(f"first token: {stages_line(answer)}", style="dim"), soft_wrap=True)
+    return answer
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> Group:
+    """A table of plain text under its title; the columns named in `right` hold numbers."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    return Group(Text(title, style="bold"), drawn)
+
+
+def sentence(error: Exception) -> str:
+    """The failure in one sentence; raises the error again where it is a defect of this program."""
+    if isinstance(error, StitchError | OSError):
+        return str(error)
+    if isinstance(error, grpc.RpcError):
+        return f"the gateway failed: {error.details() or error.code().name}"
+    if isinstance(error, ImportError):
+        return f"this needs more than the client ({error}): install stitch-serving[all]"
+    raise error

@@ -1,4 +1,4 @@
-"""`stitch status`: what stands behind a gateway. Doesn't know how a table is drawn."""
+"""`stitch status`: the models, routes and shards of a gateway, as tables or as JSON."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import argparse
 import json
 
 from google.protobuf.json_format import MessageToDict
-from rich.console import Console
+from rich.console import Console, Group
 
-from stitch.cli.connection import gateway
-from stitch.cli.tables import models_table, routes_table, shards_table
+from stitch.cli.arguments import gateway_endpoint
+from stitch.cli.output import millions, table
 from stitch.client import Client
 from stitch.v1 import inference_pb2
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Prints the gateway's description."""
-    address, authority = gateway(parsed)
+    address, authority = gateway_endpoint(parsed)
     with Client(address, authority) as client:
         found = client.describe()
     if parsed.json:
@@ -30,7 +30,51 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def show_description(console: Console, found: inference_pb2.DescribeResponse) -> None:
-    """Models, routes and shards, one table each."""
+    """Prints one table each of models, routes and shards."""
     for drawn in (models_table(found), routes_table(found), shards_table(found)):
         console.print()
         console.print(drawn)
+
+
+def models_table(found: inference_pb2.DescribeResponse) -> Group:
+    """Both models with their layers, hidden size and context length."""
+    columns = ("half", "model", "family", "layers", "width", "context")
+    rows = [
+        (half, one.id, one.architecture, str(one.layers), f"{one.hidden_size:,}", f"{one.context_length:,}")
+        for half, one in (("bottom", found.bottom), ("top", found.top))
+    ]
+    return table("models", columns, rows, right=columns[3:])
+
+
+def routes_table(found: inference_pb2.DescribeResponse) -> Group:
+    """Every route's cut, its stitch, and the parameters that it reads for one token."""
+    widths = f"{found.bottom.hidden_size} → {found.top.hidden_size}"
+    rows = [
+        (
+            route.name,
+            f"0–{route.bottom_layers - 1}",
+            f"{widths}  {route.stitch[:12]}" if route.stitch else "none: one model",
+            f"{route.top_from}–{found.top.layers - 1}",
+            millions(route.parameters),
+        )
+        for route in found.routes
+    ]
+    columns = ("route", "bottom", "stitch", "top", "read per token")
+    return table("routes", columns, rows, right=columns[4:])
+
+
+def shards_table(found: inference_pb2.DescribeResponse) -> Group:
+    """Every shard's layers, address, device, KV capacity and state."""
+    rows = [
+        (
+            shard.name,
+            f"{shard.role} {shard.first_layer}–{shard.end_layer - 1}",
+            shard.address,
+            f"{shard.device} {shard.dtype}".strip(),
+            f"{shard.kv_capacity_tokens:,}" if shard.kv_capacity_tokens else "–",
+            "serving" if shard.serving else "away",
+        )
+        for shard in found.shards
+    ]
+    columns = ("shard", "layers", "address", "computes", "KV tokens", "state")
+    return table("shards", columns, rows, right=("KV tokens",))

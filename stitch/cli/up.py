@@ -1,4 +1,4 @@
-"""`stitch up`: brings a cluster up and shows how far it is. Doesn't know how a process is started or stopped."""
+"""`stitch up` and `stitch down`: start a cluster on this machine with its progress on the terminal, and stop it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rich.text import Text
 
 from stitch.cluster import load_cluster
 from stitch.errors import Unavailable
-from stitch.local.cluster import GATEWAY, LocalCluster, import_models, prepared
-from stitch.local.run_folder import run_folder
+from stitch.local.cluster import GATEWAY, LocalCluster, attached, import_models, prepared
+from stitch.local.run_folder import RunFolder, only_running_cluster, run_folder, running_clusters
 
 WATCH_SECONDS = 0.5
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Starts the cluster; without --detach it stays until Ctrl-C, SIGTERM or the gateway's end."""
+    """Starts the cluster; without --detach it runs until Ctrl-C, SIGTERM or the gateway's end."""
     console = Console()
     with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
         cluster = bring_up(console, parsed.cluster)
@@ -36,20 +36,37 @@ def run(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def run_down(parsed: argparse.Namespace) -> int:
+    """Stops the named cluster, or the only one that runs."""
+    folder = _running_folder(parsed.cluster) if parsed.cluster else only_running_cluster()
+    take_down(Console(), attached(folder))
+    return 0
+
+
+def _running_folder(name_or_path: str) -> RunFolder:
+    running = {folder.name: folder for folder in running_clusters()}
+    if name_or_path in running:
+        return running[name_or_path]
+    folder = run_folder(load_cluster(name_or_path).name)
+    if folder.name not in running:
+        raise Unavailable(f"{folder.name} doesn't run on this machine")
+    return folder
+
+
 def bring_up(console: Console, name_or_path: str) -> LocalCluster:
-    """Imports the models, starts every process, and returns once all serve."""
+    """Imports the models, starts every process, and returns when all serve."""
     described = load_cluster(name_or_path)
     folder = run_folder(described.name)
-    with folder.claimed():
+    with folder.locked():
         cluster = prepared(described, folder)
-        import_models(cluster.cluster, lambda name, place: _show(console, name, place))
+        import_models(cluster.cluster, lambda name, model_folder: _show(console, name, model_folder))
         with console.status(f"starting {', '.join(cluster.names)}"):
             cluster.start_all(lambda name, seconds: _show_serving(console, cluster, name, seconds))
     return cluster
 
 
 def take_down(console: Console, cluster: LocalCluster) -> None:
-    """Stops every process; a second Ctrl-C doesn't wait for running answers."""
+    """Stops every process; a second Ctrl-C kills those that still drain."""
     with console.status("stopping"):
         try:
             cluster.stop()
@@ -59,17 +76,17 @@ def take_down(console: Console, cluster: LocalCluster) -> None:
 
 
 def watch(console: Console, cluster: LocalCluster) -> None:
-    """Reports a shard that ends; raises Unavailable once the gateway has ended."""
+    """Prints when a shard has ended; raises Unavailable when the gateway has."""
     watched = list(cluster.names)
     while True:
         for name in list(watched):
             try:
                 cluster.check_running(name)
-            except Unavailable as ended:
+            except Unavailable as error:
                 if name == GATEWAY:
                     raise
                 watched.remove(name)
-                console.print(str(ended), style="red", highlight=False, markup=False)
+                console.print(str(error), style="red", highlight=False, markup=False)
         time.sleep(WATCH_SECONDS)
 
 
@@ -79,11 +96,11 @@ def _announce(console: Console, cluster: LocalCluster, ending: str) -> None:
 
 
 def _show_serving(console: Console, cluster: LocalCluster, name: str, seconds: float) -> None:
-    part = ""
+    layers = ""
     if name != GATEWAY:
         shard = cluster.cluster.shard(name)
-        part = f"{shard.role} layers {shard.layers[0]}–{shard.layers[1] - 1}"
-    _show(console, f"{name:<12} {part:<22} {cluster.address(name):<22}", f"{seconds:5.1f} s")
+        layers = f"{shard.role} layers {shard.layers[0]}–{shard.layers[1] - 1}"
+    _show(console, f"{name:<12} {layers:<22} {cluster.address(name):<22}", f"{seconds:5.1f} s")
 
 
 def _show(console: Console, what: str, detail: str) -> None:
@@ -92,14 +109,14 @@ def _show(console: Console, what: str, detail: str) -> None:
 
 @contextmanager
 def _interrupted_by(*numbers: signal.Signals) -> Iterator[None]:
-    """Makes these signals what Ctrl-C is."""
+    """Makes these signals raise KeyboardInterrupt, as Ctrl-C does."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in numbers}
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

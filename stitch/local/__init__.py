@@ -1,1 +1,1 @@
-"""A whole cluster on this machine: its ports, its processes, its state between two commands. Knows no model."""
+"""A whole cluster on this machine: its ports, its processes, and its files between two commands."""

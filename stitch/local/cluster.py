@@ -1,17 +1,19 @@
-"""Brings a cluster up on this machine and down again. Doesn't know how it is shown to a person."""
+"""Starts a cluster on this machine and stops it: free ports first, then its shards and its gateway as processes."""
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from stitch.cluster import ClusterConfig
-from stitch.errors import Unavailable
+from stitch.cluster import ClusterConfig, GatewayConfig, ShardConfig
+from stitch.errors import InvalidRequest, Unavailable
 from stitch.local.health import serves
-from stitch.local.ports import with_ports
 from stitch.local.processes import LocalProcess, spawn, stop
 from stitch.local.run_folder import RunFolder
 from stitch.tls import load_tls
@@ -20,16 +22,18 @@ GATEWAY = "gateway"
 POLL_SECONDS = 0.1
 # Long enough for a large model from a slow disk.
 START_SECONDS = 600.0
-# More than the half minute that a gateway gives to running answers.
+# Longer than the 30 s in which a gateway drains.
 GRACE_SECONDS = 40.0
 
 Serving = Callable[[str, float], None]
-"""Told the name of a process that serves from now on, and the seconds since the start."""
+"""Called with the name of each process when it serves, and the seconds since the start."""
+
+Endpoint = TypeVar("Endpoint", ShardConfig, GatewayConfig)
 
 
 @dataclass(slots=True)
 class LocalCluster:
-    """The processes of one cluster, by name: its shards, then `gateway`."""
+    """The processes of one cluster by name: its shards, then `gateway`."""
 
     folder: RunFolder
     cluster: ClusterConfig
@@ -37,7 +41,7 @@ class LocalCluster:
 
     @property
     def gateway(self) -> str:
-        """Where clients reach it, `host:port`."""
+        """The address for clients, `host:port`."""
         return self.cluster.gateway.address
 
     @property
@@ -45,33 +49,33 @@ class LocalCluster:
         return [*(shard.name for shard in self.cluster.shards), GATEWAY]
 
     def address(self, name: str) -> str:
-        """Where that process listens, `host:port`."""
+        """The address of that process, `host:port`."""
         return self.gateway if name == GATEWAY else self.cluster.shard(name).address
 
     def metrics_port(self, name: str) -> int:
-        place = self.cluster.gateway if name == GATEWAY else self.cluster.shard(name)
-        return place.metrics_port
+        config = self.cluster.gateway if name == GATEWAY else self.cluster.shard(name)
+        return config.metrics_port
 
     def start(self, name: str) -> None:
-        """Starts that process, and remembers it for later commands."""
+        """Starts that process and records it for later commands."""
         file = str(self.folder.cluster_file)
         module = "router_gateway.cli" if name == GATEWAY else "stitch_server.cli"
         arguments = ["run", file] if name == GATEWAY else ["run", file, "--shard", name]
         self.processes[name] = spawn(name, module, arguments, self.folder.log(name))
         self.folder.record(self.processes.values())
 
-    def start_all(self, serving: Serving, timeout_seconds: float = START_SECONDS) -> None:
-        """Starts every process and waits until all serve; where one doesn't, none is left."""
+    def start_all(self, on_serving: Serving, timeout_seconds: float = START_SECONDS) -> None:
+        """Starts every process and waits until all serve; stops all where one doesn't."""
         try:
             for name in self.names:
                 self.start(name)
-            self.wait_until_serving(self.names, serving, timeout_seconds)
+            self.wait_until_serving(self.names, on_serving, timeout_seconds)
         except BaseException:
             self.stop(grace_seconds=1.0)
             raise
 
-    def wait_until_serving(self, names: list[str], serving: Serving, timeout_seconds: float = START_SECONDS) -> None:
-        """Waits for those processes; Unavailable where one ends instead, or the time is over."""
+    def wait_until_serving(self, names: list[str], on_serving: Serving, timeout_seconds: float = START_SECONDS) -> None:
+        """Waits until those processes serve; raises Unavailable where one ends instead, or the time is over."""
         begin = time.monotonic()
         tls = load_tls(self.cluster.tls, self.cluster.folder)
         credentials = tls.client() if tls else None
@@ -81,13 +85,13 @@ class LocalCluster:
                 self.check_running(name)
                 if serves(self.address(name), credentials):
                     waiting.remove(name)
-                    serving(name, time.monotonic() - begin)
+                    on_serving(name, time.monotonic() - begin)
             if waiting and time.monotonic() - begin > timeout_seconds:
                 raise Unavailable(f"{', '.join(waiting)} did not serve within {timeout_seconds:g} s")
             time.sleep(POLL_SECONDS)
 
     def check_running(self, name: str) -> None:
-        """Unavailable, with the end of its log, where that process has ended."""
+        """Raises Unavailable with the end of the log where that process has ended."""
         process = self.processes[name]
         if not process.running():
             ending = "" if process.exit_code is None else f" with exit code {process.exit_code}"
@@ -95,7 +99,7 @@ class LocalCluster:
             raise Unavailable(f"{name} has ended{ending}; {log}")
 
     def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
-        """Stops what runs, and forgets it: the gateway first, so that the shards have no answers left to finish."""
+        """Stops every process and deletes the record: the gateway first, which drains while the shards still serve."""
         gateway = [process for name, process in self.processes.items() if name == GATEWAY]
         shards = [process for name, process in self.processes.items() if name != GATEWAY]
         stop(gateway, grace_seconds)
@@ -104,7 +108,7 @@ class LocalCluster:
 
 
 def prepared(cluster: ClusterConfig, folder: RunFolder) -> LocalCluster:
-    """The cluster with its ports found and its file written, and no process yet.
+    """A cluster with free ports and a written cluster file, before any process starts.
 
     Raises Unavailable where it runs already.
     """
@@ -117,14 +121,14 @@ def prepared(cluster: ClusterConfig, folder: RunFolder) -> LocalCluster:
 
 
 def attached(folder: RunFolder) -> LocalCluster:
-    """A cluster that an earlier command has started."""
+    """The cluster that an earlier command has started."""
     return LocalCluster(folder, folder.cluster(), {process.name: process for process in folder.processes()})
 
 
 def import_models(cluster: ClusterConfig, imported: Callable[[str, str], None]) -> None:
-    """Makes every model ready to load; the importer's progress goes to standard error as it comes.
+    """Imports both models, so that shards can load them; the importer reports its progress on standard error.
 
-    `imported` is told each model's id and folder. Raises Unavailable where one can't be had.
+    Calls `imported` with each model's id and folder. Raises Unavailable where an import fails.
     """
     for source, name in {model.source: model.id for model in (cluster.models.bottom, cluster.models.top)}.items():
         command = [sys.executable, "-m", "stitch_server.cli", "import", source]
@@ -132,3 +136,35 @@ def import_models(cluster: ClusterConfig, imported: Callable[[str, str], None]) 
         if result.returncode != 0:
             raise Unavailable(f"the model {source} could not be imported")
         imported(name, result.stdout.strip())
+
+
+def with_ports(cluster: ClusterConfig) -> ClusterConfig:
+    """The cluster with a free port in place of every 0.
+
+    Raises InvalidRequest for an address that is not of this machine, or whose port is in use.
+    """
+    # Every port stays bound until the last one is found; otherwise two processes could get the same.
+    with ExitStack() as bound:
+        shards = tuple(_with_ports(bound, shard.name, shard) for shard in cluster.shards)
+        gateway = _with_ports(bound, GATEWAY, cluster.gateway)
+    return cluster.model_copy(update={"shards": shards, "gateway": gateway})
+
+
+def _with_ports(bound: ExitStack, name: str, config: Endpoint) -> Endpoint:
+    host, _, port = config.address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise InvalidRequest(f"{name}.address", config.address, "it must be host:port")
+    address = f"{host}:{_bind(bound, f'{name}.address', host, int(port))}"
+    metrics_port = _bind(bound, f"{name}.metrics_port", host, config.metrics_port)
+    return config.model_copy(update={"address": address, "metrics_port": metrics_port})
+
+
+def _bind(bound: ExitStack, field: str, host: str, port: int) -> int:
+    """Binds the port, any free one for 0, until `bound` closes."""
+    bare = host.removeprefix("[").removesuffix("]")
+    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+    try:
+        listener = bound.enter_context(socket.create_server((bare, port), family=family))
+    except OSError as error:
+        raise InvalidRequest(field, f"{host}:{port}", f"this machine can't listen there: {error.strerror}") from error
+    return int(listener.getsockname()[1])

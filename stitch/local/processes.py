@@ -1,4 +1,4 @@
-"""Processes that outlive the command that started them: spawn, watch, signal, stop. Doesn't know what they do."""
+"""Processes that outlive the command that started them: it spawns, signals, awaits and stops them."""
 
 from __future__ import annotations
 
@@ -10,37 +10,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 POLL_SECONDS = 0.05
-# The system takes its time to give back a large process's memory.
+# Freeing the memory of a large process takes seconds.
 KILLED_SECONDS = 20.0
 
 
 @dataclass(slots=True)
 class LocalProcess:
-    """A process by its id and its birth, so that another one that got the same id later is not mistaken for it."""
+    """A process by its id and its start time, since the system may give the same id to another process later."""
 
     name: str
     pid: int
-    # Clock ticks since the machine started; None on systems without /proc.
-    birth: int | None
-    # Known once a child of this program has ended; negative: the signal that ended it.
+    # Seconds from the machine's boot to the process's start; None: it had ended before this was read.
+    start_seconds: float | None
+    # Set when a child of this program has ended; negative: the signal that ended it.
     exit_code: int | None = field(default=None, compare=False)
 
     def running(self) -> bool:
-        """Whether it runs still."""
+        """Whether the process still runs."""
         if self.exit_code is not None:
             return False
         if self._is_child():
             return self.exit_code is None
-        return _birth(self.pid) == self.birth if Path("/proc/self").exists() else _exists(self.pid)
+        return self.start_seconds is not None and start_seconds(self.pid) == self.start_seconds
 
     def send(self, number: signal.Signals) -> None:
-        """Sends a signal, if it still runs."""
+        """Sends a signal if the process still runs."""
         if self.running():
             os.kill(self.pid, number)
 
     def wait(self, timeout_seconds: float) -> bool:
-        """Whether it has ended within that time."""
+        """Waits for the process to end; returns whether it did within that time."""
         deadline = time.monotonic() + timeout_seconds
         while self.running():
             if time.monotonic() > deadline:
@@ -49,7 +51,7 @@ class LocalProcess:
         return True
 
     def _is_child(self) -> bool:
-        """Whether this program has started it; notes its exit code where it has just ended."""
+        """Whether this program is its parent; sets the exit code where the process has just ended."""
         try:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
         except ChildProcessError:
@@ -68,16 +70,16 @@ def spawn(name: str, module: str, arguments: Sequence[str], log: Path) -> LocalP
         (os.POSIX_SPAWN_OPEN, 1, str(log), append, 0o644),
         (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
-    # A session of its own: Ctrl-C in the terminal reaches this program alone, which then stops the others in order.
+    # Ctrl-C in the terminal signals the session of this program alone, which then stops the processes in order.
     pid = os.posix_spawn(sys.executable, command, os.environ, file_actions=redirections, setsid=True)
-    return LocalProcess(name, pid, _birth(pid))
+    return LocalProcess(name, pid, start_seconds(pid))
 
 
 def stop(processes: Sequence[LocalProcess], grace_seconds: float) -> None:
-    """Stops them together: SIGTERM in their order, and SIGKILL for those that still run after the grace time."""
+    """Stops processes together: SIGTERM in their order, SIGKILL for those that still run after the grace time."""
     for process in processes:
         process.send(signal.SIGTERM)
-        # A process that is paused gets the SIGTERM once it goes on.
+        # A paused process receives SIGTERM only when it continues.
         process.send(signal.SIGCONT)
     deadline = time.monotonic() + grace_seconds
     for process in processes:
@@ -86,20 +88,13 @@ def stop(processes: Sequence[LocalProcess], grace_seconds: float) -> None:
             process.wait(KILLED_SECONDS)
 
 
-def _birth(pid: int) -> int | None:
-    """When the process began; None where it is gone, or only its exit status is left."""
+def start_seconds(pid: int) -> float | None:
+    """Seconds from the machine's boot to the start of the process; None where it is gone or a zombie."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+        process = psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return None
+        # Counted from the boot it stays the same when somebody sets the system's clock. Linux counts hundredths.
+        return round(process.create_time() - psutil.boot_time(), 2)
+    except psutil.NoSuchProcess:
         return None
-    # The name in parentheses may contain anything; state is field 3, start time field 22 (proc(5)).
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

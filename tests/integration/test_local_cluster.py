@@ -66,7 +66,7 @@ def test_a_cluster_that_runs_is_not_started_twice() -> None:
 
 def test_stale_state_is_no_hindrance() -> None:
     cluster = local()
-    cluster.folder.record([LocalProcess(GATEWAY, pid=2**22 + 1, birth=1)])
+    cluster.folder.record([LocalProcess(GATEWAY, pid=2**22 + 1, start_seconds=1.0)])
     local().start_all(ignore, START_SECONDS)
     attached(run_folder("smollm2")).stop()
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from stitch.cli.connection import gateway_of
 from stitch.client import Answer, Client
 from stitch.cluster import load_cluster
 from stitch.local.cluster import GATEWAY, LocalCluster, import_models, prepared
@@ -28,7 +27,7 @@ class Cluster:
 
     def __init__(self, local: LocalCluster) -> None:
         self._local = local
-        self.client = Client(*gateway_of(local.cluster))
+        self.client = Client(*local.cluster.gateway_endpoint)
 
     @property
     def gateway(self) -> str:

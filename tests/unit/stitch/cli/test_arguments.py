@@ -1,4 +1,4 @@
-"""Flags become fields of a request. Knows no gateway."""
+"""Flags become fields of a request."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def parsed(*arguments: str) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def test_what_is_not_given_is_absent() -> None:
+def test_request_fields_omits_flags_not_given() -> None:
     assert request_fields(parsed()) == {}
 
 
-def test_zero_is_given() -> None:
+def test_request_fields_keeps_zero() -> None:
     assert request_fields(parsed("--temperature", "0", "--logprobs", "0")) == {"temperature": 0.0, "logprobs": 0}
 
 
-def test_every_flag_is_a_field() -> None:
+def test_request_fields_has_every_flag() -> None:
     fields = request_fields(
         parsed(
             *("--route", "weak", "--max-tokens", "3", "--temperature", "0.5", "--top-k", "4", "--top-p", "0.9"),
@@ -45,17 +45,17 @@ def test_every_flag_is_a_field() -> None:
     assert request.objectives == inference_pb2.Objectives(max_ttft_seconds=0.5, max_cost=0.9, min_quality=-0.5)
 
 
-def test_lengths_are_sorted_and_different() -> None:
+def test_lengths_are_sorted_and_distinct() -> None:
     assert lengths("64,32,64") == (32, 64)
 
 
 @pytest.mark.parametrize("text", ["32", "32,32", "0,32"])
-def test_a_line_needs_two_lengths(text: str) -> None:
+def test_lengths_refuses_fewer_than_two(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         lengths(text)
 
 
-def test_a_count_is_at_least_one() -> None:
+def test_positive_refuses_zero() -> None:
     assert positive("1") == 1
     with pytest.raises(argparse.ArgumentTypeError, match="0 is not at least 1"):
         positive("0")

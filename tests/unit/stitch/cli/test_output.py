@@ -1,4 +1,4 @@
-"""Judgements and answers as lines of text. Knows no terminal."""
+"""Route decisions and answers as lines of text."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import pytest
 
 from stitch.cli.output import (
     decision_line,
-    line_text,
     millions,
     seconds,
     stages_line,
     timing_line,
     tokens_per_second,
 )
-from stitch.cli.ttft_samples import Line
 from stitch.client import Answer, RouteDecision
 
 ANSWER = Answer(
@@ -33,29 +31,29 @@ ANSWER = Answer(
 )
 
 
-def test_a_judgement_has_route_score_and_reason() -> None:
+def test_decision_line_has_route_score_and_reason() -> None:
     assert decision_line(RouteDecision("weak", 0.125, "6 words", 7)) == "route weak · score 0.12 · 6 words"
     assert decision_line(ANSWER) == "route weak · score 0.12 · 6 words"
 
 
-def test_times_are_said_with_the_tokens() -> None:
+def test_timing_line_has_tokens_and_durations() -> None:
     assert timing_line(ANSWER) == (
         "7 prompt tokens · 11 generated (length) · first token 500 ms · total 2.50 s · 5.0 tokens/s"
     )
 
 
-def test_the_pace_leaves_the_first_token_out() -> None:
+def test_tokens_per_second_excludes_first_token() -> None:
     assert tokens_per_second(ANSWER) == 5.0
 
 
 @pytest.mark.parametrize("change", [{"ttft_seconds": None}, {"generated_tokens": 1}, {"total_seconds": 0.5}])
-def test_where_nothing_follows_there_is_no_pace(change: dict[str, float]) -> None:
+def test_tokens_per_second_is_none_without_further_tokens(change: dict[str, float]) -> None:
     answer = replace(ANSWER, **change)  # type: ignore[arg-type]
     assert tokens_per_second(answer) is None
     assert "tokens/s" not in timing_line(answer)
 
 
-def test_stages_are_named() -> None:
+def test_stages_line_names_stages() -> None:
     assert stages_line(ANSWER) == "route 0.4 ms · bottom prefill 250 ms"
 
 
@@ -63,21 +61,10 @@ def test_stages_are_named() -> None:
     ("duration", "text"),
     [(None, "–"), (0.0, "0 ms"), (0.00123, "1.23 ms"), (0.4567, "457 ms"), (12.345, "12.35 s"), (-1e-6, "0 ms")],
 )
-def test_a_duration_has_a_readable_unit(duration: float | None, text: str) -> None:
+def test_seconds_chooses_unit(duration: float | None, text: str) -> None:
     assert seconds(duration) == text
 
 
 @pytest.mark.parametrize(("count", "text"), [(134_515_008, "134.5 M"), (1_543_714_304, "1.54 B")])
-def test_parameters_are_counted_in_millions(count: int, text: str) -> None:
+def test_millions_chooses_unit(count: int, text: str) -> None:
     assert millions(count) == text
-
-
-@pytest.mark.parametrize(
-    ("line", "text"),
-    [
-        (Line(0.0025, 0.09, 0.998), "2.50 ms a token + 90 ms, R² 0.998"),
-        (Line(0.0025, -0.09, 1.0), "2.50 ms a token − 90 ms, R² 1.000"),
-    ],
-)
-def test_a_line_is_a_formula(line: Line, text: str) -> None:
-    assert line_text(line) == text

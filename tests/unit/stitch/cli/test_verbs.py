@@ -1,4 +1,4 @@
-"""Verbs that ask a gateway, from their arguments to what they print. The gateway has no model."""
+"""Verbs against a fake gateway, from their arguments to their output."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ def ask(gateway: FakeGateway, *arguments: str) -> int:
     return main(["ask", *arguments, "--gateway", gateway.address])
 
 
-def test_an_answer_comes_between_its_judgement_and_its_times(
-    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ask_prints_decision_answer_and_durations(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
     assert ask(gateway, "to be [bold]or[/] not") == 0
     assert capsys.readouterr().out.splitlines() == [
         "route weak · score 0.25 · 4 words",
@@ -40,9 +38,7 @@ def test_an_answer_comes_between_its_judgement_and_its_times(
     ]
 
 
-def test_json_is_one_object_with_the_documented_fields(
-    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ask_json_prints_documented_fields(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
     assert ask(gateway, "to be", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {
         "text": "echo: to be",
@@ -59,29 +55,29 @@ def test_json_is_one_object_with_the_documented_fields(
     }
 
 
-def test_a_question_is_a_conversation_of_one_turn(gateway: FakeGateway) -> None:
+def test_ask_sends_system_message_and_question(gateway: FakeGateway) -> None:
     assert ask(gateway, "hi", "--system", "Be brief.") == 0
     turns = gateway.requests[0].chat.messages
     assert [(turn.role, turn.content) for turn in turns] == [("system", "Be brief."), ("user", "hi")]
 
 
-def test_a_plain_prompt_is_sent_as_it_is(gateway: FakeGateway) -> None:
+def test_ask_plain_sends_prompt_unchanged(gateway: FakeGateway) -> None:
     assert ask(gateway, "hi", "--plain") == 0
     assert gateway.requests[0].prompt == "hi"
 
 
-def test_a_plain_prompt_has_no_system_message(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ask_plain_refuses_system_message(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
     assert ask(gateway, "hi", "--plain", "--system", "x") == 1
     assert capsys.readouterr().err == "stitch: --system is 'x', but --plain sends no conversation\n"
 
 
-def test_a_question_is_read_from_standard_input(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ask_reads_question_from_standard_input(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nthere"))
     assert ask(gateway, "-") == 0
     assert gateway.requests[0].chat.messages[0].content == "hi\nthere"
 
 
-def test_flags_reach_the_gateway(gateway: FakeGateway) -> None:
+def test_ask_sends_flags(gateway: FakeGateway) -> None:
     assert ask(gateway, "hi", "--route", "strong", "--max-tokens", "1", "--temperature", "0.5", "--stop", "x") == 0
     (request,) = gateway.requests
     assert (request.route, request.sampling.max_tokens, request.sampling.temperature) == ("strong", 1, 0.5)
@@ -97,27 +93,27 @@ def test_flags_reach_the_gateway(gateway: FakeGateway) -> None:
         (["", "--plain"], "prompt is '', but it must not be empty"),
     ],
 )
-def test_what_is_refused_is_said_in_one_sentence(
+def test_ask_prints_refusal_in_one_sentence(
     gateway: FakeGateway, capsys: pytest.CaptureFixture[str], arguments: list[str], error: str
 ) -> None:
     assert ask(gateway, *arguments) == 1
     assert capsys.readouterr() == ("", f"stitch: {error}\n")
 
 
-def test_a_deadline_is_said(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ask_prints_deadline(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
     gateway.stall_before_word = 0
     assert ask(gateway, "hi", "--timeout", "0.2") == 1
     assert "Deadline Exceeded" in capsys.readouterr().err
 
 
-def test_a_failure_that_is_none_of_ours_is_said(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ask_prints_unknown_rpc_error(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
     gateway.failure = lambda request: 1 / 0  # type: ignore[return-value, assignment]
     assert ask(gateway, "hi") == 1
     assert capsys.readouterr().err.startswith("stitch: the gateway failed: Exception iterating responses")
 
 
 class TestChat:
-    """Turns of a conversation, typed in advance."""
+    """`stitch chat` with typed lines."""
 
     @pytest.fixture
     def talk(self, gateway: FakeGateway) -> Iterator[Conversation]:
@@ -134,41 +130,39 @@ class TestChat:
             except StopIteration:
                 raise EOFError from None
 
-        talk.hold(read_line)
+        talk.run(read_line)
 
     @staticmethod
     def asked(gateway: FakeGateway) -> list[list[str]]:
         return [[turn.content for turn in request.chat.messages] for request in gateway.requests]
 
-    def test_every_question_carries_what_was_said(self, talk: Conversation, gateway: FakeGateway) -> None:
+    def test_chat_sends_previous_turns(self, talk: Conversation, gateway: FakeGateway) -> None:
         self.hold(talk, "a", "", "b")
         assert self.asked(gateway) == [["Be brief.", "a"], ["Be brief.", "a", "echo: Be brief. a", "b"]]
         assert [turn.role for turn in gateway.requests[1].chat.messages] == ["system", "user", "assistant", "user"]
 
-    def test_a_new_conversation_forgets(self, talk: Conversation, gateway: FakeGateway) -> None:
+    def test_new_clears_turns(self, talk: Conversation, gateway: FakeGateway) -> None:
         self.hold(talk, "a", "/new", "b")
         assert self.asked(gateway)[1] == ["Be brief.", "b"]
 
-    def test_a_route_stays_until_it_is_changed(self, talk: Conversation, gateway: FakeGateway) -> None:
+    def test_route_holds_until_changed(self, talk: Conversation, gateway: FakeGateway) -> None:
         self.hold(talk, "a", "/route strong", "b", "c", "/route", "d")
         assert [request.route for request in gateway.requests] == ["", "strong", "strong", "auto"]
 
-    def test_every_conversation_has_one_name(self, talk: Conversation, gateway: FakeGateway) -> None:
+    def test_conversation_keeps_name_until_new_or_route(self, talk: Conversation, gateway: FakeGateway) -> None:
         self.hold(talk, "a", "b", "/new", "c", "/route strong", "d", "e")
         names = [request.conversation_id for request in gateway.requests]
         assert "" not in names
         assert [names.index(name) for name in names] == [0, 0, 2, 3, 3]
 
-    def test_a_failure_ends_its_turn_alone(self, talk: Conversation, gateway: FakeGateway) -> None:
+    def test_failure_drops_turn(self, talk: Conversation, gateway: FakeGateway) -> None:
         failures = iter([Unavailable("top-0 is gone")])
         gateway.failure = lambda request: next(failures, None)
         self.hold(talk, "a", "b")
         assert self.asked(gateway) == [["Be brief.", "a"], ["Be brief.", "b"]]
         assert "top-0 is gone" in talk.console.file.getvalue()  # type: ignore[attr-defined]
 
-    def test_ctrl_c_ends_its_turn_alone(
-        self, talk: Conversation, gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_ctrl_c_drops_turn(self, talk: Conversation, gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupt(console: object, stream: object) -> None:
             monkeypatch.undo()
             raise KeyboardInterrupt
@@ -177,12 +171,12 @@ class TestChat:
         self.hold(talk, "a", "b")
         assert self.asked(gateway) == [["Be brief.", "b"]]
 
-    def test_quit_and_help_ask_nothing(self, talk: Conversation, gateway: FakeGateway) -> None:
+    def test_quit_and_help_send_nothing(self, talk: Conversation, gateway: FakeGateway) -> None:
         self.hold(talk, "/help", "/quit", "a")
         assert gateway.requests == []
         assert "/route" in talk.console.file.getvalue()  # type: ignore[attr-defined]
 
-    def test_the_command_reads_standard_input(
+    def test_chat_reads_standard_input(
         self, gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
@@ -191,7 +185,7 @@ class TestChat:
 
 
 class TestBatch:
-    """A file in, a file out."""
+    """`stitch batch` from file to file."""
 
     @staticmethod
     def batch(gateway: FakeGateway, folder: Path, *arguments: str) -> int:
@@ -202,7 +196,7 @@ class TestBatch:
     def written(folder: Path) -> list[dict[str, object]]:
         return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
 
-    def test_every_line_is_answered(
+    def test_batch_answers_every_line(
         self, gateway: FakeGateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "max_tokens": 1}\n')
@@ -213,7 +207,7 @@ class TestBatch:
         ]
         assert capsys.readouterr() == ("", f"2 answered, 0 failed: {tmp_path / 'out.jsonl'}\n")
 
-    def test_a_bad_line_makes_it_1(
+    def test_batch_with_invalid_line_exits_with_1(
         self, gateway: FakeGateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\nnonsense\n')
@@ -221,13 +215,13 @@ class TestBatch:
         assert ["error" in line for line in self.written(tmp_path)] == [False, True]
         assert capsys.readouterr().err.startswith("1 answered, 1 failed: ")
 
-    def test_resuming_asks_for_what_is_missing(self, gateway: FakeGateway, tmp_path: Path) -> None:
+    def test_batch_resume_requests_missing_lines(self, gateway: FakeGateway, tmp_path: Path) -> None:
         (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"}\n')
         (tmp_path / "out.jsonl").write_text('{"line": 1, "text": "kept"}\n{"line": 2, "error": {}}\n')
         assert self.batch(gateway, tmp_path, "--resume") == 0
         assert [line["text"] for line in self.written(tmp_path)] == ["kept", "echo: b", "echo: c"]
 
-    async def test_ctrl_c_keeps_what_is_answered(self, gateway: FakeGateway, tmp_path: Path) -> None:
+    async def test_ctrl_c_keeps_finished_answers(self, gateway: FakeGateway, tmp_path: Path) -> None:
         gateway.stall_before_word = 2
         out, draft = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
         (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b c d"}\n{"prompt": "e"}\n')
@@ -242,14 +236,14 @@ class TestBatch:
         assert [line["text"] for line in self.written(tmp_path)] == ["echo: a", "kept"]
         assert await asyncio.to_thread(gateway.cancelled.wait, WAIT_SECONDS)
 
-    def test_a_file_that_is_not_there_is_said(
+    def test_batch_prints_missing_file(
         self, gateway: FakeGateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert self.batch(gateway, tmp_path) == 1
         assert "No such file or directory" in capsys.readouterr().err
         assert not (tmp_path / "out.jsonl").exists()
 
-    def test_an_empty_file_has_no_outcome(self, gateway: FakeGateway, tmp_path: Path) -> None:
+    def test_batch_of_empty_file_is_empty(self, gateway: FakeGateway, tmp_path: Path) -> None:
         (tmp_path / "in.jsonl").write_text("")
         assert self.batch(gateway, tmp_path) == 0
         assert (tmp_path / "out.jsonl").read_text() == ""
@@ -265,7 +259,7 @@ def test_status_shows_models_routes_and_shards(gateway: FakeGateway, capsys: pyt
     assert "top-1 top 13–23 127.0.0.1:7003 cpu float32 – away" in shown
 
 
-def test_status_as_json_says_what_is_false_too(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_json_includes_false_values(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--json", "--gateway", gateway.address]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["gateway"] == gateway.address
@@ -274,20 +268,20 @@ def test_status_as_json_says_what_is_false_too(gateway: FakeGateway, capsys: pyt
 
 
 class TestTtft:
-    """Measured times as tables and files."""
+    """`stitch ttft` as tables and files."""
 
     @pytest.fixture(autouse=True)
     def slopes(self, gateway: FakeGateway) -> None:
         gateway.ttft_seconds = lambda route, tokens: 0.1 + tokens * (0.002 if route == "strong" else 0.001)
 
-    def test_medians_and_lines_are_printed(self, gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_ttft_prints_medians_and_lines(self, gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["ttft", "--lengths", "4,8", "--repeat", "1", "--gateway", gateway.address]) == 0
         shown = " ".join(capsys.readouterr().out.split())
         assert "prompt tokens weak strong" in shown
         assert "4 104 ms 108 ms 8 108 ms 116 ms" in shown
         assert "weak 1.000 100 ms 1.0000 strong 2.000 100 ms 1.0000" in shown
 
-    def test_files_are_written(self, gateway: FakeGateway, tmp_path: Path) -> None:
+    def test_ttft_writes_files(self, gateway: FakeGateway, tmp_path: Path) -> None:
         plot, data = tmp_path / "new" / "ttft.png", tmp_path / "ttft.json"
         arguments = ["--lengths", "4,8", "--repeat", "2", "--out", str(plot), "--json", str(data)]
         assert main(["ttft", *arguments, "--gateway", gateway.address]) == 0
@@ -296,10 +290,10 @@ class TestTtft:
         assert (written["cluster"], len(written["samples"])) == ("fake", 8)
         assert written["lines"]["strong"]["slope_seconds"] == pytest.approx(0.002)
 
-    def test_without_matplotlib_the_tables_remain(
+    def test_ttft_without_matplotlib_prints_tables(
         self, gateway: FakeGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setitem(sys.modules, "stitch.cli.ttft_plot", None)
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         plot = tmp_path / "ttft.png"
         arguments = ["--lengths", "4,8", "--repeat", "1", "--out", str(plot), "--gateway", gateway.address]
         assert main(["ttft", *arguments]) == 0
@@ -308,7 +302,7 @@ class TestTtft:
         assert "ms per token" in shown
         assert not plot.exists()
 
-    def test_lengths_beyond_the_context_are_refused(
+    def test_ttft_refuses_lengths_beyond_context(
         self, gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["ttft", "--lengths", "40000,50000", "--gateway", gateway.address]) == 1

@@ -1,4 +1,4 @@
-"""Whether a process serves, asked the standard way. Knows no process of the product."""
+"""The health check of a process, against the standard servicer."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ def address(servicer: health.HealthServicer) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("status", "expected"), [("SERVING", True), ("NOT_SERVING", False), ("UNKNOWN", False)])
-def test_only_serving_is_serving(servicer: health.HealthServicer, address: str, status: str, expected: bool) -> None:
+def test_serves_is_true_for_status_serving_alone(
+    servicer: health.HealthServicer, address: str, status: str, expected: bool
+) -> None:
     servicer.set("", health_pb2.HealthCheckResponse.ServingStatus.Value(status))
     assert serves(address) is expected
 
 
-def test_nobody_there_does_not_serve() -> None:
+def test_serves_is_false_without_process() -> None:
     assert not serves("127.0.0.1:1")
 
 
-def test_one_that_knows_no_health_does_not_serve(gateway: FakeGateway) -> None:
+def test_serves_is_false_without_health_service(gateway: FakeGateway) -> None:
     assert not serves(gateway.address)

@@ -1,4 +1,4 @@
-"""What `up` leaves behind is found again, and what is stale is recognised. Knows no network."""
+"""The run folder restores a cluster and recognises stale records."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import pytest
 
 from stitch.cluster import ClusterConfig, load_cluster
 from stitch.errors import InvalidRequest, Unavailable
-from stitch.local.processes import LocalProcess
-from stitch.local.run_folder import RunFolder, run_folder, running_clusters, the_running_cluster
+from stitch.local.processes import LocalProcess, start_seconds
+from stitch.local.run_folder import RunFolder, only_running_cluster, run_folder, running_clusters
 
 pytestmark = pytest.mark.usefixtures("cache")
 
 
 def this_process(name: str = "gateway") -> LocalProcess:
-    stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    return LocalProcess(name, os.getpid(), int(stat[19]))
+    return LocalProcess(name, os.getpid(), start_seconds(os.getpid()))
 
 
 def gone(name: str = "gateway") -> LocalProcess:
-    return LocalProcess(name, pid=2**22 + 1, birth=1)
+    return LocalProcess(name, pid=2**22 + 1, start_seconds=1.0)
 
 
 def begun(name: str = "smollm2", processes: tuple[LocalProcess, ...] = ()) -> RunFolder:
@@ -32,11 +31,11 @@ def begun(name: str = "smollm2", processes: tuple[LocalProcess, ...] = ()) -> Ru
     return folder
 
 
-def test_a_cluster_s_state_has_a_folder_in_the_cache(tmp_path: Path) -> None:
+def test_run_folder_is_in_cache(tmp_path: Path) -> None:
     assert run_folder("pair").path == tmp_path / "cache" / "run" / "pair"
 
 
-def test_the_cluster_file_means_the_same_in_its_new_place() -> None:
+def test_written_cluster_file_has_absolute_stitch_paths() -> None:
     preset = load_cluster("smollm2")
     found = begun().cluster()
     assert found.stitch_file(found.route("weak")) == (preset.folder / "stitches/smollm2-15-20.safetensors").resolve()
@@ -45,7 +44,7 @@ def test_the_cluster_file_means_the_same_in_its_new_place() -> None:
     assert found.model_dump(exclude=unchanged) == preset.model_dump(exclude=unchanged)
 
 
-def test_a_model_s_folder_beside_the_cluster_file_is_found(tmp_path: Path) -> None:
+def test_written_cluster_file_has_absolute_model_folder(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     models = {"bottom": {"id": "a", "source": "tiny"}, "top": {"id": "b", "source": "org/on-the-hub"}}
     fields = {**load_cluster("smollm2").model_dump(mode="json", exclude={"folder"}), "models": models}
@@ -55,7 +54,7 @@ def test_a_model_s_folder_beside_the_cluster_file_is_found(tmp_path: Path) -> No
     assert folder.cluster().models.top.source == "org/on-the-hub"
 
 
-def test_a_probe_beside_the_cluster_file_is_found(tmp_path: Path) -> None:
+def test_written_cluster_file_has_absolute_probe_paths(tmp_path: Path) -> None:
     gateway = {"address": "127.0.0.1:0", "probe": "probe.safetensors", "probe_thresholds": "thresholds.json"}
     fields = {**load_cluster("smollm2").model_dump(mode="json", exclude={"folder"}), "gateway": gateway}
     folder = run_folder("smollm2")
@@ -64,65 +63,67 @@ def test_a_probe_beside_the_cluster_file_is_found(tmp_path: Path) -> None:
     assert folder.cluster().probe_thresholds_file == tmp_path / "thresholds.json"
 
 
-def test_processes_that_run_are_found_again_in_their_order() -> None:
+def test_processes_returns_running_ones_in_order() -> None:
     folder = begun(processes=(this_process("bottom-0"), gone("top-0"), this_process("gateway")))
     assert [process.name for process in folder.processes()] == ["bottom-0", "gateway"]
 
 
-def test_a_cluster_whose_processes_are_gone_does_not_run() -> None:
+def test_running_clusters_omits_cluster_without_processes() -> None:
     begun(processes=(gone(),))
     assert running_clusters() == []
 
 
-def test_the_one_that_runs_is_found() -> None:
+def test_only_running_cluster_returns_it() -> None:
     begun("old", processes=(gone(),))
     folder = begun("new", processes=(this_process(),))
-    assert the_running_cluster() == folder
+    assert only_running_cluster() == folder
 
 
-def test_none_that_runs_is_an_error_with_a_way_out() -> None:
+def test_only_running_cluster_without_any_suggests_stitch_up() -> None:
     with pytest.raises(Unavailable, match="no cluster runs on this machine: start one with `stitch up`"):
-        the_running_cluster()
+        only_running_cluster()
 
 
-def test_several_that_run_are_named_with_their_addresses() -> None:
+def test_only_running_cluster_lists_several_with_addresses() -> None:
     for name in ("a", "b"):
         begun(name, processes=(this_process(),))
     with pytest.raises(InvalidRequest, match=r"several run .*: a \(127.0.0.1:0\), b \(127.0.0.1:0\)"):
-        the_running_cluster()
+        only_running_cluster()
 
 
-def test_what_has_ended_is_forgotten() -> None:
+def test_end_deletes_record_and_can_be_repeated() -> None:
     folder = begun(processes=(this_process(),))
     folder.end()
     folder.end()
     assert folder.processes() == []
 
 
-def test_a_new_run_begins_with_empty_logs() -> None:
+def test_begin_deletes_previous_logs() -> None:
     folder = begun()
     folder.log("top-0").write_text("old")
     begun()
     assert not folder.log("top-0").exists()
 
 
-def test_the_end_of_a_log_is_shown() -> None:
+def test_last_lines_returns_end_of_log() -> None:
     folder = begun()
     folder.log("top-0").write_bytes(b"\n".join(b"line %d" % number for number in range(30)) + b"\n\xff")
     assert folder.last_lines("top-0", 3) == "line 28\nline 29\n�"
     assert folder.last_lines("bottom-0") == ""
 
 
-def test_two_commands_never_start_one_cluster_together() -> None:
-    with run_folder("pair").claimed():
-        with pytest.raises(Unavailable, match="pair is being started by another command"), run_folder("pair").claimed():
+def test_locked_refuses_second_holder() -> None:
+    with run_folder("pair").locked():
+        with pytest.raises(Unavailable, match="pair is being started by another command"), run_folder("pair").locked():
             pass
-        with run_folder("other").claimed():
+        with run_folder("other").locked():
             pass
-    with run_folder("pair").claimed():
+    with run_folder("pair").locked():
         pass
 
 
-def test_the_record_holds_what_tells_processes_apart() -> None:
+def test_record_holds_name_pid_and_start() -> None:
     folder = begun(processes=(gone("top-0"),))
-    assert json.loads((folder.path / "processes.json").read_text()) == [{"name": "top-0", "pid": 2**22 + 1, "birth": 1}]
+    assert json.loads((folder.path / "processes.json").read_text()) == [
+        {"name": "top-0", "pid": 2**22 + 1, "start_seconds": 1.0}
+    ]
