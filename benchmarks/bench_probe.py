@@ -17,8 +17,7 @@ from stitch.cluster import ClusterConfig
 from stitch.sampling import Sampling
 from stitch.thresholds import FixedThresholds
 from stitch_server.build import LoadedStage, load_stage
-from stitch_server.engine.sequence import Sequence
-from stitch_server.engine.types import Batch, Cut, Segment
+from stitch_server.engine.types import Batch, LayerRange, Segment, Session
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.probe import PERCENTILES, Probe, ProbeBinding, features
@@ -39,8 +38,8 @@ class Bottom:
         loaded = load_stage(cluster, cluster.shards[0], CPU)
         decoder, blocks = loaded.decoder, max(LENGTHS) // BLOCK_TOKENS
         self._chunk = cluster.compute.prefill_tokens
-        self._cuts = loaded.cuts
-        self._earliest = Cut(0, cluster.earliest_cut)
+        self._cuts = loaded.layer_ranges
+        self._earliest = LayerRange(0, cluster.earliest_cut)
         self._blocks = range(blocks)
         self._judges = {route: judge_for(route, loaded, cluster.earliest_cut) for route in ROUTES}
         self._runner = ModelRunner(
@@ -49,13 +48,13 @@ class Bottom:
             device=CPU,
             threads=ParallelismTuner(1, 1),
             embed=loaded.embedding,
-            cuts=loaded.cuts,
+            layer_ranges=loaded.layer_ranges,
         )
 
     def prefill_ms(self, token_ids: list[int], route: str, judged: bool) -> float:
         """All chunks of a prompt; where it is judged, the first one decides."""
         self._runner.judge = self._judges[route]
-        sequence = Sequence(route, (), Sampling(), token_ids, len(token_ids))
+        sequence = Session(route, (), Sampling(), token_ids, len(token_ids))
         started = time.process_time()
         for position in range(0, len(token_ids), self._chunk):
             length = min(self._chunk, len(token_ids) - position)

@@ -12,8 +12,7 @@ from benchmarks.clusters import Timed
 from stitch.cluster import ClusterConfig
 from stitch.sampling import Sampling
 from stitch_server.build import LoadedStage, load_stage
-from stitch_server.engine.sequence import Sequence as Session
-from stitch_server.engine.types import Batch, Segment, StepOutput
+from stitch_server.engine.types import Batch, Segment, Session, StepOutput
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.worker.model_runner import ModelRunner
@@ -53,7 +52,7 @@ class OneProcess:
         hidden, output = None, StepOutput()
         for stage, runner in zip(self._stages, self._runners, strict=True):
             blocks = range(MOST_TOKENS // BLOCK_TOKENS)
-            cut = stage.cuts[session.route]
+            cut = stage.layer_ranges[session.route]
             segment = Segment(session, cut, session.cached, length, wants, blocks, hidden)
             output = runner.run(Batch((segment,)))
             hidden = output.hidden

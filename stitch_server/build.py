@@ -10,7 +10,7 @@ import torch
 from stitch.cluster import ClusterConfig, RouteConfig, ShardConfig
 from stitch.environment import cache_folder
 from stitch.v1 import inference_pb2
-from stitch_server.engine.types import Cut
+from stitch_server.engine.types import LayerRange
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.counting import ParameterCount
 from stitch_server.model.decoder import DecoderLayers
@@ -39,7 +39,7 @@ class LoadedStage:
     adapters: dict[str, Adapters]
     # Of the stitches that are held here, in whole or in part.
     fingerprints: dict[str, str]
-    cuts: dict[str, Cut]
+    layer_ranges: dict[str, LayerRange]
     tokenizer: str
     count: ParameterCount
     # On the first shard, where the cluster file names one.
@@ -47,8 +47,12 @@ class LoadedStage:
 
     def describe(self, route: RouteConfig) -> inference_pb2.RouteDescription:
         """A route that passes here: the stitch where it is held, and the parameters that are read here."""
-        stitch, adapters, cut = self.stitches.get(route.name), self.adapters.get(route.name), self.cuts[route.name]
-        parameters = self.count.between(cut.enter, cut.leave)
+        stitch, adapters, cut = (
+            self.stitches.get(route.name),
+            self.adapters.get(route.name),
+            self.layer_ranges[route.name],
+        )
+        parameters = self.count.between(cut.first, cut.end)
         parameters += 0 if stitch is None else stitch.weight.numel() + stitch.bias.numel()
         parameters += 0 if adapters is None else adapters.parameters
         parameters += 0 if self.head is None else self.count.head
@@ -70,7 +74,7 @@ def load_stage(cluster: ClusterConfig, place: ShardConfig, device: torch.device)
     first, end = place.layers
     decoder = DecoderLayers.load(folder, first, end, device, dtype, weight_format)
     tokenizer = tokenizer_hash(folder)
-    cuts = {route.name: cut for route in cluster.routes if (cut := cut_of(route, place)) is not None}
+    cuts = {route.name: cut for route in cluster.routes if (cut := layer_range_of(route, place)) is not None}
     passed = {
         route.name: _stitch(cluster, route, model, tokenizer, device, dtype)
         for route in cluster.routes
@@ -93,21 +97,21 @@ def load_stage(cluster: ClusterConfig, place: ShardConfig, device: torch.device)
             for name, stitch in passed.items()
             if stitch is not None and (name in entered or name in adapters)
         },
-        cuts=cuts,
+        layer_ranges=cuts,
         tokenizer=tokenizer,
         count=ParameterCount.read(folder),
         probe=_probe(cluster, model, tokenizer, device) if (place.role, first) == ("bottom", 0) else None,
     )
 
 
-def cut_of(route: RouteConfig, place: ShardConfig) -> Cut | None:
+def layer_range_of(route: RouteConfig, place: ShardConfig) -> LayerRange | None:
     """The layers of a shard that a route passes; None where it passes none."""
     first, end = place.layers
     if place.role == "bottom":
         end = min(end, route.bottom_layers)
     else:
         first = max(first, route.top_from)
-    return Cut(first, end) if first < end else None
+    return LayerRange(first, end) if first < end else None
 
 
 def _stitch(

@@ -87,7 +87,7 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
     loaded = await asyncio.to_thread(load_stage, settings.cluster, settings.shard, device)
     async with AsyncExitStack() as stack:
         metrics = Metrics(settings.shard.name)
-        links = Links(metrics.sent.inc, tls.client() if tls else None)
+        links = Links(metrics.sent.inc, settings.cluster.compute.wire_dtype, tls.client() if tls else None)
         stack.push_async_callback(links.aclose)
         folder, name = step_log_folder(), settings.shard.name
         step_log = None if folder is None else stack.enter_context(StepLog(folder, name))

@@ -109,7 +109,7 @@ def build_shard(
         adapters=loaded.adapters,
         head=loaded.head,
         judge=_route_probe(cluster, loaded),
-        cuts=loaded.cuts,
+        layer_ranges=loaded.layer_ranges,
         graphs=provision.graphs,
         wait=partial(torch.cuda.synchronize, device) if device.type == "cuda" else None,
     )
@@ -117,7 +117,7 @@ def build_shard(
     prompt_tokens = compute.prefill_tokens * compute.prompts_together
 
     def observe(batch: Batch, started: float, ended: float) -> None:
-        metrics.batch_tokens.observe(batch.tokens)
+        metrics.batch_tokens.observe(batch.num_tokens)
         if step_log is not None:
             step_log(batch, started, ended)
 
@@ -163,9 +163,9 @@ def _front(
             max_waiting_sessions=compute.max_waiting_sessions,
             probe_tokens=0 if loaded.probe is None else loaded.probe.binding.tokens,
         )
-        return FirstStage(pool, loaded.cuts, limits, StepsInFlight(links, compute.wire_dtype))
-    forwarding = None if loaded.head is not None else StepsInFlight(links, compute.wire_dtype)
-    intake = SessionTable(pool, loaded.cuts, forwarding)
+        return FirstStage(pool, loaded.layer_ranges, limits, StepsInFlight(links))
+    forwarding = None if loaded.head is not None else StepsInFlight(links)
+    intake = SessionTable(pool, loaded.layer_ranges, forwarding)
     return NextStage(pool, intake, forwarding, compute.batch_tokens)
 
 
@@ -207,5 +207,5 @@ def _identity(
         quantization=cluster.compute.quantization,
     )
     (identity.bottom if config.role == "bottom" else identity.top).CopyFrom(loaded.model.to_proto())
-    identity.routes.extend(loaded.describe(route) for route in cluster.routes if route.name in loaded.cuts)
+    identity.routes.extend(loaded.describe(route) for route in cluster.routes if route.name in loaded.layer_ranges)
     return identity

@@ -28,6 +28,6 @@ class StepLog:
 
     def __call__(self, batch: Batch, started: float, ended: float) -> None:
         """One line: both times in seconds, how many tokens, and of how many sessions."""
-        line = {"started": started, "ended": ended, "tokens": batch.tokens, "sessions": len(batch.segments)}
+        line = {"started": started, "ended": ended, "tokens": batch.num_tokens, "sessions": len(batch.segments)}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()

@@ -1,72 +1,37 @@
-"""Sends a shard's results to the shards behind it and remembers what is still to be answered. Knows no frames."""
+"""Splits a pass's output into steps for the next shards, and tracks the steps that are not yet answered.
+
+In: a computed batch. Out: one `OutgoingStep` for each next shard. Invariant: a step is in flight from `send` until
+`settle`, which happens exactly once: when its reply arrives, or when its link is lost.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence as Sequenced
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from stitch.errors import StitchError
-from stitch.v1.shard_pb2 import FailureCause
-from stitch_server.engine.types import Batch, Segment, StepOutput, Token
-from stitch_server.rpc.tensors import Packed, pack
+from stitch_server.engine.types import Batch, OutgoingStep, Segment, StepOutput, StepReply
 
-# Steps that may be unanswered at once: two groups computing, and as many on their way over a slow link.
+# Steps in flight at most: two micro-batches being computed, and as many travelling over a slow link.
 WINDOW_STEPS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A session that a shard behind this one can't go on with."""
-
-    number: int
-    epoch: int
-    cause: FailureCause
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """The answer to one step: by session number and epoch, as the sender of the step counts them."""
-
-    step: int
-    tokens: tuple[tuple[int, int, Token], ...] = ()
-    failures: tuple[Failure, ...] = ()
-    # Seconds that the step spent behind the link, by stage.
-    stages: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class OutgoingStep:
-    """One step as it leaves: the rows of all segments, one behind the other."""
-
-    number: int
-    segments: tuple[Segment, ...]
-    # For each segment whether it is its session's first on this link.
-    opens: tuple[bool, ...]
-    rows: Packed
-    # Whether this shard goes on computing while the next one does.
-    pipelined: bool
-    # Whether it may overtake what still waits to be sent: no session in it has an earlier step on its way.
-    urgent: bool
-
-
 class Downstream(Protocol):
-    """The links to the next shards; callable from the engine's thread."""
+    """The links to the next shards, as the engine's thread calls them; no call blocks."""
 
     def send(self, address: str, step: OutgoingStep) -> None: ...
 
-    def close(self, address: str, numbers: Sequenced[int]) -> None: ...
+    def close(self, address: str, session_ids: Sequence[int]) -> None: ...
 
 
 class BatchSource(Protocol):
-    """Where a shard's work comes from and its results go: clients on the first shard, a link on every other.
+    """Where the engine's batches come from and their results go: `FirstStage` or `NextStage`.
 
-    Everything happens in the engine's thread.
+    Every method is called in the engine's thread.
     """
 
     def next_batch(self) -> Batch | None: ...
@@ -75,82 +40,83 @@ class BatchSource(Protocol):
 
     def fail(self, batch: Batch, error: Exception) -> None: ...
 
-    def replied(self, reply: Reply) -> None: ...
+    def replied(self, reply: StepReply) -> None: ...
 
     def lost(self, address: str, error: StitchError) -> None: ...
 
 
 class StepsInFlight:
-    """What this shard has sent and not yet heard of."""
+    """The steps that this shard has sent and whose replies have not arrived."""
 
-    def __init__(self, downstream: Downstream, wire_dtype: str, window_steps: int = WINDOW_STEPS) -> None:
+    def __init__(self, downstream: Downstream, window_steps: int = WINDOW_STEPS) -> None:
         self._downstream = downstream
-        self._wire_dtype = wire_dtype
         self._window_steps = window_steps
-        self._numbers = itertools.count(1)
+        self._step_numbers = itertools.count(1)
         self._unanswered: dict[int, tuple[str, tuple[Segment, ...]]] = {}
 
     @property
-    def steps_in_flight(self) -> int:
+    def count(self) -> int:
+        """The number of steps in flight."""
         return len(self._unanswered)
 
     @property
-    def full(self) -> bool:
-        """Whether the next step must wait for an answer: what bounds memory along the chain."""
+    def is_full(self) -> bool:
+        """Whether the next pass must wait for a reply, which bounds the memory of queued steps along the chain."""
         return len(self._unanswered) >= self._window_steps
 
     def send(self, batch: Batch, output: StepOutput, pipelined: bool) -> list[int]:
-        """Sends each segment's hidden states to its next shard; returns the numbers of the steps this made."""
+        """Sends the hidden states of each finite segment to its next shard; returns the numbers of the steps sent."""
         by_address: dict[str, list[int]] = {}
         for index, segment in enumerate(batch.segments):
             if index not in output.non_finite:
-                by_address.setdefault(segment.sequence.chain[0], []).append(index)
+                by_address.setdefault(segment.session.chain[0], []).append(index)
         numbers = []
         for address, indices in by_address.items():
-            number = next(self._numbers)
+            number = next(self._step_numbers)
             segments = tuple(batch.segments[index] for index in indices)
-            rows = pack(_rows_of(indices, batch.segments, output), self._wire_dtype)
+            hidden = _rows_of(indices, batch.segments, output)
             urgent = self._may_overtake(segments)
+            step = OutgoingStep(number, segments, _open_sessions(segments), hidden, pipelined, urgent)
+            self._downstream.send(address, step)
             self._unanswered[number] = (address, segments)
-            self._downstream.send(address, OutgoingStep(number, segments, _opens(segments), rows, pipelined, urgent))
             numbers.append(number)
         return numbers
 
     def settle(self, step: int) -> tuple[Segment, ...]:
-        """A step was answered; its segments, or none where nobody waits for it any more."""
+        """Removes a step and returns its segments; empty where it is settled already."""
         return self._unanswered.pop(step, ("", ()))[1]
 
-    def close(self, chain: tuple[str, ...], number: int) -> None:
-        """Tells the next shard that a session is over."""
-        self._downstream.close(chain[0], [number])
+    def close(self, chain: tuple[str, ...], session_id: int) -> None:
+        """Ends a session on the next shard, which frees its KV."""
+        self._downstream.close(chain[0], [session_id])
+
+    def sent_to(self, address: str) -> list[tuple[int, tuple[Segment, ...]]]:
+        """The unanswered steps of one link; settles none of them."""
+        return [(step, segments) for step, (to, segments) in self._unanswered.items() if to == address]
 
     def _may_overtake(self, segments: tuple[Segment, ...]) -> bool:
-        """Whether this is a decode step, which should not wait for the frames of others' prompts."""
-        under_way = {segment.sequence.number for _, sent in self._unanswered.values() for segment in sent}
+        """Whether this is a decode step of sessions with nothing in flight, which need not queue behind prefill."""
+        in_flight = {segment.session.id for _, sent in self._unanswered.values() for segment in sent}
         return all(
-            segment.length == 1 and segment.sequence.opened and segment.sequence.number not in under_way
+            segment.length == 1 and segment.session.open_downstream and segment.session.id not in in_flight
             for segment in segments
         )
 
-    def lost(self, address: str) -> list[tuple[int, tuple[Segment, ...]]]:
-        """The steps that `address` will never answer; each is still to be settled."""
-        return [(step, segments) for step, (to, segments) in self._unanswered.items() if to == address]
 
-
-def _rows_of(indices: Sequenced[int], segments: Sequenced[Segment], output: StepOutput) -> Tensor:
-    """The hidden states of some of the segments, one behind the other. Raises ValueError where there are none."""
+def _rows_of(indices: Sequence[int], segments: Sequence[Segment], output: StepOutput) -> Tensor:
+    """The hidden states of some of the segments, concatenated. Raises ValueError where the output has none."""
     if output.hidden is None:
-        raise ValueError("a step without hidden states has nothing to send on")
+        raise ValueError("a step without hidden states cannot be sent downstream")
     if len(indices) == len(segments):
         return output.hidden
-    parts = torch.split(output.hidden, [segment.length for segment in segments])
-    return torch.cat([parts[index] for index in indices])
+    rows = torch.split(output.hidden, [segment.length for segment in segments])
+    return torch.cat([rows[index] for index in indices])
 
 
-def _opens(segments: tuple[Segment, ...]) -> tuple[bool, ...]:
-    """Which segments are the first of their session on a link; afterwards the sessions count as opened."""
+def _open_sessions(segments: tuple[Segment, ...]) -> tuple[bool, ...]:
+    """Marks the sessions as open downstream; returns for each segment whether it is the one that opens its session."""
     opens = []
     for segment in segments:
-        opens.append(not segment.sequence.opened)
-        segment.sequence.opened = True
+        opens.append(not segment.session.open_downstream)
+        segment.session.open_downstream = True
     return tuple(opens)

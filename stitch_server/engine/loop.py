@@ -56,7 +56,7 @@ class Engine:
             self._front.deliver(batch, output)
             self._observe(batch, started, ended)
         except Exception as error:  # the sessions of this batch end, the others and the process go on
-            log.exception("a batch of %d tokens failed", batch.tokens)
+            log.exception("a batch of %d tokens failed", batch.num_tokens)
             self._front.fail(batch, error)
         return True
 

@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Sequenced
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from stitch.errors import Incompatible, OutOfStep, StitchError
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
-from stitch_server.engine.in_flight import Failure, Reply, StepsInFlight
-from stitch_server.engine.sequence import Sequence
+from stitch_server.engine.in_flight import StepsInFlight
 from stitch_server.engine.session_table import ReceivedSegment, Refused, SessionTable, Upstream
-from stitch_server.engine.types import Batch, Segment, StepOutput, Token, ordered
+from stitch_server.engine.types import (
+    Batch,
+    Segment,
+    Session,
+    SessionFailure,
+    SessionToken,
+    StepOutput,
+    StepReply,
+    in_layer_order,
+)
 from stitch_server.kv_cache.block_pool import BlockPool
 
 if TYPE_CHECKING:
@@ -45,8 +52,8 @@ class _Answer:
     arrived: float
     # Segments that are neither sampled nor answered nor refused yet.
     awaited: int
-    tokens: list[tuple[int, int, Token]] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
+    tokens: list[SessionToken] = field(default_factory=list)
+    failures: list[SessionFailure] = field(default_factory=list)
     # Seconds by stage.
     stages: dict[str, float] = field(default_factory=dict)
     # Sessions that were closed while the step waited.
@@ -57,11 +64,11 @@ class _Answer:
             self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
     def refuse(self, segment: ReceivedSegment, cause: FailureCause, message: str) -> None:
-        self.failures.append(Failure(segment.session, segment.epoch, cause, message))
+        self.failures.append(SessionFailure(segment.session, segment.epoch, cause, message))
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class ReplySlot:
     """Whose answer a segment of a batch belongs to."""
 
     answer: _Answer
@@ -99,7 +106,7 @@ class NextStage:
     def receive(self, step: ReceivedStep) -> None:
         self._pending.append(_Answer(step, self._clock(), awaited=len(step.segments)))
 
-    def close(self, upstream: Upstream, sessions: Sequenced[int]) -> None:
+    def close(self, upstream: Upstream, sessions: Sequence[int]) -> None:
         """These sessions of a link are over, and the steps of theirs that still wait must not open them again."""
         for session in sessions:
             self._intake.remove(upstream, session)
@@ -113,7 +120,7 @@ class NextStage:
         self._intake.remove_all(upstream)
 
     def next_batch(self) -> Batch | None:
-        if self._forwarding is not None and self._forwarding.full:
+        if self._forwarding is not None and self._forwarding.is_full:
             return None
         segments: list[Segment] = []
         tokens, pipelined = 0, False
@@ -124,10 +131,10 @@ class NextStage:
                 break
             self._accept(self._pending.popleft(), segments)
             pipelined = pipelined or step.pipelined
-        return Batch(ordered(segments), pipelined) if segments else None
+        return Batch(in_layer_order(segments), pipelined) if segments else None
 
     def deliver(self, batch: Batch, output: StepOutput) -> None:
-        parts: list[_Part] = [segment.origin for segment in batch.segments]
+        parts = [_slot_of(segment) for segment in batch.segments]
         for answer in _answers_of(parts):
             answer.spend(output.stages)
         if self._forwarding is None:
@@ -141,28 +148,28 @@ class NextStage:
             if index in output.non_finite:
                 self._spoil(segment, part)
             else:
-                self._pool.publish(segment.sequence.number, segment.position + segment.length)
+                self._pool.publish(segment.session.id, segment.position + segment.length)
         _reply_where_done(_answers_of(parts))
 
     def fail(self, batch: Batch, error: Exception) -> None:
-        parts: list[_Part] = [segment.origin for segment in batch.segments]
+        parts = [_slot_of(segment) for segment in batch.segments]
         for part in parts:
             message = f"a shard failed to compute a step: {error}"
             self._refuse(part, shard_pb2.FAILURE_CAUSE_UNAVAILABLE, message)
             part.answer.awaited -= 1
         _reply_where_done(_answers_of(parts))
 
-    def replied(self, reply: Reply) -> None:
+    def replied(self, reply: StepReply) -> None:
         """A shard behind answered a step of this shard."""
         segments = () if self._forwarding is None else self._forwarding.settle(reply.step)
-        parts: list[_Part] = [segment.origin for segment in segments]
+        parts = [_slot_of(segment) for segment in segments]
         # Of two chunks of one session the later one wants the token.
-        by_number = {segment.sequence.number: part for segment, part in zip(segments, parts, strict=True)}
-        for number, epoch, token in reply.tokens:
-            if (part := by_number.get(number)) is not None:
-                part.answer.tokens.append((part.received.session, epoch, token))
+        by_id = {segment.session.id: part for segment, part in zip(segments, parts, strict=True)}
+        for sampled in reply.tokens:
+            if (part := by_id.get(sampled.session_id)) is not None:
+                part.answer.tokens.append(SessionToken(part.received.session, sampled.epoch, sampled.token))
         for failure in reply.failures:
-            if (part := by_number.get(failure.number)) is not None:
+            if (part := by_id.get(failure.session_id)) is not None:
                 self._refuse(part, failure.cause, failure.message)
         away = self._clock() - self._sent_at.pop(reply.step, self._clock())
         wire = max(0.0, away - sum(reply.stages.values()))
@@ -176,9 +183,9 @@ class NextStage:
     def lost(self, address: str, error: StitchError) -> None:
         refused = isinstance(error, Incompatible | OutOfStep)
         cause = shard_pb2.FAILURE_CAUSE_PRECONDITION if refused else shard_pb2.FAILURE_CAUSE_UNAVAILABLE
-        for step, segments in [] if self._forwarding is None else self._forwarding.lost(address):
-            failures = (Failure(one.sequence.number, one.sequence.epoch, cause, str(error)) for one in segments)
-            self.replied(Reply(step, failures=tuple(failures)))
+        for step, segments in [] if self._forwarding is None else self._forwarding.sent_to(address):
+            failures = (SessionFailure(one.session.id, one.session.epoch, cause, str(error)) for one in segments)
+            self.replied(StepReply(step, failures=tuple(failures)))
         # Those that have no step under way hear of it with their next one.
         self._intake.lose(address, str(error))
 
@@ -202,7 +209,7 @@ class NextStage:
 
     def _withdraw(self, upstream: Upstream, session: int, reason: Refused, segments: list[Segment]) -> list[_Answer]:
         """Takes back what this batch holds of a session that just ended: its blocks are free for others already."""
-        parts: list[_Part] = [segment.origin for segment in segments]
+        parts = [_slot_of(segment) for segment in segments]
         gone = [part for part in parts if (part.answer.step.upstream, part.received.session) == (upstream, session)]
         for part in gone:
             part.answer.refuse(part.received, reason.cause, str(reason))
@@ -210,34 +217,34 @@ class NextStage:
         segments[:] = [segment for segment, part in zip(segments, parts, strict=True) if part not in gone]
         return [part.answer for part in gone]
 
-    def _segment(self, sequence: Sequence, received: ReceivedSegment, rows: Tensor, answer: _Answer) -> Segment:
+    def _segment(self, sequence: Session, received: ReceivedSegment, rows: Tensor, answer: _Answer) -> Segment:
         return Segment(
-            sequence=sequence,
-            cut=self._intake.cut(sequence),
+            session=sequence,
+            layers=self._intake.layers(sequence),
             position=received.position,
             length=received.length,
             wants_token=received.wants_token,
-            blocks=self._pool.blocks_of(sequence.number),
+            blocks=self._pool.blocks_of(sequence.id),
             hidden=rows,
-            origin=_Part(answer, received),
+            reply_slot=ReplySlot(answer, received),
         )
 
     def _sampled(self, batch: Batch, output: StepOutput) -> None:
         for index, segment in enumerate(batch.segments):
-            part: _Part = segment.origin
+            part = _slot_of(segment)
             if index not in output.non_finite:
                 part.answer.awaited -= 1
             if (token := output.tokens.get(index)) is not None:
-                segment.sequence.token_ids.append(token.id)
-                part.answer.tokens.append((part.received.session, part.received.epoch, token))
+                segment.session.token_ids.append(token.id)
+                part.answer.tokens.append(SessionToken(part.received.session, part.received.epoch, token))
 
-    def _spoil(self, segment: Segment, part: _Part) -> None:
+    def _spoil(self, segment: Segment, part: ReplySlot) -> None:
         message = f"hidden states of session {part.received.session} at position {segment.position} are not finite"
         self._refuse(part, shard_pb2.FAILURE_CAUSE_PRECONDITION, message)
 
         part.answer.awaited -= 1
 
-    def _refuse(self, part: _Part, cause: FailureCause, message: str) -> None:
+    def _refuse(self, part: ReplySlot, cause: FailureCause, message: str) -> None:
         answer, received = part.answer, part.received
         reason = Refused(cause, message)
         first = self._intake.end(answer.step.upstream, received.session, received.epoch, reason)
@@ -247,11 +254,17 @@ class NextStage:
 def _reply_where_done(answers: Iterable[_Answer]) -> None:
     for answer in _once(answers):
         if answer.awaited == 0:
-            reply = Reply(answer.step.number, tuple(answer.tokens), tuple(answer.failures), dict(answer.stages))
+            reply = StepReply(answer.step.number, tuple(answer.tokens), tuple(answer.failures), dict(answer.stages))
             answer.step.upstream.reply(reply)
 
 
-def _answers_of(parts: Iterable[_Part]) -> list[_Answer]:
+def _slot_of(segment: Segment) -> ReplySlot:
+    if segment.reply_slot is None:
+        raise ValueError("a segment without a reply slot reached a next stage")
+    return segment.reply_slot
+
+
+def _answers_of(parts: Iterable[ReplySlot]) -> list[_Answer]:
     return _once(part.answer for part in parts)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from stitch.errors import Exhausted
-from stitch_server.engine.session import Session
-from stitch_server.engine.types import Cut, Segment
+from stitch_server.engine.session import Request
+from stitch_server.engine.types import LayerRange, Segment
 from stitch_server.kv_cache.block_pool import BlockPool
 
 # How long a session stays away after a shard behind had no room for it.
@@ -56,25 +56,25 @@ class Scheduler:
     def __init__(
         self,
         pool: BlockPool,
-        cuts: Mapping[str, Cut],
+        cuts: Mapping[str, LayerRange],
         limits: Limits,
-        drop: Callable[[Session], None],
+        drop: Callable[[Request], None],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._pool = pool
         self._cuts = cuts
         # What all routes have in common.
-        self._earliest = min(cuts.values(), key=lambda cut: cut.leave)
+        self._earliest = min(cuts.values(), key=lambda cut: cut.end)
         self._limits = limits
         self._drop = drop
         self._clock = clock
         self._turn = 0
         # Ordered by arrival; sessions that lost their KV stand in front.
-        self.waiting: deque[Session] = deque()
+        self.waiting: deque[Request] = deque()
         # Ordered by admission: the last one is the youngest.
-        self.running: dict[int, Session] = {}
+        self.running: dict[int, Request] = {}
 
-    def add(self, session: Session) -> None:
+    def add(self, session: Request) -> None:
         """Exhausted where too many wait already, or the cache could never hold the prompt."""
         tokens, room = len(session.token_ids), self._pool.tokens
         if tokens + 1 > room:
@@ -85,24 +85,24 @@ class Scheduler:
         session.context_length = min(session.context_length, room)
         self.waiting.append(session)
 
-    def remove(self, session: Session) -> None:
+    def remove(self, session: Request) -> None:
         """The session is over; its KV here is free."""
-        if self.running.pop(session.number, None) is None and session in self.waiting:
+        if self.running.pop(session.id, None) is None and session in self.waiting:
             self.waiting.remove(session)
-        self._pool.release(session.number)
+        self._pool.release(session.id)
 
-    def preempt(self, session: Session) -> None:
+    def preempt(self, session: Request) -> None:
         """The session begins anew later: its KV is freed here and behind, its tokens stay."""
-        self.running.pop(session.number, None)
-        self._pool.release(session.number)
+        self.running.pop(session.id, None)
+        self._pool.release(session.id)
         self._drop(session)
         session.reset_for_recompute()
         session.not_before = self._clock() + BACKOFF_SECONDS
         self.waiting.appendleft(session)
 
-    def settled(self, session: Session) -> None:
+    def settled(self, session: Request) -> None:
         """The session has its route: what it computes may serve others on the same one."""
-        self._pool.name(session.number, self._hashes(session))
+        self._pool.name(session.id, self._hashes(session))
 
     @property
     def ready(self) -> bool:
@@ -127,7 +127,7 @@ class Scheduler:
             if budget <= 0:
                 return segments
             # Making room for an earlier one may have pushed this one out.
-            if session.number in self.running and session.remaining and not session.decoding:
+            if session.id in self.running and session.remaining and not session.decoding:
                 budget -= self._prefill(session, budget, beside, segments)
         while budget > 0 and (admitted := self._admit(budget, budget == whole)) is not None:
             budget -= self._prefill(admitted, budget, beside, segments, self._least(admitted))
@@ -137,7 +137,7 @@ class Scheduler:
         """Whether shards take turns, and tokens are on their way through those behind."""
         return self._limits.groups == 1 and any(not session.remaining for session in self.running.values())
 
-    def _prefill(self, session: Session, budget: float, beside: bool, segments: list[Segment], least: int = 1) -> float:
+    def _prefill(self, session: Request, budget: float, beside: bool, segments: list[Segment], least: int = 1) -> float:
         """Appends the session's next chunk, of at least so many tokens; returns what of the budget it takes."""
         past, most = self._limits.attention_cost_per_token, self._limits.prefill_tokens
         weight = 1 + session.cached / past if beside and past else 1.0
@@ -165,15 +165,15 @@ class Scheduler:
         segments: list[Segment] = []
         for session in ready[: -(-len(decoding) // self._limits.groups)]:
             # An earlier one of this pass may have pushed it out.
-            if session.number in self.running:
+            if session.id in self.running:
                 self._schedule(session, 1, segments)
         return segments
 
-    def _least(self, session: Session) -> int:
+    def _least(self, session: Request) -> int:
         """Tokens that the session's next pass must hold: what the probe reads, whatever the budget."""
         return min(self._limits.probe_tokens, session.prompt_tokens) if session.undecided else 1
 
-    def _admit(self, budget: float, alone: bool) -> Session | None:
+    def _admit(self, budget: float, alone: bool) -> Request | None:
         """The next waiting session, if there is room for all that is known of it.
 
         One that must exceed the budget has to be `alone`, the first prompt of its pass.
@@ -189,25 +189,25 @@ class Scheduler:
         if self._pool.blocks_for(len(session.token_ids) + 1) > self._pool.free_blocks:
             return None
         self.waiting.popleft()
-        self._pool.begin(session.number, hashes, reused)
+        self._pool.begin(session.id, hashes, reused)
         session.cached = session.reused = reused * self._pool.block_tokens
-        self.running[session.number] = session
+        self.running[session.id] = session
         session.first_scheduled = session.first_scheduled or self._clock()
         return session
 
-    def _schedule(self, session: Session, budget: int, segments: list[Segment]) -> int:
+    def _schedule(self, session: Request, budget: int, segments: list[Segment]) -> int:
         """Appends the session's next tokens, at most `budget`; returns how many."""
         length = min(session.remaining, budget)
         if not self._make_room(session, session.cached + length, segments):
             return 0
         segments.append(
             Segment(
-                sequence=session,
-                cut=self._earliest if session.undecided else self._cuts[session.route],
+                session=session,
+                layers=self._earliest if session.undecided else self._cuts[session.route],
                 position=session.cached,
                 length=length,
                 wants_token=length == session.remaining,
-                blocks=self._pool.blocks_of(session.number),
+                blocks=self._pool.blocks_of(session.id),
                 candidates=tuple(session.candidates),
             )
         )
@@ -215,16 +215,16 @@ class Scheduler:
         session.turn = self._turn
         return length
 
-    def _make_room(self, session: Session, tokens: int, segments: list[Segment]) -> bool:
+    def _make_room(self, session: Request, tokens: int, segments: list[Segment]) -> bool:
         """Frees the youngest sessions until `session` fits; False where it was itself the youngest."""
-        while not self._pool.grow(session.number, tokens):
+        while not self._pool.grow(session.id, tokens):
             youngest = next(reversed(self.running.values()))
             # What is already part of this pass goes with its session.
-            segments[:] = [segment for segment in segments if segment.sequence is not youngest]
+            segments[:] = [segment for segment in segments if segment.session is not youngest]
             self.preempt(youngest)
             if youngest is session:
                 return False
         return True
 
-    def _hashes(self, session: Session) -> list[bytes]:
+    def _hashes(self, session: Request) -> list[bytes]:
         return self._pool.hashes(session.route, session.token_ids[: session.prompt_tokens])

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 
 from stitch.errors import StitchError
 from stitch.v1.inference_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, FinishReason
-from stitch_server.engine.sequence import Sequence
-from stitch_server.engine.types import RouteDecision, Token
+from stitch_server.engine.types import RouteDecision, Session, Token
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class RequestOutput:
     """What a session's client hears: a token, perhaps the end, or an error instead of both; a verdict before all."""
 
     token: Token | None = None
@@ -24,14 +23,14 @@ class Progress:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Session(Sequence):
+class Request(Session):
     """A sequence that this shard drives."""
 
     # The shards behind by route, cheapest first, while it is still to be decided; then `route` and `chain` are empty.
     candidates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     context_length: int
     # Called in the engine's thread; must not block.
-    report: Callable[[Progress], None]
+    report: Callable[[RequestOutput], None]
     # Seconds of the engine's clock.
     arrived: float = 0.0
     first_scheduled: float = 0.0
@@ -53,7 +52,7 @@ class Session(Sequence):
         """It takes this route from now on, also when it begins anew."""
         self.route, self.chain = decision.route, self.candidates[decision.route]
         self.candidates = {}
-        self.report(Progress(decision=decision))
+        self.report(RequestOutput(decision=decision))
 
     @property
     def remaining(self) -> int:
@@ -78,4 +77,4 @@ class Session(Sequence):
         """Forgets what is computed, not what is known."""
         self.epoch += 1
         self.cached = self.reused = 0
-        self.opened = False
+        self.open_downstream = False

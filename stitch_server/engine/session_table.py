@@ -12,16 +12,15 @@ from typing import Protocol
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
-from stitch_server.engine.in_flight import Reply, StepsInFlight
-from stitch_server.engine.sequence import Sequence
-from stitch_server.engine.types import Cut
+from stitch_server.engine.in_flight import StepsInFlight
+from stitch_server.engine.types import LayerRange, Session, StepReply
 from stitch_server.kv_cache.block_pool import BlockPool
 
 
 class Upstream(Protocol):
     """The link that a step came from; `reply` is callable from the engine's thread."""
 
-    def reply(self, reply: Reply) -> None: ...
+    def reply(self, reply: StepReply) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +65,12 @@ class _Ended:
 class SessionTable:
     """Keeps the sequences of every link, and their KV blocks."""
 
-    def __init__(self, pool: BlockPool, cuts: Mapping[str, Cut], forwarding: StepsInFlight | None) -> None:
+    def __init__(self, pool: BlockPool, cuts: Mapping[str, LayerRange], forwarding: StepsInFlight | None) -> None:
         self._pool = pool
         self._cuts = cuts
         # None on the last shard of the chain.
         self._forwarding = forwarding
-        self._sequences: dict[Upstream, dict[int, Sequence]] = {}
+        self._sequences: dict[Upstream, dict[int, Session]] = {}
         # Why a session ended here, until its neighbour closes it: steps of it that are on their way hear the same.
         self._ended: dict[Upstream, dict[int, _Ended]] = {}
 
@@ -79,7 +78,7 @@ class SessionTable:
         # A copy, since metrics are read from another thread.
         return sum(len(sequences) for sequences in list(self._sequences.values()))
 
-    def accept(self, upstream: Upstream, segment: ReceivedSegment, closed: bool = False) -> Sequence:
+    def accept(self, upstream: Upstream, segment: ReceivedSegment, closed: bool = False) -> Session:
         """The segment's sequence, with room for it in the cache; raises Refused.
 
         `closed`: the session was closed after the segment was sent, so that it must not be opened.
@@ -95,7 +94,7 @@ class SessionTable:
                 self._bury(upstream, segment.session, segment.epoch, reason)
             raise
 
-    def _continued(self, upstream: Upstream, segment: ReceivedSegment) -> Sequence:
+    def _continued(self, upstream: Upstream, segment: ReceivedSegment) -> Session:
         sequence = self._sequences.get(upstream, {}).get(segment.session)
         if sequence is None:
             raise self._why_not_open(upstream, segment)
@@ -109,8 +108,8 @@ class SessionTable:
         sequence.cached += segment.length
         return sequence
 
-    def _make_room(self, sequence: Sequence, tokens: int, session: int) -> None:
-        if self._pool.grow(sequence.number, tokens):
+    def _make_room(self, sequence: Session, tokens: int, session: int) -> None:
+        if self._pool.grow(sequence.id, tokens):
             return
         if tokens > self._pool.tokens:
             message = f"session {session} has {tokens} tokens, but the KV cache holds {self._pool.tokens}"
@@ -145,10 +144,10 @@ class SessionTable:
         reason = Refused(shard_pb2.FAILURE_CAUSE_UNAVAILABLE, message)
         for upstream, sequences in self._sequences.items():
             for session, sequence in list(sequences.items()):
-                if sequence.opened and sequence.chain[0] == address:
+                if sequence.open_downstream and sequence.chain[0] == address:
                     self.end(upstream, session, sequence.epoch, reason)
 
-    def cut(self, sequence: Sequence) -> Cut:
+    def layers(self, sequence: Session) -> LayerRange:
         return self._cuts[sequence.route]
 
     def _bury(self, upstream: Upstream, session: int, epoch: int, reason: Refused) -> None:
@@ -161,10 +160,10 @@ class SessionTable:
             return _contradiction(f"session {segment.session} is not open here")
         return Refused(ended.cause, ended.message)
 
-    def _free(self, sequence: Sequence) -> None:
-        self._pool.release(sequence.number)
-        if sequence.opened and self._forwarding is not None:
-            self._forwarding.close(sequence.chain, sequence.number)
+    def _free(self, sequence: Session) -> None:
+        self._pool.release(sequence.id)
+        if sequence.open_downstream and self._forwarding is not None:
+            self._forwarding.close(sequence.chain, sequence.id)
 
     def _open(self, upstream: Upstream, segment: ReceivedSegment, opening: Opening) -> None:
         if opening.route not in self._cuts:
@@ -177,7 +176,7 @@ class SessionTable:
         if over:
             whole = f"no whole blocks of {self._pool.block_tokens}"
             raise _contradiction(f"{opening.reused_tokens} reused tokens are {whole}")
-        sequence = Sequence(
+        sequence = Session(
             route=opening.route,
             chain=opening.chain,
             sampling=opening.sampling,
@@ -188,7 +187,7 @@ class SessionTable:
             reused=opening.reused_tokens,
         )
         hashes = self._pool.hashes(sequence.route, sequence.token_ids[: sequence.prompt_tokens])
-        if not self._pool.begin(sequence.number, hashes, reused_blocks):
+        if not self._pool.begin(sequence.id, hashes, reused_blocks):
             message = f"the first {opening.reused_tokens} tokens of session {segment.session} are not here"
             raise Refused(shard_pb2.FAILURE_CAUSE_PREFIX_MISSING, message)
         self.remove(upstream, segment.session)

@@ -1,68 +1,102 @@
-"""What one pass of a shard takes and gives, frozen. Knows neither who composed it nor who computes it."""
+"""The types that the engine, the runner and `rpc` exchange: a session, a batch of its segments, and their results.
+
+The engine composes a frozen `Batch`, the runner computes a frozen `StepOutput` from it; only a `Session` is mutable,
+and only the engine's thread changes it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Sequenced
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from stitch_server.engine.sequence import Sequence
+from stitch.sampling import Sampling
+from stitch.v1.shard_pb2 import FailureCause
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from stitch_server.engine.next_stage import ReplySlot
+
+_session_ids = itertools.count(1)
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """What a shard keeps of one session: the request's tokens so far, and how many of them have KV here."""
+
+    route: str
+    # Addresses of the downstream shards, in order.
+    chain: tuple[str, ...]
+    sampling: Sampling
+    # The prompt and the tokens generated so far, as far as this shard knows them.
+    token_ids: list[int]
+    prompt_tokens: int
+    # Unique in this process, and so on the link to the next shard.
+    id: int = field(default_factory=lambda: next(_session_ids))
+    # The number of preemptions; replies to steps of an earlier epoch are discarded.
+    epoch: int = 0
+    # The KV length: tokens whose KV is cached on this shard, or being computed.
+    cached: int = 0
+    # Tokens of the prefix that another session had cached.
+    reused: int = 0
+    # Whether the next shard has received a segment of this epoch, and so holds KV that must be freed there.
+    open_downstream: bool = False
+
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """The layers of this shard that a route passes: `[enter, leave)`."""
+class LayerRange:
+    """The layers `[first, end)` of this shard that a route passes."""
 
-    enter: int
-    leave: int
+    first: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """Consecutive tokens of one sequence."""
+    """Consecutive tokens of one session, computed in one pass."""
 
-    sequence: Sequence
-    cut: Cut
+    session: Session
+    layers: LayerRange
     position: int
     length: int
-    # Whether the chain's last shard samples behind the last of these tokens.
+    # Whether the chain's last shard samples a token from the logits of the last of these tokens.
     wants_token: bool
-    # The KV blocks of the whole sequence so far.
-    blocks: Sequenced[int]
-    # What the upstream shard sent, [length, hidden]; None on the first shard, which embeds token ids.
+    # All KV blocks of the session, in the order of its tokens.
+    blocks: Sequence[int]
+    # The hidden states that the upstream shard sent, [length, hidden]; None on the first shard, which embeds token ids.
     hidden: Tensor | None = None
-    # Whose step this is part of; only the composer of the batch looks at it.
-    origin: Any = None
-    # The routes, cheapest first, of which the sequence gets one in this very pass; none where it has its route. The
-    # segment then holds what the probe reads, and its cut is the earliest one.
+    # Where the result goes: the reply to the upstream shard's step; None on the first shard.
+    reply_slot: ReplySlot | None = None
+    # The routes, cheapest first, of which this pass selects one for the session; empty where the route is known.
+    # `layers` is then the range of the earliest cut, and the segment holds all tokens that the route probe reads.
     candidates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Segments in the order in which the runner wants them: see `ordered`."""
+    """The segments of one forward pass, sorted by `in_layer_order`."""
 
     segments: tuple[Segment, ...]
-    # Whether a neighbour on this machine computes at the same time.
+    # Whether other steps are in flight, so that a neighbour on this machine may compute at the same time.
     pipelined: bool = False
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
+        """The tokens of all segments, which are the rows of the pass."""
         return sum(segment.length for segment in self.segments)
 
 
-def ordered(segments: Sequenced[Segment]) -> tuple[Segment, ...]:
-    """Those first that enter early and leave late, so that each layer's tokens are the batch's leading rows."""
-    key = lambda segment: (segment.cut.enter, -segment.cut.leave, segment.sequence.route)  # noqa: E731
+def in_layer_order(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Sorts segments by first layer, then by descending end, so that the tokens of any layer are the leading rows."""
+    key = lambda segment: (segment.layers.first, -segment.layers.end, segment.session.route)  # noqa: E731
     return tuple(sorted(segments, key=key))
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """The log-probability of a sampled token, and the likeliest `(id, logprob)` beside it."""
+    """The log-probability of a sampled token, and the most likely tokens at its position as `(id, logprob)`."""
 
     logprob: float
     alternatives: tuple[tuple[int, float], ...]
@@ -70,39 +104,87 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Token:
+    """A sampled token."""
+
     id: int
-    # In the sequence; the prompt's first token has 0.
+    # In the session; the prompt's first token has position 0.
     position: int
     logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RouteDecision:
-    """The route that a sequence takes from here on, and why."""
+    """The route that the probe selected for a session, and why."""
 
     route: str
-    # How much the prompt asks for the dearest route, 0 to 1.
+    # The score of the most expensive route, 0 to 1.
     score: float = 1.0
-    # Expected gain over the cheapest route, by route; what it must exceed, for each but the cheapest.
+    # Expected gain of each route over the cheapest one, and the threshold that each but the cheapest must exceed.
     gains: tuple[float, ...] = ()
     thresholds: tuple[float, ...] = ()
-    # Why there is no proper judgement, where the route is the fallback.
+    # Why the probe could not decide and the route is the fallback route; empty where it decided.
     failure: str = ""
-    # What it would take if that were a candidate.
+    # The route that the probe prefers, where that is no candidate.
     preferred: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """The result of a batch: hidden states to send on, or tokens."""
+    """The result of a batch: hidden states for the next shard, or sampled tokens on the last one."""
 
-    # [tokens, hidden], the segments' rows in the batch's order; None on the chain's last shard.
+    # [tokens, hidden] in the batch's order; None on the chain's last shard.
     hidden: Tensor | None = None
-    # By the index of the segment that wanted it.
+    # By the index of the segment that wants a token.
     tokens: dict[int, Token] = field(default_factory=dict)
-    # Segments whose hidden states hold a value that is not finite.
+    # Indices of segments whose incoming hidden states hold a non-finite value.
     non_finite: frozenset[int] = frozenset()
-    # Seconds by stage.
+    # Seconds by stage of the time to first token.
     stages: dict[str, float] = field(default_factory=dict)
-    # By the index of the segment that had candidates.
+    # By the index of the segment that has candidates.
     decisions: dict[int, RouteDecision] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingStep:
+    """One step for a next shard."""
+
+    number: int
+    segments: tuple[Segment, ...]
+    # For each segment whether it is the first of its session's epoch on this link.
+    opens: tuple[bool, ...]
+    # The segments' rows, concatenated: [tokens, hidden].
+    hidden: Tensor
+    # Whether this shard computes further steps while the next shard computes this one.
+    pipelined: bool
+    # Whether it may overtake queued frames: no session of this step has an earlier step in flight.
+    urgent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SessionToken:
+    """A token sampled for one session of a step; id and epoch are those of the step's sender."""
+
+    session_id: int
+    epoch: int
+    token: Token
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFailure:
+    """A session that a downstream shard cannot continue; id and epoch are those of the step's sender."""
+
+    session_id: int
+    epoch: int
+    cause: FailureCause
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepReply:
+    """A downstream shard's reply to one step."""
+
+    step: int
+    tokens: tuple[SessionToken, ...] = ()
+    failures: tuple[SessionFailure, ...] = ()
+    # Seconds that the step spent downstream, by stage.
+    stages: dict[str, float] = field(default_factory=dict)

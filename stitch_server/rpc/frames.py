@@ -12,18 +12,24 @@ from dataclasses import dataclass, field
 from stitch.errors import InvalidRequest, OutOfStep
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2, shard_pb2
-from stitch_server.engine.in_flight import Failure, OutgoingStep, Reply
 from stitch_server.engine.session_table import Opening, ReceivedSegment
-from stitch_server.engine.types import Segment, Token, TokenLogprobs
+from stitch_server.engine.types import (
+    OutgoingStep,
+    Segment,
+    SessionFailure,
+    SessionToken,
+    StepReply,
+    Token,
+    TokenLogprobs,
+)
 from stitch_server.rpc.tensors import Packed
 
 # On loopback a 14.7 MB message sent whole made a neighbouring decode step's p95 95 ms, in frames of this size 5 ms.
 FRAME_BYTES = 256 << 10
 
 
-def step_frames(step: OutgoingStep) -> Iterator[shard_pb2.LinkRequest]:
-    """The frames of a step, in order."""
-    rows = step.rows
+def step_frames(step: OutgoingStep, rows: Packed) -> Iterator[shard_pb2.LinkRequest]:
+    """The frames of a step, in order; `rows` are its hidden states, packed."""
     row_bytes = max(1, len(rows.data) // max(1, rows.tokens))
     scale_bytes = 4 if rows.scales else 0
     frame_rows = max(1, FRAME_BYTES // row_bytes)
@@ -49,9 +55,9 @@ def step_frames(step: OutgoingStep) -> Iterator[shard_pb2.LinkRequest]:
 
 
 def _segment_message(segment: Segment, opens: bool) -> shard_pb2.Segment:
-    sequence = segment.sequence
+    sequence = segment.session
     message = shard_pb2.Segment(
-        session=sequence.number,
+        session=sequence.id,
         epoch=sequence.epoch,
         position=segment.position,
         length=segment.length,
@@ -164,22 +170,24 @@ def _opening(message: shard_pb2.NewSession) -> Opening:
     )
 
 
-def reply_frame(reply: Reply) -> shard_pb2.LinkResponse:
+def reply_frame(reply: StepReply) -> shard_pb2.LinkResponse:
     """An answer as it goes back."""
     message = shard_pb2.StepReply(step=reply.step, stages=stage_messages(reply.stages))
-    for number, epoch, token in reply.tokens:
-        message.tokens.add(session=number, epoch=epoch, token=token_message(token))
+    for one in reply.tokens:
+        message.tokens.add(session=one.session_id, epoch=one.epoch, token=token_message(one.token))
     for failure in reply.failures:
-        message.failures.add(session=failure.number, epoch=failure.epoch, cause=failure.cause, message=failure.message)
+        message.failures.add(
+            session=failure.session_id, epoch=failure.epoch, cause=failure.cause, message=failure.message
+        )
     return shard_pb2.LinkResponse(reply=message)
 
 
-def reply_of(message: shard_pb2.StepReply) -> Reply:
+def reply_of(message: shard_pb2.StepReply) -> StepReply:
     """An answer as it arrives."""
-    return Reply(
+    return StepReply(
         step=message.step,
-        tokens=tuple((one.session, one.epoch, _token(one.token)) for one in message.tokens),
-        failures=tuple(Failure(one.session, one.epoch, one.cause, one.message) for one in message.failures),
+        tokens=tuple(SessionToken(one.session, one.epoch, _token(one.token)) for one in message.tokens),
+        failures=tuple(SessionFailure(one.session, one.epoch, one.cause, one.message) for one in message.failures),
         stages={stage.name: stage.seconds for stage in message.stages},
     )
 

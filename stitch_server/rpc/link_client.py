@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable
-from collections.abc import Sequence as Sequenced
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import grpc
@@ -14,10 +13,12 @@ import grpc
 from stitch.channels import open_channel
 from stitch.errors import Incompatible, OutOfStep, StitchError, Unavailable, from_rpc_error
 from stitch.v1 import shard_pb2, shard_pb2_grpc
-from stitch_server.engine.in_flight import BatchSource, OutgoingStep
+from stitch_server.engine.in_flight import BatchSource
 from stitch_server.engine.loop import Engine
+from stitch_server.engine.types import OutgoingStep
 from stitch_server.rpc.frames import reply_of, step_frames
 from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_welcome
+from stitch_server.rpc.tensors import pack
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,11 @@ CountBytes = Callable[[int], None]
 class Links:
     """One link an address; `send` and `close` are called in the engine's thread, all else in the event loop."""
 
-    def __init__(self, count_sent: CountBytes, credentials: grpc.ChannelCredentials | None = None) -> None:
+    def __init__(
+        self, count_sent: CountBytes, wire_dtype: str, credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
         self._count_sent = count_sent
+        self._wire_dtype = wire_dtype
         self._connect = partial(open_channel, credentials=credentials)
         self._links: dict[str, _Link] = {}
         self._loop = asyncio.get_running_loop()
@@ -42,11 +46,12 @@ class Links:
         self._identity, self._engine, self._front = identity, engine, front
 
     def send(self, address: str, step: OutgoingStep) -> None:
-        frames = list(step_frames(step))
-        self._count_sent(len(step.rows.data))
+        rows = pack(step.hidden, self._wire_dtype)
+        frames = list(step_frames(step, rows))
+        self._count_sent(len(rows.data))
         self._loop.call_soon_threadsafe(self._put, address, frames, step.urgent)
 
-    def close(self, address: str, numbers: Sequenced[int]) -> None:
+    def close(self, address: str, numbers: Sequence[int]) -> None:
         frame = shard_pb2.LinkRequest(close=shard_pb2.CloseSessions(sessions=numbers))
         self._loop.call_soon_threadsafe(self._put_if_open, address, frame)
 
@@ -55,7 +60,7 @@ class Links:
         for link in list(self._links.values()):
             await link.aclose()
 
-    def _put(self, address: str, frames: Sequenced[shard_pb2.LinkRequest], urgent: bool) -> None:
+    def _put(self, address: str, frames: Sequence[shard_pb2.LinkRequest], urgent: bool) -> None:
         link = self._links.get(address)
         if link is None:
             link = self._links[address] = _Link(address, self._connect, self._identity, self._replied, self._lost)

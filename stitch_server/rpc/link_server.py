@@ -11,9 +11,9 @@ from google.protobuf.message import DecodeError
 
 from stitch.errors import Incompatible, InvalidRequest, StitchError
 from stitch.v1 import shard_pb2
-from stitch_server.engine.in_flight import Reply
 from stitch_server.engine.loop import Engine
 from stitch_server.engine.next_stage import NextStage, ReceivedStep
+from stitch_server.engine.types import StepReply
 from stitch_server.rpc.frames import Assembly, reply_frame
 from stitch_server.rpc.tensors import Packed
 
@@ -40,7 +40,7 @@ class UpstreamLink:
         self._loop = asyncio.get_running_loop()
         self._outbox: asyncio.Queue[shard_pb2.LinkResponse | StitchError | None] = asyncio.Queue()
 
-    def reply(self, reply: Reply) -> None:
+    def reply(self, reply: StepReply) -> None:
         """Called in the engine's thread."""
         self._loop.call_soon_threadsafe(self._outbox.put_nowait, reply_frame(reply))
 

@@ -14,7 +14,7 @@ from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.engine.first_stage import FirstStage
 from stitch_server.engine.next_stage import NextStage
-from stitch_server.engine.session import Progress, Session
+from stitch_server.engine.session import Request, RequestOutput
 from stitch_server.engine.types import RouteDecision
 from stitch_server.rpc.frames import Assembly, stage_messages, token_message
 from stitch_server.rpc.handshake import check_neighbour
@@ -43,7 +43,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             if not isinstance(origin, FirstStage):
                 name, role = self._shard.config.name, self._shard.config.role
                 raise Incompatible(f"shard {name} holds {role} layers without the embedding: no chain begins here")
-            outbox: asyncio.Queue[Progress] = asyncio.Queue()
+            outbox: asyncio.Queue[RequestOutput] = asyncio.Queue()
             session = self._session(request, outbox)
             self._shard.engine.post(partial(origin.admit, session))
             try:
@@ -94,7 +94,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             for start in range(0, max(1, len(content)), PIECE_BYTES):
                 yield shard_pb2.FetchTokenizerResponse(file=path.name, data=content[start : start + PIECE_BYTES])
 
-    def _session(self, request: shard_pb2.ShardGenerateRequest, outbox: asyncio.Queue[Progress]) -> Session:
+    def _session(self, request: shard_pb2.ShardGenerateRequest, outbox: asyncio.Queue[RequestOutput]) -> Request:
         shard = self._shard
         model = shard.loaded.model
         _check(request, model.vocabulary_size, model.context_length)
@@ -102,7 +102,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             _check_candidates(request, [route.name for route in shard.cluster.routes])
         candidates = {one.route: tuple(one.chain) for one in request.candidates}
         loop = asyncio.get_running_loop()
-        session = Session(
+        session = Request(
             route="" if candidates else shard.cluster.route(request.route).name,
             chain=tuple(request.chain),
             candidates=candidates,
@@ -153,12 +153,12 @@ def _judged(decision: RouteDecision) -> shard_pb2.ProbeDecision:
     )
 
 
-def _report(loop: asyncio.AbstractEventLoop, outbox: asyncio.Queue[Progress], progress: Progress) -> None:
+def _report(loop: asyncio.AbstractEventLoop, outbox: asyncio.Queue[RequestOutput], progress: RequestOutput) -> None:
     """Called in the engine's thread."""
     loop.call_soon_threadsafe(outbox.put_nowait, progress)
 
 
-def _response(progress: Progress) -> shard_pb2.ShardGenerateResponse:
+def _response(progress: RequestOutput) -> shard_pb2.ShardGenerateResponse:
     if progress.error is not None:
         raise progress.error
     response = shard_pb2.ShardGenerateResponse(stages=stage_messages(progress.stages))

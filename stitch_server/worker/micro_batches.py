@@ -91,7 +91,7 @@ def apart(segments: Sequence[Segment], lanes: int) -> list[Part] | None:
     """Whole sequences in so many parts, none of which depends on another; None where one would be much larger."""
     lengths: dict[int, int] = {}
     for segment in segments:
-        lengths[segment.sequence.number] = lengths.get(segment.sequence.number, 0) + segment.length
+        lengths[segment.session.id] = lengths.get(segment.session.id, 0) + segment.length
     sizes, places = [0] * lanes, dict[int, int]()
     # Large ones first, so that small ones even them out.
     for sequence in sorted(lengths, key=lambda number: -lengths[number]):
@@ -102,7 +102,7 @@ def apart(segments: Sequence[Segment], lanes: int) -> list[Part] | None:
     parts = [Part([], []) for _ in range(lanes)]
     row = 0
     for segment in segments:
-        part = parts[places[segment.sequence.number]]
+        part = parts[places[segment.session.id]]
         part.segments.append(segment)
         part.rows.extend(range(row, row + segment.length))
         row += segment.length
@@ -128,5 +128,5 @@ def _cut(segments: Sequence[Segment], lanes: int) -> list[Part]:
 
 def depend(parts: Sequence[Part]) -> bool:
     """Whether a part holds later tokens of a sequence of which another one holds earlier ones."""
-    sequences = [{segment.sequence.number for segment in part.segments} for part in parts]
+    sequences = [{segment.session.id for segment in part.segments} for part in parts]
     return sum(map(len, sequences)) > len(set().union(*sequences))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stitch_server.attention.interface import Rotary, leading
 from stitch_server.devices import to_device_async
-from stitch_server.engine.types import Batch, Cut, RouteDecision, Segment, StepOutput, Token, TokenLogprobs
+from stitch_server.engine.types import Batch, LayerRange, RouteDecision, Segment, StepOutput, Token, TokenLogprobs
 from stitch_server.kv_cache.span import Span
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.adapters import Adapters
@@ -53,7 +53,7 @@ class ModelRunner:
     head: Callable[[Tensor], Tensor] | None = None
     # On a first shard that decides: who does, and the layers that each route then passes here.
     judge: RouteProbe | None = None
-    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    layer_ranges: Mapping[str, LayerRange] = field(default_factory=dict)
     # On a GPU: passes of single tokens, captured; and what waits until all is computed that was asked for.
     graphs: DecodeGraphs | None = None
     wait: Callable[[], None] | None = None
@@ -75,7 +75,7 @@ class ModelRunner:
             hidden, decisions = self._deciding(self.judge, batch.segments, hidden, spread)
         else:
             hidden = self._through_layers(batch.segments, hidden, spread)
-        if self.wait is not None and (self.head is None or batch.tokens > len(batch.segments)):
+        if self.wait is not None and (self.head is None or batch.num_tokens > len(batch.segments)):
             # So that stages of a prompt are what they took. Who sends the rows on waits anyway; a step of single tokens
             # waits once, for what is sampled.
             self.wait()
@@ -95,27 +95,27 @@ class ModelRunner:
     def _work(self, batch: Batch) -> PassShape:
         seen = sum(one.length * (one.position + one.length) for one in batch.segments)
         attended = seen / self.decoder.attention_cost_per_token
-        compiled = self.decoder.is_compiled(batch.tokens)
+        compiled = self.decoder.is_compiled(batch.num_tokens)
         # Lanes read all weights each, and single tokens are bound by just that.
         least = max(KERNEL_LANE_ROWS if compiled else LANE_ROWS, len(batch.segments))
-        divisible = self.device.type == "cpu" and batch.tokens >= 2 * least
+        divisible = self.device.type == "cpu" and batch.num_tokens >= 2 * least
         if divisible and compiled:
             # Lanes that wait for each other would call the loop for each layer.
             divisible = apart(batch.segments, 2) is not None
-        return PassShape(batch.tokens, attended, batch.pipelined, divisible)
+        return PassShape(batch.num_tokens, attended, batch.pipelined, divisible)
 
     def _entering(self, segments: Sequenced[Segment]) -> tuple[Tensor, frozenset[int]]:
         """The batch's rows `[tokens, hidden]` as the first layers take them, and which segments are spoilt."""
         if self.embed is not None:
             ids = [
-                token for one in segments for token in one.sequence.token_ids[one.position : one.position + one.length]
+                token for one in segments for token in one.session.token_ids[one.position : one.position + one.length]
             ]
             return self.embed(to_device_async(torch.tensor(ids), self.device)), frozenset()
         parts: list[Tensor] = []
         non_finite: set[int] = set()
         index = 0
         # Rows of different routes may come from different models, and so have different widths.
-        for route, group in groupby(segments, key=lambda segment: segment.sequence.route):
+        for route, group in groupby(segments, key=lambda segment: segment.session.route):
             members = list(group)
             received = _packed([_received(segment) for segment in members])
             non_finite.update(index + offset for offset in _non_finite(received, members))
@@ -160,11 +160,11 @@ class ModelRunner:
         rotary = cache(partial(self._rotary, spans))
         attention = cache(partial(self.store.attention, spans))
         attention_of = cache(lambda count: attention() if count == len(segments) else attention().first(count))
-        bounds = sorted({one.cut.enter for one in segments} | {one.cut.leave for one in segments})
+        bounds = sorted({one.layers.first for one in segments} | {one.layers.end for one in segments})
         if follows is not None or leads is not None:
             bounds = list(range(bounds[0], bounds[-1] + 1))
         for first, end in pairwise(bounds):
-            present = [one for one in segments if one.cut.enter <= first and one.cut.leave >= end]
+            present = [one for one in segments if one.layers.first <= first and one.layers.end >= end]
             rows = sum(one.length for one in present)
             adapted = self._adapted(present)
             whole = len(present) == len(segments)
@@ -192,7 +192,7 @@ class ModelRunner:
     def _adapted(self, segments: Sequenced[Segment]) -> list[tuple[slice, Adapters]]:
         """The rows of every route that has adapters here: side by side, since batches are ordered."""
         found, row = [], 0
-        for route, group in groupby(segments, key=lambda segment: segment.sequence.route):
+        for route, group in groupby(segments, key=lambda segment: segment.session.route):
             end = row + sum(segment.length for segment in group)
             if (adapters := self.adapters.get(route)) is not None:
                 found.append((slice(row, end), adapters))
@@ -206,7 +206,7 @@ class ModelRunner:
 
         Up to there all segments pass the same layers, and then those that go on are gathered anew.
         """
-        up_to = [replace(one, cut=Cut(one.cut.enter, judge.layer)) for one in segments]
+        up_to = [replace(one, layers=LayerRange(one.layers.first, judge.layer)) for one in segments]
         hidden = self._through_layers(up_to, hidden, spread)
         rows = [0, *accumulate(one.length for one in segments)]
         decisions = {
@@ -215,7 +215,7 @@ class ModelRunner:
             if one.candidates
         }
         leaves = [
-            self.cuts[decisions[index].route].leave if index in decisions else one.cut.leave
+            self.layer_ranges[decisions[index].route].end if index in decisions else one.layers.end
             for index, one in enumerate(segments)
         ]
         staying = sorted(
@@ -225,7 +225,7 @@ class ModelRunner:
             taken = to_device_async(
                 torch.cat([torch.arange(rows[index], rows[index + 1]) for index in staying]), self.device
             )
-            onward = [replace(segments[index], cut=Cut(judge.layer, leaves[index])) for index in staying]
+            onward = [replace(segments[index], layers=LayerRange(judge.layer, leaves[index])) for index in staying]
             hidden[taken] = self._through_layers(onward, hidden[taken], spread)
         return hidden, decisions
 
@@ -284,7 +284,7 @@ def _non_finite(rows: Tensor, segments: Sequenced[Segment]) -> list[int]:
 
 
 def _request(segment: Segment) -> SampleRequest:
-    sequence = segment.sequence
+    sequence = segment.session
     return SampleRequest(
         sampling=sequence.sampling,
         position=segment.position + segment.length,

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from stitch.sampling import Sampling
-from stitch_server.engine.in_flight import OutgoingStep, Reply
-from stitch_server.engine.session import Progress, Session
-from stitch_server.engine.types import Batch, StepOutput, Token
+from stitch_server.engine.session import Request, RequestOutput
+from stitch_server.engine.types import Batch, OutgoingStep, SessionToken, StepOutput, StepReply, Token
 
 WIDTH = 4
 # What every step of a fake chain answers.
@@ -50,32 +49,33 @@ class FakeDownstream:
     def last(self) -> OutgoingStep:
         return self.sent[-1][1]
 
-    def answer(self, step: OutgoingStep, token_id: int = TOKEN_ID) -> Reply:
+    def answer(self, step: OutgoingStep, token_id: int = TOKEN_ID) -> StepReply:
         """A reply with one token for every segment that wants one."""
         wanting = [segment for segment in step.segments if segment.wants_token]
         tokens = [
-            (one.sequence.number, one.sequence.epoch, Token(token_id, one.position + one.length)) for one in wanting
+            SessionToken(one.session.id, one.session.epoch, Token(token_id, one.position + one.length))
+            for one in wanting
         ]
-        return Reply(step.number, tuple(tokens))
+        return StepReply(step.number, tuple(tokens))
 
 
 @dataclass(eq=False)
 class FakeUpstream:
     """The link that steps came from."""
 
-    replies: list[Reply] = field(default_factory=list)
+    replies: list[StepReply] = field(default_factory=list)
 
-    def reply(self, reply: Reply) -> None:
+    def reply(self, reply: StepReply) -> None:
         self.replies.append(reply)
 
     @property
-    def last(self) -> Reply:
+    def last(self) -> StepReply:
         return self.replies[-1]
 
 
 def computed(batch: Batch, non_finite: Sequence[int] = (), stages: Mapping[str, float] = NO_STAGES) -> StepOutput:
     """What a runner in the middle of a chain makes of a batch: rows of zeros."""
-    rows = torch.zeros(batch.tokens, WIDTH)
+    rows = torch.zeros(batch.num_tokens, WIDTH)
     return StepOutput(hidden=rows, non_finite=frozenset(non_finite), stages=dict(stages))
 
 
@@ -94,14 +94,14 @@ def new_session(
     route: str = "weak",
     *,
     chain: tuple[str, ...] = ("top:1",),
-    heard: list[Progress] | None = None,
+    heard: list[RequestOutput] | None = None,
     first_token: int = 0,
     **fields: Any,
-) -> Session:
+) -> Request:
     """A session whose prompt counts upwards from `first_token`; fields of its sampling are told by their names."""
     own = {name: fields.pop(name) for name in ("context_length", "prompt_tokens", "candidates") if name in fields}
     heard = [] if heard is None else heard
-    return Session(
+    return Request(
         route=route,
         chain=chain,
         sampling=Sampling(**fields),

@@ -12,11 +12,12 @@ from stitch.cluster import ClusterConfig
 from stitch.v1 import shard_pb2
 from stitch_server.build import load_stage
 from stitch_server.engine.first_stage import FirstStage
-from stitch_server.engine.in_flight import OutgoingStep, Reply
 from stitch_server.engine.next_stage import NextStage, ReceivedStep
-from stitch_server.engine.session import Progress
+from stitch_server.engine.session import RequestOutput
+from stitch_server.engine.types import OutgoingStep, StepReply
 from stitch_server.metrics import Metrics
 from stitch_server.rpc.frames import Assembly, reply_frame, reply_of, step_frames
+from stitch_server.rpc.tensors import pack
 from stitch_server.shard import Shard, build_shard
 from tests.support.engine_fakes import new_session
 
@@ -38,7 +39,7 @@ class ChainInProcess:
 
     def generate(self, token_ids: Sequence[int], route: str, chain: tuple[str, ...], count: int) -> list[int]:
         """`count` greedy tokens behind `token_ids`; raises what the session ended with."""
-        heard: list[Progress] = []
+        heard: list[RequestOutput] = []
         session = new_session(len(token_ids), route, chain=chain, heard=heard, max_tokens=count)
         session.token_ids = list(token_ids)
         origin = self.shards["bottom-0"].front
@@ -67,7 +68,8 @@ class LinksInProcess:
 
     def send(self, address: str, step: OutgoingStep) -> None:
         end = self._end(address)
-        for frame in step_frames(step):
+        packed = pack(step.hidden, self.chain.shards[self.own].cluster.compute.wire_dtype)
+        for frame in step_frames(step, packed):
             end.take(shard_pb2.LinkRequest.FromString(frame.SerializeToString()).step)
 
     def close(self, address: str, numbers: Sequence[int]) -> None:
@@ -96,6 +98,6 @@ class LinkEnd:
             hidden = partial(self._receiver.unpack, step.rows)
             self.relay.receive(ReceivedStep(self, step.number, step.segments, hidden, step.pipelined))
 
-    def reply(self, reply: Reply) -> None:
+    def reply(self, reply: StepReply) -> None:
         sent = reply_frame(reply).SerializeToString()
         self._sender.front.replied(reply_of(shard_pb2.LinkResponse.FromString(sent).reply))

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2
-from stitch_server.engine.in_flight import Reply, StepsInFlight
+from stitch_server.engine.in_flight import StepsInFlight
 from stitch_server.engine.next_stage import NextStage, ReceivedStep
 from stitch_server.engine.session_table import Opening, ReceivedSegment, SessionTable
-from stitch_server.engine.types import Batch, Cut
+from stitch_server.engine.types import Batch, LayerRange, StepReply
 from stitch_server.kv_cache.block_pool import BlockPool
 from tests.support.engine_fakes import WIDTH, FakeDownstream, FakeUpstream, ManualClock, computed, sampled
 
-CUTS = {"weak": Cut(2, 8), "strong": Cut(4, 8)}
+CUTS = {"weak": LayerRange(2, 8), "strong": LayerRange(4, 8)}
 BLOCKS = 32
 
 
@@ -56,7 +56,7 @@ class Bench:
     step: int = 0
 
     def __post_init__(self) -> None:
-        forwarding = None if self.last else StepsInFlight(self.downstream, "float32")
+        forwarding = None if self.last else StepsInFlight(self.downstream)
         intake = SessionTable(self.pool, CUTS, forwarding)
         self.relay = NextStage(self.pool, intake, forwarding, self.batch_tokens, self.clock)
 
@@ -82,8 +82,9 @@ class Bench:
         return (self.relay.running_sessions, self.pool.free_blocks) == (0, BLOCKS)
 
 
-def causes(reply: Reply) -> list[tuple[int, str]]:
+def causes(reply: StepReply) -> list[tuple[int, str]]:
     """Sessions that failed, and why."""
     return [
-        (one.number, shard_pb2.FailureCause.Name(one.cause).removeprefix("FAILURE_CAUSE_")) for one in reply.failures
+        (one.session_id, shard_pb2.FailureCause.Name(one.cause).removeprefix("FAILURE_CAUSE_"))
+        for one in reply.failures
     ]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from stitch.sampling import Sampling
 from stitch_server.attention.flash import PAGE_TOKENS
-from stitch_server.engine.sequence import Sequence as Kept
-from stitch_server.engine.types import Batch, Cut, Segment, StepOutput, ordered
+from stitch_server.engine.types import Batch, LayerRange, Segment, StepOutput, in_layer_order
+from stitch_server.engine.types import Session as Kept
 from stitch_server.kv_cache.block_pool import blocks_for
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.decoder import DecoderLayers
@@ -95,10 +95,10 @@ class Chain:
     free: list[int] = field(default_factory=lambda: list(range(BLOCKS)))
     blocks: dict[int, list[int]] = field(default_factory=dict)
 
-    def sequence(self, route: str, token_ids: Sequence[int], **sampling: object) -> Kept:
+    def session(self, route: str, token_ids: Sequence[int], **sampling: object) -> Kept:
         kept = Kept(route, (), Sampling(**sampling), list(token_ids), len(token_ids))  # type: ignore[arg-type]
         # Every second block, from the end.
-        self.blocks[kept.number] = [self.free.pop(-1 - index % 2) for index in range(8)]
+        self.blocks[kept.id] = [self.free.pop(-1 - index % 2) for index in range(8)]
         return kept
 
     def segment(self, kept: Kept, length: int | None = None, wants_token: bool = True) -> Segment:
@@ -106,19 +106,19 @@ class Chain:
         position = kept.cached
         length = len(kept.token_ids) - position if length is None else length
         kept.cached += length
-        blocks = self.blocks[kept.number][: blocks_for(kept.cached)]
-        return Segment(kept, Cut(0, ROUTES[kept.route][0]), position, length, wants_token, blocks)
+        blocks = self.blocks[kept.id][: blocks_for(kept.cached)]
+        return Segment(kept, LayerRange(0, ROUTES[kept.route][0]), position, length, wants_token, blocks)
 
     def bottom(self, *segments: Segment, pipelined: bool = False) -> tuple[Batch, StepOutput]:
-        batch = Batch(ordered(segments), pipelined)
+        batch = Batch(in_layer_order(segments), pipelined)
         return batch, self.halves.bottom.run(batch)
 
     def top(self, batch: Batch, hidden: Sequence[Tensor]) -> tuple[Batch, StepOutput]:
         """The same segments on the next shard."""
         received = [
             Segment(
-                one.sequence,
-                Cut(ROUTES[one.sequence.route][1], 4),
+                one.session,
+                LayerRange(ROUTES[one.session.route][1], 4),
                 one.position,
                 one.length,
                 one.wants_token,
@@ -127,14 +127,14 @@ class Chain:
             )
             for one, rows in zip(batch.segments, hidden, strict=True)
         ]
-        arrived = Batch(ordered(received))
+        arrived = Batch(in_layer_order(received))
         return arrived, self.halves.top.run(arrived)
 
     def run(self, *segments: Segment) -> dict[int, int]:
         """Sampled ids by the number of their sequence."""
         batch, output = self.bottom(*segments)
         arrived, answer = self.top(batch, rows_of(batch, output))
-        return {arrived.segments[index].sequence.number: token.id for index, token in answer.tokens.items()}
+        return {arrived.segments[index].session.id: token.id for index, token in answer.tokens.items()}
 
     def expected(self, kept: Kept) -> int:
         """What `transformers` says comes next."""

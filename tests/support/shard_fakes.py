@@ -21,13 +21,13 @@ from stitch_server.engine.in_flight import StepsInFlight
 from stitch_server.engine.next_stage import NextStage
 from stitch_server.engine.scheduler import Limits
 from stitch_server.engine.session_table import SessionTable
-from stitch_server.engine.types import Cut
+from stitch_server.engine.types import LayerRange
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
 from stitch_server.rpc.servicer import ShardServicer
 from stitch_server.rpc.tensors import Packed, unpack
 from tests.support.engine_fakes import WIDTH, FakeDownstream, computed, sampled
 
-CUTS = {"weak": Cut(2, 4)}
+CUTS = {"weak": LayerRange(2, 4)}
 CONTEXT_LENGTH, VOCABULARY_SIZE = 64, 100
 BLOCKS = 8
 
@@ -91,8 +91,8 @@ class FakeShard:
         self.max_step_tokens = 128
 
     def _origin(self) -> FirstStage:
-        cuts = {"weak": Cut(0, 3)}
-        return FirstStage(self.pool, cuts, Limits(max_waiting_sessions=2), StepsInFlight(self.downstream, "float32"))
+        cuts = {"weak": LayerRange(0, 3)}
+        return FirstStage(self.pool, cuts, Limits(max_waiting_sessions=2), StepsInFlight(self.downstream))
 
     @staticmethod
     def _route(name: str) -> RouteConfig:

@@ -12,8 +12,8 @@ import torch
 
 from stitch.cluster import ClusterConfig, RouteConfig, ShardConfig, load_cluster
 from stitch.errors import Incompatible
-from stitch_server.build import cut_of, load_stage
-from stitch_server.engine.types import Cut
+from stitch_server.build import layer_range_of, load_stage
+from stitch_server.engine.types import LayerRange
 from tests.support.tiny_cluster import Layers
 
 CPU = torch.device("cpu")
@@ -22,19 +22,19 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("role", "layers", "cut"),
     [
-        ("bottom", (0, 10), Cut(0, 6)),
-        ("bottom", (0, 4), Cut(0, 4)),
-        ("bottom", (4, 10), Cut(4, 6)),
+        ("bottom", (0, 10), LayerRange(0, 6)),
+        ("bottom", (0, 4), LayerRange(0, 4)),
+        ("bottom", (4, 10), LayerRange(4, 6)),
         ("bottom", (6, 10), None),
-        ("top", (0, 10), Cut(3, 10)),
-        ("top", (4, 10), Cut(4, 10)),
-        ("top", (2, 4), Cut(3, 4)),
+        ("top", (0, 10), LayerRange(3, 10)),
+        ("top", (4, 10), LayerRange(4, 10)),
+        ("top", (2, 4), LayerRange(3, 4)),
         ("top", (0, 3), None),
     ],
 )
-def test_a_route_passes_the_layers_between_its_cuts(role: Any, layers: Layers, cut: Cut | None) -> None:
+def test_a_route_passes_the_layers_between_its_cuts(role: Any, layers: Layers, cut: LayerRange | None) -> None:
     route = RouteConfig(name="weak", bottom_layers=6, top_from=3, stitch="s")
-    assert cut_of(route, ShardConfig(name="a", role=role, layers=layers, address="a:1")) == cut
+    assert layer_range_of(route, ShardConfig(name="a", role=role, layers=layers, address="a:1")) == cut
 
 
 def test_the_first_shard_embeds_and_the_last_has_the_head(deep: ClusterConfig) -> None:
@@ -59,12 +59,12 @@ def test_each_has_the_adapters_of_its_layers(deep: ClusterConfig) -> None:
 
 
 def test_each_has_the_cuts_of_the_routes_that_pass(deep: ClusterConfig) -> None:
-    cuts = [load_stage(deep, place, CPU).cuts for place in deep.shards]
+    cuts = [load_stage(deep, place, CPU).layer_ranges for place in deep.shards]
     assert cuts == [
-        {"weak": Cut(0, 2), "strong": Cut(0, 2)},
-        {"weak": Cut(2, 3), "strong": Cut(2, 4)},
-        {"weak": Cut(2, 3)},
-        {"weak": Cut(3, 4), "strong": Cut(3, 4)},
+        {"weak": LayerRange(0, 2), "strong": LayerRange(0, 2)},
+        {"weak": LayerRange(2, 3), "strong": LayerRange(2, 4)},
+        {"weak": LayerRange(2, 3)},
+        {"weak": LayerRange(3, 4), "strong": LayerRange(3, 4)},
     ]
 
 

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from stitch.process import StopSignals
-from stitch_server.engine.in_flight import Reply
 from stitch_server.engine.loop import Engine
-from stitch_server.engine.types import Batch, StepOutput
+from stitch_server.engine.types import Batch, StepOutput, StepReply
 from stitch_server.server import asked_to_stop
 
 
@@ -29,7 +28,7 @@ class BatchSource:
     def fail(self, batch: Batch, error: Exception) -> None:
         raise NotImplementedError
 
-    def replied(self, reply: Reply) -> None:
+    def replied(self, reply: StepReply) -> None:
         raise NotImplementedError
 
     def lost(self, address: str, error: Exception) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from stitch_server.engine.types import Batch, Cut, Segment
+from stitch_server.engine.types import Batch, LayerRange, Segment
 from stitch_server.step_log import StepLog
 from tests.support.engine_fakes import new_session
 
 
 def test_every_step_is_a_line_at_once(tmp_path: Path) -> None:
     lengths = (3, 1)
-    segments = tuple(Segment(new_session(), Cut(0, 1), 0, length, wants_token=True, blocks=[]) for length in lengths)
+    segments = tuple(
+        Segment(new_session(), LayerRange(0, 1), 0, length, wants_token=True, blocks=[]) for length in lengths
+    )
     with StepLog(tmp_path / "steps", "top-0") as log:
         log(Batch(segments), 1.5, 2.0)
         log(Batch(segments[:1]), 2.5, 3.0)

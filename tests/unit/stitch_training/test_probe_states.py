@@ -13,8 +13,7 @@ from router_gateway.requests.types import Turn
 from router_gateway.tokenization.vocabulary import FILES, Vocabulary
 from stitch.errors import Incompatible, InvalidRequest
 from stitch.sampling import Sampling
-from stitch_server.engine.sequence import Sequence
-from stitch_server.engine.types import Batch, Cut, Segment
+from stitch_server.engine.types import Batch, LayerRange, Segment, Session
 from stitch_server.model.probe import pooled
 from stitch_training.probe_states import PromptReader, chat_encoder, plain_encoder
 from tests.support.runner_chain import CPU, new_runner
@@ -42,8 +41,8 @@ def test_states_are_those_of_a_shard(folder: Path) -> None:
     seen = reader.see(prompts, ignore)
     runner = new_runner(folder, 0, LAYER, embed=Embedding.load(folder, CPU, torch.float32))
     for row, prompt in zip(seen, prompts, strict=True):
-        sequence = Sequence("weak", (), Sampling(), prompt, len(prompt))
-        segment = Segment(sequence, Cut(0, LAYER), 0, len(prompt), True, range(4))
+        sequence = Session("weak", (), Sampling(), prompt, len(prompt))
+        segment = Segment(sequence, LayerRange(0, LAYER), 0, len(prompt), True, range(4))
         states = runner.run(Batch((segment,))).hidden
         assert np.allclose(row, pooled(states[:20]).numpy(), atol=1e-5)
 

@@ -13,17 +13,17 @@ import torch
 
 from stitch.errors import Exhausted, OutOfStep, Unavailable
 from stitch_server.engine.first_stage import FirstStage
-from stitch_server.engine.in_flight import BatchSource, OutgoingStep, Reply, StepsInFlight
+from stitch_server.engine.in_flight import BatchSource, StepsInFlight
 from stitch_server.engine.next_stage import NextStage, ReceivedStep
 from stitch_server.engine.scheduler import Limits
-from stitch_server.engine.session import Progress, Session
+from stitch_server.engine.session import Request, RequestOutput
 from stitch_server.engine.session_table import Opening, ReceivedSegment, SessionTable
-from stitch_server.engine.types import Batch, Cut, StepOutput
+from stitch_server.engine.types import Batch, LayerRange, OutgoingStep, StepOutput, StepReply
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
 from tests.support.engine_fakes import WIDTH, ManualClock, computed, new_session, sampled
 
 CHAIN = ("middle:1", "last:1")
-CUTS = {"weak": Cut(0, 2), "strong": Cut(0, 3)}
+CUTS = {"weak": LayerRange(0, 2), "strong": LayerRange(0, 3)}
 
 
 @dataclass(eq=False)
@@ -33,22 +33,22 @@ class LateLink:
     forward: deque[tuple[bool, Callable[[], None]]] = field(default_factory=deque)
     backward: deque[Callable[[], None]] = field(default_factory=deque)
     receiver: NextStage | None = None
-    replied: Callable[[Reply], None] | None = None
+    replied: Callable[[StepReply], None] | None = None
 
     def send(self, address: str, step: OutgoingStep) -> None:
         assert self.receiver is not None
         segments = tuple(
             ReceivedSegment(
-                one.sequence.number,
-                one.sequence.epoch,
+                one.session.id,
+                one.session.epoch,
                 one.position,
                 one.length,
                 one.wants_token,
-                self._opening(one.sequence) if opens else None,  # type: ignore[arg-type]
+                self._opening(one.session) if opens else None,  # type: ignore[arg-type]
             )
             for one, opens in zip(step.segments, step.opens, strict=True)
         )
-        rows = torch.zeros(step.rows.tokens, WIDTH)
+        rows = torch.zeros(len(step.hidden), WIDTH)
         received = ReceivedStep(self, step.number, segments, lambda: rows, step.pipelined)
         self.forward.append((step.urgent, partial(self.receiver.receive, received)))
 
@@ -56,12 +56,12 @@ class LateLink:
         assert self.receiver is not None
         self.forward.append((False, partial(self.receiver.close, self, list(numbers))))
 
-    def reply(self, reply: Reply) -> None:
+    def reply(self, reply: StepReply) -> None:
         assert self.replied is not None
         self.backward.append(partial(self.replied, reply))
 
     @staticmethod
-    def _opening(session: Session) -> Opening:
+    def _opening(session: Request) -> Opening:
         known = tuple(session.token_ids)
         return Opening(session.route, session.chain[1:], session.sampling, known, session.prompt_tokens, session.reused)
 
@@ -86,17 +86,17 @@ class Simulation:
         limits = Limits(
             prefill_tokens=self.draw.choice([17, 33]), prefill_tokens_beside_decode=8, groups=self.draw.randrange(1, 4)
         )
-        self.origin = FirstStage(self.pools[0], CUTS, limits, StepsInFlight(self.links[0], "float32"), self.clock)
-        behind = StepsInFlight(self.links[1], "float32")
+        self.origin = FirstStage(self.pools[0], CUTS, limits, StepsInFlight(self.links[0]), self.clock)
+        behind = StepsInFlight(self.links[1])
         self.middle = NextStage(self.pools[1], SessionTable(self.pools[1], CUTS, behind), behind, 24, self.clock)
         self.last = NextStage(self.pools[2], SessionTable(self.pools[2], CUTS, None), None, 24, self.clock)
         self.links[0].receiver, self.links[0].replied = self.middle, self.origin.replied
         self.links[1].receiver, self.links[1].replied = self.last, self.middle.replied
-        self.live: dict[int, tuple[Session, list[Progress]]] = {}
+        self.live: dict[int, tuple[Request, list[RequestOutput]]] = {}
         self.outcomes: list[str] = []
 
     def arrive(self) -> None:
-        heard: list[Progress] = []
+        heard: list[RequestOutput] = []
         tokens = self.draw.randrange(1, 5 * BLOCK_TOKENS)
         session = new_session(
             tokens,
@@ -106,7 +106,7 @@ class Simulation:
             first_token=self.draw.choice([0, 1000]),
             max_tokens=self.draw.randrange(1, 25),
         )
-        self.live[session.number] = (session, heard)
+        self.live[session.id] = (session, heard)
         self.origin.admit(session)
 
     def compute(self) -> None:
@@ -141,7 +141,7 @@ class Simulation:
                 self.check(session, heard)
                 del self.live[number]
 
-    def check(self, session: Session, heard: list[Progress]) -> None:
+    def check(self, session: Request, heard: list[RequestOutput]) -> None:
         """A session is told every token once and in order, and at last how it ended."""
         positions = [one.token.position for one in heard if one.token is not None]
         assert positions == list(range(session.prompt_tokens, session.prompt_tokens + len(positions)))

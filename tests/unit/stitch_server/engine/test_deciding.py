@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from stitch.sampling import Sampling
-from stitch_server.engine.sequence import Sequence
-from stitch_server.engine.types import Batch, Cut, RouteDecision, Segment, ordered
+from stitch_server.engine.types import Batch, LayerRange, RouteDecision, Segment, Session, in_layer_order
 from stitch_server.model.embedding import Embedding
 from stitch_server.worker.model_runner import ModelRunner
 from tests.support.runner_chain import CPU, DTYPE, new_runner, rows_of
 from tests.support.tiny_model import write_tiny_model
 from tests.support.tiny_probe import drawn
 
-CUTS = {"weak": Cut(0, 2), "middle": Cut(0, 3), "strong": Cut(0, 4)}
+CUTS = {"weak": LayerRange(0, 2), "middle": LayerRange(0, 3), "strong": LayerRange(0, 4)}
 WINDOW = 6
 
 
@@ -43,12 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def runner(folder: Path) -> ModelRunner:
     judge: object = Scripted()
-    return new_runner(folder, 0, 4, embed=Embedding.load(folder, CPU, DTYPE), judge=judge, cuts=CUTS)
+    return new_runner(folder, 0, 4, embed=Embedding.load(folder, CPU, DTYPE), judge=judge, layer_ranges=CUTS)
 
 
 def segment(route: str, tokens: int, slot: int, undecided: bool = False) -> Segment:
     """A prompt with four blocks of its own."""
-    sequence = Sequence("" if undecided else route, (), Sampling(), drawn(slot, tokens), tokens)
+    sequence = Session("" if undecided else route, (), Sampling(), drawn(slot, tokens), tokens)
     cut = CUTS["weak"] if undecided else CUTS[route]
     return Segment(
         sequence, cut, 0, tokens, True, range(4 * slot, 4 * slot + 4), candidates=tuple(CUTS) if undecided else ()
@@ -61,7 +60,7 @@ def route_of(tokens: int) -> str:
 
 def rows(runner: ModelRunner, *segments: Segment) -> dict[int, torch.Tensor]:
     """The hidden states by the first block of their segment."""
-    batch = Batch(ordered(segments))
+    batch = Batch(in_layer_order(segments))
     output = runner.run(batch)
     return {one.blocks[0]: hidden for one, hidden in zip(batch.segments, rows_of(batch, output), strict=True)}
 
@@ -69,7 +68,7 @@ def rows(runner: ModelRunner, *segments: Segment) -> dict[int, torch.Tensor]:
 @pytest.mark.parametrize("tokens", [6, 7, 8])
 def test_an_undecided_segment_ends_as_with_its_route_named(runner: ModelRunner, tokens: int) -> None:
     named, undecided = segment(route_of(tokens), tokens, 0), segment("", tokens, 1, undecided=True)
-    undecided.sequence.token_ids = named.sequence.token_ids
+    undecided.session.token_ids = named.session.token_ids
     assert torch.allclose(rows(runner, undecided)[4], rows(runner, named)[0], atol=1e-5)
 
 
@@ -102,9 +101,9 @@ def test_the_judge_sees_the_states_behind_its_layer(runner: ModelRunner, folder:
 
 def test_later_chunks_find_the_keys_of_the_deeper_layers(runner: ModelRunner) -> None:
     token_ids = drawn(9, 20)
-    whole = Sequence("strong", (), Sampling(), token_ids, 20)
+    whole = Session("strong", (), Sampling(), token_ids, 20)
     wanted = runner.run(Batch((Segment(whole, CUTS["strong"], 0, 20, True, range(4)),))).hidden
-    judged = Sequence("", (), Sampling(), token_ids, 20)
+    judged = Session("", (), Sampling(), token_ids, 20)
     runner.run(Batch((Segment(judged, CUTS["weak"], 0, 8, False, range(8, 12), candidates=tuple(CUTS)),)))
     judged.route = "strong"
     rest = runner.run(Batch((Segment(judged, CUTS["strong"], 8, 12, True, range(8, 12)),))).hidden

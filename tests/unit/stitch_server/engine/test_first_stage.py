@@ -8,9 +8,8 @@ import pytest
 
 from stitch.errors import Exhausted, Unavailable
 from stitch.v1.inference_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
-from stitch_server.engine.in_flight import OutgoingStep
-from stitch_server.engine.session import Progress, Session
-from stitch_server.engine.types import RouteDecision
+from stitch_server.engine.session import Request, RequestOutput
+from stitch_server.engine.types import OutgoingStep, RouteDecision
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.engine_fakes import TOKEN_ID, computed, new_session
 from tests.support.origin_bench import OriginBench, error_of, ids
@@ -29,12 +28,12 @@ class TestGenerating:
         assert ids(heard) == [50, 51, 52]
         assert [one.token.position for one in heard if one.token] == [20, 21, 22]
         assert [one.finish_reason for one in heard] == [None, None, FINISH_REASON_LENGTH]
-        assert [(one.segments[0].position, one.rows.tokens) for _, one in bench.downstream.sent] == [
+        assert [(one.segments[0].position, len(one.hidden)) for _, one in bench.downstream.sent] == [
             (0, 20),
             (20, 1),
             (21, 1),
         ]
-        assert bench.downstream.closed == [("top:1", session.number)]
+        assert bench.downstream.closed == [("top:1", session.id)]
         assert bench.idle
 
     def test_a_stop_token_ends_it(self, bench: OriginBench) -> None:
@@ -56,7 +55,7 @@ class TestGenerating:
         bench.admit(5, route="weak")
         bench.admit(6, route="strong")
         batch = bench.compose()
-        assert [one.cut.leave for one in batch.segments] == [4, 3]
+        assert [one.layers.end for one in batch.segments] == [4, 3]
 
     def test_nothing_is_composed_beyond_the_window(self) -> None:
         bench = OriginBench(prefill_tokens=4)
@@ -146,7 +145,7 @@ class TestAbandoning:
         step = bench.compute()
         bench.origin.abandon(session)
         bench.origin.abandon(session)
-        assert bench.downstream.closed == [("top:1", session.number)]
+        assert bench.downstream.closed == [("top:1", session.id)]
         bench.reply(step)
         assert heard == []
         assert bench.idle
@@ -173,7 +172,7 @@ class TestVerdicts:
         bench.origin.deliver(batch, replace(computed(batch), decisions={0: decision}))
         return bench.downstream.last
 
-    def admit(self, bench: OriginBench) -> tuple[Session, list[Progress]]:
+    def admit(self, bench: OriginBench) -> tuple[Request, list[RequestOutput]]:
         return bench.admit(route="", chain=(), candidates={"weak": ("top:1",), "strong": ("top:2",)})
 
     def test_its_rows_go_where_the_verdict_says(self) -> None:
@@ -183,7 +182,7 @@ class TestVerdicts:
         step = self.decided(bench, decision)
         assert bench.downstream.sent[-1][0] == "top:2"
         assert (session.route, session.chain) == ("strong", ("top:2",))
-        assert heard == [Progress(decision=decision)]
+        assert heard == [RequestOutput(decision=decision)]
         bench.reply(step)
         assert heard[-1].token is not None
 
@@ -202,7 +201,7 @@ class TestVerdicts:
         self.decided(bench, RouteDecision("weak"))
         bench.origin.abandon(session)
         assert bench.idle
-        assert bench.downstream.closed == [("top:1", session.number)]
+        assert bench.downstream.closed == [("top:1", session.id)]
 
     def test_a_pass_that_fails_ends_it(self) -> None:
         bench = OriginBench(probe_tokens=8)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stitch.v1 import shard_pb2
 from stitch_server.engine.in_flight import StepsInFlight
-from stitch_server.engine.session import Session
-from stitch_server.engine.types import Batch, Cut, Segment, StepOutput
+from stitch_server.engine.session import Request
+from stitch_server.engine.types import Batch, LayerRange, Segment, StepOutput
 from tests.support.engine_fakes import FakeDownstream, computed, new_session
 
-CUT = Cut(0, 4)
+CUT = LayerRange(0, 4)
 
 
-def segment(session: Session, position: int = 0, length: int = 2, wants_token: bool = False) -> Segment:
+def segment(session: Request, position: int = 0, length: int = 2, wants_token: bool = False) -> Segment:
     return Segment(session, CUT, position, length, wants_token, blocks=[0])
 
 
@@ -32,18 +31,18 @@ def downstream() -> FakeDownstream:
 
 @pytest.fixture
 def forwarding(downstream: FakeDownstream) -> StepsInFlight:
-    return StepsInFlight(downstream, "float32", window_steps=3)
+    return StepsInFlight(downstream, window_steps=3)
 
 
 def test_a_step_holds_the_rows_of_its_segments(downstream: FakeDownstream) -> None:
-    forwarding = StepsInFlight(downstream, "bfloat16")
+    forwarding = StepsInFlight(downstream)
     first, second = segment(new_session()), segment(new_session(), length=1)
     rows = torch.arange(12.0).view(3, 4)
     forwarding.send(Batch((first, second)), StepOutput(hidden=rows), pipelined=True)
     address, step = downstream.sent[0]
     assert (address, step.segments, step.pipelined) == ("top:1", (first, second), True)
-    assert (step.rows.dtype, step.rows.tokens, step.rows.width) == (shard_pb2.DTYPE_BFLOAT16, 3, 4)
-    assert step.rows.data == rows.bfloat16().view(torch.uint8).numpy().tobytes()
+
+    assert step.hidden is rows
 
 
 def test_every_address_has_a_step_of_its_own(forwarding: StepsInFlight, downstream: FakeDownstream) -> None:
@@ -53,9 +52,9 @@ def test_every_address_has_a_step_of_its_own(forwarding: StepsInFlight, downstre
     numbers = forwarding.send(batch, StepOutput(hidden=torch.cat(rows)), pipelined=False)
     assert [(address, step.number) for address, step in downstream.sent] == [("a:1", numbers[0]), ("b:1", numbers[1])]
     to_a = downstream.sent[0][1]
-    assert [one.sequence for one in to_a.segments] == [sessions[0], sessions[2]]
-    assert to_a.rows.data == torch.cat([rows[0], rows[2]]).numpy().tobytes()
-    assert forwarding.steps_in_flight == 2
+    assert [one.session for one in to_a.segments] == [sessions[0], sessions[2]]
+    assert to_a.hidden.equal(torch.cat([rows[0], rows[2]]))
+    assert forwarding.count == 2
 
 
 def test_only_the_first_segment_opens_a_session(forwarding: StepsInFlight, downstream: FakeDownstream) -> None:
@@ -76,20 +75,20 @@ def test_a_session_that_begins_anew_opens_anew(forwarding: StepsInFlight, downst
 def test_spoilt_segments_stay_here(forwarding: StepsInFlight, downstream: FakeDownstream) -> None:
     non_finite, sound = new_session(), new_session()
     send(forwarding, segment(non_finite), segment(sound), non_finite=(0,))
-    assert [one.sequence for one in downstream.last.segments] == [sound]
-    assert not non_finite.opened
+    assert [one.session for one in downstream.last.segments] == [sound]
+    assert not non_finite.open_downstream
 
 
 def test_a_batch_of_spoilt_segments_is_no_step(forwarding: StepsInFlight, downstream: FakeDownstream) -> None:
     assert send(forwarding, segment(new_session()), non_finite=(0,)) == []
-    assert (downstream.sent, forwarding.steps_in_flight) == ([], 0)
+    assert (downstream.sent, forwarding.count) == ([], 0)
 
 
 def test_unanswered_steps_fill_the_window(forwarding: StepsInFlight) -> None:
     numbers = [send(forwarding, segment(new_session()))[0] for _ in range(3)]
-    assert forwarding.full
+    assert forwarding.is_full
     forwarding.settle(numbers[1])
-    assert not forwarding.full
+    assert not forwarding.is_full
 
 
 def test_a_step_is_settled_once(forwarding: StepsInFlight) -> None:
@@ -104,8 +103,8 @@ def test_a_lost_address_names_its_steps(forwarding: StepsInFlight) -> None:
     mine, other = segment(new_session(chain=("a:1",))), segment(new_session(chain=("b:1",)))
     (number,) = send(forwarding, mine)
     send(forwarding, other)
-    assert forwarding.lost("a:1") == [(number, (mine,))]
-    assert forwarding.lost("c:1") == []
+    assert forwarding.sent_to("a:1") == [(number, (mine,))]
+    assert forwarding.sent_to("c:1") == []
 
 
 def test_the_end_of_a_session_goes_to_its_next_shard(forwarding: StepsInFlight, downstream: FakeDownstream) -> None:

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from stitch.errors import StitchError
-from stitch_server.engine.in_flight import Reply
 from stitch_server.engine.loop import Engine
-from stitch_server.engine.types import Batch, Cut, Segment, StepOutput
+from stitch_server.engine.types import Batch, LayerRange, Segment, StepOutput, StepReply
 from tests.support.engine_fakes import new_session
 
 # Far more than any of these tests needs; only a broken engine waits so long.
@@ -20,7 +19,7 @@ PATIENCE_SECONDS = 30.0
 
 
 def new_batch(length: int = 3) -> Batch:
-    return Batch((Segment(new_session(), Cut(0, 1), 0, length, wants_token=True, blocks=[]),))
+    return Batch((Segment(new_session(), LayerRange(0, 1), 0, length, wants_token=True, blocks=[]),))
 
 
 @dataclass
@@ -42,7 +41,7 @@ class FakeFront:
     def fail(self, batch: Batch, error: Exception) -> None:
         self.failed.append((batch, error))
 
-    def replied(self, reply: Reply) -> None:
+    def replied(self, reply: StepReply) -> None:
         raise NotImplementedError
 
     def lost(self, address: str, error: StitchError) -> None:

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from stitch.errors import Unavailable
-from stitch_server.engine.in_flight import Reply
-from stitch_server.engine.types import Token
+from stitch_server.engine.types import SessionToken, StepReply, Token
 from tests.support.engine_fakes import FakeUpstream
 from tests.support.relay_bench import BLOCKS, CUTS, Bench, causes, segment
 
@@ -29,14 +28,14 @@ class TestLast:
         batch = bench.compute(top_prefill=0.5)
         assert [one.length for one in batch.segments] == [4, 4]
         assert bench.up.last.step == step
-        assert bench.up.last.tokens == ((5, 0, Token(7, 4)),)
+        assert bench.up.last.tokens == (SessionToken(5, 0, Token(7, 4)),)
         assert bench.up.last.stages == {"queue": 0.0, "top_prefill": 0.5}
         assert bench.relay.running_sessions == 2
 
     def test_a_segment_has_the_rows_that_were_sent_for_it(self, bench: Bench) -> None:
         bench.receive(segment(5, 3, route="strong"), segment(6, 2))
         batch = bench.compose()
-        assert [one.cut for one in batch.segments] == [CUTS["weak"], CUTS["strong"]]
+        assert [one.layers for one in batch.segments] == [CUTS["weak"], CUTS["strong"]]
         rows = [one.hidden for one in batch.segments]
         assert [None if one is None else one[:, 0].tolist() for one in rows] == [[0.0, 1.0], [0.0, 1.0, 2.0]]
 
@@ -45,20 +44,20 @@ class TestLast:
         first, second = bench.receive(segment(5)), bench.receive(segment(5), upstream=other)
         bench.clock.advance(2.0)
         batch = bench.compute()
-        assert batch.tokens == 8
+        assert batch.num_tokens == 8
         assert [reply.step for reply in bench.up.replies + other.replies] == [first, second]
         assert bench.up.last.stages["queue"] == pytest.approx(2.0)
 
     def test_a_batch_ends_where_it_would_be_too_large(self, bench: Bench) -> None:
         for session in (5, 6, 7):
             bench.receive(segment(session, 8))
-        assert [bench.compute().tokens, bench.compute().tokens] == [16, 8]
+        assert [bench.compute().num_tokens, bench.compute().num_tokens] == [16, 8]
         assert bench.relay.next_batch() is None
 
     def test_one_large_step_is_computed_whole(self, bench: Bench) -> None:
         bench.receive(segment(5, 40))
         bench.receive(segment(6, 1))
-        assert bench.compute().tokens == 40
+        assert bench.compute().num_tokens == 40
 
     def test_two_chunks_of_a_session_keep_their_order(self, bench: Bench) -> None:
         bench.receive(segment(5, 8, wants_token=False))
@@ -75,7 +74,7 @@ class TestLast:
 
     def test_a_sampled_token_becomes_part_of_the_sequence(self, bench: Bench) -> None:
         bench.receive(segment(5))
-        sequence = bench.compute().segments[0].sequence
+        sequence = bench.compute().segments[0].session
         assert sequence.token_ids == [*range(40), 7]
 
     def test_computed_beginnings_are_shared(self, bench: Bench) -> None:
@@ -83,13 +82,13 @@ class TestLast:
         bench.compute()
         bench.receive(segment(6, 8, position=32, reused=32))
         bench.compute()
-        assert bench.up.last.tokens == ((6, 0, Token(7, 40)),)
+        assert bench.up.last.tokens == (SessionToken(6, 0, Token(7, 40)),)
 
     def test_a_refused_segment_disturbs_no_other(self, bench: Bench) -> None:
         bench.receive(segment(5), segment(6, 2, position=3), segment(7))
         batch = bench.compute()
         assert [one.hidden[:, 0].tolist() for one in batch.segments if one.hidden is not None] == [[0, 1, 2, 3]] * 2
-        assert [number for number, _, _ in bench.up.last.tokens] == [5, 7]
+        assert [one.session_id for one in bench.up.last.tokens] == [5, 7]
         assert causes(bench.up.last) == [(6, "PRECONDITION")]
 
     def test_a_step_of_refused_segments_is_answered_at_once(self, bench: Bench) -> None:
@@ -102,7 +101,7 @@ class TestLast:
     def test_behind_a_step_that_is_refused_others_go_on(self, bench: Bench) -> None:
         bench.receive(segment(5, position=3))
         bench.receive(segment(6))
-        assert bench.compute().tokens == 4
+        assert bench.compute().num_tokens == 4
         assert len(bench.up.replies) == 2
 
     def test_without_room_a_session_is_told_so(self, bench: Bench) -> None:
@@ -156,7 +155,7 @@ class TestLast:
         bench.receive(segment(5, epoch=1))
         bench.compute()
         assert bench.up.replies[0].failures
-        assert bench.up.replies[1].tokens == ((5, 1, Token(7, 4)),)
+        assert bench.up.replies[1].tokens == (SessionToken(5, 1, Token(7, 4)),)
 
     def test_a_link_that_ended_leaves_nothing(self, bench: Bench) -> None:
         other = FakeUpstream()
@@ -165,7 +164,7 @@ class TestLast:
         bench.receive(segment(5, 1, position=4))
         bench.receive(segment(6), upstream=other)
         bench.relay.link_closed(bench.up)
-        assert bench.compute().tokens == 4
+        assert bench.compute().num_tokens == 4
         assert len(bench.up.replies) == 1
         assert len(other.replies) == 1
         bench.relay.link_closed(other)
@@ -176,7 +175,7 @@ class TestLast:
         bench.compute(non_finite=(0,))
         assert causes(bench.up.last) == [(5, "PRECONDITION")]
         assert "session 5 at position 0 are not finite" in bench.up.last.failures[0].message
-        assert [number for number, _, _ in bench.up.last.tokens] == [6]
+        assert [one.session_id for one in bench.up.last.tokens] == [6]
         assert bench.relay.running_sessions == 1
 
     def test_what_follows_a_spoilt_chunk_is_answered_too(self, bench: Bench) -> None:
@@ -202,6 +201,6 @@ class TestLast:
         assert bench.idle
 
     def test_it_waits_for_nobody(self, bench: Bench) -> None:
-        bench.relay.replied(Reply(1))
+        bench.relay.replied(StepReply(1))
         bench.relay.lost("end:1", Unavailable("gone"))
         assert bench.up.replies == []

@@ -9,8 +9,8 @@ import pytest
 from stitch.errors import Exhausted, Incompatible, OutOfStep, Unavailable
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
-from stitch_server.engine.in_flight import Failure
 from stitch_server.engine.scheduler import BACKOFF_SECONDS
+from stitch_server.engine.types import SessionFailure
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.engine_fakes import TOKEN_ID
 from tests.support.origin_bench import OriginBench, error_of, ids
@@ -28,7 +28,7 @@ class TestFailures:
         bench.refuse(bench.compute(), session, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED)
         assert heard == []
         assert (session.epoch, bench.origin.waiting_sessions) == (1, 1)
-        assert bench.downstream.closed == [("top:1", session.number)]
+        assert bench.downstream.closed == [("top:1", session.id)]
         bench.clock.advance(BACKOFF_SECONDS)
         step = bench.compute()
         # Its first block is still remembered here.
@@ -44,7 +44,7 @@ class TestFailures:
         bench.refuse(bench.compute(), session, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED)
         bench.clock.advance(BACKOFF_SECONDS)
         step = bench.compute()
-        assert [one.length for one in step.segments if one.sequence is session] == [21 - BLOCK_TOKENS]
+        assert [one.length for one in step.segments if one.session is session] == [21 - BLOCK_TOKENS]
         bench.reply(step, 51)
         assert ids(heard) == [50, 51]
 
@@ -70,7 +70,7 @@ class TestFailures:
         bench.refuse(step, session, shard_pb2.FAILURE_CAUSE_PREFIX_MISSING)
         bench.clock.advance(BACKOFF_SECONDS)
         step = bench.compute()
-        assert (step.segments[0].sequence, step.segments[0].position) == (session, 0)
+        assert (step.segments[0].session, step.segments[0].position) == (session, 0)
         bench.reply(step)
         assert ids(heard) == [TOKEN_ID]
 
@@ -89,7 +89,7 @@ class TestFailures:
         session, heard = bench.admit()
         bench.refuse(bench.compute(), session, cause)
         assert isinstance(error_of(heard), OutOfStep)
-        assert bench.downstream.closed == [("top:1", session.number)]
+        assert bench.downstream.closed == [("top:1", session.id)]
         assert bench.idle
 
     def test_what_belongs_to_an_earlier_epoch_is_void(self, bench: OriginBench) -> None:
@@ -98,7 +98,7 @@ class TestFailures:
         step = bench.compute()
         answer = bench.downstream.answer(step)
         bench.refuse(step, session, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED)
-        late = Failure(session.number, 0, shard_pb2.FAILURE_CAUSE_PRECONDITION, "not open")
+        late = SessionFailure(session.id, 0, shard_pb2.FAILURE_CAUSE_PRECONDITION, "not open")
         bench.origin.replied(replace(answer, failures=(late,)))
         assert heard == []
         assert session.epoch == 1
@@ -165,4 +165,4 @@ class TestLoss:
         session, _ = bench.admit()
         bench.compute()
         bench.origin.lost("top:1", Unavailable("gone"))
-        assert bench.downstream.closed == [("top:1", session.number)]
+        assert bench.downstream.closed == [("top:1", session.id)]

@@ -9,9 +9,8 @@ import torch
 
 from stitch.errors import Incompatible, Unavailable
 from stitch.v1 import shard_pb2
-from stitch_server.engine.in_flight import Failure, Reply
 from stitch_server.engine.session_table import ReceivedSegment
-from stitch_server.engine.types import StepOutput, Token
+from stitch_server.engine.types import SessionFailure, SessionToken, StepOutput, StepReply, Token
 from tests.support.engine_fakes import WIDTH, FakeUpstream
 from tests.support.relay_bench import BLOCKS, Bench, causes, segment
 
@@ -31,10 +30,10 @@ class TestMiddle:
         bench.compute(top_prefill=0.5)
         assert bench.up.replies == []
         sent = bench.downstream.last
-        assert [one.sequence.cached for one in sent.segments] == [4, 4]
+        assert [one.session.cached for one in sent.segments] == [4, 4]
         bench.relay.replied(bench.downstream.answer(sent))
         assert bench.up.last.step == step
-        assert bench.up.last.tokens == ((5, 0, Token(7, 4)), (6, 0, Token(7, 4)))
+        assert bench.up.last.tokens == (SessionToken(5, 0, Token(7, 4)), SessionToken(6, 0, Token(7, 4)))
 
     def test_times_add_up(self, bench: Bench) -> None:
         bench.receive(self.middle(5))
@@ -52,7 +51,7 @@ class TestMiddle:
         bench.relay.replied(bench.downstream.answer(to_b, token_id=8))
         assert bench.up.replies == []
         bench.relay.replied(bench.downstream.answer(to_a, token_id=9))
-        assert bench.up.last.tokens == ((6, 0, Token(8, 4)), (5, 0, Token(9, 4)))
+        assert bench.up.last.tokens == (SessionToken(6, 0, Token(8, 4)), SessionToken(5, 0, Token(9, 4)))
 
     def test_two_steps_that_were_merged_are_answered_apart(self, bench: Bench) -> None:
         other = FakeUpstream()
@@ -68,7 +67,7 @@ class TestMiddle:
         bench.receive(self.middle(5, 4, 8))
         bench.compute()
         bench.relay.replied(bench.downstream.answer(bench.downstream.last))
-        assert [reply.tokens for reply in bench.up.replies] == [(), ((5, 0, Token(7, 12)),)]
+        assert [reply.tokens for reply in bench.up.replies] == [(), (SessionToken(5, 0, Token(7, 12)),)]
 
     def test_it_takes_no_more_than_the_window(self, bench: Bench) -> None:
         for session in range(5):
@@ -83,10 +82,10 @@ class TestMiddle:
         bench.receive(self.middle(5), self.middle(6))
         bench.compute()
         sent = bench.downstream.last
-        number = sent.segments[0].sequence.number
-        failure = Failure(number, 0, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED, "no block")
-        bench.relay.replied(Reply(sent.number, failures=(failure,)))
-        assert bench.up.last.failures == (replace(failure, number=5),)
+        number = sent.segments[0].session.id
+        failure = SessionFailure(number, 0, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED, "no block")
+        bench.relay.replied(StepReply(sent.number, failures=(failure,)))
+        assert bench.up.last.failures == (replace(failure, session_id=5),)
         assert bench.relay.running_sessions == 1
 
     def test_a_late_failure_spares_a_session_that_began_anew(self, bench: Bench) -> None:
@@ -96,16 +95,16 @@ class TestMiddle:
         bench.relay.close(bench.up, [5])
         bench.receive(self.middle(5, epoch=1))
         bench.compute()
-        number = sent.segments[0].sequence.number
-        failure = Failure(number, 0, shard_pb2.FAILURE_CAUSE_PRECONDITION, "not open")
-        bench.relay.replied(Reply(sent.number, failures=(failure,)))
+        number = sent.segments[0].session.id
+        failure = SessionFailure(number, 0, shard_pb2.FAILURE_CAUSE_PRECONDITION, "not open")
+        bench.relay.replied(StepReply(sent.number, failures=(failure,)))
         assert bench.up.last.failures[0].epoch == 0
         assert bench.relay.running_sessions == 1
 
     def test_a_refusal_here_frees_the_session_behind(self, bench: Bench) -> None:
         bench.receive(self.middle(5))
         bench.compute()
-        number = bench.downstream.last.segments[0].sequence.number
+        number = bench.downstream.last.segments[0].session.id
         bench.receive(replace(self.middle(5, 1, 4), length=BLOCKS * 16))
         assert bench.relay.next_batch() is None
         assert causes(bench.up.last) == [(5, "TOO_LONG")]
@@ -127,8 +126,8 @@ class TestMiddle:
         bench.receive(replace(self.middle(5, 4, 8), length=BLOCKS * 16))
         assert bench.relay.next_batch() is None
         # Closed there meanwhile, so that the first chunk finds it so.
-        failure = Failure(sent.segments[0].sequence.number, 0, shard_pb2.FAILURE_CAUSE_PRECONDITION, "not open")
-        bench.relay.replied(Reply(sent.number, failures=(failure,)))
+        failure = SessionFailure(sent.segments[0].session.id, 0, shard_pb2.FAILURE_CAUSE_PRECONDITION, "not open")
+        bench.relay.replied(StepReply(sent.number, failures=(failure,)))
         assert [causes(reply) for reply in bench.up.replies] == [[(5, "TOO_LONG")]] * 2
 
     def test_a_spoilt_chunk_closes_what_its_batch_has_opened_behind(self, bench: Bench) -> None:
@@ -136,14 +135,14 @@ class TestMiddle:
         bench.receive(self.middle(5, 4, 8))
         batch = bench.compute(non_finite=(1,))
         assert bench.downstream.last.opens == (True,)
-        assert bench.downstream.closed == [("end:1", batch.segments[0].sequence.number)]
+        assert bench.downstream.closed == [("end:1", batch.segments[0].session.id)]
         assert causes(bench.up.last) == [(5, "PRECONDITION")]
 
     def test_a_closed_session_is_closed_behind(self, bench: Bench) -> None:
         bench.receive(self.middle(5))
         bench.compute()
         bench.relay.close(bench.up, [5])
-        assert bench.downstream.closed == [("end:1", bench.downstream.last.segments[0].sequence.number)]
+        assert bench.downstream.closed == [("end:1", bench.downstream.last.segments[0].session.id)]
         assert bench.idle
 
     def test_a_link_that_ended_closes_its_sessions_behind(self, bench: Bench) -> None:
@@ -162,7 +161,7 @@ class TestMiddle:
         bench.relay.replied(bench.downstream.answer(bench.downstream.last))
         assert causes(bench.up.last) == [(5, "UNAVAILABLE")]
         assert bench.up.last.failures[0].message == "a:1 is gone"
-        assert [number for number, _, _ in bench.up.last.tokens] == [6]
+        assert [one.session_id for one in bench.up.last.tokens] == [6]
 
     def test_a_shard_that_refuses_the_link_is_no_shard_that_is_gone(self, bench: Bench) -> None:
         bench.receive(self.middle(5))
@@ -196,5 +195,5 @@ class TestMiddle:
         assert causes(bench.up.last) == [(5, "PRECONDITION")]
 
     def test_an_answer_that_nobody_waits_for_is_ignored(self, bench: Bench) -> None:
-        bench.relay.replied(Reply(99, tokens=((1, 0, Token(7, 4)),)))
+        bench.relay.replied(StepReply(99, tokens=(SessionToken(1, 0, Token(7, 4)),)))
         assert bench.up.replies == []

@@ -35,15 +35,15 @@ class TestAsOnAGpu:
 
     def decode(self, chain: Chain, *routes: str, steps: int = 3) -> tuple[int, int]:
         """Replays on the bottom and on the top for a step, of sessions that all say what the models say."""
-        kept = [chain.sequence(route, prompt(5 + seed, seed)) for seed, route in enumerate(routes)]
+        kept = [chain.session(route, prompt(5 + seed, seed)) for seed, route in enumerate(routes)]
         halves = chain.halves.bottom, chain.halves.top
         for step in range(steps + 1):
             if step == 1:
                 before = [self.replays(half) for half in halves]
             answers = chain.run(*(chain.segment(one) for one in kept))
             for one in kept:
-                assert answers[one.number] == chain.expected(one)
-                one.token_ids.append(answers[one.number])
+                assert answers[one.id] == chain.expected(one)
+                one.token_ids.append(answers[one.id])
         bottom, top = (self.replays(half) - count for half, count in zip(halves, before, strict=True))
         return bottom // steps, top // steps
 
@@ -59,8 +59,8 @@ class TestAsOnAGpu:
     def test_prompts_are_not_captured(self, chain: Chain) -> None:
         halves = chain.halves.bottom, chain.halves.top
         before = [self.replays(half) for half in halves]
-        decoding = chain.sequence("strong", prompt(1, 3))
-        chain.run(chain.segment(decoding), chain.segment(chain.sequence("strong", prompt(9))))
+        decoding = chain.session("strong", prompt(1, 3))
+        chain.run(chain.segment(decoding), chain.segment(chain.session("strong", prompt(9))))
         assert [self.replays(half) for half in halves] == before
 
     @pytest.mark.parametrize(("tokens", "waits"), [(5, [1, 1]), (1, [1, 0])])
@@ -71,14 +71,14 @@ class TestAsOnAGpu:
         waited: list[ModelRunner] = []
         for half in (chain.halves.bottom, chain.halves.top):
             monkeypatch.setattr(half, "wait", partial(waited.append, half))
-        kept = chain.sequence("weak", prompt(tokens))
+        kept = chain.session("weak", prompt(tokens))
         chain.run(chain.segment(kept))
         assert [waited.count(half) for half in (chain.halves.bottom, chain.halves.top)] == waits
 
 
 class TestBookkeeping:
     def test_every_shard_names_its_stages(self, chain: Chain) -> None:
-        batch, output = chain.bottom(chain.segment(chain.sequence("weak", prompt(5))))
+        batch, output = chain.bottom(chain.segment(chain.session("weak", prompt(5))))
         _, answer = chain.top(batch, rows_of(batch, output))
         assert output.stages.keys() == {"bottom_prefill"}
         assert answer.stages.keys() == {"top_prefill", "stitch", "sample"}
@@ -86,13 +86,13 @@ class TestBookkeeping:
         assert answer.hidden is None
 
     def test_without_a_token_nothing_is_sampled(self, chain: Chain) -> None:
-        batch, output = chain.bottom(chain.segment(chain.sequence("weak", prompt(5)), wants_token=False))
+        batch, output = chain.bottom(chain.segment(chain.session("weak", prompt(5)), wants_token=False))
         _, answer = chain.top(batch, rows_of(batch, output))
         assert (answer.tokens, "sample" in answer.stages) == ({}, False)
 
     def test_time_spent_is_summed_up(self, chain: Chain) -> None:
         before = chain.halves.bottom.busy_seconds
-        chain.bottom(chain.segment(chain.sequence("weak", prompt(5))))
+        chain.bottom(chain.segment(chain.session("weak", prompt(5))))
         assert chain.halves.bottom.busy_seconds > before
 
     def test_a_neighbour_gets_its_share_of_the_threads(self, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,13 +100,13 @@ class TestBookkeeping:
         monkeypatch.setattr(torch, "get_num_threads", lambda: wanted[-1])
         monkeypatch.setattr(torch, "set_num_threads", wanted.append)
         monkeypatch.setattr(chain.halves.bottom, "threads", ParallelismTuner(alone=7, pipelined=5))
-        kept = chain.sequence("weak", prompt(20))
+        kept = chain.session("weak", prompt(20))
         for pipelined in (False, True, False):
             chain.bottom(chain.segment(kept, 5), pipelined=pipelined)
         # The third is the trial of one thread.
         assert wanted[1:] == [7, 5, 1]
 
     def test_rows_that_never_came_are_named(self, chain: Chain) -> None:
-        kept = chain.sequence("weak", prompt(5))
+        kept = chain.session("weak", prompt(5))
         with pytest.raises(ValueError, match="without hidden states"):
             chain.halves.top.run(Batch((chain.segment(kept),)))

@@ -27,8 +27,8 @@ class TestPrompts:
         bench, session = SchedulerBench(), new_session(20, route="strong")
         bench.add(session)
         (segment,) = bench.scheduler.next_segments()
-        assert segment.blocks == bench.pool.blocks_of(session.number)
-        assert (len(segment.blocks), segment.cut) == (2, CUTS["strong"])
+        assert segment.blocks == bench.pool.blocks_of(session.id)
+        assert (len(segment.blocks), segment.layers) == (2, CUTS["strong"])
 
     def test_prompts_share_what_a_pass_may_hold(self) -> None:
         bench = SchedulerBench(prefill_tokens=10)

@@ -27,7 +27,7 @@ class TestMakingRoom:
         bench.answer(old)
         assert bench.take() == []
         assert bench.dropped == [young]
-        assert old.number in bench.scheduler.running
+        assert old.id in bench.scheduler.running
 
     def test_what_is_already_in_this_pass_goes_with_its_session(self) -> None:
         bench = SchedulerBench(blocks=4, groups=1)
@@ -96,7 +96,7 @@ class TestReuse:
         session = new_session(self.PROMPT, route=route)
         bench.add(session)
         bench.take()
-        bench.pool.publish(session.number, session.cached)
+        bench.pool.publish(session.id, session.cached)
         bench.scheduler.remove(session)
 
     def test_a_known_beginning_is_not_computed_again(self) -> None:

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from stitch_server.engine.scheduler import BACKOFF_SECONDS
-from stitch_server.engine.session import Session
+from stitch_server.engine.session import Request
 from stitch_server.engine.types import RouteDecision, Segment, Token
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.engine_fakes import TOKEN_ID, new_session
@@ -26,8 +26,8 @@ class Simulation:
             prefill_tokens_beside_decode=self.draw.choice([1, 8]),
             groups=self.draw.randrange(1, 4),
         )
-        self.sessions: list[Session] = []
-        self.pending: list[tuple[Session, int]] = []
+        self.sessions: list[Request] = []
+        self.pending: list[tuple[Request, int]] = []
         self.finished = 0
 
     def arrive(self) -> None:
@@ -47,19 +47,19 @@ class Simulation:
         self.check(segments)
         for segment in segments:
             session = one_of(segment)
-            self.bench.pool.publish(session.number, segment.position + segment.length)
+            self.bench.pool.publish(session.id, segment.position + segment.length)
             if segment.wants_token:
                 self.pending.append((session, session.epoch))
 
     def check(self, segments: list[Segment]) -> None:
         """What must hold of every pass."""
         scheduler, pool = self.bench.scheduler, self.bench.pool
-        assert len({one.sequence.number for one in segments}) == len(segments)
+        assert len({one.session.id for one in segments}) == len(segments)
         for segment in segments:
-            assert segment.sequence.number in scheduler.running
+            assert segment.session.id in scheduler.running
             assert segment.length >= 1
-            assert segment.position + segment.length == segment.sequence.cached
-            assert len(segment.blocks) * BLOCK_TOKENS >= segment.sequence.cached
+            assert segment.position + segment.length == segment.session.cached
+            assert len(segment.blocks) * BLOCK_TOKENS >= segment.session.cached
         held = {block for number in scheduler.running for block in pool.blocks_of(number)}
         assert pool.free_blocks == pool.blocks - len(held)
         limits = scheduler._limits
@@ -77,7 +77,7 @@ class Simulation:
         if session.finish_after(Token(TOKEN_ID, len(session.token_ids) - 1)) is not None:
             self.end(session)
 
-    def end(self, session: Session) -> None:
+    def end(self, session: Request) -> None:
         self.bench.scheduler.remove(session)
         self.sessions.remove(session)
         self.finished += 1
@@ -114,11 +114,11 @@ class TestUndecided:
     """Sessions whose route the probe reads of their first tokens, in one pass."""
 
     @staticmethod
-    def new(tokens: int = 20) -> Session:
+    def new(tokens: int = 20) -> Request:
         return new_session(tokens, "", chain=(), candidates={"weak": ("top:1",), "strong": ("top:2",)})
 
     @staticmethod
-    def settled(bench: SchedulerBench, session: Session, route: str = "strong") -> None:
+    def settled(bench: SchedulerBench, session: Request, route: str = "strong") -> None:
         session.settle(RouteDecision(route))
         bench.scheduler.settled(session)
 
@@ -148,7 +148,7 @@ class TestUndecided:
         session = self.new()
         bench.add(session)
         (segment,) = bench.scheduler.next_segments()
-        assert segment.cut == CUTS["weak"]
+        assert segment.layers == CUTS["weak"]
         self.settled(bench, session, "weak")
         assert (session.route, session.chain, session.undecided) == ("weak", ("top:1",), False)
 
@@ -178,7 +178,7 @@ class TestUndecided:
             bench.add(session)
             assert bench.take() == [(session, 0, prompt)]
             self.settled(bench, session)
-            bench.pool.publish(session.number, prompt)
+            bench.pool.publish(session.id, prompt)
         weak, strong = new_session(prompt, "weak"), new_session(prompt, "strong")
         bench.add(weak, strong)
         assert bench.take() == [(weak, 0, prompt), (strong, 2 * BLOCK_TOKENS, BLOCK_TOKENS)]
@@ -202,4 +202,4 @@ class TestUndecided:
         bench.scheduler.preempt(session)
         bench.clock.advance(BACKOFF_SECONDS)
         (segment,) = bench.scheduler.next_segments()
-        assert (segment.cut, segment.candidates) == (CUTS["strong"], ())
+        assert (segment.layers, segment.candidates) == (CUTS["strong"], ())

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from stitch.v1.inference_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
-from stitch_server.engine.session import Session
+from stitch_server.engine.session import Request
 from stitch_server.engine.types import Token
 from tests.support.engine_fakes import new_session
 
 
-def after(session: Session, token_id: int) -> int | None:
+def after(session: Request, token_id: int) -> int | None:
     """Why the session ends with this token."""
     session.token_ids.append(token_id)
     return session.finish_after(Token(token_id, len(session.token_ids) - 1))
@@ -52,9 +52,9 @@ def test_the_end_of_the_context_ends_it() -> None:
 def test_beginning_anew_keeps_what_is_known() -> None:
     session = new_session(5)
     session.token_ids += [50, 51]
-    session.cached, session.reused, session.opened, session.answered = 6, 4, True, True
+    session.cached, session.reused, session.open_downstream, session.answered = 6, 4, True, True
     session.reset_for_recompute()
-    assert (session.epoch, session.cached, session.reused, session.opened) == (1, 0, 0, False)
+    assert (session.epoch, session.cached, session.reused, session.open_downstream) == (1, 0, 0, False)
     assert (session.remaining, session.answered) == (7, True)
 
 
@@ -66,4 +66,4 @@ def test_it_decodes_once_answered_and_caught_up(answered: bool, cached: int, dec
 
 
 def test_numbers_are_never_given_twice() -> None:
-    assert len({new_session().number for _ in range(50)}) == 50
+    assert len({new_session().id for _ in range(50)}) == 50

@@ -10,11 +10,11 @@ from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2
 from stitch_server.engine.in_flight import StepsInFlight
 from stitch_server.engine.session_table import Opening, ReceivedSegment, Refused, SessionTable
-from stitch_server.engine.types import Cut
+from stitch_server.engine.types import LayerRange
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
 from tests.support.engine_fakes import FakeDownstream, FakeUpstream
 
-CUTS = {"weak": Cut(2, 8), "strong": Cut(4, 8)}
+CUTS = {"weak": LayerRange(2, 8), "strong": LayerRange(4, 8)}
 PROMPT = tuple(range(2 * BLOCK_TOKENS + 1))
 OPENING = Opening("weak", (), Sampling(), PROMPT, len(PROMPT), 0)
 FIRST = ReceivedSegment(session=5, epoch=0, position=0, length=20, wants_token=False, opening=OPENING)
@@ -50,10 +50,10 @@ def refusal(
 def test_a_session_is_opened_and_continued(intake: SessionTable, upstream: FakeUpstream, pool: BlockPool) -> None:
     sequence = intake.accept(upstream, FIRST)
     assert (sequence.route, sequence.token_ids, sequence.cached) == ("weak", list(PROMPT), 20)
-    assert len(pool.blocks_of(sequence.number)) == 2
+    assert len(pool.blocks_of(sequence.id)) == 2
     assert intake.accept(upstream, NEXT) is sequence
-    assert (sequence.cached, len(pool.blocks_of(sequence.number)), len(intake)) == (33, 3, 1)
-    assert intake.cut(sequence) == CUTS["weak"]
+    assert (sequence.cached, len(pool.blocks_of(sequence.id)), len(intake)) == (33, 3, 1)
+    assert intake.layers(sequence) == CUTS["weak"]
 
 
 def test_links_number_their_sessions_for_themselves(intake: SessionTable, upstream: FakeUpstream) -> None:
@@ -93,7 +93,7 @@ def test_a_chain_that_goes_on_behind_the_last_shard_is_refused(intake: SessionTa
 
 
 def test_a_chain_that_ends_too_early_is_refused(pool: BlockPool, upstream: FakeUpstream) -> None:
-    intake = SessionTable(pool, CUTS, StepsInFlight(FakeDownstream(), "float32"))
+    intake = SessionTable(pool, CUTS, StepsInFlight(FakeDownstream()))
     assert refusal(intake, upstream, FIRST)[1].endswith("which is not the last of its chain")
 
 
@@ -182,10 +182,10 @@ class TestReuse:
 
     def test_a_known_beginning_is_shared(self, intake: SessionTable, upstream: FakeUpstream, pool: BlockPool) -> None:
         first = intake.accept(upstream, replace(FIRST, length=33))
-        pool.publish(first.number, 33)
+        pool.publish(first.id, 33)
         second = intake.accept(upstream, self.reusing(32))
         assert (second.cached, second.reused) == (33, 32)
-        assert pool.blocks_of(second.number)[:2] == pool.blocks_of(first.number)[:2]
+        assert pool.blocks_of(second.id)[:2] == pool.blocks_of(first.id)[:2]
         assert pool.free_blocks == 8 - 4
 
     def test_an_unknown_one_is_missing(self, intake: SessionTable, upstream: FakeUpstream) -> None:
@@ -196,13 +196,13 @@ class TestReuse:
     def test_no_more_than_the_prompt_can_be_shared(
         self, intake: SessionTable, upstream: FakeUpstream, pool: BlockPool
     ) -> None:
-        pool.publish(intake.accept(upstream, replace(FIRST, length=33)).number, 33)
+        pool.publish(intake.accept(upstream, replace(FIRST, length=33)).id, 33)
         assert refusal(intake, upstream, self.reusing(48))[0] == "PREFIX_MISSING"
 
     def test_half_a_block_can_not_be_shared(
         self, intake: SessionTable, upstream: FakeUpstream, pool: BlockPool
     ) -> None:
-        pool.publish(intake.accept(upstream, replace(FIRST, length=33)).number, 33)
+        pool.publish(intake.accept(upstream, replace(FIRST, length=33)).id, 33)
         cause, message = refusal(intake, upstream, self.reusing(17))
         assert (cause, message) == ("PRECONDITION", "17 reused tokens are no whole blocks of 16")
 
@@ -216,14 +216,14 @@ class TestEnds:
 
     @pytest.fixture
     def intake(self, pool: BlockPool, downstream: FakeDownstream) -> SessionTable:
-        return SessionTable(pool, CUTS, StepsInFlight(downstream, "float32"))
+        return SessionTable(pool, CUTS, StepsInFlight(downstream))
 
     def opened(self, intake: SessionTable, upstream: FakeUpstream, session: int = 5, epoch: int = 0) -> int:
         """A session that the shard behind knows; its number there."""
         opening = replace(OPENING, chain=("end:1",))
         sequence = intake.accept(upstream, replace(FIRST, session=session, epoch=epoch, opening=opening))
-        sequence.opened = True
-        return sequence.number
+        sequence.open_downstream = True
+        return sequence.id
 
     def test_closed(
         self, intake: SessionTable, upstream: FakeUpstream, downstream: FakeDownstream, pool: BlockPool

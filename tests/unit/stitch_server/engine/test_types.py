@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from stitch_server.engine.types import Batch, Cut, Segment, ordered
+from stitch_server.engine.types import Batch, LayerRange, Segment, in_layer_order
 from tests.support.engine_fakes import new_session
 
 
 def segment(enter: int, leave: int, route: str = "weak", position: int = 0, length: int = 1) -> Segment:
-    return Segment(new_session(route=route), Cut(enter, leave), position, length, wants_token=True, blocks=[])
+    return Segment(new_session(route=route), LayerRange(enter, leave), position, length, wants_token=True, blocks=[])
 
 
 def cuts(segments: tuple[Segment, ...]) -> list[tuple[int, int]]:
-    return [(one.cut.enter, one.cut.leave) for one in segments]
+    return [(one.layers.first, one.layers.end) for one in segments]
 
 
 def test_those_that_stay_longest_come_first() -> None:
-    assert cuts(ordered([segment(0, 3), segment(0, 5), segment(0, 4)])) == [(0, 5), (0, 4), (0, 3)]
+    assert cuts(in_layer_order([segment(0, 3), segment(0, 5), segment(0, 4)])) == [(0, 5), (0, 4), (0, 3)]
 
 
 def test_those_that_enter_first_come_first() -> None:
-    assert cuts(ordered([segment(4, 8), segment(2, 8), segment(3, 8)])) == [(2, 8), (3, 8), (4, 8)]
+    assert cuts(in_layer_order([segment(4, 8), segment(2, 8), segment(3, 8)])) == [(2, 8), (3, 8), (4, 8)]
 
 
 def test_routes_with_one_cut_stay_together() -> None:
-    routes = [one.sequence.route for one in ordered([segment(0, 3, route) for route in ("b", "a", "b", "a")])]
+    routes = [one.session.route for one in in_layer_order([segment(0, 3, route) for route in ("b", "a", "b", "a")])]
     assert routes == ["a", "a", "b", "b"]
 
 
 def test_chunks_of_one_session_keep_their_order() -> None:
     mixed = [segment(0, 3, position=0), segment(0, 5), segment(0, 3, position=16), segment(0, 3, position=32)]
-    assert [one.position for one in ordered(mixed) if one.cut.leave == 3] == [0, 16, 32]
+    assert [one.position for one in in_layer_order(mixed) if one.layers.end == 3] == [0, 16, 32]
 
 
 def test_a_batch_counts_its_tokens() -> None:
-    assert Batch((segment(0, 3, length=4), segment(0, 3, length=1))).tokens == 5
+    assert Batch((segment(0, 3, length=4), segment(0, 3, length=1))).num_tokens == 5

@@ -11,9 +11,17 @@ from stitch.channels import MAX_FRAME_BYTES
 from stitch.errors import InvalidRequest, OutOfStep
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2
-from stitch_server.engine.in_flight import Failure, OutgoingStep, Reply
-from stitch_server.engine.session import Session
-from stitch_server.engine.types import Cut, Segment, Token, TokenLogprobs
+from stitch_server.engine.session import Request
+from stitch_server.engine.types import (
+    LayerRange,
+    OutgoingStep,
+    Segment,
+    SessionFailure,
+    SessionToken,
+    StepReply,
+    Token,
+    TokenLogprobs,
+)
 from stitch_server.rpc.frames import (
     FRAME_BYTES,
     MOST_BEGUN,
@@ -33,24 +41,23 @@ LIMIT = 4096
 def new_step(
     *lengths: int,
     number: int = 1,
-    dtype: str = "float32",
-    sessions: list[Session] | None = None,
+    sessions: list[Request] | None = None,
     opens: bool = False,
     pipelined: bool = False,
 ) -> OutgoingStep:
     """A step of segments of these lengths, at position 3, with random rows."""
     sessions = sessions or [new_session() for _ in lengths]
     segments = tuple(
-        Segment(session, Cut(0, 1), 3, length, wants_token=length > 1, blocks=[])
+        Segment(session, LayerRange(0, 1), 3, length, wants_token=length > 1, blocks=[])
         for session, length in zip(sessions, lengths, strict=True)
     )
     rows = torch.randn(sum(lengths), WIDTH, generator=torch.Generator().manual_seed(number))
-    return OutgoingStep(number, segments, (opens,) * len(lengths), pack(rows, dtype), pipelined, urgent=False)
+    return OutgoingStep(number, segments, (opens,) * len(lengths), rows, pipelined, urgent=False)
 
 
-def frames_of(step: OutgoingStep) -> list[shard_pb2.Step]:
+def frames_of(step: OutgoingStep, dtype: str = "float32") -> list[shard_pb2.Step]:
     """The frames as they come out of the socket."""
-    sent = [frame.SerializeToString() for frame in step_frames(step)]
+    sent = [frame.SerializeToString() for frame in step_frames(step, pack(step.hidden, dtype))]
     assert all(len(frame) <= MAX_FRAME_BYTES for frame in sent)
     return [shard_pb2.LinkRequest.FromString(frame).step for frame in sent]
 
@@ -71,11 +78,11 @@ class TestSteps:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("lengths", [(1,), (1, 1, 1), (64,), (65,), (1, 300, 2), (1000,)])
     def test_a_step_arrives_as_it_was_sent(self, lengths: tuple[int, ...], dtype: str) -> None:
-        step = new_step(*lengths, dtype=dtype, pipelined=True)
-        arrived = only(frames_of(step), assembly(dtype))
-        assert (arrived.number, arrived.pipelined, arrived.rows) == (1, True, step.rows)
+        step = new_step(*lengths, pipelined=True)
+        arrived = only(frames_of(step, dtype), assembly(dtype))
+        assert (arrived.number, arrived.pipelined, arrived.rows) == (1, True, pack(step.hidden, dtype))
         assert [(one.session, one.epoch, one.position, one.length) for one in arrived.segments] == [
-            (one.sequence.number, 0, 3, one.length) for one in step.segments
+            (one.session.id, 0, 3, one.length) for one in step.segments
         ]
         assert [one.wants_token for one in arrived.segments] == [one.wants_token for one in step.segments]
         assert all(one.opening is None for one in arrived.segments)
@@ -89,7 +96,7 @@ class TestSteps:
     def test_a_row_larger_than_a_frame_travels_alone(self) -> None:
         step = new_step(2)
         wide = torch.zeros(2, FRAME_BYTES // 4 + 1)
-        step = OutgoingStep(1, step.segments, step.opens, pack(wide, "float32"), pipelined=False, urgent=False)
+        step = OutgoingStep(1, step.segments, step.opens, wide, pipelined=False, urgent=False)
         assert [frame.hidden.tokens for frame in frames_of(step)] == [1, 1]
 
     def test_only_the_first_frame_carries_the_segments(self) -> None:
@@ -117,7 +124,7 @@ class TestSteps:
                 arrived.append(step)
             queues = [one for one in queues if one]
         assert sorted(step.number for step in arrived) == [1, 2, 3, 4]
-        assert all(step.rows == steps[step.number].rows for step in arrived)
+        assert all(step.rows == pack(steps[step.number].hidden, "float32") for step in arrived)
 
     def test_a_number_may_come_again_once_it_is_done(self) -> None:
         into = assembly()
@@ -214,23 +221,23 @@ class TestRefusals:
 
 
 class TestReplies:
-    def roundtrip(self, reply: Reply) -> Reply:
+    def roundtrip(self, reply: StepReply) -> StepReply:
         sent = reply_frame(reply).SerializeToString()
         return reply_of(shard_pb2.LinkResponse.FromString(sent).reply)
 
     def test_an_empty_one(self) -> None:
-        assert self.roundtrip(Reply(3)) == Reply(3)
+        assert self.roundtrip(StepReply(3)) == StepReply(3)
 
     def test_one_with_everything(self) -> None:
         logprobs = TokenLogprobs(-0.5, ((7, -0.5), (9, -1.25)))
-        reply = Reply(
+        reply = StepReply(
             step=4,
-            tokens=((1, 0, Token(7, 20, logprobs)), (2, 3, Token(0, 0))),
-            failures=(Failure(5, 1, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED, "no block"),),
+            tokens=(SessionToken(1, 0, Token(7, 20, logprobs)), SessionToken(2, 3, Token(0, 0))),
+            failures=(SessionFailure(5, 1, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED, "no block"),),
             stages={"queue": 0.5, "sample": 0.25},
         )
         assert self.roundtrip(reply) == reply
 
     def test_logprobs_without_alternatives_stay(self) -> None:
-        reply = Reply(4, tokens=((1, 0, Token(7, 20, TokenLogprobs(0.0, ()))),))
+        reply = StepReply(4, tokens=(SessionToken(1, 0, Token(7, 20, TokenLogprobs(0.0, ()))),))
         assert self.roundtrip(reply) == reply

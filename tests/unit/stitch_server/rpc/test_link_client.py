@@ -13,12 +13,10 @@ import torch
 
 from stitch.errors import Incompatible, StitchError, Unavailable
 from stitch.v1 import shard_pb2, shard_pb2_grpc
-from stitch_server.engine.in_flight import OutgoingStep, Reply
-from stitch_server.engine.types import Cut, Segment, Token
+from stitch_server.engine.types import LayerRange, OutgoingStep, Segment, SessionToken, StepReply, Token
 from stitch_server.rpc import link_client as links_module
 from stitch_server.rpc.frames import reply_frame
 from stitch_server.rpc.link_client import Links
-from stitch_server.rpc.tensors import pack
 from tests.support.engine_fakes import WIDTH, new_session
 from tests.support.shard_fakes import new_identity
 from tests.support.waiting import eventually
@@ -66,10 +64,10 @@ class FakeFront:
     """Hears of replies and losses."""
 
     def __init__(self) -> None:
-        self.replies: list[Reply] = []
+        self.replies: list[StepReply] = []
         self.losses: list[tuple[str, StitchError]] = []
 
-    def replied(self, reply: Reply) -> None:
+    def replied(self, reply: StepReply) -> None:
         self.replies.append(reply)
 
     def lost(self, address: str, error: StitchError) -> None:
@@ -84,7 +82,7 @@ class Bench:
         self.front = FakeFront()
         self.sent_bytes: list[int] = []
         self.welcome = shard_pb2.LinkResponse(welcome=shard_pb2.Welcome(identity=new_identity("top-0", "top")))
-        self.links = Links(self.sent_bytes.append)
+        self.links = Links(self.sent_bytes.append, "float32")
         engine: Any = SimpleNamespace(post=lambda command: command())
         front: Any = self.front
         self.links.attach(new_identity("bottom-0", "bottom"), engine, front)
@@ -97,8 +95,8 @@ class Bench:
         return self.calls[-1]
 
     def send(self, number: int, tokens: int = 1, urgent: bool = False, address: str = "top:1") -> None:
-        segment = Segment(new_session(), Cut(0, 1), 0, tokens, wants_token=True, blocks=[])
-        rows = pack(torch.zeros(tokens, WIDTH), "float32")
+        segment = Segment(new_session(), LayerRange(0, 1), 0, tokens, wants_token=True, blocks=[])
+        rows = torch.zeros(tokens, WIDTH)
         self.links.send(address, OutgoingStep(number, (segment,), (True,), rows, pipelined=False, urgent=urgent))
 
     async def connected(self) -> FakeCall:
@@ -148,7 +146,7 @@ async def test_all_steps_to_one_address_share_it(bench: Bench) -> None:
 
 
 async def test_replies_reach_the_front(bench: Bench) -> None:
-    call, reply = await bench.connected(), Reply(1, tokens=((5, 0, Token(7, 3)),))
+    call, reply = await bench.connected(), StepReply(1, tokens=(SessionToken(5, 0, Token(7, 3)),))
     call.say(reply_frame(reply))
     await eventually(lambda: bench.front.replies == [reply])
 
@@ -218,7 +216,7 @@ async def test_a_receiver_that_does_not_fit_is_refused(bench: Bench) -> None:
     assert bench.calls[0].steps == []
 
 
-@pytest.mark.parametrize("answer", [shard_pb2.LinkResponse(), reply_frame(Reply(1))])
+@pytest.mark.parametrize("answer", [shard_pb2.LinkResponse(), reply_frame(StepReply(1))])
 async def test_a_receiver_that_does_not_welcome_is_refused(bench: Bench, answer: shard_pb2.LinkResponse) -> None:
     bench.welcome = answer
     bench.send(1)

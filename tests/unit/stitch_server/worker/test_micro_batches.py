@@ -11,8 +11,7 @@ import pytest
 from torch import Tensor
 
 from stitch.sampling import Sampling
-from stitch_server.engine.sequence import Sequence
-from stitch_server.engine.types import Cut, Segment
+from stitch_server.engine.types import LayerRange, Segment, Session
 from stitch_server.model.linear import WeightFormat
 from stitch_server.worker.micro_batches import UNEVEN, Lanes, Turns, apart, depend, divided
 from stitch_server.worker.model_runner import ModelRunner
@@ -21,9 +20,9 @@ from tests.support.runner_chain import Chain, Halves, load, prompt
 from tests.support.tiny_model import write_tiny_pair
 
 
-def segment(length: int, position: int = 0, sequence: Sequence | None = None) -> Segment:
-    sequence = sequence or Sequence("strong", (), Sampling(), [], 0)
-    return Segment(sequence, Cut(0, 4), position, length, wants_token=True, blocks=())
+def segment(length: int, position: int = 0, sequence: Session | None = None) -> Segment:
+    sequence = sequence or Session("strong", (), Sampling(), [], 0)
+    return Segment(sequence, LayerRange(0, 4), position, length, wants_token=True, blocks=())
 
 
 class TestDivided:
@@ -60,19 +59,19 @@ class TestDivided:
 
     def test_chunks_of_one_sequence_are_not_parted(self) -> None:
         first, other = segment(4), segment(8)
-        later = segment(4, position=4, sequence=first.sequence)
+        later = segment(4, position=4, sequence=first.session)
         assert [part.segments for part in divided([first, other, later], 2)] == [[first, later], [other]]
 
     def test_parts_depend_on_each_other_by_their_sequences_alone(self) -> None:
         twice, other = segment(4), segment(4)
         assert not depend(divided([twice, other], 2))
         assert depend(divided([twice, segment(2)], 2))
-        later = segment(4, position=4, sequence=twice.sequence)
+        later = segment(4, position=4, sequence=twice.session)
         assert depend(divided([twice, other, later], 3))
 
 
 def _tokens(segments: list[Segment]) -> list[tuple[int, int]]:
-    return [(one.sequence.number, one.position + offset) for one in segments for offset in range(one.length)]
+    return [(one.session.id, one.position + offset) for one in segments for offset in range(one.length)]
 
 
 class TestTurns:
@@ -172,34 +171,34 @@ class TestRunner:
     @pytest.mark.parametrize("route", ["weak", "strong"])
     def test_one_prompt_goes_on_in_the_second_lane(self, chain: Chain, lanes: list[list[int]], route: str) -> None:
         for seed in range(10):
-            kept = chain.sequence(route, prompt(40, seed))
-            assert chain.run(chain.segment(kept)) == {kept.number: chain.expected(kept)}
-            chain.free.extend(chain.blocks[kept.number])
+            kept = chain.session(route, prompt(40, seed))
+            assert chain.run(chain.segment(kept)) == {kept.id: chain.expected(kept)}
+            chain.free.extend(chain.blocks[kept.id])
         assert lanes == [[20, 20]] * 20
 
     def test_routes_of_all_depths_share_every_lane(self, chain: Chain, lanes: list[list[int]]) -> None:
-        kept = [chain.sequence("weak" if seed % 2 else "strong", prompt(9 + seed, seed)) for seed in range(6)]
+        kept = [chain.session("weak" if seed % 2 else "strong", prompt(9 + seed, seed)) for seed in range(6)]
         answers = chain.run(*(chain.segment(one) for one in kept))
-        assert answers == {one.number: chain.expected(one) for one in kept}
+        assert answers == {one.id: chain.expected(one) for one in kept}
         assert lanes == [[35, 34]] * 2
 
     def test_prompts_share_a_pass_with_those_that_decode(self, chain: Chain, lanes: list[list[int]]) -> None:
-        decoding = [chain.sequence(route, prompt(5, seed)) for seed, route in enumerate(("weak", "strong"))]
+        decoding = [chain.session(route, prompt(5, seed)) for seed, route in enumerate(("weak", "strong"))]
         for one in decoding:
-            one.token_ids.append(chain.run(chain.segment(one))[one.number])
-        coming = chain.sequence("weak", prompt(60, 7))
+            one.token_ids.append(chain.run(chain.segment(one))[one.id])
+        coming = chain.session("weak", prompt(60, 7))
         for length in (25, 35):
             answers = chain.run(*(chain.segment(one) for one in decoding), chain.segment(coming, length))
             for one in decoding:
-                assert answers[one.number] == chain.expected(one)
-                one.token_ids.append(answers[one.number])
-        assert answers[coming.number] == chain.expected(coming)
+                assert answers[one.id] == chain.expected(one)
+                one.token_ids.append(answers[one.id])
+        assert answers[coming.id] == chain.expected(coming)
         assert [sum(rows) for rows in lanes] == [27, 27, 37, 37]
 
     def test_a_sequence_may_come_in_two_chunks_apart(self, chain: Chain, lanes: list[list[int]]) -> None:
-        kept, other = (chain.sequence("weak", prompt(tokens, tokens)) for tokens in (30, 12))
+        kept, other = (chain.session("weak", prompt(tokens, tokens)) for tokens in (30, 12))
         first, between, last = chain.segment(kept, 16), chain.segment(other), chain.segment(kept)
-        assert chain.run(first, between, last)[kept.number] == chain.expected(kept)
+        assert chain.run(first, between, last)[kept.id] == chain.expected(kept)
         assert lanes == [[21, 21]] * 2
 
     @pytest.mark.parametrize(
@@ -218,22 +217,20 @@ class TestRunner:
         for turn in range(3):
             lanes.clear()
             routes = ["weak", "strong", "weak"]
-            kept = [
-                compiled.sequence(*one) for one in zip(routes, [prompt(n, turn + n) for n in lengths], strict=False)
-            ]
+            kept = [compiled.session(*one) for one in zip(routes, [prompt(n, turn + n) for n in lengths], strict=False)]
             answers = compiled.run(*(compiled.segment(one) for one in kept))
-            assert answers == {one.number: compiled.expected(one) for one in kept}
+            assert answers == {one.id: compiled.expected(one) for one in kept}
             assert lanes == [rows] * 2 * bool(rows)
             for one in kept:
-                compiled.free.extend(compiled.blocks[one.number])
+                compiled.free.extend(compiled.blocks[one.id])
 
     def test_single_tokens_alone_have_one_lane(self, chain: Chain, lanes: list[list[int]]) -> None:
-        kept = [chain.sequence("weak", prompt(1, seed)) for seed in range(7)]
+        kept = [chain.session("weak", prompt(1, seed)) for seed in range(7)]
         chain.run(*(chain.segment(one) for one in kept))
         assert lanes == []
 
     def test_a_lane_that_fails_ends_its_pass_alone(self, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-        kept = chain.sequence("weak", prompt(40))
+        kept = chain.session("weak", prompt(40))
         lane = ModelRunner._lane
 
         def failing(self: ModelRunner, segments: Any, hidden: Tensor, *turns: Any) -> Tensor:
@@ -246,4 +243,4 @@ class TestRunner:
             with pytest.raises(RuntimeError, match="no memory"):
                 chain.bottom(chain.segment(kept))
         kept.cached = 0
-        assert chain.run(chain.segment(kept)) == {kept.number: chain.expected(kept)}
+        assert chain.run(chain.segment(kept)) == {kept.id: chain.expected(kept)}
