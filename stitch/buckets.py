@@ -1,11 +1,11 @@
-"""Bucket boundaries of every histogram, so that one dashboard fits all processes. Knows no metric.
+"""The bucket boundaries of every histogram, which all processes share, so that one dashboard fits them all.
 
-Seconds unless said. Each list contains the service-level boundaries that `deploy/` alerts on.
+Boundaries are in seconds where no comment has another unit. Each list contains the boundaries of `deploy/alerts.yml`.
 """
 
 from __future__ import annotations
 
-# From a cache hit on a fast GPU to a long prompt on a laptop's processor.
+# From a prefix in the KV cache of a fast GPU to a long prompt on a laptop's CPU.
 TIME_TO_FIRST_TOKEN = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0),
     *(2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0),

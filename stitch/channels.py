@@ -1,4 +1,4 @@
-"""Channel options that both ends of every connection share, in one place. Knows no service."""
+"""gRPC channels and servers with the options that both ends of every connection share."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import grpc
 
 Options = Sequence[tuple[str, int | str]]
 
-# No frame is larger than this; what is larger travels in several.
+# A larger step is split into several frames.
 MAX_FRAME_BYTES = 1 << 20
-# A prompt may be megabytes of text before it is refused with a reason.
+# The gateway refuses a prompt that is too long with a reason, so it must be able to receive one of megabytes.
 MAX_MESSAGE_BYTES = 32 << 20
 
 _CLIENT: Options = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Without this a ping during a long prefill counts as abuse and ends in GOAWAY.
+    # Without this the server answers pings during a long prefill with GOAWAY.
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -32,7 +32,7 @@ _SERVER: Options = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Otherwise two servers share a port silently.
+    # Otherwise two servers could share a port unnoticed.
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -40,28 +40,28 @@ _SERVER: Options = (
 
 
 def open_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
-    """A channel to `host:port`; it connects by itself, and again after a loss. Without credentials in the clear."""
+    """A channel to `host:port`, which connects and reconnects by itself; without credentials it is not encrypted."""
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=list(_CLIENT))
     return grpc.aio.secure_channel(address, credentials, options=list(_CLIENT))
 
 
 def open_sync_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
-    """The same for callers without an event loop."""
+    """A channel like `open_channel`'s, for callers without an event loop."""
     if credentials is None:
         return grpc.insecure_channel(address, options=list(_CLIENT))
     return grpc.secure_channel(address, credentials, options=list(_CLIENT))
 
 
 def open_server(interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = ()) -> grpc.aio.Server:
-    """A server with the options that match `open_channel`, not yet listening."""
+    """A server with options that match `open_channel`'s; it doesn't listen yet."""
     return grpc.aio.server(options=list(_SERVER), interceptors=list(interceptors))
 
 
 def listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
-    """Binds `server` to `host:port` (port 0: any free one) and returns the port; without credentials in the clear.
+    """Binds `server` to `host:port`, any free port for 0, and returns the port; without credentials not encrypted.
 
-    Raises OSError where the port is taken.
+    Raises OSError where the port is in use.
     """
     try:
         if credentials is None:

@@ -1,4 +1,4 @@
-"""How the next token is chosen: the one place with its fields, defaults and limits. Knows no logits."""
+"""The sampling parameters of a request: their defaults, their limits, and their proto message."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ class Sampling:
     max_tokens: int = DEFAULT_MAX_TOKENS
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    # Alternatives beside each token; None: no log-probabilities at all.
+    # Alternatives reported for each token; None: no log-probabilities at all.
     logprobs: int | None = None
-    # What the answer begins with, whatever the model thinks of it.
+    # The first tokens of the answer, whatever their probability.
     forced_token_ids: tuple[int, ...] = ()
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is always chosen."""
         return self.temperature == 0.0
 
     @property
     def penalizes(self) -> bool:
-        """Whether the tokens so far change the logits."""
+        """Whether earlier tokens change the logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @classmethod
     def from_proto(cls, message: inference_pb2.Sampling) -> Sampling:
-        """The message with defaults in place of what is not set.
+        """The parameters of a message, with the default for each field that is not set.
 
-        Raises InvalidRequest for a value outside of its limits.
+        Raises InvalidRequest for a value outside its limits.
         """
         given = {field.name: getattr(message, field.name) for field in fields(cls) if _is_set(message, field.name)}
         given |= {name: tuple(getattr(message, name)) for name in _REPEATED}
@@ -56,7 +57,7 @@ class Sampling:
         return sampling
 
     def to_proto(self) -> inference_pb2.Sampling:
-        """The message that `from_proto` turns back into this."""
+        """The message from which `from_proto` makes an equal object."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         return inference_pb2.Sampling(**{name: value for name, value in given.items() if value is not None})
 

@@ -1,9 +1,9 @@
-"""The base of every configuration section. Knows no section of its own."""
+"""The base class of every configuration section."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Settings(BaseModel):
-    """Immutable, strictly typed, and with no field that nobody reads."""
+    """An immutable, strictly typed section that refuses unknown fields."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")

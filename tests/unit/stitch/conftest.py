@@ -1,4 +1,4 @@
-"""What stands in for the other side: a gateway without a model, and a cache of the test's own. Knows no test."""
+"""Fixtures: a fake gateway, and a cache folder of the test's own."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def gateway() -> Iterator[FakeGateway]:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own."""
+    """An empty cache folder, which `$STITCH_CACHE` names."""
     monkeypatch.setenv("STITCH_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"

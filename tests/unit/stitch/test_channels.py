@@ -1,4 +1,4 @@
-"""Channels and servers with the options that both ends share. Knows no service of the product."""
+"""Channels and servers with the options that both ends share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def length_server() -> grpc.aio.Server:
     return server
 
 
-async def test_more_than_grpc_s_default_of_4_mib_passes() -> None:
+async def test_message_beyond_grpc_default_limit_passes() -> None:
     server = length_server()
     port = listen(server, "127.0.0.1:0")
     await server.start()
@@ -30,7 +30,7 @@ async def test_more_than_grpc_s_default_of_4_mib_passes() -> None:
     await server.stop(None)
 
 
-async def test_more_than_the_limit_is_refused() -> None:
+async def test_message_beyond_limit_is_refused() -> None:
     server = length_server()
     port = listen(server, "127.0.0.1:0")
     await server.start()
@@ -41,7 +41,7 @@ async def test_more_than_the_limit_is_refused() -> None:
     await server.stop(None)
 
 
-async def test_two_servers_never_share_a_port() -> None:
+async def test_second_server_on_port_is_refused() -> None:
     first, second = open_server(), open_server()
     port = listen(first, "127.0.0.1:0")
     with pytest.raises(OSError, match=f"can't listen on 127.0.0.1:{port}"):
@@ -50,11 +50,11 @@ async def test_two_servers_never_share_a_port() -> None:
     await second.stop(None)
 
 
-def test_a_blocking_channel_has_the_same_options() -> None:
+def test_blocking_channel_has_same_options() -> None:
     with open_sync_channel("127.0.0.1:1") as channel, pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary("/t.T/Length")(b"", timeout=10)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_a_frame_fits_into_a_message() -> None:
+def test_frame_limit_is_below_message_limit() -> None:
     assert MAX_FRAME_BYTES < MAX_MESSAGE_BYTES

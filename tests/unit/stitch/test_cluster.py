@@ -1,4 +1,4 @@
-"""Cluster files: what they say, and what is wrong with them. Knows no process."""
+"""Cluster files: their fields and defaults, and the errors of invalid ones."""
 
 from __future__ import annotations
 
@@ -42,41 +42,41 @@ def cluster(folder: Path, **changes: Any) -> ClusterConfig:
     return load_cluster(write(folder, fields(**changes)))
 
 
-def test_every_preset_is_a_cluster() -> None:
+def test_every_preset_is_valid() -> None:
     assert "smollm2" in presets()
     for name in presets():
         assert load_cluster(name).name == name
 
 
-def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
+def test_toml_and_json_load_equal_clusters(tmp_path: Path) -> None:
     preset = load_cluster("smollm2")
     path = tmp_path / "copy.json"
     path.write_text(json.dumps(preset.model_dump(mode="json", exclude={"folder"})))
     assert load_cluster(str(path)) == preset.model_copy(update={"folder": tmp_path})
 
 
-def test_what_is_not_said_has_a_default(tmp_path: Path) -> None:
+def test_missing_sections_have_defaults(tmp_path: Path) -> None:
     found = cluster(tmp_path)
     assert (found.compute.dtype, found.compute.threads, found.gateway.fallback_route) == ("float32", 0, None)
 
 
-def test_routes_and_shards_are_found_by_name(tmp_path: Path) -> None:
+def test_route_and_shard_are_found_by_name(tmp_path: Path) -> None:
     found = cluster(tmp_path)
     assert found.route("weak").top_from == 3
     assert found.shard("top-1").layers == (3, 12)
 
 
-def test_an_unknown_route_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+def test_unknown_route_error_lists_known_routes(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"^route is 'medium', but this cluster has: weak, strong, auto$"):
         cluster(tmp_path).route("medium")
 
 
-def test_an_unknown_shard_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+def test_unknown_shard_error_lists_known_shards(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"^shard is 'top-9', but the cluster file has: bottom-0, bottom-1, top-0"):
         cluster(tmp_path).shard("top-9")
 
 
-def test_a_stitch_lies_beside_the_cluster_file(tmp_path: Path) -> None:
+def test_stitch_file_is_relative_to_cluster_file(tmp_path: Path) -> None:
     found = cluster(tmp_path)
     assert found.stitch_file(found.route("weak")) == tmp_path / "stitches/weak.safetensors"
     assert found.stitch_file(found.route("strong")) is None
@@ -89,13 +89,13 @@ def test_a_stitch_lies_beside_the_cluster_file(tmp_path: Path) -> None:
         ("strong", [["bottom-0"], ["bottom-1"], ["top-0", "top-1"]]),
     ],
 )
-def test_a_chain_has_the_stages_that_its_route_passes(tmp_path: Path, route: str, stages: list[list[str]]) -> None:
+def test_stages_are_shards_that_route_needs(tmp_path: Path, route: str, stages: list[list[str]]) -> None:
     found = cluster(tmp_path)
     chain = found.stages(found.route(route))
     assert [[shard.name for shard in stage] for stage in chain] == stages
 
 
-def test_a_top_stage_below_the_route_s_entry_is_left_out(tmp_path: Path) -> None:
+def test_stages_omit_top_shard_below_top_from(tmp_path: Path) -> None:
     shards = [
         *fields()["shards"][:2],
         {"name": "top-low", "role": "top", "layers": [3, 8], "address": "127.0.0.1:0"},
@@ -136,9 +136,13 @@ def shard(name: str, role: str, first: int, end: int) -> dict[str, Any]:
         (
             {"shards": [shard("a", "bottom", 0, 6), shard("b", "bottom", 5, 8), shard("c", "top", 3, 12)]},
             "cluster",
-            "bottom shards hold layers 0 to 6 and 5 to 8: ranges are equal, of replicas, or apart",
+            "bottom shards hold layers 0 to 6 and 5 to 8: two ranges must be equal, of replicas, or disjoint",
         ),
-        ({"shards": [shard("a", "bottom", 0, 8), shard("b", "top", 5, 5)]}, "shards.1", "layers 5 to 5 are no range"),
+        (
+            {"shards": [shard("a", "bottom", 0, 8), shard("b", "top", 5, 5)]},
+            "shards.1",
+            "layers 5 to 5 are an empty range",
+        ),
         ({"shards": [shard("a", "middle", 0, 8)] * 2}, "shards.0.role", "'bottom' or 'top'"),
         ({"gateway": {"address": "x:0", "metrics_port": 70000}}, "gateway.metrics_port", "less than or equal to 65535"),
         ({"gateway": {"address": "x:0", "fallback_route": "medium"}}, "cluster", "names no route: medium"),
@@ -147,13 +151,15 @@ def shard(name: str, role: str, first: int, end: int) -> dict[str, Any]:
         ({"compute": {"threads": "2"}}, "compute.threads", "valid integer"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any], field: str, reason: str) -> None:
+def test_invalid_cluster_error_names_field_and_reason(
+    tmp_path: Path, changes: dict[str, Any], field: str, reason: str
+) -> None:
     with pytest.raises(InvalidRequest, match=reason) as caught:
         cluster(tmp_path, **changes)
     assert caught.value.field == field
 
 
-def test_a_route_needs_no_top_layer_below_its_entry(tmp_path: Path) -> None:
+def test_route_needs_no_top_layer_below_top_from(tmp_path: Path) -> None:
     routes = [{"name": "a", "bottom_layers": 8, "top_from": 8}]
     found = cluster(tmp_path, routes=routes, shards=[shard("a", "bottom", 0, 8), shard("b", "top", 8, 12)])
     assert [stage[0].name for stage in found.stages(found.route("a"))] == ["a", "b"]
@@ -162,7 +168,7 @@ def test_a_route_needs_no_top_layer_below_its_entry(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content"), [("c.toml", "name = "), ("c.json", "{"), ("c.json", "[1]"), ("c.toml", "\ud800")]
 )
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: str) -> None:
+def test_unreadable_file_is_named(tmp_path: Path, name: str, content: str) -> None:
     path = tmp_path / name
     path.write_bytes(content.encode("utf-8", "surrogatepass"))
     with pytest.raises(InvalidRequest, match="can't be read") as caught:
@@ -170,14 +176,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content:
     assert caught.value.value == str(path)
 
 
-def test_a_file_that_is_not_there_is_answered_with_the_presets() -> None:
+def test_missing_file_error_lists_presets() -> None:
     with pytest.raises(
         InvalidRequest, match=r"^cluster is 'nowhere.toml', but it is no file and none of the presets: "
     ):
         load_cluster("nowhere.toml")
 
 
-def test_a_cluster_never_changes() -> None:
+def test_cluster_is_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_cluster("smollm2").name = "other"  # type: ignore[misc]
 
@@ -185,7 +191,7 @@ def test_a_cluster_never_changes() -> None:
 class TestProbe:
     """Shards that decide by the states at the earliest cut."""
 
-    def test_its_files_start_from_the_cluster_file(self, tmp_path: Path) -> None:
+    def test_probe_files_are_relative_to_cluster_file(self, tmp_path: Path) -> None:
         gateway = {"address": "127.0.0.1:0", "probe": "probe.safetensors", "probe_thresholds": "thresholds.json"}
         found = cluster(tmp_path, gateway=gateway)
         assert found.earliest_cut == 4
@@ -195,16 +201,16 @@ class TestProbe:
         )
         assert cluster(tmp_path).probe_file is None
 
-    def test_there_is_one_router(self, tmp_path: Path) -> None:
+    def test_probe_and_router_exclude_each_other(self, tmp_path: Path) -> None:
         gateway = {"address": "127.0.0.1:0", "probe": "probe.safetensors", "router": "router.safetensors"}
         with pytest.raises(InvalidRequest, match="exclude each other"):
             cluster(tmp_path, gateway=gateway)
 
-    def test_thresholds_alone_are_no_probe(self, tmp_path: Path) -> None:
+    def test_probe_thresholds_need_probe(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match="probe_thresholds needs"):
             cluster(tmp_path, gateway={"address": "127.0.0.1:0", "probe_thresholds": "thresholds.json"})
 
-    def test_the_first_shard_must_reach_the_earliest_cut(self, tmp_path: Path) -> None:
+    def test_first_shard_must_reach_earliest_cut(self, tmp_path: Path) -> None:
         shards = fields()["shards"]
         shards[0]["layers"], shards[1]["layers"] = [0, 3], [3, 8]
         gateway = {"address": "127.0.0.1:0", "probe": "probe.safetensors"}

@@ -1,4 +1,4 @@
-"""Errors travel: raised on one side, the same on the other. Knows no service of the product."""
+"""Errors are sent as a status and raised as the same error on the other side."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def received(raised: Exception) -> grpc.RpcError:
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-async def test_an_error_is_the_same_on_the_other_side(error: StitchError) -> None:
+async def test_error_is_raised_with_same_type_and_text_by_client(error: StitchError) -> None:
     failure = await received(error)
     translated = from_rpc_error(failure)
     assert failure.code() is error.code
@@ -71,7 +71,7 @@ async def test_an_error_is_the_same_on_the_other_side(error: StitchError) -> Non
     assert str(translated) == str(error)
 
 
-async def test_what_an_error_carries_comes_along() -> None:
+async def test_error_details_are_restored() -> None:
     exhausted = from_rpc_error(await received(ERRORS[2]))
     unavailable = from_rpc_error(await received(ERRORS[3]))
     invalid = from_rpc_error(await received(ERRORS[0]))
@@ -83,44 +83,44 @@ async def test_what_an_error_carries_comes_along() -> None:
     assert invalid.field == "sampling.top_p"
 
 
-async def test_a_frame_out_of_step_is_a_failed_precondition() -> None:
+async def test_out_of_step_is_failed_precondition() -> None:
     failure = await received(OutOfStep("position 7 is not 5"))
     assert failure.code() is grpc.StatusCode.FAILED_PRECONDITION
     translated = from_rpc_error(failure)
     assert (type(translated), str(translated)) == (OutOfStep, "position 7 is not 5")
 
 
-async def test_what_was_not_meant_to_fail_is_not_translated() -> None:
+async def test_unknown_rpc_error_is_not_translated() -> None:
     failure = await received(ZeroDivisionError("secret"))
     assert failure.code() is grpc.StatusCode.UNKNOWN
     assert from_rpc_error(failure) is failure
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_a_code_and_a_message_are_enough_for_the_kind(error: StitchError) -> None:
+def test_from_code_restores_type(error: StitchError) -> None:
     status = to_status(error)
     rebuilt = from_code(status.code, status.message)
     assert type(rebuilt) is type(error)
     assert str(rebuilt) == str(error)
 
 
-def test_a_message_names_its_field_without_details() -> None:
+def test_from_code_restores_field_from_message() -> None:
     rebuilt = from_code(code_pb2.INVALID_ARGUMENT, "sampling.top_p is 2.0, but it must be at most 1")
     assert isinstance(rebuilt, InvalidRequest)
     assert rebuilt.field == "sampling.top_p"
 
 
-def test_every_error_has_a_status_of_its_own_choice() -> None:
+def test_every_error_has_status_code() -> None:
     kinds = StitchError.__subclasses__()
     assert {type(error) for error in ERRORS} | {OutOfStep} == set(kinds)
     assert grpc.StatusCode.INTERNAL not in {kind.code for kind in kinds}
 
 
-def test_an_invalid_request_names_field_value_and_limit() -> None:
+def test_invalid_request_names_field_value_and_limit() -> None:
     assert str(ERRORS[0]) == "sampling.top_p is 2.0, but it must be at most 1"
 
 
-def test_a_long_value_is_cut() -> None:
+def test_invalid_request_shortens_long_value() -> None:
     assert shown("x" * 100) == "'" + "x" * 58 + "…"
     assert len(shown("x" * 100)) == 60
     assert shown("short") == "'short'"

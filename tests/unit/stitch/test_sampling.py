@@ -1,4 +1,4 @@
-"""Sampling fields: defaults, limits, and the way to the wire and back. Knows no logits."""
+"""Sampling parameters: defaults, limits, and conversion to proto and back."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from stitch.sampling import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, Sampling
 from stitch.v1 import inference_pb2
 
 
-def test_what_is_not_set_takes_its_default() -> None:
+def test_from_proto_fills_in_defaults() -> None:
     assert Sampling.from_proto(inference_pb2.Sampling()) == Sampling()
     assert Sampling().max_tokens == DEFAULT_MAX_TOKENS
 
 
-def test_zero_is_no_default() -> None:
+def test_from_proto_keeps_zero() -> None:
     message = inference_pb2.Sampling(top_p=0.5, repetition_penalty=1.5, logprobs=0)
     found = Sampling.from_proto(message)
     assert (found.top_p, found.repetition_penalty, found.logprobs) == (0.5, 1.5, 0)
 
 
-def test_every_field_survives_the_wire() -> None:
+def test_every_field_survives_proto_round_trip() -> None:
     sampling = Sampling(
         temperature=0.7,
         top_k=5,
@@ -43,7 +43,7 @@ def test_every_field_survives_the_wire() -> None:
     assert Sampling.from_proto(sampling.to_proto()) == sampling
 
 
-def test_the_message_has_no_field_beyond_these() -> None:
+def test_proto_message_has_no_other_fields() -> None:
     assert set(inference_pb2.Sampling.DESCRIPTOR.fields_by_name) == {field.name for field in fields(Sampling)}
 
 
@@ -68,7 +68,7 @@ def test_the_message_has_no_field_beyond_these() -> None:
         ("logprobs", MAX_LOGPROBS + 1),
     ],
 )
-def test_a_value_outside_its_limits_is_named(field: str, value: float) -> None:
+def test_from_proto_names_field_outside_limits(field: str, value: float) -> None:
     message = inference_pb2.Sampling()
     setattr(message, field, value)
     with pytest.raises(InvalidRequest) as caught:
@@ -92,7 +92,7 @@ def test_a_value_outside_its_limits_is_named(field: str, value: float) -> None:
         ("logprobs", MAX_LOGPROBS),
     ],
 )
-def test_a_limit_itself_is_allowed(field: str, value: float) -> None:
+def test_from_proto_accepts_limit(field: str, value: float) -> None:
     message = inference_pb2.Sampling()
     setattr(message, field, value)
     assert getattr(Sampling.from_proto(message), field) == value
@@ -104,6 +104,6 @@ def test_temperature_zero_is_greedy() -> None:
 
 
 @pytest.mark.parametrize("field", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
-def test_any_penalty_needs_the_tokens_so_far(field: str) -> None:
+def test_any_penalty_sets_penalizes(field: str) -> None:
     assert not Sampling().penalizes
     assert Sampling(**{field: 1.5}).penalizes  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The base of every configuration section. Knows no section of the product."""
+"""The base class of every configuration section."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ class Section(Settings):
     port: int = 1
 
 
-def test_values_are_typed_strictly() -> None:
+def test_settings_refuse_value_of_other_type() -> None:
     with pytest.raises(ValidationError, match="valid integer"):
         Section.model_validate({"port": "1"})
 
 
-def test_a_field_that_nobody_reads_is_refused() -> None:
+def test_settings_refuse_unknown_field() -> None:
     with pytest.raises(ValidationError, match="not permitted"):
         Section.model_validate({"prot": 1})
 
 
-def test_a_section_never_changes() -> None:
+def test_settings_are_immutable() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Section().port = 2  # type: ignore[misc]
