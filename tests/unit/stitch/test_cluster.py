@@ -215,5 +215,5 @@ class TestProbe:
         shards[0]["layers"], shards[1]["layers"] = [0, 3], [3, 8]
         gateway = {"address": "127.0.0.1:0", "probe": "probe.safetensors"}
         assert cluster(tmp_path, shards=shards)
-        with pytest.raises(InvalidRequest, match="behind layer 4, but shard bottom-0 ends at 3"):
+        with pytest.raises(InvalidRequest, match="after layer 4, but shard bottom-0 ends at 3"):
             cluster(tmp_path, shards=shards, gateway=gateway)
