@@ -2,8 +2,8 @@
 #   docker build -f deploy/images/shard.Dockerfile -t stitch-shard .
 FROM python:3.11-slim
 
-# Where pip finds another build of torch than its default index has: PyTorch publishes one index for CPUs and one for
-# each version of CUDA. The default index has, for x86-64, the build with CUDA.
+# The package index of another build of torch: PyTorch publishes one for CPUs and one for each version of CUDA. For
+# x86-64 pip's default index has the build with CUDA.
 ARG TORCH_INDEX=""
 
 WORKDIR /app

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class InferenceStub:
-    """The front door of a cluster.
+    """Answers requests with one of the cluster's routes.
     """
 
     def __init__(self, channel):
@@ -58,7 +58,7 @@ class InferenceStub:
 
 
 class InferenceServicer:
-    """The front door of a cluster.
+    """Answers requests with one of the cluster's routes.
     """
 
     def Generate(self, request, context):
@@ -70,21 +70,21 @@ class InferenceServicer:
 
     def GenerateBatch(self, request, context):
         """Generates many answers; events of different requests interleave and name their request by index.
-        A request that fails reports its own error and disturbs no other.
+        A request that fails has its own error and leaves the others unchanged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Route(self, request, context):
-        """Judges a query without generating anything.
+        """Decides the route of a query without generating anything.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Describe(self, request, context):
-        """Says which models, routes and shards stand behind this gateway.
+        """Describes the models, routes and shards that this gateway serves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,7 +122,7 @@ def add_InferenceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inference:
-    """The front door of a cluster.
+    """Answers requests with one of the cluster's routes.
     """
 
     @staticmethod
