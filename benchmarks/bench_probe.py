@@ -16,6 +16,7 @@ from benchmarks.report import Options, options, write
 from stitch.cluster import ClusterConfig
 from stitch.sampling import Sampling
 from stitch.thresholds import FixedThresholds
+from stitch_server.attention import backend_for
 from stitch_server.build import LoadedStage, load_stage
 from stitch_server.engine.types import Batch, LayerRange, Segment, Session
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
@@ -44,7 +45,9 @@ class Bottom:
         self._judges = {route: judge_for(route, loaded, cluster.earliest_cut) for route in ROUTES}
         self._runner = ModelRunner(
             decoder=decoder,
-            store=KVStore(decoder.first, decoder.end, blocks, decoder.kv_heads, decoder.head_dim, CPU, torch.float32),
+            attention=backend_for(
+                KVStore(decoder.first, decoder.end, blocks, decoder.kv_heads, decoder.head_dim, CPU, torch.float32)
+            ),
             device=CPU,
             threads=ParallelismTuner(1, 1),
             embed=loaded.embedding,

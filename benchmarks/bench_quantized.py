@@ -14,6 +14,7 @@ from benchmarks.clusters import FirstShard, first_shard, preset, prompt, run, ru
 from benchmarks.report import Options, options, ratio, write
 from stitch.cluster import Quantization
 from stitch.environment import cache_folder
+from stitch_server.attention import backend_for
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.kv_cache.span import Span
 from stitch_server.kv_cache.store import KVStore
@@ -78,7 +79,7 @@ def _losses(folder: Path, kind: Quantization, sequences: int) -> list[float]:
     store = KVStore(0, decoder.end, blocks, decoder.kv_heads, decoder.head_dim, CPU, torch.float32)
     losses = []
     for row in ids[: len(ids) // SEQUENCE_TOKENS * SEQUENCE_TOKENS].view(-1, SEQUENCE_TOKENS)[:sequences]:
-        attention = store.attention([Span(0, SEQUENCE_TOKENS, range(blocks))])
+        attention = backend_for(store)([Span(0, SEQUENCE_TOKENS, range(blocks))])
         rotary = decoder.rotary(torch.arange(SEQUENCE_TOKENS))
         logits = head(decoder.run(embed(row), rotary, attention, 0, decoder.end))
         losses.append(float(functional.cross_entropy(logits[:-1], row[1:])))

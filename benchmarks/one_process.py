@@ -11,6 +11,7 @@ import torch
 from benchmarks.clusters import Timed
 from stitch.cluster import ClusterConfig
 from stitch.sampling import Sampling
+from stitch_server.attention import backend_for
 from stitch_server.build import LoadedStage, load_stage
 from stitch_server.engine.types import Batch, Segment, Session, StepOutput
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
@@ -65,7 +66,9 @@ class OneProcess:
         blocks = MOST_TOKENS // BLOCK_TOKENS
         return ModelRunner(
             decoder=decoder,
-            store=KVStore(decoder.first, decoder.end, blocks, kv_heads, head_dim, device, torch.float32),
+            attention=backend_for(
+                KVStore(decoder.first, decoder.end, blocks, kv_heads, head_dim, device, torch.float32)
+            ),
             device=device,
             threads=ParallelismTuner(self._threads, self._threads),
             embed=stage.embedding,

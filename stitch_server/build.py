@@ -7,10 +7,15 @@ from pathlib import Path
 
 import torch
 
-from stitch.cluster import ClusterConfig, RouteConfig, ShardConfig
+from stitch.cluster import ClusterConfig, ComputeConfig, RouteConfig, ShardConfig
 from stitch.environment import cache_folder
 from stitch.v1 import inference_pb2
+from stitch_server.attention import AttentionBackend, backend_for
+from stitch_server.attention.flash import PAGE_TOKENS, varlen_kernel_for
 from stitch_server.engine.types import LayerRange
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool, blocks_for
+from stitch_server.kv_cache.store import KVStore
+from stitch_server.kv_sizing import kv_bytes_per_token, kv_tokens
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.counting import ParameterCount
 from stitch_server.model.decoder import DecoderLayers
@@ -22,6 +27,7 @@ from stitch_server.model.probe import Probe
 from stitch_server.model.stitch import Stitch
 from stitch_server.model.tokenizer_hash import token_count, tokenizer_hash
 from stitch_server.sources.resolve import resolve
+from stitch_server.worker.cuda_graphs import DecodeGraphs, capture_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +108,39 @@ def load_stage(cluster: ClusterConfig, place: ShardConfig, device: torch.device)
         count=ParameterCount.read(folder),
         probe=_probe(cluster, model, tokenizer, device) if (place.role, first) == ("bottom", 0) else None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """The KV cache of a loaded stage: its blocks, the attention over them, and on a GPU the CUDA graphs over both."""
+
+    pool: BlockPool
+    store: KVStore
+    attention: AttentionBackend
+    graphs: DecodeGraphs | None
+
+
+def allocate_kv_cache(
+    compute: ComputeConfig, decoder: DecoderLayers, context_length: int, device: torch.device
+) -> KVCache:
+    """Sizes the KV cache of `decoder`'s layers, whose weights are already loaded, and allocates it."""
+    dtype: torch.dtype = getattr(torch, compute.dtype)
+    shape = decoder.kv_heads, decoder.head_dim
+    kernel = varlen_kernel_for(device, dtype, decoder.head_dim)
+    block_tokens = compute.kv_block_tokens or (BLOCK_TOKENS if kernel is None else PAGE_TOKENS)
+    if block_tokens % PAGE_TOKENS:
+        kernel = None
+    token_bytes = kv_bytes_per_token(decoder.end - decoder.first, *shape, dtype)
+    tokens = kv_tokens(compute.kv_tokens, token_bytes, context_length, device, block_tokens=block_tokens)
+    pool = BlockPool(tokens // block_tokens, block_tokens)
+    # One block that the pool never hands out, into which the padding of CUDA graphs writes.
+    blocks = pool.blocks + (kernel is not None)
+    store = KVStore(decoder.first, decoder.end, blocks, *shape, device, dtype, block_tokens)
+    attention, capture = backend_for(store, kernel), capture_for(device)
+    if kernel is None or capture is None or not (compute.captured_decode and decoder.is_lean):
+        return KVCache(pool, store, attention, None)
+    max_blocks = min(pool.blocks, blocks_for(context_length, block_tokens))
+    return KVCache(pool, store, attention, DecodeGraphs(decoder, store, kernel, max_blocks, capture))
 
 
 def layer_range_of(route: RouteConfig, place: ShardConfig) -> LayerRange | None:

@@ -107,7 +107,7 @@ def _plan(parsed: argparse.Namespace) -> None:
     from stitch.cluster import load_cluster
     from stitch.errors import InvalidRequest
     from stitch_server.devices import pick_device
-    from stitch_server.plan import plan, table
+    from stitch_server.kv_sizing import plan, table
 
     cluster = load_cluster(parsed.cluster)
     if parsed.memory_gb is None:

@@ -1,22 +1,38 @@
-"""How many tokens' KV fit a shard. Loads nothing and allocates nothing."""
+"""From free memory to KV tokens, and the sizes that `stitch-server plan` prints.
+
+`kv_tokens` gives the capacity of a shard's KV cache: as configured, or a share of the memory that its weights leave.
+`plan` computes for every shard of a cluster what weights, KV cache and link take, from the models' configuration files
+alone. Bytes and tokens are what a loaded shard has.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 import torch
 
+from stitch.cluster import ClusterConfig, ShardConfig
+from stitch.environment import cache_folder
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
+from stitch_server.model import llama
+from stitch_server.model.counting import ParameterCount
+from stitch_server.model.description import ModelDescription, read_config
+from stitch_server.model.linear import WeightFormat
+from stitch_server.rpc.tensors import bytes_per_token
+from stitch_server.sources.resolve import resolve
 
-# Of what is free once the weights are loaded; the rest is for activations, and on a processor for everybody else.
+# Of the memory that is free once the weights are loaded; the rest is for activations, and on a CPU for other processes.
 GPU_SHARE = 0.9
-PROCESSOR_SHARE = 0.25
-# More helps nobody: so many sessions of a full context decode at once at the most.
-MOST_CONTEXTS = 64
+CPU_SHARE = 0.25
+# The KV of this many full contexts is the most that is planned: more sessions hardly decode at once.
+MAX_CONTEXTS = 64
+# The length of a session in the table of `plan`.
+SESSION_TOKENS = 1024
 
 
 def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Keys and values of all layers for one token."""
+    """Bytes of one token's keys and values in all layers."""
     return 2 * layers * kv_heads * head_dim * dtype.itemsize
 
 
@@ -29,23 +45,100 @@ def kv_tokens(
     memory_bytes: int | None = None,
     block_tokens: int = BLOCK_TOKENS,
 ) -> int:
-    """Tokens for which a shard keeps KV: as configured, or planned from `memory_bytes`; None: what is free now.
+    """The capacity of a KV cache in tokens: `configured`, or if that is 0, a share of `memory_bytes`.
 
-    `weight_bytes`: weights that are still to be loaded. Always a whole number of blocks, and at least one.
+    By default `memory_bytes` is what is free on `device` now. `weight_bytes` are those of weights that are not loaded
+    yet. The result is a positive multiple of `block_tokens`.
     """
     if configured:
         tokens = configured
     else:
-        share = GPU_SHARE if device.type == "cuda" else PROCESSOR_SHARE
+        share = GPU_SHARE if device.type == "cuda" else CPU_SHARE
         free = free_bytes(device) if memory_bytes is None else memory_bytes
-        room = max(0, free - weight_bytes)
-        tokens = min(int(room * share) // bytes_per_token, MOST_CONTEXTS * context_length)
+        available = max(0, free - weight_bytes)
+        tokens = min(int(available * share) // bytes_per_token, MAX_CONTEXTS * context_length)
     return max(1, tokens // block_tokens) * block_tokens
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had on `device` now."""
+    """Memory that is free on `device` now."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """What one shard takes: sizes in bytes, capacities in tokens."""
+
+    shard: str
+    layers: str
+    weight_bytes: int
+    kv_bytes_per_token: int
+    kv_tokens: int
+    # One token's hidden states on the link to the next shard; 0 for the last shard.
+    link_bytes_per_token: int
+
+    @property
+    def sessions(self) -> int:
+        """The number of sessions of `SESSION_TOKENS` tokens whose KV fits."""
+        return self.kv_tokens // SESSION_TOKENS
+
+
+def plan(cluster: ClusterConfig, device: torch.device, memory_bytes: int | None = None) -> list[ShardPlan]:
+    """One plan a shard, for `memory_bytes` on each device; by default what is free on this machine's `device` now."""
+    return [_plan_of(cluster, config, device, memory_bytes) for config in cluster.shards]
+
+
+def table(plans: list[ShardPlan]) -> str:
+    """The plans as the text that `stitch-server plan` prints."""
+    head = (
+        f"{'shard':<12} {'layers':<16} {'weights':>10} {'KV a token':>12} "
+        f"{'KV tokens':>11} {'sessions':>9} {'link':>14}"
+    )
+    rows = [
+        f"{one.shard:<12} {one.layers:<16} {one.weight_bytes / 1e9:>7.2f} GB {one.kv_bytes_per_token:>10,} B "
+        f"{one.kv_tokens:>11,} {one.sessions:>9,} {one.link_bytes_per_token:>6,} B/token"
+        for one in plans
+    ]
+    return "\n".join([head, *rows, f"sessions: concurrent sessions of {SESSION_TOKENS:,} tokens each"])
+
+
+def _plan_of(cluster: ClusterConfig, config: ShardConfig, device: torch.device, memory_bytes: int | None) -> ShardPlan:
+    source = cluster.models.bottom if config.role == "bottom" else cluster.models.top
+    folder = resolve(cluster.model_source(config.role), cache_folder())
+    model, compute = ModelDescription.read(folder, source.id), cluster.compute
+    dtype: torch.dtype = getattr(torch, compute.dtype)
+    first, end = config.layers
+    is_last = config.role == "top" and end == model.layers
+    is_lean = llama.supports(read_config(folder))
+    weights = _weight_bytes(cluster, config, ParameterCount.read(folder), device, is_last, is_lean)
+    token_bytes = kv_bytes_per_token(end - first, model.kv_heads, model.head_dim, dtype)
+    block_tokens = compute.kv_block_tokens or BLOCK_TOKENS
+    tokens = kv_tokens(
+        compute.kv_tokens, token_bytes, model.context_length, device, weights, memory_bytes, block_tokens
+    )
+    link = 0 if is_last else bytes_per_token(model.hidden_size, compute.wire_dtype)
+    return ShardPlan(config.name, f"{config.role} {first} to {end - 1}", weights, token_bytes, tokens, link)
+
+
+def _weight_bytes(
+    cluster: ClusterConfig,
+    config: ShardConfig,
+    count: ParameterCount,
+    device: torch.device,
+    is_last: bool,
+    is_lean: bool,
+) -> int:
+    dtype: torch.dtype = getattr(torch, cluster.compute.dtype)
+    weight_format = WeightFormat.of(cluster.compute)
+    of_layers = count.between(*config.layers) * weight_format.bits(dtype) // 8
+    of_head = count.head * weight_format.for_head.bits(dtype) // 8 if is_last else 0
+    # The kernels of layers that come from `transformers` keep no second copy.
+    layer_copies = 2 if weight_format.keeps_twice(device, dtype) and is_lean else 1
+    head_copies = 2 if weight_format.for_head.keeps_twice(device, dtype) else 1
+    # The embedding is looked up and not multiplied by, so it keeps its dtype.
+    is_first = config.role == "bottom" and config.layers[0] == 0
+    of_embedding = count.head * dtype.itemsize if is_first else 0
+    return layer_copies * of_layers + head_copies * of_head + of_embedding

@@ -14,7 +14,7 @@ from stitch.cluster import ClusterConfig, ShardConfig
 from stitch.thresholds import FixedThresholds, ReloadingThresholds, ThresholdSource
 from stitch.tls import is_loopback
 from stitch.v1 import inference_pb2, shard_pb2
-from stitch_server.build import LoadedStage
+from stitch_server.build import LoadedStage, allocate_kv_cache
 from stitch_server.engine.first_stage import FirstStage
 from stitch_server.engine.in_flight import Downstream, StepsInFlight
 from stitch_server.engine.loop import Engine
@@ -25,7 +25,6 @@ from stitch_server.engine.types import Batch
 from stitch_server.kv_cache.block_pool import BlockPool
 from stitch_server.metrics import Metrics
 from stitch_server.model.probe import MOST_TOKENS
-from stitch_server.provision import provide
 from stitch_server.rpc.tensors import DTYPES, Packed, unpack
 from stitch_server.step_log import Observer
 from stitch_server.worker.model_runner import ModelRunner
@@ -94,13 +93,13 @@ def build_shard(
 ) -> Shard:
     """Puts cache, runner, front and engine around the loaded stage; nothing runs yet."""
     compute = cluster.compute
-    provision = provide(compute, loaded.decoder, loaded.model.context_length, device)
-    pool = provision.pool
+    kv_cache = allocate_kv_cache(compute, loaded.decoder, loaded.model.context_length, device)
+    pool = kv_cache.pool
     cores = len(os.sched_getaffinity(0))
     alone = compute.threads or cores
     runner = ModelRunner(
         decoder=loaded.decoder,
-        store=provision.store,
+        attention=kv_cache.attention,
         device=device,
         threads=ParallelismTuner(alone, compute.threads_while_pipelined or alone),
         embed=loaded.embedding,
@@ -110,7 +109,7 @@ def build_shard(
         head=loaded.head,
         judge=_route_probe(cluster, loaded),
         layer_ranges=loaded.layer_ranges,
-        graphs=provision.graphs,
+        graphs=kv_cache.graphs,
         wait=partial(torch.cuda.synchronize, device) if device.type == "cuda" else None,
     )
     front = _front(cluster, loaded, pool, links, device)

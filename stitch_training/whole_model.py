@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stitch_server.attention import backend_for
 from stitch_server.kv_cache.span import Span
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.adapters import Adapters
@@ -63,7 +64,7 @@ class WholeModel:
         """Hidden states `[rows, hidden]` of sequences that extend their `spans`, through the layers of `store`."""
         positions = torch.cat([torch.arange(span.position, span.end, device=rows.device) for span in spans])
         rotary = self._layers.rotary(positions)
-        attend, adapted = store.attention(spans), self._adapted(adapters)
+        attend, adapted = backend_for(store)(spans), self._adapted(adapters)
         return self._layers.run(rows.to(self._dtype), rotary, attend, store.first, store.end, adapted)
 
     def logits(self, rows: Tensor, token_ids: Tensor | None = None) -> Tensor:

@@ -1,1 +1,1 @@
-"""Where a shard keeps the past of its sessions. Knows no scheduler and no network."""
+"""The KV cache of a shard's layers: which blocks a sequence has, and the tensors of the blocks."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from stitch.errors import Incompatible
-from stitch_server.attention.interface import Attend, Layer, Rotary
+from stitch_server.attention import Attend, Layer, Rotary
 from stitch_server.model import hf_layers, llama
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.description import head_dim, kv_heads, read_config

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from stitch.errors import Incompatible
-from stitch_server.attention.interface import Attend, Layer, Rotary
+from stitch_server.attention import Attend, Layer, Rotary
 from stitch_server.model.llama import ROPE_TYPES
 from stitch_server.model.weights import Weights
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from stitch_server.attention.interface import Attend, Rotary
+from stitch_server.attention import Attend, Rotary
 from stitch_server.model.description import head_dim, kv_heads
 from stitch_server.model.linear import Linear, linear
 from stitch_server.model.weights import Weights

@@ -1,8 +1,8 @@
-"""Steps of single tokens, captured once and then replayed: a GPU gets all kernels of all layers by one call.
+"""CUDA graphs of decode steps: a pass of single tokens is captured once, and then replayed by one call.
 
-Launched one by one, the kernels of a layer take a processor longer than a GPU needs to compute them for a few rows.
-A captured pass runs over the same memory each time and with the same sizes, so what it reads is copied into buffers,
-and batches are filled up to a few sizes. Knows no session, no stitch and no sampling.
+Launching the kernels of a layer one by one takes a CPU longer than a GPU needs to compute them for a few tokens. A
+graph reads the same memory in every replay, so a batch is copied into static buffers and padded to one of a few batch
+sizes. A replay returns what `DecoderLayers.run` would.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stitch_server.attention.flash import FlashAttention, Kernel, Places, packed_places
-from stitch_server.attention.interface import Rotary
+from stitch_server.attention import Rotary
+from stitch_server.attention.flash import FlashAttention, FlashMetadata, VarlenKernel, pack_metadata
 from stitch_server.devices import to_device_async
 from stitch_server.kv_cache.span import Span
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 
-# Rows of a captured pass; larger batches are not captured, since there the kernels take longer than their launches.
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-# Passes before the captured one, in which libraries choose kernels and take memory.
-WARM_UPS = 2
+# Larger batches are not captured: their kernels take longer than their launches.
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+# Passes before the captured one, in which libraries choose kernels and allocate workspaces.
+WARM_UP_PASSES = 2
 
-# Computes anew over the same memory; each call overwrites the result of the one before.
+# Computes again over the same memory, and overwrites its previous result.
 Replay = Callable[[], Tensor]
 
 
 class Capture(Protocol):
-    """What makes a replay of a function that reads and writes the same memory whenever it is called."""
+    """Captures a function that reads and writes the same memory in every call."""
 
     def __call__(self, compute: Callable[[], Tensor]) -> Replay: ...
 
 
 def capture_for(device: torch.device) -> Capture | None:
-    """What captures on the device; None where nothing does."""
+    """The device's capture; None if it has none."""
     return CudaCapture(device) if device.type == "cuda" else None
 
 
 class CudaCapture:
-    """By CUDA graphs, as https://docs.pytorch.org/docs/stable/notes/cuda.html says; all share one pool of memory.
+    """Captures CUDA graphs, as https://docs.pytorch.org/docs/stable/notes/cuda.html describes.
 
-    They may, since they run one after the other and what one leaves is copied before the next one runs.
+    All graphs share one memory pool: they run one after the other, and a result is copied before the next graph runs.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -58,11 +58,11 @@ class CudaCapture:
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                for _ in range(WARM_UPS):
+                for _ in range(WARM_UP_PASSES):
                     compute()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may use the GPU meanwhile.
+            # Other threads may use the GPU during the capture.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 result = compute()
 
@@ -74,43 +74,44 @@ class CudaCapture:
 
 
 @dataclass(frozen=True, slots=True)
-class _Buffers:
-    """What a captured pass reads: hidden states, rotations, and places as `packed_places` makes them."""
+class _StaticBuffers:
+    """The input of a graph: hidden states, rotations, and metadata as `pack_metadata` makes it."""
 
     hidden: Tensor
     rotary: Rotary
-    places: Tensor
+    metadata: Tensor
 
     @classmethod
-    def of(cls, rows: int, hidden: Tensor, rotary: Rotary, places: Tensor) -> _Buffers:
-        """For so many rows like the given ones."""
-        angles = tuple(part.new_zeros(rows, *part.shape[1:]) for part in rotary)
-        return cls(hidden.new_zeros(rows, *hidden.shape[1:]), angles, torch.empty_like(places, device=hidden.device))
+    def like(cls, tokens: int, hidden: Tensor, rotary: Rotary, metadata: Tensor) -> _StaticBuffers:
+        """Buffers for `tokens` tokens of the given shapes and dtypes."""
+        angles = tuple(tensor.new_zeros(tokens, *tensor.shape[1:]) for tensor in rotary)
+        static = torch.empty_like(metadata, device=hidden.device)
+        return cls(hidden.new_zeros(tokens, *hidden.shape[1:]), angles, static)
 
-    def fill(self, hidden: Tensor, rotary: Rotary, places: Tensor) -> None:
-        """Rows behind the given ones stay as they are: nobody reads what becomes of them."""
-        for kept, given in zip((self.hidden, *self.rotary), (hidden, *rotary), strict=True):
-            kept[: len(given)] = given
-        self.places.copy_(to_device_async(places, hidden.device))
+    def fill(self, hidden: Tensor, rotary: Rotary, metadata: Tensor) -> None:
+        """Copies a batch into the leading rows. The others keep their values: their results are never read."""
+        for static, given in zip((self.hidden, *self.rotary), (hidden, *rotary), strict=True):
+            static[: len(given)] = given
+        self.metadata.copy_(to_device_async(metadata, hidden.device))
 
 
 class DecodeGraphs:
-    """The captured passes of one shard: one for each number of rows, range of layers and adapters."""
+    """The graphs of one shard: one for each batch size, layer range and adapters."""
 
     def __init__(
         self,
         decoder: DecoderLayers,
         store: KVStore,
-        kernel: Kernel,
-        most_blocks: int,
+        kernel: VarlenKernel,
+        max_blocks: int,
         capture: Capture,
-        buckets: Sequenced[int] = BUCKETS,
+        batch_sizes: Sequenced[int] = BATCH_SIZES,
     ) -> None:
-        """No sequence that is captured has more than `most_blocks` blocks; the last block of `store` is nobody's."""
+        """Sequences of more than `max_blocks` blocks are not captured; padding writes to the last block of `store`."""
         self._decoder, self._store, self._kernel = decoder, store, kernel
-        self._most_blocks, self._capture, self._buckets = most_blocks, capture, buckets
-        # By rows, first and last layer, and the adapters' identity.
-        self._captured: dict[tuple[int, int, int, int], tuple[_Buffers, Replay]] = {}
+        self._max_blocks, self._capture, self._batch_sizes = max_blocks, capture, batch_sizes
+        # By batch size, first and last layer, and the identity of the adapters.
+        self._graphs: dict[tuple[int, int, int, int], tuple[_StaticBuffers, Replay]] = {}
 
     def run(
         self,
@@ -121,41 +122,41 @@ class DecodeGraphs:
         end: int,
         adapted: Sequenced[tuple[slice, Adapters]],
     ) -> Tensor | None:
-        """As `DecoderLayers.run` over these segments; None where no captured pass is for them."""
-        size = next((size for size in self._buckets if size >= len(spans)), None)
-        if size is None or not self._fits(spans, adapted):
+        """What `DecoderLayers.run` returns for these spans; None for a batch that isn't captured."""
+        size = next((size for size in self._batch_sizes if size >= len(spans)), None)
+        if size is None or not self._is_capturable(spans, adapted):
             return None
         adapters = adapted[0][1] if adapted else None
-        filling = [Span(0, 1, [self._store.blocks - 1])] * (size - len(spans))
-        places = packed_places([*spans, *filling], self._store.block_tokens, self._most_blocks)
+        padding = [Span(0, 1, [self._store.blocks - 1])] * (size - len(spans))
+        metadata = pack_metadata([*spans, *padding], self._store.block_tokens, self._max_blocks)
         key = size, first, end, id(adapters)
-        captured = self._captured.get(key)
-        buffers = captured[0] if captured else _Buffers.of(size, hidden, rotary, places)
-        buffers.fill(hidden, rotary, places)
-        if captured is None:
-            # It is computed already while it is captured: as often as need be, the same rows into the same places.
-            captured = buffers, self._capture(self._computing(size, buffers, first, end, adapters))
-            self._captured[key] = captured
-        return captured[1]()[: len(spans)].clone()
+        graph = self._graphs.get(key)
+        buffers = graph[0] if graph else _StaticBuffers.like(size, hidden, rotary, metadata)
+        buffers.fill(hidden, rotary, metadata)
+        if graph is None:
+            # Capturing computes the batch already, several times: each time the same values into the same slots.
+            graph = buffers, self._capture(self._compute_over(size, buffers, first, end, adapters))
+            self._graphs[key] = graph
+        return graph[1]()[: len(spans)].clone()
 
-    def _fits(self, spans: Sequenced[Span], adapted: Sequenced[tuple[slice, Adapters]]) -> bool:
-        """Single tokens that all pass the same adapters, or none."""
-        alike = not adapted or [rows for rows, _ in adapted] == [slice(0, len(spans))]
-        return alike and all(span.length == 1 and span.end <= self._most_tokens for span in spans)
+    def _is_capturable(self, spans: Sequenced[Span], adapted: Sequenced[tuple[slice, Adapters]]) -> bool:
+        """Whether all spans are single tokens that pass the same adapters, or none."""
+        uniform = not adapted or [rows for rows, _ in adapted] == [slice(0, len(spans))]
+        return uniform and all(span.length == 1 and span.end <= self._max_tokens for span in spans)
 
-    def _computing(
-        self, size: int, buffers: _Buffers, first: int, end: int, adapters: Adapters | None
+    def _compute_over(
+        self, size: int, buffers: _StaticBuffers, first: int, end: int, adapters: Adapters | None
     ) -> Callable[[], Tensor]:
         adapted = [] if adapters is None else [(slice(0, size), adapters)]
 
         def compute() -> Tensor:
-            # Numbers of the host are captured, too, so the longest sequence is the longest that there can be.
-            places = Places.unpacked(buffers.places, size, size, 1, self._most_tokens)
-            attention = FlashAttention(self._store, self._kernel, [1] * size, places)
+            # A capture freezes integers of the host, so the KV length's upper bound is the largest possible.
+            metadata = FlashMetadata.unpack(buffers.metadata, size, size, 1, self._max_tokens)
+            attention = FlashAttention(self._store, self._kernel, [1] * size, metadata)
             return self._decoder.run(buffers.hidden, buffers.rotary, attention, first, end, adapted)
 
         return compute
 
     @property
-    def _most_tokens(self) -> int:
-        return self._most_blocks * self._store.block_tokens
+    def _max_tokens(self) -> int:
+        return self._max_blocks * self._store.block_tokens

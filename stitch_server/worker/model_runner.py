@@ -18,11 +18,10 @@ from itertools import accumulate, groupby, pairwise
 import torch
 from torch import Tensor
 
-from stitch_server.attention.interface import Rotary, leading
+from stitch_server.attention import AttentionBackend, Rotary, leading
 from stitch_server.devices import to_device_async
 from stitch_server.engine.types import Batch, LayerRange, RouteDecision, Segment, StepOutput, Token, TokenLogprobs
 from stitch_server.kv_cache.span import Span
-from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.sampler import SampledToken, SampleRequest, sample
@@ -37,7 +36,7 @@ class ModelRunner:
     """A shard's part of the pair, ready to compute."""
 
     decoder: DecoderLayers
-    store: KVStore
+    attention: AttentionBackend
     device: torch.device
     threads: ParallelismTuner
     # On the first shard: token ids to hidden states.
@@ -158,8 +157,8 @@ class ModelRunner:
         spans = [Span(one.position, one.length, one.blocks) for one in segments]
         # Made where they are asked for: kernels rotate by themselves, captured passes bring their own attention.
         rotary = cache(partial(self._rotary, spans))
-        attention = cache(partial(self.store.attention, spans))
-        attention_of = cache(lambda count: attention() if count == len(segments) else attention().first(count))
+        attention = cache(partial(self.attention, spans))
+        attention_of = cache(lambda count: attention() if count == len(segments) else attention().leading(count))
         bounds = sorted({one.layers.first for one in segments} | {one.layers.end for one in segments})
         if follows is not None or leads is not None:
             bounds = list(range(bounds[0], bounds[-1] + 1))
@@ -176,8 +175,8 @@ class ModelRunner:
                 moved = self.graphs.run(spans[: len(present)], here, leading(rotary(), rows), first, end, adapted)
             if moved is None:
                 attend = attention_of(len(present))
-                if attend.paged is not None and self.decoder.is_compiled(rows):
-                    moved = self.decoder.run_compiled(here, attend.paged, first, end, adapted)
+                if attend.paged_kv is not None and self.decoder.is_compiled(rows):
+                    moved = self.decoder.run_compiled(here, attend.paged_kv, first, end, adapted)
                 else:
                     moved = self.decoder.run(here, leading(rotary(), rows), attend, first, end, adapted)
             hidden = moved if whole else torch.cat([moved, hidden[rows:]])

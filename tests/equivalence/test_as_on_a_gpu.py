@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 from stitch.cluster import load_cluster
-from stitch_server import provision
+from stitch_server import build
 from stitch_server.attention.flash import PAGE_TOKENS
 from tests.support.in_process import ChainInProcess
 from tests.support.loopback_shards import Shards, open_shards
@@ -39,8 +39,8 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
         made.append(Tape())
         return made[-1]
 
-    monkeypatch.setattr(provision, "kernel_for", lambda device, dtype, head_dim: varlen)
-    monkeypatch.setattr(provision, "capture_for", capture_for)
+    monkeypatch.setattr(build, "varlen_kernel_for", lambda device, dtype, head_dim: varlen)
+    monkeypatch.setattr(build, "capture_for", capture_for)
     return made
 
 
@@ -118,7 +118,7 @@ class TestBlocks:
         """A chain over a processor and a GPU is refused, unless its file names a size."""
         # The last shard of a chain is made first.
         kernels = iter([varlen, None])
-        monkeypatch.setattr(provision, "kernel_for", lambda device, dtype, head_dim: next(kernels))
+        monkeypatch.setattr(build, "varlen_kernel_for", lambda device, dtype, head_dim: next(kernels))
         async with open_shards(write(tmp_path)) as shards:
             refused = "the tokens of a KV block of shard bottom-0 is 16, that of shard top-0 is 256"
             with pytest.raises(grpc.aio.AioRpcError, match=refused):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stitch_server.attention.flash import PAGE_TOKENS, Kernel, kernel_for
+from stitch_server.attention import backend_for
+from stitch_server.attention.flash import PAGE_TOKENS, VarlenKernel, varlen_kernel_for
 from stitch_server.kv_cache.span import Span
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.decoder import DecoderLayers
@@ -26,16 +27,17 @@ BLOCKS = [[5, 2, 0], [1, 6, 3]]
 CLOSE = {"rtol": 0.03, "atol": 0.03}
 
 
-def kernel() -> Kernel:
-    found = kernel_for(GPU, DTYPE, HEAD_DIM)
+def kernel() -> VarlenKernel:
+    found = varlen_kernel_for(GPU, DTYPE, HEAD_DIM)
     assert found is not None, "this GPU has no kernel for attention over pages"
     return found
 
 
 @pytest.mark.parametrize("window", [None, 7, 300])
-def test_the_kernel_sees_what_the_reference_sees(window: int | None) -> None:
+def test_varlen_kernel_equals_the_reference(window: int | None) -> None:
     shape = 0, 1, PAGES, KV_HEADS, HEAD_DIM
-    stores = [KVStore(*shape, GPU, DTYPE, PAGE_TOKENS, kernel()), KVStore(*shape, CPU, DTYPE, PAGE_TOKENS, varlen)]
+    stores = [KVStore(*shape, GPU, DTYPE, PAGE_TOKENS), KVStore(*shape, CPU, DTYPE, PAGE_TOKENS)]
+    backends = [backend_for(store, each) for store, each in zip(stores, (kernel(), varlen), strict=True)]
     for store in stores:
         store.kv.fill_(float("nan"))
     batches = [[(0, 300), (0, 20)], [(300, 1), (20, 280)], [(301, 1), (300, 1)], [(302, 250), (301, 1)]]
@@ -43,17 +45,17 @@ def test_the_kernel_sees_what_the_reference_sees(window: int | None) -> None:
         spans = [Span(*where, blocks) for where, blocks in zip(batch, BLOCKS, strict=True)]
         rows = torch.randn(sum(span.length for span in spans), HEADS + 2 * KV_HEADS, HEAD_DIM).to(DTYPE)
         results = []
-        for store in stores:
+        for store, backend in zip(stores, backends, strict=True):
             query, key, value = rows.to(store.kv.device).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
-            results.append(store.attention(spans)(0, query, key, value, 0.125, window).cpu().float())
+            results.append(backend(spans)(0, query, key, value, 0.125, window).cpu().float())
         torch.testing.assert_close(*results, **CLOSE)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_captured_pass_is_the_pass(rows: int, tmp_path: Path) -> None:
+def test_replayed_graph_equals_the_eager_pass(rows: int, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model", layers=LAYERS, hidden_size=WIDTH, heads=HEADS, kv_heads=KV_HEADS)
     decoder = DecoderLayers.load(folder, 0, LAYERS, GPU, DTYPE)
-    stores = [KVStore(0, LAYERS, PAGES, KV_HEADS, HEAD_DIM, GPU, DTYPE, PAGE_TOKENS, kernel()) for _ in range(2)]
+    stores = [KVStore(0, LAYERS, PAGES, KV_HEADS, HEAD_DIM, GPU, DTYPE, PAGE_TOKENS) for _ in range(2)]
     capture = capture_for(GPU)
     assert capture is not None
     graphs = DecodeGraphs(decoder, stores[0], kernel(), 3, capture)
@@ -65,5 +67,5 @@ def test_a_captured_pass_is_the_pass(rows: int, tmp_path: Path) -> None:
             rotary = decoder.rotary(torch.full((rows,), position, device=GPU))
             replayed = graphs.run(spans, hidden, rotary, 0, LAYERS, [])
             assert isinstance(replayed, Tensor)
-            expected = decoder.run(hidden, rotary, stores[1].attention(spans), 0, LAYERS)
+            expected = decoder.run(hidden, rotary, backend_for(stores[1], kernel())(spans), 0, LAYERS)
             torch.testing.assert_close(replayed, expected, **CLOSE)

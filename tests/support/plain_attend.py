@@ -16,7 +16,7 @@ class PlainAttend:
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> Tensor:
-        """As `stitch_server.attention.interface.Attend` says."""
+        """As `stitch_server.attention.Attend` says."""
         keys = self.keys[layer] = _appended(self.keys, layer, key)
         values = self.values[layer] = _appended(self.values, layer, value)
         group = query.shape[1] // key.shape[1]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stitch.sampling import Sampling
+from stitch_server.attention import backend_for
 from stitch_server.attention.flash import PAGE_TOKENS
 from stitch_server.engine.types import Batch, LayerRange, Segment, StepOutput, in_layer_order
 from stitch_server.engine.types import Session as Kept
@@ -57,10 +58,12 @@ def new_runner(
     decoder = DecoderLayers.load(folder, first, end, CPU, DTYPE, weight_format)
     shape = decoder.kv_heads, decoder.head_dim, CPU, DTYPE
     if not as_on_a_gpu:
-        return ModelRunner(decoder, KVStore(first, end, BLOCKS, *shape), CPU, ParallelismTuner(1, 1), **parts)  # type: ignore[arg-type]
-    store = KVStore(first, end, BLOCKS + 1, *shape, PAGE_TOKENS, varlen)
+        attention = backend_for(KVStore(first, end, BLOCKS, *shape))
+        return ModelRunner(decoder, attention, CPU, ParallelismTuner(1, 1), **parts)  # type: ignore[arg-type]
+    store = KVStore(first, end, BLOCKS + 1, *shape, PAGE_TOKENS)
     graphs = DecodeGraphs(decoder, store, varlen, 2, Tape())
-    return ModelRunner(decoder, store, CPU, ParallelismTuner(1, 1), graphs=graphs, **parts)  # type: ignore[arg-type]
+    attention = backend_for(store, varlen)
+    return ModelRunner(decoder, attention, CPU, ParallelismTuner(1, 1), graphs=graphs, **parts)  # type: ignore[arg-type]
 
 
 def load(pair: TinyPair, folder: Path, as_on_a_gpu: bool = False, weight_format: WeightFormat = AS_STORED) -> Halves:

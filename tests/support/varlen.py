@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stitch_server.attention.flash import HEAD_DIM_STEP, MOST_HEAD_DIM, PAGE_TOKENS
+from stitch_server.attention.flash import HEAD_DIM_STEP, MAX_HEAD_DIM, PAGE_TOKENS
 
 
 def varlen(
@@ -97,7 +97,7 @@ def _check(
     assert query.dtype is key.dtype is value.dtype
     assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     assert head_dim % HEAD_DIM_STEP == 0
-    assert head_dim <= MOST_HEAD_DIM
+    assert head_dim <= MAX_HEAD_DIM
     assert key.shape == value.shape
     assert key.shape[1] % PAGE_TOKENS == 0
     assert key.shape[3] == head_dim

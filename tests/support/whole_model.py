@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from stitch_server.attention import backend_for
 from stitch_server.kv_cache.span import Span
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.decoder import DecoderLayers
@@ -42,9 +43,9 @@ def our_logits(
     for begin, stop in pairwise(chunks):
         hidden = embedding(torch.tensor(PROMPT[begin:stop]))
         for shard, store in zip(shards, stores, strict=True):
-            cached = store.attention([Span(begin, stop - begin, range(4))])
-            if cached.paged is not None and shard.is_compiled(stop - begin):
-                hidden = shard.run_compiled(hidden, cached.paged, shard.first, shard.end)
+            cached = backend_for(store)([Span(begin, stop - begin, range(4))])
+            if cached.paged_kv is not None and shard.is_compiled(stop - begin):
+                hidden = shard.run_compiled(hidden, cached.paged_kv, shard.first, shard.end)
             else:
                 attend = cached if weight_format.kernels else plain
                 hidden = shard.run(hidden, shard.rotary(torch.arange(begin, stop)), attend, shard.first, shard.end)

@@ -1,4 +1,4 @@
-"""Each shard of a tiny cluster holds its own part of the pair, and none that does not fit."""
+"""A shard loads its own layers, stitches and adapters, refuses others, and gets the KV cache that suits its device."""
 
 from __future__ import annotations
 
@@ -10,13 +10,23 @@ from typing import Any
 import pytest
 import torch
 
-from stitch.cluster import ClusterConfig, RouteConfig, ShardConfig, load_cluster
+from stitch.cluster import ClusterConfig, ComputeConfig, RouteConfig, ShardConfig, load_cluster
 from stitch.errors import Incompatible
-from stitch_server.build import layer_range_of, load_stage
+from stitch_server import build
+from stitch_server.attention.cpu import CompiledAttention
+from stitch_server.attention.flash import PAGE_TOKENS, FlashAttention
+from stitch_server.build import KVCache, allocate_kv_cache, layer_range_of, load_stage
 from stitch_server.engine.types import LayerRange
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
+from stitch_server.kv_cache.span import Span
+from stitch_server.model.decoder import DecoderLayers
+from tests.support.tape import Tape
 from tests.support.tiny_cluster import Layers
+from tests.support.tiny_model import write_tiny_model
+from tests.support.varlen import varlen
 
 CPU = torch.device("cpu")
+CONTEXT, KV_TOKENS = 1000, 8192
 
 
 @pytest.mark.parametrize(
@@ -32,33 +42,33 @@ CPU = torch.device("cpu")
         ("top", (0, 3), None),
     ],
 )
-def test_a_route_passes_the_layers_between_its_cuts(role: Any, layers: Layers, cut: LayerRange | None) -> None:
+def test_layer_range_of_a_route_ends_at_its_cut(role: Any, layers: Layers, cut: LayerRange | None) -> None:
     route = RouteConfig(name="weak", bottom_layers=6, top_from=3, stitch="s")
     assert layer_range_of(route, ShardConfig(name="a", role=role, layers=layers, address="a:1")) == cut
 
 
-def test_the_first_shard_embeds_and_the_last_has_the_head(deep: ClusterConfig) -> None:
+def test_first_shard_holds_the_embedding_and_last_the_head(deep: ClusterConfig) -> None:
     ends = [
-        (part.embedding is not None, part.head is not None)
-        for part in (load_stage(deep, place, CPU) for place in deep.shards)
+        (loaded.embedding is not None, loaded.head is not None)
+        for loaded in (load_stage(deep, place, CPU) for place in deep.shards)
     ]
     assert ends == [(True, False), (False, False), (False, False), (False, True)]
 
 
-def test_each_has_the_stitches_of_the_routes_that_enter_there(deep: ClusterConfig) -> None:
+def test_shard_holds_the_stitches_of_routes_that_enter_there(deep: ClusterConfig) -> None:
     held = [sorted(load_stage(deep, place, CPU).stitches) for place in deep.shards]
     assert held == [[], [], ["weak"], ["strong"]]
 
 
-def test_each_has_the_adapters_of_its_layers(deep: ClusterConfig) -> None:
+def test_shard_holds_the_adapters_of_its_layers(deep: ClusterConfig) -> None:
     """Only the stitch of `weak` brings some; it enters on the first of both top shards."""
     held = [load_stage(deep, place, CPU).adapters for place in deep.shards]
-    assert [{name: (one.first, one.end) for name, one in part.items()} for part in held] == [
+    assert [{name: (one.first, one.end) for name, one in loaded.items()} for loaded in held] == [
         {}, {}, {"weak": (2, 3)}, {"weak": (3, 4)}
     ]  # fmt: skip
 
 
-def test_each_has_the_cuts_of_the_routes_that_pass(deep: ClusterConfig) -> None:
+def test_shard_holds_the_layer_ranges_of_routes_that_pass(deep: ClusterConfig) -> None:
     cuts = [load_stage(deep, place, CPU).layer_ranges for place in deep.shards]
     assert cuts == [
         {"weak": LayerRange(0, 2), "strong": LayerRange(0, 2)},
@@ -68,14 +78,14 @@ def test_each_has_the_cuts_of_the_routes_that_pass(deep: ClusterConfig) -> None:
     ]
 
 
-def test_layers_that_the_model_lacks_are_refused(cluster: ClusterConfig) -> None:
+def test_layers_beyond_the_model_are_refused(cluster: ClusterConfig) -> None:
     place = ShardConfig(name="a", role="bottom", layers=(0, 9), address="a:1")
     with pytest.raises(Incompatible, match="layers 0 to 9 are no range"):
         load_stage(cluster, place, CPU)
 
 
 def changed(cluster: ClusterConfig, change: Callable[[dict[str, Any]], object], tmp_path: Path) -> ClusterConfig:
-    """A cluster file that says something else of the same files."""
+    """A cluster file with other fields over the same files."""
     fields = json.loads((cluster.folder / "cluster.json").read_text())
     for model in fields["models"].values():
         model["source"] = str(cluster.folder / model["source"])
@@ -86,13 +96,13 @@ def changed(cluster: ClusterConfig, change: Callable[[dict[str, Any]], object], 
     return load_cluster(str(tmp_path / "cluster.json"))
 
 
-def test_a_stitch_for_another_cut_is_refused(cluster: ClusterConfig, tmp_path: Path) -> None:
+def test_stitch_for_another_cut_is_refused(cluster: ClusterConfig, tmp_path: Path) -> None:
     other = changed(cluster, lambda fields: fields["routes"][0].update(bottom_layers=2), tmp_path)
     with pytest.raises(Incompatible, match="from layer 3 to 2 can't serve a cut from layer 2 to 2"):
         load_stage(other, other.shard("top-0"), CPU)
 
 
-def test_a_stitch_for_another_model_is_refused(cluster: ClusterConfig, tmp_path: Path) -> None:
+def test_stitch_for_another_model_is_refused(cluster: ClusterConfig, tmp_path: Path) -> None:
     def swap(fields: dict[str, Any]) -> None:
         fields["models"]["top"] = fields["models"]["bottom"]
 
@@ -101,7 +111,84 @@ def test_a_stitch_for_another_model_is_refused(cluster: ClusterConfig, tmp_path:
         load_stage(other, other.shard("top-0"), CPU)
 
 
-def test_a_stitch_that_is_gone_is_named(cluster: ClusterConfig, tmp_path: Path) -> None:
+def test_missing_stitch_is_refused_by_name(cluster: ClusterConfig, tmp_path: Path) -> None:
     other = changed(cluster, lambda fields: fields["routes"][0].update(stitch="gone.safetensors"), tmp_path)
     with pytest.raises(Incompatible, match=r"gone\.safetensors is no stitch"):
         load_stage(other, other.shard("top-0"), CPU)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> DecoderLayers:
+    folder: Path = write_tiny_model(tmp_path_factory.mktemp("model"))
+    return DecoderLayers.load(folder, 1, 3, CPU, torch.float32)
+
+
+def allocated(decoder: DecoderLayers, **compute: Any) -> KVCache:
+    return allocate_kv_cache(ComputeConfig(**{"kv_tokens": KV_TOKENS, **compute}), decoder, CONTEXT, CPU)
+
+
+def uses_flash(kv: KVCache) -> bool:
+    return isinstance(kv.attention([Span(0, 1, [0])]), FlashAttention)
+
+
+class TestKVCacheOnCpu:
+    def test_it_has_small_blocks_and_no_graphs(self, decoder: DecoderLayers) -> None:
+        kv = allocated(decoder)
+        assert (kv.pool.block_tokens, kv.pool.tokens) == (BLOCK_TOKENS, KV_TOKENS)
+        assert (kv.store.blocks, kv.graphs) == (kv.pool.blocks, None)
+        assert isinstance(kv.attention([Span(0, 1, [0])]), CompiledAttention)
+        assert (kv.store.first, kv.store.end) == (1, 3)
+
+    def test_block_size_is_configurable(self, decoder: DecoderLayers) -> None:
+        kv = allocated(decoder, kv_block_tokens=PAGE_TOKENS)
+        assert (kv.pool.block_tokens, kv.store.block_tokens) == (PAGE_TOKENS, PAGE_TOKENS)
+        assert (kv.pool.blocks, kv.store.blocks) == (32, 32)
+
+
+class TestKVCacheOnGpu:
+    @pytest.fixture(autouse=True)
+    def queries(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+        """The arguments of every look-up of a kernel."""
+        queries: list[tuple[Any, ...]] = []
+
+        def find_kernel(*arguments: Any) -> object:
+            queries.append(arguments)
+            return varlen
+
+        monkeypatch.setattr(build, "varlen_kernel_for", find_kernel)
+        monkeypatch.setattr(build, "capture_for", lambda device: Tape())
+        return queries
+
+    def test_kernel_is_looked_up_by_device_dtype_and_head_size(
+        self, decoder: DecoderLayers, queries: list[tuple[Any, ...]]
+    ) -> None:
+        assert uses_flash(allocated(decoder, dtype="bfloat16"))
+        assert queries == [(CPU, torch.bfloat16, decoder.head_dim)]
+
+    def test_pool_never_hands_out_the_spare_block(self, decoder: DecoderLayers) -> None:
+        kv = allocated(decoder)
+        assert (kv.pool.block_tokens, kv.pool.tokens) == (PAGE_TOKENS, KV_TOKENS)
+        assert kv.store.blocks == kv.pool.blocks + 1
+        kv.pool.begin(1, [], 0)
+        assert kv.pool.grow(1, KV_TOKENS)
+        assert kv.store.blocks - 1 not in kv.pool.blocks_of(1)
+
+    @pytest.mark.parametrize(("kv_tokens", "longest"), [(KV_TOKENS, 1024), (600, 512)])
+    def test_graphs_capture_sequences_up_to_the_longest(
+        self, decoder: DecoderLayers, kv_tokens: int, longest: int
+    ) -> None:
+        """Up to the context length, or to the whole cache if that is smaller."""
+        graphs = allocated(decoder, kv_tokens=kv_tokens).graphs
+        assert graphs is not None
+        for end, captured in ((longest, True), (longest + 1, False)):
+            spans = [Span(end - 1, 1, [0, 1, 2, 3, 4])]
+            hidden, rotary = torch.zeros(1, decoder.hidden_size), decoder.rotary(torch.tensor([end - 1]))
+            assert (graphs.run(spans, hidden, rotary, 1, 3, []) is not None) == captured
+
+    @pytest.mark.parametrize("compute", [{"captured_decode": False}, {"kv_block_tokens": BLOCK_TOKENS}])
+    def test_graphs_are_off_if_disabled_or_without_kernel(
+        self, decoder: DecoderLayers, compute: dict[str, Any]
+    ) -> None:
+        kv = allocated(decoder, **compute)
+        assert kv.graphs is None
+        assert uses_flash(kv) == ("kv_block_tokens" not in compute)

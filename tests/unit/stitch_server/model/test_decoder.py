@@ -10,6 +10,7 @@ import torch
 
 from stitch.cluster import Quantization
 from stitch.errors import Incompatible
+from stitch_server.attention import backend_for
 from stitch_server.cpu import features as processor
 from stitch_server.kv_cache.span import Span
 from stitch_server.kv_cache.store import KVStore
@@ -192,11 +193,11 @@ class Bench:
     @torch.inference_mode()
     def run(self, singles: list[tuple[int, int]], adapted: Adapted = (), compiled: bool = True) -> torch.Tensor:
         """States behind layers 1 and 2 of each sequence's token at a position."""
-        attend = self.store.attention([Span(at, 1, range(3 * number, 3 * number + 3)) for number, at in singles])
+        attend = backend_for(self.store)([Span(at, 1, range(3 * number, 3 * number + 3)) for number, at in singles])
         rows = self.hidden[[number for number, _ in singles]]
         if compiled:
-            assert attend.paged is not None
-            return self.layers.run_compiled(rows, attend.paged, 1, 3, adapted)
+            assert attend.paged_kv is not None
+            return self.layers.run_compiled(rows, attend.paged_kv, 1, 3, adapted)
         return self.layers.run(rows, self.layers.rotary(torch.tensor([at for _, at in singles])), attend, 1, 3, adapted)
 
 

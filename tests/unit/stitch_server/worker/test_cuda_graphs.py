@@ -1,4 +1,4 @@
-"""Captured passes give what the same layers give otherwise, and are captured no more often than they must be."""
+"""A replayed graph gives what the same layers give eagerly, and each kind of pass is captured once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stitch_server.attention import backend_for
 from stitch_server.attention.flash import PAGE_TOKENS
 from stitch_server.kv_cache.span import Span
 from stitch_server.kv_cache.store import KVStore
@@ -42,19 +43,20 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> DecoderLayers:
     return DecoderLayers.load(folder, 0, LAYERS, CPU, torch.float32)
 
 
-class Bench:
-    """Sequences whose next tokens pass captured layers, and the same layers over a store of its own."""
+class GraphsAndEager:
+    """Sequences whose next tokens pass captured layers, and the same layers eagerly over a second store."""
 
-    def __init__(self, decoder: DecoderLayers, buckets: tuple[int, ...] = (1, 2, 4, 8)) -> None:
+    def __init__(self, decoder: DecoderLayers, batch_sizes: tuple[int, ...] = (1, 2, 4, 8)) -> None:
         shape = 0, LAYERS, BLOCKS, decoder.kv_heads, decoder.head_dim, CPU, torch.float32, PAGE_TOKENS
         self.decoder, self.tape = decoder, Tape()
-        self.store, self.plain = KVStore(*shape, varlen), KVStore(*shape)
-        self.graphs = DecodeGraphs(decoder, self.store, varlen, PAGES_EACH, self.tape, buckets)
+        self.store, self.eager_store = KVStore(*shape), KVStore(*shape)
+        self.captured, self.eager = backend_for(self.store, varlen), backend_for(self.eager_store)
+        self.graphs = DecodeGraphs(decoder, self.store, varlen, PAGES_EACH, self.tape, batch_sizes)
         self.ends = [0] * SEQUENCES
         self.draw = torch.Generator().manual_seed(0)
 
     def spans(self, sequences: list[int], length: int = 1) -> list[Span]:
-        # The pages of all sequences lie between each other.
+        # The blocks of the sequences interleave.
         return [Span(self.ends[one], length, [SPARE - 1 - one, one]) for one in sequences]
 
     def given(self, spans: list[Span]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -63,22 +65,22 @@ class Bench:
         return torch.randn(len(positions), WIDTH, generator=self.draw), self.decoder.rotary(positions)
 
     def prefill(self, *lengths: int) -> None:
-        """Prompts of so many tokens for the first sequences, in both stores."""
+        """Prompts of these lengths for the first sequences, in both stores."""
         for one, length in enumerate(lengths):
             spans = self.spans([one], length)
             hidden, rotary = self.given(spans)
-            for store in (self.store, self.plain):
-                self.decoder.run(hidden, rotary, store.attention(spans), 0, LAYERS)
+            for backend in (self.captured, self.eager):
+                self.decoder.run(hidden, rotary, backend(spans), 0, LAYERS)
             self.ends[one] = length
 
     def step(self, sequences: list[int], first: int = 0, end: int = LAYERS, adapters: Adapters | None = None) -> Tensor:
-        """One token more for each: what came out of the captured pass, after a comparison with the other."""
+        """The next token of each sequence: the result of the graph, once it is compared with the eager one."""
         spans = self.spans(sequences)
         hidden, rotary = self.given(spans)
         adapted = [] if adapters is None else [(slice(0, len(sequences)), adapters)]
         got = self.graphs.run(spans, hidden, rotary, first, end, adapted)
         assert got is not None
-        expected = self.decoder.run(hidden, rotary, self.plain.attention(spans), first, end, adapted)
+        expected = self.decoder.run(hidden, rotary, self.eager(spans), first, end, adapted)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         for one in sequences:
             self.ends[one] += 1
@@ -90,25 +92,25 @@ def adapters(seed: int) -> Adapters:
     return Adapters(0, torch.randn(LAYERS, 2, WIDTH, generator=draw), torch.randn(LAYERS, WIDTH, 2, generator=draw))
 
 
-def test_steps_go_on_where_the_prompts_ended(decoder: DecoderLayers) -> None:
-    """Over the border of a page, in another order each time, and as many as there are."""
-    bench = Bench(decoder)
+def test_replays_equal_the_eager_pass_for_every_family(decoder: DecoderLayers) -> None:
+    """Across the end of a block, in another order each time, with and without padding."""
+    bench = GraphsAndEager(decoder)
     bench.prefill(PAGE_TOKENS - 2, 5, 300)
     for sequences in ([0], [0, 1], [1, 0], [2, 0, 1], [0, 1, 2, 3], [3], [3, 2, 1, 0]):
         bench.step(sequences)
 
 
 @pytest.mark.parametrize("rows", range(1, 9))
-def test_any_number_of_rows_is_filled_up(llama: DecoderLayers, rows: int) -> None:
-    bench = Bench(llama)
+def test_batch_is_padded_to_the_next_batch_size(llama: DecoderLayers, rows: int) -> None:
+    bench = GraphsAndEager(llama)
     bench.prefill(*range(1, rows + 1))
     for _ in range(3):
         bench.step(list(range(rows)))
     assert (bench.tape.captured, bench.tape.replayed) == (1, 3)
 
 
-def test_each_size_is_captured_once(llama: DecoderLayers) -> None:
-    bench = Bench(llama)
+def test_each_batch_size_is_captured_once(llama: DecoderLayers) -> None:
+    bench = GraphsAndEager(llama)
     captured = []
     for rows in (1, 2, 3, 4, 5, 8, 7, 3, 1, 2):
         bench.step(list(range(rows)))
@@ -116,8 +118,8 @@ def test_each_size_is_captured_once(llama: DecoderLayers) -> None:
     assert captured == [1, 2, 3, 3, 4, 4, 4, 4, 4, 4]
 
 
-def test_layers_are_captured_by_range(llama: DecoderLayers) -> None:
-    bench = Bench(llama)
+def test_each_layer_range_is_captured_once(llama: DecoderLayers) -> None:
+    bench = GraphsAndEager(llama)
     for _ in range(2):
         for first, end in ((0, 2), (2, 3)):
             bench.step([0, 1], first, end)
@@ -128,24 +130,24 @@ def test_layers_are_captured_by_range(llama: DecoderLayers) -> None:
     assert shorter < longer < 2 * shorter
 
 
-def test_adapters_are_captured_with_their_layers(llama: DecoderLayers) -> None:
-    bench, kinds = Bench(llama), (adapters(1), None, adapters(2))
+def test_each_adapter_is_captured_once(llama: DecoderLayers) -> None:
+    bench, kinds = GraphsAndEager(llama), (adapters(1), None, adapters(2))
     for _ in range(2):
         results = [bench.step([0, 1, 2], adapters=kind) for kind in kinds]
     assert (bench.tape.captured, bench.tape.replayed) == (3, 6)
     assert not any(torch.allclose(results[one], results[other]) for one, other in ((0, 1), (1, 2), (0, 2)))
 
 
-def test_a_result_outlives_the_next_replay(llama: DecoderLayers) -> None:
-    bench = Bench(llama)
+def test_result_is_unchanged_by_the_next_replay(llama: DecoderLayers) -> None:
+    bench = GraphsAndEager(llama)
     kept = bench.step([0, 1])
     before = kept.clone()
     bench.step([1, 0])
     assert torch.equal(kept, before)
 
 
-def test_filling_rows_write_where_nobody_reads(llama: DecoderLayers) -> None:
-    bench = Bench(llama)
+def test_padding_writes_only_to_the_spare_block(llama: DecoderLayers) -> None:
+    bench = GraphsAndEager(llama)
     bench.store.kv.fill_(7.0)
     bench.prefill(3, 4, 5)
     before = bench.store.kv.clone()
@@ -157,35 +159,35 @@ def test_filling_rows_write_where_nobody_reads(llama: DecoderLayers) -> None:
     }
 
 
-class TestOthers:
-    """Batches that no captured pass is for."""
+class TestEagerBatches:
+    """Batches that are not captured."""
 
-    def none(self, bench: Bench, spans: list[Span], adapted: list[tuple[slice, Adapters]]) -> bool:
+    def is_eager(self, bench: GraphsAndEager, spans: list[Span], adapted: list[tuple[slice, Adapters]]) -> bool:
         hidden, rotary = bench.given(spans)
         return bench.graphs.run(spans, hidden, rotary, 0, LAYERS, adapted) is None
 
-    def test_more_rows_than_the_largest(self, llama: DecoderLayers) -> None:
-        bench = Bench(llama)
-        assert self.none(bench, bench.spans(list(range(9))), [])
+    def test_batch_above_the_largest_size_is_not_captured(self, llama: DecoderLayers) -> None:
+        bench = GraphsAndEager(llama)
+        assert self.is_eager(bench, bench.spans(list(range(9))), [])
 
-    def test_chunks_of_prompts(self, llama: DecoderLayers) -> None:
-        bench = Bench(llama)
-        assert self.none(bench, [*bench.spans([0]), *bench.spans([1], 2)], [])
+    def test_batch_with_a_prefill_chunk_is_not_captured(self, llama: DecoderLayers) -> None:
+        bench = GraphsAndEager(llama)
+        assert self.is_eager(bench, [*bench.spans([0]), *bench.spans([1], 2)], [])
 
-    def test_more_tokens_than_there_are_pages_for(self, llama: DecoderLayers) -> None:
-        bench = Bench(llama)
+    def test_sequence_above_the_maximum_blocks_is_not_captured(self, llama: DecoderLayers) -> None:
+        bench = GraphsAndEager(llama)
         bench.ends[0] = PAGES_EACH * PAGE_TOKENS
-        assert self.none(bench, bench.spans([0, 1]), [])
+        assert self.is_eager(bench, bench.spans([0, 1]), [])
 
     @pytest.mark.parametrize("rows", [[slice(0, 1)], [slice(1, 2)], [slice(0, 1), slice(1, 2)]])
-    def test_rows_of_different_adapters(self, llama: DecoderLayers, rows: list[slice]) -> None:
-        bench = Bench(llama)
-        assert self.none(bench, bench.spans([0, 1]), [(one, adapters(index)) for index, one in enumerate(rows)])
+    def test_batch_of_different_adapters_is_not_captured(self, llama: DecoderLayers, rows: list[slice]) -> None:
+        bench = GraphsAndEager(llama)
+        assert self.is_eager(bench, bench.spans([0, 1]), [(one, adapters(index)) for index, one in enumerate(rows)])
         assert bench.tape.captured == 0
 
 
 class TestTape:
-    """The processor's stand-in refuses what a graph can't hold."""
+    """The stand-in for CUDA graphs on a CPU refuses what a graph can't hold."""
 
     @pytest.mark.parametrize(
         "asking",
@@ -197,12 +199,12 @@ class TestTape:
             lambda rows: rows + torch.tensor([1.0, 2.0, 3.0]),
         ],
     )
-    def test_hosts_that_wait_or_send_are_found(self, asking: object) -> None:
+    def test_capture_refuses_host_synchronization(self, asking: object) -> None:
         rows = torch.ones(3)
         with pytest.raises(HostSynchronized):
             Tape()(lambda: asking(rows))  # type: ignore[operator]
 
-    def test_a_replay_reads_the_memory_and_not_the_host(self) -> None:
+    def test_replay_reads_tensors_and_not_host_values(self) -> None:
         rows, factor = torch.ones(3), [2.0]
         replay = Tape()(lambda: (rows * factor[0]).add_(1).view(3, 1))
         rows.fill_(5)
@@ -210,5 +212,5 @@ class TestTape:
         assert replay().flatten().tolist() == [11.0, 11.0, 11.0]
 
 
-def test_a_processor_captures_nothing() -> None:
+def test_cpu_has_no_capture() -> None:
     assert capture_for(CPU) is None
