@@ -56,8 +56,14 @@ def test_the_readme_shows_the_two_commands() -> None:
     assert {("make", "demo"), ("make", "test")} <= shown
 
 
+def test_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
 def test_architecture_stays_short() -> None:
-    assert len((ROOT / "docs/architecture.md").read_text().splitlines()) <= 150
+    lines = (ROOT / "docs/architecture.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 120
 
 
 def test_architecture_names_files_that_exist() -> None:
