@@ -14,7 +14,7 @@ from torch import Tensor
 from stitch.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from stitch_server.cpu.scalars import Floats, Numbers
+    from stitch_server.cpu import Floats, Numbers
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -12,8 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from stitch_server.cpu.scalars import Indices
-from stitch_server.cpu.tasks import task_counts
+from stitch_server.cpu import Indices, new_task_counts
 
 _helpers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="kernel")
 
@@ -23,7 +22,7 @@ def run_on_thread_pool(kernel: Callable[[int, Indices], None]) -> None:
 
     Returns when the caller's own call does, which is after the last task. A helper that starts later finds no task.
     """
-    threads, counts = torch.get_num_threads(), task_counts()
+    threads, counts = torch.get_num_threads(), new_task_counts()
     for _ in range(threads - 1):
         _helpers.submit(kernel, threads, counts)
     kernel(threads, counts)

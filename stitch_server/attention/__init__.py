@@ -21,7 +21,7 @@ from stitch_server.kv_cache.span import Span
 from stitch_server.kv_cache.store import KVStore
 
 if TYPE_CHECKING:
-    from stitch_server.cpu.attention.paged_kv import PagedKV
+    from stitch_server.cpu import PagedKV
 
 # What rotates the queries and keys of a batch: tensors with one row a token, so that leading rows belong to leading
 # tokens. Each model family makes and reads its own.

@@ -13,10 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stitch_server.cpu.attention.dispatch import attend_shared, store_all
-from stitch_server.cpu.attention.paged_kv import PagedKV, slot_mapping
-from stitch_server.cpu.features import has_tiles
-from stitch_server.cpu.scalars import Numbers
+from stitch_server.cpu import Numbers, PagedKV, attend_shared, has_amx, slot_mapping, store_all_kv
 from stitch_server.devices import as_bits, as_float32
 from stitch_server.kv_cache.span import Span
 from stitch_server.kv_cache.store import KVStore
@@ -40,9 +37,9 @@ class CompiledAttention:
     ) -> Tensor:
         """As `stitch_server.attention.Attend` defines."""
         kv = self.paged_kv.kv[layer - self._first_layer]
-        store_all(as_float32(torch.cat([key, value], dim=1)), kv, self.paged_kv)
+        store_all_kv(as_float32(torch.cat([key, value], dim=1)), kv, self.paged_kv)
         queries, attended = as_float32(query), np.empty(query.shape, np.float32)
-        attend = partial(attend_shared, queries, self.paged_kv, kv, window or 0, scale, attended, has_tiles())
+        attend = partial(attend_shared, queries, self.paged_kv, kv, window or 0, scale, attended, has_amx())
         run_on_thread_pool(attend)
         return torch.from_numpy(attended).flatten(1).to(query.dtype)
 

@@ -1,4 +1,4 @@
-"""How functions are compiled for a processor by Numba, and where the result is kept. Compiles nothing itself."""
+"""The decorator by which Numba compiles the kernels, and the folder that keeps the compiled code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stitch.environment import compiled_folder
 
 
 def _sources() -> str:
-    """A hash of all modules of this package. Numba itself looks for changes in a function's own file alone."""
+    """A hash of all modules of this package. Numba itself checks only a function's own file for changes."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
@@ -21,11 +21,11 @@ def _sources() -> str:
 _folder = compiled_folder()
 config.CACHE_DIR = "" if _folder is None else str(_folder / _sources())  # type: ignore[attr-defined]
 
-# Kernels copy number by number, never slice to slice: such an assignment can fail, and what formats its error would be
-# compiled again in every caller (docs/decisions/0028).
+# Kernels copy element by element, never slice to slice: such an assignment can fail, and the code that formats its
+# error would be compiled again in every caller (docs/decisions/0028).
 #
-# Sums may be taken in any order, which lets them use vector registers. What is not finite stays so, and a division by
-# zero is no error.
+# Sums may be taken in any order, which lets them use vector registers. Non-finite values stay non-finite, and a
+# division by zero is no error.
 compiled = partial(
     njit,
     nogil=True,

@@ -1,33 +1,41 @@
-"""What this processor can do that others can't. Knows no array."""
+"""Which optional instructions this CPU has. Imports neither Numba nor any array."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
 from functools import cache
+from typing import NamedTuple
 
 import llvmlite.binding as llvm
 
-# Linux gives a process the registers of tiles if it asks.
+# Linux gives a process the AMX tile registers on request.
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
 @cache
-def knows_tiles() -> bool:
-    """Whether it has AMX, which multiplies tiles of bfloat16 and of bytes."""
+def has_amx_instructions() -> bool:
+    """Whether the CPU has AMX, which multiplies tiles of bfloat16 and of int8."""
     features = llvm.get_host_cpu_features()
     return bool(features.get("amx-tile") and features.get("amx-bf16") and features.get("amx-int8"))
 
 
 @cache
-def knows_dots() -> bool:
-    """Whether it adds four products of bytes at once, in wide vectors."""
-    return bool(llvm.get_host_cpu_features().get("avx512vnni"))
+def has_amx() -> bool:
+    """Whether the CPU has AMX and the operating system lets this process use it."""
+    if not has_amx_instructions() or platform.system() != "Linux":
+        return False
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
 
 
 @cache
-def has_tiles() -> bool:
-    """Whether it has AMX and this process may use it."""
-    if not knows_tiles() or platform.system() != "Linux":
-        return False
-    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
+def has_vnni() -> bool:
+    """Whether the CPU has AVX512-VNNI, which adds four products of int8 at once."""
+    return bool(llvm.get_host_cpu_features().get("avx512vnni"))
+
+
+class Instructions(NamedTuple):
+    """The optional instructions that a matmul may use, beside vectors."""
+
+    amx: bool
+    vnni: bool

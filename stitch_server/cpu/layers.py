@@ -1,7 +1,7 @@
-"""Whole decoder layers, one behind the other in one call that threads share. Knows arrays alone.
+"""Whole decoder layers, one after the other, in one call that threads share. Arrays in and out.
 
-A layer has five stages, each cut into tasks: the QKV projection with RoPE, attention, its output projection, SwiGLU's
-gate and up projections, and the down projection. A stage begins when all tasks of the one before are done.
+A layer has five stages, each divided into tasks: the QKV projection with RoPE, attention, its output projection, the
+gate and up projections with SwiGLU, and the down projection. A stage begins when the previous one is done.
 """
 
 from __future__ import annotations
@@ -11,13 +11,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stitch_server.cpu.attention.dispatch import attend, divided, scratch_for, store, tasks_of
-from stitch_server.cpu.attention.paged_kv import PagedKV
+from stitch_server.cpu.attention.dispatch import PagedKV, attend, divide, new_scratch, store_kv, task_count
 from stitch_server.cpu.compiling import compiled
-from stitch_server.cpu.instructions import Instructions
-from stitch_server.cpu.matmul.dispatch import Workspace, multiply, outputs_at_once, prepare, release, workspace_for
-from stitch_server.cpu.matmul.matrix import ADD, REPLACE, Matrix
-from stitch_server.cpu.matmul.panels import LANES
+from stitch_server.cpu.features import Instructions
+from stitch_server.cpu.matmul.dispatch import (
+    Workspace,
+    matmul,
+    new_workspace,
+    outputs_per_task,
+    prepare_input,
+    release_workspace,
+)
+from stitch_server.cpu.matmul.panels import ADD, PANEL_OUTPUTS, REPLACE, Matrix
 from stitch_server.cpu.scalars import Floats, Indices, exponential
 from stitch_server.cpu.tasks import first_task, next_task, wait_for
 
@@ -35,7 +40,7 @@ class Layers(NamedTuple):
     feed_forward_norm: Floats
     gate_up: Matrix
     down: Matrix
-    # Sliding windows: how many tokens back one sees, itself included; 0: all.
+    # Sliding windows: how many tokens a token attends to, itself included; 0: all.
     windows: Indices
 
 
@@ -51,7 +56,7 @@ class Activations(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A batch on its way through the layers."""
+    """The inputs and buffers of one forward pass."""
 
     # [tokens, hidden_size], in and out.
     hidden: Floats
@@ -62,12 +67,19 @@ class Pass(NamedTuple):
 
 
 @compiled()
-def run(
-    states: Pass, layers: Layers, first: int, end: int, epsilon: float, by: Instructions, threads: int, counts: Indices
+def run_layers(
+    states: Pass,
+    layers: Layers,
+    first: int,
+    end: int,
+    epsilon: float,
+    instructions: Instructions,
+    threads: int,
+    counts: Indices,
 ) -> None:
     """Takes a batch through layers [first, end) of the whole model.
 
-    Called by each of so many `threads` with the same arguments; every call returns when all is done.
+    Each of `threads` threads calls it with the same arguments; every call returns when all tasks are done.
     """
     hidden, paged, activations = states.hidden, states.paged, states.activations
     tokens, head_dim, inner = len(hidden), paged.kv.shape[3], activations.gated.shape[1]
@@ -75,55 +87,55 @@ def run(
     qkv = activations.qkv.reshape(tokens, all_heads, head_dim)
     attended = activations.attended.reshape(tokens, heads, head_dim)
     scale = np.float32(1) / np.sqrt(np.float32(head_dim))
-    division, scratch = divided(paged, heads, threads, by.tiles), scratch_for(paged, heads, head_dim)
+    plan, scratch = divide(paged, heads, threads, instructions.amx), new_scratch(paged, heads, head_dim)
     heads_at_once = _heads_at_once(head_dim)
-    gates_at_once = outputs_at_once(hidden.shape[1])
+    gates_at_once = outputs_per_task(hidden.shape[1])
     normed = np.empty_like(hidden)
     gate_up = np.empty((tokens, 2 * gates_at_once), np.float32)
     widest = max(hidden.shape[1], activations.attended.shape[1], inner)
-    workspace = workspace_for(tokens, widest, layers.down.weight[0], by, threads)
+    workspace = new_workspace(tokens, widest, layers.down.weight[0], instructions, threads)
     task, done = first_task(counts), 0
     for layer in range(first - layers.first, end - layers.first):
         kv = paged.kv[layers.first + layer - paged.first]
-        behind = done + -(-all_heads // heads_at_once)
-        if task < behind:
+        stage_end = done + -(-all_heads // heads_at_once)
+        if task < stage_end:
             wait_for(counts, done)
             _rms_norm_rows(hidden, layers.attention_norm[layer], epsilon, normed)
-            prepare(normed, workspace)
-        while task < behind:
+            prepare_input(normed, workspace)
+        while task < stage_end:
             head = (task - done) * heads_at_once
             last = min(head + heads_at_once, all_heads)
             _project_qkv(normed, layers, layer, head, last, epsilon, workspace, states)
             task = next_task(counts)
-        done, behind = behind, behind + tasks_of(division)
-        if task < behind:
+        done, stage_end = stage_end, stage_end + task_count(plan)
+        if task < stage_end:
             wait_for(counts, done)
-        while task < behind:
-            attend(task - done, division, qkv, kv, paged, layers.windows[layer], scale, scratch, attended)
+        while task < stage_end:
+            attend(task - done, plan, qkv, kv, paged, layers.windows[layer], scale, scratch, attended)
             task = next_task(counts)
         matrix = _of_layer(layers.attention_output, layer)
-        done, task = _add_linear(activations.attended, matrix, workspace, hidden, behind, task, counts)
-        behind = done + -(-inner // gates_at_once)
-        if task < behind:
+        done, task = _add_linear(activations.attended, matrix, workspace, hidden, stage_end, task, counts)
+        stage_end = done + -(-inner // gates_at_once)
+        if task < stage_end:
             wait_for(counts, done)
             _rms_norm_rows(hidden, layers.feed_forward_norm[layer], epsilon, normed)
-            prepare(normed, workspace)
+            prepare_input(normed, workspace)
         matrix = _of_layer(layers.gate_up, layer)
-        while task < behind:
+        while task < stage_end:
             gate = (task - done) * gates_at_once
             _swiglu(normed, matrix, gate, min(gate + gates_at_once, inner), workspace, gate_up, activations.gated)
             task = next_task(counts)
         matrix = _of_layer(layers.down, layer)
-        done, task = _add_linear(activations.gated, matrix, workspace, hidden, behind, task, counts)
-    release(workspace)
+        done, task = _add_linear(activations.gated, matrix, workspace, hidden, stage_end, task, counts)
+    release_workspace(workspace)
     wait_for(counts, done)
 
 
 @compiled()
 def _heads_at_once(head_dim: int) -> int:
-    """How many heads fill whole panels."""
+    """The smallest number of heads that fill whole panels."""
     heads = 1
-    while heads * head_dim % LANES != 0:
+    while heads * head_dim % PANEL_OUTPUTS != 0:
         heads += 1
     return heads
 
@@ -137,7 +149,7 @@ def _project_qkv(
     head_dim, kept = paged.kv.shape[3], paged.kv.shape[2]
     all_heads = qkv.shape[1] // head_dim
     begin = first * head_dim
-    multiply(normed, _of_layer(layers.query_key_value, layer), begin, end * head_dim, workspace, qkv, begin, REPLACE)
+    matmul(normed, _of_layer(layers.query_key_value, layer), begin, end * head_dim, workspace, qkv, begin, REPLACE)
     kv = paged.kv[layers.first + layer - paged.first]
     for head in range(first, end):
         for token in range(len(qkv)):
@@ -147,25 +159,25 @@ def _project_qkv(
                     _rms_norm(one, layers.query_key_norm[layer, head], epsilon, one)
                 _rotate(one, states.rotations[paged.ends[token] - paged.begins[token] - 1])
             if head >= all_heads - kept:
-                store(one, token, head - (all_heads - kept), kv, paged)
+                store_kv(one, token, head - (all_heads - kept), kv, paged)
 
 
 @compiled()
 def _add_linear(
     x: Floats, matrix: Matrix, workspace: Workspace, hidden: Floats, done: int, task: int, counts: Indices
 ) -> tuple[int, int]:
-    """The stage hidden += x · matrixᵀ, behind `done` tasks; returns how many there are then, and the next one to do."""
+    """The stage hidden += x · matrixᵀ, after `done` tasks; returns the tasks up to its end, and the next one to do."""
     outputs = hidden.shape[1]
-    at_once = outputs_at_once(x.shape[1])
-    behind = done + -(-outputs // at_once)
-    if task < behind:
+    at_once = outputs_per_task(x.shape[1])
+    stage_end = done + -(-outputs // at_once)
+    if task < stage_end:
         wait_for(counts, done)
-        prepare(x, workspace)
-    while task < behind:
+        prepare_input(x, workspace)
+    while task < stage_end:
         first = (task - done) * at_once
-        multiply(x, matrix, first, min(first + at_once, outputs), workspace, hidden, first, ADD)
+        matmul(x, matrix, first, min(first + at_once, outputs), workspace, hidden, first, ADD)
         task = next_task(counts)
-    return behind, task
+    return stage_end, task
 
 
 @compiled()
@@ -174,12 +186,12 @@ def _swiglu(
 ) -> None:
     """gated[:, first:end] = silu(gate) · up; `gate_up` is a buffer."""
     count, inner = end - first, gated.shape[1]
-    multiply(normed, matrix, first, end, workspace, gate_up, np.int64(0), REPLACE)
-    multiply(normed, matrix, inner + first, inner + end, workspace, gate_up, count, REPLACE)
+    matmul(normed, matrix, first, end, workspace, gate_up, np.int64(0), REPLACE)
+    matmul(normed, matrix, inner + first, inner + end, workspace, gate_up, count, REPLACE)
     for token in range(len(normed)):
-        for place in range(count):
-            gate = gate_up[token, place]
-            gated[token, first + place] = gate / (np.float32(1) + exponential(-gate)) * gate_up[token, count + place]
+        for index in range(count):
+            gate = gate_up[token, index]
+            gated[token, first + index] = gate / (np.float32(1) + exponential(-gate)) * gate_up[token, count + index]
 
 
 @compiled(inline="always")
@@ -191,11 +203,11 @@ def _of_layer(matrices: Matrix, layer: int) -> Matrix:
 def _rms_norm(values: Floats, gains: Floats, epsilon: float, normed: Floats) -> None:
     """values / sqrt(mean(values²) + ε) · gains; `normed` may be `values`."""
     total = np.float32(0)
-    for place in range(gains.size):
-        total += values[place] * values[place]
+    for index in range(gains.size):
+        total += values[index] * values[index]
     inverse = np.float32(1) / np.sqrt(total / np.float32(gains.size) + np.float32(epsilon))
-    for place in range(gains.size):
-        normed[place] = values[place] * inverse * gains[place]
+    for index in range(gains.size):
+        normed[index] = values[index] * inverse * gains[index]
 
 
 @compiled()

@@ -1,4 +1,4 @@
-"""Single numbers: their types, conversions, and the exponential function. Only compiled, never called from Python."""
+"""Array types, and single numbers in compiled code: their conversions and the exponential function."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from numpy.typing import NDArray
 from stitch_server.cpu.compiling import compiled
 
 Floats = NDArray[np.float32]
-# float32 or the bits of bfloat16; weights also int8, `digits.Int8Quads` or `int4_groups.Int4Words`.
+# float32 or the bits of bfloat16; weights also int8, `int8.Int8Quads` or `int4.Int4Words`.
 Numbers = NDArray[Any]
 Indices = NDArray[np.int64]
 
 LOG_2_E = 1.44269504
-# ln 2 in two parts, of which the first has few bits, so that multiples of it are exact.
+# ln 2 as a sum of two numbers, of which the first has few bits, so that multiples of it are exact.
 LN_2 = (0.693359375, -2.12194440e-4)
 # The polynomial of Cephes' expf, without its last two terms, 1 + x.
 SERIES = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 
 
-def widened(number: Any) -> Any:
-    """A number of any of these types as float32."""
+def load_as_float32(number: Any) -> Any:
+    """Converts a number of any type of `Numbers` to float32. In compiled code only."""
     raise NotImplementedError
 
 
-@overload(widened, strict=False)
+@overload(load_as_float32, strict=False)
 def _widened_by_kind(number: Any) -> Callable[[Any], Any]:
     if number == types.uint16:
         # A bfloat16 is the upper half of a float32.
@@ -38,7 +38,7 @@ def _widened_by_kind(number: Any) -> Callable[[Any], Any]:
 
 
 def narrowed(number: Any, value: Any) -> Any:
-    """A float32 `value` in the type of `number`."""
+    """Converts a float32 `value` to the type of `number`. In compiled code only."""
     raise NotImplementedError
 
 
@@ -57,7 +57,7 @@ def _narrowed_by_kind(number: Any, value: Any) -> Callable[[Any, Any], Any]:
     return rounded
 
 
-# No reassociation: it would cancel the two-part reduction.
+# No reassociation: it would cancel the two-term reduction.
 @compiled(fastmath={"contract"})
 def exponential(value: Any) -> Any:
     """exp of a float32, to its last bit or two; unlike a library's it vectorizes."""

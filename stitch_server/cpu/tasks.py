@@ -1,7 +1,7 @@
-"""How threads share the work of one call: tasks in stages, handed out by an atomic counter. Knows no other array.
+"""How threads share the work of one call: tasks in stages, handed out by an atomic counter.
 
-Whoever is there takes the next task, and a stage begins when all tasks before it are done, so nobody waits for a thread
-that is late or preempted. A thread alone takes them all.
+Every free thread takes the next task, and a stage begins when all previous tasks are done, so no thread waits for one
+that is late or preempted, and a thread alone takes all tasks.
 """
 
 from __future__ import annotations
@@ -17,47 +17,47 @@ from numba.extending import intrinsic
 
 from stitch_server.cpu.compiling import compiled
 from stitch_server.cpu.scalars import Indices
-from stitch_server.cpu.vectors import INT32, INT64, Intrinsic, function, unpacked
+from stitch_server.cpu.simd import INT32, INT64, Intrinsic, declare_function, unpack_arrays
 
-# Places of the counts of tasks taken and done, a cache line apart.
+# Indices of the counts of tasks taken and done, a cache line apart.
 _TAKEN, _DONE, _LENGTH = 0, 8, 16
-# How often to spin, some microseconds, before yielding the core.
+# How many times to spin, some microseconds, before yielding the core.
 _LOOKS = 2_000
 
 
-def task_counts() -> Indices:
-    """Fresh counts for a call; all of its threads share them."""
+def new_task_counts() -> Indices:
+    """Returns zeroed counts for one call, which all of its threads share."""
     return np.zeros(_LENGTH, np.int64)
 
 
 @compiled()
 def next_task(counts: Indices) -> int:
-    """Marks a task as done; returns the number of the next one, which may be beyond the last."""
+    """Marks a task as done; returns the number of the next task, which may be beyond the last."""
     _increased(counts, _DONE)
     return _increased(counts, _TAKEN)
 
 
 @compiled()
 def first_task(counts: Indices) -> int:
-    """The number of a task that no other thread has."""
+    """Returns the number of a task that no other thread has."""
     return _increased(counts, _TAKEN)
 
 
 @compiled()
 def wait_for(counts: Indices, tasks: int) -> None:
-    """Spins until so many tasks are done."""
+    """Spins until `tasks` tasks are done."""
     looks = 0
     while _read(counts, _DONE) < tasks:
         looks += 1
         _rest(looks % _LOOKS == 0)
 
 
-def _typed_increased(typing: Any, counts: Any, place: Any) -> Intrinsic:
-    """An atomic increment; returns what was there before. Acquires and releases."""
+def _typed_increased(typing: Any, counts: Any, index: Any) -> Intrinsic:
+    """An atomic increment that returns the old value. Acquires and releases."""
     return types.int64(counts, types.int64), _generate_increased
 
 
-def _typed_read(typing: Any, counts: Any, place: Any) -> Intrinsic:
+def _typed_read(typing: Any, counts: Any, index: Any) -> Intrinsic:
     """An atomic load that acquires."""
     return types.int64(counts, types.int64), _generate_read
 
@@ -83,13 +83,13 @@ def _generate_read(context: Any, builder: ir.IRBuilder, signature: Any, argument
 def _generate_rest(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
     with builder.if_else(builder.trunc(arguments[0], ir.IntType(1))) as (long, short):
         with long:
-            builder.call(function(builder, ir.FunctionType(INT32, []), "sched_yield"), [])
+            builder.call(declare_function(builder, ir.FunctionType(INT32, []), "sched_yield"), [])
         with short:
             if platform.machine() == "x86_64":
-                builder.call(function(builder, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause"), [])
+                builder.call(declare_function(builder, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause"), [])
     return context.get_dummy_value()
 
 
 def _address(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-    counts, place = unpacked(context, builder, signature, arguments)
-    return builder.gep(counts.data, [place])
+    counts, index = unpack_arrays(context, builder, signature, arguments)
+    return builder.gep(counts.data, [index])

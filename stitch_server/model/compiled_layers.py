@@ -11,10 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stitch_server.cpu.attention.paged_kv import PagedKV
-from stitch_server.cpu.layers import Activations, Layers, Pass, run
-from stitch_server.cpu.matmul.matrix import Matrix
-from stitch_server.cpu.scalars import Floats
+from stitch_server.cpu import Activations, Floats, Layers, Matrix, PagedKV, Pass, run_layers
 from stitch_server.devices import as_bits, as_float32
 from stitch_server.huge_pages import HugePageArena
 from stitch_server.model.compiled_linear import CompiledLinear, instructions, panels_of, rows_worth_a_product, suits
@@ -50,7 +47,7 @@ class CompiledLayers:
         widths = (qkv_width, qkv_width - kv_width, self.layers.gate_up.bias.shape[1] // 2)
         activations = Activations(*(np.empty((len(rows), width), np.float32) for width in widths))
         states = Pass(rows, rotations, paged, activations)
-        run_on_thread_pool(partial(run, states, self.layers, first, end, self.epsilon, instructions(len(rows))))
+        run_on_thread_pool(partial(run_layers, states, self.layers, first, end, self.epsilon, instructions(len(rows))))
         return torch.from_numpy(rows).to(hidden.dtype)
 
 

@@ -9,14 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stitch_server.cpu import features as processor
-from stitch_server.cpu.amx import SIDE
-from stitch_server.cpu.instructions import Instructions
-from stitch_server.cpu.matmul.digits import DEPTH, MOST_INPUTS
-from stitch_server.cpu.matmul.dispatch import multiply_shared
-from stitch_server.cpu.matmul.matrix import Matrix
-from stitch_server.cpu.matmul.panels import LANES
-from stitch_server.cpu.scalars import Numbers
+from stitch_server import cpu
+from stitch_server.cpu import (
+    INT8_TILE_INPUTS,
+    MAX_INT8_INPUTS,
+    PANEL_OUTPUTS,
+    TILE_SIDE,
+    Instructions,
+    Matrix,
+    Numbers,
+    matmul_shared,
+)
 from stitch_server.devices import as_bits, as_float32
 from stitch_server.huge_pages import HugePageArena
 from stitch_server.model.linear import WeightFormat, packed_rows
@@ -38,12 +41,12 @@ def suits(rows: int, weight: Numbers) -> bool:
 
 def instructions(rows: int) -> Instructions:
     """Which instructions multiply so many rows."""
-    return Instructions(rows >= FEWEST_ROWS_IN_TILES and processor.has_tiles(), processor.knows_dots())
+    return Instructions(rows >= FEWEST_ROWS_IN_TILES and cpu.has_amx(), cpu.has_vnni())
 
 
 def rows_worth_a_product(weight: Numbers) -> int:
     """A number of rows of which fewer take hardly less time."""
-    return ROWS_WORTH_SPLITTING if weight.dtype == np.float32 and processor.has_tiles() else 1
+    return ROWS_WORTH_SPLITTING if weight.dtype == np.float32 and cpu.has_amx() else 1
 
 
 def panels_of(weight: Tensor) -> Tensor:
@@ -52,13 +55,13 @@ def panels_of(weight: Tensor) -> Tensor:
     For AMX int8 becomes `[panels, words of four inputs, SIDE]`. Raises ValueError for too many inputs.
     """
     outputs, inputs = weight.shape
-    if weight.dtype != torch.int8 or not processor.has_tiles():
-        filled = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % LANES))
-        return filled.view(-1, LANES, inputs).transpose(1, 2)
-    if inputs > MOST_INPUTS:
-        raise ValueError(f"a matrix of bytes has {inputs} inputs, the most are {MOST_INPUTS}")
-    filled = torch.nn.functional.pad(weight, (0, -inputs % DEPTH, 0, -outputs % SIDE))
-    quads = filled.view(-1, SIDE, filled.shape[1] // 4, 4).transpose(1, 2)
+    if weight.dtype != torch.int8 or not cpu.has_amx():
+        filled = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % PANEL_OUTPUTS))
+        return filled.view(-1, PANEL_OUTPUTS, inputs).transpose(1, 2)
+    if inputs > MAX_INT8_INPUTS:
+        raise ValueError(f"a matrix of bytes has {inputs} inputs, the most are {MAX_INT8_INPUTS}")
+    filled = torch.nn.functional.pad(weight, (0, -inputs % INT8_TILE_INPUTS, 0, -outputs % TILE_SIDE))
+    quads = filled.view(-1, TILE_SIDE, filled.shape[1] // 4, 4).transpose(1, 2)
     return quads.contiguous().view(torch.int32).squeeze(-1)
 
 
@@ -91,5 +94,5 @@ class CompiledLinear:
         """
         rows = as_float32(x)
         result = np.empty((x.shape[0], len(self.matrix.bias)), np.float32)
-        run_on_thread_pool(partial(multiply_shared, rows, self.matrix, result, instructions(len(rows))))
+        run_on_thread_pool(partial(matmul_shared, rows, self.matrix, result, instructions(len(rows))))
         return torch.from_numpy(result).to(x.dtype)

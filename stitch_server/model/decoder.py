@@ -21,7 +21,7 @@ from stitch_server.model.linear import AS_STORED, WeightFormat
 from stitch_server.model.weights import Weights
 
 if TYPE_CHECKING:
-    from stitch_server.cpu.attention.paged_kv import PagedKV
+    from stitch_server.cpu import PagedKV
     from stitch_server.model.compiled_layers import CompiledLayers
 
 __all__ = ["Attend", "DecoderLayers", "Rotary"]

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stitch.cluster import ComputeConfig, Quantization
-from stitch_server.cpu import features as processor
-from stitch_server.cpu.matmul.int4_layout import GROUP, WORDS
+from stitch_server import cpu
+from stitch_server.cpu import INT4_BITS_PER_GROUP, INT4_GROUP
 from stitch_server.model.quantized import (
     TYPICAL_ROWS,
     PackedInt8Linear,
@@ -61,7 +61,7 @@ class WeightFormat:
     def bits(self, dtype: torch.dtype) -> int:
         """Of a weight that is read as `dtype`, scales of bytes left aside."""
         if self.quantization == "int4":
-            return 32 * WORDS // GROUP
+            return INT4_BITS_PER_GROUP // INT4_GROUP
         return 8 if self.quantization == "int8" else 8 * dtype.itemsize
 
     def has_kernels(self, device: torch.device, dtype: torch.dtype) -> bool:
@@ -73,7 +73,7 @@ class WeightFormat:
         if not self.has_kernels(device, dtype):
             return False
         if self.quantization != "none":
-            return self.quantization == "int8" and not processor.has_tiles()
+            return self.quantization == "int8" and not cpu.has_amx()
         return dtype != torch.float32 and _has_onednn(device)
 
 

@@ -157,9 +157,9 @@ def load_layers(
 
 def _fits_kernels(config: PretrainedConfig) -> bool:
     """Whether gates and what they gate, one behind the other in one matrix, both begin where a panel does."""
-    from stitch_server.cpu.matmul.panels import LANES
+    from stitch_server.cpu import PANEL_OUTPUTS
 
-    fits: bool = config.intermediate_size % LANES == 0
+    fits: bool = config.intermediate_size % PANEL_OUTPUTS == 0
     return fits
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stitch_server.cpu.matmul.int4_layout import GROUP, INPUTS, MOST_STEPS, PLACES, WORDS
+from stitch_server.cpu import INT4_GROUP, INT4_MAX_STEPS, INT4_SHIFTS, INT4_WORD_INPUTS, INT4_WORDS
 
 # The number of rows that oneDNN's layout is chosen for; layouts for 8, 64 and 512 measured alike.
 TYPICAL_ROWS = 8
@@ -37,11 +37,11 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def to_int4(weight: Tensor) -> Tensor:
     """`[outputs, inputs]` to words `[outputs, groups * WORDS]` of uint32, the last group filled up with zeros."""
     outputs, inputs = weight.shape
-    groups = F.pad(weight.float(), (0, -inputs % GROUP)).view(outputs, -1, GROUP)
+    groups = F.pad(weight.float(), (0, -inputs % INT4_GROUP)).view(outputs, -1, INT4_GROUP)
     least, largest = groups.aminmax(dim=-1, keepdim=True)
-    step, least = ((largest - least) / MOST_STEPS).half(), least.half()
-    steps = torch.round((groups - least.float()) / step.float().clamp_min(LEAST_SCALE)).clamp_(0, MOST_STEPS)
-    words = _joined(steps.to(torch.int32).view(outputs, -1, WORDS - 1, INPUTS), PLACES)
+    step, least = ((largest - least) / INT4_MAX_STEPS).half(), least.half()
+    steps = torch.round((groups - least.float()) / step.float().clamp_min(LEAST_SCALE)).clamp_(0, INT4_MAX_STEPS)
+    words = _joined(steps.to(torch.int32).view(outputs, -1, INT4_WORDS - 1, INT4_WORD_INPUTS), INT4_SHIFTS)
     pairs = _joined(torch.stack([step, least], -1).view(torch.int16).to(torch.int32) & 0xFFFF, (0, 16))
     return torch.cat([words, pairs], -1).view(outputs, -1).view(torch.uint32)
 
@@ -53,9 +53,9 @@ def _joined(numbers: Tensor, places: Sequence[int]) -> Tensor:
 
 def from_int4(words: Tensor) -> Tensor:
     """The float32 `[outputs, inputs of whole groups]` that such words stand for."""
-    groups = words.view(torch.int32).view(len(words), -1, WORDS)
+    groups = words.view(torch.int32).view(len(words), -1, INT4_WORDS)
     step, least = groups[..., -1:].contiguous().view(torch.float16).float().unbind(-1)
-    steps = groups[..., :-1].unsqueeze(-1) >> torch.tensor(PLACES, device=words.device) & MOST_STEPS
+    steps = groups[..., :-1].unsqueeze(-1) >> torch.tensor(INT4_SHIFTS, device=words.device) & INT4_MAX_STEPS
     # A product of four bits and eleven is exact, so this is rounded once.
     weight: Tensor = (steps.flatten(2) * step.unsqueeze(-1) + least.unsqueeze(-1)).flatten(1)
     return weight

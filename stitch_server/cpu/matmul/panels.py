@@ -1,73 +1,89 @@
-"""The microkernel of matrix products in vector registers, by a matrix that is packed in panels. Knows arrays alone.
+"""The micro-kernel of matmuls in vector registers, by a matrix that is packed in panels.
 
 A panel has a vector's worth of outputs: their weights for the first input side by side, then those for the second. So
-each output's sum grows in its own lane, in the order of the inputs, whatever the other rows are, and is never folded.
-Two panels by a dozen rows fill the registers, and panels are read in the order in which they lie in memory.
+each output's sum grows in its own lane, in the order of the inputs, independent of the other rows, and needs no
+horizontal sum. Two panels by a dozen rows fill the registers, and panels are read in their order in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from stitch_server.cpu.scalars import Floats, Numbers
-from stitch_server.cpu.vectors import (
+from stitch_server.cpu.simd import (
     INT8,
     INT64,
     Intrinsic,
     broadcast,
-    each_case,
-    floats,
-    function,
+    declare_function,
+    float_vector,
+    load_as_float32,
     prefetch,
     row_of,
-    unpacked,
-    widened,
+    switch_cases,
+    unpack_arrays,
 )
+
+# Whether a matmul adds to the old result. Python's own booleans would each be a type of their own to Numba.
+ADD, REPLACE = np.bool_(True), np.bool_(False)
+
+
+class Matrix(NamedTuple):
+    """x → x · (weight · scale)ᵀ + bias."""
+
+    # [panels, inputs, PANEL_OUTPUTS], or [panels, words, PANEL_OUTPUTS]: four int8 a word (`int8.py`), or eight int4
+    # (`int4_layout.py`).
+    weight: Numbers
+    # [outputs], both float32
+    scales: Floats
+    bias: Floats
+
 
 _WIDE = bool(llvm.get_host_cpu_features().get("avx512f"))
 # Outputs of a panel: float32 in a vector.
-LANES = 16 if _WIDE else 8
+PANEL_OUTPUTS = 16 if _WIDE else 8
 # Panels and rows of a register tile.
 PANELS = 2
-MOST_ROWS = 12 if _WIDE else 6
-# The same for few rows: a sum waits for its last product, so several must be under way.
-PANELS_OF_FEW = 4
+MAX_ROWS = 12 if _WIDE else 6
+# The same for few rows: a sum waits for its previous multiply-add, so several must be in flight.
+FEW_ROWS_PANELS = 4
 FEW_ROWS = 2
-# How many bytes ahead weights are prefetched.
-BYTES_AHEAD = 2048
+# The distance of the weights' prefetch, in bytes.
+PREFETCH_BYTES = 2048
 
-_FLOATS = floats(LANES)
+_FLOATS = float_vector(PANEL_OUTPUTS)
 
 
-def _typed_add_products(
+def _typed_fma_panels(
     typing: Any, weight: Any, panel: Any, x: Any, row: Any, rows: Any, first: Any, end: Any, sums: Any
 ) -> Intrinsic:
     """sums[r, o] = Σ weight[panel, k, o] · x[row + r, k] over the inputs k in [first, end), for `rows` rows.
 
-    Added to what is in `sums`, unless `first` is 0. Rows are 1 to MOST_ROWS, outputs o those of PANELS panels, in
-    `sums` `[at least rows, PANELS * LANES]`; where there are fewer panels, the last one is repeated. Arrays are
-    contiguous, weights `[panels, inputs, LANES]` of float32, int8 or the bits of bfloat16.
+    Added to what is in `sums`, unless `first` is 0. Rows are 1 to MAX_ROWS, outputs o those of PANELS panels, in
+    `sums` `[at least rows, PANELS * PANEL_OUTPUTS]`; where there are fewer panels, the last one is repeated. Arrays are
+    contiguous, weights `[panels, inputs, PANEL_OUTPUTS]` of float32, int8 or the bits of bfloat16.
     """
-    return _signature(weight, x, sums), partial(_add_products, PANELS, MOST_ROWS)
+    return _signature(weight, x, sums), partial(_generate_fma_panels, PANELS, MAX_ROWS)
 
 
-def _typed_add_products_of_few(
+def _typed_fma_panels_few(
     typing: Any, weight: Any, panel: Any, x: Any, row: Any, rows: Any, first: Any, end: Any, sums: Any
 ) -> Intrinsic:
-    """The same for 1 to FEW_ROWS rows and PANELS_OF_FEW panels."""
-    return _signature(weight, x, sums), partial(_add_products, PANELS_OF_FEW, FEW_ROWS)
+    """The same for 1 to FEW_ROWS rows and FEW_ROWS_PANELS panels."""
+    return _signature(weight, x, sums), partial(_generate_fma_panels, FEW_ROWS_PANELS, FEW_ROWS)
 
 
-_Product = Callable[[Numbers, int, Floats, int, int, int, int, Floats], None]
-add_products: _Product = cast(Any, intrinsic(_typed_add_products))
-add_products_of_few: _Product = cast(Any, intrinsic(_typed_add_products_of_few))
+_FmaPanels = Callable[[Numbers, int, Floats, int, int, int, int, Floats], None]
+fma_panels: _FmaPanels = cast(Any, intrinsic(_typed_fma_panels))
+fma_panels_few: _FmaPanels = cast(Any, intrinsic(_typed_fma_panels_few))
 
 
 def _signature(weight: Any, x: Any, sums: Any) -> Any:
@@ -75,18 +91,18 @@ def _signature(weight: Any, x: Any, sums: Any) -> Any:
     return types.void(weight, whole, x, whole, whole, whole, whole, sums)
 
 
-def _add_products(
+def _generate_fma_panels(
     panels: int, most_rows: int, context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]
 ) -> ir.Value:
-    weight, panel, x, row, rows, first, end, sums = unpacked(context, builder, signature, arguments)
-    size = builder.mul(builder.extract_value(weight.shape, 1), INT64(LANES))
+    weight, panel, x, row, rows, first, end, sums = unpack_arrays(context, builder, signature, arguments)
+    size = builder.mul(builder.extract_value(weight.shape, 1), INT64(PANEL_OUTPUTS))
     last = builder.sub(builder.extract_value(weight.shape, 0), INT64(1))
     begins = []
     for number in range(panels):
         one = builder.add(panel, INT64(number))
         one = builder.select(builder.icmp_signed("<", one, last), one, last)
         begins.append(builder.gep(weight.data, [builder.mul(one, size)]))
-    for count in each_case(builder, rows, most_rows):
+    for count in switch_cases(builder, rows, most_rows):
         values = [row_of(builder, x, builder.add(row, INT64(number))) for number in range(count)]
         _sum(builder, begins, values, first, end, sums.data)
     return context.get_dummy_value()
@@ -100,43 +116,43 @@ def _sum(
     end: ir.Value,
     sums: ir.Value,
 ) -> None:
-    """The loop over inputs, for these panels and rows."""
+    """Emits the loop over inputs, for these panels and rows."""
     kept = [
-        builder.bitcast(builder.gep(sums, [INT64(number * LANES)]), _FLOATS.as_pointer())
+        builder.bitcast(builder.gep(sums, [INT64(number * PANEL_OUTPUTS)]), _FLOATS.as_pointer())
         for number in range(len(rows) * len(panels))
     ]
     fresh = builder.icmp_signed("==", first, INT64(0))
-    begun = [builder.select(fresh, _FLOATS([0.0] * LANES), builder.load(place, align=4)) for place in kept]
-    before, body, behind = builder.block, builder.append_basic_block("input"), builder.append_basic_block("summed")
+    begun = [builder.select(fresh, _FLOATS([0.0] * PANEL_OUTPUTS), builder.load(column, align=4)) for column in kept]
+    before, body, end_block = builder.block, builder.append_basic_block("input"), builder.append_basic_block("summed")
     builder.branch(body)
     builder.position_at_end(body)
-    place = builder.phi(INT64)
+    column = builder.phi(INT64)
     running = [builder.phi(_FLOATS) for _ in kept]
-    at = builder.mul(place, INT64(LANES))
-    factors = [_fetching(builder, builder.gep(panel, [at])) for panel in panels]
+    byte_offset = builder.mul(column, INT64(PANEL_OUTPUTS))
+    factors = [_fetching(builder, builder.gep(panel, [byte_offset])) for panel in panels]
     grown: list[ir.Value] = []
     for row in rows:
-        value = broadcast(builder, builder.load(builder.gep(row, [place])), LANES)
+        value = broadcast(builder, builder.load(builder.gep(row, [column])), PANEL_OUTPUTS)
         grown += [_add(builder, factor, value, running[len(grown) + number]) for number, factor in enumerate(factors)]
-    following = builder.add(place, INT64(1))
-    place.add_incoming(first, before)
-    place.add_incoming(following, body)
+    following = builder.add(column, INT64(1))
+    column.add_incoming(first, before)
+    column.add_incoming(following, body)
     for total, earlier, later in zip(running, begun, grown, strict=True):
         total.add_incoming(earlier, before)
         total.add_incoming(later, body)
-    builder.cbranch(builder.icmp_signed("<", following, end), body, behind)
-    builder.position_at_end(behind)
+    builder.cbranch(builder.icmp_signed("<", following, end), body, end_block)
+    builder.position_at_end(end_block)
     for total, target in zip(grown, kept, strict=True):
         builder.store(total, target, align=4)
 
 
 def _fetching(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """Loads a vector of weights and prefetches later ones."""
-    prefetch(builder, builder.gep(builder.bitcast(address, INT8.as_pointer()), [INT64(BYTES_AHEAD)]))
-    return widened(builder, address, LANES)
+    prefetch(builder, builder.gep(builder.bitcast(address, INT8.as_pointer()), [INT64(PREFETCH_BYTES)]))
+    return load_as_float32(builder, address, PANEL_OUTPUTS)
 
 
 def _add(builder: ir.IRBuilder, factor: ir.Value, value: ir.Value, total: ir.Value) -> ir.Value:
     """A fused multiply-add."""
     kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
-    return builder.call(function(builder, kind, f"llvm.fma.v{LANES}f32"), [factor, value, total])
+    return builder.call(declare_function(builder, kind, f"llvm.fma.v{PANEL_OUTPUTS}f32"), [factor, value, total])

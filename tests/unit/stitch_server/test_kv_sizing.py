@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from stitch.cluster import ClusterConfig, load_cluster
-from stitch_server import kv_sizing
+from stitch_server import cpu, kv_sizing
 from stitch_server.build import load_stage
-from stitch_server.cpu import features
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.kv_sizing import (
@@ -136,7 +135,7 @@ def test_int8_weights_take_a_quarter_of_float32_except_the_embedding(
     tmp_path: Path, kernels: bool, tiles: bool, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twice that on a CPU without AMX, where kernels and oneDNN keep a copy each."""
-    monkeypatch.setattr(features, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(cpu, "has_amx", lambda: tiles)
     whole, small = (plan(tiny(tmp_path, kernels=kernels, quantization=kind), CPU) for kind in ("none", "int8"))
     assert [one.weight_bytes * times for one in small[1:]] == [one.weight_bytes for one in whole[1:]]
     assert small[0].weight_bytes - small[1].weight_bytes == whole[0].weight_bytes - whole[1].weight_bytes
@@ -146,7 +145,7 @@ def test_int8_weights_take_a_quarter_of_float32_except_the_embedding(
 def test_int4_weights_take_five_bits_and_the_head_eight(
     tmp_path: Path, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "has_tiles", lambda: True)
+    monkeypatch.setattr(cpu, "has_amx", lambda: True)
     cluster = tiny(tmp_path, kernels=kernels, quantization="int4")
     *_, middle, last = plan(cluster, CPU)
     layers = load_stage(cluster, cluster.shard("bottom-1"), CPU).count

@@ -9,7 +9,7 @@ import pytest
 
 from stitch_server.cpu.compiling import compiled
 from stitch_server.cpu.scalars import Indices
-from stitch_server.cpu.tasks import first_task, next_task, task_counts, wait_for
+from stitch_server.cpu.tasks import first_task, new_task_counts, next_task, wait_for
 
 STAGES, TASKS = 400, 7
 
@@ -34,7 +34,7 @@ def work(sums: Indices, taken: Indices, counts: Indices) -> None:
 def test_stages_follow_each_other(threads: int) -> None:
     sums, taken = np.zeros((STAGES + 1, TASKS), np.int64), np.zeros(STAGES * TASKS, np.int64)
     sums[0] = 1
-    counts = task_counts()
+    counts = new_task_counts()
     helpers = [Thread(target=work, args=(sums, taken, counts)) for _ in range(threads - 1)]
     for helper in helpers:
         helper.start()
@@ -51,7 +51,7 @@ def test_stages_follow_each_other(threads: int) -> None:
 
 def test_a_helper_that_comes_late_finds_nothing_to_do() -> None:
     sums, taken = np.zeros((STAGES + 1, TASKS), np.int64), np.zeros(STAGES * TASKS, np.int64)
-    counts = task_counts()
+    counts = new_task_counts()
     work(sums, taken, counts)
     sums[:] = -1
     work(sums, taken, counts)

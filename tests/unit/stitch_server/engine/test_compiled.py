@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stitch.cluster import load_cluster
-from stitch_server.cpu import features as processor
+from stitch_server import cpu
 from stitch_server.model import compiled_layers
 from tests.support.in_process import ChainInProcess
 from tests.support.tiny_cluster import write_tiny_cluster
@@ -27,17 +27,17 @@ from tests.support.tiny_cluster import write_tiny_cluster
 def test_a_pass_is_one_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], tiles: bool, few: int, many: int
 ) -> None:
-    if tiles and not processor.has_tiles():
+    if tiles and not cpu.has_amx():
         pytest.skip("this processor has no AMX")
-    monkeypatch.setattr(processor, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(cpu, "has_amx", lambda: tiles)
     cluster = load_cluster(str(write_tiny_cluster(tmp_path, threads=1, **fields)))
-    chain, layers, run = ChainInProcess(cluster), [], compiled_layers.run
+    chain, layers, run = ChainInProcess(cluster), [], compiled_layers.run_layers
 
     def noting(*arguments: Any) -> None:
         layers.append(arguments[2:4])
         run(*arguments)
 
-    monkeypatch.setattr(compiled_layers, "run", noting)
+    monkeypatch.setattr(compiled_layers, "run_layers", noting)
     chain.generate([7, 8, 9], "strong", ("top-0",), 5)
     assert layers == [(0, 4), (3, 4)] * 5 * few
     layers.clear()

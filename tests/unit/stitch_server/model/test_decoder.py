@@ -10,8 +10,8 @@ import torch
 
 from stitch.cluster import Quantization
 from stitch.errors import Incompatible
+from stitch_server import cpu
 from stitch_server.attention import backend_for
-from stitch_server.cpu import features as processor
 from stitch_server.kv_cache.span import Span
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model import compiled_layers, hf_layers, llama
@@ -127,7 +127,7 @@ class TestKernels:
     def test_take_any_number_of_tokens_in_float32_or_in_tiles(
         self, tmp_path: Path, quantization: Quantization, tiles: bool, many: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(processor, "has_tiles", lambda: tiles)
+        monkeypatch.setattr(cpu, "has_amx", lambda: tiles)
         folder, weight_format = write_tiny_model(tmp_path, "llama", layers=1), WeightFormat(quantization, kernels=True)
         decoder = DecoderLayers.load(folder, 0, 1, CPU, torch.float32, weight_format)
         assert [decoder.is_compiled(tokens) for tokens in (1, 16, 17, 1000)] == [True, True, many, many]
@@ -136,7 +136,7 @@ class TestKernels:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         ranges: list[tuple[int, int]] = []
-        run = compiled_layers.run
+        run = compiled_layers.run_layers
 
         def noting(*arguments: Any) -> None:
             ranges.append(arguments[2:4])
@@ -145,7 +145,7 @@ class TestKernels:
         # Each thread calls it.
         torch.set_num_threads(1)
         bench = Bench(tmp_path)
-        monkeypatch.setattr(compiled_layers, "run", noting)
+        monkeypatch.setattr(compiled_layers, "run_layers", noting)
         bench.run([(0, 30), (1, 5)])
         bench.run([(0, 30)], adapted=[(slice(0, 1), cast(Adapters, lambda index, hidden: hidden))])
         assert ranges == [(1, 3), (1, 2), (2, 3)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stitch_server.cpu import features as processor
+from stitch_server import cpu
 from stitch_server.model import compiled_linear
 from stitch_server.model.compiled_linear import CompiledLinear
 from stitch_server.model.linear import (
@@ -30,14 +30,14 @@ KERNELS, INT8_KERNELS, INT4_KERNELS = (
 
 
 @pytest.fixture
-def has_tiles() -> None:
-    if not processor.has_tiles():
+def has_amx() -> None:
+    if not cpu.has_amx():
         pytest.skip("this processor has no AMX")
 
 
 @pytest.fixture
 def no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processor, "has_tiles", lambda: False)
+    monkeypatch.setattr(cpu, "has_amx", lambda: False)
 
 
 def layouts(weight: Tensor, bias: Tensor | None) -> list[Linear]:
@@ -65,9 +65,9 @@ def assert_is_by_bytes(rows: int, inputs: int, biased: bool) -> None:
 @pytest.fixture(params=[True, False])
 def dots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether bytes are multiplied in vectors."""
-    if request.param and not processor.knows_dots():
+    if request.param and not cpu.has_vnni():
         pytest.skip("this processor has no VNNI")
-    monkeypatch.setattr(processor, "knows_dots", lambda: request.param)
+    monkeypatch.setattr(cpu, "has_vnni", lambda: request.param)
     return bool(request.param)
 
 
@@ -87,11 +87,11 @@ class TestKernels:
         kept = linear(weight, bias if biased else None, KERNELS)
         torch.testing.assert_close(kept(x).double(), exact, rtol=1e-5, atol=1e-4)
 
-    def test_tiles_are_as_exact_as_vectors(self, inputs: int, has_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_tiles_are_as_exact_as_vectors(self, inputs: int, has_amx: None, monkeypatch: pytest.MonkeyPatch) -> None:
         x, weight, _ = operands(128, inputs)
         exact = x.double() @ weight.double().T
         tiled = linear(weight, None, KERNELS)(x)
-        monkeypatch.setattr(processor, "has_tiles", lambda: False)
+        monkeypatch.setattr(cpu, "has_amx", lambda: False)
         vectors = linear(weight, None, KERNELS)(x)
         assert not torch.equal(tiled, vectors)
         assert (tiled - exact).square().mean() <= 1.1 * (vectors - exact).square().mean()
@@ -114,11 +114,11 @@ class TestKernels:
     # One tile of lines, several, and more than go together.
     @pytest.mark.parametrize("rows", [0, 1, 5, 6, 10, 11, 33, 100, 290, 500])
     @pytest.mark.parametrize("biased", [True, False])
-    def test_in_tiles_so_are_any_number_of_rows(self, inputs: int, rows: int, biased: bool, has_tiles: None) -> None:
+    def test_in_tiles_so_are_any_number_of_rows(self, inputs: int, rows: int, biased: bool, has_amx: None) -> None:
         assert_is_by_bytes(rows, inputs, biased)
 
     @pytest.mark.parametrize("largest", [1e-35, 1e-20, 1e4, 1e30])
-    def test_a_row_is_as_exact_as_its_largest_number(self, inputs: int, largest: float, has_tiles: None) -> None:
+    def test_a_row_is_as_exact_as_its_largest_number(self, inputs: int, largest: float, has_amx: None) -> None:
         x, weight, _ = operands(3, inputs)
         x[1] *= largest / x[1].abs().max()
         x[2, 7] = largest
@@ -143,14 +143,14 @@ class TestKernels:
         x, weight, bias = operands(rows, inputs)
         near = from_int4(to_int4(weight))[:, :inputs].contiguous()
         got, expected = linear(weight, bias, INT4_KERNELS)(x), linear(near, bias, KERNELS)(x)
-        if not dots or compiled_linear.instructions(rows).tiles:
+        if not dots or compiled_linear.instructions(rows).amx:
             assert torch.equal(got, expected)
         else:
             exact = x.double() @ near.double().T + bias.double()
             assert not torch.equal(got, expected)
             assert (got - exact).square().mean() <= 4 * (expected - exact).square().mean()
 
-    def test_bytes_for_more_inputs_than_sums_have_room_for_are_refused(self, has_tiles: None) -> None:
+    def test_bytes_for_more_inputs_than_sums_have_room_for_are_refused(self, has_amx: None) -> None:
         with pytest.raises(ValueError, match="131073 inputs, the most are 131072"):
             linear(torch.zeros(1, 131073), None, INT8_KERNELS)
 
@@ -176,7 +176,7 @@ class TestKernels:
 
     @pytest.mark.parametrize(("weight_format", "fewest"), [(KERNELS, 24), (INT8_KERNELS, 1), (INT4_KERNELS, 24)])
     def test_a_row_is_the_same_in_any_crowd(
-        self, inputs: int, weight_format: WeightFormat, fewest: int, has_tiles: None
+        self, inputs: int, weight_format: WeightFormat, fewest: int, has_amx: None
     ) -> None:
         x, weight, bias = operands(200, inputs)
         kept = linear(weight, bias, weight_format)
@@ -220,7 +220,7 @@ class TestKernels:
     @pytest.mark.parametrize(("tiles", "kind"), [(True, CompiledLinear), (False, TwoLayoutLinear)])
     def test_are_for_those_who_ask_for_them(self, tiles: bool, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
         weight = torch.zeros(3, 2)
-        monkeypatch.setattr(processor, "has_tiles", lambda: tiles)
+        monkeypatch.setattr(cpu, "has_amx", lambda: tiles)
         assert isinstance(linear(weight, None, KERNELS), CompiledLinear)
         assert isinstance(linear(weight, None, INT8_KERNELS), kind)
         assert isinstance(linear(weight, None, INT4_KERNELS), CompiledLinear)

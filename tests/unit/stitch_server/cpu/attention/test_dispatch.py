@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from stitch_server.cpu.attention.dispatch import attend_shared, store_all
-from stitch_server.cpu.attention.paged_kv import PagedKV
-from stitch_server.cpu.attention.prefill import PART
-from stitch_server.cpu.features import has_tiles
+from stitch_server.cpu.attention.dispatch import PagedKV, attend_shared, store_all_kv
+from stitch_server.cpu.attention.prefill import KEY_TILE
+from stitch_server.cpu.features import has_amx
 from stitch_server.cpu.scalars import Indices
-from stitch_server.cpu.tasks import task_counts
+from stitch_server.cpu.tasks import new_task_counts
 from stitch_server.devices import as_bits
 
 # Among them what lies half-way between two bfloat16, what rounds up to infinity, and what a float32 can hardly hold.
@@ -26,7 +25,7 @@ VALUES = torch.tensor(
 def kept(values: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
     """One token's key and value, as they come out of the cache."""
     paged = PagedKV(0, as_bits(kv)[None], np.array([3, 1]), np.array([0]), np.array([2]))
-    store_all(values.view(1, 2, -1).numpy(), paged.kv[0], paged)
+    store_all_kv(values.view(1, 2, -1).numpy(), paged.kv[0], paged)
     return kv[1].flatten()
 
 
@@ -57,7 +56,7 @@ def attend(
     in_tiles: bool = False,
 ) -> None:
     """By so many threads, each of which takes every other task."""
-    paged, counts = PagedKV(0, as_bits(kv)[None], slots, begins, ends), task_counts()
+    paged, counts = PagedKV(0, as_bits(kv)[None], slots, begins, ends), new_task_counts()
     arguments = query.numpy(), paged, paged.kv[0], window, scale, attended.numpy(), in_tiles, threads, counts
     helpers = [Thread(target=attend_shared, args=arguments) for _ in range(threads - 1)]
     for helper in helpers:
@@ -69,7 +68,7 @@ def attend(
 
 IN_TILES = [
     False,
-    pytest.param(True, marks=pytest.mark.skipif(not has_tiles(), reason="this processor has no AMX")),
+    pytest.param(True, marks=pytest.mark.skipif(not has_amx(), reason="this processor has no AMX")),
 ]
 
 
@@ -117,7 +116,7 @@ class TestAttention:
 
     # Pasts within a part, and over the borders of several, where the largest score so far may change.
     @pytest.mark.parametrize(
-        ("before", "tokens"), [(30, 2), (30, 5), (30, 40), (30, 110), (PART - 3, 7), (600, 20), (250, 170)]
+        ("before", "tokens"), [(30, 2), (30, 5), (30, 40), (30, 110), (KEY_TILE - 3, 7), (600, 20), (250, 170)]
     )
     def test_neighbours_of_one_sequence_see_no_later_ones(
         self,
@@ -150,7 +149,7 @@ class TestAttention:
             )
 
 
-@pytest.mark.skipif(not has_tiles(), reason="this processor has no AMX")
+@pytest.mark.skipif(not has_amx(), reason="this processor has no AMX")
 def test_tiles_err_no_more_than_vectors() -> None:
     draw = torch.Generator().manual_seed(0)
     tokens = 320

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stitch_server.cpu.attention.paged_kv import slot_mapping
+from stitch_server.cpu.attention.dispatch import slot_mapping
 
 
 def test_sequences_lie_in_their_blocks_one_behind_the_other() -> None:
