@@ -1,1 +1,1 @@
-"""The front door of a cluster: judges a query, places it on a chain of shards, streams the answer. Knows no torch."""
+"""The front door of a cluster: routes a request, places it on a chain of shards, and streams the answer. No torch."""

@@ -1,4 +1,7 @@
-"""The command `router-gateway`. Parses, builds the configuration, calls one function. Knows no gateway."""
+"""The command `router-gateway`: parses the arguments, builds the settings, and runs the gateway.
+
+Everything else is imported after parsing, so that --help is instant.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,8 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 0; 2 for what was asked for wrongly; 1 where a port is taken or a file can't be had."""
+    """The exit status: 0; 2 for an invalid argument or cluster; 1 where a port is in use or a file is missing."""
     parsed = build_parser().parse_args(arguments)
-    # Only now, so that --help is instant.
     from stitch.errors import StitchError
 
     try:
@@ -28,17 +30,20 @@ def build_parser() -> argparse.ArgumentParser:
     purpose = "serve a cluster to its clients"
     run = commands.add_parser("run", help=purpose, description=purpose)
     run.add_argument("cluster", metavar="CLUSTER", help="a cluster file, or the name of a preset")
-    run.add_argument("--listen", metavar="HOST:PORT", help="where clients connect; default: the cluster file's")
+    run.add_argument("--listen", metavar="HOST:PORT", help="address for clients; default: the cluster file's")
     run.add_argument("--metrics-port", metavar="N", type=int, help="0: any free port; default: the cluster file's")
     run.add_argument("--insecure", action="store_true", help="allow an address that other machines reach, without TLS")
-    run.add_argument("--drain-seconds", metavar="S", type=float, help="for running answers after SIGTERM; default: 30")
-    run.add_argument("--replay-wait-seconds", metavar="S", type=float, help="for a lost chain's return; default: 5")
+    run.add_argument(
+        "--drain-seconds", metavar="S", type=float, help="running answers' time after SIGTERM; default: 30"
+    )
+    run.add_argument(
+        "--replay-wait-seconds", metavar="S", type=float, help="to retry an answer without a chain; default: 5"
+    )
     run.set_defaults(call=_run)
     return parser
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    # Only now, so that --help is instant.
     import logging
 
     import uvloop

@@ -1,4 +1,4 @@
-"""The gateway's configuration, one section for each part. Reads no environment."""
+"""The gateway's configuration: a cluster and one section for each component, which takes the section as it is."""
 
 from __future__ import annotations
 
@@ -7,45 +7,29 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from router_gateway.requests.failover import RetryPolicy
 from router_gateway.routing.router import check_thresholds
+from router_gateway.shards.replica import HealthPolicy
 from stitch.cluster import ClusterConfig, load_cluster
 from stitch.errors import InvalidRequest
 from stitch.settings import Settings
 from stitch.tls import check_exposure
 
 
-class FleetSettings(Settings):
-    """How shards are watched."""
-
-    poll_seconds: float = Field(default=1.0, gt=0)
-    # A shard that takes the connection and says nothing counts as silent after this ...
-    answer_seconds: float = Field(default=3.0, gt=0)
-    # ... and as gone after so many silent polls in a row.
-    silent_polls: int = Field(default=2, ge=1)
-
-
-class ReplaySettings(Settings):
-    """How long a broken answer is resumed; every new token makes the counts begin anew."""
-
-    wait_seconds: float = Field(default=5.0, ge=0)
-    first_pause_seconds: float = Field(default=0.1, gt=0)
-    most_losses: int = Field(default=5, ge=0)
-
-
 class GatewaySettings(Settings):
-    """All of it. Where something is None, the cluster file decides."""
+    """Everything that a gateway is started with. For fields that are None, the cluster file's values apply."""
 
     cluster: ClusterConfig
     listen: str | None = None
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    # Allows an address that other machines reach.
+    # Allows to listen on an address that other machines reach, without TLS.
     insecure: bool = False
-    # Running answers may take so long after SIGTERM.
+    # After SIGTERM, running answers are ended after this.
     drain_seconds: float = Field(default=30.0, ge=0)
-    # Requests of one batch call that run at once.
-    batch_at_once: int = Field(default=32, ge=1)
-    fleet: FleetSettings = FleetSettings()
-    replay: ReplaySettings = ReplaySettings()
+    # Requests of one batch call that run at a time.
+    batch_concurrency: int = Field(default=32, ge=1)
+    health: HealthPolicy = HealthPolicy()
+    retry: RetryPolicy = RetryPolicy()
 
     @property
     def address(self) -> str:
@@ -59,12 +43,12 @@ class GatewaySettings(Settings):
 def from_flags(flags: Mapping[str, Any]) -> GatewaySettings:
     """The settings for the flags of a command line; a flag that is None was not given.
 
-    Raises InvalidRequest where the cluster or a value is not one.
+    Raises InvalidRequest for an invalid cluster file or value.
     """
     names = ("listen", "metrics_port", "insecure", "drain_seconds")
     given = {name: flags[name] for name in names if flags[name] is not None}
     if flags["replay_wait_seconds"] is not None:
-        given["replay"] = {"wait_seconds": flags["replay_wait_seconds"]}
+        given["retry"] = {"wait_seconds": flags["replay_wait_seconds"]}
     cluster = load_cluster(flags["cluster"])
     try:
         return GatewaySettings(cluster=cluster, **given)
@@ -74,7 +58,7 @@ def from_flags(flags: Mapping[str, Any]) -> GatewaySettings:
 
 
 def check(settings: GatewaySettings) -> None:
-    """Raises InvalidRequest, with a sentence, for what a gateway must not or can't start with."""
+    """Raises InvalidRequest for settings that a gateway can't, or must not, start with."""
     host, _, port = settings.address.rpartition(":")
     if not host or not port.isdigit():
         raise InvalidRequest("listen", settings.address, "it must be host:port")

@@ -1,4 +1,4 @@
-"""How a server process stops, and how late its event loop runs.
+"""How a server process stops, its background tasks, and how late its event loop runs.
 
 The first signal to stop starts the drain, a second one ends it at once. A drain closes the tracker of calls in flight,
 which refuses new calls, and waits until the running ones have left.
@@ -7,14 +7,18 @@ which refuses new calls, and waits until the running ones have left.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import time
-from collections.abc import Awaitable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 from prometheus_client import Histogram
 
 from stitch.errors import Unavailable
+
+_log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DELAY_INTERVAL_SECONDS = 0.25
@@ -80,6 +84,25 @@ class InFlightTracker:
     async def wait_until_empty(self) -> None:
         """Returns when no call runs."""
         await self._empty.wait()
+
+
+@asynccontextmanager
+async def background_tasks(*coroutines: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
+    """Runs coroutines within the block and cancels them at its end; one that fails is logged and stops no other."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    for task in tasks:
+        task.add_done_callback(_log_failure)
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _log_failure(task: asyncio.Task[object]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.critical("%s failed", task.get_coro(), exc_info=error)
 
 
 async def observe_delay(delay: Histogram, interval_seconds: float = DELAY_INTERVAL_SECONDS) -> None:

@@ -1,1 +1,1 @@
-"""One request's life, from its text to the last token. Knows no message of the client's protocol."""
+"""One request from arrival to its last token: limits, pipeline, token stream, failover, and what is recorded of it."""

@@ -1,6 +1,7 @@
-"""Which chain an answer goes on with after one was lost, and when to give up. Knows no tokens but their number.
+"""Chooses the chains of one answer, one after another as they fail, and decides when to give up.
 
-A chain that has not failed is taken at once. One that has, or one that is not there yet, gets a pause that doubles.
+Another chain is tried at once. A chain that already failed is tried again after a pause that doubles with every
+failure; so is the search where no chain accepts requests. Every new token clears the record of failures.
 """
 
 from __future__ import annotations
@@ -11,120 +12,151 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from prometheus_client import Counter as CounterMetric
+from pydantic import Field
 
-from router_gateway.requests.attempt import ChainLost
+from router_gateway.metrics import Metrics
 from router_gateway.shards.placement import Chain, Placement
 from router_gateway.shards.registry import ShardRegistry
 from stitch.errors import Exhausted, StitchError, Unavailable
+from stitch.settings import Settings
 
 
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """How long an answer is resumed before it is given up; every new token makes the counts begin anew."""
+class RetryPolicy(Settings):
+    """How long a broken answer is retried; both limits restart with every token."""
 
-    wait_seconds: float
+    # From the first failure on.
+    wait_seconds: float = Field(default=5.0, ge=0)
     # Before a chain that failed is tried again.
-    first_pause_seconds: float
-    # A session that kills its shard must not kill every shard.
-    most_losses: int
+    first_pause_seconds: float = Field(default=0.1, gt=0)
+    # A session that crashes its shard must not crash every shard.
+    max_failures: int = Field(default=5, ge=0)
+
+
+class ChainLost(Exception):
+    """The session's chain failed, and another one may continue; `cause` is one of metrics.REPLAY_CAUSES."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 @dataclass(frozen=True, slots=True)
 class FailoverDependencies:
-    """What every answer of a gateway shares."""
+    """What the failovers of all answers share."""
 
-    fleet: ShardRegistry
+    registry: ShardRegistry
     placement: Placement
-    replays: CounterMetric
-    persistence: RetryPolicy
-    # Seconds that only ever grow.
+    metrics: Metrics
+    policy: RetryPolicy
+    # Monotonic seconds.
     clock: Callable[[], float]
 
 
 @dataclass(slots=True)
 class FailureRecord:
-    """What went wrong since the last token."""
+    """The failures since the last token."""
 
     count: int = 0
     # By the name of a shard.
     by_shard: Counter[str] = field(default_factory=Counter)
     chains: set[tuple[str, ...]] = field(default_factory=set)
+    # When the first one was.
     since: float | None = None
-    last: Exception | None = None
+    last_error: Exception | None = None
 
 
 class Failover:
-    """The chains of one answer, one after the other."""
+    """The chains of one answer."""
 
-    def __init__(self, routes: tuple[str, ...], around: FailoverDependencies) -> None:
-        # Those between which a first shard is to decide, or the one that it took.
+    def __init__(self, routes: tuple[str, ...], dependencies: FailoverDependencies) -> None:
+        # The candidates between which a first shard decides, or the one route of the answer.
         self.routes = routes
-        self._around = around
-        self._losses = FailureRecord()
+        self._dependencies = dependencies
+        self._failures = FailureRecord()
+        # Generated tokens when the current chain was chosen.
+        self._tokens_at_start = 0
 
-    def settle(self, route: str) -> None:
-        """The answer takes this route from now on, whatever is lost."""
+    def fix_route(self, route: str) -> None:
+        """The first shard has decided: every further chain is of this route."""
         self.routes = (route,)
 
-    def progressed(self) -> None:
-        """A token came: what happened before is forgotten."""
-        if self._losses.count:
-            self._losses = FailureRecord()
+    def record_progress(self) -> None:
+        """A token came: clears the record."""
+        if self._failures.count or self._failures.last_error is not None:
+            self._failures = FailureRecord()
 
-    async def lost(self, chain: Chain, error: ChainLost | Exhausted, generated_tokens: int) -> None:
-        """Notes that the chain failed. Raises Unavailable where too many did."""
-        losses = self._losses
-        losses.count += 1
-        losses.by_shard.update(chain.names)
-        losses.chains.add(chain.names)
-        losses.since = self._around.clock() if losses.since is None else losses.since
-        losses.last = error
-        if losses.count > self._around.persistence.most_losses:
-            raise self._given_up(generated_tokens)
-        # Which shard of the chain is gone, they say themselves.
-        await self._around.fleet.refresh(one.place.name for one in chain.replicas if one.serving)
+    async def record_failure(self, chain: Chain, error: ChainLost | Exhausted, generated_tokens: int) -> None:
+        """Records that the chain failed. Raises the error for the client after too many failures.
+
+        A shard that began to drain since its last poll refuses the session: the poll after the failure finds that
+        out, and the refusal counts as one, not as a failure of the chain.
+        """
+        # Which of its shards is gone or draining, only they can tell.
+        await self._dependencies.registry.refresh(one.config.name for one in chain.replicas if one.serving)
+        failures = self._failures
+        failures.since = self._dependencies.clock() if failures.since is None else failures.since
+        if self._is_drain_refusal(chain, error, generated_tokens):
+            self._dependencies.metrics.drain_refusals.inc()
+            failures.last_error = Unavailable(str(error))
+            return
+        failures.last_error = error
+        failures.count += 1
+        failures.by_shard.update(chain.names)
+        failures.chains.add(chain.names)
+        if failures.count > self._dependencies.policy.max_failures:
+            raise self._final_error(generated_tokens)
 
     async def next_chain(self, tokens: int, generated_tokens: int) -> Chain:
-        """The chain to try now, with room counted for `tokens`. Raises Unavailable or Exhausted where none is."""
+        """The chain to try now, with KV reserved for `tokens`. Raises Unavailable or Exhausted where there is none."""
         paused = False
-        while (chain := self._choice(even_failed=paused)) is None:
+        while (chain := self._choose(allow_failed=paused)) is None:
             await self._pause(generated_tokens)
             paused = True
         chain.reserve(tokens)
-        if isinstance(self._losses.last, ChainLost):
-            self._around.replays.labels(cause=self._losses.last.cause).inc()
+        if isinstance(self._failures.last_error, ChainLost):
+            self._dependencies.metrics.replays.labels(cause=self._failures.last_error.cause).inc()
+        self._tokens_at_start = generated_tokens
         return chain
 
-    def _choice(self, even_failed: bool) -> Chain | None:
-        placement, failures = self._around.placement, self._losses.by_shard
+    def _is_drain_refusal(self, chain: Chain, error: ChainLost | Exhausted, generated_tokens: int) -> bool:
+        unavailable = isinstance(error, ChainLost) and error.cause == "unavailable"
+        return unavailable and chain.draining and generated_tokens == self._tokens_at_start
+
+    def _choose(self, allow_failed: bool) -> Chain | None:
+        placement, by_shard = self._dependencies.placement, self._failures.by_shard
         decided = len(self.routes) == 1
-        chain = placement.choose(self.routes[0], failures) if decided else placement.fork(self.routes, failures)
-        failed = chain is not None and chain.names in self._losses.chains
-        return None if failed and not even_failed else chain
+        chain = (
+            placement.choose(self.routes[0], by_shard)
+            if decided
+            else placement.choose_candidates(self.routes, by_shard)
+        )
+        failed = chain is not None and chain.names in self._failures.chains
+        return None if failed and not allow_failed else chain
 
     async def _pause(self, generated_tokens: int) -> None:
-        fleet, persistence = self._around.fleet, self._around.persistence
-        version = fleet.version
-        await fleet.refresh({name for route in self.routes for name in self._around.placement.shards(route)})
-        if fleet.version != version:
+        """Waits until the shards' state changes, at most for the pause. Raises where the wait is used up."""
+        registry, policy = self._dependencies.registry, self._dependencies.policy
+        version = registry.version
+        await registry.refresh({name for route in self.routes for name in self._dependencies.placement.shards(route)})
+        if registry.version != version:
             return
-        patience = self._patience_seconds()
-        if patience <= 0:
-            raise self._given_up(generated_tokens)
-        pause = persistence.first_pause_seconds * 2.0**self._losses.count
+        left = self._left_seconds()
+        if left <= 0:
+            raise self._final_error(generated_tokens)
+        pause = policy.first_pause_seconds * 2.0**self._failures.count
         with suppress(TimeoutError):
-            await asyncio.wait_for(fleet.changed_since(version), min(pause, patience))
+            await asyncio.wait_for(registry.changed_since(version), min(pause, left))
 
-    def _patience_seconds(self) -> float:
-        """What is left for waiting; nothing for an answer that no chain has begun."""
-        if self._losses.since is None:
+    def _left_seconds(self) -> float:
+        """What is left of the wait; 0 for an answer that no chain has started."""
+        if self._failures.since is None:
             return 0.0
-        return self._losses.since + self._around.persistence.wait_seconds - self._around.clock()
+        return self._failures.since + self._dependencies.policy.wait_seconds - self._dependencies.clock()
 
-    def _given_up(self, generated_tokens: int) -> StitchError:
-        if isinstance(self._losses.last, Exhausted):
-            return self._losses.last
-        why = f": {self._losses.last}" if self._losses.last else ""
-        message = f"no chain of route {' or '.join(self.routes)} can go on after {generated_tokens:,} tokens{why}"
+    def _final_error(self, generated_tokens: int) -> StitchError:
+        error = self._failures.last_error
+        if isinstance(error, Exhausted):
+            return error
+        reason = f": {error}" if error else ""
+        message = f"no chain of route {' or '.join(self.routes)} can continue after {generated_tokens:,} tokens{reason}"
         return Unavailable(message, generated_tokens)

@@ -1,6 +1,6 @@
-"""The limits of a request that need no model, and those that need its sizes. Knows no way to fix a request.
+"""The limits of a request, without a model or by its sizes; those of sampling alone are in `stitch.sampling`.
 
-Everything here raises InvalidRequest with the field, its value and its limit. Sampling's own limits are with Sampling.
+Every check raises InvalidRequest with the field, its value and its limit, and returns nothing.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from router_gateway.requests.types import Prompt
 from router_gateway.routing.objectives import Objectives
 from stitch.errors import InvalidRequest
 
-# The id of a request stands in every log line of it, on every shard.
+# An id appears in every log line about its request, on every shard.
 MAX_ID_CHARACTERS = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1_024
 
 
 class Amount(str):
-    """A number with its unit, which an error message shows without quotes."""
+    """A number with its unit; error messages show it without quotes."""
 
     __slots__ = ()
 
@@ -28,13 +28,13 @@ class Amount(str):
 
 
 def field_of(prompt: Prompt) -> str:
-    """The name of the field that a client fills with such a prompt."""
+    """The request's field that holds such a prompt."""
     return "prompt" if isinstance(prompt, str) else "chat"
 
 
-def check_count(field: str, items: Sized, most: int, unit: str) -> None:
-    if len(items) > most:
-        raise InvalidRequest(field, Amount(f"{len(items):,} {unit}"), f"it holds at most {most:,}")
+def check_count(field: str, items: Sized, limit: int, unit: str) -> None:
+    if len(items) > limit:
+        raise InvalidRequest(field, Amount(f"{len(items):,} {unit}"), f"it holds at most {limit:,}")
 
 
 def check_prompt(prompt: Prompt) -> None:
@@ -50,7 +50,7 @@ def check_prompt(prompt: Prompt) -> None:
 
 
 def check_id(field: str, name: str) -> None:
-    """A name that a client gave: it stands in log lines, or is remembered."""
+    """Checks an id that a client chose: it is logged, or kept in memory."""
     check_count(field, name, MAX_ID_CHARACTERS, "characters")
     if not name.isprintable():
         raise InvalidRequest(field, name, "it must be printable")
@@ -58,11 +58,11 @@ def check_id(field: str, name: str) -> None:
 
 def check_objectives(objectives: Objectives) -> None:
     seconds, cost, quality = objectives.max_ttft_seconds, objectives.max_cost, objectives.min_quality
-    # Comparing the other way round would let NaN pass.
+    # NaN fails these comparisons; negated ones would accept it.
     if seconds is not None and not 0 < seconds < math.inf:
         raise InvalidRequest("objectives.max_ttft_seconds", seconds, "it must be above 0 and finite")
     if cost is not None and not 0 < cost <= 1:
-        raise InvalidRequest("objectives.max_cost", cost, "it must be above 0 and at most 1, the dearest route's")
+        raise InvalidRequest("objectives.max_cost", cost, "it must be above 0 and at most 1, the costliest route's")
     if quality is not None and not math.isfinite(quality):
         raise InvalidRequest("objectives.min_quality", quality, "it must be finite")
 
@@ -82,36 +82,36 @@ def check_tokens(field: str, ids: Iterable[int], vocabulary_size: int) -> None:
             raise InvalidRequest(f"sampling.{field}[{index}]", token_id, limit)
 
 
-def check_forced(answer: str, forced_token_ids: Sized, most_bytes: int) -> None:
-    """Refuses a forced answer beside forced tokens, and one that can't fit, however it is tokenized."""
+def check_forced(answer: str, forced_token_ids: Sized, max_bytes: int) -> None:
+    """Refuses a forced answer together with forced tokens, and one that can't fit, however it is tokenized."""
     if forced_token_ids:
-        limit = "a forced answer says all of its tokens itself"
+        limit = "a forced answer already determines all tokens"
         raise InvalidRequest("sampling.forced_token_ids", Amount(f"{len(forced_token_ids):,} ids"), limit)
-    if (size := len(answer.encode())) > most_bytes:
-        limit = f"the context holds at most {most_bytes:,}"
+    if (size := len(answer.encode())) > max_bytes:
+        limit = f"the context holds at most {max_bytes:,}"
         raise InvalidRequest("forced_answer", Amount(f"{size:,} bytes"), limit)
 
 
 def check_answer_fits(tokens: int, room_tokens: int) -> None:
-    """A forced answer has a token, and ends with the context at the latest."""
+    """A forced answer has at least one token and fits into the context after the prompt."""
     if not 0 < tokens <= room_tokens:
-        limit = f"it must have at least one, and behind this prompt the context holds {room_tokens:,}"
+        limit = f"it must have at least one, and after this prompt the context holds {room_tokens:,}"
         raise InvalidRequest("forced_answer", Amount(f"{tokens:,} tokens"), limit)
 
 
-def check_size(prompt: Prompt, context_tokens: int, longest_token_bytes: int) -> None:
-    """Refuses text that can't fit, however it is tokenized, before anything is computed from it."""
-    size, most = size_bytes(prompt), context_tokens * longest_token_bytes
-    if size > most:
-        limit = f"the context of {context_tokens:,} tokens holds at most {most:,}"
+def check_size(prompt: Prompt, context_tokens: int, max_token_bytes: int) -> None:
+    """Refuses text that can't fit, however it is tokenized, before it is tokenized."""
+    size, max_bytes = size_bytes(prompt), context_tokens * max_token_bytes
+    if size > max_bytes:
+        limit = f"the context of {context_tokens:,} tokens holds at most {max_bytes:,}"
         raise InvalidRequest(field_of(prompt), Amount(f"{size:,} bytes"), limit)
     if not isinstance(prompt, str) and len(prompt) > context_tokens:
-        limit = f"every message takes tokens, and the context holds {context_tokens:,}"
+        limit = f"every message has tokens, and the context holds {context_tokens:,}"
         raise InvalidRequest("chat.messages", Amount(f"{len(prompt):,} messages"), limit)
 
 
 def check_fits(prompt: Prompt, prompt_tokens: int, context_tokens: int) -> None:
-    """A prompt leaves room for one token at least."""
+    """Refuses an empty prompt, and one that leaves no room for a generated token."""
     if prompt_tokens == 0:
         raise InvalidRequest(field_of(prompt), Amount("0 tokens"), "it must have at least one")
     if prompt_tokens + 1 > context_tokens:
@@ -120,7 +120,7 @@ def check_fits(prompt: Prompt, prompt_tokens: int, context_tokens: int) -> None:
 
 
 def size_bytes(prompt: Prompt) -> int:
-    """Bytes of UTF-8 in all of the prompt's text."""
+    """UTF-8 bytes of all text in the prompt."""
     if isinstance(prompt, str):
         return len(prompt.encode())
     return sum(len(turn.role.encode()) + len(turn.content.encode()) for turn in prompt)

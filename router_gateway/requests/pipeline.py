@@ -1,123 +1,297 @@
-"""One request's life: prepare, place, stream, detokenize, finish. Opens no connection of its own."""
+"""One request, top to bottom: check, tokenize, select a route, stream tokens, detokenize, finish.
+
+In goes a `Request`, out come the messages of its answer: `started` once, any number of `delta`s, `finished` once. Every
+refusal is raised before a shard is asked. Texts are tokenized on the event loop where they are short, else in a thread.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from concurrent.futures import Executor
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from router_gateway.metrics import Metrics
-from router_gateway.requests.answer import Answer
+from router_gateway.requests import limits
 from router_gateway.requests.failover import Failover, FailoverDependencies
-from router_gateway.requests.preparation import Preparation, Prepared
 from router_gateway.requests.recorder import Recorder
-from router_gateway.requests.stream import TokenStream
-from router_gateway.requests.types import Event, Finished, FinishReason, Request, Started
+from router_gateway.requests.stream import FinishReason, Step, StreamInput, TokenStream
+from router_gateway.requests.types import Prompt, Request, user_turns
 from router_gateway.routing.router import RouteDecision
-from router_gateway.routing.selector import Selection
-from router_gateway.routing.ttft_predictor import TtftPredictor
-from stitch.errors import Unavailable
+from router_gateway.routing.selector import Selector
+from router_gateway.routing.ttft_predictor import TrackedRequest, TtftPredictor
+from router_gateway.shards.models import ModelRegistry
+from router_gateway.tokenization.chat_template import TemplateRefusal
+from router_gateway.tokenization.detokenizer import Detokenizer
+from router_gateway.tokenization.source import VocabularySource
+from router_gateway.tokenization.stop_strings import StopStrings
+from router_gateway.tokenization.vocabulary import Vocabulary
+from stitch.cluster import ClusterConfig
+from stitch.errors import InvalidRequest, Unavailable, shown
 from stitch.sampling import Sampling
+from stitch.v1 import inference_pb2, shard_pb2
+
+# Tokenizing this much takes about a millisecond; more would delay other requests on the event loop.
+INLINE_BYTES = 2_048
+
+Response = inference_pb2.GenerateResponse
 
 
-class Generator:
-    """Answers requests, any number at once. `stopping` says whether the program is cutting its answers short."""
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that has passed every check, with what its answer is made from."""
+
+    request: Request
+    stream_input: StreamInput
+    vocabulary: Vocabulary
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.stream_input.token_ids)
+
+
+class InputProcessor:
+    """Checks and tokenizes requests, and selects their routes."""
 
     def __init__(
         self,
-        preparation: Preparation,
-        selection: Selection,
-        around: FailoverDependencies,
-        pace: TtftPredictor,
-        metrics: Metrics,
-        stopping: Callable[[], bool],
+        cluster: ClusterConfig,
+        models: ModelRegistry,
+        source: VocabularySource,
+        selector: Selector,
+        threads: Executor,
     ) -> None:
-        self._preparation = preparation
-        self._selection = selection
-        self._pace = pace
-        self._around = around
+        self._cluster = cluster
+        self._models = models
+        self._source = source
+        self._selector = selector
+        self._threads = threads
+
+    async def prepare(self, request: Request, waited_seconds: Callable[[], float] = lambda: 0.0) -> Prepared:
+        """Raises InvalidRequest, ObjectivesUnmet, or Unavailable before the first shard has answered.
+
+        `waited_seconds` returns the time since the request's arrival.
+        """
+        if request.routing.route is not None:
+            self._cluster.route(request.routing.route)
+        limits.check_prompt(request.prompt)
+        vocabulary = self._source.require()
+        for field in ("stop_token_ids", "forced_token_ids"):
+            limits.check_tokens(field, getattr(request.sampling, field), self._models.vocabulary_size)
+        ids = await self._tokenize(request.prompt, vocabulary)
+        sampling = request.sampling
+        if request.forced_answer is not None:
+            sampling = await self._force(request.forced_answer, sampling, len(ids), vocabulary)
+        sampling = complete_sampling(sampling, len(ids), self._models.context_tokens, vocabulary.end_tokens)
+        decision = self._selector.select(request.routing, user_turns(request.prompt), len(ids), waited_seconds())
+        return Prepared(request, StreamInput(request.request_id, tuple(ids), decision, sampling), vocabulary)
+
+    async def _tokenize(self, prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
+        context_tokens = self._models.context_tokens
+        limits.check_size(prompt, context_tokens, vocabulary.max_token_bytes)
+        ids = await self._encode(prompt, lambda: tokenize(prompt, vocabulary))
+        limits.check_fits(prompt, len(ids), context_tokens)
+        return ids
+
+    async def _encode(self, text: Prompt, encode: Callable[[], list[int]]) -> list[int]:
+        if limits.size_bytes(text) <= INLINE_BYTES:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+
+    async def _force(self, answer: str, sampling: Sampling, prompt_tokens: int, vocabulary: Vocabulary) -> Sampling:
+        """The sampling that gives exactly this answer."""
+        context_tokens = self._models.context_tokens
+        limits.check_forced(answer, sampling.forced_token_ids, context_tokens * vocabulary.max_token_bytes)
+        ids = await self._encode(answer, lambda: vocabulary.encode_rendered(answer))
+        limits.check_answer_fits(len(ids), context_tokens - prompt_tokens)
+        return replace(sampling, forced_token_ids=tuple(ids), max_tokens=min(sampling.max_tokens, len(ids)))
+
+
+def tokenize(prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
+    """Token ids of a prompt. Raises InvalidRequest where the chat template refuses the conversation."""
+    if isinstance(prompt, str):
+        return vocabulary.encode(prompt)
+    roles = ", ".join(turn.role for turn in prompt)
+    if vocabulary.template is None:
+        raise InvalidRequest("chat", roles, "the model has no chat template, so it takes a prompt only")
+    try:
+        rendered = vocabulary.template.render(prompt)
+    except TemplateRefusal as error:
+        raise InvalidRequest("chat", roles, f"the chat template refuses it: {shown(str(error), 200)}") from error
+    return vocabulary.encode_rendered(rendered)
+
+
+def complete_sampling(
+    sampling: Sampling, prompt_tokens: int, context_tokens: int, end_tokens: tuple[int, ...]
+) -> Sampling:
+    """With max_tokens limited to the context, and with the model's end tokens unless they are ignored."""
+    stop = sampling.stop_token_ids
+    if not sampling.ignore_eos:
+        stop = tuple(dict.fromkeys((*stop, *end_tokens)))
+    return replace(sampling, max_tokens=min(sampling.max_tokens, context_tokens - prompt_tokens), stop_token_ids=stop)
+
+
+class OutputProcessor:
+    """Turns the tokens of one answer into deltas.
+
+    A token without final text waits for the next delta, so that every token is in exactly one.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str]) -> None:
+        self._detokenizer = detokenizer
+        self._stop = StopStrings(stop)
+        self._waiting: list[shard_pb2.GeneratedToken] = []
+        self.generated_tokens = 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found, which completes the answer."""
+        return self._stop.found
+
+    def push(self, tokens: Iterable[shard_pb2.GeneratedToken]) -> inference_pb2.Delta | None:
+        """The next delta; None while no further text is final. Tokens after a stop string are dropped."""
+        text = ""
+        for token in tokens:
+            if self.stopped:
+                break
+            self.generated_tokens += 1
+            self._waiting.append(token)
+            text += self._stop.push(self._detokenizer.push(token.id))
+        return self._delta(text) if text else None
+
+    def finish(self) -> inference_pb2.Delta | None:
+        """The delta of the remaining text and tokens; None where there are neither."""
+        text = "" if self.stopped else self._stop.push(self._detokenizer.finish()) + self._stop.finish()
+        return self._delta(text) if text or self._waiting else None
+
+    def _delta(self, text: str) -> inference_pb2.Delta:
+        tokens, self._waiting = self._waiting, []
+        return inference_pb2.Delta(
+            text=text,
+            token_ids=[token.id for token in tokens],
+            logprobs=[token.logprobs for token in tokens if token.HasField("logprobs")],
+        )
+
+
+class Pipeline:
+    """Answers requests, any number at the same time. `aborting` returns whether running answers are being ended."""
+
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        selector: Selector,
+        dependencies: FailoverDependencies,
+        predictor: TtftPredictor,
+        metrics: Metrics,
+        aborting: Callable[[], bool],
+    ) -> None:
+        self._inputs = inputs
+        self._selector = selector
+        self._dependencies = dependencies
+        self._predictor = predictor
         self._metrics = metrics
-        self._stopping = stopping
+        self._aborting = aborting
 
     def now(self) -> float:
-        """The moment, on the clock of arrivals and deadlines."""
-        return self._around.clock()
+        """The time by the clock of arrivals and deadlines, in seconds."""
+        return self._dependencies.clock()
 
-    async def judge(self, request: Request) -> tuple[RouteDecision, int]:
-        """The judgement and the number of prompt tokens, without generating anything.
+    async def decide(self, request: Request) -> tuple[RouteDecision, int]:
+        """The route decision and the number of prompt tokens, without an answer.
 
-        Where the first shard judges, it is asked for one token and left as soon as it has judged.
+        A deferred decision is the first shard's: its session asks for one token and is closed once it has decided.
         """
-        question = replace(request, request_id=uuid.uuid4().hex, sampling=Sampling(max_tokens=1))
-        prepared = await self._preparation.prepare(question)
-        if isinstance(prepared.decision, RouteDecision):
-            return prepared.decision, len(prepared.token_ids)
-        async with aclosing(self._stream(prepared, None).steps()) as steps:
+        query = replace(request, request_id=uuid.uuid4().hex, sampling=Sampling(max_tokens=1))
+        prepared = await self._inputs.prepare(query)
+        decision = prepared.stream_input.decision
+        if isinstance(decision, RouteDecision):
+            return decision, prepared.prompt_tokens
+        async with aclosing(self._steps(prepared, None)) as steps:
             async for step in steps:
                 if step.decision is not None:
-                    return step.decision, len(prepared.token_ids)
-        raise Unavailable("the first shard answered without a judgement")
+                    return step.decision, prepared.prompt_tokens
+        raise Unavailable("the first shard answered without a route decision")
 
     async def generate(
         self, read: Callable[[], Request], arrival: float, deadline: float | None
-    ) -> AsyncGenerator[Event, None]:
-        """One `Started`, any number of `Delta`s, one `Finished`. Closing the iterator cancels the session.
+    ) -> AsyncGenerator[Response, None]:
+        """The messages of one answer. Closing the iterator cancels its session on every shard.
 
-        `read` makes the request out of what the client sent; called in here, its refusal is counted as well.
-        Raises any StitchError; see `Preparation.prepare` and `TokenStream.steps`.
+        `read` makes the request from the client's message; it is called here so that its refusal is recorded too.
+        Raises any StitchError; see `InputProcessor.prepare` and `TokenStream.steps`.
         """
-        clock, stopping = self._around.clock, self._stopping
-        with Recorder(arrival, deadline, self._pace, self._metrics, clock, stopping) as seen:
+        with Recorder(arrival, deadline, self._metrics, self._dependencies.clock, self._aborting) as recorder:
             request = read()
-            seen.named(request.request_id)
-            prepared = await self._preparation.prepare(request, seen.elapsed_seconds)
-            seen.prepared(prepared)
-            async with aclosing(self._answer(prepared, deadline, seen)) as events:
-                async for event in events:
-                    yield event
+            recorder.request_id = request.request_id
+            prepared = await self._inputs.prepare(request, recorder.elapsed_seconds)
+            recorder.record_prompt(prepared.prompt_tokens, request.routing.objectives.max_ttft_seconds)
+            with self._predictor.track(prepared.prompt_tokens) as tracked:
+                async with aclosing(self._answer(prepared, deadline, recorder, tracked)) as responses:
+                    async for response in responses:
+                        yield response
 
-    async def _answer(self, prepared: Prepared, deadline: float | None, seen: Recorder) -> AsyncGenerator[Event, None]:
-        answer = Answer(prepared.vocabulary.detokenizer(), prepared.request.stop)
-        reason = FinishReason.LENGTH
-        if isinstance(prepared.decision, RouteDecision):
-            yield self._started(prepared, prepared.decision, seen)
-        seen.handed_over()
-        async with aclosing(self._stream(prepared, deadline).steps()) as steps:
+    async def _answer(
+        self, prepared: Prepared, deadline: float | None, recorder: Recorder, tracked: TrackedRequest
+    ) -> AsyncGenerator[Response, None]:
+        output = OutputProcessor(prepared.vocabulary.detokenizer(), prepared.request.stop)
+        reason = inference_pb2.FINISH_REASON_LENGTH
+        if isinstance(decision := prepared.stream_input.decision, RouteDecision):
+            yield self._start(prepared, decision, recorder, tracked)
+        recorder.record_placement()
+        async with aclosing(self._steps(prepared, deadline)) as steps:
             async for step in steps:
                 if step.decision is not None:
-                    yield self._started(prepared, step.decision, seen)
-                seen.tokens(len(step.tokens), step.stages)
-                if (delta := answer.push(step.tokens)) is not None:
-                    seen.text()
-                    yield delta
-                if answer.stopped:
+                    yield self._start(prepared, step.decision, recorder, tracked)
+                if step.tokens:
+                    tracked.prompt_computed()
+                    recorder.record_tokens(len(step.tokens), step.stages)
+                if (delta := output.push(step.tokens)) is not None:
+                    yield _delta(delta, recorder, tracked)
+                if output.stopped:
                     break
                 reason = step.finish or reason
-        if (delta := answer.finish()) is not None:
-            if delta.text:
-                seen.text()
-            yield delta
-        yield _finished(FinishReason.STOP if answer.stopped else reason, prepared, answer, seen)
+        if (delta := output.finish()) is not None:
+            yield _delta(delta, recorder, tracked)
+        reason = inference_pb2.FINISH_REASON_STOP if output.stopped else reason
+        yield _finish(reason, prepared, output.generated_tokens, recorder)
 
-    def _stream(self, prepared: Prepared, deadline: float | None) -> TokenStream:
-        decision = prepared.decision
-        routes = (decision.route,) if isinstance(decision, RouteDecision) else decision.routes
-        return TokenStream(prepared, Failover(routes, self._around), deadline, self._around.clock)
+    def _steps(self, prepared: Prepared, deadline: float | None) -> AsyncGenerator[Step, None]:
+        failover = Failover(prepared.stream_input.routes, self._dependencies)
+        return TokenStream(prepared.stream_input, failover, deadline, self._dependencies.clock).steps()
 
-    def _started(self, prepared: Prepared, decision: RouteDecision, seen: Recorder) -> Started:
-        self._selection.take(prepared.request, decision)
-        seen.judged(decision)
-        return Started(prepared.request.request_id, decision, len(prepared.token_ids))
+    def _start(
+        self, prepared: Prepared, decision: RouteDecision, recorder: Recorder, tracked: TrackedRequest
+    ) -> Response:
+        self._selector.record(prepared.request.routing, decision)
+        recorder.record_decision(decision)
+        tracked.route = decision.route
+        return Response(
+            started=inference_pb2.Started(
+                request_id=prepared.request.request_id,
+                decision=decision.to_proto(),
+                prompt_tokens=prepared.prompt_tokens,
+            )
+        )
 
 
-def _finished(reason: FinishReason, prepared: Prepared, answer: Answer, seen: Recorder) -> Finished:
-    seen.finished(reason)
-    return Finished(
-        reason=reason,
-        prompt_tokens=len(prepared.token_ids),
-        generated_tokens=answer.generated_tokens,
-        ttft_seconds=seen.ttft_seconds,
-        total_seconds=seen.elapsed_seconds(),
-        stages=seen.stages,
+def _delta(delta: inference_pb2.Delta, recorder: Recorder, tracked: TrackedRequest) -> Response:
+    if delta.text:
+        recorder.record_text()
+        tracked.text_sent()
+    return Response(delta=delta)
+
+
+def _finish(reason: FinishReason, prepared: Prepared, generated_tokens: int, recorder: Recorder) -> Response:
+    recorder.record_finish(reason)
+    return Response(
+        finished=inference_pb2.Finished(
+            reason=reason,
+            prompt_tokens=prepared.prompt_tokens,
+            generated_tokens=generated_tokens,
+            ttft_seconds=recorder.ttft_seconds,
+            total_seconds=recorder.elapsed_seconds(),
+            stages=recorder.stages,
+        )
     )

@@ -1,1 +1,1 @@
-"""Which route a query takes, and why. Knows no shard, no tokens and no request."""
+"""Which route a request takes, and why: routers, objectives, conversations, predictions of time and cost."""

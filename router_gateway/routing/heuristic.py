@@ -1,17 +1,19 @@
-"""A first, honest router: visible features, hand-set weights, a logistic score. Knows no labels and learns nothing.
+"""The router of a cluster without a learned one: features of the text, hand-set weights, a logistic score.
 
-score = 1 / (1 + exp(-(BIAS + sum of WEIGHTS[f] x f))), each feature f in [0, 1]
+score = 1 / (1 + exp(-(BIAS + sum of WEIGHTS[f] · f))), each feature f in [0, 1]
 
-The weights are set by hand, not learned: a short question of fact comes out near 0.2, one clear sign of hard work
-lifts it by 0.1 to 0.2, and a long text with several of them comes out near 0.9.
+The weights are set by hand: a short question of fact scores about 0.2, one clear sign of a hard task adds 0.1 to 0.2,
+and a long text with several of them scores about 0.9. Every text has a score; the ladder of thresholds turns it into a
+route.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from router_gateway.routing.features import Feature, features
 from router_gateway.routing.router import Ladder, Query, ReasonKind, RouteDecision
 
 BIAS = -2.2
@@ -26,8 +28,51 @@ WEIGHTS: Mapping[str, float] = {
     "constraints": 1.0,
 }
 
-# A reason names the features that weigh most, and no more than these.
+# A reason shows at most this many features, those with the largest contributions.
 SHOWN_FEATURES = 3
+# Content is searched in this many characters at each end of a text: instructions are at its ends, and cost is bounded.
+EXCERPT_CHARACTERS = 4_000
+# Scripts without spaces have words too; in no language they are much longer on average.
+CHARACTERS_PER_WORD = 6
+# The length feature is 1 from this many words on.
+LONG_WORDS = 1_000
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_CODE = re.compile(
+    r"```|^[ \t]*(?:def|class|import|from|return|#include|func|fn|public|SELECT)[ \t]"
+    r"|[;{][ \t]*$|\b\w+\(\w*\)|=>|==|</\w",
+    re.MULTILINE,
+)
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_MATHS = re.compile(r"\\[a-z]{2,}|[=^√∑∫≤≥≠]|\d ?[-+*/×÷%] ?\d")
+_WORD = re.compile(r"[^\W\d_]+")
+_REASONING = _words(
+    "why how explain prove derive compare analyse analyze design evaluate calculate solve reason step steps difference "
+    "differences tradeoff summarise summarize translate refactor debug optimise optimize "
+    "warum wieso erkläre beweise vergleiche pourquoi comment explique"
+)
+_CONSTRAINTS = _words(
+    "must should exactly least most without only except unless each every both avoid ensure never always"
+)
+_CHOICE = re.compile(r"^[ \t]*\(?[A-D][.):][ \t]", re.MULTILINE)
+_LIST_ITEM = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])[ \t]", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One feature of a text, 0 to 1, and its words in a reason, such as `12 words`."""
+
+    name: str
+    value: float
+    description: str
+
+    @property
+    def contribution(self) -> float:
+        return WEIGHTS[self.name] * self.value
 
 
 class HeuristicRouter:
@@ -38,26 +83,65 @@ class HeuristicRouter:
 
     def decide(self, query: Query) -> RouteDecision:
         found = features(query.turns)
-        score = logistic(BIAS + sum(_weight(feature) for feature in found))
+        score = logistic(BIAS + sum(feature.contribution for feature in found))
         route, compared = self._ladder.pick(score, query.routes)
-        return RouteDecision(route, score, f"{_shown(found)}: {compared}", _kind(found))
+        return RouteDecision(route, score, f"{_describe(found)}: {compared}", _kind(found))
 
 
 def logistic(logit: float) -> float:
     return 1.0 / (1.0 + math.exp(-logit))
 
 
-def _weight(feature: Feature) -> float:
-    return WEIGHTS[feature.name] * feature.value
+def features(turns: Sequence[str]) -> list[Feature]:
+    """All features of a user's turns, `length` first, also those that are 0."""
+    text = "\n".join(turns)
+    excerpt = _excerpt(text)
+    words = max(len(excerpt.split()), len(text) // CHARACTERS_PER_WORD)
+    return [
+        Feature("length", min(math.log(words + 1, LONG_WORDS + 1), 1.0), _count(words, "word")),
+        *_content_features(excerpt),
+        _counted("turns", len(turns) - 1, 4, "earlier turn"),
+    ]
 
 
-def _shown(found: Sequence[Feature]) -> str:
+def _content_features(text: str) -> list[Feature]:
+    choices = len(_CHOICE.findall(text))
+    words = _WORD.findall(text.lower())
+    constraints = sum(word in _CONSTRAINTS for word in words) + len(_LIST_ITEM.findall(text))
+    return [
+        _counted("code", len(_CODE.findall(text)), 3, "sign of code", "signs of code"),
+        _counted("numbers", len(_NUMBER.findall(text)), 6, "number"),
+        _counted("maths", len(_MATHS.findall(text)), 3, "formula"),
+        _counted("reasoning", sum(word in _REASONING for word in words), 2, "reasoning word"),
+        # One lettered line is a heading; two are a choice.
+        Feature("choice", float(choices >= 2), _count(choices, "choice")),
+        _counted("constraints", constraints, 4, "constraint"),
+    ]
+
+
+def _excerpt(text: str) -> str:
+    if len(text) <= 2 * EXCERPT_CHARACTERS:
+        return text
+    return f"{text[:EXCERPT_CHARACTERS]}\n{text[-EXCERPT_CHARACTERS:]}"
+
+
+def _counted(name: str, count: int, full: int, singular: str, plural: str = "") -> Feature:
+    """A feature that is 1 from `full` occurrences on."""
+    return Feature(name, min(max(count, 0) / full, 1.0), _count(count, singular, plural))
+
+
+def _count(count: int, singular: str, plural: str = "") -> str:
+    return f"{count:,} {singular if count == 1 else plural or f'{singular}s'}"
+
+
+def _describe(found: Sequence[Feature]) -> str:
+    """The length and the features with the largest contributions, for people to read."""
     length, *content = found
-    heaviest = sorted((feature for feature in content if feature.value), key=_weight, reverse=True)
-    return ", ".join(feature.shown for feature in [length, *heaviest[: SHOWN_FEATURES - 1]])
+    largest = sorted((one for one in content if one.value), key=lambda one: one.contribution, reverse=True)
+    return ", ".join(feature.description for feature in [length, *largest[: SHOWN_FEATURES - 1]])
 
 
 def _kind(found: Sequence[Feature]) -> ReasonKind:
-    """Whether the length or everything else weighs more."""
+    """Whether the length or all other features together contribute more."""
     length, *content = found
-    return "length" if _weight(length) >= sum(map(_weight, content)) else "content"
+    return "length" if length.contribution >= sum(feature.contribution for feature in content) else "content"

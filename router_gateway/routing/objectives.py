@@ -1,7 +1,7 @@
-"""Which route keeps to what a request asks for, by what is predicted of each. Predicts nothing itself.
+"""Which routes meet the objectives of a request, by what is predicted of each route.
 
-A prediction that is missing is no reason to refuse a first text's time, which only measuring will tell; a cost or a
-quality that is not known is not kept to.
+A route without a predicted TTFT counts as fast enough, since only requests on it will measure it; a route without a
+known cost or quality meets no objective for it.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from stitch.errors import ObjectivesUnmet
 
 @dataclass(frozen=True, slots=True)
 class Objectives:
-    """None: anything will do."""
+    """Limits of a request; None: no limit."""
 
     # Arrival at the gateway to the first text.
     max_ttft_seconds: float | None = None
-    # Parameters read for a token, as a share of the dearest route's.
+    # Parameters read per token, relative to the most expensive route.
     max_cost: float | None = None
-    # In the unit of the labels that taught the router.
+    # In the unit of the router's training labels.
     min_quality: float | None = None
 
     @property
     def given(self) -> bool:
-        """Whether there is one."""
-        return self != ANYTHING
+        """Whether any limit is set."""
+        return self != NO_OBJECTIVES
 
 
-ANYTHING = Objectives()
+NO_OBJECTIVES = Objectives()
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What is predicted of a request on one route; None: nothing is known."""
+    """What is predicted of a request on one route; None: unknown."""
 
     route: str
     ttft_seconds: float | None
@@ -44,73 +44,73 @@ class Forecast:
     quality: float | None
 
 
-def narrowed(objectives: Objectives, forecasts: Sequence[Forecast]) -> RouteDecision | DeferredDecision:
-    """The routes that keep to the objectives, where the first shard is to judge; the only one needs no judgement.
+def restrict(objectives: Objectives, forecasts: Sequence[Forecast]) -> RouteDecision | DeferredDecision:
+    """Leaves the first shard the routes that meet the objectives; where only one does, that is the decision.
 
     Raises ObjectivesUnmet where none does.
     """
     fitting = _fitting(objectives, forecasts)
     if len(fitting) > 1:
         return DeferredDecision(
-            tuple(one.route for one in fitting), lambda found: settled(objectives, found, forecasts)
+            tuple(one.route for one in fitting), lambda decision: apply_objectives(objectives, decision, forecasts)
         )
-    reason = "; ".join(_said(objectives, one) for one in forecasts)
-    return RouteDecision(
-        fitting[0].route, None, f"only {fitting[0].route} keeps to the objectives: {reason}", "objective"
-    )
+    route = fitting[0].route
+    predicted = "; ".join(_predicted(objectives, one) for one in forecasts)
+    return RouteDecision(route, None, f"only {route} meets the objectives: {predicted}", "objective")
 
 
-def settled(objectives: Objectives, preferred: RouteDecision, forecasts: Sequence[Forecast]) -> RouteDecision:
-    """The judgement that keeps to the objectives; `forecasts` are of the routes to choose from, cheapest first.
+def apply_objectives(objectives: Objectives, preferred: RouteDecision, forecasts: Sequence[Forecast]) -> RouteDecision:
+    """The preferred decision where its route meets the objectives, else one for another route.
 
-    Raises ObjectivesUnmet where none does.
+    `forecasts` are of the routes to choose from, cheapest first. Raises ObjectivesUnmet where none meets them.
     """
-    taken = _taken(objectives, preferred.route, _fitting(objectives, forecasts))
-    compared = ", ".join(check.compared for check in _checks(objectives, taken))
-    if taken.route == preferred.route:
+    chosen = _choose(objectives, preferred.route, _fitting(objectives, forecasts))
+    compared = ", ".join(limit.compared for limit in _limits(objectives, chosen))
+    if chosen.route == preferred.route:
         return replace(preferred, reason=f"{preferred.reason}; {compared}")
-    others = [_said(objectives, other) for other in forecasts if other is not taken]
-    wish = f"otherwise it would be {preferred.route} ({preferred.reason})"
-    reason = "; ".join([f"{compared} on {taken.route}", *others, wish])
-    return replace(preferred, route=taken.route, reason=reason, kind="objective")
+    others = [_predicted(objectives, other) for other in forecasts if other is not chosen]
+    preference = f"otherwise it would be {preferred.route} ({preferred.reason})"
+    reason = "; ".join([f"{compared} on {chosen.route}", *others, preference])
+    return replace(preferred, route=chosen.route, reason=reason, kind="objective")
 
 
 def _fitting(objectives: Objectives, forecasts: Sequence[Forecast]) -> list[Forecast]:
-    fitting = [forecast for forecast in forecasts if all(check.kept for check in _checks(objectives, forecast))]
+    """Those that meet every limit, at least one."""
+    fitting = [forecast for forecast in forecasts if all(limit.met for limit in _limits(objectives, forecast))]
     if fitting:
         return fitting
-    found = "; ".join(_said(objectives, forecast) for forecast in forecasts)
-    asked = ", ".join(check.asked for check in _checks(objectives, forecasts[0]))
-    raise ObjectivesUnmet(f"no route keeps to {asked}: {found}")
+    predicted = "; ".join(_predicted(objectives, forecast) for forecast in forecasts)
+    required = ", ".join(limit.required for limit in _limits(objectives, forecasts[0]))
+    raise ObjectivesUnmet(f"no route meets {required}: {predicted}")
 
 
-def _taken(objectives: Objectives, preferred: str, fitting: Sequence[Forecast]) -> Forecast:
-    """The cheapest that is good enough; where that was not asked for, the preferred one, else the dearest."""
+def _choose(objectives: Objectives, preferred: str, fitting: Sequence[Forecast]) -> Forecast:
+    """With a minimum quality the cheapest; else the preferred route, or the most expensive where that does not fit."""
     if objectives.min_quality is not None:
         return fitting[0]
     return next((forecast for forecast in fitting if forecast.route == preferred), fitting[-1])
 
 
 @dataclass(frozen=True, slots=True)
-class _Check:
-    """One limit beside one prediction."""
+class _Limit:
+    """One objective beside the prediction for one route."""
 
     name: str
     limit: float
     predicted: float | None
     sign: Literal["≤", "≥"]
     unit: str
-    # Whether a missing prediction counts as kept.
+    # Whether a missing prediction counts as met.
     lenient: bool = False
 
     @property
-    def kept(self) -> bool:
+    def met(self) -> bool:
         if self.predicted is None:
             return self.lenient
         return self.predicted <= self.limit if self.sign == "≤" else self.predicted >= self.limit
 
     @property
-    def asked(self) -> str:
+    def required(self) -> str:
         return f"{self.name} {self.sign} {self.limit:g}{self.unit}"
 
     @property
@@ -124,16 +124,16 @@ class _Check:
         return self.found if self.predicted is None else f"{self.found} {self.sign} {self.limit:g}{self.unit}"
 
 
-def _checks(objectives: Objectives, forecast: Forecast) -> Iterator[_Check]:
-    """One for every objective that is given."""
+def _limits(objectives: Objectives, forecast: Forecast) -> Iterator[_Limit]:
+    """One for every objective that is set."""
     if (seconds := objectives.max_ttft_seconds) is not None:
-        yield _Check("ttft", seconds, forecast.ttft_seconds, "≤", " s", lenient=True)
+        yield _Limit("ttft", seconds, forecast.ttft_seconds, "≤", " s", lenient=True)
     if (cost := objectives.max_cost) is not None:
-        yield _Check("cost", cost, forecast.cost, "≤", "")
+        yield _Limit("cost", cost, forecast.cost, "≤", "")
     if (quality := objectives.min_quality) is not None:
-        yield _Check("quality", quality, forecast.quality, "≥", "")
+        yield _Limit("quality", quality, forecast.quality, "≥", "")
 
 
-def _said(objectives: Objectives, forecast: Forecast) -> str:
-    found = ", ".join(check.found for check in _checks(objectives, forecast))
+def _predicted(objectives: Objectives, forecast: Forecast) -> str:
+    found = ", ".join(limit.found for limit in _limits(objectives, forecast))
     return f"{forecast.route} has {found}"

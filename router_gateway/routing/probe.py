@@ -1,4 +1,7 @@
-"""The router that leaves the judgement to the first shard, which sees hidden states. Reads no artefact of its own."""
+"""The router of a cluster with a probe: it defers every query to the first shard, which sees hidden states.
+
+The shard's `ProbeDecision` comes back with its first reply and becomes a `RouteDecision` here.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from stitch.v1 import shard_pb2
 
 
 class ProbeRouter:
-    """Defers every query: the shards' probe decides while the prompt is being computed.
+    """Defers every query: the probe decides while the first shard computes the prompt.
 
-    `thresholds` are the file that the shards decide by, where the gateway has it, too.
+    `thresholds` are read from the file that the shards decide by, where the gateway has it too.
     """
 
     def __init__(self, thresholds: ThresholdSource | None = None) -> None:
@@ -19,7 +22,7 @@ class ProbeRouter:
 
     @property
     def calibration(self) -> Thresholds | None:
-        """What the shards' probe is calibrated to now; None where the gateway doesn't know."""
+        """The calibration of the shards' probe; None where the gateway does not have it."""
         if self._thresholds is None:
             return None
         self._thresholds.current()
@@ -30,19 +33,20 @@ class ProbeRouter:
 
 
 def open_probe_router(cluster: ClusterConfig) -> ProbeRouter:
-    """The router of a cluster with a probe; InvalidRequest where its thresholds are not those of these routes."""
+    """The router of a cluster with a probe. Raises InvalidRequest where its thresholds are for other routes."""
     file = cluster.probe_thresholds_file
     if file is None or not file.exists():
         return ProbeRouter()
     return ProbeRouter(ReloadingThresholds(file, None, len(cluster.routes)))
 
 
-def decision_of(judged: shard_pb2.ProbeDecision) -> RouteDecision:
-    """What a shard's probe takes of all routes, as every other judgement."""
-    route = judged.preferred or judged.route
-    if judged.failure or len(judged.thresholds) != len(judged.gains) - 1:
-        return RouteDecision(route, 1.0, f"{judged.failure or 'no gains came'}, so the fallback", "fallback")
-    # Of several routes the one that exceeds its threshold by most was taken.
-    worth = [gain - threshold for gain, threshold in zip(judged.gains, (0.0, *judged.thresholds), strict=True)]
-    why = decision_reason("probe", judged.gains, judged.thresholds, worth.index(max(worth)))
-    return RouteDecision(route, judged.score, why, "probe")
+def from_probe(message: shard_pb2.ProbeDecision) -> RouteDecision:
+    """The probe's choice among all routes, also where the request's objectives exclude it."""
+    route = message.preferred or message.route
+    if message.failure or len(message.thresholds) != len(message.gains) - 1:
+        reason = f"{message.failure or 'the shard sent no gains'}, so the fallback"
+        return RouteDecision(route, 1.0, reason, "fallback")
+    # The probe chose the route whose gain exceeds its threshold by most.
+    excess = [gain - threshold for gain, threshold in zip(message.gains, (0.0, *message.thresholds), strict=True)]
+    reason = decision_reason("probe", message.gains, message.thresholds, excess.index(max(excess)))
+    return RouteDecision(route, message.score, reason, "probe")

@@ -1,86 +1,111 @@
-"""The route that a request takes: what it names, what its conversation keeps, what the router takes, and of those what
-its objectives allow. Knows no way to judge a text and no shard.
+"""Selects the route of a request: the one that it names, else its conversation's, else the router's decision; of
+these, what its objectives allow.
+
+The router decides on every request, so that its score is known also where another rule overrides its route. Of a
+request that is refused, nothing is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 
-from router_gateway.requests.types import Prompt, Request
-from router_gateway.routing.conversations import Conversations
-from router_gateway.routing.drift_monitor import DriftMonitor
-from router_gateway.routing.objectives import Forecast, Objectives, narrowed, settled
+from cachetools import TTLCache
+
+from router_gateway.routing.drift import DriftMonitor
+from router_gateway.routing.objectives import NO_OBJECTIVES, Forecast, Objectives, apply_objectives, restrict
 from router_gateway.routing.router import DeferredDecision, Query, ReasonKind, RouteDecision, Router
 from router_gateway.routing.ttft_predictor import TtftPredictor
 from router_gateway.shards.models import ModelRegistry
 from stitch.errors import InvalidRequest
 
+MAX_CONVERSATIONS = 10_000
+# After the last request of a conversation.
+CONVERSATION_SECONDS = 3600.0
 
-class Selection:
-    """Asks the router for every request, so that its score is known even where its choice is not taken."""
+
+@dataclass(frozen=True, slots=True)
+class RoutingOptions:
+    """What a request asks of its route."""
+
+    # None: the router decides.
+    route: str | None = None
+    objectives: Objectives = NO_OBJECTIVES
+    # Empty: the request belongs to no conversation.
+    conversation_id: str = ""
+
+
+NO_OPTIONS = RoutingOptions()
+
+
+def conversation_routes(clock: Callable[[], float]) -> TTLCache[str, str]:
+    """An empty map from conversation ids to routes; an entry expires, and the least recently used one makes room."""
+    return TTLCache(MAX_CONVERSATIONS, CONVERSATION_SECONDS, timer=clock)
+
+
+class Selector:
+    """Combines the router with requests, conversations and objectives. `conversations` maps their ids to routes."""
 
     def __init__(
         self,
         router: Router,
-        catalogue: ModelRegistry,
-        pace: TtftPredictor,
-        conversations: Conversations,
-        watch: DriftMonitor,
+        models: ModelRegistry,
+        predictor: TtftPredictor,
+        conversations: MutableMapping[str, str],
+        monitor: DriftMonitor,
     ) -> None:
         self._router = router
-        self._catalogue = catalogue
-        self._pace = pace
+        self._models = models
+        self._predictor = predictor
         self._conversations = conversations
-        self._watch = watch
+        self._monitor = monitor
 
     def select(
-        self, request: Request, prompt_tokens: int, waited_seconds: float = 0.0
+        self, options: RoutingOptions, turns: Sequence[str], prompt_tokens: int, waited_seconds: float = 0.0
     ) -> RouteDecision | DeferredDecision:
-        """The route and why, or between which routes the first shard is to judge; nothing is kept of the request.
-
-        It came `waited_seconds` ago.
+        """The route for a user's turns, oldest first, of a request that arrived `waited_seconds` ago.
 
         Raises ObjectivesUnmet, or InvalidRequest for an objective that the router has no prediction for.
         """
-        query = Query(user_turns(request.prompt), tuple(self._catalogue.routes()))
-        judged = self._router.decide(query)
-        preferred = self._preferred(request, judged)
-        objectives = _applicable(request.objectives, judged)
+        query = Query(tuple(turns), tuple(self._models.routes()))
+        routed = self._router.decide(query)
+        preferred = self._preferred(options, routed)
+        objectives = _applicable(options.objectives, routed)
         if not objectives.given:
             return preferred
-        open_to = query.routes if request.route is None else (request.route,)
-        qualities = judged.qualities if isinstance(judged, RouteDecision) else None
+        allowed = query.routes if options.route is None else (options.route,)
+        qualities = routed.qualities if isinstance(routed, RouteDecision) else None
         forecasts = self._forecasts(qualities, query.routes, prompt_tokens, waited_seconds)
-        possible = [one for one in forecasts if one.route in open_to]
+        possible = [forecast for forecast in forecasts if forecast.route in allowed]
         if isinstance(preferred, DeferredDecision):
-            return narrowed(objectives, possible)
-        return settled(objectives, preferred, possible)
+            return restrict(objectives, possible)
+        return apply_objectives(objectives, preferred, possible)
 
-    def take(self, request: Request, decision: RouteDecision) -> None:
-        """The request is answered on that route: its conversation stays there, if it wasn't on one already.
+    def record(self, options: RoutingOptions, decision: RouteDecision) -> None:
+        """The request is answered on the route of the decision: keeps it for its conversation, and counts it.
 
-        A route that the request names is one to stay on; a fallback is not, nor one that an objective made it take.
+        A conversation stays on its route unless the request names another one; a fallback, or a route that an
+        objective enforced, is none to stay on.
         """
-        self._watch.judged(decision, self._catalogue.routes())
-        name = request.conversation_id
+        self._monitor.observe(decision, self._models.routes())
+        name = options.conversation_id
         if not name:
             return
-        known = self._conversations.route_of(name)
-        if request.route is None and known is not None:
-            self._conversations.keep(name, known)
+        kept = self._conversations.get(name)
+        if options.route is None and kept is not None:
+            self._conversations[name] = kept
         elif decision.kind not in ("fallback", "objective"):
-            self._conversations.keep(name, decision.route)
+            self._conversations[name] = decision.route
 
     def _preferred(
-        self, request: Request, judged: RouteDecision | DeferredDecision
+        self, options: RoutingOptions, routed: RouteDecision | DeferredDecision
     ) -> RouteDecision | DeferredDecision:
-        if request.route is not None:
-            return _instead(judged, request.route, "the request names it", "requested")
-        kept = self._conversations.route_of(request.conversation_id) if request.conversation_id else None
+        if options.route is not None:
+            return _override(routed, options.route, "the request names it", "requested")
+        kept = self._conversations.get(options.conversation_id) if options.conversation_id else None
         if kept is not None:
-            return _instead(judged, kept, f"the conversation keeps {kept}", "conversation")
-        return judged
+            return _override(routed, kept, f"the conversation keeps {kept}", "conversation")
+        return routed
 
     def _forecasts(
         self,
@@ -89,9 +114,9 @@ class Selection:
         prompt_tokens: int,
         waited_seconds: float,
     ) -> Iterator[Forecast]:
-        costs = self._catalogue.costs()
+        costs = self._models.costs()
         for index, route in enumerate(routes):
-            seconds = self._pace.seconds(route, prompt_tokens)
+            seconds = self._predictor.predict_seconds(route, prompt_tokens)
             yield Forecast(
                 route,
                 ttft_seconds=None if seconds is None else waited_seconds + seconds,
@@ -100,29 +125,22 @@ class Selection:
             )
 
 
-def user_turns(prompt: Prompt) -> tuple[str, ...]:
-    """What the user said, oldest first."""
-    if isinstance(prompt, str):
-        return (prompt,)
-    return tuple(turn.content for turn in prompt if turn.role == "user")
-
-
-def _instead(judged: RouteDecision | DeferredDecision, route: str, why: str, kind: ReasonKind) -> RouteDecision:
-    """`route`, whatever the router says; its score and choice are told where it judges here."""
-    if isinstance(judged, DeferredDecision):
+def _override(routed: RouteDecision | DeferredDecision, route: str, why: str, kind: ReasonKind) -> RouteDecision:
+    """A decision for `route`, with the router's score and choice where it made one."""
+    if isinstance(routed, DeferredDecision):
         return RouteDecision(route, None, why, kind)
-    reason = f"{why}; the router would take {judged.route} ({judged.reason})"
-    return replace(judged, route=route, reason=reason, kind=kind)
+    reason = f"{why}; the router would take {routed.route} ({routed.reason})"
+    return replace(routed, route=route, reason=reason, kind=kind)
 
 
-def _applicable(objectives: Objectives, judged: RouteDecision | DeferredDecision) -> Objectives:
-    """Those that can be held against a prediction; a router that failed is no reason to refuse a request."""
+def _applicable(objectives: Objectives, routed: RouteDecision | DeferredDecision) -> Objectives:
+    """The objectives that can be compared with a prediction; after a router's failure, all but the quality."""
     if objectives.min_quality is None:
         return objectives
-    if isinstance(judged, RouteDecision):
-        if judged.qualities is not None:
+    if isinstance(routed, RouteDecision):
+        if routed.qualities is not None:
             return objectives
-        if judged.kind == "fallback":
+        if routed.kind == "fallback":
             return replace(objectives, min_quality=None)
     limit = "only a learned router of texts predicts quality, and this gateway has none"
     raise InvalidRequest("objectives.min_quality", objectives.min_quality, limit)

@@ -1,102 +1,201 @@
-"""How long requests take to their first text at this gateway, and what is under way. Knows no text and no limit.
+"""Predicts a request's time to first token (TTFT) on a route from what the latest requests took.
 
-Prompts are computed in the order of their arrival, so a request waits for those before it, whatever their routes; of
-one that is being computed, only what the pace of its route leaves by now.
+First shards compute prompts in the order of their arrival, so a request waits for all earlier prompts, whatever their
+routes. Its work is therefore the tokens of its own prompt and those of earlier prompts that are not computed yet; of a
+prompt in progress, the pace of its route estimates how much is done. Per route,
+
+    seconds = intercept + slope · tokens
+
+is fitted by least squares of the relative error over a window of samples; neither term is negative. A prediction is a
+bound: that line times the second largest factor in the window by which a sample exceeded the line, each compared with
+the line before the sample was added. If the order of samples is random, 2 of WINDOW + 1 exceed it; a single outlier
+does not widen it.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from types import TracebackType
+from typing import Self
 
-from router_gateway.routing.ttft_regression import TtftLine
+# Samples kept for each route: few, so that a change of pace soon dominates.
+WINDOW = 64
+# Samples expire, so that a slow phase is forgotten even where its own predictions keep every request away.
+MAX_AGE_SECONDS = 300.0
+# A line needs this many samples, and a bound this many more that were compared with a line.
+MIN_SAMPLES = 8
+# A sample of 0 s, by a coarse clock, has no relative error.
+_MIN_SECONDS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    tokens: float
+    seconds: float
+    at: float
+    # Measured seconds divided by predicted ones; None where there was no line yet.
+    factor: float | None
+
+
+class TtftRegression:
+    """The samples and the line of one route. Times are seconds of one monotonic clock."""
+
+    def __init__(self) -> None:
+        self._samples: deque[_Sample] = deque(maxlen=WINDOW)
+
+    def observe(self, tokens: float, seconds: float, at: float) -> None:
+        """Adds a sample: work of `tokens` took `seconds`, above 0, until the first text at `at`."""
+        self._expire(at)
+        line = self._line()
+        factor = None if line is None else seconds / _evaluate(line, tokens)
+        self._samples.append(_Sample(tokens, seconds, at, factor))
+
+    def bound(self, tokens: float, at: float) -> float | None:
+        """Seconds that nearly all requests with this much work stay below; None with too few samples."""
+        self._expire(at)
+        line, factor = self._line(), self._factor()
+        return None if line is None or factor is None else _evaluate(line, tokens) * factor
+
+    def slope(self, at: float) -> float | None:
+        """Seconds per token; None with too few samples."""
+        self._expire(at)
+        line = self._line()
+        return None if line is None else line[1]
+
+    def _expire(self, at: float) -> None:
+        while self._samples and self._samples[0].at < at - MAX_AGE_SECONDS:
+            self._samples.popleft()
+
+    def _line(self) -> tuple[float, float] | None:
+        """Intercept and slope."""
+        if len(self._samples) < MIN_SAMPLES:
+            return None
+        # Each sample has the weight 1 / seconds², which makes its error relative.
+        sums = [0.0] * 5
+        for sample in self._samples:
+            a, b = 1 / sample.seconds, sample.tokens / sample.seconds
+            for index, term in enumerate((a * a, a * b, b * b, a, b)):
+                sums[index] += term
+        return _least_squares(*sums)
+
+    def _factor(self) -> float | None:
+        factors = [sample.factor for sample in self._samples if sample.factor is not None]
+        return sorted(factors)[-2] if len(factors) >= MIN_SAMPLES else None
+
+
+def _least_squares(aa: float, ab: float, bb: float, a: float, b: float) -> tuple[float, float]:
+    """The minimum of Σ (x·aᵢ + y·bᵢ - 1)² over x, y ≥ 0, from the sums of products."""
+    determinant = aa * bb - ab * ab
+    # Prompts of equal length determine no slope.
+    if determinant > 1e-9 * aa * bb:
+        x, y = (a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant
+        if x >= 0 and y >= 0:
+            return x, y
+        if x < 0:
+            return 0.0, b / bb
+    return a / aa, 0.0
+
+
+def _evaluate(line: tuple[float, float], tokens: float) -> float:
+    intercept, slope = line
+    return intercept + slope * tokens
 
 
 class TtftPredictor:
-    """Predicts for requests that come, and learns from those under way. `lanes`: first shards that share the work."""
+    """Predicts for arriving requests and learns from tracked ones.
 
-    def __init__(self, routes: Iterable[str], lanes: Callable[[], int], clock: Callable[[], float]) -> None:
-        self._lines = {route: TtftLine() for route in routes}
-        self._lanes = lanes
+    `first_shards` returns how many first shards share the prompts.
+    """
+
+    def __init__(self, routes: Iterable[str], first_shards: Callable[[], int], clock: Callable[[], float]) -> None:
+        self._regressions = {route: TtftRegression() for route in routes}
+        self._first_shards = first_shards
         self._clock = clock
-        # Those whose first token has not come, in the order of their arrival, by the identity of their Run.
-        self._waiting: dict[int, Run] = {}
-        # The tokens of their prompts.
-        self._ahead = 0
+        # Requests whose first token has not come, in the order of their arrival, by identity.
+        self._pending: dict[int, TrackedRequest] = {}
+        # Tokens of their prompts.
+        self._pending_tokens = 0
 
-    def seconds(self, route: str, prompt_tokens: int) -> float | None:
-        """From now to the first text, which nearly all requests keep to; None where too little is known."""
-        return self._lines[route].bound(self._tokens(prompt_tokens), self._clock())
+    def predict_seconds(self, route: str, prompt_tokens: int) -> float | None:
+        """From now to the first text, a bound that nearly all requests keep; None with too few samples."""
+        return self._regressions[route].bound(self._work_tokens(prompt_tokens), self._clock())
 
-    def begin(self, prompt_tokens: int, route: str | None = None) -> Run:
-        """A prompt stands in line from now on. Without a route, `Run.takes` will say it."""
-        run = Run(self, prompt_tokens, self._tokens(prompt_tokens), self._clock(), route)
-        self._waiting[id(run)] = run
-        self._ahead += prompt_tokens
-        self._go_on()
-        return run
+    def track(self, prompt_tokens: int, route: str | None = None) -> TrackedRequest:
+        """Adds a request to those whose prompt is pending; without a route, set `TrackedRequest.route` later."""
+        request = TrackedRequest(self, prompt_tokens, self._work_tokens(prompt_tokens), self._clock(), route)
+        self._pending[id(request)] = request
+        self._pending_tokens += prompt_tokens
+        self._mark_started()
+        return request
 
-    def computed(self, run: Run) -> None:
-        """A prompt stands before nobody any more."""
-        if self._waiting.pop(id(run), None) is not None:
-            self._ahead -= run.prompt_tokens
-            self._go_on()
+    def remove(self, request: TrackedRequest) -> None:
+        """The prompt is computed, or never will be: later requests don't wait for it."""
+        if self._pending.pop(id(request), None) is not None:
+            self._pending_tokens -= request.prompt_tokens
+            self._mark_started()
 
-    def arrived(self, run: Run) -> None:
-        """Its first text is there."""
+    def observe(self, request: TrackedRequest) -> None:
+        """Adds the sample of a request whose first text has come."""
         now = self._clock()
-        if run.route is not None:
-            # A clock may be too coarse for a fake shard.
-            self._lines[run.route].observe(run.tokens, max(now - run.began, 1e-6), now)
+        if request.route is not None:
+            seconds = max(now - request.arrival, _MIN_SECONDS)
+            self._regressions[request.route].observe(request.work_tokens, seconds, now)
 
-    def _go_on(self) -> None:
-        for run in self._computing():
-            if run.computing_since is None:
-                run.computing_since = self._clock()
+    def _mark_started(self) -> None:
+        for request in self._in_progress():
+            if request.started is None:
+                request.started = self._clock()
 
-    def _computing(self) -> Iterator[Run]:
-        """The first in line."""
-        return islice(self._waiting.values(), max(self._lanes(), 1))
+    def _in_progress(self) -> Iterator[TrackedRequest]:
+        """The oldest pending requests, one for each first shard."""
+        return islice(self._pending.values(), max(self._first_shards(), 1))
 
-    def _tokens(self, prompt_tokens: int) -> float:
-        """To be computed before the first token of such a prompt, its own among them."""
-        ahead = self._ahead - sum(map(self._done, self._computing()))
-        return prompt_tokens + ahead / max(self._lanes(), 1)
+    def _work_tokens(self, prompt_tokens: int) -> float:
+        """Tokens to compute before the first token of such a prompt, its own included."""
+        earlier = self._pending_tokens - sum(map(self._done_tokens, self._in_progress()))
+        return prompt_tokens + earlier / max(self._first_shards(), 1)
 
-    def _done(self, run: Run) -> float:
-        """Tokens of a prompt that are computed already, as far as its route's pace tells."""
+    def _done_tokens(self, request: TrackedRequest) -> float:
+        """How many of its prompt tokens are computed by now, estimated by the pace of its route."""
         now = self._clock()
-        slope = None if run.route is None else self._lines[run.route].slope(now)
-        if run.computing_since is None or not slope:
+        slope = None if request.route is None else self._regressions[request.route].slope(now)
+        if request.started is None or not slope:
             return 0.0
-        return min((now - run.computing_since) / slope, run.prompt_tokens)
+        return min((now - request.started) / slope, request.prompt_tokens)
 
 
 @dataclass(slots=True, eq=False)
-class Run:
-    """One request. Each of its moments counts once, however often it is told."""
+class TrackedRequest:
+    """One request on its way to its first text. Leaving its block removes it from the pending ones."""
 
-    pace: TtftPredictor
+    predictor: TtftPredictor
     prompt_tokens: int
-    # To be computed before its first token.
-    tokens: float
-    began: float
-    # None: not known yet.
+    # Tokens to compute before its first token.
+    work_tokens: float
+    arrival: float
+    # None: not decided yet.
     route: str | None = None
-    computing_since: float | None = None
-    _arrived: bool = False
+    # When its prompt's computation began; None: earlier prompts are still pending.
+    started: float | None = None
+    _observed: bool = False
 
-    def takes(self, route: str) -> None:
-        """It is computed on that route."""
-        self.route = route
+    def __enter__(self) -> Self:
+        return self
 
-    def token(self) -> None:
-        """A token came, so the prompt is computed; or none will come."""
-        self.pace.computed(self)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.prompt_computed()
 
-    def text(self) -> None:
-        """Text leaves for the client."""
-        if not self._arrived:
-            self._arrived = True
-            self.pace.arrived(self)
+    def prompt_computed(self) -> None:
+        """A token came. Calls after the first have no effect."""
+        self.predictor.remove(self)
+
+    def text_sent(self) -> None:
+        """Text goes to the client. Calls after the first have no effect."""
+        if not self._observed:
+            self._observed = True
+            self.predictor.observe(self)

@@ -1,1 +1,1 @@
-"""The client's protocol: messages in, domain calls, messages out. Knows no shard."""
+"""The gRPC services of the gateway: messages in, calls of the pipeline, messages out."""

@@ -1,4 +1,4 @@
-"""Says by `grpc.health.v1` whether the gateway can answer. Knows no request."""
+"""The service `grpc.health.v1.Health`: SERVING while a tokenizer is there and a route accepts requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from grpc_health.v1 import health, health_pb2
 
 from router_gateway.shards.registry import ShardRegistry
 
-# "" stands for the whole server.
+# "" is the whole server.
 SERVICES = ("", "stitch.v1.Inference")
 
 _STATUS = {
@@ -18,23 +18,23 @@ _STATUS = {
 
 
 class Health:
-    """The servicer, and what it says."""
+    """The servicer and its status."""
 
     def __init__(self) -> None:
-        # The stubs know the servicer of threaded servers only.
+        # The stubs have only the servicer of threaded servers.
         self.servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
 
-    async def follow(self, fleet: ShardRegistry, ready: Callable[[], bool]) -> None:
-        """Sets the status anew after every change among the shards, for ever."""
+    async def follow(self, registry: ShardRegistry, ready: Callable[[], bool]) -> None:
+        """Sets the status by `ready` now and after every change of a shard; never returns."""
         while True:
-            version = fleet.version
+            version = registry.version
             await self.set(ready())
-            await fleet.changed_since(version)
+            await registry.changed_since(version)
 
     async def set(self, serving: bool) -> None:
         for service in SERVICES:
             await self.servicer.set(service, _STATUS[serving])
 
-    async def leave(self) -> None:
-        """NOT_SERVING from now on, whatever happens."""
+    async def shut_down(self) -> None:
+        """Sets NOT_SERVING for good; later calls of `set` have no effect."""
         await self.servicer.enter_graceful_shutdown()

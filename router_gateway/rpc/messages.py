@@ -1,36 +1,46 @@
-"""Messages of `stitch.v1` to the gateway's values and back. Decides nothing but what an unset field means."""
+"""Reads the client's messages: bytes to messages, messages to the pipeline's requests.
+
+Everything that is malformed or outside its limits raises InvalidRequest with the field. What a field means where it is
+not set is decided here.
+"""
 
 from __future__ import annotations
 
+import functools
 import secrets
 import uuid
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import assert_never
+from typing import Any
+
+from google.protobuf import message_factory
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import DecodeError, Message
 
 from router_gateway.requests import limits
 from router_gateway.requests.limits import Amount
-from router_gateway.requests.types import Delta, Event, Finished, FinishReason, Prompt, Request, Started, Turn
+from router_gateway.requests.types import Prompt, Request
 from router_gateway.routing.objectives import Objectives
-from router_gateway.routing.router import RouteDecision
+from router_gateway.routing.selector import RoutingOptions
+from router_gateway.tokenization.chat_template import Turn
 from stitch.errors import InvalidRequest
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2
 
-# Asks for the router's judgement, as no name at all does.
+# Leaves the route to the router, as an empty name does.
 AUTO = "auto"
-# What is longer would keep the event loop busy before the context is known that it does not fit into.
+# Longer ones would block the event loop before they are compared with the context.
 MAX_MESSAGES = 32_768
 MAX_STOP_TOKENS = 1_024
 MAX_FORCED_TOKENS = 32_768
-
-_REASONS = {
-    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
-}
+# An error shows this many bytes of a string before the invalid one.
+SHOWN_BYTES = 12
 
 
 def to_request(message: inference_pb2.GenerateRequest) -> Request:
-    """Raises InvalidRequest for a message without input, or with a sampling outside of its limits."""
+    """Raises InvalidRequest for a message without input, or with a value outside its limits."""
     limits.check_id("request_id", message.request_id)
     limits.check_stop(message.stop)
     return Request(
@@ -38,22 +48,14 @@ def to_request(message: inference_pb2.GenerateRequest) -> Request:
         prompt=to_prompt(message),
         sampling=_to_sampling(message.sampling),
         stop=tuple(message.stop),
-        route=None if message.route in ("", AUTO) else message.route,
-        objectives=_to_objectives(message.objectives),
-        conversation_id=_to_conversation_id(message),
+        routing=replace(_to_routing(message), route=None if message.route in ("", AUTO) else message.route),
         forced_answer=message.forced_answer if message.HasField("forced_answer") else None,
     )
 
 
-def to_question(message: inference_pb2.RouteRequest) -> Request:
-    """A request that is only to be judged; errors as `to_request`."""
-    return Request(
-        request_id="",
-        prompt=to_prompt(message),
-        sampling=Sampling(),
-        objectives=_to_objectives(message.objectives),
-        conversation_id=_to_conversation_id(message),
-    )
+def to_route_query(message: inference_pb2.RouteRequest) -> Request:
+    """A request of which only the route is decided; raises like `to_request`."""
+    return Request(request_id="", prompt=to_prompt(message), sampling=Sampling(), routing=_to_routing(message))
 
 
 def to_prompt(message: inference_pb2.GenerateRequest | inference_pb2.RouteRequest) -> Prompt:
@@ -67,32 +69,13 @@ def to_prompt(message: inference_pb2.GenerateRequest | inference_pb2.RouteReques
             raise InvalidRequest("input", Amount("not set"), "a request has a prompt or a chat")
 
 
-def to_response(event: Event) -> inference_pb2.GenerateResponse:
-    match event:
-        case Started():
-            return inference_pb2.GenerateResponse(started=_started(event))
-        case Delta():
-            return inference_pb2.GenerateResponse(delta=_delta(event))
-        case Finished():
-            return inference_pb2.GenerateResponse(finished=_finished(event))
-        case _:
-            assert_never(event)
-
-
-def to_decision(decision: RouteDecision) -> inference_pb2.RouteDecision:
-    return inference_pb2.RouteDecision(route=decision.route, score=decision.score or 0.0, reason=decision.reason)
-
-
-def _to_objectives(message: inference_pb2.Objectives) -> Objectives:
-    given = {field.name: value for field, value in message.ListFields()}
+def _to_routing(message: inference_pb2.GenerateRequest | inference_pb2.RouteRequest) -> RoutingOptions:
+    """Everything but the route, which a RouteRequest can't name."""
+    given = {field.name: value for field, value in message.objectives.ListFields()}
     objectives = Objectives(**given)
     limits.check_objectives(objectives)
-    return objectives
-
-
-def _to_conversation_id(message: inference_pb2.GenerateRequest | inference_pb2.RouteRequest) -> str:
     limits.check_id("conversation_id", message.conversation_id)
-    return message.conversation_id
+    return RoutingOptions(objectives=objectives, conversation_id=message.conversation_id)
 
 
 def _to_sampling(message: inference_pb2.Sampling) -> Sampling:
@@ -102,25 +85,57 @@ def _to_sampling(message: inference_pb2.Sampling) -> Sampling:
     return sampling if message.HasField("seed") else replace(sampling, seed=secrets.randbits(64))
 
 
-def _started(event: Started) -> inference_pb2.Started:
-    decision = to_decision(event.decision)
-    return inference_pb2.Started(request_id=event.request_id, decision=decision, prompt_tokens=event.prompt_tokens)
+def decode(request_type: type[Message], data: bytes) -> Message:
+    """The message in `data`. Raises InvalidRequest for a string that is not UTF-8, or bytes that are no message.
+
+    Protobuf refuses the whole message for one such string and does not name it. So a refused message is parsed once
+    more, with descriptors in which every string is bytes.
+    """
+    try:
+        return request_type.FromString(data)
+    except DecodeError as error:
+        name = request_type.DESCRIPTOR.full_name
+        try:
+            message = _type_with_bytes(name).FromString(data)
+        except DecodeError:
+            limit = f"they are no {name}"
+            raise InvalidRequest("request", Amount(f"{len(data):,} bytes"), limit) from error
+        for path, value, index in _invalid_strings(message, ""):
+            limit = f"it must be UTF-8, and byte {index} is 0x{value[index]:02x}"
+            raise InvalidRequest(path, value[max(0, index - SHOWN_BYTES) : index + 1], limit) from error
+        raise InvalidRequest("request", Amount(f"{len(data):,} bytes"), str(error)) from error
 
 
-def _delta(event: Delta) -> inference_pb2.Delta:
-    return inference_pb2.Delta(
-        text=event.text,
-        token_ids=[token.id for token in event.tokens],
-        logprobs=[token.logprobs for token in event.tokens if token.logprobs is not None],
-    )
+@functools.cache
+def _type_with_bytes(full_name: str) -> type[Message]:
+    """The message type of that name with bytes in place of strings, which are the same on the wire."""
+    file = FileDescriptorProto()
+    inference_pb2.DESCRIPTOR.CopyToProto(file)
+    for message in file.message_type:
+        for field in message.field:
+            if field.type == FieldDescriptorProto.TYPE_STRING:
+                field.type = FieldDescriptorProto.TYPE_BYTES
+    pool = DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(full_name))
 
 
-def _finished(event: Finished) -> inference_pb2.Finished:
-    return inference_pb2.Finished(
-        reason=_REASONS[event.reason],
-        prompt_tokens=event.prompt_tokens,
-        generated_tokens=event.generated_tokens,
-        ttft_seconds=event.ttft_seconds,
-        total_seconds=event.total_seconds,
-        stages=[inference_pb2.Stage(name=stage.name, seconds=stage.seconds) for stage in event.stages],
-    )
+def _invalid_strings(message: Message, prefix: str) -> Iterator[tuple[str, bytes, int]]:
+    """Path, bytes and index of the first invalid byte, of every string that is not UTF-8."""
+    for field, value in message.ListFields():
+        path = f"{prefix}{field.name}"
+        if field.is_repeated:
+            for index, item in enumerate(value):
+                yield from _invalid_in_field(field, item, f"{path}[{index}]")
+        else:
+            yield from _invalid_in_field(field, value, path)
+
+
+def _invalid_in_field(field: FieldDescriptor, value: Any, path: str) -> Iterator[tuple[str, bytes, int]]:
+    if field.message_type is not None:
+        yield from _invalid_strings(value, f"{path}.")
+    elif isinstance(value, bytes):
+        try:
+            value.decode()
+        except UnicodeDecodeError as error:
+            yield path, value, error.start

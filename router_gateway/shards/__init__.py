@@ -1,1 +1,1 @@
-"""The shards behind the gateway: who lives, what each holds, which chain a request gets. Knows no text."""
+"""The shards that the gateway sends sessions to: their state, what they hold, and the chain for a request."""

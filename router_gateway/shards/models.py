@@ -1,4 +1,4 @@
-"""What models and routes the cluster serves, by its file and by what its shards say. Knows no request."""
+"""The models and routes that a cluster serves, from its cluster file and from the identities of its shards."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from stitch.v1 import inference_pb2, shard_pb2
 
 
 class ModelRegistry:
-    """Merges the cluster file with the shards' identities; those are kept while a shard is away."""
+    """Merges the cluster file with the identities of the shards, which are kept while a shard is gone."""
 
-    def __init__(self, cluster: ClusterConfig, fleet: ShardRegistry) -> None:
+    def __init__(self, cluster: ClusterConfig, registry: ShardRegistry) -> None:
         self._cluster = cluster
-        self._fleet = fleet
+        self._registry = registry
 
     @property
     def context_tokens(self) -> int:
-        """The longest prompt and answer together that both models take, and that every shard has KV for.
+        """The most tokens of prompt and answer together, by both models' context and by every shard's KV.
 
-        Raises Unavailable before the first shard has said it.
+        Raises Unavailable before the first shard has answered.
         """
         capacities = [identity.kv_capacity_tokens for identity in self._identities() if identity.kv_capacity_tokens]
         return min(self._stated("context_length") + capacities)
 
     @property
     def vocabulary_size(self) -> int:
-        """Token ids are below this; the models' vocabularies may be padded differently."""
+        """Token ids are below this. The models' vocabularies may be padded differently; the larger one counts."""
         return max(self._stated("vocabulary_size"))
 
     def routes(self) -> list[str]:
-        """Names of the routes, cheapest first: by parameters read for a token, or by layers until all are known."""
+        """Routes by name, cheapest first: by parameters read per token, or by bottom layers until all are known."""
         parameters = {route.name: self._route(route).parameters for route in self._cluster.routes}
         known = all(parameters.values())
         cheapest_first = sorted(
@@ -42,7 +42,7 @@ class ModelRegistry:
         return [route.name for route in cheapest_first]
 
     def costs(self) -> dict[str, float]:
-        """Parameters read for a token by route, as a share of the most; empty until all are known."""
+        """Parameters read per token by route, relative to the most expensive route; empty until all are known."""
         parameters = {route.name: self._route(route).parameters for route in self._cluster.routes}
         most = max(parameters.values())
         return {name: count / most for name, count in parameters.items()} if all(parameters.values()) else {}
@@ -53,31 +53,31 @@ class ModelRegistry:
             bottom=self._model("bottom", self._cluster.models.bottom),
             top=self._model("top", self._cluster.models.top),
             routes=[self._route(self._cluster.route(name)) for name in self.routes()],
-            shards=[_shard(replica) for replica in self._fleet.replicas.values()],
+            shards=[_shard(replica) for replica in self._registry.replicas.values()],
         )
 
     def _route(self, route: RouteConfig) -> inference_pb2.RouteDescription:
-        """The cut as the file has it; parameters are 0 until every stage of the route has said what it reads."""
-        said = [self._said_of(route, stage) for stage in self._cluster.stages(route)]
+        """A route as the file describes it; its parameters are 0 until every stage has stated its own."""
+        stages = [self._stage_of(route, stage) for stage in self._cluster.stages(route)]
         return inference_pb2.RouteDescription(
             name=route.name,
             bottom_layers=route.bottom_layers,
             top_from=route.top_from,
-            stitch=next((part.stitch for part in said if part.stitch), ""),
-            parameters=sum(part.parameters for part in said) if all(part.parameters for part in said) else 0,
+            stitch=next((stage.stitch for stage in stages if stage.stitch), ""),
+            parameters=sum(stage.parameters for stage in stages) if all(stage.parameters for stage in stages) else 0,
         )
 
-    def _said_of(self, route: RouteConfig, stage: Iterable[ShardConfig]) -> inference_pb2.RouteDescription:
-        """What any replica of a stage says of its own part of the route."""
-        for place in stage:
-            identity = self._fleet.replicas[place.name].identity
-            for part in identity.routes if identity is not None else ():
-                if part.name == route.name:
-                    return part
+    def _stage_of(self, route: RouteConfig, stage: Iterable[ShardConfig]) -> inference_pb2.RouteDescription:
+        """The stitch and the parameters that any replica of a stage states for its layers of the route."""
+        for shard in stage:
+            identity = self._registry.replicas[shard.name].identity
+            for stated in identity.routes if identity is not None else ():
+                if stated.name == route.name:
+                    return stated
         return inference_pb2.RouteDescription()
 
     def _model(self, role: str, source: ModelConfig) -> inference_pb2.Model:
-        """As a shard of that role describes its own model, or as its neighbour does."""
+        """The model of a role as a shard of that role describes it, else as a shard of the other role does."""
         for identity in sorted(self._identities(), key=lambda identity: identity.role != role):
             model: inference_pb2.Model = getattr(identity, role)
             if model.layers:
@@ -93,20 +93,20 @@ class ModelRegistry:
         return stated
 
     def _identities(self) -> Iterator[shard_pb2.ShardIdentity]:
-        return (replica.identity for replica in self._fleet.replicas.values() if replica.identity is not None)
+        return (replica.identity for replica in self._registry.replicas.values() if replica.identity is not None)
 
 
 def _shard(replica: Replica) -> inference_pb2.ShardDescription:
-    place: ShardConfig = replica.place
+    config = replica.config
     identity = replica.identity or shard_pb2.ShardIdentity()
     return inference_pb2.ShardDescription(
-        name=place.name,
-        address=place.address,
-        role=place.role,
-        first_layer=place.layers[0],
-        end_layer=place.layers[1],
+        name=config.name,
+        address=config.address,
+        role=config.role,
+        first_layer=config.layers[0],
+        end_layer=config.layers[1],
         device=identity.device,
         dtype=identity.compute_dtype,
         kv_capacity_tokens=identity.kv_capacity_tokens,
-        serving=replica.serving,
+        serving=replica.accepts_requests,
     )

@@ -1,4 +1,7 @@
-"""Which replicas make the chain for a request. Knows no tokens, only how many there are."""
+"""Chooses the chain of replicas for a request: for every stage of its route the one with the most free KV.
+
+Only replicas that accept requests are chosen. Within one request, replicas that failed it come last.
+"""
 
 from __future__ import annotations
 
@@ -24,80 +27,85 @@ class Chain:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(replica.place.name for replica in self.replicas)
+        return tuple(replica.config.name for replica in self.replicas)
 
     @property
-    def rest(self) -> list[str]:
+    def next_addresses(self) -> list[str]:
         """Addresses of the shards after the first."""
-        return [replica.place.address for replica in self.replicas[1:]]
+        return [replica.config.address for replica in self.replicas[1:]]
 
     @property
     def serving(self) -> bool:
+        """Whether a session that runs on it goes on."""
         return all(replica.serving for replica in self.replicas)
 
+    @property
+    def draining(self) -> bool:
+        """Whether one of its shards refuses new sessions."""
+        return any(replica.draining for replica in self.replicas)
+
     def reserve(self, tokens: int) -> None:
-        """Counts tokens as taken on every shard until it says by itself what is free."""
+        """Counts KV tokens as used on every shard until its next poll."""
         for replica in self.replicas:
             replica.reserve(tokens)
 
     @contextmanager
-    def on_unavailable(self, tell: Callable[[], object]) -> Iterator[None]:
-        """Calls `tell` if any of the shards goes away inside of the block."""
+    def on_unavailable(self, callback: Callable[[], object]) -> Iterator[None]:
+        """Calls `callback` if any of the shards is gone within the block."""
         with ExitStack() as stack:
             for replica in self.replicas:
-                stack.enter_context(replica.on_unavailable(tell))
+                stack.enter_context(replica.on_unavailable(callback))
             yield
 
 
 @dataclass(frozen=True, slots=True)
 class CandidateChains(Chain):
-    """The chains of several routes, of which their common first shard takes one; `replicas` are those of all.
+    """The chains of several routes, between which their common first shard decides; `replicas` are those of all.
 
-    If any of them goes away, all is begun anew: what the first shard takes is known a moment later.
+    If any of them is gone, the session starts over on other chains: the first shard's decision takes only a moment.
     """
 
-    # By route.
-    branches: Mapping[str, Chain]
+    by_route: Mapping[str, Chain]
 
 
 class Placement:
-    """Finds chains of shards that serve now."""
+    """Chooses among the replicas of a registry."""
 
-    def __init__(self, cluster: ClusterConfig, fleet: ShardRegistry) -> None:
+    def __init__(self, cluster: ClusterConfig, registry: ShardRegistry) -> None:
         self._stages = {
-            route.name: [[fleet.replicas[place.name] for place in stage] for stage in cluster.stages(route)]
+            route.name: [[registry.replicas[shard.name] for shard in stage] for stage in cluster.stages(route)]
             for route in cluster.routes
         }
 
     def choose(self, route: str, failures: Counter[str]) -> Chain | None:
-        """The chain of shards with the fewest `failures`, of those with the most free KV.
+        """The chain of the replicas with the fewest `failures`, and of those with the most free KV.
 
-        None where a stage has no shard that serves.
+        None where a stage has no replica that accepts requests.
         """
         chosen = []
         for stage in self._stages[route]:
-            serving = [replica for replica in stage if replica.serving]
-            if not serving:
+            candidates = [replica for replica in stage if replica.accepts_requests]
+            if not candidates:
                 return None
-            chosen.append(min(serving, key=lambda one: (failures[one.place.name], -one.free_kv_tokens)))
+            chosen.append(min(candidates, key=lambda one: (failures[one.config.name], -one.free_kv_tokens)))
         return Chain(tuple(chosen))
 
-    def fork(self, routes: Sequence[str], failures: Counter[str]) -> CandidateChains | None:
+    def choose_candidates(self, routes: Sequence[str], failures: Counter[str]) -> CandidateChains | None:
         """A chain as `choose` finds it for each route; None where one of them has none.
 
-        All have one first shard: the first stage is the same for every route, and so is the choice.
+        All have the same first shard, since all routes have the same first stage.
         """
         chains = {route: self.choose(route, failures) for route in routes}
         found = {route: chain for route, chain in chains.items() if chain is not None}
         if len(found) < len(chains):
             return None
-        replicas = {replica.place.name: replica for chain in found.values() for replica in chain.replicas}
+        replicas = {replica.config.name: replica for chain in found.values() for replica in chain.replicas}
         return CandidateChains(tuple(replicas.values()), found)
 
     def reachable(self, route: RouteConfig) -> bool:
-        """Whether every stage of the route has a shard that serves."""
-        return all(any(replica.serving for replica in stage) for stage in self._stages[route.name])
+        """Whether every stage of the route has a replica that accepts requests."""
+        return all(any(replica.accepts_requests for replica in stage) for stage in self._stages[route.name])
 
     def shards(self, route: str) -> list[str]:
-        """Names of all shards that may take part in the route."""
-        return [replica.place.name for stage in self._stages[route] for replica in stage]
+        """Names of all shards of the route's stages, replicas included."""
+        return [replica.config.name for stage in self._stages[route] for replica in stage]

@@ -1,1 +1,1 @@
-"""Text to tokens and back. Knows no network and no request."""
+"""Text to token ids and back: the vocabulary that a shard sends, chat templates, streaming decode, stop strings."""

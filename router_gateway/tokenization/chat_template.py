@@ -1,7 +1,8 @@
-"""Renders a conversation as the model was trained to read it. Knows no tokens.
+"""Renders a conversation with the model's chat template: turns in, the prompt's text out.
 
-The environment is the one of `transformers.PreTrainedTokenizer.apply_chat_template`, so templates behave the same:
+The Jinja environment is that of `transformers.PreTrainedTokenizer.apply_chat_template`, so templates behave the same:
 sandboxed, with `raise_exception`, `strftime_now`, a `tojson` without HTML escapes, loop controls and `generation`.
+It is built here since importing `transformers` for it would add more than a second to every start of the gateway.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -18,33 +19,40 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
+class Turn(NamedTuple):
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
 class TemplateRefusal(Exception):
-    """The template does not accept the conversation; says why."""
+    """The template does not accept the conversation, for the reason in its message."""
 
 
 class ChatTemplate:
-    """One compiled template with the special tokens that it may name (`bos_token`, `eos_token`, …)."""
+    """A compiled template, with the special tokens that it may refer to (`bos_token`, `eos_token`, …)."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self._template = _environment().from_string(source)
         self._special_tokens = special_tokens
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The prompt for an answer to `messages`, pairs of role and content.
+    def render(self, turns: Sequence[Turn]) -> str:
+        """The prompt for an answer to a conversation.
 
-        Raises TemplateRefusal where the template does, or where it can't work with such messages.
+        Raises TemplateRefusal where the template raises, on purpose or because it can't render such turns.
         """
-        turns = [{"role": role, "content": content} for role, content in messages]
-        given = {**self._special_tokens, "messages": turns, "tools": None, "documents": None}
+        messages = [turn._asdict() for turn in turns]
+        variables = {**self._special_tokens, "messages": messages, "tools": None, "documents": None}
         try:
-            return self._template.render(given, add_generation_prompt=True)
-        # A template is a program of the model's author: whatever it raises is about this conversation.
+            return self._template.render(variables, add_generation_prompt=True)
+        # A template is the model author's program, so whatever it raises is about this conversation.
         except Exception as error:
             raise TemplateRefusal(str(error)) from error
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}` marks what the model writes; for rendering it is as if it were not there."""
+    """Ignores the tag `{% generation %}`, which marks the model's turns for training, and renders its content."""
 
     tags = {"generation"}  # noqa: RUF012 (a class attribute of Jinja's interface)
 

@@ -1,4 +1,4 @@
-"""Where the gateway's tokenizer comes from: the first shard that answers. Knows no file of its own."""
+"""Fetches the tokenizer files from the first shard that answers, so that the gateway needs no copy of them."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ from stitch.errors import Incompatible, Unavailable
 
 _log = logging.getLogger(__name__)
 
-# Large vocabularies take 12 MB; a shard that sends more sends no tokenizer.
-MAX_BYTES = 128 << 20
-FETCH_SECONDS = 60.0
+# Large vocabularies have 12 MB.
+MAX_FILES_BYTES = 128 << 20
+FETCH_TIMEOUT_SECONDS = 60.0
 
 
 class VocabularySource:
-    """Holds the vocabulary once `load` has found it."""
+    """Has the vocabulary in `current` once `load` has fetched it from one of `first_shards`."""
 
-    def __init__(self, firsts: Sequence[Replica]) -> None:
-        self._firsts = firsts
+    def __init__(self, first_shards: Sequence[Replica]) -> None:
+        self._first_shards = first_shards
         self.current: Vocabulary | None = None
 
     def require(self) -> Vocabulary:
-        """The vocabulary, or Unavailable as long as no shard has sent it."""
+        """The vocabulary. Raises Unavailable until a shard has sent it."""
         if self.current is None:
-            names = ", ".join(replica.place.name for replica in self._firsts)
+            names = ", ".join(replica.config.name for replica in self._first_shards)
             raise Unavailable(f"no shard with the embedding has sent its tokenizer yet: {names}")
         return self.current
 
     async def load(self, pause_seconds: float) -> Vocabulary:
-        """Asks one shard after the other, again and again, until the vocabulary is there."""
+        """Asks the shards in turn, with a pause after each round, until one has sent a valid vocabulary."""
         while True:
-            for replica in self._firsts:
+            for replica in self._first_shards:
                 try:
                     files = await fetch_files(replica)
                     self.current = await asyncio.to_thread(Vocabulary.from_files, files)
                 except grpc.aio.AioRpcError as error:
-                    _log.debug("no tokenizer from %s: %s", replica.place.name, error.details())
+                    _log.debug("no tokenizer from %s: %s", replica.config.name, error.details())
                 except Incompatible as error:
-                    _log.error("no tokenizer from %s: %s", replica.place.name, error)
+                    _log.error("no tokenizer from %s: %s", replica.config.name, error)
                 else:
                     return self.current
             await asyncio.sleep(pause_seconds)
 
 
-def first_shards(cluster: ClusterConfig) -> list[str]:
-    """Names of the shards that hold the embedding, and so the tokenizer."""
+def first_shard_names(cluster: ClusterConfig) -> list[str]:
+    """The shards that hold the embedding, and so the tokenizer."""
     return [shard.name for shard in cluster.shards if shard.role == "bottom" and shard.layers[0] == 0]
 
 
 async def fetch_files(replica: Replica) -> dict[str, bytes]:
-    """The tokenizer's files by name. Raises AioRpcError, or Incompatible for files that no shard sends."""
+    """The tokenizer's files by name. Raises AioRpcError, or Incompatible for unexpected files or too many bytes."""
     pieces: dict[str, list[bytes]] = {}
     total = 0
-    async for piece in replica.fetch_tokenizer(FETCH_SECONDS):
+    async for piece in replica.fetch_tokenizer(FETCH_TIMEOUT_SECONDS):
         total += len(piece.data)
-        if piece.file not in FILES or total > MAX_BYTES:
-            raise Incompatible(f"{replica.place.name} sent {piece.file!r}, {total:,} bytes in all")
+        if piece.file not in FILES or total > MAX_FILES_BYTES:
+            raise Incompatible(f"{replica.config.name} sent {piece.file!r}, {total:,} bytes in total")
         pieces.setdefault(piece.file, []).append(piece.data)
-    return {name: b"".join(parts) for name, parts in pieces.items()}
+    return {name: b"".join(data) for name, data in pieces.items()}

@@ -1,7 +1,7 @@
-"""Finds the first stop string in a text that arrives in pieces. Knows no tokens.
+"""Finds the first stop string in a text that arrives in pieces, and holds back what may be the start of one.
 
-One Knuth-Morris-Pratt automaton a string: a state is how many of its characters the text ends with, so the longest
-state is exactly what must be held back, and a character costs O(1) amortised, however the text is cut into pieces.
+Each string has a Knuth-Morris-Pratt automaton, whose state is the number of its characters that the text ends with. So
+the largest state is exactly the number of characters to hold back, and a character costs O(1), amortized.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Holds text back as long as it may be the beginning of a stop string."""
+    """Pieces in, pieces without stop strings out; `found` once one was found."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._automata = [_Automaton(string) for string in strings]
@@ -18,7 +18,7 @@ class StopStrings:
         self.found = False
 
     def push(self, text: str) -> str:
-        """The text that is certain to come before any stop string; nothing more once one was found."""
+        """The text that surely precedes any stop string; empty after one was found."""
         if self.found or not self._automata:
             return "" if self.found else text
         joined = self._held + text
@@ -28,12 +28,12 @@ class StopStrings:
                 self.found, self._held = True, ""
                 return joined[: index + 1 - matched]
         keep = max(automaton.state for automaton in self._automata)
-        certain = len(joined) - keep
-        self._held = joined[certain:]
-        return joined[:certain]
+        end = len(joined) - keep
+        self._held = joined[end:]
+        return joined[:end]
 
     def finish(self) -> str:
-        """What was held back and became no stop string."""
+        """The text that was held back and did not become a stop string; ends the answer."""
         held, self._held = self._held, ""
         return held
 
@@ -58,7 +58,7 @@ class _Automaton:
 
 
 def _border_lengths(string: str) -> list[int]:
-    """For every prefix the length of its longest proper prefix that is its suffix, too."""
+    """For every prefix, the length of its longest proper prefix that is also its suffix."""
     lengths = [0] * len(string)
     for index in range(1, len(string)):
         border = lengths[index - 1]

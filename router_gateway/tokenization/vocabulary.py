@@ -1,4 +1,4 @@
-"""A model's tokenizer, chat template and end tokens, read from the files beside its weights. Knows no path."""
+"""A model's tokenizer, chat template and end tokens, from the contents of the files that come with its weights."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from router_gateway.tokenization.chat_template import ChatTemplate
 from router_gateway.tokenization.detokenizer import Detokenizer
 from stitch.errors import Incompatible
 
-# Every file that a shard may send; `tokenizer.json` alone is a must.
+# The files that a shard may send; only `tokenizer.json` is required.
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "config.json")
 
-# The names under which chat templates know special tokens.
+# The variables by which chat templates refer to special tokens.
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Vocabulary:
-    """Immutable, and safe to use from several threads."""
+    """Encodes prompts and makes detokenizers; immutable and thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, end_tokens: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._special = frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
         self.template = template
-        # Ids at which the model itself ends an answer.
+        # Ids with which the model ends an answer.
         self.end_tokens = tuple(end_tokens)
-        # No token stands for more bytes of UTF-8 than this (byte-level tokens: twice what they stand for).
-        self.longest_token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
+        # An upper bound of a token's UTF-8 bytes (byte-level vocabularies spell a byte with up to two bytes).
+        self.max_token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Vocabulary:
-        """Reads the contents of FILES, by name. Raises Incompatible, which names the file that can't be used."""
+        """From the contents of FILES, by name. Raises Incompatible, which names the invalid file."""
         tokenizer = _tokenizer(files)
         config = _object(files, "tokenizer_config.json")
         return cls(tokenizer, _chat_template(files, config), _end_tokens(files, config, tokenizer))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a plain prompt, with what the tokenizer puts around a text (such as a first token)."""
+        """Token ids of a plain prompt, with the special tokens that the tokenizer adds, such as a first one."""
         return self._encode(text, add_special_tokens=True)
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Token ids of a rendered conversation; its special tokens are those that the template wrote."""
+        """Token ids of a rendered conversation, whose special tokens the template has written."""
         return self._encode(text, add_special_tokens=False)
 
     def detokenizer(self) -> Detokenizer:
-        """A new one for one answer; special tokens have no text."""
+        """A new detokenizer for one answer; special tokens have no text."""
         return Detokenizer(self._tokenizer.decode, self._special)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        # The only encoding call that lets other threads run: 3 MB of text take a second.
+        # The one encoding call that releases the GIL; 3 MB of text take a second.
         encodings = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encodings[0].ids)
 
@@ -62,7 +62,7 @@ def _tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
         raise Incompatible(f"the first shard sent no tokenizer.json, only: {', '.join(sorted(files)) or 'nothing'}")
     try:
         tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
-    # The library raises bare exceptions.
+    # The library raises instances of Exception itself.
     except Exception as error:
         raise Incompatible(f"tokenizer.json can't be read: {error}") from error
     tokenizer.no_truncation()
@@ -94,7 +94,7 @@ def _chat_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> Cha
 
 
 def _end_tokens(files: Mapping[str, bytes], config: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
-    """The first file that names any decides, in the order in which `transformers` asks them."""
+    """From the first file that states any, in the order of `transformers`."""
     for name in ("generation_config.json", "config.json"):
         given = _object(files, name).get("eos_token_id")
         if given is not None:
@@ -105,5 +105,5 @@ def _end_tokens(files: Mapping[str, bytes], config: Mapping[str, Any], tokenizer
 
 
 def _content(token: str | Mapping[str, str]) -> str:
-    """A special token is written as a string, or as an object with `content`."""
+    """A special token is given as a string, or as an object with `content`."""
     return token if isinstance(token, str) else token["content"]

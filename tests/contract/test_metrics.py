@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from router_gateway.routing.drift_monitor import DRIFT_LIMIT
+from router_gateway.routing.drift import DRIFT_LIMIT
 from tests.support.processes import Cluster, running_cluster
 from tests.support.tiny_cluster import write_tiny_cluster
 

@@ -11,7 +11,7 @@ import grpc
 
 from stitch import channels
 from stitch.cluster import ClusterConfig, GatewayConfig, ModelConfig, PairConfig, RouteConfig, ShardConfig
-from stitch.errors import Exhausted, translated_errors
+from stitch.errors import Exhausted, Unavailable, translated_errors
 from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
 from tests.support.byte_tokenizer import tokenizer_files
 
@@ -53,6 +53,8 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         # Describe waits for it.
         self.talks = asyncio.Event()
         self.talks.set()
+        # Refuses new sessions and says so in Describe.
+        self.draining = False
         self.position_error = 0
         self.forgets_the_end = False
         self.logprob: float | None = None
@@ -68,7 +70,7 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         self._port = 0
 
     @property
-    def place(self) -> ShardConfig:
+    def config(self) -> ShardConfig:
         address = f"127.0.0.1:{self._port}"
         role: Any = self.role
         return ShardConfig(name=self.name, role=role, layers=LAYERS[self.role], address=address)
@@ -94,6 +96,8 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         self.running += 1
         try:
             async with translated_errors(context):
+                if self.draining:
+                    raise Unavailable(f"{self.name} is shutting down")
                 await self._say(request, context)
         except asyncio.CancelledError:
             self.cancelled += 1
@@ -107,7 +111,9 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         self, request: shard_pb2.ShardDescribeRequest, context: Context
     ) -> shard_pb2.ShardDescribeResponse:
         await self.talks.wait()
-        return shard_pb2.ShardDescribeResponse(identity=self._identity(), kv_free_tokens=self.free_kv_tokens)
+        return shard_pb2.ShardDescribeResponse(
+            identity=self._identity(), kv_free_tokens=self.free_kv_tokens, draining=self.draining
+        )
 
     async def FetchTokenizer(  # type: ignore[override]
         self, request: shard_pb2.FetchTokenizerRequest, context: Context
@@ -208,7 +214,7 @@ async def fake_cluster(*shards: FakeShard, **gateway: Any) -> AsyncIterator[Clus
             name="fake",
             models=PairConfig(bottom=source, top=source),
             routes=ROUTES,
-            shards=tuple(shard.place for shard in shards),
+            shards=tuple(shard.config for shard in shards),
             gateway=GatewayConfig(address="127.0.0.1:0", **gateway),
         )
     finally:

@@ -1,4 +1,4 @@
-"""A gateway in this process in front of fake shards, for the tests of everything that needs both ends."""
+"""Fixtures: a gateway in this process over fake shards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from router_gateway.config import FleetSettings, GatewaySettings, ReplaySettings
+from router_gateway.config import GatewaySettings, HealthPolicy, RetryPolicy
 from router_gateway.server import Gateway, open_gateway
 from stitch import channels
 from stitch.cluster import ClusterConfig
@@ -20,8 +20,8 @@ from stitch.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.fake_shard import FakeShard, fake_cluster
 
 QUICK = {
-    "fleet": FleetSettings(poll_seconds=0.02, answer_seconds=0.5, silent_polls=1),
-    "replay": ReplaySettings(wait_seconds=5.0, first_pause_seconds=0.01),
+    "health": HealthPolicy(poll_seconds=0.02, poll_timeout_seconds=0.5, max_timeouts=1),
+    "retry": RetryPolicy(wait_seconds=5.0, first_pause_seconds=0.01),
 }
 
 

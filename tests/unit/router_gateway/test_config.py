@@ -82,7 +82,7 @@ def test_flags_override_the_file(cluster_file: Path) -> None:
     given = {"cluster": str(cluster_file), "listen": "127.0.0.1:1", "metrics_port": 9, "replay_wait_seconds": 2.5}
     read = from_flags(FLAGS | given)
     assert (read.address, read.host, read.metrics_port) == ("127.0.0.1:1", "127.0.0.1", 9)
-    assert read.replay.wait_seconds == 2.5
+    assert read.retry.wait_seconds == 2.5
 
 
 def test_without_flags_the_file_and_the_defaults_decide(cluster_file: Path) -> None:
@@ -95,7 +95,7 @@ def test_without_flags_the_file_and_the_defaults_decide(cluster_file: Path) -> N
     ("flag", "value", "field"),
     [
         ("drain_seconds", -1.0, "drain_seconds"),
-        ("replay_wait_seconds", -1.0, "replay.wait_seconds"),
+        ("replay_wait_seconds", -1.0, "retry.wait_seconds"),
         ("metrics_port", 70_000, "metrics_port"),
     ],
 )

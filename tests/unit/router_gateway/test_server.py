@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import urllib.request
+from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from router_gateway.config import GatewaySettings
-from router_gateway.server import open_gateway
+from router_gateway.routing.learned.artifact import RouterArtifact, fingerprint_of, save_router
+from router_gateway.routing.router import Query
+from router_gateway.server import open_gateway, open_router
+from stitch.cluster import ClusterConfig
 from stitch.errors import InvalidRequest
 from stitch.v1 import inference_pb2
 from tests.support.byte_tokenizer import tokens
 from tests.support.fake_shard import FakeShard, fake_cluster, waits_for
 from tests.support.waiting import eventually
+from tests.support.word_model import word_model
 from tests.unit.router_gateway.conftest import Reach
 
 
@@ -106,3 +112,29 @@ async def test_settings_that_must_not_be_are_refused_before_anything_opens() -> 
         with pytest.raises(InvalidRequest, match="--insecure"):
             async with open_gateway(GatewaySettings(cluster=cluster, listen="0.0.0.0:0")):
                 pass
+
+
+async def cluster_with(folder: Path, *routes: str) -> ClusterConfig:
+    model = word_model({"prove": 0.5, "hello": -0.25}, routes=routes)
+    percentiles = tuple(np.linspace(-0.25, 0.5, 101).tolist())
+    save_router(
+        RouterArtifact(model, (0.1,), percentiles, {"data": []}, fingerprint_of(model)), folder / "r.safetensors"
+    )
+    async with fake_cluster(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as cluster:
+        gateway = cluster.gateway.model_copy(update={"router": "r.safetensors"})
+        return cluster.model_copy(update={"gateway": gateway, "folder": folder})
+
+
+async def test_the_named_router_judges(tmp_path: Path) -> None:
+    router, calibration = open_router(await cluster_with(tmp_path, "weak", "strong"))
+    decisions = [router.decide(Query((text,), ("weak", "strong"))) for text in ("prove it", "hello you")]
+    assert [decision.route for decision in decisions] == ["strong", "weak"]
+    assert decisions[0].reason == "gain 0.50 > 0.10"
+    assert decisions[0].qualities == (0.5, 1.0)
+    assert calibration is not None
+    assert calibration() is None
+
+
+async def test_a_router_of_other_routes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="disagree on large, strong"):
+        open_router(await cluster_with(tmp_path, "weak", "large"))

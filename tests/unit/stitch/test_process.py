@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Histogram
 
 from stitch.errors import Unavailable
-from stitch.process import InFlightTracker, StopSignals, observe_delay
+from stitch.process import InFlightTracker, StopSignals, background_tasks, observe_delay
 from tests.support.waiting import eventually
 
 
@@ -102,3 +102,39 @@ async def test_tracker_without_calls_is_empty_also_after_a_call_that_raised() ->
     with pytest.raises(KeyError), tracker.admit():
         raise KeyError
     await tracker.wait_until_empty()
+
+
+async def test_work_ends_with_its_block() -> None:
+    began, ended = asyncio.Event(), []
+
+    async def work() -> None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    async with background_tasks(work()):
+        await began.wait()
+        assert not ended
+    assert ended
+
+
+async def test_a_failure_is_logged_and_stops_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    failed, finish = asyncio.Event(), asyncio.Event()
+    done = asyncio.Event()
+
+    async def fails() -> None:
+        failed.set()
+        raise ZeroDivisionError
+
+    async def works() -> None:
+        await finish.wait()
+        done.set()
+
+    async with background_tasks(fails(), works()):
+        await failed.wait()
+        finish.set()
+        await done.wait()
+    assert "failed" in caplog.text
+    assert "ZeroDivisionError" in caplog.text

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from router_gateway.requests.preparation import tokenize
-from router_gateway.requests.types import Turn
+from router_gateway.requests.pipeline import tokenize
+from router_gateway.tokenization.chat_template import Turn
 from router_gateway.tokenization.vocabulary import FILES, Vocabulary
 from stitch.errors import Incompatible, InvalidRequest
 from stitch.sampling import Sampling

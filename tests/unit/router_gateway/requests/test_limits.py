@@ -1,4 +1,4 @@
-"""Every limit refuses what is over it, names it, and takes what is just under it."""
+"""Tests of the limits: each refuses the first value beyond it, by its field, and accepts the last one within."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from router_gateway.requests import limits
-from router_gateway.requests.types import Turn
+from router_gateway.tokenization.chat_template import Turn
 from stitch.errors import InvalidRequest
 
 
@@ -44,7 +44,7 @@ def test_tokens_are_in_the_vocabulary() -> None:
 
 def test_a_forced_answer_has_tokens_and_room() -> None:
     assert refused(lambda: limits.check_answer_fits(0, 5)).startswith("forced_answer is 0 tokens, but it must")
-    assert refused(lambda: limits.check_answer_fits(6, 5)).endswith("behind this prompt the context holds 5")
+    assert refused(lambda: limits.check_answer_fits(6, 5)).endswith("after this prompt the context holds 5")
     limits.check_answer_fits(5, 5)
 
 

@@ -1,4 +1,4 @@
-"""One session over as many chains as it takes: the same tokens as without a fault, each of them once."""
+"""Tests of the token stream and of failover: with any fault the same tokens as without, each of them once."""
 
 from __future__ import annotations
 
@@ -12,52 +12,52 @@ import pytest
 
 from router_gateway.metrics import REPLAY_CAUSES, Metrics
 from router_gateway.requests.failover import Failover, FailoverDependencies, RetryPolicy
-from router_gateway.requests.preparation import Prepared
-from router_gateway.requests.stream import Step, TokenStream
-from router_gateway.requests.types import FinishReason, Request, Stage
+from router_gateway.requests.stream import Step, StreamInput, TokenStream
 from router_gateway.routing.router import RouteDecision
 from router_gateway.shards.placement import Placement
-from router_gateway.tokenization.vocabulary import Vocabulary
+from router_gateway.shards.replica import Replica
 from stitch.errors import Exhausted, Expired, Incompatible, StitchError, Unavailable
 from stitch.sampling import Sampling
-from tests.support.byte_tokenizer import tokenizer_files
+from stitch.v1 import inference_pb2
 from tests.support.fake_shard import END_TOKEN, FakeShard, Fault, aborts, cuts_short, is_full, waits_for
-from tests.support.fleets import fleet_of
+from tests.support.registries import registry_of
 from tests.support.waiting import eventually
 
 SCRIPT = [11, 12, 13, 14, 15, 16]
 PROMPT = (5, 6, 7)
-VOCABULARY = Vocabulary.from_files(tokenizer_files())
+STOP, LENGTH = inference_pb2.FINISH_REASON_STOP, inference_pb2.FINISH_REASON_LENGTH
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
 
-def prepared(**sampling: int) -> Prepared:
-    request = Request("id", "prompt", Sampling())
+def stream_input(**sampling: int) -> StreamInput:
     filled = Sampling(stop_token_ids=(END_TOKEN,), **sampling)
-    return Prepared(request, PROMPT, RouteDecision("strong", 0.9, "", "content"), filled, VOCABULARY)
+    return StreamInput("id", PROMPT, RouteDecision("strong", 0.9, "", "content"), filled)
 
 
-def routes_of(what: Prepared) -> tuple[str, ...]:
-    return (what.decision.route,) if isinstance(what.decision, RouteDecision) else what.decision.routes
+class StreamBench:
+    """Streams over fake shards, with the metrics that they count."""
 
-
-class Running:
-    """A stream in front of fake shards, with what it counts."""
-
-    def __init__(self, around: FailoverDependencies, metrics: Metrics) -> None:
-        self._around = around
+    def __init__(self, dependencies: FailoverDependencies, metrics: Metrics) -> None:
+        self._dependencies = dependencies
         self._metrics = metrics
 
-    def steps(self, what: Prepared, deadline: float | None = None) -> aclosing[AsyncIterator[Step]]:
-        resumption = Failover(routes_of(what), self._around)
-        return aclosing(TokenStream(what, resumption, deadline, self._around.clock).steps())
+    def steps(self, given: StreamInput, deadline: float | None = None) -> aclosing[AsyncIterator[Step]]:
+        failover = Failover(given.routes, self._dependencies)
+        return aclosing(TokenStream(given, failover, deadline, self._dependencies.clock).steps())
 
-    async def all(self, what: Prepared | None = None, deadline: float | None = None) -> list[Step]:
-        async with self.steps(what or prepared(), deadline) as steps:
+    async def all(self, given: StreamInput | None = None, deadline: float | None = None) -> list[Step]:
+        async with self.steps(given or stream_input(), deadline) as steps:
             return [step async for step in steps]
 
+    def replica(self, name: str) -> Replica:
+        return self._dependencies.registry.replicas[name]
+
     async def refresh(self) -> None:
-        await self._around.fleet.refresh()
+        await self._dependencies.registry.refresh()
+
+    @property
+    def drain_refusals(self) -> float | None:
+        return self._metrics.registry.get_sample_value("stitch_drain_refusals_total")
 
     @property
     def replays(self) -> dict[str, float]:
@@ -70,15 +70,15 @@ class Running:
 async def streaming(
     *shards: FakeShard,
     wait_seconds: float = 5.0,
-    most_losses: int = 5,
+    max_failures: int = 5,
     clock: Callable[[], float] = time.monotonic,
-) -> AsyncIterator[Running]:
-    async with fleet_of(*shards) as (cluster, fleet):
-        await fleet.refresh()
+) -> AsyncIterator[StreamBench]:
+    async with registry_of(*shards) as (cluster, registry):
+        await registry.refresh()
         metrics = Metrics(["weak", "strong"], ["requested"])
-        persistence = RetryPolicy(wait_seconds, first_pause_seconds=0.005, most_losses=most_losses)
-        around = FailoverDependencies(fleet, Placement(cluster, fleet), metrics.replays, persistence, clock)
-        yield Running(around, metrics)
+        policy = RetryPolicy(wait_seconds=wait_seconds, first_pause_seconds=0.005, max_failures=max_failures)
+        dependencies = FailoverDependencies(registry, Placement(cluster, registry), metrics, policy, clock)
+        yield StreamBench(dependencies, metrics)
 
 
 def bottoms(count: int) -> list[FakeShard]:
@@ -98,27 +98,27 @@ async def test_tokens_come_one_by_one_up_to_the_end_token() -> None:
     async with streaming(bottom, top()) as stream:
         steps = await stream.all()
     assert ids(steps) == [*SCRIPT, END_TOKEN]
-    assert [step.finish for step in steps] == [None] * 6 + [FinishReason.STOP]
-    assert steps[0].stages == (Stage("bottom_prefill", 0.25),)
-    assert steps[1].stages == ()
+    assert [step.finish for step in steps] == [inference_pb2.FINISH_REASON_UNSPECIFIED] * 6 + [STOP]
+    assert list(steps[0].stages) == [inference_pb2.Stage(name="bottom_prefill", seconds=0.25)]
+    assert list(steps[1].stages) == []
     assert stream.replays == {}
 
 
 async def test_the_shard_gets_everything_that_it_needs() -> None:
     [bottom], above = bottoms(1), top()
     async with streaming(bottom, above) as stream:
-        await stream.all(prepared(seed=9, max_tokens=2))
+        await stream.all(stream_input(seed=9, max_tokens=2))
     [request] = bottom.requests
     assert list(request.token_ids) == list(PROMPT)
-    assert (request.prompt_tokens, request.route, list(request.chain)) == (3, "strong", [above.place.address])
+    assert (request.prompt_tokens, request.route, list(request.chain)) == (3, "strong", [above.config.address])
     assert Sampling.from_proto(request.sampling) == Sampling(seed=9, max_tokens=2, stop_token_ids=(END_TOKEN,))
 
 
 async def test_max_tokens_end_with_length() -> None:
     async with streaming(*bottoms(1), top()) as stream:
-        steps = await stream.all(prepared(max_tokens=3))
+        steps = await stream.all(stream_input(max_tokens=3))
     assert ids(steps) == SCRIPT[:3]
-    assert steps[-1].finish is FinishReason.LENGTH
+    assert steps[-1].finish == LENGTH
 
 
 @pytest.mark.parametrize("before_token", [0, 1, 4])
@@ -136,7 +136,7 @@ async def test_a_lost_chain_is_replaced_without_a_trace(before_token: int, fault
     first.free_kv_tokens += 1
     first.faults[before_token] = fault
     async with streaming(first, second, top()) as stream:
-        steps = await stream.all(prepared(seed=4))
+        steps = await stream.all(stream_input(seed=4))
     assert ids(steps) == [*SCRIPT, END_TOKEN]
     assert stream.replays == {cause: 1}
     [again] = second.requests
@@ -192,9 +192,9 @@ async def test_a_silent_shard_is_left_for_another() -> None:
 
 async def test_no_chain_left_says_how_far_it_came() -> None:
     [bottom] = bottoms(1)
-    bottom.faults = {4: aborts(UNAVAILABLE, "burnt down")}
-    async with streaming(bottom, top(), most_losses=0) as stream:
-        with pytest.raises(Unavailable, match="after 4 tokens: burnt down") as caught:
+    bottom.faults = {4: aborts(UNAVAILABLE, "broken")}
+    async with streaming(bottom, top(), max_failures=0) as stream:
+        with pytest.raises(Unavailable, match="after 4 tokens: broken") as caught:
             await stream.all()
     assert caught.value.generated_tokens == 4
 
@@ -202,12 +202,12 @@ async def test_no_chain_left_says_how_far_it_came() -> None:
 async def test_waiting_has_an_end() -> None:
     now = [0.0]
 
-    async def burns_down(context: object) -> None:
+    async def breaks(context: object) -> None:
         now[0] = 100.0
         await aborts(UNAVAILABLE)(context)  # type: ignore[arg-type]
 
     [bottom] = bottoms(1)
-    bottom.faults = {1: burns_down}
+    bottom.faults = {1: breaks}
     above = top()
     async with streaming(bottom, above, wait_seconds=0.0, clock=lambda: now[0]) as stream:
         with pytest.raises(Unavailable) as caught:
@@ -230,7 +230,7 @@ async def test_a_session_that_kills_its_shard_does_not_kill_every_shard() -> Non
     shards = bottoms(6)
     for shard in shards:
         shard.faults[1] = aborts(UNAVAILABLE)
-    async with streaming(*shards, top(), most_losses=2) as stream:
+    async with streaming(*shards, top(), max_failures=2) as stream:
         with pytest.raises(Unavailable):
             await stream.all()
     assert sum(len(shard.requests) for shard in shards) == 3
@@ -239,18 +239,18 @@ async def test_a_session_that_kills_its_shard_does_not_kill_every_shard() -> Non
 async def test_new_tokens_make_the_count_begin_anew() -> None:
     [bottom] = bottoms(1)
     bottom.faults = {index: aborts(UNAVAILABLE) for index in range(1, 6)}
-    async with streaming(bottom, top(), most_losses=1) as stream:
+    async with streaming(bottom, top(), max_failures=1) as stream:
         assert ids(await stream.all()) == [*SCRIPT, END_TOKEN]
 
 
-@pytest.mark.parametrize(("max_tokens", "finish"), [(3, FinishReason.LENGTH), (50, FinishReason.STOP)])
-async def test_an_end_that_got_lost_is_known_all_the_same(max_tokens: int, finish: FinishReason) -> None:
+@pytest.mark.parametrize(("max_tokens", "finish"), [(3, LENGTH), (50, STOP)])
+async def test_an_end_that_got_lost_is_known_all_the_same(max_tokens: int, finish: int) -> None:
     [bottom] = bottoms(1)
     bottom.forgets_the_end = True
     async with streaming(bottom, top()) as stream:
-        steps = await stream.all(prepared(max_tokens=max_tokens))
+        steps = await stream.all(stream_input(max_tokens=max_tokens))
     assert ids(steps) == [*SCRIPT, END_TOKEN][:max_tokens]
-    assert steps[-1].finish is finish
+    assert steps[-1].finish == finish
     assert len(bottom.requests) == 1
 
 
@@ -279,7 +279,7 @@ async def test_half_an_answer_without_room_ends_with_the_time() -> None:
     first.free_kv_tokens += 1
     first.faults[2] = aborts(UNAVAILABLE)
     second.faults[2] = is_full(9.0)
-    async with streaming(first, second, top(), most_losses=1) as stream:
+    async with streaming(first, second, top(), max_failures=1) as stream:
         with pytest.raises(Exhausted):
             await stream.all()
 
@@ -326,7 +326,7 @@ async def test_closing_the_stream_cancels_the_session() -> None:
     [bottom] = bottoms(1)
     bottom.faults[2] = waits_for(asyncio.Event())
     async with streaming(bottom, top()) as stream:
-        async with stream.steps(prepared()) as steps:
+        async with stream.steps(stream_input()) as steps:
             await anext(aiter(steps))
             assert bottom.running == 1
         await eventually(lambda: bottom.cancelled == 1 and bottom.running == 0)
@@ -343,3 +343,84 @@ async def test_cancelling_whoever_reads_cancels_the_session() -> None:
             await reader
         await eventually(lambda: bottom.cancelled == 1)
     assert stream.replays == {}
+
+
+class TestDraining:
+    """A shard that began to drain between two polls refuses new sessions and keeps the running ones."""
+
+    @pytest.mark.parametrize("role", ["bottom", "top"])
+    async def test_refused_session_is_placed_on_another_chain_at_once(self, role: str) -> None:
+        shards = [*bottoms(2), FakeShard("top-0", "top"), FakeShard("top-1", "top")]
+        [draining] = [shard for shard in shards if shard.name == f"{role}-0"]
+        draining.free_kv_tokens += 1
+        async with streaming(*shards, max_failures=0) as stream:
+            draining.draining = True
+            if role == "top":
+                # The first shard reports that the next one refuses.
+                shards[0].faults[0] = aborts(UNAVAILABLE, "top-0 is draining")
+            assert ids(await stream.all()) == [*SCRIPT, END_TOKEN]
+            assert (stream.drain_refusals, stream.replays) == (1, {})
+            assert not stream.replica(draining.name).accepts_requests
+            assert stream.replica(draining.name).serving
+
+    async def test_running_session_goes_on_and_new_one_is_placed_elsewhere(self) -> None:
+        first, second = bottoms(2)
+        first.free_kv_tokens += 1
+        hold = asyncio.Event()
+        first.faults[3] = waits_for(hold)
+        async with streaming(first, second, top()) as stream:
+            running = asyncio.create_task(stream.all())
+            await eventually(lambda: first.running and not first.faults)
+            first.draining = True
+            await stream.refresh()
+            assert ids(await stream.all()) == [*SCRIPT, END_TOKEN]
+            assert len(second.requests) == 1
+            hold.set()
+            assert ids(await running) == [*SCRIPT, END_TOKEN]
+            assert (len(first.requests), stream.drain_refusals, stream.replays) == (1, 0, {})
+
+    async def test_replay_is_not_placed_on_a_draining_replica(self) -> None:
+        first, second, third = bottoms(3)
+        first.free_kv_tokens += 2
+        second.free_kv_tokens += 1
+        first.faults[2] = aborts(UNAVAILABLE)
+        async with streaming(first, second, third, top()) as stream:
+            second.draining = True
+            await stream.refresh()
+            assert ids(await stream.all()) == [*SCRIPT, END_TOKEN]
+            assert (len(second.requests), len(third.requests)) == (0, 1)
+            assert stream.replays == {"unavailable": 1}
+
+    async def test_replay_that_a_draining_replica_refuses_counts_once(self) -> None:
+        first, second, third = bottoms(3)
+        first.free_kv_tokens += 2
+        second.free_kv_tokens += 1
+        first.faults[2] = aborts(UNAVAILABLE)
+        async with streaming(first, second, third, top()) as stream:
+            second.draining = True
+            assert ids(await stream.all()) == [*SCRIPT, END_TOKEN]
+            assert (stream.drain_refusals, stream.replays) == (1, {"unavailable": 1})
+            assert len(third.requests) == 1
+
+    async def test_session_that_a_drain_cuts_is_a_replay(self) -> None:
+        first, second = bottoms(2)
+        first.free_kv_tokens += 1
+        first.faults[3] = aborts(UNAVAILABLE)
+        async with streaming(first, second, top()) as stream:
+            answer = stream.steps(stream_input())
+            async with answer as steps:
+                found = [await anext(aiter(steps))]
+                first.draining = True
+                found += [step async for step in steps]
+            assert ids(found) == [*SCRIPT, END_TOKEN]
+            assert (stream.drain_refusals, stream.replays) == (0, {"unavailable": 1})
+
+    async def test_without_another_chain_the_client_gets_unavailable(self) -> None:
+        [bottom] = bottoms(1)
+        async with streaming(bottom, top(), wait_seconds=0.0) as stream:
+            bottom.draining = True
+            with pytest.raises(Unavailable, match="after 0 tokens: bottom-0 is shutting down"):
+                await stream.all()
+            with pytest.raises(Unavailable, match="no chain of route strong"):
+                await stream.all()
+            assert len(bottom.requests) == 1

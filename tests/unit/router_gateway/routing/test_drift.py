@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from bisect import bisect_left
 
 import pytest
 
-from router_gateway.routing.drift import LEAST, WINDOW, Latest
+from router_gateway.metrics import Metrics
+from router_gateway.routing.drift import DRIFT_LIMIT, MIN_SCORES, WINDOW, DecisionWindow, DriftMonitor
+from router_gateway.routing.router import REASON_KINDS, ReasonKind, RouteDecision
+from stitch.thresholds import Thresholds
 
 
-def of_scores(scores: list[float]) -> Latest:
-    latest = Latest()
+def of_scores(scores: list[float]) -> DecisionWindow:
+    latest = DecisionWindow()
     for score in scores:
         latest.add("weak", score)
     return latest
 
 
 def test_shares_are_those_of_the_window() -> None:
-    latest = Latest(window=4)
+    latest = DecisionWindow(window=4)
     assert latest.share("weak") == 0
     for route in ("strong", "strong", "weak", "weak", "weak", "weak"):
         latest.add(route, 0.5)
@@ -29,8 +33,8 @@ def test_shares_are_those_of_the_window() -> None:
 
 
 def test_a_few_scores_say_nothing() -> None:
-    assert math.isnan(of_scores([0.5] * (LEAST - 1)).drift())
-    assert of_scores([0.5] * LEAST).drift() == pytest.approx(0.5)
+    assert math.isnan(of_scores([0.5] * (MIN_SCORES - 1)).drift())
+    assert of_scores([0.5] * MIN_SCORES).drift() == pytest.approx(0.5)
 
 
 def test_the_scores_of_the_reference_itself_have_none() -> None:
@@ -43,7 +47,7 @@ def test_the_scores_of_the_reference_itself_have_none() -> None:
 
 @pytest.mark.parametrize(("scores", "distance"), [([0.0], 1.0), ([1.0], 0.99), ([0.25, 0.75], 0.25)])
 def test_the_distance_is_the_largest_between_the_shares(scores: list[float], distance: float) -> None:
-    assert of_scores(scores * LEAST).drift() == pytest.approx(distance)
+    assert of_scores(scores * MIN_SCORES).drift() == pytest.approx(distance)
 
 
 def test_harder_texts_are_seen() -> None:
@@ -57,3 +61,95 @@ def test_what_left_the_window_is_forgotten() -> None:
     for _ in range(WINDOW):
         latest.add("weak", draw.random())
     assert latest.drift() < 0.05
+
+
+ROUTES = ("small", "middle", "large")
+
+
+def thresholds(budget: float = 0.3, costs: tuple[float, ...] | None = None) -> Thresholds:
+    return Thresholds(routes=ROUTES, thresholds=(0.1, 0.2), router="f", budget=budget, costs=costs)
+
+
+class Bench:
+    """A monitor whose calibration a test replaces."""
+
+    def __init__(self, calibration: Thresholds | None, learned: bool = True) -> None:
+        self.calibration = calibration
+        self.metrics = Metrics(ROUTES, REASON_KINDS)
+        self.monitor = DriftMonitor(self.metrics, (lambda: self.calibration) if learned else None)
+
+    def decide(self, route: str, score: float = 0.5, kind: ReasonKind = "gain", times: int = 1) -> None:
+        for _ in range(times):
+            self.monitor.observe(RouteDecision(route, score, "", kind), ROUTES)
+
+    def value(self, name: str, **labels: str) -> float:
+        value = self.metrics.registry.get_sample_value(f"stitch_route_{name}", labels)
+        assert value is not None
+        return value
+
+    def shares(self) -> list[float]:
+        return [self.value("share", route=route) for route in ROUTES]
+
+
+def test_everything_is_there_before_the_first_judgement() -> None:
+    bench = Bench(None, learned=False)
+    assert bench.shares() == [0, 0, 0]
+    assert math.isnan(bench.value("budget"))
+    assert math.isnan(bench.value("drift"))
+
+
+def test_shares_and_their_cost_stand_beside_the_budget() -> None:
+    bench = Bench(thresholds(0.3, costs=(0.0, 0.2, 1.0)))
+    for route, times in (("small", 5), ("middle", 3), ("large", 2)):
+        bench.decide(route, times=times)
+    assert bench.shares() == [0.5, 0.3, 0.2]
+    assert bench.value("mean_cost") == pytest.approx(0.3 * 0.2 + 0.2)
+    assert bench.value("budget") == 0.3
+
+
+def test_steps_are_equal_where_no_costs_are_known() -> None:
+    bench = Bench(None)
+    bench.decide("middle")
+    assert bench.value("mean_cost") == 0.5
+
+
+def test_what_others_decide_is_not_counted() -> None:
+    bench = Bench(thresholds())
+    bench.decide("small")
+    for kind in ("requested", "conversation"):
+        bench.decide("large", kind=kind)
+    assert bench.shares() == [1, 0, 0]
+
+
+def test_a_new_calibration_begins_anew() -> None:
+    bench = Bench(thresholds(0.3))
+    bench.decide("large", times=5)
+    bench.calibration = thresholds(0.5)
+    bench.decide("small")
+    assert (bench.value("budget"), bench.shares()) == (0.5, [1, 0, 0])
+
+
+def test_hand_set_weights_have_no_drift() -> None:
+    bench = Bench(None, learned=False)
+    bench.decide("large", 1.0, times=MIN_SCORES)
+    assert math.isnan(bench.value("drift"))
+
+
+def test_the_log_warns_once_when_texts_change_and_once_when_they_are_back(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    draw = random.Random(1)
+    bench = Bench(thresholds())
+    for _ in range(WINDOW):
+        bench.decide("small", draw.random())
+    assert bench.value("drift") < DRIFT_LIMIT
+    # Random scores may stray among the first few hundred; from here on they don't.
+    caplog.clear()
+    bench.decide("large", 0.95, times=WINDOW // 2)
+    assert bench.value("drift") > DRIFT_LIMIT
+    assert [record.message.partition(", limit")[0] for record in caplog.records] == [
+        f"router scores drifted by {DRIFT_LIMIT:.2f} from their calibration"
+    ]
+    for _ in range(WINDOW):
+        bench.decide("small", draw.random())
+    assert len(caplog.records) == 2
+    assert "back at their calibration" in caplog.records[1].message

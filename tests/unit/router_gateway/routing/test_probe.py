@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router_gateway.routing.probe import ProbeRouter, decision_of
+from router_gateway.routing.probe import ProbeRouter, from_probe
 from router_gateway.routing.router import DeferredDecision, FallbackRouter, Query
 from stitch.v1.shard_pb2 import ProbeDecision
 
@@ -25,23 +25,23 @@ def test_every_query_is_left_to_the_shard() -> None:
     ],
 )
 def test_the_reason_is_the_comparison(gains: list[float], thresholds: list[float], reason: str) -> None:
-    decision = decision_of(ProbeDecision(route="any", score=0.7, gains=gains, thresholds=thresholds))
+    decision = from_probe(ProbeDecision(route="any", score=0.7, gains=gains, thresholds=thresholds))
     assert (decision.route, decision.score, decision.reason, decision.kind) == ("any", 0.7, reason, "probe")
 
 
 def test_it_tells_the_probe_s_own_choice_where_that_was_no_candidate() -> None:
     judged = ProbeDecision(route="weak", preferred="strong", score=0.7, gains=[0.0, 0.9], thresholds=[0.5])
-    assert decision_of(judged).route == "strong"
+    assert from_probe(judged).route == "strong"
 
 
 @pytest.mark.parametrize(
     ("judged", "why"),
     [
         (ProbeDecision(route="strong", failure="the first shard has no probe"), "the first shard has no probe"),
-        (ProbeDecision(route="strong"), "no gains came"),
-        (ProbeDecision(route="strong", gains=[0.0, 1.0]), "no gains came"),
+        (ProbeDecision(route="strong"), "the shard sent no gains"),
+        (ProbeDecision(route="strong", gains=[0.0, 1.0]), "the shard sent no gains"),
     ],
 )
 def test_without_gains_it_is_the_fallback(judged: ProbeDecision, why: str) -> None:
-    decision = decision_of(judged)
+    decision = from_probe(judged)
     assert (decision.route, decision.kind, decision.reason) == ("strong", "fallback", f"{why}, so the fallback")

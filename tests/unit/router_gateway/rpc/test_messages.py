@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+from google.protobuf.message import Message
 
-from router_gateway.requests.types import Delta, Finished, FinishReason, Stage, Started, Token, Turn
 from router_gateway.routing.objectives import Objectives
-from router_gateway.routing.router import RouteDecision
-from router_gateway.rpc.messages import to_prompt, to_question, to_request, to_response
+from router_gateway.routing.selector import RoutingOptions
+from router_gateway.rpc.messages import decode, to_prompt, to_request, to_route_query
+from router_gateway.tokenization.chat_template import Turn
 from stitch.errors import InvalidRequest
 from stitch.v1 import inference_pb2
 
@@ -23,7 +24,7 @@ def message(**fields: object) -> inference_pb2.GenerateRequest:
 def test_what_is_unset_takes_its_default() -> None:
     request = to_request(message())
     assert request.prompt == "hello"
-    assert (request.route, request.stop) == (None, ())
+    assert (request.routing.route, request.stop) == (None, ())
     assert request.sampling.greedy
     assert len(request.request_id) == 32
 
@@ -37,27 +38,27 @@ def test_ids_and_seeds_are_drawn_anew_for_every_request() -> None:
 def test_what_is_set_stays() -> None:
     sampling = inference_pb2.Sampling(seed=0, temperature=0.5, max_tokens=7)
     request = to_request(message(request_id="mine", route="strong", stop=["a", "b"], sampling=sampling))
-    assert (request.request_id, request.route, request.stop) == ("mine", "strong", ("a", "b"))
+    assert (request.request_id, request.routing.route, request.stop) == ("mine", "strong", ("a", "b"))
     assert (request.sampling.seed, request.sampling.temperature, request.sampling.max_tokens) == (0, 0.5, 7)
 
 
 def test_auto_is_no_route() -> None:
-    assert to_request(message(route="auto")).route is None
+    assert to_request(message(route="auto")).routing.route is None
 
 
 def test_objectives_that_are_not_set_ask_for_nothing() -> None:
-    assert not to_request(message()).objectives.given
+    assert not to_request(message()).routing.objectives.given
     given = inference_pb2.Objectives(max_cost=1.0, min_quality=0.0)
-    assert to_request(message(objectives=given)).objectives == Objectives(max_cost=1.0, min_quality=0.0)
+    assert to_request(message(objectives=given)).routing.objectives == Objectives(max_cost=1.0, min_quality=0.0)
 
 
 def test_a_question_is_a_request_that_is_only_judged() -> None:
     objectives = inference_pb2.Objectives(max_ttft_seconds=2.0)
-    question = to_question(inference_pb2.RouteRequest(prompt="hi", objectives=objectives, conversation_id="mine"))
-    assert (question.prompt, question.conversation_id, question.route) == ("hi", "mine", None)
-    assert question.objectives == Objectives(max_ttft_seconds=2.0)
+    query = to_route_query(inference_pb2.RouteRequest(prompt="hi", objectives=objectives, conversation_id="mine"))
+    assert query.prompt == "hi"
+    assert query.routing == RoutingOptions(None, Objectives(max_ttft_seconds=2.0), "mine")
     with pytest.raises(InvalidRequest, match=r"objectives\.max_cost"):
-        to_question(inference_pb2.RouteRequest(prompt="hi", objectives=inference_pb2.Objectives(max_cost=2)))
+        to_route_query(inference_pb2.RouteRequest(prompt="hi", objectives=inference_pb2.Objectives(max_cost=2)))
 
 
 def test_a_conversation_keeps_its_turns() -> None:
@@ -95,23 +96,50 @@ def test_what_is_outside_of_its_limits_is_refused(bad: inference_pb2.GenerateReq
     assert caught.value.field == field
 
 
-def test_events_become_messages() -> None:
-    started = to_response(Started("id", RouteDecision("weak", 0.25, "why", "length"), 3)).started
-    assert (started.request_id, started.decision.route, started.decision.reason) == ("id", "weak", "why")
-    assert (started.decision.score, started.prompt_tokens) == (0.25, 3)
-
-    logprobs = inference_pb2.TokenLogprobs(token_id=8, logprob=-1.5)
-    delta = to_response(Delta("text", (Token(7), Token(8, logprobs)))).delta
-    assert (delta.text, list(delta.token_ids), list(delta.logprobs)) == ("text", [7, 8], [logprobs])
-
-    finished = to_response(Finished(FinishReason.LENGTH, 3, 2, 0.5, 1.5, (Stage("route", 0.1),))).finished
-    assert finished.reason == inference_pb2.FINISH_REASON_LENGTH
-    assert (finished.prompt_tokens, finished.generated_tokens) == (3, 2)
-    assert (finished.ttft_seconds, finished.total_seconds) == (0.5, 1.5)
-    assert [(stage.name, stage.seconds) for stage in finished.stages] == [("route", 0.1)]
+BAD = b"caf\xe9!"
 
 
-def test_an_answer_without_text_has_no_time_to_its_first() -> None:
-    finished = to_response(Finished(FinishReason.STOP, 3, 0, None, 1.5, ())).finished
-    assert finished.reason == inference_pb2.FINISH_REASON_STOP
-    assert not finished.HasField("ttft_seconds")
+def broken(message: Message) -> bytes:
+    """The message on the wire, with `caf??` turned into bytes that are no UTF-8."""
+    return message.SerializeToString().replace(b"caf??", BAD)
+
+
+def chat(content: str) -> inference_pb2.Chat:
+    good = inference_pb2.ChatMessage(role="user", content="fine")
+    return inference_pb2.Chat(messages=[good, inference_pb2.ChatMessage(role="user", content=content)])
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (inference_pb2.GenerateRequest(prompt="caf??"), "prompt"),
+        (inference_pb2.GenerateRequest(prompt="fine", stop=["a", "caf??"]), "stop[1]"),
+        (inference_pb2.GenerateRequest(chat=chat("caf??")), "chat.messages[1].content"),
+        (inference_pb2.RouteRequest(prompt="caf??"), "prompt"),
+        (
+            inference_pb2.GenerateBatchRequest(requests=[inference_pb2.GenerateRequest(route="caf??")]),
+            "requests[0].route",
+        ),
+    ],
+)
+def test_the_broken_string_is_found_wherever_it_is(message: Message, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        decode(type(message), broken(message))
+    assert caught.value.field == field
+    assert str(caught.value) == f"{field} is b'caf\\xe9', but it must be UTF-8, and byte 3 is 0xe9"
+
+
+def test_a_long_string_is_shown_around_its_fault() -> None:
+    message = inference_pb2.GenerateRequest(prompt="x" * 1_000_000 + "caf??")
+    with pytest.raises(InvalidRequest, match=r"is b'xxxxxxxxxcaf\\xe9', but .* byte 1000003 is 0xe9"):
+        decode(inference_pb2.GenerateRequest, broken(message))
+
+
+def test_bytes_that_are_no_message_are_called_so() -> None:
+    with pytest.raises(InvalidRequest, match=r"request is 2 bytes, but they are no stitch\.v1\.GenerateRequest"):
+        decode(inference_pb2.GenerateRequest, b"\xff\xff")
+
+
+def test_a_good_message_is_decoded() -> None:
+    message = inference_pb2.GenerateRequest(chat=chat("é你"), stop=["a"])
+    assert decode(inference_pb2.GenerateRequest, message.SerializeToString()) == message

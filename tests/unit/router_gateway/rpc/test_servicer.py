@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +11,14 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from router_gateway.rpc.servicer import INTERNAL_ERROR, inference_methods
 from stitch.errors import Exhausted, InvalidRequest, Unavailable, from_rpc_error
 from stitch.v1 import inference_pb2
 from tests.support.byte_tokenizer import tokens
 from tests.support.fake_shard import CONTEXT_TOKENS, END_TOKEN, FakeShard, aborts, is_full, waits_for
 from tests.support.waiting import eventually
-from tests.unit.router_gateway.conftest import Reach
+from tests.unit.router_gateway.conftest import Reach, Reached
+from tests.unit.router_gateway.rpc.test_messages import broken
 
 TEXT = "Paris is é你 the capital 👩‍👩‍👧‍👦 of France"
 
@@ -197,7 +200,7 @@ async def test_without_a_shard_the_answer_is_unavailable_until_it_returns(reach:
 async def test_a_lost_answer_says_how_far_it_came(reach: Reach) -> None:
     bottom, top = shards()
     bottom.faults[2] = aborts(grpc.StatusCode.UNAVAILABLE)
-    async with reach(bottom, top, replay={"most_losses": 0}) as gateway:
+    async with reach(bottom, top, retry={"max_failures": 0}) as gateway:
         error = await refusal(gateway.generate())
     assert isinstance(error, Unavailable)
     assert error.generated_tokens == 2
@@ -286,3 +289,144 @@ async def test_describe_says_what_is_there(reach: Reach) -> None:
         described = await gateway.stub.Describe(inference_pb2.DescribeRequest())
     assert [shard.serving for shard in described.shards] == [True, True]
     assert [route.name for route in described.routes] == ["weak", "strong"]
+
+
+def batch(*prompts: str) -> inference_pb2.GenerateBatchRequest:
+    return inference_pb2.GenerateBatchRequest(
+        requests=[inference_pb2.GenerateRequest(prompt=prompt) for prompt in prompts]
+    )
+
+
+async def run(
+    gateway: Reached, request: inference_pb2.GenerateBatchRequest
+) -> dict[int, list[inference_pb2.GenerateBatchResponse]]:
+    events = defaultdict(list)
+    async for event in gateway.stub.GenerateBatch(request):
+        events[event.index].append(event)
+    return dict(events)
+
+
+async def test_a_failing_request_disturbs_no_other(reach: Reach) -> None:
+    async with reach(*shards("hello world")) as gateway:
+        events = await run(gateway, batch("one", "", "three"))
+    for index in (0, 2):
+        assert "".join(event.response.delta.text for event in events[index]) == "hello world"
+        assert events[index][-1].response.HasField("finished")
+    [failed] = events[1]
+    assert failed.error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert failed.error.message == "prompt is '', but it must not be empty"
+
+
+async def test_a_defect_ends_its_own_request_alone(reach: Reach, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(message: inference_pb2.GenerateRequest) -> None:
+        raise ZeroDivisionError("secret")
+
+    async with reach(*shards("hello world")) as gateway:
+        monkeypatch.setattr("router_gateway.rpc.servicer.to_request", defect)
+        events = await run(gateway, batch("one", "two"))
+    assert [event.error.code for [event] in events.values()] == [grpc.StatusCode.INTERNAL.value[0]] * 2
+    assert "secret" not in events[0][0].error.message
+
+
+async def test_only_so_many_run_at_once_and_the_rest_waits(reach: Reach) -> None:
+    bottom, top = shards("hello world")
+    hold = asyncio.Event()
+    async with reach(bottom, top, batch_concurrency=2) as gateway:
+        bottom.faults[0] = waits_for(hold)
+        first = asyncio.create_task(run(gateway, batch(*["x"] * 5)))
+        await eventually(lambda: bottom.running == 1 and gateway.metric("stitch_requests_waiting") is not None)
+        hold.set()
+        events = await first
+        assert gateway.metric("stitch_requests_waiting") == 0
+    assert sorted(events) == list(range(5))
+
+
+async def test_the_bound_holds(reach: Reach) -> None:
+    bottom, top = shards("hello world")
+    hold = asyncio.Event()
+    most = 0
+
+    class Holding(dict):  # type: ignore[type-arg]
+        """Holds every session before its first token."""
+
+        def __contains__(self, index: object) -> bool:
+            nonlocal most
+            most = max(most, bottom.running)
+            return index == 0
+
+        def pop(self, index: int) -> object:  # type: ignore[override]
+            return waits_for(hold)
+
+    bottom.faults = Holding()
+    async with reach(bottom, top, batch_concurrency=3) as gateway:
+        answers = asyncio.create_task(run(gateway, batch(*["x"] * 10)))
+        await eventually(lambda: bottom.running == 3)
+        assert gateway.metric("stitch_requests_waiting") == 7
+        assert gateway.metric("stitch_requests_running") == 3
+        hold.set()
+        assert len(await answers) == 10
+    assert most == 3
+
+
+async def test_a_client_that_leaves_takes_all_sessions_with_it(reach: Reach) -> None:
+    bottom, top = shards("hello world")
+    async with reach(bottom, top, batch_concurrency=1) as gateway:
+        bottom.faults[1] = waits_for(asyncio.Event())
+        call = gateway.stub.GenerateBatch(batch("one", "two", "three"))
+        await call.read()
+        await eventually(lambda: not bottom.faults)
+        call.cancel()
+        await eventually(lambda: bottom.cancelled == 1 and bottom.running == 0)
+        await eventually(lambda: gateway.metric("stitch_requests_waiting") == 0)
+    assert len(bottom.requests) == 1
+
+
+async def test_an_empty_batch_has_no_events(reach: Reach) -> None:
+    async with reach(*shards("hello world")) as gateway:
+        assert await run(gateway, batch()) == {}
+
+
+def test_every_method_of_the_service_is_covered() -> None:
+    methods = inference_methods()
+    assert methods["/stitch.v1.Inference/GenerateBatch"] is inference_pb2.GenerateBatchRequest
+    assert len(methods) == len(inference_pb2.DESCRIPTOR.services_by_name["Inference"].methods)
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateBatch", "Route", "Describe"])
+async def test_a_call_with_bytes_that_are_no_message_is_refused(reach: Reach, method: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await raw(reach, method, b"\xff\xff")
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details().startswith("request is 2 bytes, but")
+
+
+async def test_a_call_with_invalid_utf8_names_the_field(reach: Reach) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await raw(reach, "Generate", broken(inference_pb2.GenerateRequest(prompt="caf??")))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert isinstance(from_rpc_error(caught.value), InvalidRequest)
+
+
+async def test_a_defect_is_logged_and_its_text_is_not_sent(
+    reach: Reach, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def defect(*_: Any) -> None:
+        raise ZeroDivisionError("secret")
+
+    async with reach(FakeShard("bottom-0", "bottom", tokens("hello")), FakeShard("top-0", "top")) as gateway:
+        monkeypatch.setattr("router_gateway.rpc.servicer.to_request", defect)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await gateway.generate()
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.INTERNAL, INTERNAL_ERROR)
+    assert "secret" in caplog.text
+
+
+async def raw(reach: Reach, method: str, data: bytes) -> None:
+    """Sends bytes as they are."""
+    async with reach(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as gateway:
+        path = f"/stitch.v1.Inference/{method}"
+        if method.startswith("Generate"):
+            async for _ in gateway.channel.unary_stream(path, None, None)(data):
+                pass
+        else:
+            await gateway.channel.unary_unary(path, None, None)(data)

@@ -7,13 +7,13 @@ import pytest
 from router_gateway.shards.models import ModelRegistry
 from stitch.errors import Unavailable
 from tests.support.fake_shard import CONTEXT_TOKENS, VOCABULARY_SIZE, FakeShard
-from tests.support.fleets import fleet_of
+from tests.support.registries import registry_of
 
 
 async def test_before_any_answer_the_file_alone_speaks() -> None:
-    async with fleet_of(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as (cluster, fleet):
-        catalogue = ModelRegistry(cluster, fleet)
-        described = catalogue.describe()
+    async with registry_of(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as (cluster, registry):
+        models = ModelRegistry(cluster, registry)
+        described = models.describe()
         assert described.bottom.id == "fake"
         assert described.bottom.layers == 0
         assert [(route.name, route.bottom_layers, route.top_from) for route in described.routes] == [
@@ -22,61 +22,61 @@ async def test_before_any_answer_the_file_alone_speaks() -> None:
         ]
         assert [shard.serving for shard in described.shards] == [False, False]
         with pytest.raises(Unavailable, match="no shard"):
-            _ = catalogue.context_tokens
+            _ = models.context_tokens
 
 
 async def test_what_shards_say_is_merged_in() -> None:
     top = FakeShard("top-0", "top")
-    async with fleet_of(FakeShard("bottom-0", "bottom"), top) as (cluster, fleet):
-        await fleet.refresh()
-        catalogue = ModelRegistry(cluster, fleet)
+    async with registry_of(FakeShard("bottom-0", "bottom"), top) as (cluster, registry):
+        await registry.refresh()
+        models = ModelRegistry(cluster, registry)
         await top.stop()
-        await fleet.refresh()
-        described = catalogue.describe()
+        await registry.refresh()
+        described = models.describe()
         assert described.cluster == "fake"
         assert described.bottom.layers == 8
         assert [route.parameters for route in described.routes] == [1_100, 1_400]
         assert [(shard.name, shard.serving) for shard in described.shards] == [("bottom-0", True), ("top-0", False)]
         assert [route.stitch for route in described.routes] == ["s1", ""]
         assert described.shards[1].dtype == "float32"
-        assert catalogue.context_tokens == CONTEXT_TOKENS
-        assert catalogue.vocabulary_size == VOCABULARY_SIZE
+        assert models.context_tokens == CONTEXT_TOKENS
+        assert models.vocabulary_size == VOCABULARY_SIZE
 
 
 async def test_the_context_is_no_longer_than_the_smallest_shard_s_room() -> None:
     top = FakeShard("top-0", "top")
     top.kv_capacity_tokens = CONTEXT_TOKENS - 1
-    async with fleet_of(FakeShard("bottom-0", "bottom"), top) as (cluster, fleet):
-        await fleet.refresh()
-        assert ModelRegistry(cluster, fleet).context_tokens == CONTEXT_TOKENS - 1
+    async with registry_of(FakeShard("bottom-0", "bottom"), top) as (cluster, registry):
+        await registry.refresh()
+        assert ModelRegistry(cluster, registry).context_tokens == CONTEXT_TOKENS - 1
 
 
 async def test_routes_are_ordered_by_parameters_once_all_are_known() -> None:
     bottom = FakeShard("bottom-0", "bottom")
     # A route that leaves earlier may read more, if it enters the other model earlier, too.
     bottom.parameters = {"weak": 1_000, "strong": 900}
-    async with fleet_of(bottom, FakeShard("top-0", "top")) as (cluster, fleet):
-        catalogue = ModelRegistry(cluster, fleet)
-        assert catalogue.routes() == ["weak", "strong"]
-        await fleet.refresh(["bottom-0"])
-        assert catalogue.routes() == ["weak", "strong"]
-        await fleet.refresh(["top-0"])
-        assert catalogue.routes() == ["strong", "weak"]
+    async with registry_of(bottom, FakeShard("top-0", "top")) as (cluster, registry):
+        models = ModelRegistry(cluster, registry)
+        assert models.routes() == ["weak", "strong"]
+        await registry.refresh(["bottom-0"])
+        assert models.routes() == ["weak", "strong"]
+        await registry.refresh(["top-0"])
+        assert models.routes() == ["strong", "weak"]
 
 
 async def test_routes_are_ordered_by_layers_while_one_is_unknown() -> None:
     bottom = FakeShard("bottom-0", "bottom")
     bottom.parameters = {"weak": 9_000}
-    async with fleet_of(bottom, FakeShard("top-0", "top")) as (cluster, fleet):
-        await fleet.refresh()
-        assert ModelRegistry(cluster, fleet).routes() == ["weak", "strong"]
+    async with registry_of(bottom, FakeShard("top-0", "top")) as (cluster, registry):
+        await registry.refresh()
+        assert ModelRegistry(cluster, registry).routes() == ["weak", "strong"]
 
 
 async def test_costs_are_shares_of_the_dearest_once_all_are_known() -> None:
     bottom = FakeShard("bottom-0", "bottom")
-    async with fleet_of(bottom, FakeShard("top-0", "top")) as (cluster, fleet):
-        catalogue = ModelRegistry(cluster, fleet)
-        await fleet.refresh(["bottom-0"])
-        assert catalogue.costs() == {}
-        await fleet.refresh(["top-0"])
-        assert catalogue.costs() == {"weak": 1_100 / 1_400, "strong": 1.0}
+    async with registry_of(bottom, FakeShard("top-0", "top")) as (cluster, registry):
+        models = ModelRegistry(cluster, registry)
+        await registry.refresh(["bottom-0"])
+        assert models.costs() == {}
+        await registry.refresh(["top-0"])
+        assert models.costs() == {"weak": 1_100 / 1_400, "strong": 1.0}

@@ -7,7 +7,7 @@ from collections import Counter
 from router_gateway.shards.placement import Chain, Placement
 from router_gateway.shards.registry import ShardRegistry
 from tests.support.fake_shard import FakeShard
-from tests.support.fleets import fleet_of
+from tests.support.registries import registry_of
 
 NO_FAILURES: Counter[str] = Counter()
 
@@ -27,88 +27,88 @@ async def test_most_free_kv_wins_on_every_stage() -> None:
     fakes = shards()
     for fake, free in zip(fakes, (10, 20, 40, 30), strict=True):
         fake.free_kv_tokens = free
-    async with fleet_of(*fakes) as (cluster, fleet):
-        await fleet.refresh()
-        assert chosen(Placement(cluster, fleet)) == ("bottom-1", "top-0")
+    async with registry_of(*fakes) as (cluster, registry):
+        await registry.refresh()
+        assert chosen(Placement(cluster, registry)) == ("bottom-1", "top-0")
 
 
 async def test_room_that_is_counted_spreads_requests_between_polls() -> None:
-    async with fleet_of(*shards()) as (cluster, fleet):
-        await fleet.refresh()
-        placement = Placement(cluster, fleet)
+    async with registry_of(*shards()) as (cluster, registry):
+        await registry.refresh()
+        placement = Placement(cluster, registry)
         taken = []
         for _ in range(4):
             chain = placement.choose("strong", NO_FAILURES)
             assert chain is not None
             chain.reserve(100)
-            taken.append(chain.first.place.name)
+            taken.append(chain.first.config.name)
         assert taken == ["bottom-0", "bottom-1", "bottom-0", "bottom-1"]
 
 
 async def test_shards_that_failed_come_last_however_free_they_are() -> None:
     fakes = shards()
     fakes[1].free_kv_tokens = 1
-    async with fleet_of(*fakes) as (cluster, fleet):
-        await fleet.refresh()
-        assert chosen(Placement(cluster, fleet), Counter({"bottom-0": 1})) == ("bottom-1", "top-0")
+    async with registry_of(*fakes) as (cluster, registry):
+        await registry.refresh()
+        assert chosen(Placement(cluster, registry), Counter({"bottom-0": 1})) == ("bottom-1", "top-0")
 
 
 async def test_a_route_without_a_living_shard_on_one_stage_has_no_chain() -> None:
     fakes = shards()
-    async with fleet_of(*fakes) as (cluster, fleet):
-        placement, strong = Placement(cluster, fleet), cluster.route("strong")
-        await fleet.refresh(["bottom-0", "bottom-1"])
+    async with registry_of(*fakes) as (cluster, registry):
+        placement, strong = Placement(cluster, registry), cluster.route("strong")
+        await registry.refresh(["bottom-0", "bottom-1"])
         assert placement.choose("strong", NO_FAILURES) is None
         assert not placement.reachable(strong)
-        await fleet.refresh(["top-1"])
+        await registry.refresh(["top-1"])
         assert chosen(placement) == ("bottom-0", "top-1")
         assert placement.reachable(strong)
 
 
 async def test_a_chain_names_the_addresses_behind_its_first_shard() -> None:
-    async with fleet_of(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as (cluster, fleet):
-        chain = await _only(fleet)
-        assert chain.rest == [cluster.shard("top-0").address]
-        assert chain.first is fleet.replicas["bottom-0"]
+    async with registry_of(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as (cluster, registry):
+        chain = await _only(registry)
+        assert chain.next_addresses == [cluster.shard("top-0").address]
+        assert chain.first is registry.replicas["bottom-0"]
 
 
 async def test_a_chain_serves_as_long_as_all_of_it_does_and_tells_when_not() -> None:
     top = FakeShard("top-0", "top")
     told = []
-    async with fleet_of(FakeShard("bottom-0", "bottom"), top) as (_, fleet):
-        chain = await _only(fleet)
+    async with registry_of(FakeShard("bottom-0", "bottom"), top) as (_, registry):
+        chain = await _only(registry)
         assert chain.serving
         with chain.on_unavailable(lambda: told.append(True)):
             await top.stop()
-            await fleet.refresh()
+            await registry.refresh()
         assert told
         assert not chain.serving
 
 
 async def test_the_shards_of_a_route_are_all_replicas_of_its_stages() -> None:
-    async with fleet_of(*shards()) as (cluster, fleet):
-        assert Placement(cluster, fleet).shards("weak") == ["bottom-0", "bottom-1", "top-0", "top-1"]
+    async with registry_of(*shards()) as (cluster, registry):
+        assert Placement(cluster, registry).shards("weak") == ["bottom-0", "bottom-1", "top-0", "top-1"]
 
 
-async def _only(fleet: ShardRegistry) -> Chain:
-    await fleet.refresh()
-    return Chain(tuple(fleet.replicas.values()))
+async def _only(registry: ShardRegistry) -> Chain:
+    await registry.refresh()
+    return Chain(tuple(registry.replicas.values()))
 
 
 async def test_a_fork_has_one_first_shard_and_a_chain_for_every_route() -> None:
     fakes = shards()
     fakes[1].free_kv_tokens += 1
-    async with fleet_of(*fakes) as (cluster, fleet):
-        await fleet.refresh()
-        fork = Placement(cluster, fleet).fork(("weak", "strong"), NO_FAILURES)
+    async with registry_of(*fakes) as (cluster, registry):
+        await registry.refresh()
+        fork = Placement(cluster, registry).choose_candidates(("weak", "strong"), NO_FAILURES)
         assert fork is not None
-        assert {route: chain.names for route, chain in fork.branches.items()} == {
+        assert {route: chain.names for route, chain in fork.by_route.items()} == {
             "weak": ("bottom-1", "top-0"),
             "strong": ("bottom-1", "top-0"),
         }
         assert fork.names == ("bottom-1", "top-0")
         fork.reserve(100)
-        assert [fleet.replicas[name].free_kv_tokens for name in ("bottom-1", "top-0", "top-1")] == [
+        assert [registry.replicas[name].free_kv_tokens for name in ("bottom-1", "top-0", "top-1")] == [
             9_901,
             9_900,
             10_000,
@@ -117,6 +117,6 @@ async def test_a_fork_has_one_first_shard_and_a_chain_for_every_route() -> None:
 
 async def test_a_fork_needs_a_chain_for_every_route() -> None:
     fakes = shards()
-    async with fleet_of(*fakes) as (cluster, fleet):
-        await fleet.refresh(["bottom-0", "bottom-1"])
-        assert Placement(cluster, fleet).fork(("weak", "strong"), NO_FAILURES) is None
+    async with registry_of(*fakes) as (cluster, registry):
+        await registry.refresh(["bottom-0", "bottom-1"])
+        assert Placement(cluster, registry).choose_candidates(("weak", "strong"), NO_FAILURES) is None

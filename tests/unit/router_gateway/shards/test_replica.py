@@ -1,19 +1,66 @@
-"""A shard comes, goes, falls silent, or turns out to be another one."""
+"""A shard that would say something else than the others is not asked."""
 
 from __future__ import annotations
 
 import pytest
 
+from router_gateway.shards.replica import CompatibilityCheck
 from stitch.cluster import ShardConfig
+from stitch.v1.inference_pb2 import Model, RouteDescription
+from stitch.v1.shard_pb2 import ShardIdentity
 from tests.support.fake_shard import LAYERS, FakeShard
-from tests.support.fleets import fleet_of
+from tests.support.registries import registry_of
+
+FIRST = ShardIdentity(
+    tokenizer="abc",
+    bottom=Model(revision="b1"),
+    top=Model(revision="t1"),
+    routes=[RouteDescription(name="weak", stitch="s1")],
+    probe="p1",
+)
+
+
+@pytest.mark.parametrize(
+    ("second", "mismatch"),
+    [
+        (ShardIdentity(tokenizer="xyz"), "its tokenizer is xyz, but the other shards have abc"),
+        (ShardIdentity(bottom=Model(revision="b2")), "its bottom model is b2, but the other shards have b1"),
+        (ShardIdentity(probe="p2"), "its probe is p2, but the other shards have p1"),
+        (ShardIdentity(top=Model(revision="t2")), "its top model is t2, but the other shards have t1"),
+        (
+            ShardIdentity(routes=[RouteDescription(name="weak", stitch="s2")]),
+            "its stitch of route weak is s2, but the other shards have s1",
+        ),
+    ],
+)
+def test_a_difference_is_named_with_both_sides(second: ShardIdentity, mismatch: str) -> None:
+    check = CompatibilityCheck()
+    assert check.mismatch(FIRST) is None
+    assert check.mismatch(second) == mismatch
+
+
+def test_what_a_shard_does_not_know_is_no_difference() -> None:
+    check = CompatibilityCheck()
+    assert check.mismatch(ShardIdentity()) is None
+    assert check.mismatch(FIRST) is None
+    assert check.mismatch(ShardIdentity(tokenizer="abc")) is None
+
+
+async def test_a_shard_with_another_tokenizer_does_not_serve(caplog: pytest.LogCaptureFixture) -> None:
+    other = FakeShard("top-0", "top")
+    other.tokenizer = "words"
+    async with registry_of(FakeShard("bottom-0", "bottom"), other) as (_, registry):
+        await registry.refresh(["bottom-0"])
+        await registry.refresh()
+        assert [replica.serving for replica in registry.replicas.values()] == [True, False]
+    assert "its tokenizer is words, but the other shards have bytes" in caplog.text
 
 
 async def test_a_shard_serves_once_it_has_answered() -> None:
     shard = FakeShard("bottom-0", "bottom")
     shard.free_kv_tokens = 77
-    async with fleet_of(shard, FakeShard("top-0", "top")) as (_, fleet):
-        replica = fleet.replicas["bottom-0"]
+    async with registry_of(shard, FakeShard("top-0", "top")) as (_, registry):
+        replica = registry.replicas["bottom-0"]
         assert not replica.serving
         await replica.poll()
         assert replica.serving
@@ -24,8 +71,8 @@ async def test_a_shard_serves_once_it_has_answered() -> None:
 
 async def test_a_shard_that_refuses_the_connection_is_gone_at_once() -> None:
     shard = FakeShard("bottom-0", "bottom")
-    async with fleet_of(shard, FakeShard("top-0", "top"), silent_polls=9) as (_, fleet):
-        replica = fleet.replicas["bottom-0"]
+    async with registry_of(shard, FakeShard("top-0", "top"), max_timeouts=9) as (_, registry):
+        replica = registry.replicas["bottom-0"]
         await replica.poll()
         await shard.stop()
         await replica.poll()
@@ -35,8 +82,8 @@ async def test_a_shard_that_refuses_the_connection_is_gone_at_once() -> None:
 
 async def test_a_silent_shard_is_gone_after_so_many_polls() -> None:
     shard = FakeShard("bottom-0", "bottom")
-    async with fleet_of(shard, FakeShard("top-0", "top"), silent_polls=2) as (_, fleet):
-        replica = fleet.replicas["bottom-0"]
+    async with registry_of(shard, FakeShard("top-0", "top"), max_timeouts=2) as (_, registry):
+        replica = registry.replicas["bottom-0"]
         await replica.poll()
         shard.talks.clear()
         await replica.poll()
@@ -48,8 +95,8 @@ async def test_a_silent_shard_is_gone_after_so_many_polls() -> None:
 
 async def test_one_silent_poll_is_forgotten_by_the_next_answer() -> None:
     shard = FakeShard("bottom-0", "bottom")
-    async with fleet_of(shard, FakeShard("top-0", "top"), silent_polls=2) as (_, fleet):
-        replica = fleet.replicas["bottom-0"]
+    async with registry_of(shard, FakeShard("top-0", "top"), max_timeouts=2) as (_, registry):
+        replica = registry.replicas["bottom-0"]
         for _ in range(2):
             shard.talks.clear()
             await replica.poll()
@@ -61,8 +108,8 @@ async def test_one_silent_poll_is_forgotten_by_the_next_answer() -> None:
 async def test_those_who_wait_are_told_when_it_goes_and_only_inside_of_their_block() -> None:
     shard = FakeShard("bottom-0", "bottom")
     told = []
-    async with fleet_of(shard, FakeShard("top-0", "top")) as (_, fleet):
-        replica = fleet.replicas["bottom-0"]
+    async with registry_of(shard, FakeShard("top-0", "top")) as (_, registry):
+        replica = registry.replicas["bottom-0"]
         await replica.poll()
         with replica.on_unavailable(lambda: told.append("too early")):
             pass
@@ -77,18 +124,18 @@ async def test_a_shard_with_other_layers_does_not_serve(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     shard = FakeShard("bottom-0", "bottom")
-    async with fleet_of(shard, FakeShard("top-0", "top")) as (_, fleet):
+    async with registry_of(shard, FakeShard("top-0", "top")) as (_, registry):
         monkeypatch.setitem(LAYERS, "bottom", (0, 3))
-        await fleet.refresh(["bottom-0"])
-        assert not fleet.replicas["bottom-0"].serving
+        await registry.refresh(["bottom-0"])
+        assert not registry.replicas["bottom-0"].serving
     assert "it holds bottom layers 0 to 3, but the cluster file says 0 to 4 of bottom" in caplog.text
 
 
 async def test_room_is_counted_until_the_shard_says_what_is_free() -> None:
     shard = FakeShard("bottom-0", "bottom")
     shard.free_kv_tokens = 100
-    async with fleet_of(shard, FakeShard("top-0", "top")) as (_, fleet):
-        replica = fleet.replicas["bottom-0"]
+    async with registry_of(shard, FakeShard("top-0", "top")) as (_, registry):
+        replica = registry.replicas["bottom-0"]
         await replica.poll()
         replica.reserve(30)
         assert replica.free_kv_tokens == 70
@@ -97,6 +144,6 @@ async def test_room_is_counted_until_the_shard_says_what_is_free() -> None:
 
 
 def test_the_fake_stands_where_it_listens() -> None:
-    assert FakeShard("top-0", "top").place == ShardConfig(
+    assert FakeShard("top-0", "top").config == ShardConfig(
         name="top-0", role="top", layers=LAYERS["top"], address="127.0.0.1:0"
     )

@@ -7,9 +7,14 @@ from datetime import datetime
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from router_gateway.tokenization.chat_template import ChatTemplate, TemplateRefusal
+from router_gateway.tokenization.chat_template import ChatTemplate, TemplateRefusal, Turn
 
-MESSAGES = [("system", "Be brief."), ("user", "Hi <b>you</b> & é你"), ("assistant", "Hello!"), ("user", "More?")]
+TURNS = [
+    Turn("system", "Be brief."),
+    Turn("user", "Hi <b>you</b> & é你"),
+    Turn("assistant", "Hello!"),
+    Turn("user", "More?"),
+]
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
 TEMPLATES = {
@@ -32,15 +37,15 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_it_renders_as_transformers_does(name: str) -> None:
-    conversation = [{"role": role, "content": content} for role, content in MESSAGES]
+    conversation = [turn._asdict() for turn in TURNS]
     expected, _ = render_jinja_template(
         [conversation], chat_template=TEMPLATES[name], add_generation_prompt=True, **SPECIAL
     )
-    assert ChatTemplate(TEMPLATES[name], SPECIAL).render(MESSAGES) == expected[0]
+    assert ChatTemplate(TEMPLATES[name], SPECIAL).render(TURNS) == expected[0]
 
 
 def test_the_date_is_today() -> None:
-    assert ChatTemplate("{{ strftime_now('%Y') }}", {}).render(MESSAGES) == datetime.now().strftime("%Y")
+    assert ChatTemplate("{{ strftime_now('%Y') }}", {}).render(TURNS) == datetime.now().strftime("%Y")
 
 
 @pytest.mark.parametrize(
@@ -55,4 +60,4 @@ def test_the_date_is_today() -> None:
 )
 def test_whatever_a_template_raises_is_a_refusal(template: str, reason: str) -> None:
     with pytest.raises(TemplateRefusal, match=reason):
-        ChatTemplate(template, {}).render(MESSAGES)
+        ChatTemplate(template, {}).render(TURNS)

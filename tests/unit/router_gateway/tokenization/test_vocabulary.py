@@ -7,6 +7,7 @@ import json
 import pytest
 from tokenizers import processors
 
+from router_gateway.tokenization.chat_template import Turn
 from router_gateway.tokenization.vocabulary import Vocabulary
 from stitch.errors import Incompatible
 from tests.support.byte_tokenizer import byte_tokenizer, tokenizer_files, tokens
@@ -63,10 +64,10 @@ def test_a_template_stands_in_its_own_file_or_in_the_configuration() -> None:
     files = tokenizer_files() | {"chat_template.jinja": b"{{ bos_token }}own"}
     own = Vocabulary.from_files(files).template
     assert own is not None
-    assert own.render([("user", "x")]) == "<|im_start|>own"
+    assert own.render([Turn("user", "x")]) == "<|im_start|>own"
     named = vocabulary(tokenizer_config={"chat_template": [{"name": "default", "template": "listed"}]}).template
     assert named is not None
-    assert named.render([("user", "x")]) == "listed"
+    assert named.render([Turn("user", "x")]) == "listed"
 
 
 def test_a_model_may_have_no_template() -> None:
@@ -74,7 +75,7 @@ def test_a_model_may_have_no_template() -> None:
 
 
 def test_no_token_stands_for_more_bytes_than_the_longest() -> None:
-    longest = vocabulary().longest_token_bytes
+    longest = vocabulary().max_token_bytes
     decoded = (byte_tokenizer().decode([token_id]) for token_id in range(byte_tokenizer().get_vocab_size()))
     assert longest >= max(len(text.encode()) for text in decoded)
 

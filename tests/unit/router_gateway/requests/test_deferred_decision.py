@@ -1,4 +1,4 @@
-"""Where the first shard decides: one judgement, before the first token, and one route whatever is lost."""
+"""Tests of deferred decisions: the first shard decides once, before the first token, and replays keep the route."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from stitch.thresholds import Thresholds
 from stitch.v1 import inference_pb2, shard_pb2
 from tests.support.fake_shard import END_TOKEN, FakeShard, aborts
 from tests.support.waiting import eventually
-from tests.unit.router_gateway.requests.test_stream import SCRIPT, bottoms, ids, prepared, streaming, top
+from tests.unit.router_gateway.requests.test_stream import SCRIPT, bottoms, ids, stream_input, streaming, top
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
-UNDECIDED = replace(prepared(), decision=DeferredDecision(("weak", "strong")))
+UNDECIDED = replace(stream_input(), decision=DeferredDecision(("weak", "strong")))
 
 
 class TestStream:
@@ -28,7 +28,7 @@ class TestStream:
             first, *steps = await stream.all(UNDECIDED)
         [request] = bottom.requests
         chains = {one.route: list(one.chain) for one in request.candidates}
-        assert chains == {route: [above.place.address] for route in ("weak", "strong")}
+        assert chains == {route: [above.config.address] for route in ("weak", "strong")}
         assert (request.route, list(request.chain)) == ("", [])
         assert first.decision is not None
         assert (first.decision.route, first.decision.score, first.decision.kind) == ("weak", 0.3, "probe")
@@ -74,13 +74,13 @@ class TestStream:
         [bottom] = bottoms(1)
         bottom.faults[0] = aborts(UNAVAILABLE)
         bottom.decision = None
-        async with streaming(bottom, top(), most_losses=0) as stream:
+        async with streaming(bottom, top(), max_failures=0) as stream:
             with pytest.raises(Unavailable, match="route weak or strong"):
                 await stream.all(UNDECIDED)
 
 
 class TestGateway:
-    """The same through the door."""
+    """The same through a whole gateway."""
 
     @staticmethod
     def shards(**fields: Any) -> tuple[FakeShard, FakeShard]:
@@ -139,7 +139,7 @@ class TestGateway:
         async with reach(bottom, above, cluster={"probe": "probe.safetensors"}) as reached:
             wanted = inference_pb2.Objectives(max_cost=0.8)
             started = (await reached.generate(objectives=wanted))[0].started
-            assert started.decision.reason.startswith("only weak keeps to the objectives: weak has cost 0.79")
+            assert started.decision.reason.startswith("only weak meets the objectives: weak has cost 0.79")
             assert [len(request.candidates) for request in bottom.requests] == [0]
 
     async def test_the_budget_is_that_of_the_thresholds(self, reach: Any, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
-from router_gateway.routing.ttft_regression import LEAST_SAMPLES
+from router_gateway.routing.ttft_predictor import MIN_SAMPLES
 from stitch.errors import InvalidRequest, ObjectivesUnmet, from_code, from_rpc_error
 from stitch.v1 import inference_pb2
 from tests.support.byte_tokenizer import tokens
@@ -38,7 +38,7 @@ async def refused(gateway: Reached, **fields: Any) -> Exception:
 
 async def measured(gateway: Reached) -> None:
     for route in ("weak", "strong"):
-        for _ in range(2 * LEAST_SAMPLES):
+        for _ in range(2 * MIN_SAMPLES):
             await gateway.generate(route=route)
 
 
@@ -56,7 +56,7 @@ async def test_what_no_route_keeps_to_is_refused_with_what_was_predicted(reach: 
     async with reach(bottom, top) as gateway:
         error = await refused(gateway, objectives=objectives(max_cost=0.5))
         assert isinstance(error, ObjectivesUnmet)
-        assert str(error) == "no route keeps to cost ≤ 0.5: weak has cost 0.79; strong has cost 1.00"
+        assert str(error) == "no route meets cost ≤ 0.5: weak has cost 0.79; strong has cost 1.00"
         assert bottom.requests == []
         counted = gateway.metric("stitch_request_duration_seconds_count", route="none", outcome="unmet")
         assert counted == 1

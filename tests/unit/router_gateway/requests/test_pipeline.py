@@ -1,0 +1,265 @@
+"""Tests of the input processor, from a request to ids, route and sampling, and of the output processor."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
+
+import pytest
+
+from router_gateway.metrics import Metrics
+from router_gateway.requests.pipeline import InputProcessor, OutputProcessor, complete_sampling, tokenize
+from router_gateway.requests.types import Prompt, Request, user_turns
+from router_gateway.routing.drift import DriftMonitor
+from router_gateway.routing.router import REASON_KINDS, Query, RouteDecision
+from router_gateway.routing.selector import NO_OPTIONS, RoutingOptions, Selector, conversation_routes
+from router_gateway.routing.ttft_predictor import TtftPredictor
+from router_gateway.shards.models import ModelRegistry
+from router_gateway.tokenization.chat_template import Turn
+from router_gateway.tokenization.source import VocabularySource
+from router_gateway.tokenization.vocabulary import Vocabulary
+from stitch.cluster import ClusterConfig, GatewayConfig, ModelConfig, PairConfig, ShardConfig
+from stitch.errors import InvalidRequest, Unavailable
+from stitch.sampling import Sampling
+from stitch.v1.inference_pb2 import Delta, TokenLogprobs
+from stitch.v1.shard_pb2 import GeneratedToken
+from tests.support.byte_tokenizer import byte_tokenizer, tokenizer_files, tokens
+from tests.support.fake_shard import ROUTES
+
+VOCABULARY = Vocabulary.from_files(tokenizer_files())
+SOURCE = ModelConfig(id="fake", source="nowhere")
+CLUSTER = ClusterConfig(
+    name="fake",
+    models=PairConfig(bottom=SOURCE, top=SOURCE),
+    routes=ROUTES,
+    shards=(
+        ShardConfig(name="b", role="bottom", layers=(0, 4), address="h:1"),
+        ShardConfig(name="t", role="top", layers=(4, 8), address="h:2"),
+    ),
+    gateway=GatewayConfig(address="h:3"),
+)
+
+
+class SmallModel:
+    """Stands in for the model registry of a cluster whose shards have answered."""
+
+    context_tokens = 128
+    vocabulary_size = 400
+
+    def routes(self) -> list[str]:
+        return ["weak", "strong"]
+
+
+class AlwaysWeak:
+    def __init__(self) -> None:
+        self.queries: list[Query] = []
+
+    def decide(self, query: Query) -> RouteDecision:
+        self.queries.append(query)
+        return RouteDecision("weak", 0.25, "because", "length")
+
+
+@pytest.fixture
+def router() -> AlwaysWeak:
+    return AlwaysWeak()
+
+
+@pytest.fixture
+def source() -> VocabularySource:
+    source = VocabularySource([])
+    source.current = VOCABULARY
+    return source
+
+
+@pytest.fixture
+def inputs(router: AlwaysWeak, source: VocabularySource) -> Iterator[InputProcessor]:
+    with ThreadPoolExecutor(1, "text") as threads:
+        models = cast(ModelRegistry, SmallModel())
+        predictor, conversations = (
+            TtftPredictor(models.routes(), lambda: 1, time.monotonic),
+            conversation_routes(time.monotonic),
+        )
+        selector = Selector(
+            router, models, predictor, conversations, DriftMonitor(Metrics(models.routes(), REASON_KINDS), None)
+        )
+        yield InputProcessor(CLUSTER, models, source, selector, threads)
+
+
+def request(
+    prompt: Prompt = "hello", sampling: Sampling | None = None, routing: RoutingOptions = NO_OPTIONS
+) -> Request:
+    return Request("id", prompt, sampling or Sampling(), routing=routing)
+
+
+async def test_a_prompt_becomes_ids_and_a_route(inputs: InputProcessor, router: AlwaysWeak) -> None:
+    prepared = await inputs.prepare(request("hello world"))
+    assert list(prepared.stream_input.token_ids) == tokens("hello world")
+    assert prepared.stream_input.decision == RouteDecision("weak", 0.25, "because", "length")
+    assert router.queries == [Query(("hello world",), ("weak", "strong"))]
+
+
+async def test_a_conversation_goes_through_the_template_and_all_user_turns_are_judged(
+    inputs: InputProcessor, router: AlwaysWeak
+) -> None:
+    chat = (Turn("system", "Be brief."), Turn("user", "hello"), Turn("assistant", "hello"), Turn("user", "commit it"))
+    prepared = await inputs.prepare(request(chat))
+    text = byte_tokenizer().decode(list(prepared.stream_input.token_ids), skip_special_tokens=False)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+    assert text.endswith("commit it<|im_end|>\n<|im_start|>assistant\n")
+    assert router.queries[0].turns == ("hello", "commit it")
+
+
+async def test_a_named_route_is_taken_and_the_score_is_said_all_the_same(inputs: InputProcessor) -> None:
+    decision = (await inputs.prepare(request(routing=RoutingOptions(route="strong")))).stream_input.decision
+    assert (decision.route, decision.score, decision.kind) == ("strong", 0.25, "requested")
+    assert "weak" in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("bad", "field"),
+    [
+        (request(""), "prompt"),
+        (request(()), "chat.messages"),
+        (request("x" * 1_000_000), "prompt"),
+        (request("!?" * 80), "prompt"),
+        (request(routing=RoutingOptions(route="gone")), "route"),
+        (request(sampling=Sampling(stop_token_ids=(400,))), "sampling.stop_token_ids[0]"),
+        (request((Turn("wizard", "abracadabra"),)), "chat"),
+    ],
+)
+async def test_what_can_t_be_served_is_refused_by_its_field(
+    inputs: InputProcessor, router: AlwaysWeak, bad: Request, field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await inputs.prepare(bad)
+    assert caught.value.field == field
+    assert router.queries == []
+
+
+async def test_without_a_tokenizer_nothing_is_served(inputs: InputProcessor, source: VocabularySource) -> None:
+    source.current = None
+    with pytest.raises(Unavailable, match="tokenizer"):
+        await inputs.prepare(request())
+
+
+async def test_long_text_is_tokenized_off_the_event_loop(
+    inputs: InputProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def spy(prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
+        threads.append(threading.current_thread())
+        return [5]
+
+    monkeypatch.setattr("router_gateway.requests.pipeline.INLINE_BYTES", 8)
+    monkeypatch.setattr("router_gateway.requests.pipeline.tokenize", spy)
+    await inputs.prepare(request("x" * 8))
+    await inputs.prepare(request("x" * 9))
+    assert threads[0] is threading.main_thread()
+    assert threads[1] is not threading.main_thread()
+
+
+def test_a_model_without_a_template_takes_no_conversation() -> None:
+    bare = Vocabulary.from_files({"tokenizer.json": tokenizer_files()["tokenizer.json"]})
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        tokenize((Turn("user", "hello"),), bare)
+
+
+def test_a_refusal_says_what_the_template_says() -> None:
+    with pytest.raises(
+        InvalidRequest, match="chat is 'user, wizard', but the chat template refuses it: 'Unknown role'"
+    ):
+        tokenize((Turn("user", "hello"), Turn("wizard", "hello")), VOCABULARY)
+
+
+def test_only_the_user_s_words_are_judged() -> None:
+    assert user_turns("plain") == ("plain",)
+    assert user_turns((Turn("system", "s"), Turn("user", "u"), Turn("assistant", "a"))) == ("u",)
+
+
+def test_max_tokens_end_with_the_context() -> None:
+    assert complete_sampling(Sampling(max_tokens=50), 100, 128, ()).max_tokens == 28
+    assert complete_sampling(Sampling(max_tokens=5), 100, 128, ()).max_tokens == 5
+    assert complete_sampling(Sampling(), 100, 9_000, ()).max_tokens == 1_024
+
+
+def test_the_model_s_end_tokens_are_added_unless_ignored() -> None:
+    assert complete_sampling(Sampling(stop_token_ids=(7, 2)), 1, 9, (2, 0)).stop_token_ids == (7, 2, 0)
+    assert complete_sampling(Sampling(stop_token_ids=(7,), ignore_eos=True), 1, 9, (2, 0)).stop_token_ids == (7,)
+
+
+VOCABULARY = Vocabulary.from_files(tokenizer_files())
+
+
+def output(*stop: str) -> OutputProcessor:
+    return OutputProcessor(VOCABULARY.detokenizer(), stop)
+
+
+def run(output: OutputProcessor, ids: Sequence[int]) -> list[Delta]:
+    deltas = [output.push([GeneratedToken(id=token_id)]) for token_id in ids]
+    return [delta for delta in (*deltas, output.finish()) if delta is not None]
+
+
+def ids_of(deltas: Sequence[Delta]) -> list[int]:
+    return [token_id for delta in deltas for token_id in delta.token_ids]
+
+
+def text_of(deltas: Sequence[Delta]) -> str:
+    return "".join(delta.text for delta in deltas)
+
+
+def test_each_token_with_text_leaves_at_once() -> None:
+    ids = tokens("hello world")
+    assert [list(delta.token_ids) for delta in run(output(), ids)] == [[token_id] for token_id in ids]
+
+
+def test_the_tokens_of_a_character_leave_together() -> None:
+    ids = tokens("你")
+    assert run(output(), ids) == [Delta(text="你", token_ids=ids)]
+
+
+def test_tokens_without_text_come_with_the_end() -> None:
+    deltas = run(output(), [*tokens("hello"), 2])
+    assert deltas[-1] == Delta(token_ids=[2])
+
+
+def test_a_stop_string_ends_the_text_before_it() -> None:
+    stopped = output(" jumps")
+    ids = tokens("the quick brown fox jumps over")
+    deltas = run(stopped, ids)
+    assert stopped.stopped
+    assert text_of(deltas) == "the quick brown fox"
+    assert stopped.generated_tokens == len(ids_of(deltas))
+    assert ids_of(deltas) == ids[: len(ids_of(deltas))]
+
+
+def test_tokens_of_the_same_step_behind_a_stop_string_are_dropped() -> None:
+    stopped = output(" world")
+    ids = tokens("hello world, hello there")
+    delta = stopped.push([GeneratedToken(id=token_id) for token_id in ids])
+    assert delta is not None
+    assert delta.text == "hello"
+    assert stopped.generated_tokens == len(delta.token_ids) < len(ids)
+
+
+def test_a_beginning_that_becomes_no_stop_string_comes_out_in_the_end() -> None:
+    held = output("dog!")
+    deltas = run(held, tokens("lazy dog"))
+    assert text_of(deltas) == "lazy dog"
+    assert ids_of(deltas) == tokens("lazy dog")
+    assert not held.stopped
+
+
+def test_an_answer_without_tokens_has_no_pieces() -> None:
+    assert run(output("x"), []) == []
+
+
+def test_delta_has_the_log_probabilities_of_its_tokens() -> None:
+    logprobs = TokenLogprobs(token_id=8, logprob=-1.5)
+    [first, *_] = ids = tokens("hello")
+    delta = output().push([GeneratedToken(id=first), GeneratedToken(id=ids[-1], logprobs=logprobs)])
+    assert delta is not None
+    assert list(delta.logprobs) == [logprobs]
