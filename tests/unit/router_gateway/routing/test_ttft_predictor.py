@@ -264,9 +264,7 @@ def promised(pace: Callable[[float], float], mean_gap: float, seed: int = 1) -> 
         except ObjectivesUnmet:
             kept.refused += 1
             waited = max(shards.free_at - shards.now, 0)
-            kept.wrongly += (
-                waited + tokens * ROUTE_TOKEN_SECONDS["weak"] * pace(shards.now) + OVERHEAD_SECONDS <= limit
-            )
+            kept.wrongly += waited + tokens * ROUTE_TOKEN_SECONDS["weak"] * pace(shards.now) + OVERHEAD_SECONDS <= limit
             continue
         began = shards.now
         done = shards.compute(predictor.track(tokens, judged.route), judged.route, tokens)
