@@ -42,21 +42,21 @@ class Bottom:
         self._cuts = loaded.layer_ranges
         self._earliest = LayerRange(0, cluster.earliest_cut)
         self._blocks = range(blocks)
-        self._judges = {route: judge_for(route, loaded, cluster.earliest_cut) for route in ROUTES}
+        self._probes = {route: probe_for(route, loaded, cluster.earliest_cut) for route in ROUTES}
         self._runner = ModelRunner(
             decoder=decoder,
             attention=backend_for(
                 KVStore(decoder.first, decoder.end, blocks, decoder.kv_heads, decoder.head_dim, CPU, torch.float32)
             ),
             device=CPU,
-            threads=ParallelismTuner(1, 1),
+            tuner=ParallelismTuner(1, 1),
             embed=loaded.embedding,
             layer_ranges=loaded.layer_ranges,
         )
 
     def prefill_ms(self, token_ids: list[int], route: str, judged: bool) -> float:
         """All chunks of a prompt; where it is judged, the first one decides."""
-        self._runner.judge = self._judges[route]
+        self._runner.probe = self._probes[route]
         sequence = Session(route, (), Sampling(), token_ids, len(token_ids))
         started = time.process_time()
         for position in range(0, len(token_ids), self._chunk):
@@ -71,7 +71,7 @@ class Bottom:
         return (time.process_time() - started) * 1e3
 
 
-def judge_for(route: str, loaded: LoadedStage, layer: int) -> RouteProbe:
+def probe_for(route: str, loaded: LoadedStage, layer: int) -> RouteProbe:
     """A probe of random weights and a threshold that it never or always exceeds."""
     drawn = torch.Generator().manual_seed(0)
     probe = Probe(

@@ -70,7 +70,7 @@ class OneProcess:
                 KVStore(decoder.first, decoder.end, blocks, kv_heads, head_dim, device, torch.float32)
             ),
             device=device,
-            threads=ParallelismTuner(self._threads, self._threads),
+            tuner=ParallelismTuner(self._threads, self._threads),
             embed=stage.embedding,
             stitches={route: stitch for route, stitch in stage.stitches.items() if stitch is not None},
             adapters=stage.adapters,

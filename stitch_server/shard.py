@@ -101,16 +101,16 @@ def build_shard(
         decoder=loaded.decoder,
         attention=kv_cache.attention,
         device=device,
-        threads=ParallelismTuner(alone, compute.threads_while_pipelined or alone),
+        tuner=ParallelismTuner(alone, compute.threads_while_pipelined or alone),
         embed=loaded.embedding,
         stage=f"{config.role}_prefill",
         stitches={route: stitch for route, stitch in loaded.stitches.items() if stitch is not None},
         adapters=loaded.adapters,
         head=loaded.head,
-        judge=_route_probe(cluster, loaded),
+        probe=_route_probe(cluster, loaded),
         layer_ranges=loaded.layer_ranges,
         graphs=kv_cache.graphs,
-        wait=partial(torch.cuda.synchronize, device) if device.type == "cuda" else None,
+        synchronize=partial(torch.cuda.synchronize, device) if device.type == "cuda" else None,
     )
     front = _front(cluster, loaded, pool, links, device)
     prompt_tokens = compute.prefill_tokens * compute.prompts_together

@@ -19,7 +19,7 @@ from stitch_server.engine.types import RouteDecision
 from stitch_server.rpc.frames import Assembly, stage_messages, token_message
 from stitch_server.rpc.handshake import check_neighbour
 from stitch_server.rpc.link_server import UpstreamLink, decoded
-from stitch_server.worker.route_probe import fallback
+from stitch_server.worker.route_probe import fallback_decision
 
 if TYPE_CHECKING:
     from stitch_server.shard import Shard
@@ -114,7 +114,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         )
         if candidates and shard.loaded.probe is None:
             route = shard.cluster.gateway.fallback_route
-            session.settle(fallback(route, tuple(candidates), "the first shard has no probe"))
+            session.settle(fallback_decision(route, tuple(candidates), "the first shard has no probe"))
         return session
 
 

@@ -1,1 +1,1 @@
-"""How a batch is computed: one forward pass, and what decides how it is spread over the device."""
+"""How a batch is computed: one forward pass, and what chooses its threads, micro-batches, route and CUDA graphs."""

@@ -1,21 +1,29 @@
-"""Which route an undecided session takes, by its first hidden states. Knows neither links nor batches."""
+"""The route decision inside a pass: which route a session takes, by the hidden states of its prompt's first tokens.
+
+`decide_inside_pass` computes the layers that all routes share, lets the `RouteProbe` decide for each segment that has
+candidates, and computes the remaining layers of the routes that continue on this shard. The hidden states of a segment
+are those of a pass in which its route was known from the start.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from stitch.thresholds import ThresholdSource, choose_routes, gain_score
-from stitch_server.engine.types import RouteDecision
+from stitch_server.devices import to_device_async
+from stitch_server.engine.types import LayerRange, RouteDecision, Segment
 from stitch_server.model.probe import Probe
 
 
 class RouteProbe:
-    """A probe with the thresholds of this moment, and the route where it has no proper answer."""
+    """A trained probe, its current thresholds, and the route for prompts whose gains are not finite."""
 
     def __init__(self, probe: Probe, thresholds: ThresholdSource, fallback_route: str | None = None) -> None:
         self._probe = probe
@@ -24,32 +32,66 @@ class RouteProbe:
 
     @property
     def layer(self) -> int:
-        """The states are those behind so many layers."""
+        """The probe reads the hidden states after this many layers."""
         return self._probe.binding.layer
 
     @property
     def tokens(self) -> int:
-        """Of a prompt's first states so many are read."""
+        """The probe reads the hidden states of at most this many tokens of a prompt."""
         return self._probe.binding.tokens
 
-    def judge(self, states: Tensor, candidates: Sequence[str]) -> RouteDecision:
-        """One of the candidates, cheapest first, for a prompt whose states `[tokens or more, hidden]` these are."""
-        gains, thresholds = self._probe.gains(states[: self.tokens]), self._thresholds.current()
+    def decide(self, hidden: Tensor, candidates: Sequence[str]) -> RouteDecision:
+        """Selects one of the candidates, cheapest first, by a prompt's hidden states `[tokens or more, hidden]`."""
+        gains, thresholds = self._probe.gains(hidden[: self.tokens]), self._thresholds.current()
         if not all(map(math.isfinite, gains)):
-            return fallback(self._fallback_route, candidates, "the probe's gains are not finite")
-        rung = int(choose_routes(np.array([gains]), np.array(thresholds))[0])
-        preferred = self._probe.binding.routes[rung]
-        share = gain_score(gains[-1], self._thresholds.calibration, self._probe.percentiles)
-        return among(candidates, RouteDecision(preferred, share, gains, thresholds))
+            return fallback_decision(self._fallback_route, candidates, "the probe's gains are not finite")
+        index = int(choose_routes(np.array([gains]), np.array(thresholds))[0])
+        preferred = self._probe.binding.routes[index]
+        score = gain_score(gains[-1], self._thresholds.calibration, self._probe.percentiles)
+        return _restrict(RouteDecision(preferred, score, gains, thresholds), candidates)
 
 
-def fallback(route: str | None, candidates: Sequence[str], why: str) -> RouteDecision:
-    """The verdict where nobody judges; without a `route` the dearest."""
-    return among(candidates, RouteDecision(route or candidates[-1], failure=why))
+def fallback_decision(route: str | None, candidates: Sequence[str], failure: str) -> RouteDecision:
+    """The decision if the probe can't decide: `route`, by default the most expensive candidate."""
+    return _restrict(RouteDecision(route or candidates[-1], failure=failure), candidates)
 
 
-def among(candidates: Sequence[str], decision: RouteDecision) -> RouteDecision:
-    """The same where its route is a candidate; else the dearest candidate."""
+def _restrict(decision: RouteDecision, candidates: Sequence[str]) -> RouteDecision:
+    """`decision` if its route is a candidate, else one for the most expensive candidate."""
     if decision.route in candidates:
         return decision
     return replace(decision, route=candidates[-1], preferred=decision.route)
+
+
+def decide_inside_pass(
+    probe: RouteProbe,
+    layer_ranges: Mapping[str, LayerRange],
+    run_layers: Callable[[Sequence[Segment], Tensor], Tensor],
+    segments: Sequence[Segment],
+    hidden: Tensor,
+) -> tuple[Tensor, dict[int, RouteDecision]]:
+    """Hidden states `[tokens, hidden]` through the layers of all segments, and the decisions by segment index.
+
+    `layer_ranges` are those of the routes on this shard. Up to the probe's layer all segments pass the same layers;
+    those that continue are then gathered, sorted by their last layer, into a second run.
+    """
+    shared = [replace(one, layers=LayerRange(one.layers.first, probe.layer)) for one in segments]
+    hidden = run_layers(shared, hidden)
+    bounds = [0, *accumulate(one.length for one in segments)]
+    decisions = {
+        index: probe.decide(hidden[bounds[index] : bounds[index + 1]], one.candidates)
+        for index, one in enumerate(segments)
+        if one.candidates
+    }
+    ends = [
+        layer_ranges[decisions[index].route].end if index in decisions else one.layers.end
+        for index, one in enumerate(segments)
+    ]
+    continuing = [index for index, end in enumerate(ends) if end > probe.layer]
+    continuing.sort(key=lambda index: -ends[index])
+    if continuing:
+        rows = torch.cat([torch.arange(bounds[index], bounds[index + 1]) for index in continuing])
+        rows = to_device_async(rows, hidden.device)
+        remaining = [replace(segments[index], layers=LayerRange(probe.layer, ends[index])) for index in continuing]
+        hidden[rows] = run_layers(remaining, hidden[rows])
+    return hidden, decisions

@@ -138,8 +138,8 @@ class TestCalibration:
         chain = ChainInProcess(load_cluster(str(taught)))
         runner = chain.shards["bottom-0"].engine._runner
         assert isinstance(runner, ModelRunner)
-        assert runner.judge is not None
-        decision = runner.judge.judge(torch.randn(10, 48), ("weak", "strong"))
+        assert runner.probe is not None
+        decision = runner.probe.decide(torch.randn(10, 48), ("weak", "strong"))
         assert decision.thresholds == read_thresholds(thresholds).thresholds
 
     def test_thresholds_of_another_probe_are_refused(self, taught: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two runners in a chain, of every kind of model and as on a GPU. Tests nothing itself."""
+"""Fixtures: two runners in a chain, of two model families and as on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All tokens of a pass go through all layers of a shard in one call; where bytes are, a few of them."""
+"""A pass of compiled layers is one call; int8 without AMX runs layer by layer for many tokens."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from tests.support.tiny_cluster import write_tiny_cluster
         ({"kernels": False}, False, 0, 0),
     ],
 )
-def test_a_pass_is_one_call(
+def test_compiled_pass_is_one_call_of_all_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], tiles: bool, few: int, many: int
 ) -> None:
     if tiles and not cpu.has_amx():
-        pytest.skip("this processor has no AMX")
+        pytest.skip("this CPU has no AMX")
     monkeypatch.setattr(cpu, "has_amx", lambda: tiles)
     cluster = load_cluster(str(write_tiny_cluster(tmp_path, threads=1, **fields)))
     chain, layers, run = ChainInProcess(cluster), [], compiled_layers.run_layers
 
-    def noting(*arguments: Any) -> None:
+    def record(*arguments: Any) -> None:
         layers.append(arguments[2:4])
         run(*arguments)
 
-    monkeypatch.setattr(compiled_layers, "run_layers", noting)
+    monkeypatch.setattr(compiled_layers, "run_layers", record)
     chain.generate([7, 8, 9], "strong", ("top-0",), 5)
     assert layers == [(0, 4), (3, 4)] * 5 * few
     layers.clear()
