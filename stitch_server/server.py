@@ -25,11 +25,10 @@ from stitch_server.build import load_stage
 from stitch_server.config import ShardSettings
 from stitch_server.devices import pick_device
 from stitch_server.engine.loop import Engine
-from stitch_server.metrics import Metrics
+from stitch_server.metrics import Metrics, StepLog
 from stitch_server.rpc.link_client import Links
 from stitch_server.rpc.servicer import ShardServicer
 from stitch_server.shard import Shard, build_shard
-from stitch_server.step_log import StepLog
 
 DRAIN_POLL_SECONDS = 0.05
 SWITCH_SECONDS = 0.0002
@@ -87,7 +86,7 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
     loaded = await asyncio.to_thread(load_stage, settings.cluster, settings.shard, device)
     async with AsyncExitStack() as stack:
         metrics = Metrics(settings.shard.name)
-        links = Links(metrics.sent.inc, settings.cluster.compute.wire_dtype, tls.client() if tls else None)
+        links = Links(metrics.link_bytes_sent.inc, settings.cluster.compute.wire_dtype, tls.client() if tls else None)
         stack.push_async_callback(links.aclose)
         folder, name = step_log_folder(), settings.shard.name
         step_log = None if folder is None else stack.enter_context(StepLog(folder, name))

@@ -23,10 +23,9 @@ from stitch_server.engine.scheduler import Limits
 from stitch_server.engine.session_table import SessionTable
 from stitch_server.engine.types import Batch
 from stitch_server.kv_cache.block_pool import BlockPool
-from stitch_server.metrics import Metrics
+from stitch_server.metrics import Metrics, PassObserver
 from stitch_server.model.probe import MOST_TOKENS
 from stitch_server.rpc.tensors import DTYPES, Packed, unpack
-from stitch_server.step_log import Observer
 from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.parallelism import ParallelismTuner
 from stitch_server.worker.route_probe import RouteProbe
@@ -89,7 +88,7 @@ def build_shard(
     device: torch.device,
     links: Downstream,
     metrics: Metrics,
-    step_log: Observer | None = None,
+    step_log: PassObserver | None = None,
 ) -> Shard:
     """Puts cache, runner, front and engine around the loaded stage; nothing runs yet."""
     compute = cluster.compute
@@ -179,13 +178,21 @@ def _share_cores(cluster: ClusterConfig, device: torch.device) -> bool:
 
 
 def _read(metrics: Metrics, front: FirstStage | NextStage, pool: BlockPool, runner: ModelRunner) -> None:
-    about = "The share of KV blocks that sessions hold; blocks that only remember a beginning count as free."
+    about = "The share of KV blocks that sessions hold; blocks kept only for their prefix count as free."
     metrics.read_gauge("stitch_kv_cache_usage_ratio", about, lambda: pool.usage)
-    metrics.read_gauge("stitch_sessions_running", "Sessions with KV here.", lambda: front.running_sessions)
-    metrics.read_gauge("stitch_sessions_waiting", "Sessions without KV yet.", lambda: front.waiting_sessions)
-    metrics.read_counter("stitch_busy_seconds", "Time spent computing.", lambda: runner.busy_seconds)
-    metrics.read_counter("stitch_prefix_tokens_asked", "Prompt tokens looked up.", lambda: pool.asked_tokens)
-    metrics.read_counter("stitch_prefix_tokens_reused", "Of these, found in the cache.", lambda: pool.reused_tokens)
+    metrics.read_gauge(
+        "stitch_sessions_running", "Sessions that hold KV blocks on this shard.", lambda: front.running_sessions
+    )
+    metrics.read_gauge(
+        "stitch_sessions_waiting", "Sessions admitted that hold no KV blocks yet.", lambda: front.waiting_sessions
+    )
+    metrics.read_counter("stitch_busy_seconds", "Time spent in forward passes.", lambda: runner.busy_seconds)
+    metrics.read_counter(
+        "stitch_prefix_tokens_asked", "Prompt tokens looked up in the prefix cache.", lambda: pool.queried_tokens
+    )
+    metrics.read_counter(
+        "stitch_prefix_tokens_reused", "Prompt tokens found in the prefix cache.", lambda: pool.reused_tokens
+    )
 
 
 def _identity(

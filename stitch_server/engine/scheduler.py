@@ -102,7 +102,7 @@ class Scheduler:
 
     def settled(self, session: Request) -> None:
         """The session has its route: what it computes may serve others on the same one."""
-        self._pool.name(session.id, self._hashes(session))
+        self._pool.set_hashes(session.id, self._hashes(session))
 
     @property
     def ready(self) -> bool:
@@ -185,7 +185,7 @@ class Scheduler:
             return None
         # What others left behind belongs to a route; and the probe must see the beginning computed.
         hashes = [] if session.undecided else self._hashes(session)
-        reused = self._pool.matching(hashes) if session.reusable else 0
+        reused = self._pool.count_cached(hashes) if session.reusable else 0
         if self._pool.blocks_for(len(session.token_ids) + 1) > self._pool.free_blocks:
             return None
         self.waiting.popleft()

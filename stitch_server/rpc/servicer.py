@@ -71,7 +71,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             yield shard_pb2.LinkResponse(welcome=shard_pb2.Welcome(identity=shard.identity))
             width = shard.incoming_width(first.hello.identity.role)
             assembly = Assembly(width, shard.identity.wire_dtype, shard.max_step_tokens)
-            link = UpstreamLink(shard.engine, relay, assembly, shard.unpack, shard.metrics.received.inc)
+            link = UpstreamLink(shard.engine, relay, assembly, shard.unpack, shard.metrics.link_bytes_received.inc)
             async for response in link.responses(frames):
                 yield response
 
