@@ -1,4 +1,4 @@
-"""Local clusters for benchmarks, and a client that sends token ids to their first shard."""
+"""Local clusters for benchmarks, and a way to ask their first shard in tokens. Knows no figure."""
 
 from __future__ import annotations
 
@@ -15,21 +15,26 @@ from typing import Any
 import uvloop
 
 from stitch.channels import open_channel
-from stitch.cluster import ClusterConfig, load_cluster
+from stitch.cluster import BatchingConfig, ClusterConfig, load_cluster
 from stitch.local.cluster import LocalCluster, import_models, prepared
 from stitch.local.run_folder import RunFolder
 from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
 
 
-def preset(name: str = "smollm2", **compute: Any) -> ClusterConfig:
-    """A preset with the given `[compute]` fields."""
+def preset(name: str = "smollm2", **fields: Any) -> ClusterConfig:
+    """A preset with some fields of its sections `[batching]` and `[compute]` changed."""
     cluster = load_cluster(name)
-    return cluster.model_copy(update={"compute": cluster.compute.model_copy(update=compute)})
+    batching = {field: fields.pop(field) for field in BatchingConfig.model_fields if field in fields}
+    changed = {
+        "batching": cluster.batching.model_copy(update=batching),
+        "compute": cluster.compute.model_copy(update=fields),
+    }
+    return cluster.model_copy(update=changed)
 
 
 @contextmanager
 def running(cluster: ClusterConfig) -> Iterator[LocalCluster]:
-    """Runs the cluster as processes of this machine, all of which serve inside the block."""
+    """The cluster as processes of this machine; inside of the block all of them serve."""
     import_models(cluster, _quiet)
     with tempfile.TemporaryDirectory() as folder:
         local = prepared(cluster, RunFolder(Path(folder)))
@@ -42,7 +47,7 @@ def running(cluster: ClusterConfig) -> Iterator[LocalCluster]:
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One generation: its tokens, and the arrival of each in seconds after the request."""
+    """One generation: its tokens, and when each arrived, in seconds after the request."""
 
     token_ids: list[int]
     arrivals: list[float]
@@ -53,12 +58,12 @@ class Timed:
 
     @property
     def token_ms(self) -> float:
-        """The mean time per token after the first, in milliseconds."""
+        """Mean time of a token after the first."""
         return (self.arrivals[-1] - self.arrivals[0]) / (len(self.arrivals) - 1) * 1e3
 
 
 class FirstShard:
-    """A client of the first shard of a route, with token ids in and out and no gateway."""
+    """Asks the first shard of a route directly, token ids in and out, without the gateway."""
 
     def __init__(
         self, stub: shard_pb2_grpc.ShardAsyncStub, cluster: ClusterConfig, chain: Sequence[str] | None
@@ -70,7 +75,7 @@ class FirstShard:
     async def generate(
         self, token_ids: Sequence[int], tokens: int, route: str = "strong", arrived: Callable[[], None] | None = None
     ) -> Timed:
-        """Generates exactly `tokens` tokens greedily; calls `arrived` at every reply with tokens."""
+        """Greedy, exactly `tokens` tokens; `arrived` is called with each."""
         stages = self._cluster.stages(self._cluster.route(route))
         request = shard_pb2.ShardGenerateRequest(
             token_ids=token_ids,
@@ -91,7 +96,7 @@ class FirstShard:
 
 @asynccontextmanager
 async def first_shard(local: LocalCluster, chain: Sequence[str] | None = None) -> AsyncIterator[FirstShard]:
-    """A client of the shard with the embedding; `chain` replaces the addresses of the later shards."""
+    """A connection to the shard that holds the embedding; `chain`: other addresses for the shards behind it."""
     first = local.cluster.stages(local.cluster.routes[-1])[0][0]
     async with open_channel(first.address) as channel:
         stub: shard_pb2_grpc.ShardAsyncStub = shard_pb2_grpc.ShardStub(channel)
@@ -99,16 +104,16 @@ async def first_shard(local: LocalCluster, chain: Sequence[str] | None = None) -
 
 
 def prompt(tokens: int, seed: int = 0) -> list[int]:
-    """Token ids of ordinary words, different for every seed; speed doesn't depend on them."""
+    """Token ids of ordinary words, none of them special, different for every seed; any model's speed is the same."""
     return [1000 + (seed * 7919 + index * 31) % 20000 for index in range(tokens)]
 
 
-def _quiet(name: str, progress: str | float) -> None:
+def _quiet(what: str, how_far: str | float) -> None:
     """Benchmarks print figures only."""
 
 
 def run(question: Coroutine[Any, Any, None]) -> None:
-    """Runs a benchmark's coroutine; SIGTERM cancels it, so that it stops the processes that it has started."""
+    """Runs a benchmark's coroutine; SIGTERM cancels it, so that it stops what it has started."""
     uvloop.run(_until_terminated(question))
 
 

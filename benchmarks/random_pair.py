@@ -1,4 +1,4 @@
-"""A pair with the shapes of Qwen2.5 7B and 1.5B and random weights, whose speed is that of trained ones."""
+"""A pair with the shapes of Qwen2.5 7B and 1.5B and random weights, which are as fast as others. Measures nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stitch_server.model.tokenizer_hash import tokenizer_hash
 DTYPE = torch.bfloat16
 # Small enough that hidden states stay finite.
 SPREAD = 0.02
-# Random values, repeated to fill a matrix: drawing one of a large model takes seconds.
+# Drawn once and then repeated: a matrix of a large model would take seconds.
 DRAWN = 1 << 22
 ROUTE = "strong"
 KV_TOKENS = 4096
@@ -32,7 +32,7 @@ KV_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The shape of one model."""
+    """One model, of which a benchmark needs some layers."""
 
     layers: int
     hidden: int
@@ -52,14 +52,14 @@ class Shape:
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
             max_position_embeddings=32768,
-            # Then no separate head has to be written.
+            # So that no head has to be written beside the embedding; the bottom's is never read.
             tie_word_embeddings=True,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The shapes of a pair, and its cut: bottom layers [0, bottom_layers), then top layers from `top_from` on."""
+    """A pair and where it is cut: layers [0, bottom_layers), then from top_from on."""
 
     bottom: Shape
     top: Shape
@@ -67,7 +67,7 @@ class Shapes:
     top_from: int
 
 
-# https://huggingface.co/Qwen/Qwen2.5-7B/blob/main/config.json and that of 1.5B; cut as in deploy/two-servers.toml.
+# https://huggingface.co/Qwen/Qwen2.5-7B/blob/main/config.json and its neighbour; cut as in deploy/two-servers.toml.
 QWEN = Shapes(
     bottom=Shape(layers=28, hidden=3584, intermediate=18944, heads=28, kv_heads=4, tokens=151_936),
     top=Shape(layers=28, hidden=1536, intermediate=8960, heads=12, kv_heads=2, tokens=151_936),
@@ -83,14 +83,14 @@ TINY = Shapes(
 
 
 def write_pair(folder: Path, shapes: Shapes, device: str) -> ClusterConfig:
-    """Writes the tensors that the route's shards read (12 GB for `QWEN`) and returns the cluster."""
+    """Only what the route's shards read is written: of `QWEN`, 12 GB."""
     _write_model(folder / "bottom", shapes.bottom, 0, shapes.bottom_layers)
     _write_model(folder / "top", shapes.top, shapes.top_from, shapes.top.layers)
     _write_stitch(folder, shapes)
-    layers = {"bottom": (0, shapes.bottom_layers), "top": (shapes.top_from, shapes.top.layers)}
+    places = {"bottom": (0, shapes.bottom_layers), "top": (shapes.top_from, shapes.top.layers)}
     fields = {
         "name": "random-pair",
-        "models": {role: {"id": role, "source": str(folder / role)} for role in layers},
+        "models": {role: {"id": role, "source": str(folder / role)} for role in places},
         "routes": [
             {
                 "name": ROUTE,
@@ -100,15 +100,15 @@ def write_pair(folder: Path, shapes: Shapes, device: str) -> ClusterConfig:
             }
         ],
         "shards": [
-            {"name": f"{role}-0", "role": role, "layers": held, "address": "127.0.0.1:0"}
-            for role, held in layers.items()
+            {"name": f"{role}-0", "role": role, "layers": layers, "address": "127.0.0.1:0"}
+            for role, layers in places.items()
         ],
         "gateway": {"address": "127.0.0.1:0"},
         "compute": {
             "device": device,
             "dtype": "bfloat16",
             "wire_dtype": "bfloat16",
-            # Two shards share one device, so neither may size its cache by all free memory.
+            # Two shards share one device, so neither may plan with all that is free.
             "kv_tokens": KV_TOKENS,
             "kernels": False,
         },
@@ -118,7 +118,7 @@ def write_pair(folder: Path, shapes: Shapes, device: str) -> ClusterConfig:
 
 
 def bytes_per_token(folder: Path, shapes: Shapes) -> int:
-    """The bytes of weights that one token of one session reads: layers, stitch, head."""
+    """Of the weights that one token of one session reads: layers, stitch, head."""
     bottom, top = (ParameterCount.read(folder / role) for role in ("bottom", "top"))
     stitch = shapes.top.hidden * (shapes.bottom.hidden + 1)
     layers = bottom.between(0, shapes.bottom_layers) + top.between(shapes.top_from, shapes.top.layers)
@@ -153,7 +153,7 @@ def _layer(shape: Shape, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], drawn: Tensor) -> None:
-    """Writes norms as ones and every other tensor from the values in `drawn`."""
+    """Norms of ones, all else of the values that were drawn."""
     tensors: dict[str, Any] = {}
     for name, shape in shapes.items():
         size = torch.Size(shape).numel()

@@ -107,23 +107,29 @@ class ComputeConfig(Settings):
     kv_block_tokens: int = Field(default=0, ge=0, le=4096)
     # On a GPU with the flash-attention kernel: decode steps replay a captured CUDA graph.
     captured_decode: bool = True
-    # Tokens of several waiting steps that a shard computes in one pass.
-    batch_tokens: int = Field(default=512, ge=16)
-    # Tokens of one prompt in one pass of the first shard ...
-    prefill_tokens: int = Field(default=128, ge=1)
-    # ... which holds as many as so many prompts bring ...
-    prompts_together: int = Field(default=2, ge=1)
-    # ... and so many, while others decode, whose next token they delay, for each prompt that waits and each two that
-    # decode; fewer behind many tokens.
-    prefill_tokens_beside_decode: int = Field(default=28, ge=1)
-    # Into how many groups the decoding sessions are split: two or more, so that neighbouring shards work at the same
-    # time, or one, so that they take turns; 0: one where they share the cores of a machine, two elsewhere.
-    groups: int = Field(default=0, ge=0)
-    max_waiting_sessions: int = Field(default=256, ge=1)
     # CPU threads of one shard; 0: all cores.
     threads: int = Field(default=0, ge=0)
     # CPU threads while another shard of this machine computes at the same time; 0: `threads`.
     threads_while_pipelined: int = Field(default=0, ge=0)
+
+
+class BatchingConfig(Settings):
+    """How a shard batches sessions: what the scheduler of a first shard takes."""
+
+    # Prompt tokens in one pass of the first shard; fewer while sessions decode, see `prefill_budget_while_decoding`.
+    max_num_batched_tokens: int = Field(default=256, ge=1)
+    # Tokens of one prompt in one pass: longer prompts are computed in chunks.
+    max_prefill_chunk: int = Field(default=128, ge=1)
+    # While sessions decode, whose next token they delay, the prompt tokens of one pass for each prompt that waits and
+    # for each two sessions that decode; fewer for prompts with a long context.
+    prefill_budget_while_decoding: int = Field(default=28, ge=1)
+    # Into how many micro-batches the decoding sessions are split. With two or more, neighbouring shards compute at the
+    # same time; with one, they compute in turn. 0: one where the shards share the cores of a machine, two elsewhere.
+    num_micro_batches: int = Field(default=0, ge=0)
+    # Sessions that wait for KV blocks; further ones are refused.
+    max_waiting_sessions: int = Field(default=256, ge=1)
+    # Tokens of several waiting steps that a next shard merges into one pass.
+    max_merged_tokens: int = Field(default=512, ge=16)
 
 
 class ClusterConfig(Settings):
@@ -134,6 +140,7 @@ class ClusterConfig(Settings):
     shards: tuple[ShardConfig, ...] = Field(min_length=2, strict=False)
     gateway: GatewayConfig
     compute: ComputeConfig = ComputeConfig()
+    batching: BatchingConfig = BatchingConfig()
     # None: connections are not encrypted.
     tls: TlsFiles | None = None
     # The folder of relative paths; set by `load_cluster`.

@@ -1,12 +1,14 @@
-"""A shard's process: built by hand, in order, and stopped in reverse. Computes nothing."""
+"""A shard's process: opens its parts in order, drains on the first signal, and closes the parts in reverse order.
+
+A draining shard refuses `Generate` and new sessions of links, and exits when its own sessions have ended.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import sys
-import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,19 +27,22 @@ from stitch_server.build import load_stage
 from stitch_server.config import ShardSettings
 from stitch_server.devices import pick_device
 from stitch_server.engine.loop import Engine
-from stitch_server.metrics import Metrics, StepLog
-from stitch_server.rpc.link_client import Links
+from stitch_server.engine.types import LinkEvent
+from stitch_server.metrics import Metrics
+from stitch_server.rpc.link_client import LinkClient
 from stitch_server.rpc.servicer import ShardServicer
 from stitch_server.shard import Shard, build_shard
+from stitch_server.step_log import StepLog
 
-DRAIN_POLL_SECONDS = 0.05
+# The event loop carries every token between two steps. Python's default lets it wait 5 ms for the engine's thread.
 SWITCH_SECONDS = 0.0002
+# After the last session, for its status to leave before the server stops.
+LAST_STATUS_SECONDS = 0.05
 SERVICE = shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name
 
 
 async def serve(settings: ShardSettings) -> None:
     """Runs a shard until SIGTERM or SIGINT, lets running sessions finish, and stops."""
-    # The event loop carries every token between two steps; by default it may wait 5 ms for the engine's thread.
     sys.setswitchinterval(SWITCH_SECONDS)
     signals = StopSignals()
     signals.install()
@@ -67,12 +72,16 @@ class RunningShard:
     health: HealthServicer
 
     async def drain(self, seconds: float) -> None:
-        """Says NOT_SERVING and waits so long for the sessions that are under way."""
+        """Reports NOT_SERVING, refuses new sessions, and waits at most `seconds` for the running ones to end.
+
+        The tracker holds one entry for each `Generate` call and for each session of a link, from the frame that opens
+        it to the frame that closes it; so it is empty when all sessions of this shard have ended.
+        """
+        self.shard.start_draining()
         await self.health.enter_graceful_shutdown()
-        end, front = time.monotonic() + seconds, self.shard.front
-        # The engine's thread owns the counts and sets no event.
-        while time.monotonic() < end and front.running_sessions + front.waiting_sessions:  # noqa: ASYNC110
-            await asyncio.sleep(DRAIN_POLL_SECONDS)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.shard.in_flight.wait_until_empty(), seconds)
+        await asyncio.sleep(LAST_STATUS_SECONDS)
 
 
 @asynccontextmanager
@@ -86,12 +95,15 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
     loaded = await asyncio.to_thread(load_stage, settings.cluster, settings.shard, device)
     async with AsyncExitStack() as stack:
         metrics = Metrics(settings.shard.name)
-        links = Links(metrics.link_bytes_sent.inc, settings.cluster.compute.wire_dtype, tls.client() if tls else None)
-        stack.push_async_callback(links.aclose)
         folder, name = step_log_folder(), settings.shard.name
         step_log = None if folder is None else stack.enter_context(StepLog(folder, name))
-        shard = build_shard(settings.cluster, settings.shard, loaded, device, links, metrics, step_log)
-        links.attach(shard.identity, shard.engine, shard.front)
+
+        def open_links(identity: shard_pb2.ShardIdentity, on_event: Callable[[LinkEvent], None]) -> LinkClient:
+            links = LinkClient(identity, on_event, metrics.sent.inc, tls.client() if tls else None)
+            stack.push_async_callback(links.aclose)
+            return links
+
+        shard = build_shard(settings.cluster, settings.shard, loaded, device, open_links, metrics, step_log)
         shard.engine.start()
         stack.push_async_callback(asyncio.to_thread, shard.engine.stop)
         metrics_server, _ = start_http_server(settings.metrics_port, settings.host.strip("[]"), metrics.registry)

@@ -1,8 +1,13 @@
-"""One shard put together: its engine is built around a loaded stage. Loads nothing, listens nowhere."""
+"""One shard: its engine around the loaded stage, and what `rpc` serves of it.
+
+In: the cluster file's sections and a loaded stage. Out: a `Shard` whose engine is not started yet. The parts are wired
+in one direction: the links put their events into the engine's inbox, the engine's batch source sends over the links.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,28 +15,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stitch.cluster import ClusterConfig, ShardConfig
+from stitch.cluster import BatchingConfig, ClusterConfig, ShardConfig
+from stitch.process import InFlightTracker
 from stitch.thresholds import FixedThresholds, ReloadingThresholds, ThresholdSource
 from stitch.tls import is_loopback
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.build import LoadedStage, allocate_kv_cache
 from stitch_server.engine.first_stage import FirstStage
 from stitch_server.engine.in_flight import Downstream, StepsInFlight
-from stitch_server.engine.loop import Engine
+from stitch_server.engine.loop import Engine, Inbox
 from stitch_server.engine.next_stage import NextStage
-from stitch_server.engine.scheduler import Limits
-from stitch_server.engine.session_table import SessionTable
-from stitch_server.engine.types import Batch
+from stitch_server.engine.scheduler import Scheduler
+from stitch_server.engine.types import Batch, LinkEvent
 from stitch_server.kv_cache.block_pool import BlockPool
-from stitch_server.metrics import Metrics, PassObserver
+from stitch_server.metrics import Metrics
 from stitch_server.model.probe import MOST_TOKENS
 from stitch_server.rpc.tensors import DTYPES, Packed, unpack
+from stitch_server.step_log import Observer
 from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.parallelism import ParallelismTuner
 from stitch_server.worker.route_probe import RouteProbe
 
-# Sessions that may decode in one step beside its prompts.
-MOST_DECODING = 4096
+# Sessions that may decode in one step, in addition to its prompt tokens.
+MAX_DECODING = 4096
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -41,9 +47,13 @@ TOKENIZER_FILES = (
 )
 
 
+# Opens this shard's links, for its identity and the receiver of their events.
+OpenLinks = Callable[[shard_pb2.ShardIdentity, Callable[[LinkEvent], None]], Downstream]
+
+
 @dataclass(slots=True, kw_only=True)
 class Shard:
-    """A loaded shard with its engine; `rpc` serves it."""
+    """A loaded shard with its engine. It has either a first stage or a next stage."""
 
     cluster: ClusterConfig
     config: ShardConfig
@@ -51,34 +61,56 @@ class Shard:
     identity: shard_pb2.ShardIdentity
     metrics: Metrics
     engine: Engine
-    front: FirstStage | NextStage
+    first_stage: FirstStage | None
+    next_stage: NextStage | None
+    # `Generate` calls and the sessions of links; closed while the shard drains.
+    in_flight: InFlightTracker
     pool: BlockPool
     device: torch.device
-    # Rows that a neighbour may send in one step.
+    # Tokens that an upstream shard may send in one step.
     max_step_tokens: int
 
     @property
     def kv_free_tokens(self) -> int:
+        """The free KV blocks, in tokens."""
         return self.pool.free_blocks * self.pool.block_tokens
 
     @property
+    def running_sessions(self) -> int:
+        """Sessions with KV blocks."""
+        return sum(stage.running_sessions for stage in (self.first_stage, self.next_stage) if stage is not None)
+
+    @property
+    def waiting_sessions(self) -> int:
+        """Sessions that wait for KV blocks."""
+        return 0 if self.first_stage is None else self.first_stage.waiting_sessions
+
+    @property
     def tokenizer_files(self) -> list[Path]:
+        """The files from which a gateway makes its tokenizer."""
         return [path for name in TOKENIZER_FILES if (path := self.loaded.folder / name).is_file()]
 
     def incoming_width(self, caller_role: str) -> int:
-        """The hidden size that a caller of this role sends."""
+        """The hidden size that an upstream shard of this role sends."""
         widths = [stitch.binding.bottom_hidden for stitch in self.loaded.stitches.values() if stitch is not None]
         return widths[0] if caller_role != self.config.role and widths else self.loaded.model.hidden_size
 
-    def unpack(self, rows: Packed) -> Tensor:
-        """What a neighbour sent, as this shard computes with it; runs in the engine's thread."""
-        return unpack(rows, self.device, getattr(torch, self.cluster.compute.dtype))
+    def unpack(self, packed: Packed) -> Tensor:
+        """Received hidden states in this shard's dtype, on its device; runs in the engine's thread."""
+        return unpack(packed, self.device, getattr(torch, self.cluster.compute.dtype))
 
     def check_stitch(self, route: str, bottom: inference_pb2.Model) -> None:
-        """Incompatible where the route's stitch was not made for this bottom model."""
+        """Raises Incompatible where the route's stitch was not made for this bottom model."""
         stitch = self.loaded.stitches.get(route)
         if stitch is not None:
             stitch.check_models(bottom=bottom)
+
+    def start_draining(self) -> None:
+        """Refuses new sessions from now on; the running ones continue."""
+        # Closed before the command is posted: a session that the tracker admits no more is refused by the engine, too.
+        self.in_flight.close()
+        if self.next_stage is not None:
+            self.engine.post(self.next_stage.drain)
 
 
 def build_shard(
@@ -86,11 +118,11 @@ def build_shard(
     config: ShardConfig,
     loaded: LoadedStage,
     device: torch.device,
-    links: Downstream,
+    open_links: OpenLinks,
     metrics: Metrics,
-    step_log: PassObserver | None = None,
+    step_log: Observer | None = None,
 ) -> Shard:
-    """Puts cache, runner, front and engine around the loaded stage; nothing runs yet."""
+    """Builds KV cache, runner, links, batch source and engine around the loaded stage; nothing runs yet."""
     compute = cluster.compute
     kv_cache = allocate_kv_cache(compute, loaded.decoder, loaded.model.context_length, device)
     pool = kv_cache.pool
@@ -111,28 +143,37 @@ def build_shard(
         graphs=kv_cache.graphs,
         synchronize=partial(torch.cuda.synchronize, device) if device.type == "cuda" else None,
     )
-    front = _front(cluster, loaded, pool, links, device)
-    prompt_tokens = compute.prefill_tokens * compute.prompts_together
+    identity, inbox = _identity(cluster, config, loaded, pool, device), Inbox()
+    links = open_links(identity, inbox.put)
+    batching = resolved_batching(cluster, device)
+    source: FirstStage | NextStage
+    if loaded.embedding is not None:
+        source = _first_stage(batching, loaded, pool, StepsInFlight(links))
+    else:
+        in_flight = None if loaded.head is not None else StepsInFlight(links)
+        source = NextStage(pool, loaded.layer_ranges, in_flight, batching.max_merged_tokens)
 
     def observe(batch: Batch, started: float, ended: float) -> None:
         metrics.batch_tokens.observe(batch.num_tokens)
         if step_log is not None:
             step_log(batch, started, ended)
 
-    engine = Engine(front, runner, observe)
-    _read(metrics, front, pool, runner)
-    return Shard(
+    shard = Shard(
         cluster=cluster,
         config=config,
         loaded=loaded,
-        identity=_identity(cluster, config, loaded, pool, device),
+        identity=identity,
         metrics=metrics,
-        engine=engine,
-        front=front,
+        engine=Engine(source, runner, inbox, observe),
+        first_stage=source if isinstance(source, FirstStage) else None,
+        next_stage=source if isinstance(source, NextStage) else None,
+        in_flight=InFlightTracker(f"shard {config.name}"),
         pool=pool,
         device=device,
-        max_step_tokens=max(compute.batch_tokens, prompt_tokens, MOST_TOKENS) + MOST_DECODING,
+        max_step_tokens=max(batching.max_merged_tokens, batching.max_num_batched_tokens, MOST_TOKENS) + MAX_DECODING,
     )
+    _register_metrics(metrics, shard, runner)
+    return shard
 
 
 def _route_probe(cluster: ClusterConfig, loaded: LoadedStage) -> RouteProbe | None:
@@ -146,29 +187,29 @@ def _route_probe(cluster: ClusterConfig, loaded: LoadedStage) -> RouteProbe | No
     return RouteProbe(probe, thresholds, cluster.gateway.fallback_route)
 
 
-def _front(
-    cluster: ClusterConfig, loaded: LoadedStage, pool: BlockPool, links: Downstream, device: torch.device
-) -> FirstStage | NextStage:
-    compute = cluster.compute
-    if loaded.embedding is not None:
-        limits = Limits(
-            prefill_tokens=compute.prefill_tokens,
-            prompts_together=compute.prompts_together,
-            min_efficient_tokens=loaded.decoder.min_efficient_tokens,
-            prefill_tokens_beside_decode=compute.prefill_tokens_beside_decode,
-            attention_cost_per_token=loaded.decoder.attention_cost_per_token,
-            groups=compute.groups or (1 if _share_cores(cluster, device) else 2),
-            max_waiting_sessions=compute.max_waiting_sessions,
-            probe_tokens=0 if loaded.probe is None else loaded.probe.binding.tokens,
-        )
-        return FirstStage(pool, loaded.layer_ranges, limits, StepsInFlight(links))
-    forwarding = None if loaded.head is not None else StepsInFlight(links)
-    intake = SessionTable(pool, loaded.layer_ranges, forwarding)
-    return NextStage(pool, intake, forwarding, compute.batch_tokens)
+def _first_stage(
+    batching: BatchingConfig, loaded: LoadedStage, pool: BlockPool, in_flight: StepsInFlight
+) -> FirstStage:
+    scheduler = Scheduler(
+        pool,
+        loaded.layer_ranges,
+        batching,
+        close_downstream=in_flight.close_session,
+        attention_cost_per_token=loaded.decoder.attention_cost_per_token,
+        min_efficient_tokens=loaded.decoder.min_efficient_tokens,
+        probe_tokens=0 if loaded.probe is None else loaded.probe.binding.tokens,
+    )
+    return FirstStage(pool, scheduler, in_flight)
+
+
+def resolved_batching(cluster: ClusterConfig, device: torch.device) -> BatchingConfig:
+    """The cluster's batching with the number of micro-batches that suits its shards, where the file leaves it open."""
+    num_micro_batches = cluster.batching.num_micro_batches or (1 if _share_cores(cluster, device) else 2)
+    return cluster.batching.model_copy(update={"num_micro_batches": num_micro_batches})
 
 
 def _share_cores(cluster: ClusterConfig, device: torch.device) -> bool:
-    """Whether all shards compute on all cores of this machine's processor, so that each slows the others down."""
+    """Whether all shards compute on all cores of one machine, so that each slows the others down."""
     compute, hosts = cluster.compute, [shard.address.rpartition(":")[0] for shard in cluster.shards]
     return (
         device.type == "cpu"
@@ -177,22 +218,16 @@ def _share_cores(cluster: ClusterConfig, device: torch.device) -> bool:
     )
 
 
-def _read(metrics: Metrics, front: FirstStage | NextStage, pool: BlockPool, runner: ModelRunner) -> None:
-    about = "The share of KV blocks that sessions hold; blocks kept only for their prefix count as free."
-    metrics.read_gauge("stitch_kv_cache_usage_ratio", about, lambda: pool.usage)
-    metrics.read_gauge(
-        "stitch_sessions_running", "Sessions that hold KV blocks on this shard.", lambda: front.running_sessions
-    )
-    metrics.read_gauge(
-        "stitch_sessions_waiting", "Sessions admitted that hold no KV blocks yet.", lambda: front.waiting_sessions
-    )
-    metrics.read_counter("stitch_busy_seconds", "Time spent in forward passes.", lambda: runner.busy_seconds)
-    metrics.read_counter(
-        "stitch_prefix_tokens_asked", "Prompt tokens looked up in the prefix cache.", lambda: pool.queried_tokens
-    )
-    metrics.read_counter(
-        "stitch_prefix_tokens_reused", "Prompt tokens found in the prefix cache.", lambda: pool.reused_tokens
-    )
+def _register_metrics(metrics: Metrics, shard: Shard, runner: ModelRunner) -> None:
+    about = "The share of KV blocks that sessions hold; blocks that only cache a prefix count as free."
+    metrics.read_gauge("stitch_kv_cache_usage_ratio", about, lambda: shard.pool.usage)
+    metrics.read_gauge("stitch_sessions_running", "Sessions with KV blocks.", lambda: shard.running_sessions)
+    metrics.read_gauge("stitch_sessions_waiting", "Sessions that wait for KV blocks.", lambda: shard.waiting_sessions)
+    metrics.read_counter("stitch_busy_seconds", "Seconds spent in forward passes.", lambda: runner.busy_seconds)
+    about = "Prompt tokens that were looked up in the prefix cache."
+    metrics.read_counter("stitch_prefix_tokens_asked", about, lambda: shard.pool.asked_tokens)
+    about = "Prompt tokens that were found in the prefix cache."
+    metrics.read_counter("stitch_prefix_tokens_reused", about, lambda: shard.pool.reused_tokens)
 
 
 def _identity(

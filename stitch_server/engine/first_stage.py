@@ -1,18 +1,22 @@
-"""The first shard's front: sessions from their admission to their last token. Knows no RPC and no tensor."""
+"""The first shard of a chain: drives requests from their admission to their last token.
+
+In: requests, and the replies of the next shards. Out: batches for the engine, and `RequestOutput`s for the clients.
+Every sampled token is fed back as the next input. Invariant: a request's KV is freed on every shard of its chain
+whenever the request finishes or is preempted.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from stitch.errors import Exhausted, OutOfStep, StitchError, Unavailable
 from stitch.v1 import shard_pb2
 from stitch_server.engine.in_flight import StepsInFlight
-from stitch_server.engine.scheduler import Limits, Scheduler
-from stitch_server.engine.session import Request, RequestOutput
+from stitch_server.engine.request import Request, RequestOutput, RequestStatus
+from stitch_server.engine.scheduler import TOO_LARGE_RETRY_SECONDS, Scheduler
 from stitch_server.engine.types import (
     Batch,
-    LayerRange,
     Segment,
     SessionFailure,
     StepOutput,
@@ -24,142 +28,151 @@ from stitch_server.kv_cache.block_pool import BlockPool
 
 
 class FirstStage:
-    """Drives sessions: feeds their tokens through the chain and every sampled token back into it."""
+    """The batch source of a shard that holds the embedding; every method runs in the engine's thread."""
 
     def __init__(
         self,
         pool: BlockPool,
-        cuts: Mapping[str, LayerRange],
-        limits: Limits,
-        forwarding: StepsInFlight,
+        scheduler: Scheduler,
+        in_flight: StepsInFlight,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.scheduler = Scheduler(pool, cuts, limits, self._drop, clock)
+        self.scheduler = scheduler
         self._pool = pool
-        self._forwarding = forwarding
+        self._in_flight = in_flight
         self._clock = clock
-        self._sessions: dict[int, Request] = {}
+        # Waiting and running ones, by id.
+        self._requests: dict[int, Request] = {}
 
     @property
     def running_sessions(self) -> int:
+        """The number of requests with KV blocks."""
         return len(self.scheduler.running)
 
     @property
     def waiting_sessions(self) -> int:
+        """The number of requests that wait for KV blocks."""
         return len(self.scheduler.waiting)
 
-    def admit(self, session: Request) -> None:
-        """Queues a session; one that can't be taken hears why at once."""
-        session.arrived = self._clock()
+    def admit(self, request: Request) -> None:
+        """Queues a request, or reports at once why it is refused."""
+        request.arrived_at = self._clock()
         try:
-            self.scheduler.add(session)
+            self.scheduler.add(request)
         except StitchError as error:
-            session.report(RequestOutput(error=error))
+            request.status = RequestStatus.FINISHED
+            request.on_output(RequestOutput(error=error))
         else:
-            self._sessions[session.id] = session
+            self._requests[request.id] = request
 
-    def abandon(self, session: Request) -> None:
-        """Its client is gone, or heard the end: every trace of it goes, here and behind."""
-        if self._sessions.pop(session.id, None) is not None:
-            self.scheduler.remove(session)
-            self._drop(session)
+    def abandon(self, request: Request) -> None:
+        """Finishes a request without an output and frees its KV on all shards; no effect on a finished one."""
+        if self._requests.pop(request.id, None) is not None:
+            self.scheduler.remove(request)
+            self._in_flight.close_session(request)
 
     def next_batch(self) -> Batch | None:
-        if self._forwarding.is_full:
+        """The next pass; None while the window of steps in flight is full, or nothing is to be computed."""
+        if self._in_flight.is_full:
             return None
         segments = self.scheduler.next_segments()
         if not segments:
             return None
-        return Batch(in_layer_order(segments), pipelined=self._forwarding.count > 0)
+        return Batch(in_layer_order(segments), pipelined=self._in_flight.count > 0)
 
     def deliver(self, batch: Batch, output: StepOutput) -> None:
-        for index, session, _ in _sessions_of(batch):
+        """Sends a pass's hidden states to the next shards."""
+        for index, request, _ in _requests_of(batch):
             if (decision := output.decisions.get(index)) is not None:
-                session.settle(decision)
-                self.scheduler.settled(session)
-        self._forwarding.send(batch, output, pipelined=self.scheduler.ready)
+                request.take_route(decision)
+                self.scheduler.share_prefix(request)
+        self._in_flight.send(batch, output, pipelined=self.scheduler.has_work)
         now = self._clock()
-        for _, session, segment in _sessions_of(batch):
-            session.last_sent = now
-            if session.id in self.scheduler.running:
-                self._pool.publish(session.id, segment.position + segment.length)
+        for _, request, segment in _requests_of(batch):
+            request.last_sent_at = now
+            if request.status is RequestStatus.RUNNING:
+                self._pool.publish(request.id, segment.position + segment.length)
 
     def fail(self, batch: Batch, error: Exception) -> None:
-        for _, session, _ in _sessions_of(batch):
-            self._end(session, RequestOutput(error=StitchError(f"this shard failed to compute a step: {error}")))
+        """Ends the requests of a batch that could not be computed."""
+        for _, request, _ in _requests_of(batch):
+            self._finish(request, RequestOutput(error=StitchError(f"this shard failed to compute a step: {error}")))
 
-    def replied(self, reply: StepReply) -> None:
-        self._forwarding.settle(reply.step)
+    def on_reply(self, reply: StepReply) -> None:
+        """Applies the tokens and failures of one step."""
+        self._in_flight.settle(reply.step)
         for failure in reply.failures:
-            session = self._current(failure.session_id, failure.epoch)
-            if session is not None:
-                self._failed(session, failure)
+            request = self._current(failure.session_id, failure.epoch)
+            if request is not None:
+                self._apply_failure(request, failure)
         for sampled in reply.tokens:
-            session = self._current(sampled.session_id, sampled.epoch)
-            if session is not None:
-                self._advance(session, sampled.token, reply.stages)
+            request = self._current(sampled.session_id, sampled.epoch)
+            if request is not None:
+                self._append(request, sampled.token, reply.stages)
 
-    def lost(self, address: str, error: StitchError) -> None:
-        for step, _ in self._forwarding.sent_to(address):
-            self._forwarding.settle(step)
-        for session in [one for one in self._sessions.values() if one.open_downstream and one.chain[0] == address]:
-            self._end(session, RequestOutput(error=_with_progress(error, session)))
+    def on_link_lost(self, address: str, error: StitchError) -> None:
+        """Ends the requests with KV on the lost shard; those of other links continue."""
+        for step, _ in self._in_flight.sent_to(address):
+            self._in_flight.settle(step)
+        for request in [one for one in self._requests.values() if one.open_downstream and one.chain[0] == address]:
+            self._finish(request, RequestOutput(error=_with_generated(error, request)))
 
-    def _current(self, number: int, epoch: int) -> Request | None:
-        """The session, unless it ended or began anew since the step was sent."""
-        session = self._sessions.get(number)
-        return session if session is not None and session.epoch == epoch else None
+    def _current(self, session_id: int, epoch: int) -> Request | None:
+        """The request, unless it has finished or was preempted since the step was sent."""
+        request = self._requests.get(session_id)
+        return request if request is not None and request.epoch == epoch else None
 
-    def _advance(self, session: Request, token: Token, behind: dict[str, float]) -> None:
-        stages = {} if session.answered else self._stages(session, behind)
-        session.answered = True
-        session.token_ids.append(token.id)
-        reason = session.finish_after(token)
-        progress = RequestOutput(token, reason, stages)
+    def _append(self, request: Request, token: Token, downstream: dict[str, float]) -> None:
+        """Appends a sampled token, which the scheduler feeds into the next decode step unless it is the last one."""
+        stages = {}
+        if request.first_token_at is None:
+            request.first_token_at = self._clock()
+            stages = _ttft_stages(request, request.first_token_at, downstream)
+        request.token_ids.append(token.id)
+        reason = request.finish_reason_at(token)
+        output = RequestOutput(token, reason, stages)
         if reason is None:
-            session.report(progress)
+            request.on_output(output)
         else:
-            self._end(session, progress)
+            self._finish(request, output)
 
-    def _stages(self, session: Request, behind: dict[str, float]) -> dict[str, float]:
-        """Where the time to the first token went; the parts add up to the whole."""
-        waited = self._clock() - session.last_sent - sum(behind.values())
-        return {
-            **behind,
-            "queue": session.first_scheduled - session.arrived + behind.get("queue", 0.0),
-            "bottom_prefill": session.last_sent - session.first_scheduled + behind.get("bottom_prefill", 0.0),
-            "wire": max(0.0, waited) + behind.get("wire", 0.0),
-        }
+    def _apply_failure(self, request: Request, failure: SessionFailure) -> None:
+        """Recomputes the request later where that helps, and ends it otherwise."""
+        match failure.cause:
+            case shard_pb2.FAILURE_CAUSE_PREFIX_MISSING:
+                request.skip_prefix_cache = True
+                self.scheduler.preempt(request)
+            case shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED:
+                self.scheduler.preempt(request)
+            case shard_pb2.FAILURE_CAUSE_TOO_LONG:
+                self._finish(request, RequestOutput(error=Exhausted(failure.message, TOO_LARGE_RETRY_SECONDS)))
+            case shard_pb2.FAILURE_CAUSE_UNAVAILABLE:
+                self._finish(request, RequestOutput(error=_with_generated(Unavailable(failure.message), request)))
+            case _:
+                self._finish(request, RequestOutput(error=OutOfStep(failure.message)))
 
-    def _failed(self, session: Request, failure: SessionFailure) -> None:
-        if failure.cause == shard_pb2.FAILURE_CAUSE_PREFIX_MISSING:
-            session.reusable = False
-            self.scheduler.preempt(session)
-        elif failure.cause == shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED:
-            self.scheduler.preempt(session)
-        elif failure.cause == shard_pb2.FAILURE_CAUSE_TOO_LONG:
-            self._end(session, RequestOutput(error=Exhausted(failure.message, 60.0)))
-        elif failure.cause == shard_pb2.FAILURE_CAUSE_UNAVAILABLE:
-            self._end(session, RequestOutput(error=_with_progress(Unavailable(failure.message), session)))
-        else:
-            self._end(session, RequestOutput(error=OutOfStep(failure.message)))
-
-    def _end(self, session: Request, last: RequestOutput) -> None:
-        self.abandon(session)
-        session.report(last)
-
-    def _drop(self, session: Request) -> None:
-        if session.open_downstream:
-            self._forwarding.close(session.chain, session.id)
+    def _finish(self, request: Request, last: RequestOutput) -> None:
+        self.abandon(request)
+        request.on_output(last)
 
 
-def _sessions_of(batch: Batch) -> list[tuple[int, Request, Segment]]:
-    """With each segment's index."""
+def _requests_of(batch: Batch) -> list[tuple[int, Request, Segment]]:
+    """The requests and segments of a batch, with each segment's index."""
     return [(i, one.session, one) for i, one in enumerate(batch.segments) if isinstance(one.session, Request)]
 
 
-def _with_progress(error: StitchError, session: Request) -> StitchError:
-    """A loss says how far the answer had come; a refusal stays what it is."""
-    if isinstance(error, Unavailable):
-        return Unavailable(str(error), len(session.token_ids) - session.prompt_tokens)
-    return error
+def _ttft_stages(request: Request, now: float, downstream: dict[str, float]) -> dict[str, float]:
+    """The time to first token by stage; the stages add up to the time since arrival."""
+    scheduled = request.arrived_at if request.first_scheduled_at is None else request.first_scheduled_at
+    away = now - request.last_sent_at - sum(downstream.values())
+    return {
+        **downstream,
+        "queue": scheduled - request.arrived_at + downstream.get("queue", 0.0),
+        "bottom_prefill": request.last_sent_at - scheduled + downstream.get("bottom_prefill", 0.0),
+        "wire": max(0.0, away) + downstream.get("wire", 0.0),
+    }
+
+
+def _with_generated(error: StitchError, request: Request) -> StitchError:
+    """An Unavailable that says how many tokens the client has received; other errors unchanged."""
+    return Unavailable(str(error), request.generated) if isinstance(error, Unavailable) else error

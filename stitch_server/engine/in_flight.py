@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stitch.errors import StitchError
-from stitch_server.engine.types import Batch, OutgoingStep, Segment, StepOutput, StepReply
+from stitch_server.engine.types import Batch, OutgoingStep, Segment, Session, StepOutput, StepReply
 
 # Steps in flight at most: two micro-batches being computed, and as many travelling over a slow link.
 WINDOW_STEPS = 4
@@ -40,9 +40,9 @@ class BatchSource(Protocol):
 
     def fail(self, batch: Batch, error: Exception) -> None: ...
 
-    def replied(self, reply: StepReply) -> None: ...
+    def on_reply(self, reply: StepReply) -> None: ...
 
-    def lost(self, address: str, error: StitchError) -> None: ...
+    def on_link_lost(self, address: str, error: StitchError) -> None: ...
 
 
 class StepsInFlight:
@@ -86,9 +86,10 @@ class StepsInFlight:
         """Removes a step and returns its segments; empty where it is settled already."""
         return self._unanswered.pop(step, ("", ()))[1]
 
-    def close(self, chain: tuple[str, ...], session_id: int) -> None:
-        """Ends a session on the next shard, which frees its KV."""
-        self._downstream.close(chain[0], [session_id])
+    def close_session(self, session: Session) -> None:
+        """Frees the session's KV on the next shards; no effect where none of them knows its current epoch."""
+        if session.open_downstream:
+            self._downstream.close(session.chain[0], [session.id])
 
     def sent_to(self, address: str) -> list[tuple[int, tuple[Segment, ...]]]:
         """The unanswered steps of one link; settles none of them."""

@@ -1,6 +1,7 @@
-"""The loop: take a batch, compute it, deliver the results. Knows no RPC; whoever wants something calls `post`.
+"""The engine's thread: take a batch, compute it, deliver its output.
 
-One thread owns sessions, cache and model, so none of them needs a lock, and the event loop never computes.
+In: messages in one inbox, from any thread. Out: what the batch source sends and reports. Invariant: one thread alone
+touches sessions, KV cache and model, so none of them needs a lock; and no event loop ever computes.
 """
 
 from __future__ import annotations
@@ -14,86 +15,100 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from stitch_server.engine.in_flight import BatchSource
-from stitch_server.engine.types import Batch, StepOutput
+from stitch_server.engine.types import Batch, LinkEvent, LinkLost, StepOutput, StepReply
 
 log = logging.getLogger(__name__)
 
-# How long an idle engine sleeps before it looks at sessions that were postponed.
+# How long an idle engine waits for a message before it checks whether a preempted request may be admitted again.
 IDLE_SECONDS = 0.02
 
+Command = Callable[[], None]
+# None ends the loop.
+Inbox = queue.SimpleQueue[Command | LinkEvent | None]
 
-class Computes(Protocol):
+
+class Runner(Protocol):
+    """Computes one forward pass."""
+
     def run(self, batch: Batch) -> StepOutput: ...
 
 
 class Engine:
-    """Runs a front's batches in a thread of its own."""
+    """Runs the batches of one source in a thread of its own."""
 
     def __init__(
         self,
-        front: BatchSource,
-        runner: Computes,
+        source: BatchSource,
+        runner: Runner,
+        inbox: Inbox,
         observe: Callable[[Batch, float, float], None] = lambda batch, started, ended: None,
     ) -> None:
-        self._front = front
+        """`observe` is called with each computed batch, and the seconds at which its pass started and ended."""
+        self._source = source
         self._runner = runner
+        self._inbox = inbox
         self._observe = observe
-        # Done when the thread is: with the exception, where the loop itself broke.
+        # Done when the thread ends; holds the exception that broke the loop, if one did.
         self.ended: Future[None] = Future()
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def step(self) -> bool:
-        """One pass; False where there was nothing to compute."""
-        batch = self._front.next_batch()
+        """Computes one pass; returns False where there was nothing to compute."""
+        batch = self._source.next_batch()
         if batch is None:
             return False
         started = time.perf_counter()
         try:
             output = self._runner.run(batch)
             ended = time.perf_counter()
-            # A GPU may tell only here, where its results are read, what went wrong before.
-            self._front.deliver(batch, output)
+            # A GPU's errors may surface only here, where its results are read.
+            self._source.deliver(batch, output)
             self._observe(batch, started, ended)
-        except Exception as error:  # the sessions of this batch end, the others and the process go on
+        except Exception as error:  # ends the sessions of this batch; the others and the process continue
             log.exception("a batch of %d tokens failed", batch.num_tokens)
-            self._front.fail(batch, error)
+            self._source.fail(batch, error)
         return True
 
-    def post(self, command: Callable[[], None]) -> None:
-        """Runs `command` in the engine's thread, in the order of the calls; callable from any thread."""
+    def post(self, command: Command) -> None:
+        """Runs `command` in the engine's thread, after all messages posted before; callable from any thread."""
         self._inbox.put(command)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the loop after the step that is being computed, and waits for that."""
+        """Ends the loop after the current step and all messages posted before, and waits for the end."""
         self._inbox.put(None)
         self._thread.join()
 
     def _loop(self) -> None:
-        worked = True
+        computed = True
         try:
-            while self._drain(wait=not worked):
-                worked = self.step()
-        except Exception as error:  # whoever waits for the end hears of it; a shard without its loop is of no use
+            while self._handle_messages(wait=not computed):
+                computed = self.step()
+        except Exception as error:  # a shard without its loop is useless: the process ends with this error
             self.ended.set_exception(error)
         else:
             self.ended.set_result(None)
 
-    def _drain(self, wait: bool) -> bool:
-        """Obeys all that has arrived, since a cancelled session must not be computed once more; False: stop."""
+    def _handle_messages(self, wait: bool) -> bool:
+        """Handles all messages, so that no cancelled session is computed again; returns False at the end."""
         try:
-            while (command := self._inbox.get(wait, IDLE_SECONDS)) is not None:
-                self._obey(command)
+            while (message := self._inbox.get(wait, IDLE_SECONDS)) is not None:
+                self._handle(message)
                 wait = False
         except queue.Empty:
             return True
         return False
 
-    def _obey(self, command: Callable[[], None]) -> None:
+    def _handle(self, message: Command | LinkEvent) -> None:
         try:
-            command()
+            match message:
+                case StepReply():
+                    self._source.on_reply(message)
+                case LinkLost(address, error):
+                    self._source.on_link_lost(address, error)
+                case _:
+                    message()
         except Exception:
-            log.exception("a command failed")
+            log.exception("the engine failed to handle %r", message)

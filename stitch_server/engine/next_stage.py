@@ -1,7 +1,10 @@
-"""The front of every shard but the first: steps from the shards before it. Knows no frames and no tensor library.
+"""Every shard of a chain but the first: computes the steps of its upstream shards and gathers the replies.
 
-A step is computed whole, in the order of its arrival, together with others that wait. Its answer goes back when each
-of its segments was sampled here, or answered by the shards behind.
+In: steps from any number of links, and the replies of the next shards. Out: batches for the engine, steps for the next
+shards, and one `StepReply` for each received step. Steps are computed whole, in order of arrival, several in one pass.
+
+Invariants: a step is answered once, when each of its segments is sampled, answered downstream or refused; and a
+session's KV is freed downstream whenever it is freed here, since nobody else closes it there.
 """
 
 from __future__ import annotations
@@ -10,21 +13,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from stitch.errors import Incompatible, OutOfStep, StitchError
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
 from stitch_server.engine.in_flight import StepsInFlight
-from stitch_server.engine.session_table import ReceivedSegment, Refused, SessionTable, Upstream
 from stitch_server.engine.types import (
     Batch,
+    IncomingSegment,
+    IncomingStep,
+    LayerRange,
     Segment,
     Session,
     SessionFailure,
     SessionToken,
     StepOutput,
     StepReply,
+    Token,
     in_layer_order,
 )
 from stitch_server.kv_cache.block_pool import BlockPool
@@ -33,240 +39,416 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ReceivedStep:
-    """One step of a neighbour; `hidden` unpacks its rows, `[tokens, hidden]`, in the engine's thread."""
+class Upstream(Protocol):
+    """The link that a step came from; `reply` is called in the engine's thread."""
 
-    upstream: Upstream
-    number: int
-    segments: tuple[ReceivedSegment, ...]
-    hidden: Callable[[], Tensor]
-    pipelined: bool
+    def reply(self, reply: StepReply) -> None: ...
+
+
+class SessionRefused(Exception):
+    """A segment that cannot be computed; its session is closed on this shard."""
+
+    def __init__(self, cause: FailureCause, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+@dataclass(frozen=True, slots=True)
+class _Tombstone:
+    """Why an epoch of a session failed; later segments of that epoch are refused for the same reason."""
+
+    epoch: int
+    cause: FailureCause
+    message: str
+
+
+class SessionTable:
+    """The sessions that upstream shards have opened here, with their KV blocks, and tombstones of failed ones.
+
+    A tombstone remains until the upstream shard closes the session.
+    """
+
+    def __init__(
+        self, pool: BlockPool, layer_ranges: Mapping[str, LayerRange], in_flight: StepsInFlight | None
+    ) -> None:
+        """`in_flight` is None on the chain's last shard."""
+        self._pool = pool
+        self._layer_ranges = layer_ranges
+        self._in_flight = in_flight
+        self._sessions: dict[Upstream, dict[int, Session]] = {}
+        self._tombstones: dict[Upstream, dict[int, _Tombstone]] = {}
+        # Whether new sessions are refused, because the shard is shutting down.
+        self.is_draining = False
+
+    def __len__(self) -> int:
+        # A copy, since metrics are read in another thread.
+        return sum(len(sessions) for sessions in list(self._sessions.values()))
+
+    def accept(self, upstream: Upstream, segment: IncomingSegment, closed: bool = False) -> Session:
+        """Returns the segment's session, with KV blocks for the segment. Raises SessionRefused.
+
+        `closed`: the upstream shard closed the session after it had sent the segment, which must not open it again.
+        """
+        known = segment.session_id in self._sessions.get(upstream, {})
+        opened = None if closed else segment.new_session
+        try:
+            if opened is not None:
+                self._open(upstream, segment.session_id, opened)
+            return self._extend(upstream, segment)
+        except SessionRefused as reason:
+            if known or opened is not None:
+                self._replace_by_tombstone(upstream, segment.session_id, segment.epoch, reason)
+            raise
+
+    def layers_of(self, session: Session) -> LayerRange:
+        """The layers of this shard that the session's route passes."""
+        return self._layer_ranges[session.route]
+
+    def close(self, upstream: Upstream, session_id: int) -> None:
+        """Frees a session that the upstream shard closes; no effect on an unknown one."""
+        self._tombstones.get(upstream, {}).pop(session_id, None)
+        session = self._sessions.get(upstream, {}).pop(session_id, None)
+        if session is not None:
+            self._free(session)
+
+    def close_all(self, upstream: Upstream) -> None:
+        """Frees all sessions of a link that ended."""
+        self._tombstones.pop(upstream, None)
+        for session in self._sessions.pop(upstream, {}).values():
+            self._free(session)
+
+    def fail(self, upstream: Upstream, session_id: int, epoch: int, reason: SessionRefused) -> SessionRefused:
+        """Ends an epoch of a session, unless it is closed or preempted; returns why it first failed."""
+        tombstone = self._tombstones.get(upstream, {}).get(session_id)
+        if tombstone is not None and tombstone.epoch == epoch:
+            return SessionRefused(tombstone.cause, tombstone.message)
+        session = self._sessions.get(upstream, {}).get(session_id)
+        if session is not None and session.epoch == epoch:
+            self._replace_by_tombstone(upstream, session_id, epoch, reason)
+        return reason
+
+    def fail_downstream_of(self, address: str, message: str) -> None:
+        """Ends the sessions with KV on a next shard that is lost; their next segments are refused."""
+        reason = SessionRefused(shard_pb2.FAILURE_CAUSE_UNAVAILABLE, message)
+        for upstream, sessions in self._sessions.items():
+            for session_id, session in list(sessions.items()):
+                if session.open_downstream and session.chain[0] == address:
+                    self.fail(upstream, session_id, session.epoch, reason)
+
+    def _open(self, upstream: Upstream, session_id: int, session: Session) -> None:
+        """Adds a new session, in place of an earlier epoch; its first `reused` tokens must be cached."""
+        if self.is_draining:
+            message = "a shard of the chain is draining and takes no new sessions"
+            raise SessionRefused(shard_pb2.FAILURE_CAUSE_UNAVAILABLE, message)
+        if session.route not in self._layer_ranges:
+            raise _contradiction(
+                f"route {session.route} does not pass this shard, only {', '.join(self._layer_ranges)}"
+            )
+        is_last = self._in_flight is None
+        if is_last != (not session.chain):
+            side = "the last of its chain" if is_last else "not the last of its chain"
+            raise _contradiction(f"the session names {len(session.chain)} shards after this one, which is {side}")
+        reused_blocks, rest = divmod(session.reused, self._pool.block_tokens)
+        if rest:
+            raise _contradiction(f"{session.reused} reused tokens are no whole blocks of {self._pool.block_tokens}")
+        hashes = self._pool.hashes(session.route, session.token_ids[: session.prompt_tokens])
+        if not self._pool.begin(session.id, hashes, reused_blocks):
+            message = f"the first {session.reused} tokens of session {session_id} are not cached"
+            raise SessionRefused(shard_pb2.FAILURE_CAUSE_PREFIX_MISSING, message)
+        self.close(upstream, session_id)
+        self._sessions.setdefault(upstream, {})[session_id] = session
+
+    def _extend(self, upstream: Upstream, segment: IncomingSegment) -> Session:
+        """Advances the segment's session by the segment, which must continue exactly where the session is."""
+        session = self._sessions.get(upstream, {}).get(segment.session_id)
+        if session is None:
+            raise self._why_not_open(upstream, segment)
+        if (segment.epoch, segment.position) != (session.epoch, session.cached):
+            raise _contradiction(
+                f"session {segment.session_id} sends epoch {segment.epoch}, position {segment.position}, "
+                f"but epoch {session.epoch}, position {session.cached} comes next"
+            )
+        self._grow(session, session.cached + segment.length, segment.session_id)
+        session.cached += segment.length
+        return session
+
+    def _grow(self, session: Session, tokens: int, session_id: int) -> None:
+        if self._pool.grow(session.id, tokens):
+            return
+        if tokens > self._pool.tokens:
+            message = f"session {session_id} has {tokens} tokens, but the KV cache holds {self._pool.tokens}"
+            raise SessionRefused(shard_pb2.FAILURE_CAUSE_TOO_LONG, message)
+        raise SessionRefused(shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED, f"no KV block is free for session {session_id}")
+
+    def _why_not_open(self, upstream: Upstream, segment: IncomingSegment) -> SessionRefused:
+        tombstone = self._tombstones.get(upstream, {}).get(segment.session_id)
+        if tombstone is None or tombstone.epoch != segment.epoch:
+            return _contradiction(f"session {segment.session_id} is not open here")
+        return SessionRefused(tombstone.cause, tombstone.message)
+
+    def _replace_by_tombstone(self, upstream: Upstream, session_id: int, epoch: int, reason: SessionRefused) -> None:
+        self.close(upstream, session_id)
+        self._tombstones.setdefault(upstream, {})[session_id] = _Tombstone(epoch, reason.cause, str(reason))
+
+    def _free(self, session: Session) -> None:
+        self._pool.release(session.id)
+        if self._in_flight is not None:
+            self._in_flight.close_session(session)
 
 
 @dataclass(slots=True, eq=False)
-class _Answer:
-    """The answer to one step, while it is being gathered."""
+class PendingReply:
+    """The reply to one step, while the results of its segments are gathered."""
 
-    step: ReceivedStep
-    arrived: float
-    # Segments that are neither sampled nor answered nor refused yet.
-    awaited: int
+    upstream: Upstream
+    step: IncomingStep
+    received_at: float
+    # Segments that are neither sampled, nor answered downstream, nor refused.
+    unresolved: int
     tokens: list[SessionToken] = field(default_factory=list)
     failures: list[SessionFailure] = field(default_factory=list)
     # Seconds by stage.
     stages: dict[str, float] = field(default_factory=dict)
-    # Sessions that were closed while the step waited.
+    # Sessions that the upstream shard closed while the step was queued.
     closed: set[int] = field(default_factory=set)
 
-    def spend(self, stages: Mapping[str, float]) -> None:
+    def add_seconds(self, stages: Mapping[str, float]) -> None:
         for stage, seconds in stages.items():
             self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
-    def refuse(self, segment: ReceivedSegment, cause: FailureCause, message: str) -> None:
-        self.failures.append(SessionFailure(segment.session, segment.epoch, cause, message))
+    def send(self) -> None:
+        reply = StepReply(self.step.number, tuple(self.tokens), tuple(self.failures), dict(self.stages))
+        self.upstream.reply(reply)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ReplySlot:
-    """Whose answer a segment of a batch belongs to."""
+    """The place of one received segment in its step's reply."""
 
-    answer: _Answer
-    received: ReceivedSegment
+    pending: PendingReply
+    segment: IncomingSegment
+
+    def resolve(self) -> None:
+        """Counts the segment as resolved; its token or failure is added before."""
+        self.pending.unresolved -= 1
+
+    def add_token(self, epoch: int, token: Token) -> None:
+        self.pending.tokens.append(SessionToken(self.segment.session_id, epoch, token))
+
+    def add_failure(self, reason: SessionRefused) -> None:
+        session_id, epoch = self.segment.session_id, self.segment.epoch
+        self.pending.failures.append(SessionFailure(session_id, epoch, reason.cause, str(reason)))
 
 
 class NextStage:
-    """Takes steps from any number of links: one cache and one batch for all of them."""
+    """The batch source of a shard without the embedding; every method runs in the engine's thread."""
 
     def __init__(
         self,
         pool: BlockPool,
-        intake: SessionTable,
-        forwarding: StepsInFlight | None,
-        batch_tokens: int,
+        layer_ranges: Mapping[str, LayerRange],
+        in_flight: StepsInFlight | None,
+        max_merged_tokens: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """`in_flight` is None on the chain's last shard; `max_merged_tokens`: of several steps in one pass."""
         self._pool = pool
-        self._intake = intake
-        # None on the last shard of the chain.
-        self._forwarding = forwarding
-        self._batch_tokens = batch_tokens
+        self._sessions = SessionTable(pool, layer_ranges, in_flight)
+        self._in_flight = in_flight
+        self._max_merged_tokens = max_merged_tokens
         self._clock = clock
-        self._pending: deque[_Answer] = deque()
+        # Steps in order of arrival, none of which is computed yet.
+        self._queue: deque[PendingReply] = deque()
         self._sent_at: dict[int, float] = {}
 
     @property
     def running_sessions(self) -> int:
-        return len(self._intake)
+        """The number of sessions with KV blocks."""
+        return len(self._sessions)
 
     @property
     def waiting_sessions(self) -> int:
+        """None: a session without a free block is refused, and waits on its first shard."""
         return 0
 
-    def receive(self, step: ReceivedStep) -> None:
-        self._pending.append(_Answer(step, self._clock(), awaited=len(step.segments)))
+    def receive(self, upstream: Upstream, step: IncomingStep) -> None:
+        """Queues a step."""
+        self._queue.append(PendingReply(upstream, step, self._clock(), unresolved=len(step.segments)))
 
-    def close(self, upstream: Upstream, sessions: Sequence[int]) -> None:
-        """These sessions of a link are over, and the steps of theirs that still wait must not open them again."""
-        for session in sessions:
-            self._intake.remove(upstream, session)
-        for answer in self._pending:
-            if answer.step.upstream is upstream:
-                answer.closed.update(sessions)
+    def close(self, upstream: Upstream, session_ids: Sequence[int]) -> None:
+        """Frees sessions that the upstream shard closes; queued steps of theirs do not open them again."""
+        for session_id in session_ids:
+            self._sessions.close(upstream, session_id)
+        for pending in self._queue:
+            if pending.upstream is upstream:
+                pending.closed.update(session_ids)
 
-    def link_closed(self, upstream: Upstream) -> None:
-        """A link ended: nobody will hear of its sessions any more."""
-        self._pending = deque(one for one in self._pending if one.step.upstream is not upstream)
-        self._intake.remove_all(upstream)
+    def drain(self) -> None:
+        """Refuses new sessions from now on, with a cause that makes the gateway try another chain."""
+        self._sessions.is_draining = True
+
+    def on_upstream_lost(self, upstream: Upstream) -> None:
+        """Frees all sessions of a link that ended, and drops its queued steps."""
+        self._queue = deque(pending for pending in self._queue if pending.upstream is not upstream)
+        self._sessions.close_all(upstream)
 
     def next_batch(self) -> Batch | None:
-        if self._forwarding is not None and self._forwarding.is_full:
+        """Queued steps up to `max_merged_tokens`, at least one; None where there is none, or the window is full."""
+        if self._in_flight is not None and self._in_flight.is_full:
             return None
         segments: list[Segment] = []
-        tokens, pipelined = 0, False
-        while self._pending:
-            step = self._pending[0].step
-            tokens += sum(segment.length for segment in step.segments)
-            if segments and tokens > self._batch_tokens:
+        num_tokens, pipelined = 0, False
+        while self._queue:
+            step = self._queue[0].step
+            num_tokens += sum(segment.length for segment in step.segments)
+            if segments and num_tokens > self._max_merged_tokens:
                 break
-            self._accept(self._pending.popleft(), segments)
+            self._accept(self._queue.popleft(), segments)
             pipelined = pipelined or step.pipelined
         return Batch(in_layer_order(segments), pipelined) if segments else None
 
     def deliver(self, batch: Batch, output: StepOutput) -> None:
-        parts = [_slot_of(segment) for segment in batch.segments]
-        for answer in _answers_of(parts):
-            answer.spend(output.stages)
-        if self._forwarding is None:
-            self._sampled(batch, output)
+        """Sends hidden states to the next shards, or sampled tokens upstream; fails sessions with non-finite values."""
+        slots = [_slot_of(segment) for segment in batch.segments]
+        for pending in _pending_of(slots):
+            pending.add_seconds(output.stages)
+        if self._in_flight is None:
+            self._add_sampled(batch, output)
         else:
             now = self._clock()
-            for step in self._forwarding.send(batch, output, pipelined=bool(self._pending)):
+            for step in self._in_flight.send(batch, output, pipelined=bool(self._queue)):
                 self._sent_at[step] = now
-        # Only now, since what is refused here must be closed behind as well, if this very batch opened it there.
-        for index, (segment, part) in enumerate(zip(batch.segments, parts, strict=True)):
+        # After the send: a session that this batch opened downstream and that fails here must be closed there.
+        for index, (segment, slot) in enumerate(zip(batch.segments, slots, strict=True)):
             if index in output.non_finite:
-                self._spoil(segment, part)
+                self._fail_non_finite(segment, slot)
             else:
                 self._pool.publish(segment.session.id, segment.position + segment.length)
-        _reply_where_done(_answers_of(parts))
+        _send_complete(_pending_of(slots))
 
     def fail(self, batch: Batch, error: Exception) -> None:
-        parts = [_slot_of(segment) for segment in batch.segments]
-        for part in parts:
-            message = f"a shard failed to compute a step: {error}"
-            self._refuse(part, shard_pb2.FAILURE_CAUSE_UNAVAILABLE, message)
-            part.answer.awaited -= 1
-        _reply_where_done(_answers_of(parts))
+        """Fails the sessions of a batch that could not be computed."""
+        slots = [_slot_of(segment) for segment in batch.segments]
+        for slot in slots:
+            self._fail(slot, shard_pb2.FAILURE_CAUSE_UNAVAILABLE, f"a shard failed to compute a step: {error}")
+            slot.resolve()
+        _send_complete(_pending_of(slots))
 
-    def replied(self, reply: StepReply) -> None:
-        """A shard behind answered a step of this shard."""
-        segments = () if self._forwarding is None else self._forwarding.settle(reply.step)
-        parts = [_slot_of(segment) for segment in segments]
+    def on_reply(self, reply: StepReply) -> None:
+        """Passes the tokens and failures of a downstream step on to the steps that its segments came from."""
+        segments = () if self._in_flight is None else self._in_flight.settle(reply.step)
+        slots = [_slot_of(segment) for segment in segments]
         # Of two chunks of one session the later one wants the token.
-        by_id = {segment.session.id: part for segment, part in zip(segments, parts, strict=True)}
+        slot_of_session = {segment.session.id: slot for segment, slot in zip(segments, slots, strict=True)}
         for sampled in reply.tokens:
-            if (part := by_id.get(sampled.session_id)) is not None:
-                part.answer.tokens.append(SessionToken(part.received.session, sampled.epoch, sampled.token))
+            if (slot := slot_of_session.get(sampled.session_id)) is not None:
+                slot.add_token(sampled.epoch, sampled.token)
         for failure in reply.failures:
-            if (part := by_id.get(failure.session_id)) is not None:
-                self._refuse(part, failure.cause, failure.message)
+            if (slot := slot_of_session.get(failure.session_id)) is not None:
+                self._fail(slot, failure.cause, failure.message)
         away = self._clock() - self._sent_at.pop(reply.step, self._clock())
         wire = max(0.0, away - sum(reply.stages.values()))
-        for answer in _answers_of(parts):
-            answer.spend(reply.stages)
-            answer.spend({"wire": wire})
-        for part in parts:
-            part.answer.awaited -= 1
-        _reply_where_done(_answers_of(parts))
+        for pending in _pending_of(slots):
+            pending.add_seconds(reply.stages)
+            pending.add_seconds({"wire": wire})
+        for slot in slots:
+            slot.resolve()
+        _send_complete(_pending_of(slots))
 
-    def lost(self, address: str, error: StitchError) -> None:
-        refused = isinstance(error, Incompatible | OutOfStep)
-        cause = shard_pb2.FAILURE_CAUSE_PRECONDITION if refused else shard_pb2.FAILURE_CAUSE_UNAVAILABLE
-        for step, segments in [] if self._forwarding is None else self._forwarding.sent_to(address):
+    def on_link_lost(self, address: str, error: StitchError) -> None:
+        """Fails the sessions with KV on a next shard that is lost; those of other links continue."""
+        is_refusal = isinstance(error, Incompatible | OutOfStep)
+        cause = shard_pb2.FAILURE_CAUSE_PRECONDITION if is_refusal else shard_pb2.FAILURE_CAUSE_UNAVAILABLE
+        for step, segments in [] if self._in_flight is None else self._in_flight.sent_to(address):
             failures = (SessionFailure(one.session.id, one.session.epoch, cause, str(error)) for one in segments)
-            self.replied(StepReply(step, failures=tuple(failures)))
-        # Those that have no step under way hear of it with their next one.
-        self._intake.lose(address, str(error))
+            self.on_reply(StepReply(step, failures=tuple(failures)))
+        # Sessions without a step in flight: their next segments are refused.
+        self._sessions.fail_downstream_of(address, str(error))
 
-    def _accept(self, answer: _Answer, segments: list[Segment]) -> None:
-        """Appends a step's segments that can be computed; the others are refused in its answer."""
-        step = answer.step
-        answer.spend({"queue": self._clock() - answer.arrived})
-        hidden, row, touched = step.hidden(), 0, [answer]
-        for received in step.segments:
+    def _accept(self, pending: PendingReply, segments: list[Segment]) -> None:
+        """Appends the segments of a step that can be computed; refuses the others in the step's reply."""
+        pending.add_seconds({"queue": self._clock() - pending.received_at})
+        hidden, row, touched = pending.step.hidden(), 0, [pending]
+        for received in pending.step.segments:
+            slot = ReplySlot(pending, received)
             rows = hidden[row : row + received.length]
             row += received.length
             try:
-                sequence = self._intake.accept(step.upstream, received, received.session in answer.closed)
-            except Refused as refusal:
-                answer.refuse(received, refusal.cause, str(refusal))
-                answer.awaited -= 1
-                touched += self._withdraw(step.upstream, received.session, refusal, segments)
+                session = self._sessions.accept(pending.upstream, received, received.session_id in pending.closed)
+            except SessionRefused as reason:
+                slot.add_failure(reason)
+                slot.resolve()
+                touched += self._withdraw(pending.upstream, received.session_id, reason, segments)
             else:
-                segments.append(self._segment(sequence, received, rows, answer))
-        _reply_where_done(touched)
+                segments.append(self._segment(session, rows, slot))
+        _send_complete(touched)
 
-    def _withdraw(self, upstream: Upstream, session: int, reason: Refused, segments: list[Segment]) -> list[_Answer]:
-        """Takes back what this batch holds of a session that just ended: its blocks are free for others already."""
-        parts = [_slot_of(segment) for segment in segments]
-        gone = [part for part in parts if (part.answer.step.upstream, part.received.session) == (upstream, session)]
-        for part in gone:
-            part.answer.refuse(part.received, reason.cause, str(reason))
-            part.answer.awaited -= 1
-        segments[:] = [segment for segment, part in zip(segments, parts, strict=True) if part not in gone]
-        return [part.answer for part in gone]
-
-    def _segment(self, sequence: Session, received: ReceivedSegment, rows: Tensor, answer: _Answer) -> Segment:
+    def _segment(self, session: Session, rows: Tensor, slot: ReplySlot) -> Segment:
         return Segment(
-            session=sequence,
-            layers=self._intake.layers(sequence),
-            position=received.position,
-            length=received.length,
-            wants_token=received.wants_token,
-            blocks=self._pool.blocks_of(sequence.id),
+            session=session,
+            layers=self._sessions.layers_of(session),
+            position=slot.segment.position,
+            length=slot.segment.length,
+            wants_token=slot.segment.wants_token,
+            blocks=self._pool.blocks_of(session.id),
             hidden=rows,
-            reply_slot=ReplySlot(answer, received),
+            reply_slot=slot,
         )
 
-    def _sampled(self, batch: Batch, output: StepOutput) -> None:
+    def _withdraw(
+        self, upstream: Upstream, session_id: int, reason: SessionRefused, segments: list[Segment]
+    ) -> list[PendingReply]:
+        """Removes the segments of a session that just failed from this batch, since its blocks are free."""
+        withdrawn = [
+            slot
+            for slot in map(_slot_of, segments)
+            if (slot.pending.upstream, slot.segment.session_id) == (upstream, session_id)
+        ]
+        for slot in withdrawn:
+            slot.add_failure(reason)
+            slot.resolve()
+        segments[:] = [segment for segment in segments if segment.reply_slot not in withdrawn]
+        return [slot.pending for slot in withdrawn]
+
+    def _add_sampled(self, batch: Batch, output: StepOutput) -> None:
+        """Adds the tokens that this shard sampled to the replies and to the sessions' tokens."""
         for index, segment in enumerate(batch.segments):
-            part = _slot_of(segment)
+            slot = _slot_of(segment)
             if index not in output.non_finite:
-                part.answer.awaited -= 1
+                slot.resolve()
             if (token := output.tokens.get(index)) is not None:
                 segment.session.token_ids.append(token.id)
-                part.answer.tokens.append(SessionToken(part.received.session, part.received.epoch, token))
+                slot.add_token(slot.segment.epoch, token)
 
-    def _spoil(self, segment: Segment, part: ReplySlot) -> None:
-        message = f"hidden states of session {part.received.session} at position {segment.position} are not finite"
-        self._refuse(part, shard_pb2.FAILURE_CAUSE_PRECONDITION, message)
+    def _fail_non_finite(self, segment: Segment, slot: ReplySlot) -> None:
+        session_id = slot.segment.session_id
+        message = f"hidden states of session {session_id} at position {segment.position} are not finite"
+        self._fail(slot, shard_pb2.FAILURE_CAUSE_PRECONDITION, message)
+        slot.resolve()
 
-        part.answer.awaited -= 1
-
-    def _refuse(self, part: ReplySlot, cause: FailureCause, message: str) -> None:
-        answer, received = part.answer, part.received
-        reason = Refused(cause, message)
-        first = self._intake.end(answer.step.upstream, received.session, received.epoch, reason)
-        answer.refuse(received, first.cause, str(first))
-
-
-def _reply_where_done(answers: Iterable[_Answer]) -> None:
-    for answer in _once(answers):
-        if answer.awaited == 0:
-            reply = StepReply(answer.step.number, tuple(answer.tokens), tuple(answer.failures), dict(answer.stages))
-            answer.step.upstream.reply(reply)
+    def _fail(self, slot: ReplySlot, cause: FailureCause, message: str) -> None:
+        """Ends the slot's session and adds the reason for which it first failed to the reply."""
+        received, reason = slot.segment, SessionRefused(cause, message)
+        slot.add_failure(self._sessions.fail(slot.pending.upstream, received.session_id, received.epoch, reason))
 
 
 def _slot_of(segment: Segment) -> ReplySlot:
     if segment.reply_slot is None:
-        raise ValueError("a segment without a reply slot reached a next stage")
+        raise ValueError("a segment without a reply slot came to a next stage")
     return segment.reply_slot
 
 
-def _answers_of(parts: Iterable[ReplySlot]) -> list[_Answer]:
-    return _once(part.answer for part in parts)
+def _pending_of(slots: Iterable[ReplySlot]) -> list[PendingReply]:
+    """The replies that these slots belong to, each once, in order."""
+    return list(dict.fromkeys(slot.pending for slot in slots))
 
 
-def _once(answers: Iterable[_Answer]) -> list[_Answer]:
-    return list({id(answer): answer for answer in answers}.values())
+def _send_complete(replies: Iterable[PendingReply]) -> None:
+    """Sends the replies whose segments are all resolved."""
+    for pending in dict.fromkeys(replies):
+        if pending.unresolved == 0:
+            pending.send()
+
+
+def _contradiction(message: str) -> SessionRefused:
+    return SessionRefused(shard_pb2.FAILURE_CAUSE_PRECONDITION, message)

@@ -1,230 +1,268 @@
-"""Which tokens of which sessions the first shard computes next. Plain Python; knows no tensor and no link."""
+"""Selects the tokens that the first shard computes in its next pass, and the KV blocks that they are written to.
+
+In: requests, and `BatchingConfig`. Out: the segments of one pass. Invariant: a running request holds blocks for all of
+its cached tokens, and no request that waits, was preempted or is finished holds any.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
+from stitch.cluster import BatchingConfig
 from stitch.errors import Exhausted
-from stitch_server.engine.session import Request
+from stitch_server.engine.request import Request, RequestStatus
 from stitch_server.engine.types import LayerRange, Segment
 from stitch_server.kv_cache.block_pool import BlockPool
 
-# How long a session stays away after a shard behind had no room for it.
+# How long a preempted request waits before it is admitted again: the shard that had no room needs time to free some.
 BACKOFF_SECONDS = 0.05
-# Each so many that decode bring a prompt's share, too: their step takes longer, so that it delays them by less of it.
-DECODING_WORTH_A_SHARE = 2
-# Products take rows in tiles: one beyond so many takes about as long as all of a further tile.
-WHOLE_ROWS = 32
+# Every DECODES_PER_EXTRA_SHARE decoding requests add one more share to the prefill budget: their step takes longer
+# than that of one, so the same prefill delays it by a smaller part.
+DECODES_PER_EXTRA_SHARE = 2
+# A matmul computes rows in tiles: one row more than a multiple takes about as long as a full tile.
+TILE_ROWS = 32
+# How long a client should wait before it retries a prompt that exceeds the KV cache.
+TOO_LARGE_RETRY_SECONDS = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much one pass may hold."""
+class PrefillBudget:
+    """How many prompt tokens one pass may hold, in units of one token without context.
 
-    # Tokens of one prompt in a pass.
-    prefill_tokens: int = 128
-    # A pass holds at most as many prompt tokens as so many prompts bring.
-    prompts_together: int = 2
-    # Passes over fewer take hardly less time: a prompt's end isn't halved into them.
-    min_efficient_tokens: int = 1
-    # Beside decoding sessions, whose next token they delay, each prompt that waits brings so many, and so do each few
-    # of them.
-    prefill_tokens_beside_decode: int = 28
-    # There a token counts as one more for each so many tokens before it, which it takes as long to attend to as all
-    # else of it does; 0: those count nothing.
-    attention_cost_per_token: int = 0
-    # Into how many groups the decoding sessions are split, so that neighbours work at the same time; one: in turns.
-    groups: int = 2
-    max_waiting_sessions: int = 256
-    # Prompt tokens of which the route of an undecided session is read, in one pass.
-    probe_tokens: int = 0
+    While requests decode, a token costs 1 + KV length / `attention_cost_per_token`, since its attention over a long
+    context delays their next tokens, too.
+    """
+
+    def __init__(self, tokens: int, attention_cost_per_token: int = 0) -> None:
+        """`attention_cost_per_token`: the KV length whose attention costs as much as all else of a token; 0: none."""
+        self._left = float(tokens)
+        self._attention_cost_per_token = attention_cost_per_token
+        self._is_untouched = True
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the pass takes no further prompt token."""
+        return self._left <= 0
+
+    def affords(self, tokens: int) -> bool:
+        """Whether a chunk of at least `tokens` may start; the first one of a pass always may."""
+        return self._is_untouched or tokens <= self._left
+
+    def tokens_at(self, kv_length: int) -> int:
+        """The tokens that the rest of the budget affords to a request of this KV length."""
+        return int(self._left / self._cost_at(kv_length))
+
+    def spend(self, tokens: int, kv_length: int) -> None:
+        """Deducts a chunk, which may exceed the rest of the budget."""
+        self._left -= tokens * self._cost_at(kv_length)
+        self._is_untouched = self._is_untouched and not tokens
+
+    def _cost_at(self, kv_length: int) -> float:
+        return 1 + kv_length / self._attention_cost_per_token if self._attention_cost_per_token else 1.0
 
 
 class Scheduler:
-    """Continuous batching: decode first, then prompts in the order of their arrival, in chunks.
+    """Continuous batching with chunked prefill. Each pass is composed in this order:
 
-    While somebody decodes, prompts ride along with decode steps alone: a token on its way back would find its shard
-    in the middle of another chunk, and would have to wait for that. Shards that take turns have the processor to
-    themselves meanwhile: nothing begins here before all tokens are back.
-
-    `drop` is called with a session whose KV is gone here and must go on the shards behind, too.
+    1. With one micro-batch, nothing while a step is in flight: the shards of the chain compute in turn.
+    2. Decodes: one token of each decoding request, or with N micro-batches of every N-th, least recently scheduled
+       first. While requests decode, a pass without decodes is not computed: it would delay tokens that are coming back.
+    3. Prefill: chunks of running requests, then of waiting ones in order of arrival, until the `PrefillBudget` or the
+       KV blocks are exhausted. The budget is `max_num_batched_tokens`; while requests decode, it is one share of
+       `prefill_budget_while_decoding` per prompt and per DECODES_PER_EXTRA_SHARE decodes.
+    A request that needs a block when none is free preempts the youngest running request, which is recomputed later.
     """
 
     def __init__(
         self,
         pool: BlockPool,
-        cuts: Mapping[str, LayerRange],
-        limits: Limits,
-        drop: Callable[[Request], None],
+        layer_ranges: Mapping[str, LayerRange],
+        batching: BatchingConfig,
+        *,
+        close_downstream: Callable[[Request], None],
+        attention_cost_per_token: int = 0,
+        min_efficient_tokens: int = 1,
+        probe_tokens: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """`min_efficient_tokens`: fewer take about as long; `probe_tokens`: what the route probe reads of a prompt.
+
+        `close_downstream` is called with a preempted request, whose KV the next shards must free as well.
+        """
         self._pool = pool
-        self._cuts = cuts
-        # What all routes have in common.
-        self._earliest = min(cuts.values(), key=lambda cut: cut.end)
-        self._limits = limits
-        self._drop = drop
+        self._layer_ranges = layer_ranges
+        # The layers that all routes have in common.
+        self._common_layers = min(layer_ranges.values(), key=lambda layers: layers.end)
+        self._batching = batching
+        self._close_downstream = close_downstream
+        self._attention_cost_per_token = attention_cost_per_token
+        self._min_efficient_tokens = min_efficient_tokens
+        self._probe_tokens = probe_tokens
         self._clock = clock
-        self._turn = 0
-        # Ordered by arrival; sessions that lost their KV stand in front.
+        self._passes = 0
+        # In order of arrival, after the preempted ones.
         self.waiting: deque[Request] = deque()
-        # Ordered by admission: the last one is the youngest.
+        # By id, in order of admission: the last one is the youngest.
         self.running: dict[int, Request] = {}
 
-    def add(self, session: Request) -> None:
-        """Exhausted where too many wait already, or the cache could never hold the prompt."""
-        tokens, room = len(session.token_ids), self._pool.tokens
-        if tokens + 1 > room:
-            raise Exhausted(f"the prompt has {tokens} tokens, but the KV cache holds {room}", 60.0)
-        if len(self.waiting) >= self._limits.max_waiting_sessions:
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises Exhausted where the queue is full, or the KV cache cannot hold the prompt."""
+        tokens, capacity = len(request.token_ids), self._pool.tokens
+        if tokens + 1 > capacity:
+            message = f"the prompt has {tokens} tokens, but the KV cache holds {capacity}"
+            raise Exhausted(message, TOO_LARGE_RETRY_SECONDS)
+        if len(self.waiting) >= self._batching.max_waiting_sessions:
             raise Exhausted(f"{len(self.waiting)} sessions wait already, which is the limit")
-        # Alone in the cache it could grow no further.
-        session.context_length = min(session.context_length, room)
-        self.waiting.append(session)
+        # Even alone in the KV cache, it could not grow further.
+        request.context_length = min(request.context_length, capacity)
+        self.waiting.append(request)
 
-    def remove(self, session: Request) -> None:
-        """The session is over; its KV here is free."""
-        if self.running.pop(session.id, None) is None and session in self.waiting:
-            self.waiting.remove(session)
-        self._pool.release(session.id)
+    def remove(self, request: Request) -> None:
+        """Finishes a request, waiting or running, and frees its KV on this shard."""
+        if self.running.pop(request.id, None) is None and request in self.waiting:
+            self.waiting.remove(request)
+        self._pool.release(request.id)
+        request.status = RequestStatus.FINISHED
 
-    def preempt(self, session: Request) -> None:
-        """The session begins anew later: its KV is freed here and behind, its tokens stay."""
-        self.running.pop(session.id, None)
-        self._pool.release(session.id)
-        self._drop(session)
-        session.reset_for_recompute()
-        session.not_before = self._clock() + BACKOFF_SECONDS
-        self.waiting.appendleft(session)
+    def preempt(self, request: Request) -> None:
+        """Frees the request's KV on all shards and queues it first, to be recomputed after a pause."""
+        self.running.pop(request.id, None)
+        self._pool.release(request.id)
+        self._close_downstream(request)
+        request.reset_for_recompute()
+        request.status = RequestStatus.PREEMPTED
+        request.retry_at = self._clock() + BACKOFF_SECONDS
+        self.waiting.appendleft(request)
 
-    def settled(self, session: Request) -> None:
-        """The session has its route: what it computes may serve others on the same one."""
-        self._pool.set_hashes(session.id, self._hashes(session))
+    def share_prefix(self, request: Request) -> None:
+        """The request has its route, so that the blocks of its prompt can serve others on the same route."""
+        self._pool.name(request.id, self._prefix_hashes(request))
 
     @property
-    def ready(self) -> bool:
-        """Whether the next batch would hold anything, as far as can be told without composing it."""
-        if self._is_others_turn():
+    def has_work(self) -> bool:
+        """Whether the next pass would hold a segment of a running request."""
+        if self._awaits_chain():
             return False
-        decoding = [session for session in self.running.values() if session.decoding]
-        return any(session.remaining for session in decoding or self.running.values())
+        decoding = [request for request in self.running.values() if request.is_decoding]
+        return any(request.remaining for request in decoding or self.running.values())
 
     def next_segments(self) -> list[Segment]:
-        """The segments of the next pass, none where there is nothing to compute."""
-        self._turn += 1
-        if self._is_others_turn():
+        """The segments of the next pass; empty where there is nothing to compute."""
+        self._passes += 1
+        if self._awaits_chain():
             return []
-        decoding = sum(session.decoding for session in self.running.values())
-        segments = self._decodes()
-        if decoding and not segments:
+        num_decoding = sum(request.is_decoding for request in self.running.values())
+        segments = self._decode_segments(num_decoding)
+        if num_decoding and not segments:
             return []
-        whole = budget = float(self._prompt_tokens(decoding))
-        beside = decoding > 0
-        for session in list(self.running.values()):
-            if budget <= 0:
-                return segments
-            # Making room for an earlier one may have pushed this one out.
-            if session.id in self.running and session.remaining and not session.decoding:
-                budget -= self._prefill(session, budget, beside, segments)
-        while budget > 0 and (admitted := self._admit(budget, budget == whole)) is not None:
-            budget -= self._prefill(admitted, budget, beside, segments, self._least(admitted))
+        budget = self._prefill_budget(num_decoding)
+        for request in list(self.running.values()):
+            if request.status is RequestStatus.RUNNING and request.remaining and not request.is_decoding:
+                self._prefill(request, budget, segments)
+        while (admitted := self._admit(budget)) is not None:
+            self._prefill(admitted, budget, segments)
         return segments
 
-    def _is_others_turn(self) -> bool:
-        """Whether shards take turns, and tokens are on their way through those behind."""
-        return self._limits.groups == 1 and any(not session.remaining for session in self.running.values())
+    def _awaits_chain(self) -> bool:
+        """Whether this shard computes in turn with the shards downstream, and a reply of theirs is missing."""
+        return self._batching.num_micro_batches == 1 and any(not one.remaining for one in self.running.values())
 
-    def _prefill(self, session: Request, budget: float, beside: bool, segments: list[Segment], least: int = 1) -> float:
-        """Appends the session's next chunk, of at least so many tokens; returns what of the budget it takes."""
-        past, most = self._limits.attention_cost_per_token, self._limits.prefill_tokens
-        weight = 1 + session.cached / past if beside and past else 1.0
-        alone = len(self.running) + len(self.waiting) == 1
-        is_end = session.reused < session.cached and session.remaining <= most
-        if alone and is_end and most // 2 >= self._limits.min_efficient_tokens:
-            # A long prompt's end comes in halves: while the shards behind compute its last chunk, this one is idle.
-            most //= 2
-        return self._schedule(session, max(min(int(budget / weight), most), least), segments) * weight
-
-    def _prompt_tokens(self, decoding: int) -> int:
-        """How many of a pass beside so many decoding sessions.
-
-        Every prompt that waits brings its share. So do each few that decode: their step takes longer than that of one,
-        so that more tokens beside them delay it by as much of it.
-        """
-        limits, prompts = self._limits, len(self.waiting) + len(self.running) - decoding
-        most, share = limits.prefill_tokens * limits.prompts_together, limits.prefill_tokens_beside_decode
-        shares = prompts + decoding // DECODING_WORTH_A_SHARE
-        return max(share, min(most - decoding % WHOLE_ROWS, share * shares)) if decoding else most
-
-    def _decodes(self) -> list[Segment]:
-        decoding = [session for session in self.running.values() if session.decoding]
-        ready = sorted((session for session in decoding if session.remaining), key=lambda session: session.turn)
+    def _decode_segments(self, num_decoding: int) -> list[Segment]:
+        """One token for each request of the next micro-batch."""
+        ready = [request for request in self.running.values() if request.is_decoding and request.remaining]
+        ready.sort(key=lambda request: request.last_pass)
+        micro_batch = ready[: -(-num_decoding // self._batching.num_micro_batches)]
         segments: list[Segment] = []
-        for session in ready[: -(-len(decoding) // self._limits.groups)]:
-            # An earlier one of this pass may have pushed it out.
-            if session.id in self.running:
-                self._schedule(session, 1, segments)
+        for request in micro_batch:
+            # An earlier one of this pass may have preempted it.
+            if request.status is RequestStatus.RUNNING:
+                self._schedule(request, 1, segments)
         return segments
 
-    def _least(self, session: Request) -> int:
-        """Tokens that the session's next pass must hold: what the probe reads, whatever the budget."""
-        return min(self._limits.probe_tokens, session.prompt_tokens) if session.undecided else 1
+    def _prefill_budget(self, num_decoding: int) -> PrefillBudget:
+        """The budget of a pass with `num_decoding` decoding requests; together they fill whole tiles of rows."""
+        most, share = self._batching.max_num_batched_tokens, self._batching.prefill_budget_while_decoding
+        if not num_decoding:
+            return PrefillBudget(most)
+        num_prompts = len(self.waiting) + len(self.running) - num_decoding
+        shares = num_prompts + num_decoding // DECODES_PER_EXTRA_SHARE
+        tokens = max(share, min(most - num_decoding % TILE_ROWS, share * shares))
+        return PrefillBudget(tokens, self._attention_cost_per_token)
 
-    def _admit(self, budget: float, alone: bool) -> Request | None:
-        """The next waiting session, if there is room for all that is known of it.
+    def _prefill(self, request: Request, budget: PrefillBudget, segments: list[Segment]) -> None:
+        """Appends the request's next chunk, unless the budget is exhausted."""
+        if budget.is_exhausted:
+            return
+        kv_length = request.cached
+        affordable = min(budget.tokens_at(kv_length), self._max_chunk(request))
+        budget.spend(self._schedule(request, max(affordable, self._min_chunk(request)), segments), kv_length)
 
-        One that must exceed the budget has to be `alone`, the first prompt of its pass.
+    def _max_chunk(self, request: Request) -> int:
+        """The end of a long prompt that has the shard to itself is halved.
+
+        While the next shards compute the last chunk, this one is idle.
         """
-        if not self.waiting or self.waiting[0].not_before > self._clock():
+        most = self._batching.max_prefill_chunk
+        is_alone = len(self.running) + len(self.waiting) == 1
+        is_end = request.reused < request.cached and request.remaining <= most
+        return most // 2 if is_alone and is_end and most // 2 >= self._min_efficient_tokens else most
+
+    def _min_chunk(self, request: Request) -> int:
+        """The tokens that the next pass must hold, whatever the budget: all that the route probe reads."""
+        return min(self._probe_tokens, request.prompt_tokens) if request.awaits_route else 1
+
+    def _admit(self, budget: PrefillBudget) -> Request | None:
+        """The next waiting request, now running, if the budget and the KV blocks allow its first chunk."""
+        if budget.is_exhausted or not self.waiting or self.waiting[0].retry_at > self._clock():
             return None
-        session = self.waiting[0]
-        if self._least(session) > budget and not alone:
+        request = self.waiting[0]
+        if not budget.affords(self._min_chunk(request)):
             return None
-        # What others left behind belongs to a route; and the probe must see the beginning computed.
-        hashes = [] if session.undecided else self._hashes(session)
-        reused = self._pool.count_cached(hashes) if session.reusable else 0
-        if self._pool.blocks_for(len(session.token_ids) + 1) > self._pool.free_blocks:
+        # Cached prefixes belong to a route; and the probe reads hidden states that must be computed in this pass.
+        hashes = [] if request.awaits_route else self._prefix_hashes(request)
+        reused = 0 if request.skip_prefix_cache else self._pool.matching(hashes)
+        if self._pool.blocks_for(len(request.token_ids) + 1) > self._pool.free_blocks:
             return None
         self.waiting.popleft()
-        self._pool.begin(session.id, hashes, reused)
-        session.cached = session.reused = reused * self._pool.block_tokens
-        self.running[session.id] = session
-        session.first_scheduled = session.first_scheduled or self._clock()
-        return session
+        self._pool.begin(request.id, hashes, reused)
+        request.cached = request.reused = reused * self._pool.block_tokens
+        request.status = RequestStatus.RUNNING
+        self.running[request.id] = request
+        if request.first_scheduled_at is None:
+            request.first_scheduled_at = self._clock()
+        return request
 
-    def _schedule(self, session: Request, budget: int, segments: list[Segment]) -> int:
-        """Appends the session's next tokens, at most `budget`; returns how many."""
-        length = min(session.remaining, budget)
-        if not self._make_room(session, session.cached + length, segments):
+    def _schedule(self, request: Request, most: int, segments: list[Segment]) -> int:
+        """Appends the request's next tokens, at most `most`; returns how many, 0 where it was preempted."""
+        length = min(request.remaining, most)
+        if not self._grow(request, request.cached + length, segments):
             return 0
         segments.append(
             Segment(
-                session=session,
-                layers=self._earliest if session.undecided else self._cuts[session.route],
-                position=session.cached,
+                session=request,
+                layers=self._common_layers if request.awaits_route else self._layer_ranges[request.route],
+                position=request.cached,
                 length=length,
-                wants_token=length == session.remaining,
-                blocks=self._pool.blocks_of(session.id),
-                candidates=tuple(session.candidates),
+                wants_token=length == request.remaining,
+                blocks=self._pool.blocks_of(request.id),
+                candidates=tuple(request.candidates),
             )
         )
-        session.cached += length
-        session.turn = self._turn
+        request.cached += length
+        request.last_pass = self._passes
         return length
 
-    def _make_room(self, session: Request, tokens: int, segments: list[Segment]) -> bool:
-        """Frees the youngest sessions until `session` fits; False where it was itself the youngest."""
-        while not self._pool.grow(session.id, tokens):
+    def _grow(self, request: Request, tokens: int, segments: list[Segment]) -> bool:
+        """Preempts the youngest requests until `request` has room; False where it was itself the youngest."""
+        while not self._pool.grow(request.id, tokens):
             youngest = next(reversed(self.running.values()))
-            # What is already part of this pass goes with its session.
+            # Its segment of this pass would write into blocks that are free now.
             segments[:] = [segment for segment in segments if segment.session is not youngest]
             self.preempt(youngest)
-            if youngest is session:
+            if youngest is request:
                 return False
         return True
 
-    def _hashes(self, session: Request) -> list[bytes]:
-        return self._pool.hashes(session.route, session.token_ids[: session.prompt_tokens])
+    def _prefix_hashes(self, request: Request) -> list[bytes]:
+        return self._pool.hashes(request.route, request.token_ids[: request.prompt_tokens])

@@ -7,10 +7,11 @@ and only the engine's thread changes it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from stitch.errors import StitchError
 from stitch.sampling import Sampling
 from stitch.v1.shard_pb2 import FailureCause
 
@@ -161,6 +162,31 @@ class OutgoingStep:
 
 
 @dataclass(frozen=True, slots=True)
+class IncomingSegment:
+    """A segment as an upstream shard describes it; id and epoch are those of its sender."""
+
+    session_id: int
+    epoch: int
+    position: int
+    length: int
+    wants_token: bool
+    # The session that this segment opens, in the state before it; None where the session is open already.
+    new_session: Session | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class IncomingStep:
+    """One step of an upstream shard."""
+
+    number: int
+    segments: tuple[IncomingSegment, ...]
+    # Unpacks the segments' rows, [tokens, hidden], onto this shard's device; called in the engine's thread.
+    hidden: Callable[[], Tensor]
+    # Whether the upstream shard computes further steps at the same time.
+    pipelined: bool
+
+
+@dataclass(frozen=True, slots=True)
 class SessionToken:
     """A token sampled for one session of a step; id and epoch are those of the step's sender."""
 
@@ -188,3 +214,14 @@ class StepReply:
     failures: tuple[SessionFailure, ...] = ()
     # Seconds that the step spent downstream, by stage.
     stages: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLost:
+    """The link to a next shard ended, and with it the KV of its sessions there."""
+
+    address: str
+    error: StitchError
+
+
+LinkEvent = StepReply | LinkLost

@@ -1,21 +1,25 @@
-"""Steps and replies as frames and back. Knows neither streams nor the engine's thread.
+"""Steps and replies to frames of a link, and back.
 
-A step whose rows exceed a frame is cut at row boundaries; the first frame carries the segments, and a small step of
-another number may pass between two frames of a large one.
+A step whose hidden states exceed one frame is split at rows; the first frame carries the segments. Frames of several
+steps may interleave. Invariant: a step reaches the engine complete and consistent with its segments, or not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
 
 from stitch.errors import InvalidRequest, OutOfStep
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2, shard_pb2
-from stitch_server.engine.session_table import Opening, ReceivedSegment
 from stitch_server.engine.types import (
+    IncomingSegment,
+    IncomingStep,
     OutgoingStep,
     Segment,
+    Session,
     SessionFailure,
     SessionToken,
     StepReply,
@@ -24,28 +28,33 @@ from stitch_server.engine.types import (
 )
 from stitch_server.rpc.tensors import Packed
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # On loopback a 14.7 MB message sent whole made a neighbouring decode step's p95 95 ms, in frames of this size 5 ms.
 FRAME_BYTES = 256 << 10
+# Incomplete steps of one link. A sender has one, or two while an urgent step overtakes.
+MAX_INCOMPLETE_STEPS = 16
 
 
-def step_frames(step: OutgoingStep, rows: Packed) -> Iterator[shard_pb2.LinkRequest]:
-    """The frames of a step, in order; `rows` are its hidden states, packed."""
-    row_bytes = max(1, len(rows.data) // max(1, rows.tokens))
-    scale_bytes = 4 if rows.scales else 0
+def step_frames(step: OutgoingStep, packed: Packed) -> Iterator[shard_pb2.LinkRequest]:
+    """The frames of a step, in order; `packed` are its hidden states."""
+    row_bytes = max(1, len(packed.data) // max(1, packed.tokens))
+    scale_bytes = 4 if packed.scales else 0
     frame_rows = max(1, FRAME_BYTES // row_bytes)
-    for start in range(0, max(1, rows.tokens), frame_rows):
-        count = min(frame_rows, rows.tokens - start)
+    for start in range(0, max(1, packed.tokens), frame_rows):
+        count = min(frame_rows, packed.tokens - start)
         hidden = shard_pb2.HiddenStates(
-            dtype=rows.dtype,
+            dtype=packed.dtype,
             tokens=count,
-            hidden_size=rows.width,
-            data=rows.data[start * row_bytes : (start + count) * row_bytes],
-            scales=rows.scales[start * scale_bytes : (start + count) * scale_bytes],
+            hidden_size=packed.width,
+            data=packed.data[start * row_bytes : (start + count) * row_bytes],
+            scales=packed.scales[start * scale_bytes : (start + count) * scale_bytes],
         )
         frame = shard_pb2.Step(
             step=step.number,
             hidden=hidden,
-            tokens_to_come=rows.tokens - start - count,
+            tokens_to_come=packed.tokens - start - count,
             pipelined=step.pipelined,
         )
         if start == 0:
@@ -55,84 +64,86 @@ def step_frames(step: OutgoingStep, rows: Packed) -> Iterator[shard_pb2.LinkRequ
 
 
 def _segment_message(segment: Segment, opens: bool) -> shard_pb2.Segment:
-    sequence = segment.session
+    session = segment.session
     message = shard_pb2.Segment(
-        session=sequence.id,
-        epoch=sequence.epoch,
+        session=session.id,
+        epoch=session.epoch,
         position=segment.position,
         length=segment.length,
         wants_token=segment.wants_token,
     )
     if opens:
-        message.new_session.route = sequence.route
-        message.new_session.chain.extend(sequence.chain[1:])
-        message.new_session.sampling.CopyFrom(sequence.sampling.to_proto())
-        message.new_session.token_ids.extend(sequence.token_ids)
-        message.new_session.prompt_tokens = sequence.prompt_tokens
-        message.new_session.reused_tokens = sequence.reused
+        new_session = message.new_session
+        new_session.route = session.route
+        new_session.chain.extend(session.chain[1:])
+        new_session.sampling.CopyFrom(session.sampling.to_proto())
+        new_session.token_ids.extend(session.token_ids)
+        new_session.prompt_tokens = session.prompt_tokens
+        new_session.reused_tokens = session.reused
     return message
 
 
-@dataclass(frozen=True, slots=True)
-class AssembledStep:
-    """A step whose frames have all arrived."""
-
-    number: int
-    segments: tuple[ReceivedSegment, ...]
-    rows: Packed
-    pipelined: bool
-
-
 @dataclass(slots=True)
-class _Partial:
+class _IncompleteStep:
+    """A step of which frames are missing."""
+
     first: shard_pb2.Step
     tokens_to_come: int
     data: list[bytes] = field(default_factory=list)
     scales: list[bytes] = field(default_factory=list)
 
 
-# Steps of which some frames are still to come; a sender has one, or two where an urgent one overtakes.
-MOST_BEGUN = 16
+class StepAssembler:
+    """Assembles the steps of one link from their frames; holds at most `max_tokens` rows of each incomplete step."""
 
-
-class Assembly:
-    """Puts the frames of one link's steps together, and holds no more than `max_tokens` rows of each of a few."""
-
-    def __init__(self, width: int, dtype: shard_pb2.Dtype, max_tokens: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        dtype: shard_pb2.Dtype,
+        max_tokens: int,
+        unpack: Callable[[Packed], Tensor],
+        count_bytes: Callable[[int], None] = lambda received: None,
+    ) -> None:
+        """`unpack` runs in the engine's thread; `count_bytes` is called with the bytes of each step's hidden states."""
         self._width = width
         self._dtype = dtype
         self._max_tokens = max_tokens
-        self._partial: dict[int, _Partial] = {}
+        self._unpack = unpack
+        self._count_bytes = count_bytes
+        # By step number.
+        self._incomplete: dict[int, _IncompleteStep] = {}
 
-    def add(self, frame: shard_pb2.Step) -> AssembledStep | None:
-        """The step that `frame` completes, or None while more is to come.
+    def add(self, frame: shard_pb2.Step) -> IncomingStep | None:
+        """Returns the step that `frame` completes, or None while frames of it are missing.
 
         Raises InvalidRequest for bytes that do not fit their shape, OutOfStep for frames that do not fit together.
         """
         hidden = frame.hidden
-        # Each reading of a message's bytes copies them.
+        # Each access to a message's bytes copies them.
         data, scales = hidden.data, hidden.scales
         Packed(hidden.dtype, hidden.tokens, hidden.hidden_size, data, scales).check(self._width, self._dtype)
         if hidden.tokens < 1:
             raise InvalidRequest("step.hidden.tokens", hidden.tokens, "a frame brings at least 1")
-        partial = self._partial.get(frame.step) or self._begin(frame)
-        if partial.tokens_to_come != hidden.tokens + frame.tokens_to_come:
+        incomplete = self._incomplete.get(frame.step) or self._start(frame)
+        if incomplete.tokens_to_come != hidden.tokens + frame.tokens_to_come:
             raise OutOfStep(
-                f"step {frame.step} has {partial.tokens_to_come} tokens to come, "
+                f"step {frame.step} has {incomplete.tokens_to_come} tokens to come, "
                 f"but a frame brings {hidden.tokens} and announces {frame.tokens_to_come} more"
             )
-        partial.tokens_to_come = frame.tokens_to_come
-        partial.data.append(data)
-        partial.scales.append(scales)
-        if partial.tokens_to_come:
-            self._partial[frame.step] = partial
+        incomplete.tokens_to_come = frame.tokens_to_come
+        incomplete.data.append(data)
+        incomplete.scales.append(scales)
+        if incomplete.tokens_to_come:
+            self._incomplete[frame.step] = incomplete
             return None
-        self._partial.pop(frame.step, None)
-        return self._assembled(partial)
+        self._incomplete.pop(frame.step, None)
+        return self._complete(incomplete)
 
-    def _begin(self, frame: shard_pb2.Step) -> _Partial:
-        if len(self._partial) >= MOST_BEGUN:
-            raise OutOfStep(f"step {frame.step} begins while {MOST_BEGUN} others are not complete, which is the limit")
+    def _start(self, frame: shard_pb2.Step) -> _IncompleteStep:
+        """Checks a step's first frame, so that nothing of an invalid step is kept."""
+        if len(self._incomplete) >= MAX_INCOMPLETE_STEPS:
+            limit = f"{MAX_INCOMPLETE_STEPS} others are not complete, which is the limit"
+            raise OutOfStep(f"step {frame.step} begins while {limit}")
         announced = frame.hidden.tokens + frame.tokens_to_come
         if announced > self._max_tokens:
             raise InvalidRequest("step.hidden.tokens", announced, f"a step holds at most {self._max_tokens}")
@@ -141,37 +152,46 @@ class Assembly:
         described = sum(segment.length for segment in frame.segments)
         if described != announced:
             raise InvalidRequest("step.segments", f"{described} tokens", f"the step's hidden states are {announced}")
-        return _Partial(frame, announced)
+        return _IncompleteStep(frame, announced)
 
-    def _assembled(self, partial: _Partial) -> AssembledStep:
-        frame = partial.first
-        data, scales = b"".join(partial.data), b"".join(partial.scales)
+    def _complete(self, step: _IncompleteStep) -> IncomingStep:
+        frame = step.first
+        data, scales = b"".join(step.data), b"".join(step.scales)
+        self._count_bytes(len(data))
         tokens = sum(segment.length for segment in frame.segments)
-        rows = Packed(frame.hidden.dtype, tokens, frame.hidden.hidden_size, data, scales)
-        segments = tuple(_received(segment) for segment in frame.segments)
-        return AssembledStep(frame.step, segments, rows, frame.pipelined)
+        packed = Packed(frame.hidden.dtype, tokens, frame.hidden.hidden_size, data, scales)
+        segments = tuple(_incoming_segment(message) for message in frame.segments)
+        return IncomingStep(frame.step, segments, partial(self._unpack, packed), frame.pipelined)
 
 
-def _received(message: shard_pb2.Segment) -> ReceivedSegment:
-    opening = _opening(message.new_session) if message.HasField("new_session") else None
-    return ReceivedSegment(
-        message.session, message.epoch, message.position, message.length, message.wants_token, opening
+def _incoming_segment(message: shard_pb2.Segment) -> IncomingSegment:
+    return IncomingSegment(
+        session_id=message.session,
+        epoch=message.epoch,
+        position=message.position,
+        length=message.length,
+        wants_token=message.wants_token,
+        new_session=_new_session(message) if message.HasField("new_session") else None,
     )
 
 
-def _opening(message: shard_pb2.NewSession) -> Opening:
-    return Opening(
-        route=message.route,
-        chain=tuple(message.chain),
-        sampling=Sampling.from_proto(message.sampling),
-        token_ids=tuple(message.token_ids),
-        prompt_tokens=message.prompt_tokens,
-        reused_tokens=message.reused_tokens,
+def _new_session(message: shard_pb2.Segment) -> Session:
+    """The session as it is before its first segment. Raises InvalidRequest for sampling outside of its limits."""
+    opened = message.new_session
+    return Session(
+        route=opened.route,
+        chain=tuple(opened.chain),
+        sampling=Sampling.from_proto(opened.sampling),
+        token_ids=list(opened.token_ids),
+        prompt_tokens=opened.prompt_tokens,
+        epoch=message.epoch,
+        cached=opened.reused_tokens,
+        reused=opened.reused_tokens,
     )
 
 
 def reply_frame(reply: StepReply) -> shard_pb2.LinkResponse:
-    """An answer as it goes back."""
+    """The frame of a reply."""
     message = shard_pb2.StepReply(step=reply.step, stages=stage_messages(reply.stages))
     for one in reply.tokens:
         message.tokens.add(session=one.session_id, epoch=one.epoch, token=token_message(one.token))
@@ -183,7 +203,7 @@ def reply_frame(reply: StepReply) -> shard_pb2.LinkResponse:
 
 
 def reply_of(message: shard_pb2.StepReply) -> StepReply:
-    """An answer as it arrives."""
+    """The reply of a frame."""
     return StepReply(
         step=message.step,
         tokens=tuple(SessionToken(one.session, one.epoch, _token(one.token)) for one in message.tokens),
@@ -193,10 +213,12 @@ def reply_of(message: shard_pb2.StepReply) -> StepReply:
 
 
 def stage_messages(stages: dict[str, float]) -> list[inference_pb2.Stage]:
+    """Seconds by stage, as messages."""
     return [inference_pb2.Stage(name=name, seconds=seconds) for name, seconds in stages.items()]
 
 
 def token_message(token: Token) -> shard_pb2.GeneratedToken:
+    """A sampled token, as a message."""
     message = shard_pb2.GeneratedToken(id=token.id, position=token.position)
     if token.logprobs is not None:
         message.logprobs.token_id = token.id

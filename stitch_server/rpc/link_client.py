@@ -1,4 +1,8 @@
-"""This shard's links to the next ones: opened when first needed, given up when broken. Knows no session."""
+"""This shard's links to the next shards: opened with the first step for an address, dropped when they break.
+
+In: steps and session ends from the engine's thread. Out: `LinkEvent`s, which `on_event` puts into the engine's inbox.
+Invariant: after `send`, the engine receives the step's reply or the loss of its link.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,7 @@ import grpc
 from stitch.channels import open_channel
 from stitch.errors import Incompatible, OutOfStep, StitchError, Unavailable, from_rpc_error
 from stitch.v1 import shard_pb2, shard_pb2_grpc
-from stitch_server.engine.in_flight import BatchSource
-from stitch_server.engine.loop import Engine
-from stitch_server.engine.types import OutgoingStep
+from stitch_server.engine.types import LinkEvent, LinkLost, OutgoingStep, StepReply
 from stitch_server.rpc.frames import reply_of, step_frames
 from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_welcome
 from stitch_server.rpc.tensors import pack
@@ -23,82 +25,83 @@ from stitch_server.rpc.tensors import pack
 log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 10.0
-CountBytes = Callable[[int], None]
 
 
-class Links:
-    """One link an address; `send` and `close` are called in the engine's thread, all else in the event loop."""
+class LinkClient:
+    """One link per address; `send` and `close` are called in the engine's thread, all else in the event loop."""
 
     def __init__(
-        self, count_sent: CountBytes, wire_dtype: str, credentials: grpc.ChannelCredentials | None = None
+        self,
+        identity: shard_pb2.ShardIdentity,
+        on_event: Callable[[LinkEvent], None],
+        count_bytes: Callable[[int], None],
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        self._count_sent = count_sent
-        self._wire_dtype = wire_dtype
+        """`identity` is this shard's; `count_bytes` is called with the bytes of each step's hidden states."""
+        self._identity = identity
+        self._on_event = on_event
+        self._count_bytes = count_bytes
         self._connect = partial(open_channel, credentials=credentials)
         self._links: dict[str, _Link] = {}
         self._loop = asyncio.get_running_loop()
-        self._identity = shard_pb2.ShardIdentity()
-        self._engine: Engine | None = None
-        self._front: BatchSource | None = None
-
-    def attach(self, identity: shard_pb2.ShardIdentity, engine: Engine, front: BatchSource) -> None:
-        """Says who calls, and who hears of replies and losses. The engine is made with these links: it comes later."""
-        self._identity, self._engine, self._front = identity, engine, front
 
     def send(self, address: str, step: OutgoingStep) -> None:
-        rows = pack(step.hidden, self._wire_dtype)
-        frames = list(step_frames(step, rows))
-        self._count_sent(len(rows.data))
+        """Queues a step for the next shard at `address`.
+
+        Packs its hidden states here, in the engine's thread: on a GPU that waits for the pass.
+        """
+        packed = pack(step.hidden, self._identity.wire_dtype)
+        frames = list(step_frames(step, packed))
+        self._count_bytes(len(packed.data))
         self._loop.call_soon_threadsafe(self._put, address, frames, step.urgent)
 
-    def close(self, address: str, numbers: Sequence[int]) -> None:
-        frame = shard_pb2.LinkRequest(close=shard_pb2.CloseSessions(sessions=numbers))
+    def close(self, address: str, session_ids: Sequence[int]) -> None:
+        """Ends sessions on the next shard at `address`."""
+        frame = shard_pb2.LinkRequest(close=shard_pb2.CloseSessions(sessions=session_ids))
         self._loop.call_soon_threadsafe(self._put_if_open, address, frame)
 
     async def aclose(self) -> None:
-        """Ends all links; the shards behind free what came over them."""
+        """Ends all links; the next shards free the sessions of these links."""
         for link in list(self._links.values()):
             await link.aclose()
 
     def _put(self, address: str, frames: Sequence[shard_pb2.LinkRequest], urgent: bool) -> None:
         link = self._links.get(address)
         if link is None:
-            link = self._links[address] = _Link(address, self._connect, self._identity, self._replied, self._lost)
+            link = self._links[address] = _Link(address, self._connect, self._identity, self._on_event, self._on_lost)
         for frame in frames:
             link.put(frame, urgent)
 
     def _put_if_open(self, address: str, frame: shard_pb2.LinkRequest) -> None:
-        """What is at its end needs no new link: a session lives no longer than the link that it came over."""
+        """Without a link nothing is to be closed: a session does not outlive the link that opened it."""
         link = self._links.get(address)
         if link is not None:
             link.put(frame, urgent=False)
 
-    def _replied(self, message: shard_pb2.StepReply) -> None:
-        if self._engine is not None and self._front is not None:
-            self._engine.post(partial(self._front.replied, reply_of(message)))
-
-    def _lost(self, address: str, error: StitchError) -> None:
+    def _on_lost(self, address: str, error: StitchError) -> None:
         log.warning("link to %s: %s", address, error)
         self._links.pop(address, None)
-        if self._engine is not None and self._front is not None:
-            self._engine.post(partial(self._front.lost, address, error))
+        self._on_event(LinkLost(address, error))
 
 
 class _Link:
+    """One stream to a next shard, from its handshake to its end."""
+
     def __init__(
         self,
         address: str,
         connect: Callable[[str], grpc.aio.Channel],
         identity: shard_pb2.ShardIdentity,
-        replied: Callable[[shard_pb2.StepReply], None],
-        lost: Callable[[str, StitchError], None],
+        on_reply: Callable[[StepReply], None],
+        on_lost: Callable[[str, StitchError], None],
     ) -> None:
         self._address = address
         self._connect = connect
         self._identity = identity
-        self._replied = replied
-        self._lost = lost
+        self._on_reply = on_reply
+        self._on_lost = on_lost
         self._order = itertools.count()
+        # Urgent frames first; within each class in order.
         self._outbox: asyncio.PriorityQueue[tuple[int, int, shard_pb2.LinkRequest]] = asyncio.PriorityQueue()
         self._task = asyncio.create_task(self._run(), name=f"link to {address}")
 
@@ -112,18 +115,18 @@ class _Link:
     async def _run(self) -> None:
         try:
             async with self._connect(self._address) as channel:
-                await self._talk(channel)
+                await self._exchange(channel)
         except grpc.aio.AioRpcError as error:
-            self._lost(self._address, self._as_loss(error))
+            self._on_lost(self._address, self._as_loss(error))
         except TimeoutError:
-            self._lost(self._address, Unavailable(f"{self._address} did not answer in {HANDSHAKE_SECONDS:g} s"))
+            self._on_lost(self._address, Unavailable(f"{self._address} did not answer in {HANDSHAKE_SECONDS:g} s"))
         except StitchError as error:
-            self._lost(self._address, error)
-        except Exception as error:  # whatever it was, the sessions on this link must hear of its end
+            self._on_lost(self._address, error)
+        except Exception as error:  # the sessions of this link must end, whatever broke it
             log.exception("the link to %s broke", self._address)
-            self._lost(self._address, Unavailable(f"the link to {self._address} broke: {error}"))
+            self._on_lost(self._address, Unavailable(f"the link to {self._address} broke: {error}"))
 
-    async def _talk(self, channel: grpc.aio.Channel) -> None:
+    async def _exchange(self, channel: grpc.aio.Channel) -> None:
         stub: shard_pb2_grpc.ShardAsyncStub = shard_pb2_grpc.ShardStub(channel)
         call = stub.Link(None)
         hello = shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=self._identity, caller=self._address)
@@ -136,10 +139,10 @@ class _Link:
         writer = asyncio.create_task(self._write(call))
         try:
             while isinstance(message := await call.read(), shard_pb2.LinkResponse):
-                self._replied(message.reply)
+                self._on_reply(reply_of(message.reply))
         finally:
             writer.cancel()
-        # The end of the stream without its reason, if it has none.
+        # A stream that ended with an error status raised it above.
         raise Unavailable(f"{self._address} ended the link: {await call.details()}")
 
     async def _write(self, call: grpc.aio.StreamStreamCall[shard_pb2.LinkRequest, shard_pb2.LinkResponse]) -> None:
@@ -148,7 +151,7 @@ class _Link:
             try:
                 await call.write(frame)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                # The reader hears of the end, with its reason.
+                # The reader raises the reason.
                 return
 
     def _as_loss(self, error: grpc.aio.AioRpcError) -> StitchError:

@@ -1,51 +1,50 @@
-"""The receiving end of a link. Knows the relay by three calls, and nothing of what it computes."""
+"""The receiving end of one link: frames of an upstream shard to the engine, replies of the engine back.
+
+In: decoded frames, after the handshake. Out: steps and session ends as commands for the engine, in the order of the
+frames; and reply frames. Invariant: when the stream ends, for whatever reason, all of its sessions are freed.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
-from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
 
-from stitch.errors import Incompatible, InvalidRequest, StitchError
+from stitch.errors import Incompatible, InvalidRequest, StitchError, Unavailable
+from stitch.process import InFlightTracker
 from stitch.v1 import shard_pb2
 from stitch_server.engine.loop import Engine
-from stitch_server.engine.next_stage import NextStage, ReceivedStep
-from stitch_server.engine.types import StepReply
-from stitch_server.rpc.frames import Assembly, reply_frame
-from stitch_server.rpc.tensors import Packed
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from stitch_server.engine.next_stage import NextStage
+from stitch_server.engine.types import IncomingSegment, StepReply
+from stitch_server.rpc.frames import StepAssembler, reply_frame
 
 
 class UpstreamLink:
-    """One neighbour's stream: its steps go to the relay, the relay's replies go back."""
+    """The stream of one upstream shard."""
 
     def __init__(
-        self,
-        engine: Engine,
-        relay: NextStage,
-        assembly: Assembly,
-        unpack: Callable[[Packed], Tensor],
-        count_received: Callable[[int], None],
+        self, engine: Engine, next_stage: NextStage, assembler: StepAssembler, in_flight: InFlightTracker
     ) -> None:
+        """`in_flight` counts the sessions that are open over this link, for the drain to wait for them."""
         self._engine = engine
-        self._relay = relay
-        self._assembly = assembly
-        self._unpack = unpack
-        self._count_received = count_received
+        self._next_stage = next_stage
+        self._assembler = assembler
+        self._in_flight = in_flight
         self._loop = asyncio.get_running_loop()
+        # None ends the stream.
         self._outbox: asyncio.Queue[shard_pb2.LinkResponse | StitchError | None] = asyncio.Queue()
+        # By session id: leaves the tracker when closed.
+        self._sessions: dict[int, ExitStack] = {}
 
     def reply(self, reply: StepReply) -> None:
         """Called in the engine's thread."""
         self._loop.call_soon_threadsafe(self._outbox.put_nowait, reply_frame(reply))
 
     async def responses(self, requests: AsyncIterator[shard_pb2.LinkRequest]) -> AsyncIterator[shard_pb2.LinkResponse]:
-        """Everything that goes back, until the neighbour ends the stream or sends what can't be taken."""
+        """Yields replies until the upstream shard ends the stream. Raises StitchError for an invalid frame."""
         reader = asyncio.create_task(self._read(requests))
         try:
             while (response := await self._outbox.get()) is not None:
@@ -54,37 +53,53 @@ class UpstreamLink:
                 yield response
         finally:
             reader.cancel()
-            self._engine.post(partial(self._relay.link_closed, self))
+            self._leave(list(self._sessions))
+            self._engine.post(partial(self._next_stage.on_upstream_lost, self))
 
     async def _read(self, requests: AsyncIterator[shard_pb2.LinkRequest]) -> None:
         try:
             async for request in requests:
-                self._take(request)
+                self._handle(request)
         except StitchError as error:
             self._outbox.put_nowait(error)
         else:
             self._outbox.put_nowait(None)
 
-    def _take(self, request: shard_pb2.LinkRequest) -> None:
+    def _handle(self, request: shard_pb2.LinkRequest) -> None:
         kind = request.WhichOneof("frame")
         if kind == "step":
-            self._receive(request.step)
+            step = self._assembler.add(request.step)
+            if step is not None:
+                self._enter(step.segments)
+                self._engine.post(partial(self._next_stage.receive, self, step))
         elif kind == "close":
-            self._engine.post(partial(self._relay.close, self, list(request.close.sessions)))
+            session_ids = list(request.close.sessions)
+            self._leave(session_ids)
+            self._engine.post(partial(self._next_stage.close, self, session_ids))
         else:
             raise Incompatible(f"a frame of kind {kind or 'unknown'} came in the middle of a link")
 
-    def _receive(self, frame: shard_pb2.Step) -> None:
-        step = self._assembly.add(frame)
-        if step is not None:
-            self._count_received(len(step.rows.data))
-            hidden = partial(self._unpack, step.rows)
-            received = ReceivedStep(self, step.number, step.segments, hidden, step.pipelined)
-            self._engine.post(partial(self._relay.receive, received))
+    def _enter(self, segments: Sequence[IncomingSegment]) -> None:
+        """Counts the sessions that these segments open.
+
+        An upstream shard closes every session that it has opened, also one that was refused, so the tracker is empty
+        exactly when no session is open over any link. Sessions that come while it is closed are not counted: the
+        engine refuses them, with a failure of this session alone.
+        """
+        for segment in segments:
+            if segment.new_session is not None and segment.session_id not in self._sessions:
+                with suppress(Unavailable), ExitStack() as entered:
+                    entered.enter_context(self._in_flight.admit())
+                    self._sessions[segment.session_id] = entered.pop_all()
+
+    def _leave(self, session_ids: Sequence[int]) -> None:
+        for session_id in session_ids:
+            if (entered := self._sessions.pop(session_id, None)) is not None:
+                entered.close()
 
 
 async def decoded(requests: AsyncIterator[shard_pb2.LinkRequest]) -> AsyncIterator[shard_pb2.LinkRequest]:
-    """The frames of a stream. Raises InvalidRequest for bytes that are none."""
+    """The frames of a stream. Raises InvalidRequest for bytes that are no frame."""
     try:
         async for request in requests:
             yield request

@@ -1,4 +1,7 @@
-"""The Shard service: messages to domain calls and back. Decides nothing."""
+"""The Shard service: requests to calls of the engine, and their results to responses.
+
+Every request is validated here, before the engine sees it; every StitchError becomes a status.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,9 @@ import grpc
 from stitch.errors import Incompatible, InvalidRequest, translated_errors
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2, shard_pb2_grpc
-from stitch_server.engine.first_stage import FirstStage
-from stitch_server.engine.next_stage import NextStage
-from stitch_server.engine.session import Request, RequestOutput
+from stitch_server.engine.request import Request, RequestOutput
 from stitch_server.engine.types import RouteDecision
-from stitch_server.rpc.frames import Assembly, stage_messages, token_message
+from stitch_server.rpc.frames import StepAssembler, stage_messages, token_message
 from stitch_server.rpc.handshake import check_neighbour
 from stitch_server.rpc.link_server import UpstreamLink, decoded
 from stitch_server.worker.route_probe import fallback_decision
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from stitch_server.shard import Shard
 
 Context = grpc.aio.ServicerContext[Any, Any]
-# Pieces of the tokenizer's files.
+# The size of the messages in which the tokenizer's files are sent.
 PIECE_BYTES = 256 << 10
 
 
@@ -39,39 +40,44 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         self, request: shard_pb2.ShardGenerateRequest, context: Context
     ) -> AsyncIterator[shard_pb2.ShardGenerateResponse]:
         async with translated_errors(context):
-            origin = self._shard.front
-            if not isinstance(origin, FirstStage):
-                name, role = self._shard.config.name, self._shard.config.role
-                raise Incompatible(f"shard {name} holds {role} layers without the embedding: no chain begins here")
-            outbox: asyncio.Queue[RequestOutput] = asyncio.Queue()
-            session = self._session(request, outbox)
-            self._shard.engine.post(partial(origin.admit, session))
-            try:
-                finished = False
-                while not finished:
-                    progress = await outbox.get()
-                    finished = progress.finish_reason is not None
-                    yield _response(progress)
-            finally:
-                self._shard.engine.post(partial(origin.abandon, session))
+            shard, first_stage = self._shard, self._shard.first_stage
+            if first_stage is None:
+                name, role = shard.config.name, shard.config.role
+                raise Incompatible(f"shard {name} holds {role} layers without the embedding: it is no first shard")
+            with shard.in_flight.admit():
+                outbox: asyncio.Queue[RequestOutput] = asyncio.Queue()
+                generation = self._request(request, outbox)
+                shard.engine.post(partial(first_stage.admit, generation))
+                try:
+                    finished = False
+                    while not finished:
+                        output = await outbox.get()
+                        finished = output.finish_reason is not None
+                        yield _response(output)
+                finally:
+                    shard.engine.post(partial(first_stage.abandon, generation))
 
     async def Link(
         self, requests: AsyncIterator[shard_pb2.LinkRequest], context: Context
     ) -> AsyncIterator[shard_pb2.LinkResponse]:
         async with translated_errors(context):
-            shard = self._shard
-            relay = shard.front
-            if not isinstance(relay, NextStage):
-                raise Incompatible(f"shard {shard.config.name} is the first of its chain: no shard stands before it")
+            shard, next_stage = self._shard, self._shard.next_stage
+            if next_stage is None:
+                raise Incompatible(f"shard {shard.config.name} is the first of its chain: it has no upstream shard")
             frames = decoded(requests)
             first = await anext(frames, None)
             if first is None or first.WhichOneof("frame") != "hello":
                 raise Incompatible("the first frame of a link must be a hello")
             check_neighbour(first.hello, shard.identity, shard.check_stitch)
             yield shard_pb2.LinkResponse(welcome=shard_pb2.Welcome(identity=shard.identity))
-            width = shard.incoming_width(first.hello.identity.role)
-            assembly = Assembly(width, shard.identity.wire_dtype, shard.max_step_tokens)
-            link = UpstreamLink(shard.engine, relay, assembly, shard.unpack, shard.metrics.link_bytes_received.inc)
+            assembler = StepAssembler(
+                shard.incoming_width(first.hello.identity.role),
+                shard.identity.wire_dtype,
+                shard.max_step_tokens,
+                shard.unpack,
+                shard.metrics.received.inc,
+            )
+            link = UpstreamLink(shard.engine, next_stage, assembler, shard.in_flight)
             async for response in link.responses(frames):
                 yield response
 
@@ -82,8 +88,9 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         return shard_pb2.ShardDescribeResponse(
             identity=shard.identity,
             kv_free_tokens=shard.kv_free_tokens,
-            running_sessions=shard.front.running_sessions,
-            waiting_sessions=shard.front.waiting_sessions,
+            running_sessions=shard.running_sessions,
+            waiting_sessions=shard.waiting_sessions,
+            draining=shard.in_flight.closed,
         )
 
     async def FetchTokenizer(
@@ -94,28 +101,30 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             for start in range(0, max(1, len(content)), PIECE_BYTES):
                 yield shard_pb2.FetchTokenizerResponse(file=path.name, data=content[start : start + PIECE_BYTES])
 
-    def _session(self, request: shard_pb2.ShardGenerateRequest, outbox: asyncio.Queue[RequestOutput]) -> Request:
+    def _request(self, message: shard_pb2.ShardGenerateRequest, outbox: asyncio.Queue[RequestOutput]) -> Request:
+        """The request of a message. Raises InvalidRequest for a field outside of its limits."""
         shard = self._shard
         model = shard.loaded.model
-        _check(request, model.vocabulary_size, model.context_length)
-        if request.candidates:
-            _check_candidates(request, [route.name for route in shard.cluster.routes])
-        candidates = {one.route: tuple(one.chain) for one in request.candidates}
+        _check(message, model.vocabulary_size, model.context_length)
+        if message.candidates:
+            _check_candidates(message, [route.name for route in shard.cluster.routes])
+        candidates = {one.route: tuple(one.chain) for one in message.candidates}
         loop = asyncio.get_running_loop()
-        session = Request(
-            route="" if candidates else shard.cluster.route(request.route).name,
-            chain=tuple(request.chain),
+        request = Request(
+            route="" if candidates else shard.cluster.route(message.route).name,
+            chain=tuple(message.chain),
             candidates=candidates,
-            sampling=Sampling.from_proto(request.sampling),
-            token_ids=list(request.token_ids),
-            prompt_tokens=request.prompt_tokens,
+            sampling=Sampling.from_proto(message.sampling),
+            token_ids=list(message.token_ids),
+            prompt_tokens=message.prompt_tokens,
             context_length=model.context_length,
-            report=lambda progress: _report(loop, outbox, progress),
+            # Called in the engine's thread.
+            on_output=lambda output: _put(loop, outbox, output),
         )
         if candidates and shard.loaded.probe is None:
             route = shard.cluster.gateway.fallback_route
-            session.settle(fallback_decision(route, tuple(candidates), "the first shard has no probe"))
-        return session
+            request.take_route(fallback_decision(route, tuple(candidates), "the first shard has no probe"))
+        return request
 
 
 def _check(request: shard_pb2.ShardGenerateRequest, vocabulary_size: int, context_length: int) -> None:
@@ -128,7 +137,7 @@ def _check(request: shard_pb2.ShardGenerateRequest, vocabulary_size: int, contex
     if largest >= vocabulary_size:
         raise InvalidRequest("token_ids", largest, f"the vocabulary has {vocabulary_size} tokens")
     if not request.candidates and not request.chain:
-        raise InvalidRequest("chain", [], "a chain has at least one shard behind the first")
+        raise InvalidRequest("chain", [], "a chain has at least one shard after the first")
 
 
 def _check_candidates(request: shard_pb2.ShardGenerateRequest, routes: Sequence[str]) -> None:
@@ -137,12 +146,12 @@ def _check_candidates(request: shard_pb2.ShardGenerateRequest, routes: Sequence[
         limit = f"they must be two or more of {', '.join(routes)}, each once"
         raise InvalidRequest("candidates.route", ", ".join(named), limit)
     if not all(one.chain for one in request.candidates):
-        raise InvalidRequest("candidates.chain", [], "a chain has at least one shard behind the first")
+        raise InvalidRequest("candidates.chain", [], "a chain has at least one shard after the first")
     if request.route or request.chain:
-        raise InvalidRequest("candidates", ", ".join(named), "they stand instead of route and chain")
+        raise InvalidRequest("candidates", ", ".join(named), "route and chain must be empty where candidates are given")
 
 
-def _judged(decision: RouteDecision) -> shard_pb2.ProbeDecision:
+def _decision_message(decision: RouteDecision) -> shard_pb2.ProbeDecision:
     return shard_pb2.ProbeDecision(
         route=decision.route,
         score=decision.score,
@@ -153,19 +162,18 @@ def _judged(decision: RouteDecision) -> shard_pb2.ProbeDecision:
     )
 
 
-def _report(loop: asyncio.AbstractEventLoop, outbox: asyncio.Queue[RequestOutput], progress: RequestOutput) -> None:
-    """Called in the engine's thread."""
-    loop.call_soon_threadsafe(outbox.put_nowait, progress)
+def _put(loop: asyncio.AbstractEventLoop, outbox: asyncio.Queue[RequestOutput], output: RequestOutput) -> None:
+    loop.call_soon_threadsafe(outbox.put_nowait, output)
 
 
-def _response(progress: RequestOutput) -> shard_pb2.ShardGenerateResponse:
-    if progress.error is not None:
-        raise progress.error
-    response = shard_pb2.ShardGenerateResponse(stages=stage_messages(progress.stages))
-    if progress.decision is not None:
-        response.decision.CopyFrom(_judged(progress.decision))
-    if progress.token is not None:
-        response.tokens.append(token_message(progress.token))
-    if progress.finish_reason is not None:
-        response.finish_reason = progress.finish_reason
+def _response(output: RequestOutput) -> shard_pb2.ShardGenerateResponse:
+    if output.error is not None:
+        raise output.error
+    response = shard_pb2.ShardGenerateResponse(stages=stage_messages(output.stages))
+    if output.decision is not None:
+        response.decision.CopyFrom(_decision_message(output.decision))
+    if output.token is not None:
+        response.tokens.append(token_message(output.token))
+    if output.finish_reason is not None:
+        response.finish_reason = output.finish_reason
     return response

@@ -1,7 +1,8 @@
-"""Hidden states as bytes and back. Knows neither frames nor sessions.
+"""Hidden states to bytes and back.
 
-Little-endian rows of float32, bfloat16 or float16; or one signed byte a value with one float32 scale a token, where
-value = byte * scale and scale = max |row| / 127.
+In: rows `[tokens, hidden]` on any device. Out: little-endian bytes of float32, bfloat16 or float16; or for int8 one
+signed byte per value and one float32 scale per token, where value = byte * scale and scale = max |row| / 127.
+Invariant: what passes `Packed.check` can be unpacked.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _TORCH = dict(DTYPES.values())
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Rows as they travel."""
+    """Hidden states as bytes, with their shape."""
 
     dtype: shard_pb2.Dtype
     tokens: int
@@ -35,12 +36,12 @@ class Packed:
     scales: bytes = b""
 
     def check(self, width: int, dtype: shard_pb2.Dtype) -> None:
-        """InvalidRequest where the bytes do not fit the shape, or the shape does not fit the receiver."""
+        """Raises InvalidRequest where the bytes do not fit the shape, or the shape does not fit the receiver."""
         if self.dtype != dtype:
             name = shard_pb2.Dtype.Name(self.dtype) if self.dtype in shard_pb2.Dtype.values() else str(self.dtype)
             raise InvalidRequest("hidden.dtype", name, f"this link carries {shard_pb2.Dtype.Name(dtype)}")
         if self.width != width:
-            raise InvalidRequest("hidden.hidden_size", self.width, f"the receiver takes {width}")
+            raise InvalidRequest("hidden.hidden_size", self.width, f"the receiver expects {width}")
         expected = self.tokens * width * _TORCH[dtype].itemsize
         if len(self.data) != expected:
             shape = f"[{self.tokens}, {width}]"
@@ -51,25 +52,25 @@ class Packed:
 
 
 def bytes_per_token(width: int, dtype: str) -> int:
-    """What one token's hidden states take on the wire."""
+    """The bytes of one token's hidden states on a link."""
     return width * DTYPES[dtype][1].itemsize + (4 if dtype == "int8" else 0)
 
 
-def pack(rows: Tensor, dtype: str) -> Packed:
-    """`rows` is `[tokens, hidden]`, on any device."""
-    code, torch_dtype = DTYPES[dtype]
+def pack(rows: Tensor, dtype: shard_pb2.Dtype) -> Packed:
+    """Rounds `rows` `[tokens, hidden]` to `dtype` and copies them to the host."""
+    torch_dtype = _TORCH[dtype]
     tokens, width = rows.shape
     if torch_dtype is torch.int8:
-        # A row of zeros has scale 0 and divides by 1.
+        # A row of zeros has scale 0, and is divided by 1.
         scales = rows.float().abs().amax(dim=1, keepdim=True) / 127
         rows = torch.round(rows.float() / scales.masked_fill(scales == 0, 1.0))
-        return Packed(code, tokens, width, _bytes(rows.to(torch.int8)), _bytes(scales))
-    return Packed(code, tokens, width, _bytes(rows.to(torch_dtype)))
+        return Packed(dtype, tokens, width, _bytes(rows.to(torch.int8)), _bytes(scales))
+    return Packed(dtype, tokens, width, _bytes(rows.to(torch_dtype)))
 
 
 def unpack(packed: Packed, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The rows `[tokens, hidden]` in the receiver's own dtype; `packed` has passed `check`."""
-    # bytearray: torch warns of a buffer that it must not write to.
+    """The rows `[tokens, hidden]` in the receiver's dtype; `packed` has passed `check`."""
+    # A bytearray, since torch warns of read-only buffers.
     rows = torch.frombuffer(bytearray(packed.data), dtype=_TORCH[packed.dtype]).view(packed.tokens, packed.width)
     if packed.scales:
         rows = rows * torch.frombuffer(bytearray(packed.scales), dtype=torch.float32)[:, None]

@@ -69,7 +69,7 @@ async def check(shards: Shards, says: Callable[[str], StitchedReference], prompt
 
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_every_chain_says_what_the_whole_says(family: str, tmp_path: Path, tapes: list[Tape]) -> None:
-    file = write(tmp_path, family, bottoms=[(0, 1), (1, 4)], tops=[(2, 3), (3, 4)], prefill_tokens=100)
+    file = write(tmp_path, family, bottoms=[(0, 1), (1, 4)], tops=[(2, 3), (3, 4)], max_prefill_chunk=100)
     references = {route: whole(tmp_path, route) for route in CUTS}
     async with open_shards(file) as shards:
         await check(shards, references.__getitem__, [prompt(20)])
@@ -92,11 +92,17 @@ async def test_whole_blocks_of_a_beginning_are_shared(tmp_path: Path) -> None:
 
 async def test_sessions_that_lose_their_blocks_begin_anew(tmp_path: Path) -> None:
     """Both prompts fit and are computed in one pass; their answers don't fit."""
-    file = write(tmp_path, kv_tokens=4 * PAGE_TOKENS, prefill_tokens=512, prefill_tokens_beside_decode=512)
+    file = write(
+        tmp_path,
+        kv_tokens=4 * PAGE_TOKENS,
+        max_prefill_chunk=512,
+        prefill_budget_while_decoding=512,
+        max_num_batched_tokens=1024,
+    )
     references = {route: whole(tmp_path, route) for route in CUTS}
     async with open_shards(file) as shards:
         await check(shards, references.__getitem__, [prompt(2 * PAGE_TOKENS - 5)])
-        begun = shards.running["bottom-0"].shard.pool.queried_tokens
+        begun = shards.running["bottom-0"].shard.pool.asked_tokens
         assert begun > len(CUTS) * PAGE_TOKENS, "no session began anew"
 
 

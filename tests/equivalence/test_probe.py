@@ -42,7 +42,7 @@ async def routes_of(shards: Shards, prompts: list[list[int]]) -> list[str]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 async def test_a_judged_session_says_what_its_route_says(layout: str, tmp_path: Path) -> None:
-    async with open_shards(with_probe(tmp_path, layout, prefill_tokens=16)) as shards:
+    async with open_shards(with_probe(tmp_path, layout, max_prefill_chunk=16)) as shards:
         routes = await routes_of(shards, PROMPTS)
         assert set(routes) == {"weak", "strong"}
         await eventually(lambda: set(shards.used().values()) == {0.0})
@@ -50,7 +50,7 @@ async def test_a_judged_session_says_what_its_route_says(layout: str, tmp_path: 
 
 async def test_chunks_and_neighbours_decide_nothing(tmp_path: Path) -> None:
     found = []
-    for name, compute in {"small": {"prefill_tokens": 5}, "large": {"prefill_tokens": 256}}.items():
+    for name, compute in {"small": {"max_prefill_chunk": 5}, "large": {"max_prefill_chunk": 256}}.items():
         (tmp_path / name).mkdir()
         async with open_shards(with_probe(tmp_path / name, **compute)) as shards:
             together = await routes_of(shards, PROMPTS)
@@ -82,7 +82,7 @@ async def test_a_session_that_loses_its_kv_keeps_its_route(tmp_path: Path) -> No
     async with open_shards(with_probe(tmp_path, kv_tokens=10 * BLOCK_TOKENS)) as shards:
         pool = shards.running["bottom-0"].shard.pool
         await asyncio.gather(*(shards.ask(drawn(seed, 45), ANSWER_TOKENS) for seed in range(4)))
-        assert pool.queried_tokens > 0, "no session began anew: undecided ones look nothing up"
+        assert pool.asked_tokens > 0, "no session began anew: undecided ones look nothing up"
         await routes_of(shards, [drawn(seed, 45) for seed in range(10, 14)])
         await eventually(lambda: set(shards.used().values()) == {0.0})
 

@@ -92,7 +92,9 @@ async def differences(shards: Shards, references: Any, family: str, prompts: Seq
 @pytest.mark.parametrize(("family", "layout"), CASES)
 async def test_every_chain_says_what_the_whole_says(family: str, layout: str, tmp_path: Path, references: Any) -> None:
     bottoms, tops = LAYOUTS[layout]
-    file = write_tiny_cluster(tmp_path, family, bottoms=bottoms, tops=tops, model=FAMILIES[family], prefill_tokens=16)
+    file = write_tiny_cluster(
+        tmp_path, family, bottoms=bottoms, tops=tops, model=FAMILIES[family], max_prefill_chunk=16
+    )
     async with open_shards(file) as shards:
         # Alone, then several sessions of both routes at once.
         assert await differences(shards, references, family, [drawn_prompt(1)]) == []
@@ -101,15 +103,15 @@ async def test_every_chain_says_what_the_whole_says(family: str, layout: str, tm
         )
 
 
-@pytest.mark.parametrize("prefill_tokens", [1, 7, 64])
-async def test_one_chunk_or_many_make_no_difference(prefill_tokens: int, tmp_path: Path, references: Any) -> None:
-    file = write_tiny_cluster(tmp_path, "llama", prefill_tokens=prefill_tokens)
+@pytest.mark.parametrize("max_prefill_chunk", [1, 7, 64])
+async def test_one_chunk_or_many_make_no_difference(max_prefill_chunk: int, tmp_path: Path, references: Any) -> None:
+    file = write_tiny_cluster(tmp_path, "llama", max_prefill_chunk=max_prefill_chunk)
     async with open_shards(file) as shards:
         assert await differences(shards, references, "llama", [drawn_prompt(5)]) == []
 
 
 async def test_a_seeded_answer_is_the_same_alone_and_in_a_crowd(tmp_path: Path) -> None:
-    async with open_shards(write_tiny_cluster(tmp_path, bottoms=[(0, 2), (2, 4)], prefill_tokens=16)) as shards:
+    async with open_shards(write_tiny_cluster(tmp_path, bottoms=[(0, 2), (2, 4)], max_prefill_chunk=16)) as shards:
 
         async def ask(seed: int) -> list[int]:
             route = ("weak", "strong")[seed % 2]
@@ -142,7 +144,7 @@ async def test_sessions_that_lose_their_kv_go_on_as_before(tmp_path: Path, refer
     # Three prompts fit at once, but not with their answers.
     async with open_shards(write_tiny_cluster(tmp_path, kv_tokens=10 * BLOCK_TOKENS)) as shards:
         assert await differences(shards, references, "llama", [drawn_prompt(9), drawn_prompt(10)]) == []
-        begun = shards.running["bottom-0"].shard.pool.queried_tokens
+        begun = shards.running["bottom-0"].shard.pool.asked_tokens
         assert begun > 4 * 2 * BLOCK_TOKENS, "no session began anew"
         assert set(shards.used().values()) == {0.0}
 
@@ -158,7 +160,7 @@ async def test_a_session_that_finds_no_room_behind_goes_on_as_before(tmp_path: P
             step = opening_step(1, "weak", 8 * BLOCK_TOKENS, other.identity.bottom.hidden_size)
             assert len((await other.ask(step)).tokens) == 1
             answers = await asyncio.gather(*(shards.generate(prompt, "weak", ANSWER_TOKENS) for prompt in prompts))
-        begun = shards.running["bottom-0"].shard.pool.queried_tokens
+        begun = shards.running["bottom-0"].shard.pool.asked_tokens
         assert begun > len(prompts) * BLOCK_TOKENS, "no session began anew"
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer == greedy(references("llama", "weak"), prompt, answer)

@@ -1,4 +1,4 @@
-"""What stands around a shard's engine, as objects that only write down what they are told. Knows no network."""
+"""Fakes of what surrounds a shard's engine: a clock, links that record their calls, runners, and new requests."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 from stitch.sampling import Sampling
-from stitch_server.engine.session import Request, RequestOutput
+from stitch_server.engine.request import Request, RequestOutput
 from stitch_server.engine.types import Batch, OutgoingStep, SessionToken, StepOutput, StepReply, Token
 
 WIDTH = 4
-# What every step of a fake chain answers.
+# The token that every fake chain samples.
 TOKEN_ID = 7
 NO_STAGES: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass
 class ManualClock:
-    """Seconds that pass when a test says so."""
+    """A clock in seconds that a test advances."""
 
     now: float = 100.0
 
@@ -34,7 +34,7 @@ class ManualClock:
 
 @dataclass
 class FakeDownstream:
-    """The links to the next shards."""
+    """Links to the next shards, which record their calls."""
 
     sent: list[tuple[str, OutgoingStep]] = field(default_factory=list)
     closed: list[tuple[str, int]] = field(default_factory=list)
@@ -42,8 +42,8 @@ class FakeDownstream:
     def send(self, address: str, step: OutgoingStep) -> None:
         self.sent.append((address, step))
 
-    def close(self, address: str, numbers: Sequence[int]) -> None:
-        self.closed += [(address, number) for number in numbers]
+    def close(self, address: str, session_ids: Sequence[int]) -> None:
+        self.closed += [(address, session_id) for session_id in session_ids]
 
     @property
     def last(self) -> OutgoingStep:
@@ -61,7 +61,7 @@ class FakeDownstream:
 
 @dataclass(eq=False)
 class FakeUpstream:
-    """The link that steps came from."""
+    """The link of an upstream shard, which records replies."""
 
     replies: list[StepReply] = field(default_factory=list)
 
@@ -74,13 +74,13 @@ class FakeUpstream:
 
 
 def computed(batch: Batch, non_finite: Sequence[int] = (), stages: Mapping[str, float] = NO_STAGES) -> StepOutput:
-    """What a runner in the middle of a chain makes of a batch: rows of zeros."""
+    """The output of a shard before the last one: hidden states of zeros."""
     rows = torch.zeros(batch.num_tokens, WIDTH)
     return StepOutput(hidden=rows, non_finite=frozenset(non_finite), stages=dict(stages))
 
 
 def sampled(batch: Batch, non_finite: Sequence[int] = (), stages: Mapping[str, float] = NO_STAGES) -> StepOutput:
-    """What a runner at the end of a chain makes of a batch: always the same token."""
+    """The output of the chain's last shard: always the same token."""
     tokens = {
         index: Token(TOKEN_ID, segment.position + segment.length)
         for index, segment in enumerate(batch.segments)
@@ -89,23 +89,23 @@ def sampled(batch: Batch, non_finite: Sequence[int] = (), stages: Mapping[str, f
     return StepOutput(tokens=tokens, non_finite=frozenset(non_finite), stages=dict(stages))
 
 
-def new_session(
+def new_request(
     tokens: int = 20,
     route: str = "weak",
     *,
     chain: tuple[str, ...] = ("top:1",),
-    heard: list[RequestOutput] | None = None,
+    outputs: list[RequestOutput] | None = None,
     first_token: int = 0,
     **fields: Any,
 ) -> Request:
-    """A session whose prompt counts upwards from `first_token`; fields of its sampling are told by their names."""
+    """A request whose prompt counts upwards from `first_token`; fields of its sampling are given by name."""
     own = {name: fields.pop(name) for name in ("context_length", "prompt_tokens", "candidates") if name in fields}
-    heard = [] if heard is None else heard
+    outputs = [] if outputs is None else outputs
     return Request(
         route=route,
         chain=chain,
         sampling=Sampling(**fields),
         token_ids=list(range(first_token, first_token + tokens)),
-        report=heard.append,
+        on_output=outputs.append,
         **{"context_length": 10_000, "prompt_tokens": tokens, **own},
     )

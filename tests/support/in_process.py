@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
 from stitch.cluster import ClusterConfig
 from stitch.v1 import shard_pb2
 from stitch_server.build import load_stage
-from stitch_server.engine.first_stage import FirstStage
-from stitch_server.engine.next_stage import NextStage, ReceivedStep
-from stitch_server.engine.session import RequestOutput
-from stitch_server.engine.types import OutgoingStep, StepReply
+from stitch_server.engine.request import RequestOutput
+from stitch_server.engine.types import LinkEvent, OutgoingStep, StepReply
 from stitch_server.metrics import Metrics
-from stitch_server.rpc.frames import Assembly, reply_frame, reply_of, step_frames
+from stitch_server.rpc.frames import StepAssembler, reply_frame, reply_of, step_frames
 from stitch_server.rpc.tensors import pack
 from stitch_server.shard import Shard, build_shard
-from tests.support.engine_fakes import new_session
+from tests.support.engine_fakes import new_request
 
 CPU = torch.device("cpu")
 
@@ -32,49 +29,56 @@ class ChainInProcess:
     shards: dict[str, Shard] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for place in self.cluster.shards:
-            loaded = load_stage(self.cluster, place, CPU)
-            links = LinksInProcess(self, place.name)
-            self.shards[place.name] = build_shard(self.cluster, place, loaded, CPU, links, Metrics(place.name))
+        for config in self.cluster.shards:
+            loaded = load_stage(self.cluster, config, CPU)
+            links = LinksInProcess(self, config.name)
+            self.shards[config.name] = build_shard(
+                self.cluster, config, loaded, CPU, links.opened, Metrics(config.name)
+            )
 
     def generate(self, token_ids: Sequence[int], route: str, chain: tuple[str, ...], count: int) -> list[int]:
-        """`count` greedy tokens behind `token_ids`; raises what the session ended with."""
-        heard: list[RequestOutput] = []
-        session = new_session(len(token_ids), route, chain=chain, heard=heard, max_tokens=count)
-        session.token_ids = list(token_ids)
-        origin = self.shards["bottom-0"].front
-        assert isinstance(origin, FirstStage)
-        origin.admit(session)
-        while not heard or heard[-1].finish_reason is None:
+        """`count` greedy tokens after `token_ids`. Raises the error with which the request ends."""
+        outputs: list[RequestOutput] = []
+        request = new_request(len(token_ids), route, chain=chain, outputs=outputs, max_tokens=count)
+        request.token_ids = list(token_ids)
+        first = self.shards["bottom-0"].first_stage
+        assert first is not None
+        first.admit(request)
+        while not outputs or outputs[-1].finish_reason is None:
             for shard in self.shards.values():
                 shard.engine.step()
-            if heard and heard[-1].error is not None:
-                raise heard[-1].error
-        return [progress.token.id for progress in heard if progress.token is not None]
+            if outputs and outputs[-1].error is not None:
+                raise outputs[-1].error
+        return [output.token.id for output in outputs if output.token is not None]
 
     @property
     def idle(self) -> bool:
         """Whether no shard holds a session or a block."""
-        return all(shard.front.running_sessions == 0 and shard.pool.usage == 0.0 for shard in self.shards.values())
+        return all(shard.running_sessions == 0 and shard.pool.usage == 0.0 for shard in self.shards.values())
 
 
 @dataclass
 class LinksInProcess:
-    """A shard's links to those behind it."""
+    """The links of one shard to its next shards."""
 
     chain: ChainInProcess
     own: str
     ends: dict[str, LinkEnd] = field(default_factory=dict)
+    identity: shard_pb2.ShardIdentity = field(default_factory=shard_pb2.ShardIdentity)
+
+    def opened(self, identity: shard_pb2.ShardIdentity, on_event: Callable[[LinkEvent], None]) -> LinksInProcess:
+        """These links, for `build_shard`; replies are handled at once instead of by `on_event`."""
+        self.identity = identity
+        return self
 
     def send(self, address: str, step: OutgoingStep) -> None:
         end = self._end(address)
-        packed = pack(step.hidden, self.chain.shards[self.own].cluster.compute.wire_dtype)
-        for frame in step_frames(step, packed):
-            end.take(shard_pb2.LinkRequest.FromString(frame.SerializeToString()).step)
+        for frame in step_frames(step, pack(step.hidden, self.identity.wire_dtype)):
+            end.add(shard_pb2.LinkRequest.FromString(frame.SerializeToString()).step)
 
-    def close(self, address: str, numbers: Sequence[int]) -> None:
+    def close(self, address: str, session_ids: Sequence[int]) -> None:
         end = self._end(address)
-        end.relay.close(end, numbers)
+        end.stage.close(end, session_ids)
 
     def _end(self, address: str) -> LinkEnd:
         if address not in self.ends:
@@ -86,18 +90,19 @@ class LinkEnd:
     """The receiving end of one link."""
 
     def __init__(self, sender: Shard, receiver: Shard) -> None:
-        assert isinstance(receiver.front, NextStage)
-        self.relay = receiver.front
-        self._sender, self._receiver = sender, receiver
+        assert receiver.next_stage is not None
+        self.stage = receiver.next_stage
+        self._sender = sender
         width = receiver.incoming_width(sender.config.role)
-        self._assembly = Assembly(width, receiver.identity.wire_dtype, receiver.max_step_tokens)
+        self._assembler = StepAssembler(width, receiver.identity.wire_dtype, receiver.max_step_tokens, receiver.unpack)
 
-    def take(self, frame: shard_pb2.Step) -> None:
-        step = self._assembly.add(frame)
+    def add(self, frame: shard_pb2.Step) -> None:
+        step = self._assembler.add(frame)
         if step is not None:
-            hidden = partial(self._receiver.unpack, step.rows)
-            self.relay.receive(ReceivedStep(self, step.number, step.segments, hidden, step.pipelined))
+            self.stage.receive(self, step)
 
     def reply(self, reply: StepReply) -> None:
-        sent = reply_frame(reply).SerializeToString()
-        self._sender.front.replied(reply_of(shard_pb2.LinkResponse.FromString(sent).reply))
+        message = shard_pb2.LinkResponse.FromString(reply_frame(reply).SerializeToString()).reply
+        source = self._sender.first_stage or self._sender.next_stage
+        assert source is not None
+        source.on_reply(reply_of(message))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stitch.cluster import BatchingConfig
 from tests.support.tiny_model import write_random_stitch, write_tiny_pair
 
 # Route name to (bottom_layers, top_from); the bottom has 5 layers and is wider than the top, which has 4.
@@ -28,8 +29,9 @@ def write_tiny_cluster(
     """Writes the pair, its stitches and `cluster.json`; returns the latter.
 
     One shard for every range of layers, named bottom-0, bottom-1, …, top-0, …; equal ranges are replicas.
-    `model` goes into both models' configurations.
+    `model` goes into both models' configurations, `compute` into the sections `compute` and `batching`.
     """
+    batching = {name: compute.pop(name) for name in BatchingConfig.model_fields if name in compute}
     bottom_layers, top_from = CUTS["weak"]
     pair = write_tiny_pair(folder, family, bottom_layers=bottom_layers, top_from=top_from, **(model or {}))
     stitches = {"weak": pair.stitch_file, "strong": folder / "strong.safetensors"}
@@ -44,7 +46,8 @@ def write_tiny_cluster(
         "shards": [*_shards("bottom", bottoms), *_shards("top", tops)],
         "gateway": {"address": "127.0.0.1:0"},
         # Small enough that a prompt of some hundred tokens is prefilled in many chunks.
-        "compute": {"kv_tokens": 8192, "batch_tokens": 64, "threads": 1, **compute},
+        "compute": {"kv_tokens": 8192, "threads": 1, **compute},
+        "batching": {"max_merged_tokens": 64, **batching},
     }
     file = folder / "cluster.json"
     file.write_text(json.dumps(fields))

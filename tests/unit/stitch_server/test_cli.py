@@ -18,7 +18,7 @@ from stitch_server.sources.progress import Progress
 HEAVY = ("torch", "transformers", "safetensors", "prometheus_client", "pydantic", "gguf", "numpy")
 
 
-def test_help_imports_no_heavy_module() -> None:
+def test_help_loads_nothing_heavy() -> None:
     code = (
         f"import sys, stitch_server.cli; stitch_server.cli.build_parser().format_help();"
         f"print([name for name in {HEAVY} if name in sys.modules])"
@@ -27,10 +27,10 @@ def test_help_imports_no_heavy_module() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_help_lists_every_verb() -> None:
-    help_text = build_parser().format_help()
+def test_every_verb_says_what_it_is_for() -> None:
+    said = build_parser().format_help()
     for verb in ("run", "import", "plan"):
-        assert f"\n    {verb} " in help_text
+        assert f"\n    {verb} " in said
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_help_lists_every_verb() -> None:
         (["plan", "gone.toml"], "stitch-server: cluster is 'gone.toml', but it is no file and none of the presets"),
     ],
 )
-def test_invalid_request_prints_one_sentence(
+def test_what_can_t_be_is_said_in_a_sentence(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
@@ -54,7 +54,7 @@ def test_invalid_request_prints_one_sentence(
 
 
 @pytest.mark.parametrize("arguments", [[], ["run"], ["run", "smollm2"], ["dance"]])
-def test_missing_argument_prints_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_missing_is_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
@@ -64,7 +64,7 @@ def test_missing_argument_prints_the_usage(arguments: list[str], capsys: pytest.
 @pytest.mark.parametrize(
     ("error", "status"), [(Incompatible("two sides"), 2), (OSError("port 7 is taken"), 1)], ids=["refused", "taken"]
 )
-def test_error_has_its_exit_status(
+def test_what_goes_wrong_has_a_status(
     error: Exception, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(parsed: argparse.Namespace) -> None:
@@ -76,19 +76,19 @@ def test_error_has_its_exit_status(
 
 
 @pytest.mark.parametrize(("flags", "out"), [([], None), (["--out", "there"], Path("there"))])
-def test_import_prints_the_folder_and_progress(
+def test_an_import_says_where_the_model_is(
     flags: list[str], out: Path | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    imports: list[tuple[str, Path | None]] = []
+    asked: list[tuple[str, Path | None]] = []
 
     def import_model(source: str, folder: Path | None, progress: Progress) -> Path:
-        imports.append((source, folder))
+        asked.append((source, folder))
         progress("importing", 1.0)
         return Path("models/it")
 
     monkeypatch.setattr(resolve, "import_model", import_model)
     assert main(["import", "some/model", *flags]) == 0
-    assert imports == [("some/model", out)]
+    assert asked == [("some/model", out)]
     printed = capsys.readouterr()
     assert printed.out == "models/it\n"
     assert printed.err == "importing: 100 of 100\n"

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from stitch.errors import StitchError
 from stitch.process import StopSignals
-from stitch_server.engine.loop import Engine
+from stitch_server.engine.loop import Engine, Inbox
 from stitch_server.engine.types import Batch, StepOutput, StepReply
 from stitch_server.server import asked_to_stop
 
 
-class BatchSource:
-    """Has nothing to compute, or breaks."""
+class FakeBatchSource:
+    """A batch source without batches, which may break the loop."""
 
     broken = False
 
@@ -28,39 +29,39 @@ class BatchSource:
     def fail(self, batch: Batch, error: Exception) -> None:
         raise NotImplementedError
 
-    def replied(self, reply: StepReply) -> None:
+    def on_reply(self, reply: StepReply) -> None:
         raise NotImplementedError
 
-    def lost(self, address: str, error: Exception) -> None:
+    def on_link_lost(self, address: str, error: StitchError) -> None:
         raise NotImplementedError
 
 
-class ModelRunner:
+class FakeRunner:
     def run(self, batch: Batch) -> StepOutput:
         raise NotImplementedError
 
 
 @pytest.fixture
-def front() -> BatchSource:
-    return BatchSource()
+def source() -> FakeBatchSource:
+    return FakeBatchSource()
 
 
 @pytest.fixture
-def engine(front: BatchSource) -> Iterator[Engine]:
-    engine = Engine(front, ModelRunner())
+def engine(source: FakeBatchSource) -> Iterator[Engine]:
+    engine = Engine(source, FakeRunner(), Inbox())
     engine.start()
     yield engine
     engine.stop()
 
 
-async def test_a_signal_does(engine: Engine) -> None:
+async def test_signal_stops_process(engine: Engine) -> None:
     signals = StopSignals()
     signals.received()
     await asked_to_stop(signals, engine)
     assert not engine.ended.done()
 
 
-async def test_an_engine_that_broke_does_and_is_named(engine: Engine, front: BatchSource) -> None:
-    front.broken = True
+async def test_broken_engine_stops_process_with_its_error(engine: Engine, source: FakeBatchSource) -> None:
+    source.broken = True
     with pytest.raises(RuntimeError, match="out of paper"):
         await asked_to_stop(StopSignals(), engine)

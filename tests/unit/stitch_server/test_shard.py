@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,16 +12,13 @@ from stitch.cluster import ClusterConfig
 from stitch.errors import Incompatible, StitchError
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.build import load_stage
-from stitch_server.engine.first_stage import FirstStage
-from stitch_server.engine.next_stage import NextStage
-from stitch_server.engine.scheduler import Limits
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.metrics import Metrics
 from stitch_server.model.counting import ParameterCount
 from stitch_server.model.stitch import Stitch
 from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_neighbour, check_welcome
 from stitch_server.rpc.tensors import pack
-from stitch_server.shard import Shard, build_shard
+from stitch_server.shard import Shard, build_shard, resolved_batching
 from tests.support.engine_fakes import FakeDownstream
 from tests.support.in_process import ChainInProcess
 from tests.support.stitched_reference import reference
@@ -32,45 +28,37 @@ CPU = torch.device("cpu")
 
 
 def new_shard(cluster: ClusterConfig, name: str) -> Shard:
-    place = cluster.shard(name)
-    return build_shard(cluster, place, load_stage(cluster, place, CPU), CPU, FakeDownstream(), Metrics(name))
+    config, downstream = cluster.shard(name), FakeDownstream()
+    loaded = load_stage(cluster, config, CPU)
+    return build_shard(cluster, config, loaded, CPU, lambda identity, on_event: downstream, Metrics(name))
 
 
 class TestShards:
-    def test_the_first_drives_and_the_others_relay(self, deep: ClusterConfig) -> None:
-        assert [type(new_shard(deep, place.name).front) for place in deep.shards] == [
-            FirstStage,
-            NextStage,
-            NextStage,
-            NextStage,
-        ]
+    def test_shard_with_embedding_is_first_stage_and_others_are_next_stages(self, deep: ClusterConfig) -> None:
+        shards = [new_shard(deep, config.name) for config in deep.shards]
+        assert [shard.first_stage is not None for shard in shards] == [True, False, False, False]
+        assert [shard.next_stage is not None for shard in shards] == [False, True, True, True]
 
     @pytest.mark.parametrize(
-        ("fields", "address", "groups"),
+        ("compute", "num_micro_batches", "address", "expected"),
         [
-            ({}, "127.0.0.1:0", 1),
-            ({}, "10.0.0.1:7001", 2),
-            ({"threads": 1}, "127.0.0.1:0", 2),
-            ({"threads_while_pipelined": 1}, "127.0.0.1:0", 2),
-            ({"groups": 3}, "127.0.0.1:0", 3),
+            ({}, 0, "127.0.0.1:0", 1),
+            ({}, 0, "10.0.0.1:7001", 2),
+            ({"threads": 1}, 0, "127.0.0.1:0", 2),
+            ({"threads_while_pipelined": 1}, 0, "127.0.0.1:0", 2),
+            ({}, 3, "127.0.0.1:0", 3),
         ],
     )
-    def test_those_that_share_cores_take_turns(
-        self, cluster: ClusterConfig, fields: dict[str, int], address: str, groups: int, monkeypatch: pytest.MonkeyPatch
+    def test_shards_that_share_cores_have_one_micro_batch(
+        self, cluster: ClusterConfig, compute: dict[str, int], num_micro_batches: int, address: str, expected: int
     ) -> None:
         first, *others = cluster.shards
-        compute = cluster.compute.model_copy(update={"threads": 0} | fields)
-        places = (first, *(place.model_copy(update={"address": address}) for place in others))
-        limits: list[Limits] = []
-
-        class Noting(FirstStage):
-            def __init__(self, *arguments: Any) -> None:
-                limits.append(arguments[2])
-                super().__init__(*arguments)
-
-        monkeypatch.setattr("stitch_server.shard.FirstStage", Noting)
-        new_shard(cluster.model_copy(update={"compute": compute, "shards": places}), first.name)
-        assert [one.groups for one in limits] == [groups]
+        fields = {
+            "compute": cluster.compute.model_copy(update={"threads": 0} | compute),
+            "batching": cluster.batching.model_copy(update={"num_micro_batches": num_micro_batches}),
+            "shards": (first, *(shard.model_copy(update={"address": address}) for shard in others)),
+        }
+        assert resolved_batching(cluster.model_copy(update=fields), CPU).num_micro_batches == expected
 
     def test_a_shard_says_what_it_is(self, cluster: ClusterConfig) -> None:
         shard = new_shard(cluster, "top-0")
@@ -121,7 +109,7 @@ class TestShards:
 
     def test_what_arrives_is_computed_with_in_its_own_dtype(self, deep: ClusterConfig) -> None:
         rows = torch.ones(2, 48)
-        arrived = new_shard(deep, "bottom-1").unpack(pack(rows, "int8"))
+        arrived = new_shard(deep, "bottom-1").unpack(pack(rows, shard_pb2.DTYPE_INT8))
         assert arrived.dtype is torch.float32
         assert torch.equal(arrived, rows)
 
@@ -171,7 +159,10 @@ class TestChains:
         cluster = chained.cluster
         prompt = [int(token) for token in torch.randint(3, 300, (150,), generator=torch.Generator().manual_seed(1))]
         expected = reference(
-            cluster.folder / "bottom", cluster.folder / "top", cluster.stitch_file(cluster.route(route)), *CUTS[route]
+            cluster.folder / "bottom",
+            cluster.folder / "top",
+            cluster.stitch_file(cluster.route(route)),
+            *CUTS[route],
         ).generate(prompt, 6)
         assert chained.generate(prompt, route, chain, 6) == expected
         assert chained.idle

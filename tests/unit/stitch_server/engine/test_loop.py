@@ -1,4 +1,4 @@
-"""The loop takes a batch, computes it and delivers; what fails fails alone."""
+"""The engine's loop takes a batch, computes it and delivers it; a failure ends its own batch or command alone."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from stitch.errors import StitchError
-from stitch_server.engine.loop import Engine
-from stitch_server.engine.types import Batch, LayerRange, Segment, StepOutput, StepReply
-from tests.support.engine_fakes import new_session
+from stitch.errors import StitchError, Unavailable
+from stitch_server.engine.loop import Engine, Inbox
+from stitch_server.engine.types import Batch, LayerRange, LinkEvent, LinkLost, Segment, StepOutput, StepReply
+from tests.support.engine_fakes import new_request
 
-# Far more than any of these tests needs; only a broken engine waits so long.
-PATIENCE_SECONDS = 30.0
+# Only a broken engine takes this long.
+TIMEOUT_SECONDS = 30.0
 
 
 def new_batch(length: int = 3) -> Batch:
-    return Batch((Segment(new_session(), LayerRange(0, 1), 0, length, wants_token=True, blocks=[]),))
+    return Batch((Segment(new_request(), LayerRange(0, 1), 0, length, wants_token=True, blocks=[]),))
 
 
 @dataclass
-class FakeFront:
-    """Hands out the batches that it was given."""
+class FakeBatchSource:
+    """Returns given batches and records what the engine calls."""
 
     batches: list[Batch] = field(default_factory=list)
     delivered: list[tuple[Batch, StepOutput]] = field(default_factory=list)
     failed: list[tuple[Batch, Exception]] = field(default_factory=list)
+    events: list[LinkEvent] = field(default_factory=list)
     settled: threading.Event = field(default_factory=threading.Event)
 
     def next_batch(self) -> Batch | None:
@@ -41,16 +42,16 @@ class FakeFront:
     def fail(self, batch: Batch, error: Exception) -> None:
         self.failed.append((batch, error))
 
-    def replied(self, reply: StepReply) -> None:
-        raise NotImplementedError
+    def on_reply(self, reply: StepReply) -> None:
+        self.events.append(reply)
 
-    def lost(self, address: str, error: StitchError) -> None:
-        raise NotImplementedError
+    def on_link_lost(self, address: str, error: StitchError) -> None:
+        self.events.append(LinkLost(address, error))
 
 
 @dataclass
 class FakeRunner:
-    """Computes nothing, and fails where it is told to."""
+    """Computes nothing; raises the given errors."""
 
     errors: list[Exception] = field(default_factory=list)
     output: StepOutput = field(default_factory=StepOutput)
@@ -64,8 +65,8 @@ class FakeRunner:
 
 
 @pytest.fixture
-def front() -> FakeFront:
-    return FakeFront()
+def source() -> FakeBatchSource:
+    return FakeBatchSource()
 
 
 @pytest.fixture
@@ -74,106 +75,116 @@ def runner() -> FakeRunner:
 
 
 class TestStep:
-    def test_without_a_batch_there_is_nothing_to_do(self, front: FakeFront, runner: FakeRunner) -> None:
-        assert not Engine(front, runner).step()
+    def test_step_without_batch_computes_nothing(self, source: FakeBatchSource, runner: FakeRunner) -> None:
+        assert not Engine(source, runner, Inbox()).step()
         assert runner.threads == set()
 
-    def test_a_batch_is_computed_observed_and_delivered(self, front: FakeFront, runner: FakeRunner) -> None:
+    def test_step_computes_observes_and_delivers_batch(self, source: FakeBatchSource, runner: FakeRunner) -> None:
         batch, seen = new_batch(), list[tuple[Batch, float, float]]()
-        front.batches.append(batch)
+        source.batches.append(batch)
         before = time.perf_counter()
-        assert Engine(front, runner, lambda *what: seen.append(what)).step()
-        assert front.delivered == [(batch, runner.output)]
+        assert Engine(source, runner, Inbox(), lambda *what: seen.append(what)).step()
+        assert source.delivered == [(batch, runner.output)]
         [(observed, started, ended)] = seen
         assert observed is batch
         assert before <= started <= ended <= time.perf_counter()
 
-    def test_a_batch_that_fails_is_told_and_logged(
-        self, front: FakeFront, runner: FakeRunner, caplog: pytest.LogCaptureFixture
+    def test_failed_batch_is_reported_and_logged(
+        self, source: FakeBatchSource, runner: FakeRunner, caplog: pytest.LogCaptureFixture
     ) -> None:
         batch, error, seen = new_batch(), RuntimeError("out of paper"), list[object]()
-        front.batches.append(batch)
+        source.batches.append(batch)
         runner.errors.append(error)
-        assert Engine(front, runner, lambda *what: seen.append(what)).step()
-        assert (front.failed, front.delivered, seen) == ([(batch, error)], [], [])
+        assert Engine(source, runner, Inbox(), lambda *what: seen.append(what)).step()
+        assert (source.failed, source.delivered, seen) == ([(batch, error)], [], [])
         assert "a batch of 3 tokens failed" in caplog.text
 
-    def test_a_batch_that_can_not_be_delivered_is_told_too(
-        self, front: FakeFront, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+    def test_batch_whose_delivery_fails_is_reported(
+        self, source: FakeBatchSource, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         batch, error = new_batch(), RuntimeError("out of paper")
 
         def fail(batch: Batch, output: StepOutput) -> None:
             raise error
 
-        monkeypatch.setattr(front, "deliver", fail)
-        front.batches.append(batch)
-        assert Engine(front, runner).step()
-        assert front.failed == [(batch, error)]
+        monkeypatch.setattr(source, "deliver", fail)
+        source.batches.append(batch)
+        assert Engine(source, runner, Inbox()).step()
+        assert source.failed == [(batch, error)]
 
-    def test_the_next_batch_is_computed_all_the_same(self, front: FakeFront, runner: FakeRunner) -> None:
-        front.batches += [new_batch(), new_batch()]
+    def test_batch_after_failed_one_is_computed(self, source: FakeBatchSource, runner: FakeRunner) -> None:
+        source.batches += [new_batch(), new_batch()]
         runner.errors.append(RuntimeError("out of paper"))
-        engine = Engine(front, runner)
+        engine = Engine(source, runner, Inbox())
         assert [engine.step(), engine.step(), engine.step()] == [True, True, False]
-        assert (len(front.failed), len(front.delivered)) == (1, 1)
+        assert (len(source.failed), len(source.delivered)) == (1, 1)
 
 
 class TestLoop:
-    def test_it_computes_in_a_thread_of_its_own(self, front: FakeFront, runner: FakeRunner) -> None:
-        engine = Engine(front, runner)
+    def test_engine_computes_in_its_own_thread(self, source: FakeBatchSource, runner: FakeRunner) -> None:
+        engine = Engine(source, runner, Inbox())
         engine.start()
-        engine.post(lambda: front.batches.append(new_batch()))
-        assert front.settled.wait(PATIENCE_SECONDS)
+        engine.post(lambda: source.batches.append(new_batch()))
+        assert source.settled.wait(TIMEOUT_SECONDS)
         engine.stop()
         assert runner.threads == {"engine"}
 
-    def test_commands_are_obeyed_in_order(self, front: FakeFront, runner: FakeRunner) -> None:
-        engine, obeyed = Engine(front, runner), list[int]()
+    def test_commands_run_in_order(self, source: FakeBatchSource, runner: FakeRunner) -> None:
+        engine, handled = Engine(source, runner, Inbox()), list[int]()
         engine.start()
         for number in range(100):
-            engine.post(lambda number=number: obeyed.append(number))  # type: ignore[misc]
+            engine.post(lambda number=number: handled.append(number))  # type: ignore[misc]
         engine.stop()
-        assert obeyed == list(range(100))
+        assert handled == list(range(100))
 
-    def test_what_has_arrived_is_obeyed_before_the_next_batch(self, front: FakeFront, runner: FakeRunner) -> None:
-        engine = Engine(front, runner)
-        front.batches.append(new_batch())
-        engine.post(front.batches.clear)
+    def test_link_events_reach_batch_source_in_order(self, source: FakeBatchSource, runner: FakeRunner) -> None:
+        inbox, lost = Inbox(), LinkLost("top:1", Unavailable("top:1 is gone"))
+        engine = Engine(source, runner, inbox)
+        inbox.put(StepReply(1))
+        inbox.put(lost)
+        inbox.put(StepReply(2))
         engine.start()
         engine.stop()
-        assert front.delivered == []
+        assert source.events == [StepReply(1), lost, StepReply(2)]
 
-    def test_a_command_that_fails_stops_nothing(
-        self, front: FakeFront, runner: FakeRunner, caplog: pytest.LogCaptureFixture
+    def test_commands_run_before_next_batch(self, source: FakeBatchSource, runner: FakeRunner) -> None:
+        engine = Engine(source, runner, Inbox())
+        source.batches.append(new_batch())
+        engine.post(source.batches.clear)
+        engine.start()
+        engine.stop()
+        assert source.delivered == []
+
+    def test_failed_command_does_not_end_loop(
+        self, source: FakeBatchSource, runner: FakeRunner, caplog: pytest.LogCaptureFixture
     ) -> None:
-        engine, obeyed = Engine(front, runner), list[str]()
+        engine, handled = Engine(source, runner, Inbox()), list[str]()
         engine.start()
         with caplog.at_level(logging.ERROR):
-            engine.post(lambda: obeyed.append(str(1 // len(obeyed))))
-            engine.post(lambda: obeyed.append("after"))
+            engine.post(lambda: handled.append(str(1 // len(handled))))
+            engine.post(lambda: handled.append("after"))
             engine.stop()
-        assert obeyed == ["after"]
-        assert "a command failed" in caplog.text
+        assert handled == ["after"]
+        assert "the engine failed to handle" in caplog.text
 
-    def test_stopping_ends_the_thread(self, front: FakeFront, runner: FakeRunner) -> None:
-        engine = Engine(front, runner)
+    def test_stop_ends_thread(self, source: FakeBatchSource, runner: FakeRunner) -> None:
+        engine = Engine(source, runner, Inbox())
         engine.start()
         engine.stop()
-        engine.post(lambda: front.batches.append(new_batch()))
+        engine.post(lambda: source.batches.append(new_batch()))
         assert not engine._thread.is_alive()
         assert engine.ended.result(timeout=0) is None
-        assert front.batches == []
+        assert source.batches == []
 
-    def test_whoever_waits_for_the_end_hears_what_broke_the_loop(
-        self, front: FakeFront, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+    def test_error_of_broken_loop_is_in_ended(
+        self, source: FakeBatchSource, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def broken() -> Batch | None:
             raise RuntimeError("out of paper")
 
-        monkeypatch.setattr(front, "next_batch", broken)
-        engine = Engine(front, runner)
+        monkeypatch.setattr(source, "next_batch", broken)
+        engine = Engine(source, runner, Inbox())
         engine.start()
         with pytest.raises(RuntimeError, match="out of paper"):
-            engine.ended.result(PATIENCE_SECONDS)
+            engine.ended.result(TIMEOUT_SECONDS)
         engine.stop()

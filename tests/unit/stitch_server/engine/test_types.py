@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from stitch_server.engine.types import Batch, LayerRange, Segment, in_layer_order
-from tests.support.engine_fakes import new_session
+from tests.support.engine_fakes import new_request
 
 
 def segment(enter: int, leave: int, route: str = "weak", position: int = 0, length: int = 1) -> Segment:
-    return Segment(new_session(route=route), LayerRange(enter, leave), position, length, wants_token=True, blocks=[])
+    return Segment(new_request(route=route), LayerRange(enter, leave), position, length, wants_token=True, blocks=[])
 
 
 def cuts(segments: tuple[Segment, ...]) -> list[tuple[int, int]]:

@@ -6,13 +6,15 @@ import random
 
 import pytest
 import torch
+from torch import Tensor
 
 from stitch.channels import MAX_FRAME_BYTES
 from stitch.errors import InvalidRequest, OutOfStep
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2
-from stitch_server.engine.session import Request
+from stitch_server.engine.request import Request
 from stitch_server.engine.types import (
+    IncomingStep,
     LayerRange,
     OutgoingStep,
     Segment,
@@ -24,15 +26,14 @@ from stitch_server.engine.types import (
 )
 from stitch_server.rpc.frames import (
     FRAME_BYTES,
-    MOST_BEGUN,
-    AssembledStep,
-    Assembly,
+    MAX_INCOMPLETE_STEPS,
+    StepAssembler,
     reply_frame,
     reply_of,
     step_frames,
 )
-from stitch_server.rpc.tensors import DTYPES, pack
-from tests.support.engine_fakes import new_session
+from stitch_server.rpc.tensors import DTYPES, Packed, pack, unpack
+from tests.support.engine_fakes import new_request
 
 WIDTH = 1024
 LIMIT = 4096
@@ -46,7 +47,7 @@ def new_step(
     pipelined: bool = False,
 ) -> OutgoingStep:
     """A step of segments of these lengths, at position 3, with random rows."""
-    sessions = sessions or [new_session() for _ in lengths]
+    sessions = sessions or [new_request() for _ in lengths]
     segments = tuple(
         Segment(session, LayerRange(0, 1), 3, length, wants_token=length > 1, blocks=[])
         for session, length in zip(sessions, lengths, strict=True)
@@ -57,16 +58,20 @@ def new_step(
 
 def frames_of(step: OutgoingStep, dtype: str = "float32") -> list[shard_pb2.Step]:
     """The frames as they come out of the socket."""
-    sent = [frame.SerializeToString() for frame in step_frames(step, pack(step.hidden, dtype))]
+    sent = [frame.SerializeToString() for frame in step_frames(step, pack(step.hidden, DTYPES[dtype][0]))]
     assert all(len(frame) <= MAX_FRAME_BYTES for frame in sent)
     return [shard_pb2.LinkRequest.FromString(frame).step for frame in sent]
 
 
-def assembly(dtype: str = "float32") -> Assembly:
-    return Assembly(WIDTH, DTYPES[dtype][0], LIMIT)
+def unpacked(packed: Packed) -> Tensor:
+    return unpack(packed, torch.device("cpu"), torch.float32)
 
 
-def only(frames: list[shard_pb2.Step], into: Assembly) -> AssembledStep:
+def assembler(dtype: str = "float32") -> StepAssembler:
+    return StepAssembler(WIDTH, DTYPES[dtype][0], LIMIT, unpacked)
+
+
+def only(frames: list[shard_pb2.Step], into: StepAssembler) -> IncomingStep:
     """The step that the last of these frames completes."""
     finished = [into.add(frame) for frame in frames]
     assert finished[:-1] == [None] * (len(frames) - 1)
@@ -79,13 +84,14 @@ class TestSteps:
     @pytest.mark.parametrize("lengths", [(1,), (1, 1, 1), (64,), (65,), (1, 300, 2), (1000,)])
     def test_a_step_arrives_as_it_was_sent(self, lengths: tuple[int, ...], dtype: str) -> None:
         step = new_step(*lengths, pipelined=True)
-        arrived = only(frames_of(step, dtype), assembly(dtype))
-        assert (arrived.number, arrived.pipelined, arrived.rows) == (1, True, pack(step.hidden, dtype))
-        assert [(one.session, one.epoch, one.position, one.length) for one in arrived.segments] == [
+        arrived = only(frames_of(step, dtype), assembler(dtype))
+        assert (arrived.number, arrived.pipelined) == (1, True)
+        assert torch.equal(arrived.hidden(), unpacked(pack(step.hidden, DTYPES[dtype][0])))
+        assert [(one.session_id, one.epoch, one.position, one.length) for one in arrived.segments] == [
             (one.session.id, 0, 3, one.length) for one in step.segments
         ]
         assert [one.wants_token for one in arrived.segments] == [one.wants_token for one in step.segments]
-        assert all(one.opening is None for one in arrived.segments)
+        assert all(one.new_session is None for one in arrived.segments)
 
     def test_frames_are_cut_between_rows(self) -> None:
         frames = frames_of(new_step(100))
@@ -104,42 +110,43 @@ class TestSteps:
 
     def test_an_opening_says_all_that_the_next_shard_must_know(self) -> None:
         sampling = Sampling(temperature=0.5, top_k=3, seed=9, max_tokens=7, stop_token_ids=(1, 2), logprobs=2)
-        session = new_session(5, "strong", chain=("a:1", "b:1", "c:1"), prompt_tokens=4)
+        session = new_request(5, "strong", chain=("a:1", "b:1", "c:1"), prompt_tokens=4)
         session.sampling, session.reused = sampling, 16
-        (received,) = only(frames_of(new_step(2, sessions=[session], opens=True)), assembly()).segments
-        assert received.opening is not None
-        opening = received.opening
-        assert (opening.route, opening.chain) == ("strong", ("b:1", "c:1"))
-        assert opening.sampling == sampling
-        assert (opening.token_ids, opening.prompt_tokens, opening.reused_tokens) == ((0, 1, 2, 3, 4), 4, 16)
+        (received,) = only(frames_of(new_step(2, sessions=[session], opens=True)), assembler()).segments
+        assert received.new_session is not None
+        opened = received.new_session
+        assert (opened.route, opened.chain) == ("strong", ("b:1", "c:1"))
+        assert opened.sampling == sampling
+        assert (opened.token_ids, opened.prompt_tokens, opened.reused) == ([0, 1, 2, 3, 4], 4, 16)
+        assert (opened.cached, opened.epoch) == (16, session.epoch)
 
     @pytest.mark.parametrize("seed", range(5))
     def test_frames_of_several_steps_may_mix(self, seed: int) -> None:
         steps = {number: new_step(number * 90, 2, number=number) for number in range(1, 5)}
         queues = [frames_of(step) for step in steps.values()]
-        draw, into, arrived = random.Random(seed), assembly(), list[AssembledStep]()
+        draw, into, arrived = random.Random(seed), assembler(), list[IncomingStep]()
         while queues:
             queue = draw.choice(queues)
             if (step := into.add(queue.pop(0))) is not None:
                 arrived.append(step)
             queues = [one for one in queues if one]
         assert sorted(step.number for step in arrived) == [1, 2, 3, 4]
-        assert all(step.rows == pack(steps[step.number].hidden, "float32") for step in arrived)
+        assert all(torch.equal(step.hidden(), steps[step.number].hidden) for step in arrived)
 
     def test_a_number_may_come_again_once_it_is_done(self) -> None:
-        into = assembly()
+        into = assembler()
         for _ in range(2):
-            assert only(frames_of(new_step(100)), into).rows.tokens == 100
+            assert only(frames_of(new_step(100)), into).hidden().shape == (100, WIDTH)
 
 
 class TestRefusals:
-    def refused(self, *frames: shard_pb2.Step, into: Assembly | None = None) -> InvalidRequest:
-        into = into or assembly()
+    def refused(self, *frames: shard_pb2.Step, into: StepAssembler | None = None) -> InvalidRequest:
+        into = into or assembler()
         for frame in frames[:-1]:
             into.add(frame)
         with pytest.raises(InvalidRequest) as caught:
             into.add(frames[-1])
-        assert into._partial.keys() <= {frame.step for frame in frames[:-1]}
+        assert into._incomplete.keys() <= {frame.step for frame in frames[:-1]}
         return caught.value
 
     def frame(self, *lengths: int) -> shard_pb2.Step:
@@ -162,7 +169,7 @@ class TestRefusals:
         assert self.refused(frame).field == "hidden.data"
 
     def test_another_dtype(self) -> None:
-        assert self.refused(self.frame(5), into=assembly("int8")).field == "hidden.dtype"
+        assert self.refused(self.frame(5), into=assembler("int8")).field == "hidden.dtype"
 
     def test_another_width(self) -> None:
         frame = self.frame(5)
@@ -198,23 +205,25 @@ class TestRefusals:
 
     @pytest.mark.parametrize("to_come", [35, 37, 0])
     def test_frames_that_do_not_follow_each_other(self, to_come: int) -> None:
-        into, frames = assembly(), frames_of(new_step(164))
+        into, frames = assembler(), frames_of(new_step(164))
         into.add(frames[0])
         frames[1].tokens_to_come = to_come
         with pytest.raises(OutOfStep, match=f"step 1 has 100 tokens to come, .* 64 and announces {to_come} more"):
             into.add(frames[1])
 
     def test_steps_that_are_begun_and_never_ended(self) -> None:
-        into, (first, *_) = assembly(), frames_of(new_step(100))
-        for number in range(MOST_BEGUN):
+        into, (first, *_) = assembler(), frames_of(new_step(100))
+        for number in range(MAX_INCOMPLETE_STEPS):
             first.step = number
             assert into.add(first) is None
-        first.step = MOST_BEGUN
-        with pytest.raises(OutOfStep, match=f"step {MOST_BEGUN} begins while {MOST_BEGUN} others are not complete"):
+        first.step = MAX_INCOMPLETE_STEPS
+        with pytest.raises(
+            OutOfStep, match=f"step {MAX_INCOMPLETE_STEPS} begins while {MAX_INCOMPLETE_STEPS} others are not complete"
+        ):
             into.add(first)
 
     def test_a_frame_that_comes_twice(self) -> None:
-        into, (first, *_) = assembly(), frames_of(new_step(100))
+        into, (first, *_) = assembler(), frames_of(new_step(100))
         into.add(first)
         with pytest.raises(OutOfStep):
             into.add(first)

@@ -1,4 +1,4 @@
-"""Links are opened when needed, keep their order, let decode steps pass, and say why they ended."""
+"""Links open with their first step, keep the order of frames, let urgent ones overtake, and report why they end."""
 
 from __future__ import annotations
 
@@ -13,13 +13,22 @@ import torch
 
 from stitch.errors import Incompatible, StitchError, Unavailable
 from stitch.v1 import shard_pb2, shard_pb2_grpc
-from stitch_server.engine.types import LayerRange, OutgoingStep, Segment, SessionToken, StepReply, Token
+from stitch_server.engine.types import (
+    LayerRange,
+    LinkEvent,
+    LinkLost,
+    OutgoingStep,
+    Segment,
+    SessionToken,
+    StepReply,
+    Token,
+)
 from stitch_server.rpc import link_client as links_module
 from stitch_server.rpc.frames import reply_frame
-from stitch_server.rpc.link_client import Links
-from tests.support.engine_fakes import WIDTH, new_session
-from tests.support.shard_fakes import new_identity
+from stitch_server.rpc.link_client import LinkClient
+from tests.support.engine_fakes import WIDTH, new_request
 from tests.support.waiting import eventually
+from tests.support.weightless_shard import new_identity
 
 # What grpc reads behind the last message; its stubs don't know it.
 END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
@@ -60,32 +69,16 @@ class FakeCall:
         return [session for frame in self.written for session in frame.close.sessions]
 
 
-class FakeFront:
-    """Hears of replies and losses."""
-
-    def __init__(self) -> None:
-        self.replies: list[StepReply] = []
-        self.losses: list[tuple[str, StitchError]] = []
-
-    def replied(self, reply: StepReply) -> None:
-        self.replies.append(reply)
-
-    def lost(self, address: str, error: StitchError) -> None:
-        self.losses.append((address, error))
-
-
-class Bench:
-    """Links whose calls a test answers."""
+class LinkClientHarness:
+    """A link client whose calls a test answers."""
 
     def __init__(self) -> None:
         self.calls: list[FakeCall] = []
-        self.front = FakeFront()
+        self.events: list[LinkEvent] = []
         self.sent_bytes: list[int] = []
         self.welcome = shard_pb2.LinkResponse(welcome=shard_pb2.Welcome(identity=new_identity("top-0", "top")))
-        self.links = Links(self.sent_bytes.append, "float32")
-        engine: Any = SimpleNamespace(post=lambda command: command())
-        front: Any = self.front
-        self.links.attach(new_identity("bottom-0", "bottom"), engine, front)
+        identity = new_identity("bottom-0", "bottom")
+        self.links = LinkClient(identity, self.events.append, self.sent_bytes.append)
 
     def stub(self, channel: object) -> object:
         return SimpleNamespace(Link=self._open)
@@ -95,7 +88,7 @@ class Bench:
         return self.calls[-1]
 
     def send(self, number: int, tokens: int = 1, urgent: bool = False, address: str = "top:1") -> None:
-        segment = Segment(new_session(), LayerRange(0, 1), 0, tokens, wants_token=True, blocks=[])
+        segment = Segment(new_request(), LayerRange(0, 1), 0, tokens, wants_token=True, blocks=[])
         rows = torch.zeros(tokens, WIDTH)
         self.links.send(address, OutgoingStep(number, (segment,), (True,), rows, pipelined=False, urgent=urgent))
 
@@ -106,8 +99,12 @@ class Bench:
         return self.calls[-1]
 
     async def loss(self) -> StitchError:
-        await eventually(lambda: self.front.losses)
-        return self.front.losses[0][1]
+        await eventually(lambda: self.losses)
+        return self.losses[0].error
+
+    @property
+    def losses(self) -> list[LinkLost]:
+        return [event for event in self.events if isinstance(event, LinkLost)]
 
 
 class FakeChannel:
@@ -121,61 +118,61 @@ class FakeChannel:
 
 
 @pytest.fixture
-async def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    bench = Bench()
+async def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
+    harness = LinkClientHarness()
     monkeypatch.setattr(links_module, "open_channel", lambda address: FakeChannel())
-    monkeypatch.setattr(shard_pb2_grpc, "ShardStub", bench.stub)
-    yield bench
-    await bench.links.aclose()
+    monkeypatch.setattr(shard_pb2_grpc, "ShardStub", harness.stub)
+    yield harness
+    await harness.links.aclose()
 
 
-async def test_the_first_step_opens_a_link(bench: Bench) -> None:
-    call = await bench.connected()
+async def test_the_first_step_opens_a_link(harness: LinkClientHarness) -> None:
+    call = await harness.connected()
     hello = call.written[0].hello
     assert (hello.identity.shard, hello.caller, hello.protocol_version) == ("bottom-0", "top:1", 1)
     assert call.steps == [1]
-    assert bench.sent_bytes == [WIDTH * 4]
+    assert harness.sent_bytes == [WIDTH * 4]
 
 
-async def test_all_steps_to_one_address_share_it(bench: Bench) -> None:
-    call = await bench.connected()
-    bench.send(2)
-    bench.send(3, address="top:2")
-    await eventually(lambda: call.steps == [1, 2] and len(bench.calls) == 2)
-    await eventually(lambda: bench.calls[1].steps == [3])
+async def test_all_steps_to_one_address_share_it(harness: LinkClientHarness) -> None:
+    call = await harness.connected()
+    harness.send(2)
+    harness.send(3, address="top:2")
+    await eventually(lambda: call.steps == [1, 2] and len(harness.calls) == 2)
+    await eventually(lambda: harness.calls[1].steps == [3])
 
 
-async def test_replies_reach_the_front(bench: Bench) -> None:
-    call, reply = await bench.connected(), StepReply(1, tokens=(SessionToken(5, 0, Token(7, 3)),))
+async def test_replies_reach_the_front(harness: LinkClientHarness) -> None:
+    call, reply = await harness.connected(), StepReply(1, tokens=(SessionToken(5, 0, Token(7, 3)),))
     call.say(reply_frame(reply))
-    await eventually(lambda: bench.front.replies == [reply])
+    await eventually(lambda: harness.events == [reply])
 
 
-async def test_a_decode_step_passes_those_that_still_wait(bench: Bench) -> None:
-    call = await bench.connected()
+async def test_a_decode_step_passes_those_that_still_wait(harness: LinkClientHarness) -> None:
+    call = await harness.connected()
     call.may_write.clear()
-    bench.send(2)
-    bench.send(3)
-    await eventually(lambda: bench.links._links["top:1"]._outbox.qsize() == 1)
-    bench.send(4, urgent=True)
-    await eventually(lambda: bench.links._links["top:1"]._outbox.qsize() == 2)
+    harness.send(2)
+    harness.send(3)
+    await eventually(lambda: harness.links._links["top:1"]._outbox.qsize() == 1)
+    harness.send(4, urgent=True)
+    await eventually(lambda: harness.links._links["top:1"]._outbox.qsize() == 2)
     call.may_write.set()
     await eventually(lambda: len(call.steps) == 4)
     assert call.steps == [1, 2, 4, 3]
 
 
-async def test_the_end_of_a_session_comes_behind_its_steps(bench: Bench) -> None:
-    call = await bench.connected()
-    bench.send(2)
-    bench.links.close("top:1", [5, 6])
+async def test_the_end_of_a_session_comes_behind_its_steps(harness: LinkClientHarness) -> None:
+    call = await harness.connected()
+    harness.send(2)
+    harness.links.close("top:1", [5, 6])
     await eventually(lambda: call.closed == [5, 6])
     assert call.written[-2].step.step == 2
 
 
-async def test_the_end_of_a_session_opens_no_link(bench: Bench) -> None:
-    bench.links.close("top:1", [5])
-    call = await bench.connected()
-    assert (len(bench.calls), call.closed) == (1, [])
+async def test_the_end_of_a_session_opens_no_link(harness: LinkClientHarness) -> None:
+    harness.links.close("top:1", [5])
+    call = await harness.connected()
+    assert (len(harness.calls), call.closed) == (1, [])
 
 
 def broken(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
@@ -192,48 +189,54 @@ def broken(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
         (KeyError("what"), Unavailable, "the link to top:1 broke: 'what'"),
     ],
 )
-async def test_a_link_that_ends_says_why(bench: Bench, end: object, kind: type[StitchError], said: str) -> None:
-    call = await bench.connected()
+async def test_a_link_that_ends_says_why(
+    harness: LinkClientHarness, end: object, kind: type[StitchError], said: str
+) -> None:
+    call = await harness.connected()
     call.say(end)
-    error = await bench.loss()
+    error = await harness.loss()
     assert (type(error), str(error)) == (kind, said)
-    assert bench.front.losses[0][0] == "top:1"
+    assert harness.losses[0].address == "top:1"
 
 
-async def test_after_a_loss_the_next_step_opens_another(bench: Bench) -> None:
-    (await bench.connected()).say(END)
-    await bench.loss()
-    bench.send(9)
-    await eventually(lambda: len(bench.calls) == 2 and bench.calls[1].steps == [9])
+async def test_after_a_loss_the_next_step_opens_another(harness: LinkClientHarness) -> None:
+    (await harness.connected()).say(END)
+    await harness.loss()
+    harness.send(9)
+    await eventually(lambda: len(harness.calls) == 2 and harness.calls[1].steps == [9])
 
 
-async def test_a_receiver_that_does_not_fit_is_refused(bench: Bench) -> None:
-    bench.welcome.welcome.identity.tokenizer = "another"
-    bench.send(1)
-    error = await bench.loss()
+async def test_a_receiver_that_does_not_fit_is_refused(harness: LinkClientHarness) -> None:
+    harness.welcome.welcome.identity.tokenizer = "another"
+    harness.send(1)
+    error = await harness.loss()
     assert isinstance(error, Incompatible)
     assert "tokenizer of shard top-0 is another" in str(error)
-    assert bench.calls[0].steps == []
+    assert harness.calls[0].steps == []
 
 
 @pytest.mark.parametrize("answer", [shard_pb2.LinkResponse(), reply_frame(StepReply(1))])
-async def test_a_receiver_that_does_not_welcome_is_refused(bench: Bench, answer: shard_pb2.LinkResponse) -> None:
-    bench.welcome = answer
-    bench.send(1)
-    error = await bench.loss()
+async def test_a_receiver_that_does_not_welcome_is_refused(
+    harness: LinkClientHarness, answer: shard_pb2.LinkResponse
+) -> None:
+    harness.welcome = answer
+    harness.send(1)
+    error = await harness.loss()
     assert isinstance(error, Incompatible)
     assert "top:1 answered the handshake with" in str(error)
 
 
-async def test_a_receiver_that_says_nothing_is_given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_receiver_that_says_nothing_is_given_up(
+    harness: LinkClientHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(links_module, "HANDSHAKE_SECONDS", 0.0)
     unanswered: Callable[[FakeCall], Any] = lambda call: asyncio.Event().wait()  # noqa: E731
     monkeypatch.setattr(FakeCall, "read", unanswered)
-    bench.send(1)
-    assert str(await bench.loss()) == "top:1 did not answer in 0 s"
+    harness.send(1)
+    assert str(await harness.loss()) == "top:1 did not answer in 0 s"
 
 
-async def test_links_that_are_ended_are_not_lost(bench: Bench) -> None:
-    await bench.connected()
-    await bench.links.aclose()
-    assert bench.front.losses == []
+async def test_links_that_are_ended_are_not_lost(harness: LinkClientHarness) -> None:
+    await harness.connected()
+    await harness.links.aclose()
+    assert harness.losses == []

@@ -17,11 +17,11 @@ from stitch_server.rpc.handshake import PROTOCOL_VERSION
 from stitch_server.rpc.servicer import PIECE_BYTES
 from stitch_server.rpc.tensors import pack
 from tests.support.engine_fakes import TOKEN_ID, WIDTH
-from tests.support.shard_fakes import (
+from tests.support.weightless_shard import (
     CONTEXT_LENGTH,
     VOCABULARY_SIZE,
     Aborted,
-    FakeShard,
+    WeightlessShard,
     call_context,
     new_identity,
     stream,
@@ -41,14 +41,14 @@ def request(tokens: int = 5, **fields: Any) -> shard_pb2.ShardGenerateRequest:
 
 
 def generate(
-    shard: FakeShard, asked: shard_pb2.ShardGenerateRequest
+    shard: WeightlessShard, asked: shard_pb2.ShardGenerateRequest
 ) -> AsyncGenerator[shard_pb2.ShardGenerateResponse, None]:
     responses = shard.servicer.Generate(asked, call_context())
     assert isinstance(responses, AsyncGenerator)
     return responses
 
 
-async def refused(shard: FakeShard, asked: shard_pb2.ShardGenerateRequest) -> Aborted:
+async def refused(shard: WeightlessShard, asked: shard_pb2.ShardGenerateRequest) -> Aborted:
     """How the call ended without an answer."""
     with pytest.raises(Aborted) as caught:
         await anext(generate(shard, asked))
@@ -57,49 +57,49 @@ async def refused(shard: FakeShard, asked: shard_pb2.ShardGenerateRequest) -> Ab
 
 
 @pytest.fixture
-def first() -> FakeShard:
-    return FakeShard(first=True)
+def first() -> WeightlessShard:
+    return WeightlessShard(first=True)
 
 
 @pytest.fixture
-def last() -> FakeShard:
-    return FakeShard(first=False)
+def last() -> WeightlessShard:
+    return WeightlessShard(first=False)
 
 
 class TestGenerate:
-    async def test_tokens_stream_until_the_end(self, first: FakeShard) -> None:
+    async def test_tokens_stream_until_the_end(self, first: WeightlessShard) -> None:
         responses = [response async for response in generate(first, request())]
         tokens = [(one.id, one.position) for response in responses for one in response.tokens]
         assert tokens == [(TOKEN_ID, 5), (TOKEN_ID, 6), (TOKEN_ID, 7)]
         assert [one.finish_reason for one in responses] == [0, 0, inference_pb2.FINISH_REASON_LENGTH]
         assert first.idle
 
-    async def test_the_first_token_says_where_the_time_went(self, first: FakeShard) -> None:
+    async def test_the_first_token_says_where_the_time_went(self, first: WeightlessShard) -> None:
         responses = [response async for response in generate(first, request())]
         assert {stage.name for stage in responses[0].stages} == {"queue", "bottom_prefill", "wire"}
         assert not responses[1].stages
 
-    async def test_what_an_earlier_try_said_counts(self, first: FakeShard) -> None:
+    async def test_what_an_earlier_try_said_counts(self, first: WeightlessShard) -> None:
         responses = [response async for response in generate(first, request(7, prompt_tokens=5))]
         assert len(responses) == 1
         assert responses[0].tokens[0].position == 7
 
-    async def test_a_client_that_leaves_leaves_nothing(self, first: FakeShard) -> None:
+    async def test_a_client_that_leaves_leaves_nothing(self, first: WeightlessShard) -> None:
         first.engine.computes = False
         responses = generate(first, request())
         waiting = asyncio.ensure_future(anext(responses))
         await asyncio.sleep(0)
-        assert first.front.waiting_sessions == 1
+        assert first.waiting_sessions == 1
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         assert first.idle
 
-    async def test_a_client_that_leaves_between_two_tokens_leaves_nothing(self, first: FakeShard) -> None:
+    async def test_a_client_that_leaves_between_two_tokens_leaves_nothing(self, first: WeightlessShard) -> None:
         async with aclosing(generate(first, request(sampling=inference_pb2.Sampling(max_tokens=30)))) as responses:
             await anext(responses)
         assert first.idle
 
-    async def test_no_chain_begins_without_the_embedding(self, last: FakeShard) -> None:
+    async def test_no_chain_begins_without_the_embedding(self, last: WeightlessShard) -> None:
         error = await refused(last, request())
         assert error.code is grpc.StatusCode.FAILED_PRECONDITION
         assert "shard top-0 holds top layers without the embedding" in error.details
@@ -115,20 +115,20 @@ class TestGenerate:
             ({"token_ids": [1, VOCABULARY_SIZE], "prompt_tokens": 1}, f"the vocabulary has {VOCABULARY_SIZE} tokens"),
             ({"prompt_tokens": 0}, "prompt_tokens is 0, but it must be 1 to 5"),
             ({"prompt_tokens": 6}, "prompt_tokens is 6, but it must be 1 to 5"),
-            ({"chain": []}, "chain is [], but a chain has at least one shard behind the first"),
+            ({"chain": []}, "chain is [], but a chain has at least one shard after the first"),
             ({"route": "medium"}, "route is 'medium', but this cluster has: weak, auto"),
             ({"sampling": inference_pb2.Sampling(temperature=-1.0)}, "sampling.temperature is -1.0"),
             ({"sampling": inference_pb2.Sampling(max_tokens=0)}, "sampling.max_tokens is 0"),
         ],
     )
     async def test_a_bad_request_is_told_what_is_wrong(
-        self, first: FakeShard, fields: dict[str, Any], said: str
+        self, first: WeightlessShard, fields: dict[str, Any], said: str
     ) -> None:
         error = await refused(first, request(**fields))
         assert error.code is grpc.StatusCode.INVALID_ARGUMENT
         assert said in error.details
 
-    async def test_a_full_queue_is_told(self, first: FakeShard) -> None:
+    async def test_a_full_queue_is_told(self, first: WeightlessShard) -> None:
         first.engine.computes = False
         waiting = [asyncio.ensure_future(anext(generate(first, request()))) for _ in range(2)]
         await asyncio.sleep(0)
@@ -148,7 +148,7 @@ def hello(shard: str = "bottom-0", version: int = PROTOCOL_VERSION) -> shard_pb2
 
 def step(session: int, length: int = 3, number: int = 1) -> shard_pb2.LinkRequest:
     """A session's first step."""
-    rows = pack(torch.zeros(length, WIDTH), "float32")
+    rows = pack(torch.zeros(length, WIDTH), shard_pb2.DTYPE_FLOAT32)
     hidden = shard_pb2.HiddenStates(dtype=rows.dtype, tokens=length, hidden_size=WIDTH, data=rows.data)
     frame = shard_pb2.Step(step=number, hidden=hidden)
     opening = shard_pb2.NewSession(route="weak", token_ids=range(length), prompt_tokens=length)
@@ -156,20 +156,28 @@ def step(session: int, length: int = 3, number: int = 1) -> shard_pb2.LinkReques
     return shard_pb2.LinkRequest(step=frame)
 
 
+def later_step(session: int, position: int, number: int) -> shard_pb2.LinkRequest:
+    """A decode step of an open session."""
+    request = step(session, length=1, number=number)
+    request.step.segments[0].ClearField("new_session")
+    request.step.segments[0].position = position
+    return request
+
+
 def link(
-    shard: FakeShard, requests: AsyncIterator[shard_pb2.LinkRequest]
+    shard: WeightlessShard, requests: AsyncIterator[shard_pb2.LinkRequest]
 ) -> AsyncGenerator[shard_pb2.LinkResponse, None]:
     responses = shard.servicer.Link(requests, call_context())
     assert isinstance(responses, AsyncGenerator)
     return responses
 
 
-async def talk(shard: FakeShard, *frames: shard_pb2.LinkRequest) -> list[shard_pb2.LinkResponse]:
+async def talk(shard: WeightlessShard, *frames: shard_pb2.LinkRequest) -> list[shard_pb2.LinkResponse]:
     """All that the shard says to these frames."""
     return [response async for response in link(shard, stream(frames))]
 
 
-async def ended(shard: FakeShard, frames: Sequence[shard_pb2.LinkRequest]) -> Aborted:
+async def ended(shard: WeightlessShard, frames: Sequence[shard_pb2.LinkRequest]) -> Aborted:
     """How the link ended; the shard keeps nothing of it."""
     with pytest.raises(Aborted) as caught:
         await talk(shard, *frames)
@@ -178,11 +186,11 @@ async def ended(shard: FakeShard, frames: Sequence[shard_pb2.LinkRequest]) -> Ab
 
 
 class TestLink:
-    async def test_a_neighbour_is_welcomed(self, last: FakeShard) -> None:
+    async def test_a_neighbour_is_welcomed(self, last: WeightlessShard) -> None:
         (welcome,) = await talk(last, hello())
         assert welcome.welcome.identity == last.identity
 
-    async def test_steps_are_answered(self, last: FakeShard) -> None:
+    async def test_steps_are_answered(self, last: WeightlessShard) -> None:
         frames = stream([hello(), step(5), step(6, number=2)], asyncio.Event())
         async with aclosing(link(last, frames)) as responses:
             _, first, second = [await anext(responses) for _ in range(3)]
@@ -190,52 +198,52 @@ class TestLink:
         assert (first.reply.step, second.reply.step) == (1, 2)
         assert last.received_bytes == [3 * WIDTH * 4] * 2
 
-    async def test_the_end_of_a_link_frees_its_sessions(self, last: FakeShard) -> None:
+    async def test_the_end_of_a_link_frees_its_sessions(self, last: WeightlessShard) -> None:
         end = asyncio.Event()
         async with aclosing(link(last, stream([hello(), step(5)], end))) as responses:
             await anext(responses)
             await anext(responses)
-            assert last.front.running_sessions == 1
+            assert last.running_sessions == 1
             end.set()
             assert await anext(responses, None) is None
         assert last.idle
 
-    async def test_a_closed_session_is_freed(self, last: FakeShard) -> None:
+    async def test_a_closed_session_is_freed(self, last: WeightlessShard) -> None:
         close = shard_pb2.LinkRequest(close=shard_pb2.CloseSessions(sessions=[5]))
         running = list[int]()
 
         async def frames() -> AsyncIterator[shard_pb2.LinkRequest]:
             for frame in (hello(), step(5), step(6, number=2), close):
                 yield frame
-            running.append(last.front.running_sessions)
+            running.append(last.running_sessions)
 
         assert [one async for one in link(last, frames())]
         assert running == [1]
 
-    async def test_no_shard_stands_before_the_first(self, first: FakeShard) -> None:
+    async def test_no_shard_stands_before_the_first(self, first: WeightlessShard) -> None:
         error = await ended(first, [hello()])
         assert error.code is grpc.StatusCode.FAILED_PRECONDITION
-        assert error.details == "shard bottom-0 is the first of its chain: no shard stands before it"
+        assert error.details == "shard bottom-0 is the first of its chain: it has no upstream shard"
 
     @pytest.mark.parametrize("frames", [[], [step(5)], [shard_pb2.LinkRequest()]])
-    async def test_a_link_begins_with_a_hello(self, last: FakeShard, frames: list[shard_pb2.LinkRequest]) -> None:
+    async def test_a_link_begins_with_a_hello(self, last: WeightlessShard, frames: list[shard_pb2.LinkRequest]) -> None:
         error = await ended(last, frames)
         assert error.code is grpc.StatusCode.FAILED_PRECONDITION
         assert error.details == "the first frame of a link must be a hello"
 
-    async def test_a_neighbour_that_does_not_fit_is_refused(self, last: FakeShard) -> None:
+    async def test_a_neighbour_that_does_not_fit_is_refused(self, last: WeightlessShard) -> None:
         error = await ended(last, [hello(version=9), step(5)])
         assert error.code is grpc.StatusCode.FAILED_PRECONDITION
         assert "protocol version" in error.details
 
-    async def test_bytes_that_are_no_step_end_the_link(self, last: FakeShard) -> None:
+    async def test_bytes_that_are_no_step_end_the_link(self, last: WeightlessShard) -> None:
         broken = step(6, number=2)
         broken.step.hidden.data = b"abc"
         error = await ended(last, [hello(), step(5), broken])
         assert error.code is grpc.StatusCode.INVALID_ARGUMENT
         assert error.details.startswith("hidden.data is '3 bytes'")
 
-    async def test_frames_that_do_not_fit_together_end_the_link(self, last: FakeShard) -> None:
+    async def test_frames_that_do_not_fit_together_end_the_link(self, last: WeightlessShard) -> None:
         begun, other = step(5), step(5)
         begun.step.tokens_to_come = other.step.tokens_to_come = 1
         begun.step.segments[0].length += 1
@@ -243,22 +251,22 @@ class TestLink:
         assert error.code is grpc.StatusCode.FAILED_PRECONDITION
 
     @pytest.mark.parametrize("frame", [hello(), shard_pb2.LinkRequest()])
-    async def test_anything_else_ends_the_link(self, last: FakeShard, frame: shard_pb2.LinkRequest) -> None:
+    async def test_anything_else_ends_the_link(self, last: WeightlessShard, frame: shard_pb2.LinkRequest) -> None:
         error = await ended(last, [hello(), step(5), frame])
         assert error.code is grpc.StatusCode.FAILED_PRECONDITION
         assert error.details.endswith("came in the middle of a link")
 
-    async def test_one_link_ends_for_itself(self, last: FakeShard) -> None:
+    async def test_one_link_ends_for_itself(self, last: WeightlessShard) -> None:
         async with aclosing(link(last, stream([hello(), step(5)], asyncio.Event()))) as responses:
             await anext(responses)
             await anext(responses)
             with pytest.raises(Aborted):
                 await talk(last, hello(), step(5), hello())
-            assert last.front.running_sessions == 1
+            assert last.running_sessions == 1
 
 
 class TestDescribe:
-    async def test_it_says_what_is_free(self, first: FakeShard) -> None:
+    async def test_it_says_what_is_free(self, first: WeightlessShard) -> None:
         first.engine.computes = False
         waiting = asyncio.ensure_future(anext(generate(first, request())))
         await asyncio.sleep(0)
@@ -269,8 +277,61 @@ class TestDescribe:
         await asyncio.gather(waiting, return_exceptions=True)
 
 
+class TestDraining:
+    """A draining shard refuses new sessions, finishes the running ones, and knows when they have ended."""
+
+    async def test_generate_is_refused_as_unavailable(self, first: WeightlessShard) -> None:
+        first.start_draining()
+        error = await refused(first, request())
+        assert (error.code, error.details) == (grpc.StatusCode.UNAVAILABLE, "shard bottom-0 is shutting down")
+
+    async def test_running_generation_continues_and_then_leaves_tracker(self, first: WeightlessShard) -> None:
+        responses = generate(first, request(sampling=inference_pb2.Sampling(max_tokens=30)))
+        await anext(responses)
+        first.start_draining()
+        waiting = asyncio.ensure_future(first.in_flight.wait_until_empty())
+        assert len([one async for one in responses]) == 29
+        await asyncio.wait_for(waiting, 5.0)
+
+    async def test_new_session_of_link_is_refused_alone(self, last: WeightlessShard) -> None:
+        end = asyncio.Event()
+        frames = asyncio.Queue[shard_pb2.LinkRequest]()
+
+        async def requests() -> AsyncIterator[shard_pb2.LinkRequest]:
+            while not end.is_set():
+                yield await frames.get()
+
+        for frame in (hello(), step(5)):
+            frames.put_nowait(frame)
+        async with aclosing(link(last, requests())) as responses:
+            await anext(responses)
+            assert len((await anext(responses)).reply.tokens) == 1
+            last.start_draining()
+            frames.put_nowait(step(6, number=2))
+            refusal = (await anext(responses)).reply
+            assert [(one.session, one.cause) for one in refusal.failures] == [(6, shard_pb2.FAILURE_CAUSE_UNAVAILABLE)]
+            frames.put_nowait(later_step(5, position=3, number=3))
+            assert [one.session for one in (await anext(responses)).reply.tokens] == [5]
+            waiting = asyncio.ensure_future(last.in_flight.wait_until_empty())
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            end.set()
+            frames.put_nowait(shard_pb2.LinkRequest(close=shard_pb2.CloseSessions(sessions=[5, 6])))
+            await asyncio.wait_for(waiting, 5.0)
+
+    async def test_lost_link_leaves_tracker(self, last: WeightlessShard) -> None:
+        await talk(last, hello(), step(5))
+        await asyncio.wait_for(last.in_flight.wait_until_empty(), 5.0)
+
+    async def test_describe_reports_draining(self, last: WeightlessShard) -> None:
+        described = [await last.servicer.Describe(shard_pb2.ShardDescribeRequest(), call_context())]
+        last.start_draining()
+        described.append(await last.servicer.Describe(shard_pb2.ShardDescribeRequest(), call_context()))
+        assert [one.draining for one in described] == [False, True]
+
+
 class TestTokenizer:
-    async def test_files_come_in_pieces(self, first: FakeShard, tmp_path: Path) -> None:
+    async def test_files_come_in_pieces(self, first: WeightlessShard, tmp_path: Path) -> None:
         contents = {"tokenizer.json": bytes(range(256)) * 2048, "config.json": b"{}", "empty.json": b""}
         for name, content in contents.items():
             (tmp_path / name).write_bytes(content)

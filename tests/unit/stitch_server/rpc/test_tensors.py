@@ -23,7 +23,7 @@ def rows(tokens: int = 5, width: int = 12, scale: float = 3.0) -> Tensor:
 
 @pytest.mark.parametrize("dtype", EXACT)
 def test_rows_arrive_as_they_were_rounded(dtype: str) -> None:
-    packed = pack(rows(), dtype)
+    packed = pack(rows(), DTYPES[dtype][0])
     arrived = unpack(packed, CPU, torch.float32)
     assert torch.equal(arrived, rows().to(EXACT[dtype]).float())
     assert (packed.tokens, packed.width, packed.scales) == (5, 12, b"")
@@ -31,60 +31,60 @@ def test_rows_arrive_as_they_were_rounded(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_receiver_computes_in_its_own_dtype(dtype: str) -> None:
-    assert unpack(pack(rows(), dtype), CPU, torch.bfloat16).dtype is torch.bfloat16
+    assert unpack(pack(rows(), DTYPES[dtype][0]), CPU, torch.bfloat16).dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_size_is_what_was_said(dtype: str) -> None:
-    packed = pack(rows(), dtype)
+    packed = pack(rows(), DTYPES[dtype][0])
     assert len(packed.data) + len(packed.scales) == 5 * bytes_per_token(12, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_was_packed_passes_the_check(dtype: str) -> None:
-    pack(rows(), dtype).check(12, DTYPES[dtype][0])
+    pack(rows(), DTYPES[dtype][0]).check(12, DTYPES[dtype][0])
 
 
 def test_bytes_are_little_endian_row_after_row() -> None:
-    packed = pack(torch.tensor([[1.0, 2.0], [3.0, -4.0]]), "float32")
+    packed = pack(torch.tensor([[1.0, 2.0], [3.0, -4.0]]), shard_pb2.DTYPE_FLOAT32)
     assert packed.data == np.array([1, 2, 3, -4], dtype="<f4").tobytes()
 
 
 def test_rows_need_not_lie_in_one_piece() -> None:
-    assert torch.equal(unpack(pack(rows(12, 5).T, "float32"), CPU, torch.float32), rows(12, 5).T)
+    assert torch.equal(unpack(pack(rows(12, 5).T, shard_pb2.DTYPE_FLOAT32), CPU, torch.float32), rows(12, 5).T)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
 def test_int8_is_off_by_half_a_step_at_most(scale: float) -> None:
     sent = rows(50, 64, scale)
-    arrived = unpack(pack(sent, "int8"), CPU, torch.float32)
+    arrived = unpack(pack(sent, shard_pb2.DTYPE_INT8), CPU, torch.float32)
     step = sent.abs().amax(dim=1, keepdim=True) / 127
     assert bool(((arrived - sent).abs() <= step * 0.5001).all())
 
 
 def test_int8_keeps_the_largest_value_of_a_row() -> None:
     sent = torch.tensor([[0.4, -127.0, 3.0]])
-    assert unpack(pack(sent, "int8"), CPU, torch.float32).tolist() == [[0.0, -127.0, 3.0]]
+    assert unpack(pack(sent, shard_pb2.DTYPE_INT8), CPU, torch.float32).tolist() == [[0.0, -127.0, 3.0]]
 
 
 def test_int8_scales_each_token_by_itself() -> None:
     sent = torch.tensor([[1e-3, 2e-3], [1e3, 2e3]])
-    torch.testing.assert_close(unpack(pack(sent, "int8"), CPU, torch.float32), sent, rtol=0.01, atol=0)
+    torch.testing.assert_close(unpack(pack(sent, shard_pb2.DTYPE_INT8), CPU, torch.float32), sent, rtol=0.01, atol=0)
 
 
 def test_int8_rounds_once_for_a_receiver_of_few_bits() -> None:
     sent = rows(20, 32)
-    exact = unpack(pack(sent, "int8"), CPU, torch.float32)
-    assert torch.equal(unpack(pack(sent, "int8"), CPU, torch.bfloat16), exact.bfloat16())
+    exact = unpack(pack(sent, shard_pb2.DTYPE_INT8), CPU, torch.float32)
+    assert torch.equal(unpack(pack(sent, shard_pb2.DTYPE_INT8), CPU, torch.bfloat16), exact.bfloat16())
 
 
 def test_int8_of_tiny_rows_survives_half_precision() -> None:
     sent = torch.full((1, 4), 1e-6)
-    assert bool((unpack(pack(sent, "int8"), CPU, torch.float16) > 0).all())
+    assert bool((unpack(pack(sent, shard_pb2.DTYPE_INT8), CPU, torch.float16) > 0).all())
 
 
 def test_int8_of_zeros_is_zeros() -> None:
-    assert not unpack(pack(torch.zeros(2, 3), "int8"), CPU, torch.float32).any()
+    assert not unpack(pack(torch.zeros(2, 3), shard_pb2.DTYPE_INT8), CPU, torch.float32).any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -92,13 +92,13 @@ def test_int8_of_zeros_is_zeros() -> None:
 def test_what_is_not_finite_stays_so(dtype: str, value: float) -> None:
     sent = rows()
     sent[2, 3] = value
-    arrived = unpack(pack(sent, dtype), CPU, torch.float32)
+    arrived = unpack(pack(sent, DTYPES[dtype][0]), CPU, torch.float32)
     assert not bool(arrived[2].isfinite().all())
     assert bool(arrived[[0, 1, 3, 4]].isfinite().all())
 
 
 class TestRefusals:
-    PACKED = pack(rows(), "float32")
+    PACKED = pack(rows(), shard_pb2.DTYPE_FLOAT32)
 
     def refused(self, packed: Packed, width: int = 12, dtype: str = "float32") -> InvalidRequest:
         with pytest.raises(InvalidRequest) as caught:
@@ -135,6 +135,6 @@ class TestRefusals:
 
     @pytest.mark.parametrize("scales", [b"", b"\0" * 19, b"\0" * 24])
     def test_scales_that_do_not_fit_the_tokens(self, scales: bytes) -> None:
-        error = self.refused(replace(pack(rows(), "int8"), scales=scales), dtype="int8")
+        error = self.refused(replace(pack(rows(), shard_pb2.DTYPE_INT8), scales=scales), dtype="int8")
         assert error.field == "hidden.scales"
         assert error.limit == "5 tokens take 20"

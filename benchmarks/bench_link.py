@@ -1,0 +1,94 @@
+"""What does a slow link cost a token? One stream over links with a round trip of 0, 5 and 20 ms, in alternation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from statistics import mean, median
+
+from benchmarks.bench_hop import HIDDEN_BYTES, REPLY_BYTES
+from benchmarks.clusters import first_shard, preset, prompt, run, running
+from benchmarks.report import Options, options, write
+from benchmarks.slow_link import slow_link
+from benchmarks.steps import Step, step_logs
+from benchmarks.tcp_echo import Echo, tcp_echo
+
+# Milliseconds there and back, bits a second.
+LINKS = ((0, 1e9), (5, 1e9), (20, 1e9), (20, 1e8))
+PROMPT_TOKENS = 512
+TRIPS = 8
+# About what a token's passes take: a round trip behind a pause is slower than one right behind another.
+PAUSE_SECONDS = 0.025
+
+
+async def measure(options: Options) -> None:
+    """Time per token, how much of it shards compute, and a bare round trip over a link of the same kind.
+
+    Added is what a token takes more than without a round trip; beside compute is what it takes more than its passes;
+    and beyond the link what is left when a bare round trip is taken off, too.
+    """
+    rounds, decoded = (1, 4) if options.tiny else (7, 32)
+    cluster = preset()
+    top = next(shard.name for shard in cluster.shards if shard.role == "top")
+    samples: dict[str, list[float]] = {}
+    async with AsyncExitStack() as stack:
+        logs = stack.enter_context(step_logs())
+        local = stack.enter_context(running(cluster))
+        link = await stack.enter_async_context(slow_link(local.address(top)))
+        shard = await stack.enter_async_context(first_shard(local, chain=[link.address]))
+        server = stack.enter_context(tcp_echo(HIDDEN_BYTES, REPLY_BYTES))
+        bare = await stack.enter_async_context(slow_link(server.address))
+        echo = stack.enter_context(server.connected(bare.address))
+        for index in range(rounds + 1):
+            for number, (round_trip_ms, rate) in enumerate(LINKS):
+                for one in (link, bare):
+                    one.round_trip_seconds, one.bits_per_second = round_trip_ms / 1e3, rate
+                timed = await shard.generate(prompt(PROMPT_TOKENS, index * 10 + number), decoded)
+                taken = {
+                    "ms a token": timed.token_ms,
+                    "ms a token in passes": _computing(logs.read(), decoded - 1),
+                    "bare round trip, ms": await _trip(echo),
+                    f"TTFT at {PROMPT_TOKENS}, ms": timed.ttft_ms,
+                }
+                for what, value in taken.items() if index else ():
+                    samples.setdefault(f"{_name(round_trip_ms, rate)}: {what}", []).append(value)
+    figures = _figures({name: median(values) for name, values in samples.items()})
+    write(options, samples, {}, **figures)
+    for what, of_links in figures.items():
+        for name, milliseconds in of_links.items():
+            print(f"  {f'{name}: {what}':<60} {milliseconds:10.2f} ms")
+
+
+def _name(round_trip_ms: float, rate: float) -> str:
+    return f"{round_trip_ms} ms, {rate / 1e6:g} Mbit/s"
+
+
+def _computing(steps: Mapping[str, Sequence[Step]], tokens: int) -> float:
+    """What so many single tokens, the latest, took in all shards together, each."""
+    return sum(mean(one.milliseconds for one in noted[-tokens:]) for noted in steps.values())
+
+
+async def _trip(echo: Echo) -> float:
+    """In a thread of its own, since the link is in this one's event loop."""
+    trips = []
+    for _ in range(TRIPS):
+        await asyncio.sleep(PAUSE_SECONDS)
+        trips.append(await asyncio.to_thread(echo.seconds))
+    return median(trips) * 1e3
+
+
+def _figures(medians: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Milliseconds, by link."""
+    names = [_name(*link) for link in LINKS]
+    token = {name: medians[f"{name}: ms a token"] for name in names}
+    beside = {name: token[name] - medians[f"{name}: ms a token in passes"] for name in names}
+    return {
+        "added": {name: token[name] - token[names[0]] for name in names},
+        "beside_compute": beside,
+        "beyond_the_link": {name: beside[name] - medians[f"{name}: bare round trip, ms"] for name in names},
+    }
+
+
+if __name__ == "__main__":
+    run(measure(options(__doc__ or "")))

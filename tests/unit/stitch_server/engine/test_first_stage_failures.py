@@ -1,0 +1,168 @@
+"""What becomes of sessions where shards behind have no room, fail or are lost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from stitch.errors import Exhausted, Incompatible, OutOfStep, Unavailable
+from stitch.v1 import shard_pb2
+from stitch.v1.shard_pb2 import FailureCause
+from stitch_server.engine.scheduler import BACKOFF_SECONDS
+from stitch_server.engine.types import SessionFailure
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
+from tests.support.engine_fakes import TOKEN_ID
+from tests.support.first_stage_harness import FirstStageHarness, error_of, token_ids
+
+
+@pytest.fixture
+def harness() -> FirstStageHarness:
+    return FirstStageHarness()
+
+
+class TestFailures:
+    def test_without_room_behind_it_comes_back_later(self, harness: FirstStageHarness) -> None:
+        session, outputs = harness.admit()
+        harness.admit(first_token=100)
+        harness.refuse(harness.compute(), session, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED)
+        assert outputs == []
+        assert (session.epoch, harness.stage.waiting_sessions) == (1, 1)
+        assert harness.downstream.closed == [("top:1", session.id)]
+        harness.clock.advance(BACKOFF_SECONDS)
+        step = harness.compute()
+        # Its first block is still remembered here.
+        assert (step.segments[0].position, step.opens) == (BLOCK_TOKENS, (True,))
+        harness.reply(step)
+        assert token_ids(outputs) == [TOKEN_ID]
+
+    def test_what_it_had_said_is_not_said_again(self, harness: FirstStageHarness) -> None:
+        session, outputs = harness.admit()
+        harness.admit(first_token=100, max_tokens=1)
+        harness.reply(harness.compute(), 50)
+        harness.admit(first_token=200)
+        harness.refuse(harness.compute(), session, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED)
+        harness.clock.advance(BACKOFF_SECONDS)
+        step = harness.compute()
+        assert [one.length for one in step.segments if one.session is session] == [21 - BLOCK_TOKENS]
+        harness.reply(step, 51)
+        assert token_ids(outputs) == [50, 51]
+
+    def test_alone_here_it_may_still_wait_for_sessions_of_another_first_shard(self, harness: FirstStageHarness) -> None:
+        session, outputs = harness.admit()
+        harness.refuse(harness.compute(), session, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED)
+        assert (outputs, harness.stage.waiting_sessions) == ([], 1)
+
+    def test_it_hears_that_it_never_fits(self, harness: FirstStageHarness) -> None:
+        session, outputs = harness.admit()
+        harness.refuse(harness.compute(), session, shard_pb2.FAILURE_CAUSE_TOO_LONG)
+        error = error_of(outputs)
+        assert isinstance(error, Exhausted)
+        assert error.retry_after_seconds == 60.0
+        assert harness.idle
+
+    def test_where_its_beginning_is_gone_it_computes_everything(self, harness: FirstStageHarness) -> None:
+        harness.admit(40)
+        harness.compute()
+        session, outputs = harness.admit(40)
+        step = harness.compute()
+        assert session.reused == 32
+        harness.refuse(step, session, shard_pb2.FAILURE_CAUSE_PREFIX_MISSING)
+        harness.clock.advance(BACKOFF_SECONDS)
+        step = harness.compute()
+        assert (step.segments[0].session, step.segments[0].position) == (session, 0)
+        harness.reply(step)
+        assert token_ids(outputs) == [TOKEN_ID]
+
+    def test_a_shard_that_is_gone_tells_how_far_it_came(self, harness: FirstStageHarness) -> None:
+        session, outputs = harness.admit()
+        harness.reply(harness.compute())
+        harness.reply(harness.compute())
+        harness.refuse(harness.compute(), session, shard_pb2.FAILURE_CAUSE_UNAVAILABLE)
+        error = error_of(outputs)
+        assert isinstance(error, Unavailable)
+        assert (str(error), error.generated_tokens) == ("no more", 2)
+        assert harness.idle
+
+    @pytest.mark.parametrize("cause", [shard_pb2.FAILURE_CAUSE_PRECONDITION, shard_pb2.FAILURE_CAUSE_UNSPECIFIED])
+    def test_a_contradiction_ends_it(self, harness: FirstStageHarness, cause: FailureCause) -> None:
+        session, outputs = harness.admit()
+        harness.refuse(harness.compute(), session, cause)
+        assert isinstance(error_of(outputs), OutOfStep)
+        assert harness.downstream.closed == [("top:1", session.id)]
+        assert harness.idle
+
+    def test_what_belongs_to_an_earlier_epoch_is_void(self, harness: FirstStageHarness) -> None:
+        session, outputs = harness.admit()
+        harness.admit(first_token=100)
+        step = harness.compute()
+        answer = harness.downstream.answer(step)
+        harness.refuse(step, session, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED)
+        late = SessionFailure(session.id, 0, shard_pb2.FAILURE_CAUSE_PRECONDITION, "not open")
+        harness.stage.on_reply(replace(answer, failures=(late,)))
+        assert outputs == []
+        assert session.epoch == 1
+
+    def test_a_batch_that_can_not_be_computed_ends_its_sessions(self, harness: FirstStageHarness) -> None:
+        _, outputs = harness.admit()
+        harness.stage.fail(harness.next_batch(), RuntimeError("out of paper"))
+        assert "out of paper" in str(error_of(outputs))
+        assert harness.idle
+
+    def test_other_sessions_are_not_in_that_batch(self) -> None:
+        harness = FirstStageHarness(max_prefill_chunk=20)
+        harness.admit(20)
+        _, outputs = harness.admit(20, first_token=100)
+        harness.stage.fail(harness.next_batch(), RuntimeError("out of paper"))
+        harness.reply(harness.compute())
+        assert token_ids(outputs) == [TOKEN_ID]
+
+
+class TestLoss:
+    def test_sessions_on_the_lost_shard_end(self, harness: FirstStageHarness) -> None:
+        _, outputs = harness.admit(chain=("a:1",))
+        _, other = harness.admit(chain=("b:1",), first_token=100)
+        harness.compute()
+        harness.stage.on_link_lost("a:1", Unavailable("a:1 is gone"))
+        error = error_of(outputs)
+        assert isinstance(error, Unavailable)
+        assert (str(error), error.generated_tokens) == ("a:1 is gone", 0)
+        harness.reply(harness.downstream.last)
+        assert token_ids(other) == [TOKEN_ID]
+
+    def test_a_refusal_stays_what_it_is(self, harness: FirstStageHarness) -> None:
+        _, outputs = harness.admit()
+        harness.compute()
+        harness.stage.on_link_lost("top:1", Incompatible("another tokenizer"))
+        assert isinstance(error_of(outputs), Incompatible)
+
+    def test_steps_to_it_are_no_longer_awaited(self, harness: FirstStageHarness) -> None:
+        for index in range(2):
+            harness.admit(first_token=100 * index)
+            harness.compute()
+        assert harness.stage.next_batch() is None
+        harness.stage.on_link_lost("top:1", Unavailable("gone"))
+        harness.admit(first_token=500)
+        assert harness.stage.next_batch() is not None
+
+    def test_between_two_steps_as_well(self, harness: FirstStageHarness) -> None:
+        _, outputs = harness.admit()
+        harness.reply(harness.compute())
+        harness.stage.on_link_lost("top:1", Unavailable("gone"))
+        assert isinstance(error_of(outputs), Unavailable)
+        assert harness.idle
+
+    def test_who_was_never_there_goes_on(self) -> None:
+        harness = FirstStageHarness(max_prefill_chunk=20)
+        harness.admit(20)
+        _, outputs = harness.admit(20, first_token=100)
+        harness.compute()
+        harness.stage.on_link_lost("top:1", Unavailable("gone"))
+        harness.reply(harness.compute())
+        assert token_ids(outputs) == [TOKEN_ID]
+
+    def test_what_reached_it_over_a_new_link_meanwhile_is_closed(self, harness: FirstStageHarness) -> None:
+        session, _ = harness.admit()
+        harness.compute()
+        harness.stage.on_link_lost("top:1", Unavailable("gone"))
+        assert harness.downstream.closed == [("top:1", session.id)]
