@@ -9,7 +9,7 @@ import torch
 from benchmarks.clusters import first_shard, preset, prompt, run, running
 from benchmarks.report import Options, options, ratio, write
 from stitch.environment import cache_folder
-from stitch_server.model.counting import ParameterCount
+from stitch_server.model.description import ParameterCount
 from stitch_server.sources.resolve import resolve
 
 FLOAT32_BYTES = 4

@@ -20,9 +20,8 @@ from stitch_server.kv_cache.span import Span
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import read_config
-from stitch_server.model.embedding import Embedding
-from stitch_server.model.head import Head
-from stitch_server.model.linear import WeightFormat
+from stitch_server.model.embedding_and_head import Embedding, Head
+from stitch_server.model.weights import WeightFormat
 from stitch_server.sources.resolve import resolve
 
 KINDS: tuple[Quantization, ...] = ("none", "int8", "int4")

@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import Qwen2Config
 
 from stitch.cluster import ClusterConfig, load_cluster
-from stitch_server.model.counting import ParameterCount
-from stitch_server.model.description import ModelDescription
+from stitch_server.model.description import ModelDescription, ParameterCount
 from stitch_server.model.stitch import Stitch, StitchBinding
 from stitch_server.model.tokenizer_hash import tokenizer_hash
 

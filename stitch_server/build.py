@@ -17,15 +17,13 @@ from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool, blocks_fo
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.kv_sizing import kv_bytes_per_token, kv_tokens
 from stitch_server.model.adapters import Adapters
-from stitch_server.model.counting import ParameterCount
 from stitch_server.model.decoder import DecoderLayers
-from stitch_server.model.description import ModelDescription
-from stitch_server.model.embedding import Embedding
-from stitch_server.model.head import Head
-from stitch_server.model.linear import WeightFormat
+from stitch_server.model.description import ModelDescription, ParameterCount
+from stitch_server.model.embedding_and_head import Embedding, Head
 from stitch_server.model.probe import Probe
 from stitch_server.model.stitch import Stitch
 from stitch_server.model.tokenizer_hash import token_count, tokenizer_hash
+from stitch_server.model.weights import WeightFormat
 from stitch_server.sources.resolve import resolve
 from stitch_server.worker.cuda_graphs import DecodeGraphs, capture_for
 
@@ -137,7 +135,7 @@ def allocate_kv_cache(
     blocks = pool.blocks + (kernel is not None)
     store = KVStore(decoder.first, decoder.end, blocks, *shape, device, dtype, block_tokens)
     attention, capture = backend_for(store, kernel), capture_for(device)
-    if kernel is None or capture is None or not (compute.captured_decode and decoder.is_lean):
+    if kernel is None or capture is None or not (compute.captured_decode and decoder.is_native):
         return KVCache(pool, store, attention, None)
     max_blocks = min(pool.blocks, blocks_for(context_length, block_tokens))
     return KVCache(pool, store, attention, DecodeGraphs(decoder, store, kernel, max_blocks, capture))

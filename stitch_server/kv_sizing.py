@@ -16,9 +16,8 @@ from stitch.cluster import ClusterConfig, ShardConfig
 from stitch.environment import cache_folder
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.model import llama
-from stitch_server.model.counting import ParameterCount
-from stitch_server.model.description import ModelDescription, read_config
-from stitch_server.model.linear import WeightFormat
+from stitch_server.model.description import ModelDescription, ParameterCount, read_config
+from stitch_server.model.weights import WeightFormat
 from stitch_server.rpc.tensors import bytes_per_token
 from stitch_server.sources.resolve import resolve
 
@@ -112,8 +111,8 @@ def _plan_of(cluster: ClusterConfig, config: ShardConfig, device: torch.device, 
     dtype: torch.dtype = getattr(torch, compute.dtype)
     first, end = config.layers
     is_last = config.role == "top" and end == model.layers
-    is_lean = llama.supports(read_config(folder))
-    weights = _weight_bytes(cluster, config, ParameterCount.read(folder), device, is_last, is_lean)
+    is_native = llama.supports(read_config(folder))
+    weights = _weight_bytes(cluster, config, ParameterCount.read(folder), device, is_last, is_native)
     token_bytes = kv_bytes_per_token(end - first, model.kv_heads, model.head_dim, dtype)
     block_tokens = compute.kv_block_tokens or BLOCK_TOKENS
     tokens = kv_tokens(
@@ -129,15 +128,15 @@ def _weight_bytes(
     count: ParameterCount,
     device: torch.device,
     is_last: bool,
-    is_lean: bool,
+    is_native: bool,
 ) -> int:
     dtype: torch.dtype = getattr(torch, cluster.compute.dtype)
     weight_format = WeightFormat.of(cluster.compute)
     of_layers = count.between(*config.layers) * weight_format.bits(dtype) // 8
     of_head = count.head * weight_format.for_head.bits(dtype) // 8 if is_last else 0
     # The kernels of layers that come from `transformers` keep no second copy.
-    layer_copies = 2 if weight_format.keeps_twice(device, dtype) and is_lean else 1
-    head_copies = 2 if weight_format.for_head.keeps_twice(device, dtype) else 1
+    layer_copies = 2 if weight_format.keeps_two_layouts(device, dtype) and is_native else 1
+    head_copies = 2 if weight_format.for_head.keeps_two_layouts(device, dtype) else 1
     # The embedding is looked up and not multiplied by, so it keeps its dtype.
     is_first = config.role == "bottom" and config.layers[0] == 0
     of_embedding = count.head * dtype.itemsize if is_first else 0

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stitch_server.model.counting import ParameterCount
+from stitch_server.model.description import ParameterCount
 from stitch_training.pairs import LoadedPair
 from stitch_training.scoring import Interval
 from stitch_training.sums import Cut

@@ -10,8 +10,7 @@ import torch
 from stitch.cluster import ROLES, ClusterConfig
 from stitch.environment import cache_folder
 from stitch.errors import Incompatible
-from stitch_server.model.counting import ParameterCount
-from stitch_server.model.description import ModelDescription
+from stitch_server.model.description import ModelDescription, ParameterCount
 from stitch_server.model.stitch import Stitch
 from stitch_server.model.tokenizer_hash import tokenizer_hash
 from stitch_server.sources.resolve import resolve

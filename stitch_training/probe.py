@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from stitch.cluster import ClusterConfig
 from stitch.environment import cache_folder
 from stitch.errors import InvalidRequest
-from stitch_server.model.counting import ParameterCount
-from stitch_server.model.description import ModelDescription
+from stitch_server.model.description import ModelDescription, ParameterCount
 from stitch_server.model.probe import MOST_TOKENS, PERCENTILES, Probe, ProbeBinding
 from stitch_server.model.tokenizer_hash import tokenizer_hash
 from stitch_server.sources.resolve import resolve

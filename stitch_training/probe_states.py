@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from stitch.errors import Incompatible, InvalidRequest
 from stitch_server.model.decoder import DecoderLayers
-from stitch_server.model.embedding import Embedding
+from stitch_server.model.embedding_and_head import Embedding
 from stitch_server.model.probe import features, pooled
 from stitch_training.recovery import Numbers
 from stitch_training.whole_model import CausalSequences

@@ -16,8 +16,8 @@ from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import read_config
-from stitch_server.model.embedding import EMBEDDING, Embedding
-from stitch_server.model.weights import Weights
+from stitch_server.model.embedding_and_head import Embedding
+from stitch_server.model.weights import EMBEDDING, Weights
 
 
 class WholeModel:

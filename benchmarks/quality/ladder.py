@@ -18,8 +18,7 @@ from typing import Any
 
 from stitch.cluster import load_cluster
 from stitch.environment import cache_folder
-from stitch_server.model.counting import ParameterCount
-from stitch_server.model.description import ModelDescription
+from stitch_server.model.description import ModelDescription, ParameterCount
 from stitch_server.sources.resolve import resolve
 from stitch_training.cost_ladder import BOTTOM, TOP, Ladder, Rung, stitched_parameters
 from stitch_training.fit_report import write_json

@@ -1,4 +1,4 @@
-"""Low-rank adapters: what a route may add to the top model's layers. Knows no layer's arithmetic.
+"""Low-rank adapters, which a route may add to the top model's layers.
 
 Beside layer i, tokens of a route with adapters of rank r pass a bottleneck of r values,
 
@@ -39,30 +39,30 @@ class Adapters:
 
     @property
     def end(self) -> int:
-        """The layer behind the last one."""
+        """The end of the range of layers, exclusive."""
         return self.first + len(self.down)
 
     @property
     def width(self) -> int:
-        """The hidden size that they are for."""
+        """The hidden size of the layers."""
         return self.down.shape[2]
 
     @property
     def rank(self) -> int:
-        """Values in a bottleneck."""
+        """The size of a bottleneck."""
         return self.down.shape[1]
 
     @property
     def parameters(self) -> int:
-        """What one token reads of all of them."""
+        """The parameters that one token reads."""
         return self.down.numel() + self.up.numel()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Adapters:
-        """The same adapters, ready to compute there."""
+        """Returns the same adapters on another device or in another dtype."""
         return Adapters(self.first, self.down.to(device, dtype), self.up.to(device, dtype))
 
     def between(self, first: int, end: int) -> Adapters | None:
-        """Those of layers [first, end); None where there are none."""
+        """Returns the adapters of layers [first, end), or None if there are none."""
         first, end = max(first, self.first), min(end, self.end)
         if first >= end:
             return None
@@ -70,7 +70,7 @@ class Adapters:
         return Adapters(first, self.down[kept].clone(), self.up[kept].clone())
 
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
-        """What is added behind `layer` for the states `[tokens, hidden]` before it."""
+        """Returns what is added to the output of `layer`, given its input `[tokens, hidden]`."""
         at = layer - self.first
         narrow = F.linear(F.rms_norm(hidden, hidden.shape[-1:], None, EPSILON), self.down[at])
         return F.linear(F.silu(narrow), self.up[at])

@@ -1,11 +1,14 @@
-"""A shard's lean layers as one call of a compiled kernel. Knows no session, and of a cache where tokens lie."""
+"""A shard's native layers as one call of the CPU kernels (`stitch_server/cpu/layers.py`).
+
+`LayerAssembly` packs the layers' matrices into arrays with a leading axis for the layer, as they are read.
+`CompiledLayers` takes a batch's hidden states through a range of them, over the KV cache that `PagedKV` describes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,41 +17,46 @@ from torch import Tensor
 from stitch_server.cpu import Activations, Floats, Layers, Matrix, PagedKV, Pass, run_layers
 from stitch_server.devices import as_bits, as_float32
 from stitch_server.huge_pages import HugePageArena
-from stitch_server.model.compiled_linear import CompiledLinear, instructions, panels_of, rows_worth_a_product, suits
-from stitch_server.model.linear import WeightFormat, packed_rows
+from stitch_server.model.compiled_linear import (
+    CompiledLinear,
+    instructions_for,
+    is_faster_for,
+    min_efficient_tokens,
+    pack_panels,
+)
+from stitch_server.model.llama import NativeLayer, RotaryAngles
+from stitch_server.model.quantized import quantize
+from stitch_server.model.weights import WeightFormat
 from stitch_server.thread_pool import run_on_thread_pool
-
-if TYPE_CHECKING:
-    from stitch_server.model.llama import LeanLayer, RotaryAngles
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledLayers:
-    """Decoder layers as `kernels.layers` takes them."""
+    """Decoder layers in the arrays that the kernels read."""
 
     layers: Layers
     rotary: RotaryAngles
     epsilon: float
 
-    def suits(self, tokens: int) -> bool:
-        """Whether it is the faster way for so many tokens."""
-        return suits(tokens, self.layers.down.weight)
+    def is_faster_for(self, tokens: int) -> bool:
+        """Whether a pass of this many tokens is faster here than layer by layer through oneDNN."""
+        return is_faster_for(tokens, self.layers.down.weight)
 
     @property
     def min_efficient_tokens(self) -> int:
         """The number of tokens below which a pass takes hardly less time."""
-        return rows_worth_a_product(self.layers.down.weight)
+        return min_efficient_tokens(self.layers.down.weight)
 
-    def run(self, paged: PagedKV, hidden: Tensor, first: int, end: int) -> Tensor:
-        """States `[tokens, hidden_size]` behind layers `first` to `end`; keeps their keys and values."""
-        rows = np.array(as_float32(hidden))
-        rotations = self.rotary.table(int((paged.ends - paged.begins).max()))
-        qkv_width, kv_width = self.layers.query_key_value.bias.shape[1], paged.kv.shape[2] * paged.kv.shape[3]
+    def run(self, paged_kv: PagedKV, hidden: Tensor, first: int, end: int) -> Tensor:
+        """Takes states `[tokens, hidden_size]` through layers `first` to `end`; caches their keys and values."""
+        states = np.array(as_float32(hidden))
+        rotations = self.rotary.table(int((paged_kv.ends - paged_kv.begins).max()))
+        qkv_width, kv_width = self.layers.query_key_value.bias.shape[1], paged_kv.kv.shape[2] * paged_kv.kv.shape[3]
         widths = (qkv_width, qkv_width - kv_width, self.layers.gate_up.bias.shape[1] // 2)
-        activations = Activations(*(np.empty((len(rows), width), np.float32) for width in widths))
-        states = Pass(rows, rotations, paged, activations)
-        run_on_thread_pool(partial(run_layers, states, self.layers, first, end, self.epsilon, instructions(len(rows))))
-        return torch.from_numpy(rows).to(hidden.dtype)
+        activations = Activations(*(np.empty((len(states), width), np.float32) for width in widths))
+        batch, instructions = Pass(states, rotations, paged_kv, activations), instructions_for(len(states))
+        run_on_thread_pool(partial(run_layers, batch, self.layers, first, end, self.epsilon, instructions))
+        return torch.from_numpy(states).to(hidden.dtype)
 
 
 class LayerAssembly:
@@ -56,19 +64,19 @@ class LayerAssembly:
 
     def __init__(self, layers: int, weight_format: WeightFormat) -> None:
         self._layers, self._weight_format = layers, weight_format
-        self._pages = HugePageArena()
+        self._arena = HugePageArena()
         self._weights: dict[str, Tensor] = {}
         self._scales: dict[str, Tensor] = {}
         self._biases: dict[str, Tensor] = {}
 
-    def take(self, index: int, name: str, weight: Tensor, bias: Tensor | None) -> None:
-        """Packs the matrix `[outputs, inputs]` of that name in `Layers`, of the layer at `index`."""
-        rows, scales = packed_rows(weight, self._weight_format)
-        panels = panels_of(rows)
+    def add(self, index: int, name: str, weight: Tensor, bias: Tensor | None) -> None:
+        """Packs the matrix `[outputs, inputs]` with that name in `Layers`, of the layer at `index`."""
+        quantized, scales = quantize(weight, self._weight_format)
+        panels = pack_panels(quantized)
         if name not in self._weights:
-            self._weights[name] = self._pages.allocate((self._layers, *panels.shape), panels.dtype)
-            self._scales[name] = torch.ones(self._layers, len(rows))
-            self._biases[name] = torch.zeros(self._layers, len(rows))
+            self._weights[name] = self._arena.allocate((self._layers, *panels.shape), panels.dtype)
+            self._scales[name] = torch.ones(self._layers, len(weight))
+            self._biases[name] = torch.zeros(self._layers, len(weight))
         self._weights[name][index] = panels
         if scales is not None:
             self._scales[name][index] = scales
@@ -76,12 +84,12 @@ class LayerAssembly:
             self._biases[name][index] = bias
 
     def linear(self, index: int, name: str) -> CompiledLinear:
-        """The linear layer of a matrix that was taken."""
+        """Returns the linear layer of a matrix that was added."""
         weight, scales, bias = self._weights[name][index], self._scales[name][index], self._biases[name][index]
         return CompiledLinear(Matrix(as_bits(weight), scales.numpy(), bias.numpy()))
 
-    def compiled(self, layers: Sequence[LeanLayer], rotary: RotaryAngles, dtype: torch.dtype) -> CompiledLayers:
-        """The layers whose matrices were taken, over a cache of `dtype`; compiles, so that no token waits for it."""
+    def finish(self, layers: Sequence[NativeLayer], rotary: RotaryAngles, dtype: torch.dtype) -> CompiledLayers:
+        """Returns the layers whose matrices were added, compiled for a cache of `dtype`."""
         one = layers[0]
         norms = [
             torch.empty(0, one.head_dim) if layer.query_key_norm is None else layer.query_key_norm for layer in layers
@@ -89,11 +97,11 @@ class LayerAssembly:
         compiled = CompiledLayers(
             layers=Layers(
                 first=one.index,
-                attention_norm=_stacked_arrays([layer.attention_norm.weight for layer in layers]),
+                attention_norm=_stack([layer.attention_norm.weight for layer in layers]),
                 query_key_value=self._matrix("query_key_value"),
-                query_key_norm=_stacked_arrays(norms),
+                query_key_norm=_stack(norms),
                 attention_output=self._matrix("attention_output"),
-                feed_forward_norm=_stacked_arrays([layer.feed_forward_norm.weight for layer in layers]),
+                feed_forward_norm=_stack([layer.feed_forward_norm.weight for layer in layers]),
                 gate_up=self._matrix("gate_up"),
                 down=self._matrix("down"),
                 windows=np.array([layer.window or 0 for layer in layers]),
@@ -101,14 +109,15 @@ class LayerAssembly:
             rotary=rotary,
             epsilon=one.query_key_epsilon,
         )
+        # Compiles the kernel now, over a cache of one token, so that the first token doesn't wait for the compiler.
         kv = as_bits(torch.zeros(len(layers), 1, 2 * one.kv_heads, one.head_dim, dtype=dtype))
-        nowhere = PagedKV(one.index, kv, *(np.array([place]) for place in (0, 0, 1)))
-        compiled.run(nowhere, torch.zeros(1, len(one.attention_norm.weight)), one.index, one.index + 1)
+        one_token = PagedKV(one.index, kv, *(np.array([index]) for index in (0, 0, 1)))
+        compiled.run(one_token, torch.zeros(1, len(one.attention_norm.weight)), one.index, one.index + 1)
         return compiled
 
     def _matrix(self, name: str) -> Matrix:
         return Matrix(as_bits(self._weights[name]), self._scales[name].numpy(), self._biases[name].numpy())
 
 
-def _stacked_arrays(values: Sequence[Tensor]) -> Floats:
+def _stack(values: Sequence[Tensor]) -> Floats:
     return as_float32(torch.stack(list(values)))

@@ -1,4 +1,8 @@
-"""A range of one model's decoder layers, whatever its family. Doesn't know where the past is kept."""
+"""A range of one model's decoder layers, of any supported family: `[tokens, hidden_size]` in and out.
+
+Layers reach the KV cache through the `attend` function that they are given. The native layers of `llama.py` are used
+for the families that they support, those of `transformers` for others.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +18,16 @@ from transformers import PretrainedConfig
 
 from stitch.errors import Incompatible
 from stitch_server.attention import Attend, Layer, Rotary
-from stitch_server.model import hf_layers, llama
+from stitch_server.model import hf_layers, llama, llama_loader
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.description import head_dim, kv_heads, read_config
-from stitch_server.model.linear import AS_STORED, WeightFormat
-from stitch_server.model.weights import Weights
+from stitch_server.model.weights import AS_STORED, WeightFormat, Weights
 
 if TYPE_CHECKING:
     from stitch_server.cpu import PagedKV
     from stitch_server.model.compiled_layers import CompiledLayers
 
-__all__ = ["Attend", "DecoderLayers", "Rotary"]
-
-# Rows, and what they pass beside every layer.
+# Slices of a batch's tokens, and the adapters that each passes beside every layer.
 Adapted = Sequence[tuple[slice, Adapters]]
 
 
@@ -41,7 +42,7 @@ class DecoderLayers:
     head_dim: int
     _layers: Sequence[Layer]
     _rotary: Callable[[Tensor], Rotary]
-    # The same layers for a few tokens; None where their matrices are not kept for these, too.
+    # The same layers packed for the CPU kernels; None where these are not used.
     _compiled: CompiledLayers | None = None
 
     @classmethod
@@ -54,25 +55,25 @@ class DecoderLayers:
         dtype: torch.dtype,
         weight_format: WeightFormat = AS_STORED,
     ) -> DecoderLayers:
-        """Reads these layers' weights alone.
+        """Reads the weights of these layers only.
 
-        Raises Incompatible where the model has no such range, or its layers can't be quantized.
+        Raises Incompatible if the model has no such range, or its layers can't be quantized.
         """
         config = read_config(folder)
         if not 0 <= first < end <= config.num_hidden_layers:
             raise Incompatible(f"layers {first} to {end} are no range of {folder}: it has {config.num_hidden_layers}")
         with Weights(folder, device, dtype, weight_format) as weights:
-            layers, rotary, compiled = _of_family(config, first, end, weights)
+            layers, rotary, compiled = _load_family(config, first, end, weights)
         return cls(first, end, config.hidden_size, kv_heads(config), head_dim(config), layers, rotary, compiled)
 
     @property
-    def is_lean(self) -> bool:
-        """Whether none of them is of `transformers`, which may ask a GPU for its results in the middle of a layer."""
-        return all(isinstance(layer, llama.LeanLayer) for layer in self._layers)
+    def is_native(self) -> bool:
+        """Whether all layers are native; one of `transformers` may synchronize with a GPU in the middle of a layer."""
+        return all(isinstance(layer, llama.NativeLayer) for layer in self._layers)
 
     def is_compiled(self, tokens: int) -> bool:
-        """Whether a pass of so many tokens, all at the same layers, is one compiled loop."""
-        return self._compiled is not None and self._compiled.suits(tokens)
+        """Whether a pass of this many tokens, all through the same layers, is one call of the CPU kernels."""
+        return self._compiled is not None and self._compiled.is_faster_for(tokens)
 
     @property
     def min_efficient_tokens(self) -> int:
@@ -89,7 +90,7 @@ class DecoderLayers:
         return 3 * self.hidden_size
 
     def rotary(self, positions: Tensor) -> Rotary:
-        """What positions `[tokens]` turn queries and keys by; made once for all layers of a batch."""
+        """Returns the rotations of positions `[tokens]`, computed once for all layers of a batch."""
         return self._rotary(positions)
 
     def run(
@@ -103,46 +104,46 @@ class DecoderLayers:
     ) -> Tensor:
         """Takes hidden states `[tokens, hidden_size]` through layers `first` to `end` of its own range.
 
-        Rows that are `adapted` pass their adapters beside every layer.
+        Tokens that are `adapted` pass their adapters beside every layer.
         """
-        return _beside(adapted, partial(self._one_by_one, rotary, attend), hidden, first, end)
+        return _run_adapted(adapted, partial(self._run_layers, rotary, attend), hidden, first, end)
 
-    def run_compiled(self, hidden: Tensor, paged: PagedKV, first: int, end: int, adapted: Adapted = ()) -> Tensor:
-        """The same where the layers are `is_compiled`: kernels rotate and attend themselves, at the places in `paged`.
+    def run_compiled(self, hidden: Tensor, paged_kv: PagedKV, first: int, end: int, adapted: Adapted = ()) -> Tensor:
+        """Does the same in the CPU kernels, which rotate and attend themselves, over the slots in `paged_kv`.
 
-        Raises ValueError where they are not kept for kernels.
+        Raises ValueError if the layers are not packed for the kernels.
         """
         if self._compiled is None:
-            raise ValueError("these layers are not kept for kernels")
-        return _beside(adapted, partial(self._compiled.run, paged), hidden, first, end)
+            raise ValueError("these layers are not packed for the CPU kernels")
+        return _run_adapted(adapted, partial(self._compiled.run, paged_kv), hidden, first, end)
 
-    def _one_by_one(self, rotary: Rotary, attend: Attend, hidden: Tensor, first: int, end: int) -> Tensor:
+    def _run_layers(self, rotary: Rotary, attend: Attend, hidden: Tensor, first: int, end: int) -> Tensor:
         for index in range(first, end):
             hidden = self._layers[index - self.first](hidden, rotary, attend)
         return hidden
 
 
-def _beside(
-    adapted: Adapted, through: Callable[[Tensor, int, int], Tensor], hidden: Tensor, first: int, end: int
+def _run_adapted(
+    adapted: Adapted, run: Callable[[Tensor, int, int], Tensor], hidden: Tensor, first: int, end: int
 ) -> Tensor:
-    """`through` layers `first` to `end`, with what is `adapted` beside each."""
+    """Runs layers `first` to `end`, one at a time if there are adapters to add to each layer's output."""
     if not adapted:
-        return through(hidden, first, end)
+        return run(hidden, first, end)
     for index in range(first, end):
-        after = through(hidden, index, index + 1)
-        for rows, adapters in adapted:
-            after[rows] += adapters(index, hidden[rows])
-        hidden = after
+        output = run(hidden, index, index + 1)
+        for tokens, adapters in adapted:
+            output[tokens] += adapters(index, hidden[tokens])
+        hidden = output
     return hidden
 
 
-def _of_family(
+def _load_family(
     config: PretrainedConfig, first: int, end: int, weights: Weights
 ) -> tuple[Sequence[Layer], Callable[[Tensor], Rotary], CompiledLayers | None]:
-    """Lean layers where there are some, else those of `transformers`."""
+    """Reads native layers if they support the model, else those of `transformers`."""
     if llama.supports(config):
         rotary = llama.RotaryAngles(config, weights.device)
-        layers, compiled = llama.load_layers(config, first, end, weights, rotary)
+        layers, compiled = llama_loader.load_layers(config, first, end, weights, rotary)
         return layers, rotary, compiled
     quantization = weights.weight_format.quantization
     if quantization != "none":

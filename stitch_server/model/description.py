@@ -1,10 +1,16 @@
-"""What a model is, read from its folder: sizes, family, a fingerprint of its weights. Loads no weights."""
+"""Describes a model from its folder: sizes, family, parameter counts, a fingerprint of its weights.
+
+Reads configuration files and the headers of the weights' files, and a sample of each tensor for the fingerprint.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +18,14 @@ from transformers import AutoConfig, PretrainedConfig
 
 from stitch.errors import Incompatible
 from stitch.v1 import inference_pb2
-from stitch_server.model.weights import weight_files
+from stitch_server.model.weights import EMBEDDING, weight_files
 
 SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """One model's identity and sizes."""
+    """A model's identity and sizes."""
 
     id: str
     # Equal on every machine that holds the same weights.
@@ -37,7 +43,7 @@ class ModelDescription:
 
     @classmethod
     def read(cls, folder: Path, model_id: str) -> ModelDescription:
-        """Raises Incompatible where the folder holds no model."""
+        """Reads the folder. Raises Incompatible if it holds no model."""
         config = read_config(folder)
         return cls(
             id=model_id,
@@ -54,7 +60,7 @@ class ModelDescription:
         )
 
     def to_proto(self) -> inference_pb2.Model:
-        """What clients and neighbours are told."""
+        """Returns the message that describes the model to clients and neighbours."""
         return inference_pb2.Model(
             id=self.id,
             revision=self.revision,
@@ -67,7 +73,7 @@ class ModelDescription:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The folder's config.json with its family's defaults. Raises Incompatible where there is none."""
+    """Reads the folder's config.json with its family's defaults. Raises Incompatible if there is none."""
     if not (folder / "config.json").is_file():
         raise Incompatible(f"{folder} has no config.json, so it is no model folder")
     config: PretrainedConfig = AutoConfig.from_pretrained(folder)
@@ -75,19 +81,19 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """Values in one attention head."""
+    """Returns the size of an attention head."""
     given: int | None = getattr(config, "head_dim", None)
     return given or config.hidden_size // config.num_attention_heads
 
 
 def kv_heads(config: PretrainedConfig) -> int:
-    """Heads of keys and values; queries share them in groups."""
+    """Returns the number of heads of keys and values, which groups of query heads share."""
     given: int | None = getattr(config, "num_key_value_heads", None)
     return given or config.num_attention_heads
 
 
 def eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """The tokens that end an answer: those of generation_config.json, else those of config.json."""
+    """Returns the tokens that end an answer: those of generation_config.json, else those of config.json."""
     for name in ("generation_config.json", "config.json"):
         given = _json(folder / name).get("eos_token_id")
         if given is not None:
@@ -96,7 +102,7 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
 
 
 def revision(folder: Path) -> str:
-    """16 hex digits over every tensor's name, dtype, shape and first 4 KiB; reads nothing else of the weights."""
+    """Returns 16 hex digits over every tensor's name, dtype, shape and first 4 KiB."""
     samples: dict[str, bytes] = {}
     for path in weight_files(folder):
         samples.update(_samples(path))
@@ -107,7 +113,7 @@ def revision(folder: Path) -> str:
 
 
 def _samples(path: Path) -> dict[str, bytes]:
-    """Per tensor of a safetensors file: its entry in the header and its first bytes.
+    """Returns, for each tensor of a safetensors file, its entry in the header and its first bytes.
 
     Layout: https://huggingface.co/docs/safetensors/index#format
     """
@@ -127,3 +133,40 @@ def _samples(path: Path) -> dict[str, bytes]:
 def _json(path: Path) -> dict[str, Any]:
     fields: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     return fields
+
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCount:
+    """The parameters that a model reads for one token. The embedding counts nothing: a token reads one row of it."""
+
+    layers: tuple[int, ...]
+    # The final norm and the language-model head, tied or not.
+    head: int
+
+    @classmethod
+    def read(cls, folder: Path) -> ParameterCount:
+        shapes: dict[str, int] = {}
+        for path in weight_files(folder):
+            shapes.update(_sizes(path))
+        config = read_config(folder)
+        layers: Counter[int] = Counter()
+        for name, size in shapes.items():
+            if found := _LAYER.match(name):
+                layers[int(found[1])] += size
+        head = shapes[EMBEDDING if config.tie_word_embeddings else "lm_head.weight"]
+        norm = shapes.get("model.norm.weight", 0)
+        return cls(tuple(layers[index] for index in range(config.num_hidden_layers)), head + norm)
+
+    def between(self, first: int, end: int) -> int:
+        """Returns the parameters of layers `[first, end)`."""
+        return sum(self.layers[first:end])
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Returns the size of every tensor of a safetensors file."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}

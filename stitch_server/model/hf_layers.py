@@ -1,7 +1,7 @@
-"""Decoder layers, norms and scales of families without lean layers: those of `transformers`, a range at a time.
+"""Decoder layers and norms of `transformers`, for families without native layers: a range of layers at a time.
 
-Knows no family's arithmetic: `FAMILIES` are those whose results were compared with the whole model's. To add one, put
-its name there and run the tests.
+`FAMILIES` are those whose results the tests compare with the whole model's. To add one, put its name there and run the
+tests.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ATTENTION = "stitch"
 
 
 def check_supported(config: PretrainedConfig) -> None:
-    """Raises Incompatible for a model that these layers would compute otherwise than its own family does."""
+    """Raises Incompatible for a model that these layers would not compute as its own family does."""
     rope_type = getattr(config, "rope_parameters", {}).get("rope_type")
     if config.model_type not in FAMILIES:
         raise Incompatible(f"the family {config.model_type} is none of {', '.join(FAMILIES)}")
@@ -50,37 +50,37 @@ def check_supported(config: PretrainedConfig) -> None:
 
 
 def load_layers(config: PretrainedConfig, first: int, end: int, weights: Weights) -> list[Layer]:
-    """Layers `first` to `end`. Raises Incompatible, which names the tensor, where the folder lacks one."""
+    """Reads layers `first` to `end`. Raises Incompatible, which names the tensor, if the folder lacks one."""
     decoder = _skeleton(config).model
     return [TransformersLayer(_filled(decoder.layers[at], f"model.layers.{at}", weights)) for at in range(first, end)]
 
 
 def load_norm(config: PretrainedConfig, weights: Weights) -> nn.Module:
-    """The norm behind the last layer, `[tokens, hidden_size]` in and out."""
+    """Reads the norm after the last layer, `[tokens, hidden_size]` in and out."""
     return _filled(_skeleton(config).model.norm, "model.norm", weights)
 
 
 class TransformersAngles:
-    """The rotations of the model's positions by its family's own module."""
+    """RoPE's rotations by the family's own module."""
 
     def __init__(self, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
         self._embedding = type(_skeleton(config).model.rotary_emb)(config).to(device)
         self._like = torch.empty(0, device=device, dtype=dtype)
 
     def __call__(self, positions: Tensor) -> Rotary:
-        """Cosines and sines `[tokens, rotated]` of positions `[tokens]`."""
+        """Returns cosines and sines `[tokens, rotated]` of positions `[tokens]`."""
         cosines, sines = self._embedding(self._like, positions.unsqueeze(0))
         return cosines[0], sines[0]
 
 
 @dataclass(frozen=True, slots=True)
 class TransformersLayer:
-    """One of the family's own layers, which reaches our cache through a registered attention function."""
+    """One of the family's own layers, which reaches the KV cache through a registered attention function."""
 
     module: nn.Module
 
     def __call__(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        """`[tokens, hidden_size]` in and out; leaves what it is given unchanged."""
+        """Takes and returns `[tokens, hidden_size]`; leaves its arguments unchanged."""
         cosines, sines = rotary
         angles = cosines.unsqueeze(0), sines.unsqueeze(0)
         output = self.module(hidden.unsqueeze(0), position_embeddings=angles, attention_mask=None, attend=attend)
@@ -100,9 +100,9 @@ def _attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What layers of `transformers` call for attention; query, key and value are `[1, heads, tokens, head_dim]`."""
-    rows, keys, values = (part[0].transpose(0, 1) for part in (query, key, value))
-    attended = attend(module.layer_idx, rows, keys, values, scaling, sliding_window)
+    """The attention function of `transformers` layers; query, key and value are `[1, heads, tokens, head_dim]`."""
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    attended = attend(module.layer_idx, queries, keys, values, scaling, sliding_window)
     return attended.view(1, query.shape[2], query.shape[1], -1), None
 
 
@@ -110,7 +110,7 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The whole model without any memory for its weights."""
+    """Builds the whole model without memory for its weights."""
     check_supported(config)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]

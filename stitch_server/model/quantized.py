@@ -1,7 +1,7 @@
-"""int8 and int4 weights, and linear layers by them without this project's kernels. Doesn't know whose layers.
+"""int8 and int4 weights: their conversion, and linear layers by them without this project's kernels.
 
-int8 has a scale for each output; oneDNN quantizes rows as well, so that its product is one of small integers. int4 has
-a step and a least weight for each group of inputs (`kernels/matmul/int4_layout.py`).
+int8 has a scale for each output; oneDNN quantizes the tokens' inputs as well, so that its matmul is one of small
+integers. int4 has a step and a least weight for each group of inputs (`stitch_server/cpu/matmul/int4_layout.py`).
 """
 
 from __future__ import annotations
@@ -15,44 +15,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stitch_server.cpu import INT4_GROUP, INT4_MAX_STEPS, INT4_SHIFTS, INT4_WORD_INPUTS, INT4_WORDS
+from stitch_server.model.weights import WeightFormat
 
-# The number of rows that oneDNN's layout is chosen for; layouts for 8, 64 and 512 measured alike.
-TYPICAL_ROWS = 8
+# The number of tokens that oneDNN's layout is chosen for; layouts for 8, 64 and 512 measured alike.
+TYPICAL_TOKENS = 8
 # Signed bytes without their lowest value, so that both signs reach equally far.
-MOST_INT8 = 127
-# oneDNN's fast kernels take the rows as unsigned bytes: 128 stands for zero.
+MAX_INT8 = 127
+# oneDNN's fast kernels take the inputs as unsigned bytes: 128 stands for zero.
 ZERO_POINT = 128
-# Added before bytes are cut off behind the point, so that they are rounded.
+# Added before the fraction is truncated, so that bytes are rounded.
 ROUNDED_ZERO = torch.tensor(ZERO_POINT + 0.5)
-# Keeps a row of zeros from being divided by zero.
-LEAST_SCALE = 1e-30
+# Keeps a token of zeros from being divided by zero.
+MIN_SCALE = 1e-30
+
+
+def quantize(weight: Tensor, weight_format: WeightFormat) -> tuple[Tensor, Tensor | None]:
+    """Converts a weight to what kernels read; int8 weights have a scale for each output."""
+    if weight_format.quantization == "int4":
+        return to_int4(weight), None
+    return to_int8(weight) if weight_format.quantization == "int8" else (weight, None)
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`[outputs, inputs]` to int8 of that shape and float32 scales `[outputs]`: weight ≈ int8 · scale."""
-    scales = (weight.float().abs().amax(dim=1) / MOST_INT8).clamp_min(LEAST_SCALE)
+    scales = (weight.float().abs().amax(dim=1) / MAX_INT8).clamp_min(MIN_SCALE)
     return torch.round(weight.float() / scales[:, None]).to(torch.int8), scales
 
 
 def to_int4(weight: Tensor) -> Tensor:
-    """`[outputs, inputs]` to words `[outputs, groups * WORDS]` of uint32, the last group filled up with zeros."""
+    """`[outputs, inputs]` to uint32 `[outputs, groups * INT4_WORDS]`; the last group is padded with zeros."""
     outputs, inputs = weight.shape
     groups = F.pad(weight.float(), (0, -inputs % INT4_GROUP)).view(outputs, -1, INT4_GROUP)
     least, largest = groups.aminmax(dim=-1, keepdim=True)
     step, least = ((largest - least) / INT4_MAX_STEPS).half(), least.half()
-    steps = torch.round((groups - least.float()) / step.float().clamp_min(LEAST_SCALE)).clamp_(0, INT4_MAX_STEPS)
-    words = _joined(steps.to(torch.int32).view(outputs, -1, INT4_WORDS - 1, INT4_WORD_INPUTS), INT4_SHIFTS)
-    pairs = _joined(torch.stack([step, least], -1).view(torch.int16).to(torch.int32) & 0xFFFF, (0, 16))
+    steps = torch.round((groups - least.float()) / step.float().clamp_min(MIN_SCALE)).clamp_(0, INT4_MAX_STEPS)
+    words = _pack(steps.to(torch.int32).view(outputs, -1, INT4_WORDS - 1, INT4_WORD_INPUTS), INT4_SHIFTS)
+    pairs = _pack(torch.stack([step, least], -1).view(torch.int16).to(torch.int32) & 0xFFFF, (0, 16))
     return torch.cat([words, pairs], -1).view(outputs, -1).view(torch.uint32)
 
 
-def _joined(numbers: Tensor, places: Sequence[int]) -> Tensor:
-    """Neighbours in one word of int32, each at its place."""
-    return reduce(torch.bitwise_or, (number << at for number, at in zip(numbers.unbind(-1), places, strict=True)))
+def _pack(numbers: Tensor, shifts: Sequence[int]) -> Tensor:
+    """Packs the last dimension's numbers into one int32 each, every number at its shift."""
+    return reduce(torch.bitwise_or, (number << shift for number, shift in zip(numbers.unbind(-1), shifts, strict=True)))
 
 
 def from_int4(words: Tensor) -> Tensor:
-    """The float32 `[outputs, inputs of whole groups]` that such words stand for."""
+    """The float32 weights `[outputs, inputs of whole groups]` of such words."""
     groups = words.view(torch.int32).view(len(words), -1, INT4_WORDS)
     step, least = groups[..., -1:].contiguous().view(torch.float16).float().unbind(-1)
     steps = groups[..., :-1].unsqueeze(-1) >> torch.tensor(INT4_SHIFTS, device=words.device) & INT4_MAX_STEPS
@@ -63,7 +71,7 @@ def from_int4(words: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PlainInt4Linear:
-    """The matrix in four bits on any device: little memory, and no speed."""
+    """A linear layer by int4 weights on any device: little memory, and no faster than float32."""
 
     words: Tensor
     bias: Tensor | None
@@ -74,7 +82,7 @@ class PlainInt4Linear:
 
 @dataclass(frozen=True, slots=True)
 class PlainInt8Linear:
-    """The matrix as bytes on any device: a quarter of float32's memory, and no faster."""
+    """A linear layer by int8 weights on any device: a quarter of float32's memory, and no faster."""
 
     weight: Tensor
     scales: Tensor
@@ -91,28 +99,28 @@ class PlainInt8Linear:
 
 @dataclass(frozen=True, slots=True)
 class PackedInt8Linear:
-    """The matrix as bytes for oneDNN; the operators are those of `torch.compile`'s quantized models.
+    """A linear layer by int8 weights in oneDNN; the operators are those of `torch.compile`'s quantized models.
 
-    Rows become bytes as well, one scale for each: value ≈ (byte - 128) · max |row| / 127.
+    A token's inputs become bytes as well, with one scale: value ≈ (byte - 128) · max |inputs| / 127.
     """
 
     packed: Tensor
-    # Of the weights and of what rows are divided by: a row's bytes stand for its values / max |row| * 127.
+    # The weights' scales divided by 127: a token's bytes stand for its inputs / max |inputs| * 127.
     scales: Tensor
     zero_points: Tensor
     bias: Tensor | None
 
     @classmethod
     def quantized(cls, weight: Tensor, bias: Tensor | None) -> PackedInt8Linear:
-        rows, scales = to_int8(weight)
-        packed = torch.ops.onednn.qlinear_prepack(rows, [TYPICAL_ROWS, weight.shape[1]])
-        return cls(packed, scales / MOST_INT8, torch.zeros(len(scales), dtype=torch.int32), bias)
+        int8, scales = to_int8(weight)
+        packed = torch.ops.onednn.qlinear_prepack(int8, [TYPICAL_TOKENS, weight.shape[1]])
+        return cls(packed, scales / MAX_INT8, torch.zeros(len(scales), dtype=torch.int32), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True, dtype=torch.float32).add_(LEAST_SCALE)
-        rows = torch.addcdiv(ROUNDED_ZERO, x, largest, value=MOST_INT8).to(torch.uint8)
+        largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True, dtype=torch.float32).add_(MIN_SCALE)
+        inputs = torch.addcdiv(ROUNDED_ZERO, x, largest, value=MAX_INT8).to(torch.uint8)
         result: Tensor = torch.ops.onednn.qlinear_pointwise(
-            rows,
+            inputs,
             1.0,
             ZERO_POINT,
             self.packed,

@@ -1,4 +1,4 @@
-"""Rows, a matrix and its bias, to be multiplied."""
+"""Operands of a linear layer: inputs, a weight and its bias."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def operands(rows: int, inputs: int = 37) -> tuple[Tensor, Tensor, Tensor]:
-    """`[rows, inputs]`, `[53, inputs]` and `[53]`: more outputs than fill whole panels."""
-    generator = torch.Generator().manual_seed(rows)
-    return tuple(torch.randn(*shape, generator=generator) for shape in ((rows, inputs), (53, inputs), (53,)))  # type: ignore[return-value]
+def operands(tokens: int, inputs: int = 37) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns `[tokens, inputs]`, `[53, inputs]` and `[53]`: the last panel of outputs is padded."""
+    generator = torch.Generator().manual_seed(tokens)
+    return tuple(torch.randn(*shape, generator=generator) for shape in ((tokens, inputs), (53, inputs), (53,)))  # type: ignore[return-value]

@@ -17,10 +17,9 @@ from stitch_server.engine.types import Session as Kept
 from stitch_server.kv_cache.block_pool import blocks_for
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.decoder import DecoderLayers
-from stitch_server.model.embedding import Embedding
-from stitch_server.model.head import Head
-from stitch_server.model.linear import AS_STORED, WeightFormat
+from stitch_server.model.embedding_and_head import Embedding, Head
 from stitch_server.model.stitch import Stitch
+from stitch_server.model.weights import AS_STORED, WeightFormat
 from stitch_server.worker.cuda_graphs import DecodeGraphs
 from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.parallelism import ParallelismTuner

@@ -16,7 +16,7 @@ from stitch_server.model.stitch import Stitch, StitchBinding
 from stitch_server.model.tokenizer_hash import tokenizer_hash
 from tests.support.byte_tokenizer import byte_tokenizer, tokenizer_files
 
-LEAN_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+NATIVE_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 TOKENS = byte_tokenizer().get_vocab_size()
 CONTEXT_LENGTH = 2048
 # Large enough that layers matter and that no two logits are near each other.

@@ -14,9 +14,8 @@ from stitch_server.attention import backend_for
 from stitch_server.kv_cache.span import Span
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.decoder import DecoderLayers
-from stitch_server.model.embedding import Embedding
-from stitch_server.model.head import Head
-from stitch_server.model.linear import AS_STORED, WeightFormat
+from stitch_server.model.embedding_and_head import Embedding, Head
+from stitch_server.model.weights import AS_STORED, WeightFormat
 from tests.support.plain_attend import PlainAttend
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.build import load_stage
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.metrics import Metrics
-from stitch_server.model.counting import ParameterCount
+from stitch_server.model.description import ParameterCount
 from stitch_server.model.stitch import Stitch
 from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_neighbour, check_welcome
 from stitch_server.rpc.tensors import pack

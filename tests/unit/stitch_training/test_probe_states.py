@@ -34,7 +34,7 @@ def ignore(done: int, of: int) -> None:
 
 
 def test_states_are_those_of_a_shard(folder: Path) -> None:
-    from stitch_server.model.embedding import Embedding
+    from stitch_server.model.embedding_and_head import Embedding
 
     reader = PromptReader.load(folder, LAYER, 20, torch.float32, chat=False)
     prompts = [drawn(seed, tokens) for seed, tokens in enumerate((1, 7, 20, 33, 7, 21))]

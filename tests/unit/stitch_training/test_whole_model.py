@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from stitch_training.whole_model import CausalSequences, banded
 from tests.support.tiny_fit import load_whole
-from tests.support.tiny_model import LEAN_FAMILIES, TOKENS, write_tiny_model
+from tests.support.tiny_model import NATIVE_FAMILIES, TOKENS, write_tiny_model
 
 LAYERS = 3
 
@@ -20,7 +20,7 @@ def tokens() -> Tensor:
     return torch.randint(TOKENS, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("family", LEAN_FAMILIES)
+@pytest.mark.parametrize("family", NATIVE_FAMILIES)
 def test_logits_are_those_of_transformers(tmp_path: Path, family: str) -> None:
     folder = write_tiny_model(tmp_path / family, family, layers=LAYERS)
     whole = load_whole(folder, LAYERS)

@@ -1,4 +1,4 @@
-"""Threads that share a call do each task once, and none before the stage in front of it is done."""
+"""Threads that share a call do each task once, and none before the previous stage is done."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from threading import Thread
 import numpy as np
 import pytest
 
+from stitch_server.cpu import Indices
 from stitch_server.cpu.compiling import compiled
-from stitch_server.cpu.scalars import Indices
 from stitch_server.cpu.tasks import first_task, new_task_counts, next_task, wait_for
 
 STAGES, TASKS = 400, 7
@@ -16,22 +16,22 @@ STAGES, TASKS = 400, 7
 
 @compiled(cache=False)
 def work(sums: Indices, taken: Indices, counts: Indices) -> None:
-    """Each task adds up what all tasks of the stage in front of it have written."""
+    """Each task adds up what all tasks of the previous stage have written."""
     done, task = 0, first_task(counts)
     for stage in range(1, STAGES + 1):
-        behind = done + TASKS
-        if task < behind:
+        stage_end = done + TASKS
+        if task < stage_end:
             wait_for(counts, done)
-        while task < behind:
+        while task < stage_end:
             taken[task] += 1
             sums[stage, task - done] = sums[stage - 1].sum() % 1_000_003
             task = next_task(counts)
-        done = behind
+        done = stage_end
     wait_for(counts, done)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_stages_follow_each_other(threads: int) -> None:
+def test_each_stage_begins_after_the_previous_one(threads: int) -> None:
     sums, taken = np.zeros((STAGES + 1, TASKS), np.int64), np.zeros(STAGES * TASKS, np.int64)
     sums[0] = 1
     counts = new_task_counts()
@@ -49,7 +49,7 @@ def test_stages_follow_each_other(threads: int) -> None:
     assert (taken == 1).all()
 
 
-def test_a_helper_that_comes_late_finds_nothing_to_do() -> None:
+def test_late_helper_finds_no_task() -> None:
     sums, taken = np.zeros((STAGES + 1, TASKS), np.int64), np.zeros(STAGES * TASKS, np.int64)
     counts = new_task_counts()
     work(sums, taken, counts)

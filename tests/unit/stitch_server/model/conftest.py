@@ -1,4 +1,4 @@
-"""What tests of kernels share."""
+"""Fixtures for tests of the CPU kernels."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 
 
-@pytest.fixture(params=[1, 3])
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Loops are shared by so many."""
+@pytest.fixture
+def _three_threads() -> Iterator[None]:
+    """Shares the work of every kernel among three threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
+    torch.set_num_threads(3)
     yield
     torch.set_num_threads(before)

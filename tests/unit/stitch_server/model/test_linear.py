@@ -1,4 +1,4 @@
-"""Both layouts of a matrix give the same product, exactly to float32's last digits, and the same gradient."""
+"""Linear layers return x · weightᵀ + bias in every layout of the weight; those without kernels pass on gradients."""
 
 from __future__ import annotations
 
@@ -9,34 +9,26 @@ import torch
 from torch import Tensor
 
 from stitch_server import cpu
-from stitch_server.model import compiled_linear
-from stitch_server.model.compiled_linear import CompiledLinear
-from stitch_server.model.linear import (
-    Linear,
-    PackedLinear,
-    PlainLinear,
-    TwoLayoutLinear,
-    WeightFormat,
-    linear,
-)
-from stitch_server.model.quantized import from_int4, to_int4, to_int8
+from stitch_server.model.compiled_linear import CompiledLinear, is_faster_for, pack_panels
+from stitch_server.model.linear import Linear, PackedLinear, PlainLinear, TwoLayoutLinear, linear
+from stitch_server.model.quantized import quantize, to_int8
+from stitch_server.model.weights import WeightFormat
 from tests.support.operands import operands
 
-KERNELS, INT8_KERNELS, INT4_KERNELS = (
-    WeightFormat(kernels=True),
-    WeightFormat("int8", kernels=True),
-    WeightFormat("int4", kernels=True),
-)
+CPU = torch.device("cpu")
+KERNELS, INT8_KERNELS = WeightFormat(kernels=True), WeightFormat("int8", kernels=True)
+# Inputs of one block in the cache, of several, and of several blocks of AMX tiles; the last panel is padded.
+ONE_BLOCK, TWO_BLOCKS, TILE_BLOCKS = 37, 400, 1200
 
 
 @pytest.fixture
-def has_amx() -> None:
+def amx() -> None:
     if not cpu.has_amx():
-        pytest.skip("this processor has no AMX")
+        pytest.skip("this CPU has no AMX")
 
 
 @pytest.fixture
-def no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "has_amx", lambda: False)
 
 
@@ -44,205 +36,241 @@ def layouts(weight: Tensor, bias: Tensor | None) -> list[Linear]:
     return [linear(weight, bias), PlainLinear(weight, bias)]
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 33, 200])
-@pytest.mark.parametrize("biased", [True, False])
-def test_is_the_product(rows: int, biased: bool) -> None:
-    x, weight, bias = operands(rows)
+@pytest.mark.parametrize(
+    ("tokens", "biased"), [(0, True), (1, True), (1, False), (2, False), (8, True), (33, False), (200, True)]
+)
+def test_linear_returns_the_matmul_in_both_library_layouts(tokens: int, biased: bool) -> None:
+    x, weight, bias = operands(tokens)
     exact = x.double() @ weight.double().T + (bias.double() if biased else 0.0)
     for multiply in layouts(weight, bias if biased else None):
         torch.testing.assert_close(multiply(x).double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def assert_is_by_bytes(rows: int, inputs: int, biased: bool) -> None:
-    """Rows stay as they are, to float32's last digits."""
-    x, weight, bias = operands(rows, inputs)
-    kept, scales = to_int8(weight)
-    exact = x.double() @ (kept.double() * scales.double()[:, None]).T + (bias.double() if biased else 0.0)
+def assert_multiplies_by_int8(tokens: int, inputs: int, biased: bool) -> None:
+    """Only the weights are rounded, not the tokens' inputs."""
+    x, weight, bias = operands(tokens, inputs)
+    int8, scales = to_int8(weight)
+    exact = x.double() @ (int8.double() * scales.double()[:, None]).T + (bias.double() if biased else 0.0)
     got = linear(weight, bias if biased else None, INT8_KERNELS)(x)
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
 
 
-@pytest.fixture(params=[True, False])
-def dots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether bytes are multiplied in vectors."""
-    if request.param and not cpu.has_vnni():
-        pytest.skip("this processor has no VNNI")
-    monkeypatch.setattr(cpu, "has_vnni", lambda: request.param)
-    return bool(request.param)
-
-
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("_three_threads")
 class TestKernels:
-    # The last panel is filled up; inputs are one block in the cache, several, and several of tiles.
-    @pytest.fixture(params=[37, 400, 1200])
-    def inputs(self, request: pytest.FixtureRequest) -> int:
-        length: int = request.param
-        return length
-
-    @pytest.mark.parametrize("rows", [0, 1, 2, 3, 12, 13, 23, 24, 33, 49, 500])
-    @pytest.mark.parametrize("biased", [True, False])
-    def test_is_the_product(self, inputs: int, rows: int, biased: bool) -> None:
-        x, weight, bias = operands(rows, inputs)
+    # No token, one register tile and its borders, and what AMX takes where the CPU has it.
+    @pytest.mark.parametrize(
+        ("tokens", "inputs", "biased"),
+        [
+            (0, ONE_BLOCK, True),
+            (1, ONE_BLOCK, True),
+            (1, TILE_BLOCKS, False),
+            (2, TWO_BLOCKS, True),
+            (3, ONE_BLOCK, False),
+            (12, TWO_BLOCKS, False),
+            (13, TILE_BLOCKS, True),
+            (23, TWO_BLOCKS, True),
+            (24, ONE_BLOCK, False),
+            (24, TILE_BLOCKS, True),
+            (49, TWO_BLOCKS, True),
+            (500, ONE_BLOCK, True),
+            (500, TILE_BLOCKS, False),
+        ],
+    )
+    def test_float32_kernel_returns_the_matmul(self, tokens: int, inputs: int, biased: bool) -> None:
+        x, weight, bias = operands(tokens, inputs)
         exact = x.double() @ weight.double().T + (bias.double() if biased else 0.0)
-        kept = linear(weight, bias if biased else None, KERNELS)
-        torch.testing.assert_close(kept(x).double(), exact, rtol=1e-5, atol=1e-4)
+        compiled = linear(weight, bias if biased else None, KERNELS)
+        torch.testing.assert_close(compiled(x).double(), exact, rtol=1e-5, atol=1e-4)
 
-    def test_tiles_are_as_exact_as_vectors(self, inputs: int, has_amx: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("inputs", [ONE_BLOCK, TWO_BLOCKS, TILE_BLOCKS])
+    def test_amx_is_as_exact_as_vectors(self, inputs: int, amx: None, monkeypatch: pytest.MonkeyPatch) -> None:
         x, weight, _ = operands(128, inputs)
         exact = x.double() @ weight.double().T
-        tiled = linear(weight, None, KERNELS)(x)
+        tiles = linear(weight, None, KERNELS)(x)
         monkeypatch.setattr(cpu, "has_amx", lambda: False)
         vectors = linear(weight, None, KERNELS)(x)
-        assert not torch.equal(tiled, vectors)
-        assert (tiled - exact).square().mean() <= 1.1 * (vectors - exact).square().mean()
+        assert not torch.equal(tiles, vectors)
+        assert (tiles - exact).square().mean() <= 1.1 * (vectors - exact).square().mean()
 
-    @pytest.mark.parametrize("rows", [1, 4, 6])
-    def test_is_the_product_in_bfloat16(self, inputs: int, rows: int) -> None:
-        x, weight, bias = (one.bfloat16() for one in operands(rows, inputs))
+    @pytest.mark.parametrize(("tokens", "inputs"), [(1, ONE_BLOCK), (4, TWO_BLOCKS), (6, TILE_BLOCKS)])
+    def test_bfloat16_kernel_returns_the_matmul(self, tokens: int, inputs: int) -> None:
+        x, weight, bias = (one.bfloat16() for one in operands(tokens, inputs))
         got = linear(weight, bias, KERNELS)(x)
         assert got.dtype is torch.bfloat16
         exact = x.double() @ weight.double().T + bias.double()
         # A bfloat16 has eight bits; the bias is added to one.
         torch.testing.assert_close(got.double(), exact, rtol=2**-7, atol=2**-6)
 
-    @pytest.mark.parametrize("rows", [0, 1, 2, 4, 7, 16])
-    @pytest.mark.parametrize("biased", [True, False])
-    @pytest.mark.usefixtures("no_tiles")
-    def test_bytes_are_multiplied_by_whole_rows(self, inputs: int, rows: int, biased: bool) -> None:
-        assert_is_by_bytes(rows, inputs, biased)
+    @pytest.mark.parametrize(
+        ("tokens", "inputs", "biased"),
+        [(0, ONE_BLOCK, True), (1, TWO_BLOCKS, False), (2, TILE_BLOCKS, True), (7, ONE_BLOCK, False), (16, 400, True)],
+    )
+    @pytest.mark.usefixtures("no_amx")
+    def test_int8_kernel_does_not_round_inputs_in_vectors(self, tokens: int, inputs: int, biased: bool) -> None:
+        assert_multiplies_by_int8(tokens, inputs, biased)
 
-    # One tile of lines, several, and more than go together.
-    @pytest.mark.parametrize("rows", [0, 1, 5, 6, 10, 11, 33, 100, 290, 500])
-    @pytest.mark.parametrize("biased", [True, False])
-    def test_in_tiles_so_are_any_number_of_rows(self, inputs: int, rows: int, biased: bool, has_amx: None) -> None:
-        assert_is_by_bytes(rows, inputs, biased)
+    # One tile of lines, several, and more than are multiplied together.
+    @pytest.mark.parametrize("tokens", [0, 1, 5, 6, 10, 11, 33, 100, 290, 500])
+    @pytest.mark.parametrize("inputs", [ONE_BLOCK, TILE_BLOCKS])
+    def test_int8_kernel_does_not_round_inputs_in_amx_tiles(self, tokens: int, inputs: int, amx: None) -> None:
+        assert_multiplies_by_int8(tokens, inputs, biased=tokens % 2 == 0)
 
-    @pytest.mark.parametrize("largest", [1e-35, 1e-20, 1e4, 1e30])
-    def test_a_row_is_as_exact_as_its_largest_number(self, inputs: int, largest: float, has_amx: None) -> None:
+    @pytest.mark.parametrize(("largest", "inputs"), [(1e-35, 37), (1e-20, 400), (1e4, 1200), (1e30, 37)])
+    def test_int8_error_is_relative_to_the_largest_input_of_a_token(
+        self, inputs: int, largest: float, amx: None
+    ) -> None:
         x, weight, _ = operands(3, inputs)
         x[1] *= largest / x[1].abs().max()
         x[2, 7] = largest
-        kept, scales = to_int8(weight)
-        weight = kept.double() * scales.double()[:, None]
+        int8, scales = to_int8(weight)
+        weight = int8.double() * scales.double()[:, None]
         errors = (linear(weight.float(), None, INT8_KERNELS)(x).double() - x.double() @ weight.T).abs()
         limits = x.double().abs().amax(dim=1) * weight.abs().sum(dim=1).max() * 2**-23 + 1e-30
         assert bool((errors <= limits[:, None]).all())
 
-    # One row, several and more than go together, many, and those in tiles.
-    @pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 13, 23, 24, 40, 200])
-    @pytest.mark.parametrize("biased", [True, False])
-    def test_in_four_bits_it_is_the_product_too(self, inputs: int, rows: int, biased: bool, dots: bool) -> None:
-        x, weight, bias = operands(rows, inputs)
-        exact = x.double() @ from_int4(to_int4(weight))[:, :inputs].double().T + (bias.double() if biased else 0.0)
-        got = linear(weight, bias if biased else None, INT4_KERNELS)(x)
-        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
-
-    @pytest.mark.parametrize("rows", [1, 3, 13, 23, 24, 40, 200])
-    def test_widened_it_is_that_of_float32(self, inputs: int, rows: int, dots: bool) -> None:
-        """To the last bit; by digits it is as exact, of short sums nearly so."""
-        x, weight, bias = operands(rows, inputs)
-        near = from_int4(to_int4(weight))[:, :inputs].contiguous()
-        got, expected = linear(weight, bias, INT4_KERNELS)(x), linear(near, bias, KERNELS)(x)
-        if not dots or compiled_linear.instructions(rows).amx:
-            assert torch.equal(got, expected)
-        else:
-            exact = x.double() @ near.double().T + bias.double()
-            assert not torch.equal(got, expected)
-            assert (got - exact).square().mean() <= 4 * (expected - exact).square().mean()
-
-    def test_bytes_for_more_inputs_than_sums_have_room_for_are_refused(self, has_amx: None) -> None:
+    def test_int8_kernel_refuses_inputs_whose_sums_overflow(self, amx: None) -> None:
         with pytest.raises(ValueError, match="131073 inputs, the most are 131072"):
             linear(torch.zeros(1, 131073), None, INT8_KERNELS)
 
-    @pytest.mark.parametrize("rows", [17, 40])
-    @pytest.mark.usefixtures("no_tiles")
-    def test_elsewhere_bytes_for_many_rows_are_those_without_copies(self, inputs: int, rows: int) -> None:
-        x, weight, bias = operands(rows, inputs)
+    @pytest.mark.parametrize(("tokens", "inputs"), [(17, ONE_BLOCK), (40, TWO_BLOCKS)])
+    @pytest.mark.usefixtures("no_amx")
+    def test_int8_without_amx_leaves_many_tokens_to_onednn(self, tokens: int, inputs: int) -> None:
+        x, weight, bias = operands(tokens, inputs)
         assert torch.equal(linear(weight, bias, INT8_KERNELS)(x), linear(weight, bias, WeightFormat("int8"))(x))
 
-    def test_bytes_keep_the_dtype_of_the_rows(self) -> None:
+    def test_int8_kernel_keeps_the_dtype_of_the_inputs(self) -> None:
         x, weight, bias = (one.bfloat16() for one in operands(1))
         assert linear(weight, bias, INT8_KERNELS)(x).dtype is torch.bfloat16
 
-    @pytest.mark.parametrize("weight_format", [KERNELS, INT8_KERNELS, INT4_KERNELS])
-    def test_a_row_is_the_same_in_any_company(self, inputs: int, weight_format: WeightFormat) -> None:
-        """To the last bit: so answers don't depend on who else is served."""
+    @pytest.mark.parametrize(
+        ("weight_format", "inputs"), [(KERNELS, ONE_BLOCK), (KERNELS, TILE_BLOCKS), (INT8_KERNELS, TWO_BLOCKS)]
+    )
+    def test_output_of_a_token_does_not_depend_on_a_few_others(self, inputs: int, weight_format: WeightFormat) -> None:
+        """To the last bit, so that an answer doesn't depend on the other requests."""
         x, weight, bias = operands(16, inputs)
-        kept = linear(weight, bias, weight_format)
-        together = kept(x)
+        multiply = linear(weight, bias, weight_format)
+        together = multiply(x)
         for first in range(16):
             for end in range(first + 1, 17):
-                assert torch.equal(kept(x[first:end]), together[first:end])
+                assert torch.equal(multiply(x[first:end]), together[first:end])
 
-    @pytest.mark.parametrize(("weight_format", "fewest"), [(KERNELS, 24), (INT8_KERNELS, 1), (INT4_KERNELS, 24)])
-    def test_a_row_is_the_same_in_any_crowd(
-        self, inputs: int, weight_format: WeightFormat, fewest: int, has_amx: None
+    @pytest.mark.parametrize(("weight_format", "tokens"), [(KERNELS, 2), (KERNELS, 50), (INT8_KERNELS, 6)])
+    def test_one_thread_computes_the_same_as_three(self, weight_format: WeightFormat, tokens: int) -> None:
+        x, weight, bias = operands(tokens, TWO_BLOCKS)
+        multiply = linear(weight, bias, weight_format)
+        shared = multiply(x)
+        torch.set_num_threads(1)
+        assert torch.equal(multiply(x), shared)
+
+    @pytest.mark.parametrize(("weight_format", "fewest"), [(KERNELS, 24), (INT8_KERNELS, 1)])
+    @pytest.mark.parametrize("inputs", [ONE_BLOCK, TILE_BLOCKS])
+    def test_output_of_a_token_does_not_depend_on_many_others(
+        self, inputs: int, weight_format: WeightFormat, fewest: int, amx: None
     ) -> None:
         x, weight, bias = operands(200, inputs)
-        kept = linear(weight, bias, weight_format)
-        together = kept(x)
+        multiply = linear(weight, bias, weight_format)
+        together = multiply(x)
         for first, end in ((0, fewest), (1, 1 + fewest), (7, 120), (100, 200), (150, 199)):
-            assert torch.equal(kept(x[first:end]), together[first:end])
+            assert torch.equal(multiply(x[first:end]), together[first:end])
 
-    @pytest.mark.parametrize(("rows", "few"), [(1, True), (16, True), (17, False)])
-    def test_bfloat16_is_theirs_for_few_rows(self, inputs: int, rows: int, few: bool) -> None:
-        kept = linear(torch.ones(3, inputs, dtype=torch.bfloat16), None, KERNELS)
-        assert isinstance(kept, TwoLayoutLinear)
-        marked = replace(kept, many=torch.zeros_like)
-        assert bool((marked(torch.ones(rows, inputs, dtype=torch.bfloat16)) == inputs).all()) is few
+    @pytest.mark.parametrize(("tokens", "few"), [(1, True), (16, True), (17, False)])
+    def test_bfloat16_kernel_multiplies_a_few_tokens_only(self, tokens: int, few: bool) -> None:
+        multiply = linear(torch.ones(3, 37, dtype=torch.bfloat16), None, KERNELS)
+        assert isinstance(multiply, TwoLayoutLinear)
+        marked = replace(multiply, many=torch.zeros_like)
+        assert bool((marked(torch.ones(tokens, 37, dtype=torch.bfloat16)) == 37).all()) is few
 
-    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-    @pytest.mark.parametrize("weight_format", [KERNELS, INT8_KERNELS, INT4_KERNELS])
-    @pytest.mark.parametrize("rows", [2, 6, 50])
-    def test_what_is_not_finite_stays_so(
-        self, inputs: int, value: float, weight_format: WeightFormat, rows: int
+    @pytest.mark.parametrize(
+        ("value", "weight_format", "tokens", "inputs"),
+        [
+            (float("nan"), KERNELS, 2, ONE_BLOCK),
+            (float("inf"), KERNELS, 6, TWO_BLOCKS),
+            (float("-inf"), KERNELS, 50, TILE_BLOCKS),
+            (float("nan"), INT8_KERNELS, 50, ONE_BLOCK),
+            (float("inf"), INT8_KERNELS, 2, TILE_BLOCKS),
+            (float("-inf"), INT8_KERNELS, 6, TWO_BLOCKS),
+        ],
+    )
+    def test_non_finite_input_makes_only_its_token_non_finite(
+        self, value: float, weight_format: WeightFormat, tokens: int, inputs: int
     ) -> None:
-        x, weight, _ = operands(rows, inputs)
+        x, weight, _ = operands(tokens, inputs)
         x[1, 5] = value
         finite = linear(weight, None, weight_format)(x).isfinite()
         assert not bool(finite[1].any())
-        assert bool(finite[[row for row in range(rows) if row != 1]].all())
+        assert bool(finite[[token for token in range(tokens) if token != 1]].all())
 
-    def test_takes_what_wants_gradients_elsewhere(self) -> None:
+    def test_layer_with_kernels_leaves_inputs_with_gradients_to_onednn(self) -> None:
         _, weight, bias = (one.bfloat16() for one in operands(1))
         leaf = torch.ones(1, 37, requires_grad=True, dtype=torch.bfloat16)
         linear(weight, bias, KERNELS)(leaf).sum().backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
         torch.testing.assert_close(leaf.grad, weight.sum(0, keepdim=True), rtol=2**-6, atol=2**-6)
 
-    def test_keeps_its_own_copy(self) -> None:
+    def test_kernel_keeps_its_own_copy_of_the_weight(self) -> None:
         x, weight, _ = operands(1)
-        kept = linear(weight, None, KERNELS)
-        before = kept(x)
+        multiply = linear(weight, None, KERNELS)
+        before = multiply(x)
         weight.zero_()
-        assert torch.equal(kept(x), before)
+        assert torch.equal(multiply(x), before)
 
-    @pytest.mark.parametrize(("tiles", "kind"), [(True, CompiledLinear), (False, TwoLayoutLinear)])
-    def test_are_for_those_who_ask_for_them(self, tiles: bool, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_kernels_are_used_only_on_request(self) -> None:
         weight = torch.zeros(3, 2)
-        monkeypatch.setattr(cpu, "has_amx", lambda: tiles)
         assert isinstance(linear(weight, None, KERNELS), CompiledLinear)
-        assert isinstance(linear(weight, None, INT8_KERNELS), kind)
-        assert isinstance(linear(weight, None, INT4_KERNELS), CompiledLinear)
         assert not isinstance(linear(weight), CompiledLinear | TwoLayoutLinear)
 
 
-def test_a_processor_packs_float32() -> None:
+@pytest.mark.parametrize(
+    ("weight_format", "dtype", "has_amx", "two"),
+    [
+        (KERNELS, torch.float32, False, False),
+        (KERNELS, torch.bfloat16, True, True),
+        (INT8_KERNELS, torch.float32, False, True),
+        (INT8_KERNELS, torch.float32, True, False),
+        (WeightFormat("int8"), torch.float32, False, False),
+    ],
+)
+def test_narrow_weights_are_kept_in_two_layouts_unless_amx_multiplies_them(
+    weight_format: WeightFormat, dtype: torch.dtype, has_amx: bool, two: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "has_amx", lambda: has_amx)
+    assert weight_format.keeps_two_layouts(CPU, dtype) is two
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "dtype", "has_amx", "many"),
+    [
+        (KERNELS, torch.float32, False, True),
+        (KERNELS, torch.bfloat16, True, False),
+        (INT8_KERNELS, torch.float32, False, False),
+        (INT8_KERNELS, torch.float32, True, True),
+    ],
+)
+def test_kernels_are_faster_for_many_tokens_by_float32_or_in_amx_tiles(
+    weight_format: WeightFormat, dtype: torch.dtype, has_amx: bool, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "has_amx", lambda: has_amx)
+    packed = pack_panels(quantize(torch.ones(32, 64, dtype=dtype), weight_format)[0])
+    panels = (packed.view(torch.uint16) if dtype is torch.bfloat16 else packed).numpy()
+    assert [is_faster_for(tokens, panels) for tokens in (1, 16, 17, 1000)] == [True, True, many, many]
+
+
+def test_float32_is_packed_for_onednn() -> None:
     assert isinstance(linear(torch.zeros(3, 2)), PackedLinear)
 
 
-def test_what_cannot_be_packed_stays_plain() -> None:
+def test_float16_stays_in_the_layout_of_pytorch() -> None:
     assert isinstance(linear(torch.zeros(3, 2, dtype=torch.float16)), PlainLinear)
 
 
-def test_takes_rows_that_lie_apart() -> None:
+def test_linear_takes_strided_inputs() -> None:
     x, weight, bias = operands(5)
     wide = torch.cat([x, x], dim=1)
     for multiply in layouts(weight, bias):
         torch.testing.assert_close(multiply(wide[:, :37]), multiply(x))
 
 
-def test_keeps_its_own_copy_of_what_it_packs() -> None:
+def test_packed_linear_keeps_its_own_copy_of_the_weight() -> None:
     x, weight, _ = operands(3)
     multiply = linear(weight)
     before = multiply(x)
@@ -250,7 +278,7 @@ def test_keeps_its_own_copy_of_what_it_packs() -> None:
     assert torch.equal(multiply(x), before)
 
 
-def test_passes_gradients_on() -> None:
+def test_linear_passes_gradients_to_its_input() -> None:
     x, weight, bias = operands(4)
     direction = torch.randn(4, 53)
     for multiply in layouts(weight, bias):
@@ -260,7 +288,7 @@ def test_passes_gradients_on() -> None:
         torch.testing.assert_close(leaf.grad, direction @ weight)
 
 
-def test_works_on_what_inference_mode_made() -> None:
+def test_linear_takes_weights_made_in_inference_mode() -> None:
     x, weight, bias = operands(2)
     with torch.inference_mode():
         made = linear(weight.clone(), bias.clone())(x)

@@ -1,4 +1,4 @@
-"""Single tensors come out of a folder's files, and what is missing is named."""
+"""Tensors are read from a folder's files, and missing files and tensors are named."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tests.support.whole_model import CPU
 
 
 @pytest.fixture
-def parted(tmp_path: Path) -> Path:
-    """A model in two files behind an index, beside a file that is no part of it."""
+def split_model(tmp_path: Path) -> Path:
+    """A model in two files with an index, beside a file that the index does not list."""
     save_file({"a": torch.arange(3.0), "b": torch.ones(2, 2)}, tmp_path / "model-1.safetensors")
     save_file({"c": torch.full((2,), 0.1)}, tmp_path / "model-2.safetensors")
     save_file({"d": torch.zeros(1)}, tmp_path / "other.safetensors")
-    places = {"a": "model-1.safetensors", "b": "model-1.safetensors", "c": "model-2.safetensors"}
-    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": places}))
+    weight_map = {"a": "model-1.safetensors", "b": "model-1.safetensors", "c": "model-2.safetensors"}
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
     return tmp_path
 
 
-def test_reads_tensors_of_several_files(parted: Path) -> None:
-    with Weights(parted, CPU, torch.float32) as weights:
+def test_reads_tensors_of_several_files(split_model: Path) -> None:
+    with Weights(split_model, CPU, torch.float32) as weights:
         assert torch.equal(weights.read("a"), torch.arange(3.0))
         assert torch.equal(weights.read("c"), torch.full((2,), 0.1))
 
@@ -38,43 +38,43 @@ def test_reads_a_single_file_without_index(tmp_path: Path) -> None:
         assert torch.equal(weights.read("a"), torch.arange(3.0))
 
 
-def test_gives_the_dtype_that_was_asked_for(parted: Path) -> None:
-    with Weights(parted, CPU, torch.bfloat16) as weights:
+def test_converts_to_the_dtype(split_model: Path) -> None:
+    with Weights(split_model, CPU, torch.bfloat16) as weights:
         assert torch.equal(weights.read("c"), torch.full((2,), 0.1).bfloat16())
 
 
-def test_an_index_says_which_files_count(parted: Path) -> None:
-    with Weights(parted, CPU, torch.float32) as weights:
+def test_only_files_of_the_index_are_read(split_model: Path) -> None:
+    with Weights(split_model, CPU, torch.float32) as weights:
         assert "d" not in weights
 
 
-def test_a_missing_tensor_is_named_with_its_folder(parted: Path) -> None:
-    with Weights(parted, CPU, torch.float32) as weights, pytest.raises(Incompatible) as refused:
+def test_missing_tensor_is_named_with_its_folder(split_model: Path) -> None:
+    with Weights(split_model, CPU, torch.float32) as weights, pytest.raises(Incompatible) as refused:
         weights.read("model.norm.weight")
-    assert str(refused.value) == f"tensor model.norm.weight is not in {parted}"
+    assert str(refused.value) == f"tensor model.norm.weight is not in {split_model}"
 
 
-def test_tensors_outlive_the_files(parted: Path) -> None:
-    with Weights(parted, CPU, torch.float32) as weights:
+def test_tensors_outlive_the_files(split_model: Path) -> None:
+    with Weights(split_model, CPU, torch.float32) as weights:
         kept = weights.read("b")
-    for file in parted.iterdir():
+    for file in split_model.iterdir():
         file.unlink()
     assert torch.equal(kept, torch.ones(2, 2))
 
 
-def test_a_missing_file_is_named(parted: Path) -> None:
-    (parted / "model-2.safetensors").unlink()
+def test_missing_file_is_named(split_model: Path) -> None:
+    (split_model / "model-2.safetensors").unlink()
     with pytest.raises(Incompatible, match=r" lacks model-2\.safetensors$"):
-        weight_files(parted)
+        weight_files(split_model)
 
 
-def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Incompatible, match=r" lacks safetensors files$"):
         weight_files(tmp_path)
 
 
-def test_a_file_that_was_cut_off_is_named(parted: Path) -> None:
-    file = parted / "model-1.safetensors"
+def test_truncated_file_is_named(split_model: Path) -> None:
+    file = split_model / "model-1.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(Incompatible, match=r"model-1\.safetensors is no whole safetensors file: "):
-        Weights(parted, CPU, torch.float32)
+        Weights(split_model, CPU, torch.float32)

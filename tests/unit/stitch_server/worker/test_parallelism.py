@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stitch.sampling import Sampling
 from stitch_server.engine.types import LayerRange, Segment, Session
-from stitch_server.model.linear import WeightFormat
+from stitch_server.model.weights import WeightFormat
 from stitch_server.worker import parallelism
 from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.parallelism import (

@@ -13,7 +13,7 @@ import torch
 from stitch.sampling import Sampling
 from stitch.thresholds import FixedThresholds, Thresholds
 from stitch_server.engine.types import Batch, LayerRange, RouteDecision, Segment, Session, in_layer_order
-from stitch_server.model.embedding import Embedding
+from stitch_server.model.embedding_and_head import Embedding
 from stitch_server.model.probe import Probe, ProbeBinding
 from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.route_probe import RouteProbe, fallback_decision

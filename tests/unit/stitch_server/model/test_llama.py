@@ -1,4 +1,4 @@
-"""Rotations by position: computed for a batch, or looked up in a table that grows."""
+"""RoPE's rotations by position: computed for a batch, or looked up in a table that grows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from stitch_server.model.description import read_config
-from stitch_server.model.llama import FEWEST_POSITIONS, RotaryAngles
+from stitch_server.model.llama import MIN_TABLE_POSITIONS, RotaryAngles
 from tests.support.tiny_model import write_tiny_model
 
 
-@pytest.mark.parametrize("positions", [1, FEWEST_POSITIONS, FEWEST_POSITIONS + 1])
-def test_a_table_has_the_rotation_of_every_position(tmp_path: Path, positions: int) -> None:
+@pytest.mark.parametrize("positions", [1, MIN_TABLE_POSITIONS, MIN_TABLE_POSITIONS + 1])
+def test_table_has_the_rotation_of_every_position(tmp_path: Path, positions: int) -> None:
     angles = RotaryAngles(read_config(write_tiny_model(tmp_path, layers=1)), torch.device("cpu"))
     table = angles.table(positions)
     assert len(table) >= positions
@@ -21,7 +21,7 @@ def test_a_table_has_the_rotation_of_every_position(tmp_path: Path, positions: i
     torch.testing.assert_close(torch.from_numpy(table[:positions]), expected.flatten(1))
 
 
-def test_a_table_that_is_long_enough_stays(tmp_path: Path) -> None:
+def test_table_that_is_long_enough_is_not_computed_again(tmp_path: Path) -> None:
     angles = RotaryAngles(read_config(write_tiny_model(tmp_path, layers=1)), torch.device("cpu"))
-    table = angles.table(FEWEST_POSITIONS + 1)
+    table = angles.table(MIN_TABLE_POSITIONS + 1)
     assert angles.table(5) is angles.table(len(table)) is table

@@ -1,4 +1,4 @@
-"""The two ends of a model: rows of the embedding, and logits with neither padding nor a missing tensor."""
+"""The embedding returns its rows; the head returns logits, without padding tokens on request."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stitch.errors import Incompatible
-from stitch_server.model.embedding import EMBEDDING, Embedding
-from stitch_server.model.head import Head
-from stitch_server.model.linear import WeightFormat
+from stitch_server.model.embedding_and_head import Embedding, Head
+from stitch_server.model.weights import EMBEDDING, WeightFormat
 from tests.support.tiny_model import TOKENS, write_tiny_model
 from tests.support.whole_model import CPU
 
@@ -23,7 +22,7 @@ def without(folder: Path, name: str) -> Path:
     return folder
 
 
-def test_an_embedding_gives_a_row_a_token(tmp_path: Path) -> None:
+def test_embedding_returns_the_row_of_each_token(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path, layers=1)
     rows = load_file(folder / "model.safetensors")[EMBEDDING]
     found = Embedding.load(folder, CPU, torch.float32)(torch.tensor([5, 0, 5]))
@@ -31,7 +30,7 @@ def test_an_embedding_gives_a_row_a_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_head_is_its_own_or_the_embedding(tmp_path: Path, tied: bool) -> None:
+def test_head_multiplies_by_its_own_matrix_or_the_tied_embedding(tmp_path: Path, tied: bool) -> None:
     folder = write_tiny_model(tmp_path, layers=1, tie_word_embeddings=tied)
     stored = load_file(folder / "model.safetensors")
     hidden = torch.randn(3, 32)
@@ -41,7 +40,7 @@ def test_a_head_is_its_own_or_the_embedding(tmp_path: Path, tied: bool) -> None:
     torch.testing.assert_close(logits, normed @ stored[EMBEDDING if tied else "lm_head.weight"].T)
 
 
-def test_rows_that_only_pad_can_be_left_out(tmp_path: Path) -> None:
+def test_head_leaves_out_padding_tokens_on_request(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path, layers=1, padding_rows=8)
     hidden = torch.randn(3, 32)
     whole = Head.load(folder, CPU, torch.float32)(hidden)
@@ -50,13 +49,13 @@ def test_rows_that_only_pad_can_be_left_out(tmp_path: Path) -> None:
     torch.testing.assert_close(short, whole[:, :TOKENS])
 
 
-def test_logits_are_float32_whatever_it_computes_in(tmp_path: Path) -> None:
+def test_logits_are_float32_in_any_dtype(tmp_path: Path) -> None:
     head = Head.load(write_tiny_model(tmp_path, layers=1), CPU, torch.bfloat16)
     assert head(torch.randn(2, 32, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-def test_where_layers_are_in_four_bits_it_is_in_bytes(tmp_path: Path, kernels: bool) -> None:
+def test_head_is_int8_when_layers_are_int4(tmp_path: Path, kernels: bool) -> None:
     folder, hidden = write_tiny_model(tmp_path, layers=1), torch.randn(3, 32)
     fours, to_int8, exact = (
         Head.load(folder, CPU, torch.float32, weight_format=WeightFormat(kind, kernels))(hidden)
@@ -67,13 +66,13 @@ def test_where_layers_are_in_four_bits_it_is_in_bytes(tmp_path: Path, kernels: b
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
-def test_a_missing_tensor_is_named(tmp_path: Path, name: str) -> None:
+def test_head_names_a_missing_tensor(tmp_path: Path, name: str) -> None:
     folder = without(write_tiny_model(tmp_path, layers=1), name)
     with pytest.raises(Incompatible, match=f"tensor {name} is not in "):
         Head.load(folder, CPU, torch.float32)
 
 
-def test_a_missing_embedding_is_named(tmp_path: Path) -> None:
+def test_embedding_names_the_missing_tensor(tmp_path: Path) -> None:
     folder = without(write_tiny_model(tmp_path, layers=1), EMBEDDING)
     with pytest.raises(Incompatible, match=f"tensor {EMBEDDING} is not in "):
         Embedding.load(folder, CPU, torch.float32)

@@ -1,0 +1,89 @@
+"""The two ends of a model: token ids to the hidden states of layer 0, and those of the last layer to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from stitch_server.huge_pages import HugePageArena
+from stitch_server.model import hf_layers, llama
+from stitch_server.model.description import read_config
+from stitch_server.model.linear import Linear, linear
+from stitch_server.model.weights import AS_STORED, EMBEDDING, WeightFormat, Weights
+
+
+class Embedding:
+    """The embedding matrix: one row of hidden states for each token of the vocabulary."""
+
+    def __init__(self, rows: Tensor, scale: float = 1.0) -> None:
+        self._rows = rows
+        self._scale = scale
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Embedding:
+        """Reads the matrix. Raises Incompatible if the folder lacks it."""
+        with Weights(folder, device, dtype) as weights:
+            rows = weights.read(EMBEDDING)
+        if device.type == "cpu":
+            # Copied out of the file at once: mapping a row when a token first needs it takes that token some 250 µs.
+            rows = HugePageArena().copy(rows)
+        return cls(rows, _embedding_scale(read_config(folder)))
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """Token ids int64 `[tokens]` to hidden states `[tokens, hidden_size]`."""
+        return _scaled(F.embedding(token_ids, self._rows), self._scale)
+
+
+class Head:
+    """The final norm and the language-model head."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor], to_logits: Linear, scale: float = 1.0) -> None:
+        self._norm = norm
+        self._to_logits = to_logits
+        self._scale = scale
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        tokens: int | None = None,
+        weight_format: WeightFormat = AS_STORED,
+    ) -> Head:
+        """Reads norm and head; a tied head is the embedding. Raises Incompatible if either is missing.
+
+        Rows from `tokens` on only pad the vocabulary; without them no padding token can be chosen.
+        """
+        config = read_config(folder)
+        with Weights(folder, device, dtype) as weights:
+            rows = weights.read(EMBEDDING if config.tie_word_embeddings else "lm_head.weight")
+            is_native = llama.supports(config)
+            norm = llama.load_norm(config, "model.norm", weights) if is_native else hf_layers.load_norm(config, weights)
+            return cls(norm, linear(rows[:tokens], None, weight_format.for_head), _logit_scale(config))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[n, hidden_size]` to logits float32 `[n, vocabulary]`."""
+        return _scaled(self._to_logits(self._norm(hidden)).float(), self._scale)
+
+
+def _embedding_scale(config: PretrainedConfig) -> float:
+    """Returns the factor of the embedding: Granite's multiplier, Gemma's root of the hidden size."""
+    if config.model_type == "gemma":
+        return float(config.hidden_size**0.5)
+    return float(getattr(config, "embedding_multiplier", 1.0))
+
+
+def _logit_scale(config: PretrainedConfig) -> float:
+    """Returns the factor of the logits: Cohere names a factor, Granite a divisor."""
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+
+
+def _scaled(values: Tensor, scale: float) -> Tensor:
+    """Multiplies by the scale; returns the same tensor if it is 1."""
+    return values if scale == 1.0 else values * scale
