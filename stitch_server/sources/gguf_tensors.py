@@ -1,4 +1,4 @@
-"""The weights and sizes of a GGUF file in the terms of `transformers`. Knows no tokenizer.
+"""Reads the weights and sizes of a GGUF file, under the names of `transformers`.
 
 Names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#standardized-tensor-names
 """
@@ -42,7 +42,7 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: Path) -> GgufFile:
-        """Raises Incompatible where it is none, or of a family that needs more than its tensors renamed."""
+        """Raises Incompatible if it is no GGUF file, or of a family that needs more than renamed tensors."""
         try:
             file = cls(path, GGUFReader(path))
         except (ValueError, OSError, IndexError) as error:
@@ -55,16 +55,16 @@ class GgufFile:
         return file
 
     def value(self, key: str, default: Any = None) -> Any:
-        """A value of the file's metadata."""
+        """Returns a value of the file's metadata."""
         field = self._reader.get_field(key)
         return default if field is None else field.contents()
 
     def names(self) -> list[str]:
-        """The tensors' names as the file spells them."""
+        """Returns the tensors' names in the file."""
         return [tensor.name for tensor in self._reader.tensors]
 
     def config(self) -> dict[str, Any]:
-        """The fields of config.json."""
+        """Returns the fields of config.json."""
         family = self.value("general.architecture")
 
         def size(key: str) -> Any:
@@ -82,23 +82,23 @@ class GgufFile:
             "head_dim": size("attention.key_length") or hidden_size // heads,
             "hidden_act": "silu",
             "max_position_embeddings": size("context_length"),
-            "rms_norm_eps": _shortest(size("attention.layer_norm_rms_epsilon")),
-            "rope_theta": _shortest(size("rope.freq_base") or 10000.0),
+            "rms_norm_eps": _shortest_decimal(size("attention.layer_norm_rms_epsilon")),
+            "rope_theta": _shortest_decimal(size("rope.freq_base") or 10000.0),
             "tie_word_embeddings": "output.weight" not in self.names(),
             "vocab_size": len(self.value("tokenizer.ggml.tokens")),
             "dtype": "float32",
         }
 
     def tensors(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """Every tensor by its name in `transformers`, dequantized, one at a time."""
+        """Yields every tensor with its name in `transformers`, dequantized, one at a time."""
         for tensor in self._reader.tensors:
-            yield _hub_name(tensor.name), self._dequantized(tensor)
+            yield _hub_name(tensor.name), self._dequantize(tensor)
 
     def tensor_bytes(self) -> list[int]:
-        """The size of every tensor once it is float32, in the order of `tensors`."""
+        """Returns the size of every tensor as float32, in the order of `tensors`."""
         return [4 * int(tensor.n_elements) for tensor in self._reader.tensors]
 
-    def _dequantized(self, tensor: ReaderTensor) -> NDArray[np.float32]:
+    def _dequantize(self, tensor: ReaderTensor) -> NDArray[np.float32]:
         try:
             rows: NDArray[np.float32] = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
@@ -106,12 +106,12 @@ class GgufFile:
         kind = tensor.name.split(".")[-2]
         if self.value("general.architecture") == "llama" and kind in ("attn_q", "attn_k"):
             heads = self.value("llama.attention.head_count" + ("_kv" if kind == "attn_k" else ""))
-            rows = _halves_of_heads(rows, heads or self.value("llama.attention.head_count"))
+            rows = _undo_permutation(rows, heads or self.value("llama.attention.head_count"))
         return np.ascontiguousarray(rows, dtype=np.float32)
 
 
 def _hub_name(name: str) -> str:
-    """`blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`."""
+    """Maps `blk.3.attn_q.weight` to `model.layers.3.self_attn.q_proj.weight`."""
     parts = name.split(".")
     if parts[0] == "blk" and len(parts) == 4 and parts[2] in IN_LAYER:
         return f"model.layers.{parts[1]}.{IN_LAYER[parts[2]]}.{parts[3]}"
@@ -120,7 +120,7 @@ def _hub_name(name: str) -> str:
     raise Incompatible(f"GGUF tensor {name} has no place in a Llama-like model")
 
 
-def _halves_of_heads(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+def _undo_permutation(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     """Undoes llama.cpp's order of a Llama's query and key rows, in which a rotation's pairs are neighbours.
 
     https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py, `LlamaModel.permute`
@@ -128,6 +128,6 @@ def _halves_of_heads(rows: NDArray[np.float32], heads: int) -> NDArray[np.float3
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _shortest(value: float) -> float:
-    """GGUF keeps float32; the shortest decimal that is this float32 is what the model's authors wrote."""
+def _shortest_decimal(value: float) -> float:
+    """Returns the shortest decimal that rounds to this float32, which is what the model's authors wrote."""
     return float(str(np.float32(value)))

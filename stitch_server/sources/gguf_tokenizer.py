@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file as the files that `tokenizers` and `transformers` read. Knows no weights."""
+"""Writes the tokenizer of a GGUF file as the files that `tokenizers` and `transformers` read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:
-    """The same bytes for the same fields."""
+    """Writes the same bytes for the same fields."""
     path.write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
@@ -53,7 +53,7 @@ def _tokenizer(file: GgufFile, tokens: list[str]) -> Tokenizer:
         for token, kind in zip(tokens, kinds, strict=True)
         if kind in (CONTROL, USER_DEFINED)
     ]
-    # Rows that only pad the embedding are no tokens: two models of a pair may be padded differently.
+    # Padding of the embedding is no token: two models of a pair may be padded differently.
     vocabulary = {token: at for at, token in enumerate(tokens) if kinds[at] != UNUSED}
     merges = [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges))
@@ -63,7 +63,7 @@ def _tokenizer(file: GgufFile, tokens: list[str]) -> Tokenizer:
 
 
 def _split_as(tokenizer: Tokenizer, splitting: str) -> None:
-    """What happens before the merges, as each family's own tokenizer.json has it."""
+    """Sets the steps before the merges, as in the family's own tokenizer.json."""
     steps: list[Any] = []
     if splitting == "qwen2":
         tokenizer.normalizer = normalizers.NFC()

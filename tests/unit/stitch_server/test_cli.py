@@ -12,8 +12,7 @@ import pytest
 from stitch.errors import Incompatible
 from stitch_server import cli
 from stitch_server.cli import build_parser, main
-from stitch_server.sources import resolve
-from stitch_server.sources.progress import Progress
+from stitch_server.sources import Progress, resolve
 
 HEAVY = ("torch", "transformers", "safetensors", "prometheus_client", "pydantic", "gguf", "numpy")
 

@@ -1,4 +1,4 @@
-"""A GGUF file becomes a model folder with the same weights, tokenizer and ends, the same bytes every time."""
+"""A GGUF file becomes a model folder with the same weights, tokenizer and end tokens, byte for byte reproducible."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from transformers import AutoTokenizer
 from stitch.errors import Incompatible
 from stitch_server.model.description import ModelDescription, eos_token_ids, read_config
 from stitch_server.model.tokenizer_hash import token_count, tokenizer_hash
-from stitch_server.sources import gguf_import
+from stitch_server.sources import gguf_import, report_nothing
 from stitch_server.sources.gguf_import import import_gguf, tensors_per_file
-from stitch_server.sources.progress import silent
 from tests.support.byte_tokenizer import CHAT_TEMPLATE
 from tests.support.tiny_gguf import write_tiny_gguf
 from tests.support.tiny_model import TOKENS, write_tiny_model
@@ -31,7 +30,7 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 
 def imported(file: Path, folder: Path) -> Path:
     folder.mkdir()
-    import_gguf(file, folder, silent)
+    import_gguf(file, folder, report_nothing)
     return folder
 
 
@@ -44,7 +43,7 @@ def round_trip(tmp_path: Path, family: str = "llama", **gguf_settings: Any) -> t
 
 class TestWeights:
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_are_what_they_were(self, tmp_path: Path, family: str) -> None:
+    def test_equal_those_of_the_model(self, tmp_path: Path, family: str) -> None:
         model, folder = round_trip(tmp_path, family)
         before, after = (load_file(path / "model.safetensors") for path in (model, folder))
         assert before.keys() == after.keys()
@@ -53,9 +52,7 @@ class TestWeights:
         torch.testing.assert_close(their_logits(folder), their_logits(model))
 
     @pytest.mark.parametrize("quantization", [GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0])
-    def test_are_what_the_file_says_without_further_loss(
-        self, tmp_path: Path, quantization: GGMLQuantizationType
-    ) -> None:
+    def test_equal_the_dequantized_values(self, tmp_path: Path, quantization: GGMLQuantizationType) -> None:
         model, folder = round_trip(tmp_path, "qwen2", quantization=quantization)
         name = "model.layers.1.mlp.up_proj.weight"
         stored = load_file(model / "model.safetensors")[name]
@@ -79,7 +76,7 @@ class TestWeights:
     @pytest.mark.parametrize(
         ("sizes", "counts"), [([5, 5, 5, 5], [2, 2]), ([5], [1]), ([25, 1, 1], [1, 2]), ([3, 3, 3, 3, 9], [4, 1])]
     )
-    def test_are_spread_by_their_size(self, sizes: list[int], counts: list[int]) -> None:
+    def test_are_split_into_files_by_size(self, sizes: list[int], counts: list[int]) -> None:
         assert tensors_per_file(sizes, 10) == counts
 
 
@@ -94,13 +91,13 @@ class TestConfig:
             assert getattr(after, name, None) == getattr(before, name, getattr(after, name, None)), name
         assert after.rope_parameters["rope_theta"] == before.rope_parameters["rope_theta"]
 
-    def test_has_the_epsilon_that_was_meant(self, tmp_path: Path) -> None:
+    def test_has_the_epsilon_as_a_short_decimal(self, tmp_path: Path) -> None:
         _, folder = round_trip(tmp_path)
         assert json.loads((folder / "config.json").read_text())["rms_norm_eps"] == 1e-6
 
 
 class TestTokenizer:
-    def test_is_that_of_the_model_without_the_padding(self, tmp_path: Path) -> None:
+    def test_equals_that_of_the_model_without_padding(self, tmp_path: Path) -> None:
         model, folder = round_trip(tmp_path)
         assert tokenizer_hash(folder) == tokenizer_hash(model)
         assert token_count(folder) == TOKENS
@@ -114,7 +111,7 @@ class TestTokenizer:
         assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == text
 
     @pytest.mark.parametrize(("splitting", "pieces"), [("smollm", 4), ("qwen2", 4), ("gpt-2", 1)])
-    def test_splits_digits_as_the_family_does(self, tmp_path: Path, splitting: str, pieces: int) -> None:
+    def test_splits_digits_as_the_family(self, tmp_path: Path, splitting: str, pieces: int) -> None:
         _, folder = round_trip(tmp_path, splitting=splitting)
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         assert len(tokenizer.pre_tokenizer.pre_tokenize_str("1234")) == pieces
@@ -152,7 +149,7 @@ class TestImport:
         for file in folder.iterdir():
             assert file.read_bytes() == (again / file.name).read_bytes()
 
-    def test_tells_how_far_it_is(self, tmp_path: Path) -> None:
+    def test_reports_its_progress(self, tmp_path: Path) -> None:
         round_trip(tmp_path)
         told: list[tuple[str, float]] = []
         (tmp_path / "third").mkdir()
@@ -161,7 +158,7 @@ class TestImport:
         assert (shares, told[-1]) == (sorted(shares), ("importing model.gguf", 1.0))
 
     @pytest.mark.parametrize("content", [b"", b"GGUF", b"PK\x03\x04 something else entirely"])
-    def test_refuses_what_is_no_gguf(self, tmp_path: Path, content: bytes) -> None:
+    def test_refuses_a_file_of_another_format(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "x.gguf").write_bytes(content)
         with pytest.raises(Incompatible, match=r"x\.gguf is no GGUF file: "):
             imported(tmp_path / "x.gguf", tmp_path / "out")
@@ -170,7 +167,7 @@ class TestImport:
         with pytest.raises(Incompatible, match=r"model\.gguf is a mamba; GGUF is read for llama, qwen2, qwen3 alone"):
             round_trip(tmp_path, metadata={"general.architecture": "mamba"})
 
-    def test_refuses_scaled_rotations(self, tmp_path: Path) -> None:
+    def test_refuses_scaled_rope(self, tmp_path: Path) -> None:
         with pytest.raises(Incompatible, match="scales its rotary embedding"):
             round_trip(tmp_path, metadata={"llama.rope.scaling.type": "linear"})
 

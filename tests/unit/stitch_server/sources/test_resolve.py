@@ -1,8 +1,9 @@
-"""Every kind of source leads to a model folder, and what is none is named. No test here reaches a network."""
+"""Every kind of source becomes a model folder, and an unknown source is named. No test reaches a network."""
 
 from __future__ import annotations
 
 import subprocess
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from stitch.errors import InvalidRequest, Unavailable
 from stitch_server.model.description import ModelDescription
-from stitch_server.sources import hub
-from stitch_server.sources.resolve import import_model, resolve
-from stitch_server.sources.wheel import WheelMember
+from stitch_server.sources import downloads
+from stitch_server.sources.downloads import WheelMember
+from stitch_server.sources.resolve import fill_once, import_model, resolve
 from tests.support.tiny_gguf import write_tiny_gguf
 from tests.support.tiny_model import write_tiny_model
 
@@ -55,11 +56,11 @@ def pip(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> FakePip:
 
 
 class TestFolder:
-    def test_is_taken_as_it_is(self, model: Path, tmp_path: Path) -> None:
+    def test_is_used_in_place(self, model: Path, tmp_path: Path) -> None:
         assert resolve(str(model), tmp_path) == model
         assert list(tmp_path.iterdir()) == []
 
-    def test_may_lie_in_the_home_folder(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_tilde_is_the_home_folder(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(model.parent))
         assert resolve(f"~/{model.name}", tmp_path) == model
 
@@ -73,12 +74,12 @@ class TestGgufFile:
         assert (folder / "model.safetensors").stat().st_mtime_ns == written
         assert ModelDescription.read(folder, "x").revision == ModelDescription.read(model, "x").revision
 
-    def test_is_known_by_its_bytes_wherever_it_lies(self, gguf_file: Path, tmp_path: Path) -> None:
+    def test_is_identified_by_its_bytes_in_any_folder(self, gguf_file: Path, tmp_path: Path) -> None:
         moved = tmp_path / gguf_file.name
         moved.write_bytes(gguf_file.read_bytes())
         assert resolve(str(moved), tmp_path) == resolve(str(gguf_file), tmp_path)
 
-    def test_another_one_of_that_name_is_another(self, model: Path, gguf_file: Path, tmp_path: Path) -> None:
+    def test_other_bytes_are_another_model(self, model: Path, gguf_file: Path, tmp_path: Path) -> None:
         other = write_tiny_gguf(tmp_path / gguf_file.name, write_tiny_model(tmp_path / "model", layers=1, seed=5))
         assert resolve(str(other), tmp_path) != resolve(str(gguf_file), tmp_path)
 
@@ -92,19 +93,19 @@ class TestPackage:
         assert "--no-deps" in pip.calls[0]
         assert ModelDescription.read(folder, "x").revision == ModelDescription.read(model, "x").revision
 
-    def test_leaves_nothing_else_behind(self, pip: FakePip, tmp_path: Path) -> None:
+    def test_leaves_no_other_file(self, pip: FakePip, tmp_path: Path) -> None:
         folder = resolve(SOURCE, tmp_path)
         assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
         assert {path.suffix for path in folder.iterdir()} == {".json", ".jinja", ".safetensors"}
 
-    def test_a_failed_download_says_what_pip_said(
+    def test_failed_download_reports_the_error_of_pip(
         self, gguf_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         monkeypatch.setattr(subprocess, "run", FakePip(gguf_file, "no matching distribution"))
         with pytest.raises(Unavailable, match=r"tiny-model==1\.2\.0 could not be downloaded: no matching distribution"):
             resolve(SOURCE, tmp_path)
 
-    def test_a_wheel_without_the_file_is_refused(self, pip: FakePip, tmp_path: Path) -> None:
+    def test_wheel_without_the_file_is_refused(self, pip: FakePip, tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match=r"tiny_model-1\.2\.0\.whl has no such file"):
             resolve("pypi:tiny-model==1.2.0/elsewhere/Tiny.gguf", tmp_path)
 
@@ -118,53 +119,97 @@ class TestPackage:
             "pypi:a b==1/x.gguf",
         ],
     )
-    def test_a_source_of_another_form_is_refused(self, source: str) -> None:
+    def test_source_without_version_or_gguf_file_is_refused(self, source: str) -> None:
         with pytest.raises(InvalidRequest, match="it must look like pypi:PACKAGE==VERSION"):
             WheelMember.parse(source)
 
 
 class TestHub:
-    def test_an_id_is_downloaded(self, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        asked: list[str] = []
+    def test_id_is_downloaded(self, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        requested: list[str] = []
 
         def snapshot(hub_id: str, **_: Any) -> str:
-            asked.append(hub_id)
+            requested.append(hub_id)
             return str(model)
 
-        monkeypatch.setattr(hub, "snapshot_download", snapshot)
-        assert (resolve("Qwen/Qwen2.5-7B-Instruct", tmp_path), asked) == (model, ["Qwen/Qwen2.5-7B-Instruct"])
+        monkeypatch.setattr(downloads, "snapshot_download", snapshot)
+        assert (resolve("Qwen/Qwen2.5-7B-Instruct", tmp_path), requested) == (model, ["Qwen/Qwen2.5-7B-Instruct"])
 
-    def test_a_failed_download_names_the_id(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_failed_download_names_the_id(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         def snapshot(hub_id: str, **_: Any) -> str:
             raise LocalEntryNotFoundError("no connection")
 
-        monkeypatch.setattr(hub, "snapshot_download", snapshot)
+        monkeypatch.setattr(downloads, "snapshot_download", snapshot)
         with pytest.raises(Unavailable, match="Qwen/Nothing is no local folder, and the hub did not give it: no conn"):
             resolve("Qwen/Nothing", tmp_path)
 
 
 @pytest.mark.parametrize("source", ["", "nothing.gguf", "/no/such/folder", "a/b/c", "hub id/x"])
-def test_a_source_of_no_known_form_is_refused(source: str, tmp_path: Path) -> None:
+def test_resolve_refuses_a_source_of_no_known_form(source: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="it is no folder, no GGUF file, no package and no hub id"):
         resolve(source, tmp_path)
 
 
 class TestImport:
-    def test_goes_to_the_cache(self, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_writes_into_the_cache(self, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("STITCH_CACHE", str(tmp_path))
         assert import_model(str(gguf_file)) == resolve(str(gguf_file), tmp_path)
 
-    def test_goes_to_a_folder_and_leaves_no_cache(self, gguf_file: Path, tmp_path: Path) -> None:
+    def test_writes_into_a_folder_and_leaves_no_cache(self, gguf_file: Path, tmp_path: Path) -> None:
         out = tmp_path / "deep" / "model"
         assert import_model(str(gguf_file), out) == out
         assert [path.name for path in out.parent.iterdir()] == ["model"]
         assert (out / "model.safetensors").is_file()
 
-    def test_copies_what_it_does_not_make(self, model: Path, tmp_path: Path) -> None:
+    def test_copies_a_folder_that_it_did_not_make(self, model: Path, tmp_path: Path) -> None:
         import_model(str(model), tmp_path / "copy")
         assert (tmp_path / "copy" / "config.json").read_bytes() == (model / "config.json").read_bytes()
         assert (model / "config.json").is_file()
 
-    def test_overwrites_nothing(self, model: Path, tmp_path: Path) -> None:
+    def test_refuses_an_existing_folder(self, model: Path, tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match="it must not exist yet"):
             import_model(str(model), tmp_path)
+
+
+class TestFillOnce:
+    def test_fills_a_missing_folder(self, tmp_path: Path) -> None:
+        folder = fill_once(tmp_path / "deep" / "model", lambda unfinished: (unfinished / "a").touch())
+        assert (folder, [file.name for file in folder.iterdir()]) == (tmp_path / "deep" / "model", ["a"])
+
+    def test_leaves_an_existing_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "model").mkdir()
+        fill_once(tmp_path / "model", lambda unfinished: pytest.fail("filled again"))
+        assert list((tmp_path / "model").iterdir()) == []
+
+    def test_failure_leaves_no_folder_and_the_next_call_succeeds(self, tmp_path: Path) -> None:
+        def fail(unfinished: Path) -> None:
+            (unfinished / "half").touch()
+            raise OSError("disk full")
+
+        with pytest.raises(OSError, match="disk full"):
+            fill_once(tmp_path / "model", fail)
+        assert [file for file in tmp_path.iterdir() if file.is_dir()] == []
+        assert fill_once(tmp_path / "model", lambda unfinished: None).is_dir()
+
+    def test_other_users_may_read_the_folder(self, tmp_path: Path) -> None:
+        assert fill_once(tmp_path / "model", lambda unfinished: None).stat().st_mode & 0o777 == 0o755
+
+    def test_one_caller_fills_while_the_others_wait(self, tmp_path: Path) -> None:
+        filled: list[int] = []
+        first_is_inside, may_finish = threading.Event(), threading.Event()
+
+        def fill(unfinished: Path) -> None:
+            first_is_inside.set()
+            may_finish.wait(timeout=30)
+            filled.append(1)
+
+        threads = [threading.Thread(target=fill_once, args=(tmp_path / "model", fill)) for _ in range(4)]
+        threads[0].start()
+        assert first_is_inside.wait(timeout=30)
+        for thread in threads[1:]:
+            thread.start()
+        assert not (tmp_path / "model").exists()
+        may_finish.set()
+        for thread in threads:
+            thread.join(timeout=30)
+        assert filled == [1]
