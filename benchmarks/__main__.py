@@ -1,4 +1,4 @@
-"""Runs every benchmark, one after the other. Knows their names and nothing of what they measure."""
+"""Runs every benchmark, one after the other, each in a process of its own; exits with the number of failed ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.report import SKIPPED
 
 
 def main() -> int:
-    """The number of benchmarks that failed."""
+    """Runs the benchmarks and returns the number of those that failed."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="a few samples each, to see that they run")
     parser.add_argument("--out", metavar="DIR", default="build/benchmarks", help="for JSON and plots")

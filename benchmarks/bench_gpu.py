@@ -1,4 +1,4 @@
-"""How far is a token on a GPU from what its memory allows? Two shards on one GPU, against copies in its memory."""
+"""How close is decode on a GPU to its memory bandwidth? Two shards on one GPU, against copies in its memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COPIED_BYTES, COPIED_BYTES_TINY = 1 << 30, 1 << 24
 
 
 async def measure(options: Options) -> None:
-    """One stream; between its answers, copies. In the tiny form small shapes, and a processor where there is no GPU."""
+    """Alternates one stream with copies. The tiny form has small shapes, and runs on the CPU where there is no GPU."""
     rounds, decoded, shapes = (2, 8, TINY) if options.tiny else (12, 128, QWEN)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens: list[float] = []
@@ -34,17 +34,17 @@ async def measure(options: Options) -> None:
                 for index in range(rounds + 1):
                     timed = await shard.generate(prompt(PROMPT_TOKENS, index), decoded, ROUTE)
                     limit_ms = weight_bytes / _bytes_per_second(source, target) * 1e3
-                    # In the first round, passes are captured.
+                    # The first round captures CUDA graphs.
                     if index:
                         tokens.append(timed.token_ms)
                         limits.append(limit_ms)
-    samples = {"two shards, ms a token": tokens, f"reading {weight_bytes / 1e6:.1f} MB, ms": limits}
+    samples = {"two shards, ms per token": tokens, f"reading {weight_bytes / 1e6:.1f} MB, ms": limits}
     facts = {"device": _device(device), "copy_gb_per_second": weight_bytes / median(limits) / 1e6}
     write(options, samples, {"limit / token": ratio(limits, tokens)}, weight_bytes=weight_bytes, **facts)
 
 
 def _bytes_per_second(source: torch.Tensor, target: torch.Tensor) -> float:
-    """Read and written by a copy, the best of five."""
+    """The bandwidth of a copy, bytes read and written: the best of five."""
     times = []
     for _ in range(5):
         _wait(source.device)
@@ -61,7 +61,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _device(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else "processor"
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What does the hop cost? One stream over two shards, against the same pair in one process and a bare round trip."""
+"""What does the hop cost? One stream over two shards, against one process and against a bare TCP round trip."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from benchmarks.one_process import OneProcess
 from benchmarks.report import Options, options, ratio, write
 from benchmarks.tcp_echo import tcp_echo
 
-# A token's hidden states in float32, and about what a sampled token takes on its way back.
+# The hidden state of a token in float32, and about the size of the reply with a sampled token.
 HIDDEN_BYTES, REPLY_BYTES = 576 * 4, 32
 TRIPS = 200
 
 
 async def measure(options: Options) -> None:
-    """Decode of one stream behind 64 prompt tokens, and TTFT at 512."""
+    """Samples decode after 64 prompt tokens, and TTFT at 512."""
     rounds, decoded = (2, 8) if options.tiny else (12, 48)
     cluster = preset()
     whole = OneProcess(cluster)
@@ -27,8 +27,8 @@ async def measure(options: Options) -> None:
                 long_one, long_two = whole.generate(prompt(512), 1), await shard.generate(prompt(512, index), 1)
                 # The first round warms up.
                 if index:
-                    samples.setdefault("decode, one process, ms a token", []).append(one.token_ms)
-                    samples.setdefault("decode, two shards, ms a token", []).append(two.token_ms)
+                    samples.setdefault("decode, one process, ms per token", []).append(one.token_ms)
+                    samples.setdefault("decode, two shards, ms per token", []).append(two.token_ms)
                     samples.setdefault("TTFT at 512, one process, ms", []).append(long_one.ttft_ms)
                     samples.setdefault("TTFT at 512, two shards, ms", []).append(long_two.ttft_ms)
                     trips = [echo.seconds() * 1e3 for _ in range(TRIPS)]

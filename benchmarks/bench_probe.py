@@ -1,7 +1,7 @@
-"""What does the probe add to prefill? The first shard's passes over one prompt, judged there against route named.
+"""What does the probe add to prefill? The first shard's passes over one prompt, with the probe and with a named route.
 
-One process, one segment a pass, in alternation and in changing order; both take the same route. Processor time of one
-thread, which other processes hardly lengthen. The probe has random weights: its time does not depend on them.
+One process with one segment per pass; both forms take the same route and alternate in changing order. It samples CPU
+time, which other processes hardly lengthen. The probe has random weights, on which its time doesn't depend.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 class Bottom:
-    """The first shard's runner, and a judge that always takes one route."""
+    """The first shard's runner, and a probe per route that always takes that route."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
         loaded = load_stage(cluster, cluster.shards[0], CPU)
@@ -54,14 +54,14 @@ class Bottom:
             layer_ranges=loaded.layer_ranges,
         )
 
-    def prefill_ms(self, token_ids: list[int], route: str, judged: bool) -> float:
-        """All chunks of a prompt; where it is judged, the first one decides."""
+    def prefill_ms(self, token_ids: list[int], route: str, probed: bool) -> float:
+        """CPU milliseconds of all chunks of a prompt; with `probed` the first chunk decides the route."""
         self._runner.probe = self._probes[route]
         sequence = Session(route, (), Sampling(), token_ids, len(token_ids))
         started = time.process_time()
         for position in range(0, len(token_ids), self._chunk):
             length = min(self._chunk, len(token_ids) - position)
-            undecided = judged and position == 0
+            undecided = probed and position == 0
             cut = self._earliest if undecided else self._cuts[route]
             candidates = tuple(self._cuts) if undecided else ()
             segment = Segment(sequence, cut, position, length, False, self._blocks, candidates=candidates)
@@ -72,7 +72,7 @@ class Bottom:
 
 
 def probe_for(route: str, loaded: LoadedStage, layer: int) -> RouteProbe:
-    """A probe of random weights and a threshold that it never or always exceeds."""
+    """A probe with random weights, and a threshold that its gain always or never exceeds."""
     drawn = torch.Generator().manual_seed(0)
     probe = Probe(
         weight=torch.randn(1, features(loaded.model.hidden_size), generator=drawn),
@@ -85,30 +85,30 @@ def probe_for(route: str, loaded: LoadedStage, layer: int) -> RouteProbe:
 
 
 async def measure(options: Options) -> None:
-    """Every round has every length on every route, with and without; the ratio is the median of the pairs'."""
+    """Samples every length on every route, with and without the probe; a ratio is the median over pairs."""
     rounds = 3 if options.tiny else 16
     bottom = Bottom(preset())
     samples: dict[str, list[float]] = {}
     for index in range(rounds + 1):
         for length in LENGTHS:
             for route in ROUTES:
-                for judged in (index % 2 == 0, index % 2 == 1):
-                    taken_ms = bottom.prefill_ms(prompt(length, index), route, judged)
+                for probed in (index % 2 == 0, index % 2 == 1):
+                    prefill_ms = bottom.prefill_ms(prompt(length, index), route, probed)
                     if index:
-                        samples.setdefault(named(length, route, judged), []).append(taken_ms)
+                        samples.setdefault(named(length, route, probed), []).append(prefill_ms)
     write(options, samples, {name: value for length in LENGTHS for name, value in added(samples, length).items()})
 
 
-def named(length: int, route: str, judged: bool) -> str:
-    return f"{length} tokens, {route} {'judged' if judged else 'named'}, ms"
+def named(length: int, route: str, probed: bool) -> str:
+    return f"{length} tokens, {route} {'probed' if probed else 'named'}, ms"
 
 
 def added(samples: dict[str, list[float]], length: int) -> dict[str, float]:
-    """By route: judged ÷ named, of neighbours in time, since the machine's pace wanders by more than the probe adds."""
+    """By route: probed ÷ named of consecutive runs, since the machine's speed drifts by more than the probe adds."""
     return {
-        f"{length} tokens, {route}: judged / named": median(
-            judged / by_name
-            for judged, by_name in zip(
+        f"{length} tokens, {route}: probed / named": median(
+            with_probe / by_name
+            for with_probe, by_name in zip(
                 samples[named(length, route, True)], samples[named(length, route, False)], strict=True
             )
         )

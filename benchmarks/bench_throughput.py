@@ -1,4 +1,4 @@
-"""How many tokens a second at 1 to 64 sessions? Two shards against the engines people would run, in alternation."""
+"""How many tokens per second at 1 to 64 sessions? Two shards against `generate` and vLLM, in alternation."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from stitch_server.sources.resolve import resolve
 
 PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 33
-# Rounds that don't count: shards try how their passes are best spread over threads.
+# Warm-up rounds, in which shards tune their threads and micro-batches.
 WARM_UP = 2
 OURS = "two shards"
 
 
 async def measure(options: Options) -> None:
-    """Output tokens a second, from the first request to the last token, prefill included."""
-    rounds, crowds = (1, (1, 2)) if options.tiny else (5, (1, 4, 16, 64))
+    """Samples output tokens per second from the first request to the last token, prefill included."""
+    rounds, concurrencies = (1, (1, 2)) if options.tiny else (5, (1, 4, 16, 64))
     cluster = preset()
     samples: dict[str, list[float]] = {}
     ratios = {}
     with running(cluster) as local, engines(resolve(cluster.models.bottom.source, cache_folder())) as others:
         async with first_shard(local) as shard:
-            for sessions in crowds:
+            for sessions in concurrencies:
                 rates: dict[str, list[float]] = {name: [] for name in (OURS, *others)}
                 for index in range(-WARM_UP, rounds):
                     prompts = [prompt(PROMPT_TOKENS, index * 100 + number) for number in range(sessions)]
@@ -43,7 +43,7 @@ async def measure(options: Options) -> None:
 
 
 async def _round(shard: FirstShard, others: dict[str, Engine], prompts: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Tokens a second by the engine's name, each asked alone."""
+    """Tokens per second by the engine's name; engines run one after the other."""
     produced = len(prompts) * OUTPUT_TOKENS
     rates = {name: produced / engine.seconds(prompts, OUTPUT_TOKENS) for name, engine in others.items()}
     started = time.perf_counter()

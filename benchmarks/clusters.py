@@ -1,4 +1,4 @@
-"""Local clusters for benchmarks, and a way to ask their first shard in tokens. Knows no figure."""
+"""Local clusters for benchmarks, and a client that sends token ids to their first shard."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
 
 
 def preset(name: str = "smollm2", **fields: Any) -> ClusterConfig:
-    """A preset with some fields of its sections `[batching]` and `[compute]` changed."""
+    """A preset with the given fields of `[batching]` and `[compute]`."""
     cluster = load_cluster(name)
     batching = {field: fields.pop(field) for field in BatchingConfig.model_fields if field in fields}
     changed = {
@@ -34,7 +34,7 @@ def preset(name: str = "smollm2", **fields: Any) -> ClusterConfig:
 
 @contextmanager
 def running(cluster: ClusterConfig) -> Iterator[LocalCluster]:
-    """The cluster as processes of this machine; inside of the block all of them serve."""
+    """Runs the cluster as processes of this machine, all of which serve inside the block."""
     import_models(cluster, _quiet)
     with tempfile.TemporaryDirectory() as folder:
         local = prepared(cluster, RunFolder(Path(folder)))
@@ -47,7 +47,7 @@ def running(cluster: ClusterConfig) -> Iterator[LocalCluster]:
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One generation: its tokens, and when each arrived, in seconds after the request."""
+    """One generation: its tokens, and the arrival of each in seconds after the request."""
 
     token_ids: list[int]
     arrivals: list[float]
@@ -58,12 +58,12 @@ class Timed:
 
     @property
     def token_ms(self) -> float:
-        """Mean time of a token after the first."""
+        """The mean time per token after the first, in milliseconds."""
         return (self.arrivals[-1] - self.arrivals[0]) / (len(self.arrivals) - 1) * 1e3
 
 
 class FirstShard:
-    """Asks the first shard of a route directly, token ids in and out, without the gateway."""
+    """A client of the first shard of a route, with token ids in and out and no gateway."""
 
     def __init__(
         self, stub: shard_pb2_grpc.ShardAsyncStub, cluster: ClusterConfig, chain: Sequence[str] | None
@@ -75,7 +75,7 @@ class FirstShard:
     async def generate(
         self, token_ids: Sequence[int], tokens: int, route: str = "strong", arrived: Callable[[], None] | None = None
     ) -> Timed:
-        """Greedy, exactly `tokens` tokens; `arrived` is called with each."""
+        """Generates exactly `tokens` tokens greedily; calls `arrived` at every reply with tokens."""
         stages = self._cluster.stages(self._cluster.route(route))
         request = shard_pb2.ShardGenerateRequest(
             token_ids=token_ids,
@@ -96,7 +96,7 @@ class FirstShard:
 
 @asynccontextmanager
 async def first_shard(local: LocalCluster, chain: Sequence[str] | None = None) -> AsyncIterator[FirstShard]:
-    """A connection to the shard that holds the embedding; `chain`: other addresses for the shards behind it."""
+    """A client of the shard with the embedding; `chain` replaces the addresses of the later shards."""
     first = local.cluster.stages(local.cluster.routes[-1])[0][0]
     async with open_channel(first.address) as channel:
         stub: shard_pb2_grpc.ShardAsyncStub = shard_pb2_grpc.ShardStub(channel)
@@ -104,16 +104,16 @@ async def first_shard(local: LocalCluster, chain: Sequence[str] | None = None) -
 
 
 def prompt(tokens: int, seed: int = 0) -> list[int]:
-    """Token ids of ordinary words, none of them special, different for every seed; any model's speed is the same."""
+    """Token ids of ordinary words, different for every seed; speed doesn't depend on them."""
     return [1000 + (seed * 7919 + index * 31) % 20000 for index in range(tokens)]
 
 
-def _quiet(what: str, how_far: str | float) -> None:
+def _quiet(name: str, progress: str | float) -> None:
     """Benchmarks print figures only."""
 
 
 def run(question: Coroutine[Any, Any, None]) -> None:
-    """Runs a benchmark's coroutine; SIGTERM cancels it, so that it stops what it has started."""
+    """Runs a benchmark's coroutine; SIGTERM cancels it, so that it stops the processes that it has started."""
     uvloop.run(_until_terminated(question))
 
 

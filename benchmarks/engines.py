@@ -1,4 +1,4 @@
-"""What people would run instead, behind one method: transformers' `generate`, and vLLM's build for processors."""
+"""Other engines behind one method: `generate` of transformers, and vLLM's build for CPUs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-# GiB; and all cores, where vLLM would leave one to its other processes.
+# GiB of KV cache; and all cores, since vLLM would reserve one for its other processes.
 VLLM_SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "2",
     "VLLM_CPU_OMP_THREADS_BIND": ",".join(str(core) for core in sorted(os.sched_getaffinity(0))),
@@ -29,12 +29,12 @@ class Engine(Protocol):
     """A whole model in one process."""
 
     def seconds(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
-        """How long it takes to generate exactly so many tokens, greedily, behind each prompt."""
+        """The seconds to generate exactly `tokens` tokens, greedily, after each prompt."""
         ...
 
 
 class Generate:
-    """transformers, one batch of prompts of equal length."""
+    """`generate` of transformers over one batch of prompts of equal length."""
 
     def __init__(self, folder: Path) -> None:
         self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -55,21 +55,21 @@ class Generate:
 
 
 class Vllm:
-    """vLLM, stopped while nobody asks it: its threads would take the cores from whoever is measured."""
+    """vLLM in a process that is stopped between requests, since its threads would take the cores from other engines."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         if process.stdin is None or process.stdout is None:
             raise ValueError("the worker's standard input and output must be pipes")
-        self._process, self._asked, self._answered = process, process.stdin, process.stdout
-        # The end of what else it says.
+        self._process, self._requests, self._replies = process, process.stdin, process.stdout
+        # The end of its other output.
         self._log: deque[str] = deque(maxlen=60)
         self._answer()
         self._signal(signal.SIGSTOP)
 
     def seconds(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
         self._signal(signal.SIGCONT)
-        self._asked.write(json.dumps({"prompts": prompts, "tokens": tokens}) + "\n")
-        self._asked.flush()
+        self._requests.write(json.dumps({"prompts": prompts, "tokens": tokens}) + "\n")
+        self._requests.flush()
         answer = json.loads(self._answer())
         self._signal(signal.SIGSTOP)
         if answer["generated"] != [tokens] * len(prompts):
@@ -77,7 +77,7 @@ class Vllm:
         return float(answer["seconds"])
 
     def _answer(self) -> str:
-        for line in self._answered:
+        for line in self._replies:
             if line.startswith(ANSWER):
                 return line.removeprefix(ANSWER)
             self._log.append(line)
@@ -89,7 +89,7 @@ class Vllm:
 
 @contextmanager
 def engines(folder: Path) -> Iterator[dict[str, Engine]]:
-    """By name: `generate`, and `vLLM` where `$VLLM_PYTHON` names an interpreter that has it."""
+    """The engines by name: `generate`, and `vLLM` where `$VLLM_PYTHON` names an interpreter with vLLM."""
     found: dict[str, Engine] = {"generate": Generate(folder)}
     with ExitStack() as stack:
         interpreter = os.environ.get("VLLM_PYTHON")

@@ -1,4 +1,4 @@
-"""The same stitched pair in one process: same layers, cache and sampler, no gRPC. The baseline of the hop."""
+"""The same stitched pair in one process, with the same layers, cache and sampler but no gRPC, as a baseline."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from stitch_server.kv_cache.store import KVStore
 from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.parallelism import ParallelismTuner
 
-MOST_TOKENS = 4096
+MAX_TOKENS = 4096
 
 
 class OneProcess:
-    """Both halves of a cluster's pair, called one after the other."""
+    """All stages of a route, called one after the other."""
 
     def __init__(self, cluster: ClusterConfig, route: str = "strong", threads: int = 0) -> None:
         device = torch.device("cpu")
@@ -35,7 +35,7 @@ class OneProcess:
         self._route = cut.name
 
     def generate(self, token_ids: Sequence[int], tokens: int) -> Timed:
-        """Greedy, exactly `tokens` tokens; the prompt in chunks of the cluster's size."""
+        """Generates exactly `tokens` tokens greedily; prefills the prompt in chunks of the cluster's size."""
         session = Session(self._route, (), Sampling(), list(token_ids), len(token_ids))
         timed = Timed([], [])
         started = time.perf_counter()
@@ -52,7 +52,7 @@ class OneProcess:
     def _step(self, session: Session, length: int, wants: bool) -> int | None:
         hidden, output = None, StepOutput()
         for stage, runner in zip(self._stages, self._runners, strict=True):
-            blocks = range(MOST_TOKENS // BLOCK_TOKENS)
+            blocks = range(MAX_TOKENS // BLOCK_TOKENS)
             cut = stage.layer_ranges[session.route]
             segment = Segment(session, cut, session.cached, length, wants, blocks, hidden)
             output = runner.run(Batch((segment,)))
@@ -63,7 +63,7 @@ class OneProcess:
     def _runner(self, stage: LoadedStage, device: torch.device) -> ModelRunner:
         decoder = stage.decoder
         kv_heads, head_dim = decoder.kv_heads, decoder.head_dim
-        blocks = MOST_TOKENS // BLOCK_TOKENS
+        blocks = MAX_TOKENS // BLOCK_TOKENS
         return ModelRunner(
             decoder=decoder,
             attention=backend_for(

@@ -1,4 +1,4 @@
-"""A pair with the shapes of Qwen2.5 7B and 1.5B and random weights, which are as fast as others. Measures nothing."""
+"""A pair with the shapes of Qwen2.5 7B and 1.5B and random weights, whose speed is that of trained ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stitch_server.model.tokenizer_hash import tokenizer_hash
 DTYPE = torch.bfloat16
 # Small enough that hidden states stay finite.
 SPREAD = 0.02
-# Drawn once and then repeated: a matrix of a large model would take seconds.
+# Random values, repeated to fill a matrix: drawing one of a large model takes seconds.
 DRAWN = 1 << 22
 ROUTE = "strong"
 KV_TOKENS = 4096
@@ -31,7 +31,7 @@ KV_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One model, of which a benchmark needs some layers."""
+    """The shape of one model."""
 
     layers: int
     hidden: int
@@ -51,14 +51,14 @@ class Shape:
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
             max_position_embeddings=32768,
-            # So that no head has to be written beside the embedding; the bottom's is never read.
+            # Then no separate head has to be written.
             tie_word_embeddings=True,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """A pair and where it is cut: layers [0, bottom_layers), then from top_from on."""
+    """The shapes of a pair, and its cut: bottom layers [0, bottom_layers), then top layers from `top_from` on."""
 
     bottom: Shape
     top: Shape
@@ -66,7 +66,7 @@ class Shapes:
     top_from: int
 
 
-# https://huggingface.co/Qwen/Qwen2.5-7B/blob/main/config.json and its neighbour; cut as in deploy/two-servers.toml.
+# https://huggingface.co/Qwen/Qwen2.5-7B/blob/main/config.json and that of 1.5B; cut as in deploy/two-servers.toml.
 QWEN = Shapes(
     bottom=Shape(layers=28, hidden=3584, intermediate=18944, heads=28, kv_heads=4, tokens=151_936),
     top=Shape(layers=28, hidden=1536, intermediate=8960, heads=12, kv_heads=2, tokens=151_936),
@@ -82,14 +82,14 @@ TINY = Shapes(
 
 
 def write_pair(folder: Path, shapes: Shapes, device: str) -> ClusterConfig:
-    """Only what the route's shards read is written: of `QWEN`, 12 GB."""
+    """Writes the tensors that the route's shards read (12 GB for `QWEN`) and returns the cluster."""
     _write_model(folder / "bottom", shapes.bottom, 0, shapes.bottom_layers)
     _write_model(folder / "top", shapes.top, shapes.top_from, shapes.top.layers)
     _write_stitch(folder, shapes)
-    places = {"bottom": (0, shapes.bottom_layers), "top": (shapes.top_from, shapes.top.layers)}
+    layers = {"bottom": (0, shapes.bottom_layers), "top": (shapes.top_from, shapes.top.layers)}
     fields = {
         "name": "random-pair",
-        "models": {role: {"id": role, "source": str(folder / role)} for role in places},
+        "models": {role: {"id": role, "source": str(folder / role)} for role in layers},
         "routes": [
             {
                 "name": ROUTE,
@@ -99,15 +99,15 @@ def write_pair(folder: Path, shapes: Shapes, device: str) -> ClusterConfig:
             }
         ],
         "shards": [
-            {"name": f"{role}-0", "role": role, "layers": layers, "address": "127.0.0.1:0"}
-            for role, layers in places.items()
+            {"name": f"{role}-0", "role": role, "layers": held, "address": "127.0.0.1:0"}
+            for role, held in layers.items()
         ],
         "gateway": {"address": "127.0.0.1:0"},
         "compute": {
             "device": device,
             "dtype": "bfloat16",
             "wire_dtype": "bfloat16",
-            # Two shards share one device, so neither may plan with all that is free.
+            # Two shards share one device, so neither may size its cache by all free memory.
             "kv_tokens": KV_TOKENS,
             "kernels": False,
         },
@@ -117,7 +117,7 @@ def write_pair(folder: Path, shapes: Shapes, device: str) -> ClusterConfig:
 
 
 def bytes_per_token(folder: Path, shapes: Shapes) -> int:
-    """Of the weights that one token of one session reads: layers, stitch, head."""
+    """The bytes of weights that one token of one session reads: layers, stitch, head."""
     bottom, top = (ParameterCount.read(folder / role) for role in ("bottom", "top"))
     stitch = shapes.top.hidden * (shapes.bottom.hidden + 1)
     layers = bottom.between(0, shapes.bottom_layers) + top.between(shapes.top_from, shapes.top.layers)
@@ -152,7 +152,7 @@ def _layer(shape: Shape, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], drawn: Tensor) -> None:
-    """Norms of ones, all else of the values that were drawn."""
+    """Writes norms as ones and every other tensor from the values in `drawn`."""
     tensors: dict[str, Any] = {}
     for name, shape in shapes.items():
         size = torch.Size(shape).numel()

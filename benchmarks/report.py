@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: every sample, their medians, and where they were taken. Measures nothing itself."""
+"""The options and the report of every benchmark: samples, medians, ratios, commit and machine, as a table and JSON."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-# The exit code of a benchmark that this machine is not for, as in automake's tests.
+# The exit code of a benchmark that this machine can't run, as in automake's tests.
 SKIPPED = 77
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What every benchmark is told."""
+    """The options of every benchmark."""
 
     tiny: bool
     out: Path
 
 
 def options(question: str) -> Options:
-    """Parses the flags that all benchmarks share; `question` is what the benchmark answers."""
+    """Parses the flags that all benchmarks share; `question` is the description for `--help`."""
     parser = argparse.ArgumentParser(description=question)
     parser.add_argument("--tiny", action="store_true", help="a few samples, to see that it runs")
     parser.add_argument("--out", metavar="FILE.json", type=Path, default=None, help="for the samples")
@@ -35,12 +35,12 @@ def options(question: str) -> Options:
 
 
 def ratio(candidate: Sequence[float], baseline: Sequence[float]) -> float:
-    """Of the medians; the two were sampled in alternation."""
+    """The ratio of the medians of two candidates, which were sampled in alternation."""
     return median(candidate) / median(baseline)
 
 
 def write(options: Options, samples: Mapping[str, Sequence[float]], ratios: Mapping[str, float], **more: Any) -> None:
-    """Prints a table of medians and ratios, and writes all of it as JSON. Names end with the unit of their samples."""
+    """Prints medians and ratios and writes everything as JSON. A name ends with the unit of its samples."""
     for name, values in samples.items():
         print(f"  {name:<40} {median(values):10.2f}   ({min(values):.2f} to {max(values):.2f}, {len(values)} samples)")
     for name, value in ratios.items():
@@ -56,4 +56,4 @@ def _commit() -> str:
 
 
 def _machine() -> dict[str, Any]:
-    return {"cores": len(os.sched_getaffinity(0)), "processor": platform.machine(), "python": platform.python_version()}
+    return {"cores": len(os.sched_getaffinity(0)), "cpu": platform.machine(), "python": platform.python_version()}

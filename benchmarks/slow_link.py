@@ -1,7 +1,7 @@
-"""A link with a round trip and a rate, for machines whose kernel has no netem. Knows no protocol but TCP.
+"""A TCP proxy with a round-trip time and a rate, for machines whose kernel has no netem.
 
-What is written on one side arrives on the other half a round trip later, and no faster than the rate allows. TCP's
-own slow start isn't modelled: both sockets are on this machine.
+Bytes that one side writes arrive at the other half a round trip later, and no faster than the rate. TCP's own slow
+start isn't modelled, since both sockets are on this machine.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 CHUNK_BYTES = 16 * 1024
-# What is under way in one direction before its sender has to wait.
-MOST_CHUNKS = 256
-# The event loop's timers are coarser than a link: the rest of a delay is slept through.
+# The chunks in flight in one direction before the sender has to wait.
+MAX_CHUNKS = 256
+# The event loop's timers are coarser than a link, so the last part of a delay blocks in `time.sleep`.
 TIMER_SECONDS = 0.0015
 
 
 @dataclass(slots=True)
 class SlowLink:
-    """Change the fields at any time; they hold for what is written from then on."""
+    """A link whose fields can change at any time; they apply to bytes written from then on."""
 
     address: str
     round_trip_seconds: float = 0.0
@@ -30,14 +30,14 @@ class SlowLink:
 
 @asynccontextmanager
 async def slow_link(to: str) -> AsyncIterator[SlowLink]:
-    """A port of this machine whose connections lead to `to`, `host:port`."""
+    """A port of this machine whose connections are forwarded to `to`, `host:port`."""
     host, _, port = to.rpartition(":")
     link = SlowLink("")
     pumps: set[asyncio.Task[None]] = set()
 
     async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection(host, int(port))
-        for source, sink in ((reader, back), (there, writer)):
+        upstream, back = await asyncio.open_connection(host, int(port))
+        for source, sink in ((reader, back), (upstream, writer)):
             pumps.add(asyncio.create_task(_pump(link, source, sink)))
 
     server = await asyncio.start_server(accepted, "127.0.0.1", 0)
@@ -52,26 +52,26 @@ async def slow_link(to: str) -> AsyncIterator[SlowLink]:
 
 
 async def _pump(link: SlowLink, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-    under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(MOST_CHUNKS)
-    arriving = asyncio.create_task(_arrive(under_way, sink))
+    in_flight: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(MAX_CHUNKS)
+    arriving = asyncio.create_task(_arrive(in_flight, sink))
     clock = asyncio.get_running_loop().time
     sent = 0.0
     try:
         while chunk := await source.read(CHUNK_BYTES):
             sent = max(sent, clock()) + 8 * len(chunk) / link.bits_per_second
-            await under_way.put((sent + link.round_trip_seconds / 2, chunk))
-        await under_way.put((clock(), b""))
+            await in_flight.put((sent + link.round_trip_seconds / 2, chunk))
+        await in_flight.put((clock(), b""))
         await arriving
     finally:
         arriving.cancel()
         sink.close()
 
 
-async def _arrive(under_way: asyncio.Queue[tuple[float, bytes]], sink: asyncio.StreamWriter) -> None:
+async def _arrive(in_flight: asyncio.Queue[tuple[float, bytes]], sink: asyncio.StreamWriter) -> None:
     clock = asyncio.get_running_loop().time
     with suppress(ConnectionError):
         while True:
-            due, chunk = await under_way.get()
+            due, chunk = await in_flight.get()
             await asyncio.sleep(max(0.0, due - clock() - TIMER_SECONDS))
             time.sleep(max(0.0, due - clock()))  # noqa: ASYNC251
             if not chunk:

@@ -1,4 +1,4 @@
-"""What shards noted of their passes. Knows no figure."""
+"""The step logs of shards: one record per forward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a shard noted of one pass; seconds of the machine's monotonic clock, which is `time.perf_counter`'s."""
+    """One forward pass of a shard; times are seconds of the monotonic clock, which `time.perf_counter` reads, too."""
 
     started: float
     ended: float
@@ -27,12 +27,12 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class StepLogs:
-    """The notes of all shards that were started while this was open."""
+    """The step logs of all shards that were started inside the block of `step_logs`."""
 
     folder: Path
 
     def read(self) -> Mapping[str, Sequence[Step]]:
-        """By the shard's name, in the order in which they were computed."""
+        """The passes by the shard's name, in the order of their computation."""
         return {
             path.stem: [Step(**json.loads(line)) for line in path.read_text().splitlines()]
             for path in sorted(self.folder.glob("*.jsonl"))
@@ -41,7 +41,7 @@ class StepLogs:
 
 @contextmanager
 def step_logs() -> Iterator[StepLogs]:
-    """Shards that are started inside of the block note their passes."""
+    """Makes shards that are started inside the block log their passes."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["STITCH_STEP_LOG"] = folder
         try:

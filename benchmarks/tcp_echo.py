@@ -1,4 +1,4 @@
-"""What a round trip to another process costs at least: a request and a reply over TCP, and nothing else."""
+"""A bare round trip to another process over TCP: one request and one reply, as the lower bound of an RPC."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A connection to whoever answers every `request_bytes` with `reply_bytes`."""
+    """A connection to a process that answers every `request_bytes` with `reply_bytes`."""
 
     connection: socket.socket
     request_bytes: int
     reply_bytes: int
 
     def seconds(self) -> float:
-        """One round trip."""
+        """The seconds of one round trip."""
         started = time.perf_counter()
         self.connection.sendall(bytes(self.request_bytes))
         _receive(self.connection, self.reply_bytes)
@@ -29,7 +29,7 @@ class Echo:
 
 @dataclass(frozen=True, slots=True)
 class EchoServer:
-    """A process of its own that answers one connection."""
+    """A process that answers one connection."""
 
     address: str
     request_bytes: int
@@ -37,7 +37,7 @@ class EchoServer:
 
     @contextmanager
     def connected(self, address: str = "") -> Iterator[Echo]:
-        """To it by its own address, or by another one that leads there."""
+        """Connects to the process, by its own address or by that of a proxy."""
         host, _, port = (address or self.address).rpartition(":")
         with closing(socket.create_connection((host, int(port)))) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -46,7 +46,7 @@ class EchoServer:
 
 @contextmanager
 def tcp_echo(request_bytes: int, reply_bytes: int) -> Iterator[EchoServer]:
-    """Lives as long as the block, in which it must have been connected to."""
+    """Runs the process for the block, which must connect to it."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         inherited, port = server.fileno(), server.getsockname()[1]
         command = [sys.executable, "-m", "benchmarks.tcp_echo", *map(str, (inherited, request_bytes, reply_bytes))]
@@ -55,16 +55,16 @@ def tcp_echo(request_bytes: int, reply_bytes: int) -> Iterator[EchoServer]:
 
 
 def _receive(connection: socket.socket, count: int) -> bool:
-    """Reads so many bytes; False where the other side has closed."""
+    """Reads `count` bytes; returns False where the other side has closed."""
     while count:
-        if not (part := connection.recv(count)):
+        if not (received := connection.recv(count)):
             return False
-        count -= len(part)
+        count -= len(received)
     return True
 
 
 def main(inherited: int, request_bytes: int, reply_bytes: int) -> None:
-    """The answering process, on a socket that listens already, until the other side closes."""
+    """Answers on an inherited listening socket until the other side closes."""
     with closing(socket.socket(fileno=inherited)) as server:
         connection, _ = server.accept()
         with closing(connection):

@@ -1,4 +1,4 @@
-"""What does a slow link cost a token? One stream over links with a round trip of 0, 5 and 20 ms, in alternation."""
+"""What does a slow link cost? Time per token over links with a round trip of 0, 5 and 20 ms, in alternation."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from benchmarks.slow_link import slow_link
 from benchmarks.steps import Step, step_logs
 from benchmarks.tcp_echo import Echo, tcp_echo
 
-# Milliseconds there and back, bits a second.
+# Round trip in milliseconds, bits per second.
 LINKS = ((0, 1e9), (5, 1e9), (20, 1e9), (20, 1e8))
 PROMPT_TOKENS = 512
 TRIPS = 8
-# About what a token's passes take: a round trip behind a pause is slower than one right behind another.
+# About the time of a token's passes: a round trip after a pause is slower than one right after another.
 PAUSE_SECONDS = 0.025
 
 
 async def measure(options: Options) -> None:
-    """Time per token, how much of it shards compute, and a bare round trip over a link of the same kind.
+    """Samples time per token, the forward passes in it, and a bare round trip over a link of the same kind.
 
-    Added is what a token takes more than without a round trip; beside compute is what it takes more than its passes;
-    and beyond the link what is left when a bare round trip is taken off, too.
+    `added` is the time per token beyond that without a round trip, `outside_passes` the time beyond its passes, and
+    `beyond_the_link` what remains of that without a bare round trip.
     """
     rounds, decoded = (1, 4) if options.tiny else (7, 32)
     cluster = preset()
@@ -45,13 +45,13 @@ async def measure(options: Options) -> None:
                 for one in (link, bare):
                     one.round_trip_seconds, one.bits_per_second = round_trip_ms / 1e3, rate
                 timed = await shard.generate(prompt(PROMPT_TOKENS, index * 10 + number), decoded)
-                taken = {
-                    "ms a token": timed.token_ms,
-                    "ms a token in passes": _computing(logs.read(), decoded - 1),
+                values = {
+                    "ms per token": timed.token_ms,
+                    "ms per token in passes": _computing(logs.read(), decoded - 1),
                     "bare round trip, ms": await _trip(echo),
                     f"TTFT at {PROMPT_TOKENS}, ms": timed.ttft_ms,
                 }
-                for what, value in taken.items() if index else ():
+                for what, value in values.items() if index else ():
                     samples.setdefault(f"{_name(round_trip_ms, rate)}: {what}", []).append(value)
     figures = _figures({name: median(values) for name, values in samples.items()})
     write(options, samples, {}, **figures)
@@ -65,12 +65,12 @@ def _name(round_trip_ms: float, rate: float) -> str:
 
 
 def _computing(steps: Mapping[str, Sequence[Step]], tokens: int) -> float:
-    """What so many single tokens, the latest, took in all shards together, each."""
-    return sum(mean(one.milliseconds for one in noted[-tokens:]) for noted in steps.values())
+    """The mean computing time per token over the latest passes, summed over all shards."""
+    return sum(mean(one.milliseconds for one in logged[-tokens:]) for logged in steps.values())
 
 
 async def _trip(echo: Echo) -> float:
-    """In a thread of its own, since the link is in this one's event loop."""
+    """Milliseconds of a bare round trip; the echo blocks in a thread, since the link runs in this event loop."""
     trips = []
     for _ in range(TRIPS):
         await asyncio.sleep(PAUSE_SECONDS)
@@ -79,14 +79,14 @@ async def _trip(echo: Echo) -> float:
 
 
 def _figures(medians: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Milliseconds, by link."""
+    """Milliseconds by figure and link."""
     names = [_name(*link) for link in LINKS]
-    token = {name: medians[f"{name}: ms a token"] for name in names}
-    beside = {name: token[name] - medians[f"{name}: ms a token in passes"] for name in names}
+    token = {name: medians[f"{name}: ms per token"] for name in names}
+    outside = {name: token[name] - medians[f"{name}: ms per token in passes"] for name in names}
     return {
         "added": {name: token[name] - token[names[0]] for name in names},
-        "beside_compute": beside,
-        "beyond_the_link": {name: beside[name] - medians[f"{name}: bare round trip, ms"] for name in names},
+        "outside_passes": outside,
+        "beyond_the_link": {name: outside[name] - medians[f"{name}: bare round trip, ms"] for name in names},
     }
 
 

@@ -1,4 +1,4 @@
-"""Is time per token flat? One stream over two shards, decoding at position 50 and at position 1,000, in alternation."""
+"""Does time per token grow with the context? One stream at positions 50 and 1,000, in alternation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ POSITIONS = (50, 1000)
 
 
 async def measure(options: Options) -> None:
-    """Tokens that follow prompts of both lengths; prompts repeat, so their KV is reused and only decode is timed."""
+    """Samples decode after both prompts, which repeat, so that their KV is reused and only decode is timed."""
     rounds, decoded = (2, 8) if options.tiny else (12, 32)
     samples: dict[str, list[float]] = {}
     with running(preset()) as local:
@@ -18,7 +18,7 @@ async def measure(options: Options) -> None:
                 for position in POSITIONS:
                     timed = await shard.generate(prompt(position), decoded)
                     if index:
-                        samples.setdefault(f"position {position}, ms a token", []).append(timed.token_ms)
+                        samples.setdefault(f"position {position}, ms per token", []).append(timed.token_ms)
     early, late = samples.values()
     write(options, samples, {"position 1,000 / position 50": ratio(late, early)})
 

@@ -1,4 +1,4 @@
-"""What does growth cost? Time per token over sessions, context and the mixture of routes, in alternation."""
+"""How does time per token scale? Over sessions, context length and the mixture of routes, in alternation."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ MIXED_SESSIONS = 8
 
 
 async def measure(options: Options) -> None:
-    """Medians over a crowd of the time per token of each, all of them decoding together."""
+    """Samples the median time per token of sessions that all decode together."""
     rounds, decoded = (1, 4) if options.tiny else (5, 32)
-    crowds: dict[str, tuple[int, int, tuple[str, ...]]] = {}
-    crowds |= {f"{count} at 64 tokens": (count, 64, ("strong",)) for count in SESSIONS}
-    crowds |= {f"1 at {context} tokens": (1, context, ("strong",)) for context in CONTEXTS}
-    crowds |= {
+    workloads: dict[str, tuple[int, int, tuple[str, ...]]] = {}
+    workloads |= {f"{count} at 64 tokens": (count, 64, ("strong",)) for count in SESSIONS}
+    workloads |= {f"1 at {context} tokens": (1, context, ("strong",)) for context in CONTEXTS}
+    workloads |= {
         f"{MIXED_SESSIONS} at 64 tokens, {name}": (MIXED_SESSIONS, 64, routes) for name, routes in MIXTURES.items()
     }
-    samples: dict[str, list[float]] = {name: [] for name in crowds}
+    samples: dict[str, list[float]] = {name: [] for name in workloads}
     with running(preset()) as local:
         async with first_shard(local) as shard:
             for index in range(rounds + 1):
-                for name, crowd in crowds.items():
-                    token_ms = await _token_ms(shard, *crowd, decoded)
+                for name, workload in workloads.items():
+                    token_ms = await _token_ms(shard, *workload, decoded)
                     if index:
                         samples[name].append(token_ms)
     base = samples["1 at 64 tokens"]
@@ -36,11 +36,11 @@ async def measure(options: Options) -> None:
 
 
 async def _token_ms(shard: FirstShard, sessions: int, context: int, routes: tuple[str, ...], decoded: int) -> float:
-    """Prompts repeat from round to round, so that their KV is reused and decode is what is timed."""
-    crowd = (
+    """The median time per token. Prompts repeat every round, so that their KV is reused and only decode is timed."""
+    answers = (
         shard.generate(prompt(context, number), decoded, routes[number % len(routes)]) for number in range(sessions)
     )
-    return median(one.token_ms for one in await asyncio.gather(*crowd))
+    return median(one.token_ms for one in await asyncio.gather(*answers))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How long does a judgement take? The learned router against the hand-set one, judging the same texts in turn.
+"""How long does a route decision take? The learned router against the heuristic one, in alternation on the same texts.
 
-Processor time of one thread, which other processes hardly lengthen, and wall time. The learned router has random
-weights and the size of one trained on 16,000 prompts. Knows no cluster.
+It samples the CPU time of one thread, which other processes hardly lengthen, and the wall time. The learned router has
+random weights and the size of one that was trained on 16,000 prompts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WORDS = 130_000
 SOURCES = 3
 TOPICS = 72
 ROUTES = ("weak", "strong")
-# About four characters a token.
+# About four characters per token.
 CHARACTERS = {"20 tokens": 80, "200 tokens": 800, "2,000 tokens": 8_000, "100,000 characters": 100_000}
 PIECES = [
     "stitch",
@@ -77,31 +77,28 @@ def text_of(characters: int, seed: int) -> str:
     return " ".join(f"{piece}{number}" for piece, number in zip(pieces, numbers, strict=True))[:characters]
 
 
-def judged(router: Router, text: str) -> tuple[float, float]:
-    """Milliseconds of one judgement: of the processor, and on the wall."""
-    began, began_thread = time.perf_counter(), time.thread_time()
+def decision_ms(router: Router, text: str) -> tuple[float, float]:
+    """Milliseconds of one route decision: CPU time and wall time."""
+    started, started_cpu = time.perf_counter(), time.thread_time()
     router.decide(Query((text,), ROUTES))
-    return 1e3 * (time.thread_time() - began_thread), 1e3 * (time.perf_counter() - began)
+    return 1e3 * (time.thread_time() - started_cpu), 1e3 * (time.perf_counter() - started)
 
 
 def measure(chosen: Options) -> None:
-    """Alternates the two routers over the same texts, and writes every sample."""
-    routers: dict[str, Router] = {"learned": random_router(), "hand-set": HeuristicRouter(Ladder())}
+    """Alternates the two routers over the same texts."""
+    routers: dict[str, Router] = {"learned": random_router(), "heuristic": HeuristicRouter(Ladder())}
     samples: dict[str, list[float]] = {}
     for size, characters in CHARACTERS.items():
         for seed in range(20 if chosen.tiny else 1_000):
             for name, router in routers.items():
-                processor, wall = judged(router, text_of(characters, seed))
-                samples.setdefault(f"{name}, {size}, processor", []).append(processor)
+                cpu, wall = decision_ms(router, text_of(characters, seed))
+                samples.setdefault(f"{name}, {size}, cpu", []).append(cpu)
                 samples.setdefault(f"{name}, {size}, wall", []).append(wall)
-    ratios = {
-        size: ratio(samples[f"learned, {size}, processor"], samples[f"hand-set, {size}, processor"])
-        for size in CHARACTERS
-    }
+    ratios = {size: ratio(samples[f"learned, {size}, cpu"], samples[f"heuristic, {size}, cpu"]) for size in CHARACTERS}
     p99 = {name: float(np.quantile(values, 0.99)) for name, values in samples.items()}
     write(chosen, samples, ratios, p99_milliseconds=p99)
     print(*(f"p99 {name}: {value:.3f} ms" for name, value in p99.items()), sep="\n")
 
 
 if __name__ == "__main__":
-    measure(options("How long does a judgement take?"))
+    measure(options("How long does a route decision take?"))

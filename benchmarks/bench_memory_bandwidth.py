@@ -1,4 +1,4 @@
-"""How far is a token from the floor? Time per token against the time that reading its weights from memory takes."""
+"""How close is decode to the memory bandwidth? Time per token against the time of reading its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLOAT32_BYTES = 4
 
 
 async def measure(options: Options) -> None:
-    """One stream over two shards, and a sum over as many bytes as a token's weights have, in alternation."""
+    """Alternates one stream over two shards with a sum over as many bytes as a token's weights have."""
     rounds, decoded = (2, 8) if options.tiny else (12, 48)
     cluster = preset()
     count = ParameterCount.read(resolve(cluster.models.bottom.source, cache_folder()))
@@ -32,12 +32,12 @@ async def measure(options: Options) -> None:
                 if index:
                     tokens.append(timed.token_ms)
                     reads.append(read_ms)
-    samples = {"two shards, ms a token": tokens, f"reading {weight_bytes / 1e6:.0f} MB, ms": reads}
+    samples = {"two shards, ms per token": tokens, f"reading {weight_bytes / 1e6:.0f} MB, ms": reads}
     write(options, samples, {"token / read": ratio(tokens, reads)}, weight_bytes=weight_bytes)
 
 
 def _read_ms(memory: torch.Tensor) -> float:
-    """On all cores; the best of three, since the floor is what the memory can do."""
+    """Milliseconds of the sum on all cores: the best of three, since the lower bound is wanted."""
     times = []
     for _ in range(3):
         started = time.perf_counter()

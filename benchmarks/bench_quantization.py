@@ -1,4 +1,4 @@
-"""What do weights of fewer bits give and cost? Two shards with int8, int4 and float32 weights, in alternation."""
+"""What do int8 and int4 weights gain and lose? Two shards with each and with float32 weights, in alternation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 async def measure(options: Options) -> None:
-    """Decode and TTFT of one stream; then the whole model's loss on this project's documentation."""
+    """Samples decode and TTFT of one stream, then the whole model's loss on this project's documentation."""
     rounds, decoded, sequences = (2, 8, 2) if options.tiny else (12, 48, 40)
     samples: dict[str, list[float]] = {}
     clusters = {kind: preset(quantization=kind) for kind in KINDS}
@@ -43,7 +43,7 @@ async def measure(options: Options) -> None:
                     found = await _sample(shard, index, decoded)
                     for name, milliseconds in found.items() if index else ():
                         samples.setdefault(f"{name}, {kind}, ms", []).append(milliseconds)
-    names = ("a token", "TTFT at 512")
+    names = ("time per token", "TTFT at 512")
     ratios = {
         f"{name}, none / {kind}": ratio(samples[f"{name}, none, ms"], samples[f"{name}, {kind}, ms"])
         for name in names
@@ -54,19 +54,19 @@ async def measure(options: Options) -> None:
     write(options, samples, ratios, losses=losses)
     exact = mean(losses["none"])
     for kind, values in losses.items():
-        more = mean(values) - exact
-        print(f"  cross-entropy a token, {kind:<16} {mean(values):10.4f}, {more:.4f} nats more than float32")
+        loss = mean(values) - exact
+        print(f"  cross-entropy per token, {kind:<16} {mean(values):10.4f}, {loss:.4f} nats above float32")
 
 
 async def _sample(shard: FirstShard, index: int, decoded: int) -> dict[str, float]:
     timed = await shard.generate(prompt(64, index), decoded)
     long = await shard.generate(prompt(512, index), 1)
-    return {"a token": timed.token_ms, "TTFT at 512": long.ttft_ms}
+    return {"time per token": timed.token_ms, "TTFT at 512": long.ttft_ms}
 
 
 @torch.inference_mode()
 def _losses(folder: Path, kind: Quantization, sequences: int) -> list[float]:
-    """Mean cross-entropy of each sequence of the documentation, in nats a token."""
+    """The mean cross-entropy of each sequence of the documentation, in nats per token."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     text = "\n".join(path.read_text() for path in sorted(Path().glob("**/*.md")) if ".venv" not in path.parts)
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
