@@ -46,7 +46,7 @@ class Conversation:
     console: Console
     fields: dict[str, Any]
     system: str | None = None
-    turns: list[dict[str, str]] = field(default_factory=list)
+    messages: list[dict[str, str]] = field(default_factory=list)
     # The gateway keeps requests with this name on one route.
     name: str = field(default_factory=_new_name)
 
@@ -68,7 +68,7 @@ class Conversation:
             case "":
                 pass
             case "/new":
-                self.turns.clear()
+                self.messages.clear()
                 self.name = _new_name()
             case "/route":
                 self.fields["route"] = argument.strip() or "auto"
@@ -84,11 +84,13 @@ class Conversation:
         turn = {"role": "user", "content": question}
         system = [{"role": "system", "content": self.system}] if self.system else []
         try:
-            stream = self.client.stream(messages=[*system, *self.turns, turn], conversation_id=self.name, **self.fields)
+            stream = self.client.stream(
+                messages=[*system, *self.messages, turn], conversation_id=self.name, **self.fields
+            )
             answer = show_stream(self.console, stream)
         except (StitchError, grpc.RpcError) as error:
             self.console.print(sentence(error), style="red", highlight=False, markup=False)
         except KeyboardInterrupt:
             self.console.print("\ncancelled", style="dim")
         else:
-            self.turns += [turn, {"role": "assistant", "content": answer.text}]
+            self.messages += [turn, {"role": "assistant", "content": answer.text}]

@@ -17,7 +17,7 @@ from stitch.errors import Unavailable
 from stitch.local.cluster import GATEWAY, LocalCluster, attached, import_models, prepared
 from stitch.local.run_folder import RunFolder, only_running_cluster, run_folder, running_clusters
 
-WATCH_SECONDS = 0.5
+POLL_SECONDS = 0.5
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -30,7 +30,7 @@ def run(parsed: argparse.Namespace) -> int:
             return 0
         try:
             _announce(console, cluster, "Ctrl-C stops it")
-            watch(console, cluster)
+            report_ended(console, cluster)
         finally:
             take_down(console, cluster)
     return 0
@@ -75,19 +75,19 @@ def take_down(console: Console, cluster: LocalCluster) -> None:
     console.print(f"{cluster.cluster.name} has stopped", highlight=False)
 
 
-def watch(console: Console, cluster: LocalCluster) -> None:
+def report_ended(console: Console, cluster: LocalCluster) -> None:
     """Prints when a shard has ended; raises Unavailable when the gateway has."""
-    watched = list(cluster.names)
+    running = list(cluster.names)
     while True:
-        for name in list(watched):
+        for name in list(running):
             try:
                 cluster.check_running(name)
             except Unavailable as error:
                 if name == GATEWAY:
                     raise
-                watched.remove(name)
+                running.remove(name)
                 console.print(str(error), style="red", highlight=False, markup=False)
-        time.sleep(WATCH_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 def _announce(console: Console, cluster: LocalCluster, ending: str) -> None:
