@@ -1,4 +1,4 @@
-"""Other engines behind one method: `generate` of transformers, and vLLM's build for CPUs."""
+"""Other engines with one interface: `generate` of transformers, and vLLM's build for CPUs."""
 
 from __future__ import annotations
 

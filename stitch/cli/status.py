@@ -38,28 +38,28 @@ def show_description(console: Console, found: inference_pb2.DescribeResponse) ->
 
 def models_table(found: inference_pb2.DescribeResponse) -> Group:
     """Both models with their layers, hidden size and context length."""
-    columns = ("half", "model", "family", "layers", "width", "context")
+    columns = ("role", "model", "architecture", "layers", "hidden size", "context")
     rows = [
-        (half, one.id, one.architecture, str(one.layers), f"{one.hidden_size:,}", f"{one.context_length:,}")
-        for half, one in (("bottom", found.bottom), ("top", found.top))
+        (role, one.id, one.architecture, str(one.layers), f"{one.hidden_size:,}", f"{one.context_length:,}")
+        for role, one in (("bottom", found.bottom), ("top", found.top))
     ]
     return table("models", columns, rows, right=columns[3:])
 
 
 def routes_table(found: inference_pb2.DescribeResponse) -> Group:
     """Every route's cut, its stitch, and the parameters that it reads for one token."""
-    widths = f"{found.bottom.hidden_size} → {found.top.hidden_size}"
+    hidden_sizes = f"{found.bottom.hidden_size} → {found.top.hidden_size}"
     rows = [
         (
             route.name,
             f"0–{route.bottom_layers - 1}",
-            f"{widths}  {route.stitch[:12]}" if route.stitch else "none: one model",
+            f"{hidden_sizes}  {route.stitch[:12]}" if route.stitch else "none: one model",
             f"{route.top_from}–{found.top.layers - 1}",
             millions(route.parameters),
         )
         for route in found.routes
     ]
-    columns = ("route", "bottom", "stitch", "top", "read per token")
+    columns = ("route", "bottom", "stitch", "top", "parameters per token")
     return table("routes", columns, rows, right=columns[4:])
 
 
@@ -72,9 +72,9 @@ def shards_table(found: inference_pb2.DescribeResponse) -> Group:
             shard.address,
             f"{shard.device} {shard.dtype}".strip(),
             f"{shard.kv_capacity_tokens:,}" if shard.kv_capacity_tokens else "–",
-            "serving" if shard.serving else "away",
+            "serving" if shard.serving else "unreachable",
         )
         for shard in found.shards
     ]
-    columns = ("shard", "layers", "address", "computes", "KV tokens", "state")
+    columns = ("shard", "layers", "address", "device", "KV tokens", "state")
     return table("shards", columns, rows, right=("KV tokens",))

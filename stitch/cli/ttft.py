@@ -227,7 +227,7 @@ def lines_table(samples: Sequence[Sample], routes: Sequence[str]) -> Group:
 def line_text(line: Line) -> str:
     """A regression line's slope, intercept and fit."""
     sign = "−" if line.intercept_seconds < 0 else "+"
-    formula = f"{line.slope_seconds * 1000:.2f} ms a token {sign} {seconds(abs(line.intercept_seconds))}"
+    formula = f"{line.slope_seconds * 1000:.2f} ms per token {sign} {seconds(abs(line.intercept_seconds))}"
     return f"{formula}, R² {line.r_squared:.3f}"
 
 

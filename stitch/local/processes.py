@@ -94,7 +94,7 @@ def start_seconds(pid: int) -> float | None:
         process = psutil.Process(pid)
         if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
             return None
-        # Counted from the boot it stays the same when somebody sets the system's clock. Linux counts hundredths.
+        # Unlike the time of day this doesn't change when the system's clock is set. Linux counts 0.01 s.
         return round(process.create_time() - psutil.boot_time(), 2)
     except psutil.NoSuchProcess:
         return None

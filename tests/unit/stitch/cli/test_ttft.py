@@ -35,7 +35,7 @@ def sample(route: str, length: int, ttft_seconds: float, prompt_tokens: int | No
 
 
 def sloped(route: str, tokens: int) -> float:
-    """2 ms a token on the strong route, 1 ms on the weak one, both from 100 ms on."""
+    """2 ms per token on the strong route, 1 ms on the weak one, both from 100 ms on."""
     return 0.1 + tokens * (0.002 if route == "strong" else 0.001)
 
 
@@ -155,8 +155,8 @@ def test_report_has_every_sample_and_line() -> None:
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        (Line(0.0025, 0.09, 0.998), "2.50 ms a token + 90 ms, R² 0.998"),
-        (Line(0.0025, -0.09, 1.0), "2.50 ms a token − 90 ms, R² 1.000"),
+        (Line(0.0025, 0.09, 0.998), "2.50 ms per token + 90 ms, R² 0.998"),
+        (Line(0.0025, -0.09, 1.0), "2.50 ms per token − 90 ms, R² 1.000"),
     ],
 )
 def test_line_text_is_formula_with_fit(line: Line, text: str) -> None:

@@ -36,8 +36,8 @@ def test_with_ports_keeps_hosts_and_other_fields() -> None:
 
 
 def test_with_ports_keeps_given_port() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
     assert with_ports(preset(address=f"127.0.0.1:{port}")).gateway.address == f"127.0.0.1:{port}"
 
 
@@ -48,8 +48,8 @@ def test_with_ports_releases_ports() -> None:
 
 
 def test_with_ports_refuses_port_in_use() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(InvalidRequest, match=rf"gateway.address is '{address}', but .*in use"):
             with_ports(preset(address=address))
 
