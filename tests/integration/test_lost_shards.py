@@ -96,7 +96,7 @@ def test_without_a_replica_the_client_hears_how_far_it_came(
 ) -> None:
     for name in TOPS:
         cluster.kill(name)
-    with pytest.raises(Unavailable, match="no chain of route weak can go on") as caught:
+    with pytest.raises(Unavailable, match="no chain of route weak can continue") as caught:
         listening.answer()
     assert 0 < caught.value.generated_tokens < ANSWER_TOKENS
     assert f"after {caught.value.generated_tokens} tokens" in str(caught.value)
@@ -111,7 +111,7 @@ def test_the_gateway_recovers_when_the_first_shard_returns(
     cluster: Cluster, undisturbed: Answer, listening: Listening
 ) -> None:
     cluster.kill("bottom-0")
-    with pytest.raises(Unavailable, match="no chain of route weak can go on"):
+    with pytest.raises(Unavailable, match="no chain of route weak can continue"):
         listening.answer()
     assert becomes_true(lambda: idle(cluster), RECOVERY_SECONDS)
     cluster.restart("bottom-0")
