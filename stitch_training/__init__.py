@@ -1,1 +1,1 @@
-"""Making stitches: reading text, least squares, distillation, judging. Knows no shard and no wire."""
+"""Offline training: stitches, probes and routers, from text and labels to the artifacts that serving reads."""

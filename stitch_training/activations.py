@@ -1,17 +1,23 @@
-"""One pass over the data through both models: sums for least squares, a trace for distillation. Knows no stitch.
+"""Passes over the data through both models: sums for least squares, and a trace for distillation.
 
-It can be interrupted at any point: what counts is the last checkpoint, and a resumed pass adds the same numbers in
-the same order as one that never stopped. A pass can be taken up again for more sequences, and spares another one what
-it computed of the bottom model; in float32 that one then counts states that were rounded to bfloat16.
+A run directory holds the two passes that a fit or a sweep needs:
+
+    RUN/held-out/   trace and sums of the held-out sequences
+    RUN/training/   trace and sums of the training sequences
+
+A pass can be interrupted at any point. It resumes from its last checkpoint and adds the same numbers in the same order
+as an uninterrupted one, and a finished pass can be extended by more sequences. An activation cache gives it the bottom
+model's states and teacher of sequences that earlier passes recorded. Those states are rounded to bfloat16, so in
+float32 the sums of a pass that uses a cache differ by that rounding.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
@@ -20,20 +26,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stitch.errors import InvalidRequest
-from stitch_training.activation_cache import Known
-from stitch_training.frozen_models import Pair, states_at, teacher_of
-from stitch_training.packing import PackedSequence
-from stitch_training.sums import Cut, Sums
+from stitch_training.data import Corpus, DataSettings, PackedSequence, same_models
+from stitch_training.least_squares import CutPoint, Sums
+from stitch_training.models import Pair, states_at, teacher_of
 from stitch_training.trace import Teacher, Trace, TraceShape
 
 BATCH_SEQUENCES = 4
 CHECKPOINT_BATCHES = 8
 CHECKPOINT = "collected.safetensors"
+HELD_OUT, TRAINING = "held-out", "training"
+
+# (task, units done, units in all)
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Collected:
-    """A finished pass: `sequences` of the trace count, `fingerprint` is of their tokens."""
+class PassResult:
+    """A finished pass: its sums, the trace of its `sequences`, and the fingerprint of their tokens."""
 
     sums: Sums
     trace: Trace
@@ -42,27 +51,59 @@ class Collected:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What a pass is over. Two passes with equal fields give equal results, but for what they recall of others."""
+class PassSettings:
+    """Everything that decides a pass; without a cache, two passes with equal settings give equal results."""
 
     name: str
     sequences: int
     sequence_tokens: int
-    cuts: tuple[Cut, ...]
-    # Whatever else decides the numbers: models, files, seed, dtype.
+    cuts: tuple[CutPoint, ...]
+    # Everything else that decides the numbers: models, files, seed, dtype (`DataSettings.describe`).
     settings: str
 
+    def describe(self) -> str:
+        """Returns all but the number of sequences, which may grow, as JSON."""
+        fields = asdict(self)
+        del fields["sequences"]
+        return json.dumps(fields)
 
-class Collector:
-    """Adds batches of sequences to the sums and the trace of a folder."""
 
-    def __init__(self, pair: Pair, whole: Pass, folder: Path, known: Known) -> None:
-        self._pair, self._pass, self._known = pair, whole, known
-        self.sums = Sums(whole.cuts, pair.bottom.hidden_size, pair.top.hidden_size)
+class ActivationCache:
+    """The sequences that earlier passes recorded, found by their tokens."""
+
+    def __init__(self, traces: Iterable[Trace] = ()) -> None:
+        self._rows: dict[bytes, tuple[Trace, int]] = {}
+        for trace in traces:
+            for row in range(trace.shape.sequences):
+                self._rows.setdefault(_key(trace.tokens(torch.tensor([row]))), (trace, row))
+
+    def lookup(self, tokens: Tensor) -> Iterator[tuple[slice, tuple[Trace, Tensor] | None]]:
+        """Splits `tokens` `[sequences, tokens]` into slices, each with its rows of one trace, or None on a miss."""
+        found = [self._rows.get(_key(sequence)) for sequence in tokens]
+        start = 0
+        for trace, run in groupby(found, key=lambda hit: None if hit is None else hit[0]):
+            hits = list(run)
+            end = start + len(hits)
+            rows = torch.tensor([hit[1] for hit in hits if hit is not None])
+            yield slice(start, end), None if trace is None else (trace, rows)
+            start = end
+
+
+def _key(tokens: Tensor) -> bytes:
+    return hashlib.sha256(tokens.numpy().tobytes()).digest()
+
+
+class PassRecorder:
+    """Adds batches of sequences to the sums and the trace of one pass."""
+
+    def __init__(self, pair: Pair, settings: PassSettings, folder: Path, cache: ActivationCache) -> None:
+        """Resumes from the checkpoint in `folder`. Raises InvalidRequest where it is of another pass."""
+        self._pair, self._settings, self._cache = pair, settings, cache
+        self.sums = Sums(settings.cuts, pair.bottom.hidden_size, pair.top.hidden_size)
         depths = self.sums.bottom_depths
-        shape = TraceShape(whole.sequences, whole.sequence_tokens, pair.bottom.hidden_size, depths)
+        shape = TraceShape(settings.sequences, settings.sequence_tokens, pair.bottom.hidden_size, depths)
         self._checkpoint = folder / CHECKPOINT
-        self.done, self.fingerprint = 0, hashlib.sha256(whole.settings.encode()).hexdigest()
+        self.done, self.fingerprint = 0, hashlib.sha256(settings.settings.encode()).hexdigest()
         if self._checkpoint.exists():
             self._resume()
         self.trace = Trace(folder, shape)
@@ -70,116 +111,89 @@ class Collector:
     def _resume(self) -> None:
         with safe_open(self._checkpoint, "pt") as file:
             metadata = file.metadata()
-            if metadata["pass"] != self._described():
-                limit = f"it was begun with other settings; remove {self._checkpoint.parent} to begin anew"
-                raise InvalidRequest("work", self._checkpoint.name, limit)
+            if metadata["pass"] != self._settings.describe():
+                limit = f"it has other settings; remove {self._checkpoint.parent} to start over"
+                raise InvalidRequest("run_dir", self._checkpoint.name, limit)
             self.sums.load({name: file.get_tensor(name) for name in list(file.keys())})
         self.done, self.fingerprint = int(metadata["done"]), metadata["fingerprint"]
-        if self.done > self._pass.sequences:
-            had = self.done * self._pass.sequence_tokens
-            raise InvalidRequest("tokens", self._pass.sequences * self._pass.sequence_tokens, f"work has {had} already")
-
-    def _described(self) -> str:
-        """All but its length: a pass may go on for more sequences."""
-        fields = asdict(self._pass)
-        del fields["sequences"]
-        return json.dumps(fields)
+        if self.done > self._settings.sequences:
+            tokens, recorded = (n * self._settings.sequence_tokens for n in (self._settings.sequences, self.done))
+            raise InvalidRequest("tokens", tokens, f"the run directory already has {recorded}")
 
     def add(self, batch: list[PackedSequence]) -> None:
-        """Runs a batch through both models and counts it in."""
+        """Runs a batch through both models, and records its sums and its trace."""
         tokens = torch.tensor([sequence.token_ids for sequence in batch])
         with torch.no_grad():
             bottom, teacher = self._bottom_states(tokens)
-            same = self._pair.top is self._pair.bottom
-            top = bottom if same else states_at(self._pair.top, tokens, self.sums.top_depths)
+            is_one_model = self._pair.top is self._pair.bottom
+            top = bottom if is_one_model else states_at(self._pair.top, tokens, self.sums.top_depths)
             self.sums.add(bottom, top)
         hidden = {k: bottom[k] for k in self.sums.bottom_depths}
         self.trace.write(self.done, tokens, [sequence.file for sequence in batch], hidden, teacher)
         self.done += len(batch)
         for sequence in batch:
-            self.fingerprint = chained(self.fingerprint, sequence.token_ids)
+            self.fingerprint = chain_fingerprint(self.fingerprint, sequence.token_ids)
 
     def _bottom_states(self, tokens: Tensor) -> tuple[dict[int, Tensor], Teacher]:
         depths = {*self.sums.bottom_depths}
         if self._pair.top is self._pair.bottom:
             depths |= {*self.sums.top_depths}
         parts = [
-            self._computed(tokens[some], depths) if place is None else self._recalled(tokens[some], depths, *place)
-            for some, place in self._known.runs(tokens)
+            self._compute(tokens[some], depths) if hit is None else self._recall(tokens[some], depths, *hit)
+            for some, hit in self._cache.lookup(tokens)
         ]
         states = {depth: torch.cat([found[depth] for found, _ in parts]) for depth in depths}
         ids, logprobs = (torch.cat([getattr(teacher, name) for _, teacher in parts]) for name in ("ids", "logprobs"))
         return states, Teacher(ids, logprobs)
 
-    def _computed(self, tokens: Tensor, depths: set[int]) -> tuple[dict[int, Tensor], Teacher]:
+    def _compute(self, tokens: Tensor, depths: set[int]) -> tuple[dict[int, Tensor], Teacher]:
         model = self._pair.bottom
         states = states_at(model, tokens, [*depths, model.depth])
         return states, teacher_of(model, states[model.depth], self._pair.vocabulary)
 
-    def _recalled(
+    def _recall(
         self, tokens: Tensor, depths: set[int], trace: Trace, rows: Tensor
     ) -> tuple[dict[int, Tensor], Teacher]:
-        kept = {depth: trace.hidden(depth, rows) for depth in depths & {*trace.shape.depths}}
-        return kept | states_at(self._pair.bottom, tokens, depths - {*kept}), trace.teacher(rows)
+        """Reads what the trace has, and computes the states of depths that were not traced."""
+        cached = {depth: trace.hidden(depth, rows) for depth in depths & {*trace.shape.depths}}
+        return cached | states_at(self._pair.bottom, tokens, depths - {*cached}), trace.teacher(rows)
 
     def checkpoint(self) -> None:
-        """Leaves everything so far on disk, whole or not at all."""
+        """Writes the state of the pass atomically."""
         self.trace.flush()
-        metadata = {"pass": self._described(), "done": str(self.done), "fingerprint": self.fingerprint}
+        metadata = {"pass": self._settings.describe(), "done": str(self.done), "fingerprint": self.fingerprint}
         partial = self._checkpoint.with_suffix(".partial")
         save_file(self.sums.state(), partial, metadata)
         partial.replace(self._checkpoint)
 
 
-def collect(
+def chain_fingerprint(fingerprint: str, token_ids: tuple[int, ...]) -> str:
+    """Returns the fingerprint of the sequences so far and one more; unlike a running hash, it can be resumed."""
+    return hashlib.sha256(fingerprint.encode() + json.dumps(token_ids).encode()).hexdigest()
+
+
+def record(
     pair: Pair,
-    whole: Pass,
+    settings: PassSettings,
     folder: Path,
     sequences: Iterable[PackedSequence],
     progress: Callable[[int, int], None],
-    known: Known | None = None,
-) -> Collected:
-    """Goes on with the pass in `folder` until `whole.sequences` sequences, or all that there are, are counted.
+    cache: ActivationCache | None = None,
+) -> PassResult:
+    """Continues the pass in `folder` up to `settings.sequences` sequences, or to the end of the data.
 
-    `progress(done, of)` is called after every batch. What is `known` does not pass the bottom model again. Raises
-    InvalidRequest where the folder holds another pass.
+    `progress(done, total)` is called after every batch. Cached sequences don't run through the bottom model again.
+    Raises InvalidRequest where the folder holds another pass.
     """
-    collector = Collector(pair, whole, folder, known or Known())
-    rest = islice(sequences, collector.done, whole.sequences)
-    for number, batch in enumerate(_batches(rest), 1):
-        collector.add(batch)
-        progress(collector.done, whole.sequences)
+    recorder = PassRecorder(pair, settings, folder, cache or ActivationCache())
+    remaining = islice(sequences, recorder.done, settings.sequences)
+    for number, batch in enumerate(_batches(remaining), 1):
+        recorder.add(batch)
+        progress(recorder.done, settings.sequences)
         if number % CHECKPOINT_BATCHES == 0:
-            collector.checkpoint()
-    collector.checkpoint()
-    return Collected(collector.sums, collector.trace, collector.done, collector.fingerprint)
-
-
-@dataclass(frozen=True)
-class Begun:
-    """What a folder's last checkpoint says of its pass."""
-
-    cuts: tuple[Cut, ...]
-    sequence_tokens: int
-    settings: str
-    # Sequences that count.
-    done: int
-
-    def trace(self, folder: Path, hidden_size: int) -> Trace:
-        """What the pass has left in `folder`, of a bottom model of that width; as `Trace` raises."""
-        depths = tuple(sorted({k for k, _ in self.cuts}))
-        return Trace(folder, TraceShape(self.done, self.sequence_tokens, hidden_size, depths), changes=False)
-
-
-def begun_in(folder: Path) -> Begun | None:
-    """The pass that was begun in `folder`; None where there is none."""
-    if not (folder / CHECKPOINT).exists():
-        return None
-    with safe_open(folder / CHECKPOINT, "pt") as file:
-        metadata = file.metadata()
-    fields = json.loads(metadata["pass"])
-    cuts = tuple((k, j) for k, j in fields["cuts"])
-    return Begun(cuts, fields["sequence_tokens"], fields["settings"], int(metadata["done"]))
+            recorder.checkpoint()
+    recorder.checkpoint()
+    return PassResult(recorder.sums, recorder.trace, recorder.done, recorder.fingerprint)
 
 
 def _batches(sequences: Iterator[PackedSequence]) -> Iterator[list[PackedSequence]]:
@@ -187,6 +201,86 @@ def _batches(sequences: Iterator[PackedSequence]) -> Iterator[list[PackedSequenc
         yield batch
 
 
-def chained(fingerprint: str, token_ids: tuple[int, ...]) -> str:
-    """The fingerprint of all sequences so far and one more; resumable, unlike a running hash."""
-    return hashlib.sha256(fingerprint.encode() + json.dumps(token_ids).encode()).hexdigest()
+@dataclass(frozen=True)
+class PassCheckpoint:
+    """The settings and progress of a pass, finished or not, as its folder's last checkpoint gives them."""
+
+    cuts: tuple[CutPoint, ...]
+    sequence_tokens: int
+    settings: str
+    # Recorded sequences.
+    done: int
+
+    def open_trace(self, folder: Path, hidden_size: int) -> Trace:
+        """Opens the pass's trace, of a bottom model of that width, read-only. Raises what `Trace` raises."""
+        depths = tuple(sorted({k for k, _ in self.cuts}))
+        return Trace(folder, TraceShape(self.done, self.sequence_tokens, hidden_size, depths), writable=False)
+
+
+def read_checkpoint(folder: Path) -> PassCheckpoint | None:
+    """Reads the checkpoint in `folder`; None where there is none."""
+    if not (folder / CHECKPOINT).exists():
+        return None
+    with safe_open(folder / CHECKPOINT, "pt") as file:
+        metadata = file.metadata()
+    fields = json.loads(metadata["pass"])
+    cuts = tuple(CutPoint(k, j) for k, j in fields["cuts"])
+    return PassCheckpoint(cuts, fields["sequence_tokens"], fields["settings"], int(metadata["done"]))
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The two finished passes of a run directory."""
+
+    training: PassResult
+    held_out: PassResult
+
+
+def reusable_cuts(
+    cuts: tuple[CutPoint, ...], run_dir: Path, suffices: Callable[[tuple[CutPoint, ...]], bool]
+) -> tuple[CutPoint, ...]:
+    """Returns the cut points of the earlier pass in `run_dir` where that one `suffices`, else `cuts`."""
+    earlier = read_checkpoint(run_dir / TRAINING)
+    return earlier.cuts if earlier is not None and suffices(earlier.cuts) else cuts
+
+
+def run_passes(
+    pair: Pair,
+    cuts: tuple[CutPoint, ...],
+    corpus: Corpus,
+    data: DataSettings,
+    settings: str,
+    run_dir: Path,
+    progress: Progress,
+    reuse: Sequence[Path] = (),
+) -> Passes:
+    """Runs the held-out and the training pass, or resumes those in `run_dir`.
+
+    Sequences recorded in the run directories `reuse` don't run through the bottom model again, but for depths that were
+    not traced. Raises InvalidRequest where the data are too few, or a folder holds another pass.
+    """
+    cache = ActivationCache(trace for folder in reuse for trace in _traces_in(folder, pair, data, settings))
+    held_sequences = corpus.held_out(data.held_out_tokens)
+    held = PassSettings(HELD_OUT, len(held_sequences), data.sequence_tokens, cuts, settings)
+    training = PassSettings(TRAINING, -(-data.tokens // data.sequence_tokens), data.sequence_tokens, cuts, settings)
+    return Passes(
+        held_out=record(pair, held, run_dir / HELD_OUT, held_sequences, lambda *n: progress("held-out", *n), cache),
+        training=record(pair, training, run_dir / TRAINING, corpus.training(), lambda *n: progress("data", *n), cache),
+    )
+
+
+def _traces_in(run_dir: Path, pair: Pair, data: DataSettings, settings: str) -> Iterator[Trace]:
+    """Yields the traces of a run directory's passes, finished or not."""
+    found = {name: one for name in (HELD_OUT, TRAINING) if (one := read_checkpoint(run_dir / name)) is not None}
+    if not found:
+        raise InvalidRequest("reuse", run_dir.name, "it holds no pass")
+    for name, checkpoint in found.items():
+        if not same_models(checkpoint.settings, settings):
+            raise InvalidRequest("reuse", run_dir.name, "its pass is of other models, or of another dtype")
+        if checkpoint.sequence_tokens != data.sequence_tokens:
+            limit = f"its sequences have {checkpoint.sequence_tokens} tokens, not {data.sequence_tokens}"
+            raise InvalidRequest("reuse", run_dir.name, limit)
+        try:
+            yield checkpoint.open_trace(run_dir / name, pair.bottom.hidden_size)
+        except (OSError, ValueError) as error:
+            raise InvalidRequest("reuse", run_dir.name, f"its {name} pass is incomplete: {error}") from error

@@ -1,81 +1,94 @@
-"""From a budget to thresholds, for any number of routes. Knows no text.
+"""From a budget to thresholds, for any number of routes.
 
-Each route has a cost between 0 (the cheapest) and 1 (the dearest). At a price p for the whole way, a dearer route
-pays where its gain exceeds p · cost; the thresholds are those products, and a higher price never raises the mean
-cost. So the lowest price whose mean cost keeps to the budget is found by halving. With two routes the budget is the
-share of strong calls and the threshold a quantile of the gain.
+Each route has a relative cost from 0 (the cheapest) to 1 (the costliest). At a price p, a costlier route is taken where
+its gain exceeds p · cost, so the thresholds are those products, and a higher price never raises the mean cost. The
+lowest price whose mean cost keeps to the budget is found by bisection. With two routes the budget is the share of
+strong calls and the threshold a quantile of the gain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from router_gateway.routing.learned.artifact import load_router
 from stitch.errors import InvalidRequest
 from stitch.thresholds import Thresholds, choose_routes
-from stitch_training.recovery import Numbers
+from stitch_training.labels import read_prompts
+from stitch_training.recovery import FloatArray
 
-# Halvings of the range of prices: far below a float's resolution of gains.
-_HALVINGS = 60
+# Bisections of the range of prices, which end far below a float's resolution of gains.
+_BISECTIONS = 60
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Thresholds, and what they come to on the texts that they were chosen on."""
+    """Thresholds, with the mean cost and the shares that they give on the texts they were chosen on."""
 
     # One for each route but the cheapest.
     thresholds: tuple[float, ...]
-    # The mean relative cost: asked for, and reached.
+    # The mean relative cost that was requested, and the one that was reached.
     budget: float
     cost: float
     # The share of texts on every route.
     shares: tuple[float, ...]
 
-    def thresholds_file(self, routes: Sequence[str], router: str, gains: Numbers, costs: Numbers) -> Thresholds:
-        """What a router of that fingerprint reads; `gains` and relative `costs` are those that it was made from."""
+    def to_thresholds(self, routes: Sequence[str], router: str, gains: FloatArray, costs: FloatArray) -> Thresholds:
+        """Returns the threshold file for the router with that fingerprint, from its gains and relative costs."""
         return Thresholds(
             routes=tuple(routes),
             thresholds=self.thresholds,
             router=router,
             budget=self.budget,
             costs=tuple(costs.tolist()),
-            gain_percentiles=tuple(np.quantile(gains[:, -1], np.linspace(0, 1, 101)).tolist()),
+            gain_percentiles=percentiles(gains[:, -1]),
         )
 
-    def said(self, routes: Sequence[str], prompts: int) -> str:
-        """A line for a person."""
+    def summary(self, routes: Sequence[str], prompts: int) -> str:
+        """Returns a line with the shares and the mean cost."""
         shares = ", ".join(f"{route} {share:.1%}" for route, share in zip(routes, self.shares, strict=True))
         return f"{prompts:,} prompts: {shares}; mean cost {self.cost:.3f} of a budget of {self.budget:.3f}"
 
 
-def calibrate(gains: Numbers, relative_costs: Numbers, budget: float) -> Calibration:
-    """For gains [texts, routes], first column 0, and costs [routes] that rise from 0 to 1.
+def percentiles(gains: FloatArray) -> tuple[float, ...]:
+    """Returns the 0th, 1st, … 100th percentile of gains [texts]."""
+    return tuple(np.quantile(gains, np.linspace(0, 1, 101)).tolist())
+
+
+def calibrate(gains: FloatArray, relative_costs: FloatArray, budget: float) -> Calibration:
+    """Chooses thresholds for gains [texts, routes], first column 0, and costs [routes] that rise from 0 to 1.
 
     Raises InvalidRequest for a budget outside [0, 1].
     """
-    if not 0 <= budget <= 1:
-        raise InvalidRequest("budget", budget, "it must be from 0 to 1")
-    # Beyond every gain by a margin, so that no text pays at the one end and every text at the other.
+    check_budget(budget)
+    # Prices beyond every gain: at one end no text takes a costlier route, at the other every text does.
     reach = 1 + float(np.abs(gains).max() / np.diff(relative_costs).min())
     low, high = -reach, reach
-    for _ in range(_HALVINGS):
+    for _ in range(_BISECTIONS):
         price = (low + high) / 2
         if _mean_cost(gains, relative_costs, price) <= budget:
             high = price
         else:
             low = price
     thresholds = high * relative_costs[1:]
-    taken = choose_routes(gains, thresholds)
-    shares = np.bincount(taken, minlength=len(relative_costs)) / len(gains)
+    routes = choose_routes(gains, thresholds)
+    shares = np.bincount(routes, minlength=len(relative_costs)) / len(gains)
     return Calibration(tuple(thresholds.tolist()), budget, float(shares @ relative_costs), tuple(shares.tolist()))
 
 
-def relative_costs(routes: Sequence[str], costs: Mapping[str, float] | None) -> Numbers:
-    """[routes], from 0 to 1: equal steps where no costs are known.
+def check_budget(budget: float) -> None:
+    """Raises InvalidRequest for a budget outside [0, 1]."""
+    if not 0 <= budget <= 1:
+        raise InvalidRequest("budget", budget, "it must be from 0 to 1")
 
-    Raises InvalidRequest where a route has none or they don't rise.
+
+def relative_costs(routes: Sequence[str], costs: Mapping[str, float] | None) -> FloatArray:
+    """Returns costs [routes] from 0 to 1: equal steps where no costs are given.
+
+    Raises InvalidRequest where a route has no cost, or the costs don't rise.
     """
     if costs is None:
         return np.linspace(0, 1, len(routes))
@@ -85,17 +98,49 @@ def relative_costs(routes: Sequence[str], costs: Mapping[str, float] | None) -> 
     values = np.array([costs[route] for route in routes])
     if not (np.diff(values) > 0).all():
         raise InvalidRequest("costs", values.tolist(), f"they must rise in the order {', '.join(routes)}")
-    relative: Numbers = (values - values[0]) / (values[-1] - values[0])
+    relative: FloatArray = (values - values[0]) / (values[-1] - values[0])
     return relative
 
 
 def budget_for(cost: float, costs: Mapping[str, float], routes: Sequence[str]) -> float:
-    """The budget at which a text costs `cost` on average, in the unit of `costs`."""
-    cheapest, dearest = costs[routes[0]], costs[routes[-1]]
-    if not cheapest <= cost <= dearest:
-        raise InvalidRequest("cost", cost, f"the routes cost from {cheapest:g} to {dearest:g}")
-    return (cost - cheapest) / (dearest - cheapest)
+    """Returns the budget at which a text costs `cost` on average, in the unit of `costs`."""
+    cheapest, costliest = costs[routes[0]], costs[routes[-1]]
+    if not cheapest <= cost <= costliest:
+        raise InvalidRequest("cost", cost, f"the routes cost from {cheapest:g} to {costliest:g}")
+    return (cost - cheapest) / (costliest - cheapest)
 
 
-def _mean_cost(gains: Numbers, costs: Numbers, price: float) -> float:
+def resolve_budget(
+    budget: float | None, cost: float | None, costs: Mapping[str, float] | None, routes: Sequence[str]
+) -> tuple[float, FloatArray]:
+    """Returns the budget and the relative costs [routes], from a budget or a mean `cost` in the unit of `costs`.
+
+    Raises InvalidRequest for a cost without the cost of every route.
+    """
+    relative = relative_costs(routes, costs)
+    if budget is not None:
+        check_budget(budget)
+        return budget, relative
+    if costs is None or cost is None:
+        raise InvalidRequest("costs", dict(costs or {}), "--cost needs the cost of every route")
+    return budget_for(cost, costs, routes), relative
+
+
+def calibrate_router(
+    path: Path, data: Sequence[Path], budget: float | None, cost: float | None, costs: Mapping[str, float] | None
+) -> tuple[Thresholds, str]:
+    """Calibrates a learned router on prompts, which need no labels; returns its thresholds and their summary.
+
+    Raises InvalidRequest where the artifact, the data or the target is invalid.
+    """
+    artifact = load_router(path)
+    routes = artifact.model.routes
+    budget, relative = resolve_budget(budget, cost, costs, routes)
+    prompts = [prompt for file in data for prompt in read_prompts(file)]
+    gains = np.array([artifact.model.gains(prompt) for prompt in prompts], np.float64)
+    found = calibrate(gains, relative, budget)
+    return found.to_thresholds(routes, artifact.fingerprint, gains, relative), found.summary(routes, len(prompts))
+
+
+def _mean_cost(gains: FloatArray, costs: FloatArray, price: float) -> float:
     return float(costs[choose_routes(gains, price * costs[1:])].mean())

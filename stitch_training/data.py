@@ -1,26 +1,35 @@
-"""Documents out of training files: plain text, JSON Lines, chats. Knows no tokenizer.
+"""Training files → packed token sequences.
 
-A `.jsonl` file has one object a line, and the first of these that an object has makes the document:
+A `.jsonl` file has one object a line, and the first of these fields that an object has makes the document:
 
     messages            a conversation, [{"role": ..., "content": ...}, ...]
     text                plain text
     question, answer    a conversation of two turns, or of one where there is no answer
     prompt              a conversation of one turn
 
-Any other file is one document of plain text. Either may be compressed (`.gz`).
+Any other file is one document of plain text. Either kind may be compressed (`.gz`).
+
+Documents are concatenated, each closed by the separator token, and split into sequences of one length. Files alternate
+until each is exhausted, and a fixed share of the documents is held out. The same files and seed give the same sequences
+in the same order, and a document is held out by its text alone, so it is held out in every run.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from stitch.errors import InvalidRequest, shown
 
+# Documents among which the order is drawn; it bounds the memory of the shuffle.
+SHUFFLE_DOCUMENTS = 8192
 _FIELDS = "its line needs `messages`, `text`, `question` or `prompt`"
 
 
@@ -40,19 +49,19 @@ class Document:
     turns: tuple[Turn, ...] = ()
 
     def content(self) -> str:
-        """Everything in it as one string, whatever its form."""
+        """Returns the whole document as one string, whatever its form."""
         return self.text or "\n".join(f"{turn.role}: {turn.content}" for turn in self.turns)
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """The documents of one file, in its order, without holding the file in memory where it is JSON Lines.
+    """Yields the documents of one file in its order; a JSON Lines file is read line by line.
 
-    Raises InvalidRequest, which names the file and the line, where it can't be read as such.
+    Raises InvalidRequest, which names the file and the line, where a line is not a document.
     """
     try:
-        with _opened(path) as lines:
+        with _open_text(path) as lines:
             if path.name.removesuffix(".gz").endswith(".jsonl"):
-                yield from _rows(path, lines)
+                yield from _read_rows(path, lines)
             else:
                 yield Document(text=lines.read())
     except (OSError, EOFError) as error:
@@ -61,13 +70,13 @@ def read_documents(path: Path) -> Iterator[Document]:
         raise InvalidRequest("data", path.name, f"it is not UTF-8: {error}") from error
 
 
-def _opened(path: Path) -> TextIO:
+def _open_text(path: Path) -> TextIO:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8")
     return path.open(encoding="utf-8")
 
 
-def _rows(path: Path, lines: TextIO) -> Iterator[Document]:
+def _read_rows(path: Path, lines: TextIO) -> Iterator[Document]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -77,7 +86,7 @@ def _rows(path: Path, lines: TextIO) -> Iterator[Document]:
 
 
 def to_document(row: object) -> Document:
-    """The document of one JSON object; ValueError where it holds none."""
+    """Returns the document of one JSON object. Raises ValueError where it holds none."""
     if not isinstance(row, dict):
         raise ValueError(f"its line must be an object, not {shown(row)}")
     if "messages" in row:
@@ -86,8 +95,9 @@ def to_document(row: object) -> Document:
         return Document(text=_string(row, "text"))
     for field in ("question", "prompt"):
         if field in row:
-            asked = Turn("user", _string(row, field))
-            return Document(turns=(asked, Turn("assistant", _string(row, "answer"))) if "answer" in row else (asked,))
+            question = Turn("user", _string(row, field))
+            answer = (Turn("assistant", _string(row, "answer")),) if "answer" in row else ()
+            return Document(turns=(question, *answer))
     raise ValueError(f"{_FIELDS}, and has {', '.join(map(str, row)) or 'nothing'}")
 
 
@@ -108,3 +118,139 @@ def _turns(messages: object) -> tuple[Turn, ...]:
         if any(field not in message for message in messages):
             raise ValueError(f"`messages` has one without `{field}`")
     return tuple(Turn(_string(message, "role"), _string(message, "content")) for message in messages)
+
+
+class Encoder(Protocol):
+    """The part of a tokenizer that packing uses."""
+
+    @property
+    def separator(self) -> int:
+        """The token id that closes a document."""
+
+    def encode(self, text: str) -> list[int]:
+        """Encodes plain text without special tokens around it."""
+
+    def encode_chat(self, turns: Sequence[Turn]) -> list[int]:
+        """Encodes a conversation through the chat template."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which data a pass reads, and how much of it."""
+
+    files: tuple[Path, ...]
+    # Tokens to fit on; an evaluation needs none.
+    tokens: int
+    held_out_tokens: int
+    sequence_tokens: int = 512
+    seed: int = 0
+    # Training sequences that each file contributes per round; empty: one each.
+    shares: tuple[int, ...] = ()
+
+    def describe(self, models: tuple[str, str], dtype: str) -> str:
+        """Returns as JSON all that decides a pass's numbers, with the models' revisions and the compute dtype."""
+        names = [path.name for path in self.files]
+        mixture = {"shares": self.shares} if self.shares else {}
+        return json.dumps({"models": models, "dtype": dtype, "files": names, "seed": self.seed, **mixture})
+
+
+def same_models(one: str, other: str) -> bool:
+    """Whether two passes, as `DataSettings.describe` gives them, ran the same models in the same dtype."""
+    first, second = json.loads(one), json.loads(other)
+    return all(first[name] == second[name] for name in ("models", "dtype"))
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """Tokens of one file, packed without padding."""
+
+    token_ids: tuple[int, ...]
+    # Index of the file in the list of training files.
+    file: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training files as sequences, split into a training and a held-out part."""
+
+    files: tuple[Path, ...]
+    encoder: Encoder
+    sequence_tokens: int = 512
+    held_out_percent: int = 10
+    seed: int = 0
+    # Training sequences per file and round; held-out sequences alternate one by one.
+    shares: tuple[int, ...] = ()
+
+    def training(self) -> Iterator[PackedSequence]:
+        """Yields the sequences to fit on."""
+        return self._alternate(self.shares or self._one_each(), held_out=False)
+
+    def held_out(self, tokens: int) -> list[PackedSequence]:
+        """Returns at least `tokens` tokens of the held-out part, or all of it; the same ones for every seed.
+
+        Raises InvalidRequest where the held-out part does not fill one sequence.
+        """
+        sequences = list(islice(self._alternate(self._one_each(), held_out=True), -(-tokens // self.sequence_tokens)))
+        if not sequences:
+            limit = f"its held-out {self.held_out_percent} % must fill a sequence of {self.sequence_tokens} tokens"
+            raise InvalidRequest("data", ", ".join(path.name for path in self.files), limit)
+        return sequences
+
+    def _one_each(self) -> tuple[int, ...]:
+        return (1,) * len(self.files)
+
+    def _alternate(self, shares: Sequence[int], held_out: bool) -> Iterator[PackedSequence]:
+        streams = {number: self._of_file(number, held_out) for number in range(len(self.files))}
+        while streams:
+            for number, stream in list(streams.items()):
+                batch = list(islice(stream, shares[number]))
+                yield from batch
+                if len(batch) < shares[number]:
+                    del streams[number]
+
+    def _of_file(self, number: int, held_out: bool) -> Iterator[PackedSequence]:
+        documents = read_documents(self.files[number])
+        selected = (document for document in documents if is_held_out(document, self.held_out_percent) == held_out)
+        shuffled = shuffle(selected, 0 if held_out else self.seed)
+        for token_ids in pack((self._encode(document) for document in shuffled), self.sequence_tokens):
+            yield PackedSequence(token_ids, number)
+
+    def _encode(self, document: Document) -> list[int]:
+        if document.turns:
+            return [*self.encoder.encode_chat(document.turns), self.encoder.separator]
+        return [*self.encoder.encode(document.text), self.encoder.separator]
+
+
+def is_held_out(document: Document, percent: int) -> bool:
+    """Whether a document belongs to the held-out part, which the SHA-256 of its text decides."""
+    digest = hashlib.sha256(document.content().encode()).digest()
+    return int.from_bytes(digest[:8], "big") % 100 < percent
+
+
+def shuffle(documents: Iterable[Document], seed: int, buffered: int = SHUFFLE_DOCUMENTS) -> Iterator[Document]:
+    """Yields the documents in an order drawn from `seed`, holding at most `buffered` of them in memory."""
+    draw = random.Random(seed)
+    buffer: list[Document] = []
+    for document in documents:
+        buffer.append(document)
+        if len(buffer) >= buffered:
+            yield _pop_random(buffer, draw)
+    while buffer:
+        yield _pop_random(buffer, draw)
+
+
+def _pop_random(buffer: list[Document], draw: random.Random) -> Document:
+    index = draw.randrange(len(buffer))
+    buffer[index], buffer[-1] = buffer[-1], buffer[index]
+    return buffer.pop()
+
+
+def pack(encoded: Iterable[list[int]], length: int) -> Iterator[tuple[int, ...]]:
+    """Yields all tokens in their order, in sequences of `length`; an incomplete last sequence is dropped."""
+    pending: list[int] = []
+    for token_ids in encoded:
+        pending += token_ids
+        whole = len(pending) - len(pending) % length
+        for start in range(0, whole, length):
+            yield tuple(pending[start : start + length])
+        del pending[:whole]

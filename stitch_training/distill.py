@@ -1,87 +1,214 @@
-"""Training a stitch through the frozen top model, from a trace. Knows no file format of stitches.
+"""Distillation: trains a stitch, and adapters of the top model, through the frozen top model on a trace.
 
-Adam with a rate that falls linearly to zero over all steps. The order of sequences is drawn anew for every epoch from
-the seed, so a run is determined by its trace and its settings; a run that is resumed from its checkpoint makes the
-same numbers as one that was never interrupted.
+The optimizer is Adam with a rate that falls linearly to zero over all steps. The order of sequences is drawn from the
+seed for every epoch, so a run is determined by its trace and settings; a run resumed from its checkpoint gives the same
+numbers as an uninterrupted one.
+
+The stitch is trained in coordinates in which one learning rate suits every entry, although the channels of a language
+model differ in size by a factor of a thousand:
+
+    y = W₀ x + b₀ + D (V P (x - x̄) + c)
+
+W₀, b₀ is the closed-form map, P whitens the bottom's states and D holds the standard deviations of the top's, so
+entries of V and c are shares of the variation. First tokens are mapped to the top's mean first state.
+
+Adapters A, B of a layer are trained in the same way as shares of their input and output:
+
+    A = U / σ_in,    B = σ_out V
+
+σ_in are the root mean squares of what A reads and σ_out those of the layer's states, channel by channel, on one batch
+through the frozen top. U is drawn from the seed and V starts at zero, so fresh adapters have no effect.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from stitch.errors import InvalidRequest
-from stitch_training.fit_start import Aim
-from stitch_training.frozen_models import Pair
-from stitch_training.objective import Choice, head_loss
-from stitch_training.sums import Cut
+from stitch_server.model.adapters import EPSILON, Adapters
+from stitch_training.least_squares import AffineMap, CutPoint
+from stitch_training.models import FrozenModel, Pair
+from stitch_training.objective import LossSettings, head_loss
 from stitch_training.trace import Trace
-from stitch_training.trainable_stitch import TrainableStitch
 
-HeldOutLoss = Callable[[TrainableStitch], float]
-# Evaluations without a better one, after which training ends.
-PATIENCE = 3
-# Tokens that neither teacher nor text of a step names, drawn for its normalizer.
+# The target of the closed form: the top model's states, or the bottom model's output distribution (`readout`).
+Aim = Literal["states", "answers"]
+# Training ends after this number of evaluations in a row that are worse than an earlier one.
+PATIENCE_EVALUATIONS = 3
+# Tokens drawn for a step's normalizer from those that neither its teacher nor its text contains.
 SAMPLED_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Training:
+class ChannelScales:
+    """Root mean squares `[layers, hidden]` of each layer's channels: of an adapter's input, and of the states."""
+
+    inputs: Tensor
+    states: Tensor
+
+
+def channel_scales(top: FrozenModel, hidden: Tensor, first: int) -> ChannelScales:
+    """Measures the layers from `first` on, whose input is `hidden` `[sequences, tokens, hidden]`.
+
+    First tokens are left out: a few huge values would dominate the scales.
+    """
+    inputs, states = [], []
+    with torch.no_grad():
+        for layer in range(first, top.depth):
+            rows = hidden[:, 1:].flatten(0, 1).float()
+            states.append(_root_mean_square(rows))
+            inputs.append(_root_mean_square(F.rms_norm(rows, rows.shape[1:], None, EPSILON)))
+            hidden = top.run(hidden, layer, layer + 1)
+    return ChannelScales(torch.stack(inputs), torch.stack(states))
+
+
+def _root_mean_square(rows: Tensor) -> Tensor:
+    return rows.square().mean(0).sqrt().clamp_min(EPSILON)
+
+
+class TrainableAdapters:
+    """U `[layers, rank, hidden]` and V `[layers, hidden, rank]`, and the adapters that they give."""
+
+    def __init__(self, scales: ChannelScales, adapters: Adapters) -> None:
+        self._first, self._scales = adapters.first, scales
+        self._down = (adapters.down.float() * scales.inputs[:, None, :]).requires_grad_()
+        self._up = (adapters.up.float() / scales.states[:, :, None]).requires_grad_()
+
+    @classmethod
+    def fresh(cls, first: int, rank: int, scales: ChannelScales, seed: int) -> TrainableAdapters:
+        """Draws adapters without effect for the layers from `first` on."""
+        layers, hidden = scales.inputs.shape
+        draw = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(layers, rank, hidden, generator=draw) * hidden**-0.5
+        return cls(scales, Adapters(first, drawn / scales.inputs[:, None, :], torch.zeros(layers, hidden, rank)))
+
+    def parameters(self) -> Sequence[Tensor]:
+        """Returns the trained tensors."""
+        return [self._down, self._up]
+
+    def to_adapters(self) -> Adapters:
+        """Returns the current adapters, through which gradients flow."""
+        down, up = self._down / self._scales.inputs[:, None, :], self._up * self._scales.states[:, :, None]
+        return Adapters(self._first, down, up)
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """W₀, b₀, x̄, P, D and the image of first tokens: everything that training does not change, float32."""
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    whitening: Tensor
+    # Standard deviations of the targets [outputs].
+    deviations: Tensor
+    # The top model's mean state of first tokens [outputs].
+    first: Tensor
+
+
+class TrainableStitch:
+    """V `[outputs, inputs]` and c `[outputs]`, the map that they give, and adapters of the top where there are any."""
+
+    def __init__(self, coordinates: Coordinates, adapters: TrainableAdapters | None = None) -> None:
+        self._fixed = coordinates
+        self._adapters = adapters
+        self.change = torch.zeros_like(coordinates.weight).requires_grad_()
+        self.shift = torch.zeros_like(coordinates.bias).requires_grad_()
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Maps the bottom's states `[sequences, tokens, inputs]` to the top's, `[sequences, tokens, outputs]`."""
+        fixed = self._fixed
+        weight = fixed.weight + fixed.deviations[:, None] * (self.change @ fixed.whitening)
+        centre = fixed.weight @ fixed.mean + fixed.bias + fixed.deviations * self.shift
+        mapped = F.linear(states[:, 1:] - fixed.mean, weight, centre)
+        first = fixed.first.expand(len(states), 1, -1)
+        return torch.cat([first, mapped], dim=1)
+
+    def parameters(self) -> Sequence[Tensor]:
+        """Returns the trained tensors."""
+        return [self.change, self.shift, *(() if self._adapters is None else self._adapters.parameters())]
+
+    def adapters(self) -> Adapters | None:
+        """Returns the current adapters, if there are any, through which gradients flow."""
+        return None if self._adapters is None else self._adapters.to_adapters()
+
+    def trained_adapters(self) -> Adapters | None:
+        """Returns the current adapters without gradients."""
+        with torch.no_grad():
+            return self.adapters()
+
+    def to_map(self) -> AffineMap:
+        """Returns the current map, without the hold on first tokens, in float64."""
+        fixed = self._fixed
+        weight, mean, deviations = fixed.weight.double(), fixed.mean.double(), fixed.deviations.double()
+        trained = weight + deviations[:, None] * (self.change.double() @ fixed.whitening.double())
+        centre = weight @ mean + fixed.bias.double() + fixed.deviations * self.shift
+        return AffineMap(trained.detach(), (centre - trained @ mean).detach())
+
+
+HeldOutLoss = Callable[[TrainableStitch], float]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
     """How to train; equal settings on equal data give equal stitches."""
 
-    # What least squares aims at before: see `starting.Aim`.
+    # Target of the closed form that training starts from.
     aim: Aim = "states"
     epochs: int = 1
     batch_sequences: int = 4
     learning_rate: float = 1e-3
-    # Weight of the bottom model's distribution against the next token's.
+    # Weight of the bottom model's distribution against the next token, 0 to 1.
     teacher_share: float = 0.5
     # Held-out evaluations over the whole run.
     evaluations: int = 10
-    # Of adapters beside the top's layers; 0: none.
+    # Rank of the adapters beside the top's layers; 0: no adapters.
     adapter_rank: int = 0
     seed: int = 0
-    # What the data are: the fingerprint of the trace.
+    # Fingerprint of the trace.
     data: str = ""
-    # The fingerprint of the stitch whose training goes on, if there is one.
+    # Fingerprint of the stitch that training starts from; empty: the closed form.
     start: str = ""
 
 
 @dataclass
 class History:
-    """Losses along the way, in nats a token: (step, loss)."""
+    """Losses during training, in nats per token, as (step, loss)."""
 
     training: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
 
     def best(self) -> float:
-        """The least held-out loss so far."""
+        """Returns the lowest held-out loss so far."""
         return min((loss for _, loss in self.held_out), default=float("inf"))
 
     def is_stale(self) -> bool:
-        """Whether the last PATIENCE evaluations were all worse than one before them."""
-        recent = [loss for _, loss in self.held_out[-PATIENCE:]]
-        return len(self.held_out) > PATIENCE and min(recent) > self.best()
+        """Whether the last PATIENCE_EVALUATIONS evaluations were all worse than an earlier one."""
+        recent = [loss for _, loss in self.held_out[-PATIENCE_EVALUATIONS:]]
+        return len(self.held_out) > PATIENCE_EVALUATIONS and min(recent) > self.best()
 
 
 class Distillation:
-    """One run of training on the first `sequences` of a trace, resumed from `checkpoint` where that exists."""
+    """One training run on the first `sequences` of a trace, resumed from `checkpoint` where that file exists."""
 
     def __init__(
         self,
         pair: Pair,
-        cut: Cut,
+        cut: CutPoint,
         trace: Trace,
         sequences: int,
         stitch: TrainableStitch,
-        settings: Training,
+        settings: TrainingSettings,
         checkpoint: Path,
     ) -> None:
         self._top, self._vocabulary, self._cut = pair.top, pair.vocabulary, cut
@@ -96,9 +223,9 @@ class Distillation:
             self._resume()
 
     def run(self, held_out_loss: HeldOutLoss, progress: Callable[[int, int, float], None]) -> None:
-        """Trains until the last step, or until held-out loss stops falling; leaves the best stitch of all.
+        """Trains until the last step or until held-out loss stops falling, and restores the best stitch.
 
-        `progress(step, of, loss)` is called after every step.
+        `progress(step, steps, loss)` is called after every step.
         """
         if not self.history.held_out:
             self._evaluate(held_out_loss)
@@ -123,10 +250,11 @@ class Distillation:
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.learning_rate * (1 - self.step / self.steps)
         k, j = self._cut
-        entering, adapters = self.stitch(self._trace.hidden(k, rows).float()), self.stitch.adapters()
-        hidden = self._top.run(entering, j, self._top.depth, adapters)
-        choice = Choice(self._settings.teacher_share, self._vocabulary, SAMPLED_TOKENS, self._drawn(self.step))
-        loss = head_loss(self._top, hidden, self._trace.tokens(rows), self._trace.teacher(rows), choice)
+        states, adapters = self.stitch(self._trace.hidden(k, rows).float()), self.stitch.adapters()
+        hidden = self._top.run(states, j, self._top.depth, adapters)
+        generator = self._generator(self.step)
+        settings = LossSettings(self._settings.teacher_share, self._vocabulary, SAMPLED_TOKENS, generator)
+        loss = head_loss(self._top, hidden, self._trace.tokens(rows), self._trace.teacher(rows), settings)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
@@ -135,36 +263,36 @@ class Distillation:
         return loss.item()
 
     def _rows(self, step: int) -> Tensor:
-        """The sequences of a step: each epoch has an order of its own."""
+        """Returns the sequence indices of a step; every epoch has its own order."""
         size = self._settings.batch_sequences
-        epoch, place = divmod(step, -(-self._sequences // size))
-        order = torch.randperm(self._sequences, generator=self._drawn(-1 - epoch))
-        return order[place * size : (place + 1) * size]
+        epoch, batch = divmod(step, -(-self._sequences // size))
+        order = torch.randperm(self._sequences, generator=self._generator(-1 - epoch))
+        return order[batch * size : (batch + 1) * size]
 
-    def _drawn(self, purpose: int) -> torch.Generator:
-        """A generator of its own for every step (0, 1, …) and every epoch (-1, -2, …), whatever was drawn before."""
-        return torch.Generator().manual_seed(self._settings.seed * 1_000_003 + purpose)
+    def _generator(self, key: int) -> torch.Generator:
+        """Returns the generator of a step (key 0, 1, …) or an epoch (key -1, -2, …), independent of earlier draws."""
+        return torch.Generator().manual_seed(self._settings.seed * 1_000_003 + key)
 
     def checkpoint(self) -> None:
-        """Leaves the run on disk, whole or not at all."""
+        """Writes the state of the run atomically."""
         tensors = {f"parameter.{n}": parameter.detach() for n, parameter in enumerate(self.stitch.parameters())}
         tensors |= {f"best.{n}": best for n, best in enumerate(self._best)}
         for n, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{n}.{name}": value for name, value in state.items()}
-        metadata = {"run": self._described(), "step": str(self.step), "history": json.dumps(asdict(self.history))}
+        metadata = {"run": self._describe(), "step": str(self.step), "history": json.dumps(asdict(self.history))}
         partial = self._checkpoint.with_suffix(".partial")
         save_file(tensors, partial, metadata)
         partial.replace(self._checkpoint)
 
-    def _described(self) -> str:
+    def _describe(self) -> str:
         return json.dumps({"cut": self._cut, "sequences": self._sequences, **asdict(self._settings)})
 
     def _resume(self) -> None:
         with safe_open(self._checkpoint, "pt") as file:
             metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in list(file.keys())}
-        if metadata["run"] != self._described():
-            limit = f"it was begun with other settings; remove {self._checkpoint} to begin anew"
-            raise InvalidRequest("work", self._checkpoint.name, limit)
+        if metadata["run"] != self._describe():
+            limit = f"it has other settings; remove {self._checkpoint} to start over"
+            raise InvalidRequest("run_dir", self._checkpoint.name, limit)
         history = json.loads(metadata["history"])
         self.step = int(metadata["step"])
         self.history = History(**{name: [(step, loss) for step, loss in pairs] for name, pairs in history.items()})

@@ -1,6 +1,6 @@
-"""Makes one stitch: passes over the data, least squares, distillation, scores. Knows no command line.
+"""Makes the stitch of one route: passes over the data, a closed form, distillation, held-out losses.
 
-Everything that takes long is kept in a work folder, so that a run that was interrupted goes on where it was.
+Everything that takes long is kept in a run directory, so an interrupted fit resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -17,42 +17,52 @@ from torch import Tensor
 from stitch.cluster import ClusterConfig, RouteConfig
 from stitch.errors import InvalidRequest
 from stitch_server.model.adapters import Adapters
-from stitch_training.distill import Distillation, Training
-from stitch_training.fit_start import coordinates, needed, start_of
-from stitch_training.held_out import alone_losses, tail_losses
-from stitch_training.least_squares import AffineMap
-from stitch_training.packing import Corpus, DataSettings
-from stitch_training.pairs import LoadedPair, load_pair
-from stitch_training.run_directory import HELD_OUT, Passes, Progress, run_passes, taken_up
-from stitch_training.scoring import BATCH_SEQUENCES, Mapping, applied, by_file, map_of
-from stitch_training.sums import ClosedForm, Cut
-from stitch_training.trainable_adapters import TrainableAdapters, sizes_of
-from stitch_training.trainable_stitch import TrainableStitch
+from stitch_server.model.stitch import Stitch, StitchBinding
+from stitch_training.activations import HELD_OUT, Passes, Progress, reusable_cuts, run_passes
+from stitch_training.data import Corpus, DataSettings
+from stitch_training.distill import (
+    Aim,
+    Coordinates,
+    Distillation,
+    TrainableAdapters,
+    TrainableStitch,
+    TrainingSettings,
+    channel_scales,
+)
+from stitch_training.least_squares import AffineMap, ClosedForm, CutPoint, RidgeFit
+from stitch_training.models import LoadedPair, Pair, load_pair
+from stitch_training.readout import readout
+from stitch_training.report import loss_lines, plot_losses, write_json
+from stitch_training.scoring import BATCH_SEQUENCES, Mapping, by_file, map_of, mapping_of, tail_losses, whole_losses
+
+# Damping of the coordinates that training moves in, unless the ridge is stronger: without it, directions with less
+# than this share of the mean variance would be scaled to unit variance and carry only noise.
+WHITENING_RIDGE = 1e-3
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """What a fit is told."""
+    """The route, the data and the training of a fit."""
 
     cluster: ClusterConfig
     route: str
     data: DataSettings
-    training: Training
+    training: TrainingSettings
     dtype: str
-    work: Path
-    # A stitch of this cut whose training goes on, in place of least squares.
+    run_dir: Path
+    # A stitch of the same cut to start from, instead of the closed form.
     start: Path | None = None
-    # Work folders of earlier passes, whose sequences need not pass the bottom model again.
+    # Run directories of earlier passes, whose sequences don't run through the bottom model again.
     reuse: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A finished stitch and all that is known of it."""
+    """A finished stitch with its report."""
 
     map: AffineMap
     adapters: Adapters | None
-    cut: Cut
+    cut: CutPoint
     loaded: LoadedPair
     # One JSON object: settings, data, losses before and after, history.
     report: dict[str, Any]
@@ -60,159 +70,227 @@ class Fit:
 
 @dataclass(frozen=True)
 class Measured:
-    """A map, the top's adapters, and their mean cross-entropy `[sequences]` on the held-out ones."""
+    """A map and the top's adapters with their mean cross-entropy `[sequences]` on the held-out sequences."""
 
     map: AffineMap
     adapters: Adapters | None
     losses: Tensor
 
 
+@dataclass(frozen=True)
+class Start:
+    """A closed-form map, the ridge regression behind it, and its image of the mean state of first tokens."""
+
+    map: AffineMap
+    ridge: RidgeFit
+    # [outputs]
+    first: Tensor
+
+
 def fit(settings: FitSettings, progress: Progress) -> Fit:
     """Fits the stitch of a route.
 
-    `progress(what, done, of)` is called along the way. Raises InvalidRequest for a route without a stitch, data that
-    can't be read, or a work folder that holds something else.
+    `progress(task, done, total)` is called along the way. Raises InvalidRequest for a route without a stitch, data that
+    can't be read, or a run directory of another fit.
     """
-    began = time.monotonic()
+    started_at = time.monotonic()
     cut = cut_of(settings.cluster.route(settings.route))
     loaded = load_pair(settings.cluster, getattr(torch, settings.dtype))
     check_cut(loaded, cut)
-    cuts, will_do = needed(cut, loaded.bottom.layers, settings.training.aim)
-    passes = passes_for(loaded, cuts, settings.data, settings.dtype, settings.work, progress, settings.reuse, will_do)
+    cuts, suffices = required_cuts(cut, loaded.bottom.layers, settings.training.aim)
+    passes = passes_for(
+        loaded, cuts, settings.data, settings.dtype, settings.run_dir, progress, settings.reuse, suffices
+    )
     closed = ClosedForm(passes.training.sums, passes.held_out.sums)
     start = start_of(loaded.pair, cut, passes, closed, settings.training.aim)
-    given, began_as = None, "least squares"
+    initial_adapters, initial_name = None, "least squares"
     if settings.start is not None:
-        given, began_as = loaded.stitch(settings.start, cut), "start"
-        start = replace(start, map=map_of(given))
-        settings = replace(settings, training=replace(settings.training, start=given.fingerprint))
-    ridge, first_token, history = start.ridge, "held", {}
-    begun = final = measured(loaded, cut, passes, start.map, None if given is None else given.adapters)
+        stitch, initial_name = loaded.load_stitch(settings.start, cut), "start"
+        start, initial_adapters = replace(start, map=map_of(stitch)), stitch.adapters
+        settings = replace(settings, training=replace(settings.training, start=stitch.fingerprint))
+    initial = final = measure(loaded, cut, passes, start.map, initial_adapters)
+    first_token, history = "held", {}
     if settings.training.epochs:
-        at = coordinates(cut[0], start, closed)
-        beside = _adapters(loaded, cut, passes, applied(start.map), settings.training, begun.adapters)
-        run = _distilled(loaded, cut, passes, TrainableStitch(at, beside), settings, progress)
-        free, adapters = run.stitch.to_map(), run.stitch.trained_adapters()
-        held = closed.hold_first(cut[0], free, start.first, ridge.ridge)
-        # Where first tokens differ too much for one mean to stand for them, as behind few layers, the hold costs the
-        # others more than it gives.
-        kinds = {"held": held, "free": free, "set": replace(free, first=start.first)}
-        tried = {name: measured(loaded, cut, passes, one, adapters) for name, one in kinds.items()}
-        first_token, final = min(tried.items(), key=lambda one: float(one[1].losses.mean()))
+        run = _distil(loaded, cut, passes, start, closed, initial.adapters, settings, progress)
+        first_token, final = _choose_first_token(loaded, cut, passes, start, closed, run.stitch)
         history = asdict(run.history)
+    losses = held_out_losses(loaded, cut, passes, settings, {initial_name: initial.losses, "stitched": final.losses})
     report = {
-        **described(loaded, passes, settings.data, settings.dtype),
+        **describe(loaded, passes, settings.data, settings.dtype),
         "reused": [folder.name for folder in settings.reuse],
         "route": settings.route,
-        "cut": {"bottom_layers": cut[0], "top_from": cut[1]},
-        "ridge": {"chosen": ridge.ridge, "held_out_explained": {f"{r:g}": v for r, v in ridge.explained.items()}},
+        "cut": {"bottom_layers": cut.k, "top_from": cut.j},
+        "ridge": _describe_ridge(start.ridge),
         "training": asdict(settings.training),
         "first_token": first_token,
-        "losses": scores(loaded, cut, passes, settings, {began_as: begun.losses, "stitched": final.losses}),
+        "losses": losses,
         "history": history,
-        "seconds": time.monotonic() - began,
+        "seconds": time.monotonic() - started_at,
     }
     return Fit(final.map, final.adapters, cut, loaded, report)
 
 
-def cut_of(route: RouteConfig) -> Cut:
-    """The route's cut. Raises InvalidRequest where the cluster file gives it no stitch."""
+def cut_of(route: RouteConfig) -> CutPoint:
+    """Returns the route's cut point. Raises InvalidRequest where the cluster file gives it no stitch."""
     if route.stitch is None:
         raise InvalidRequest("route", route.name, "the cluster file gives it no stitch, so there is none to fit")
-    return route.bottom_layers, route.top_from
+    return CutPoint(route.bottom_layers, route.top_from)
 
 
-def check_cut(loaded: LoadedPair, cut: Cut) -> None:
+def check_cut(loaded: LoadedPair, cut: CutPoint) -> None:
     """Raises InvalidRequest where the models don't have these layers."""
     for field, value, layers, last in (
-        ("bottom_layers", cut[0], loaded.bottom.layers, loaded.bottom.layers),
-        ("top_from", cut[1], loaded.top.layers, loaded.top.layers - 1),
+        ("bottom_layers", cut.k, loaded.bottom.layers, loaded.bottom.layers),
+        ("top_from", cut.j, loaded.top.layers, loaded.top.layers - 1),
     ):
         if not 0 <= value <= last:
             raise InvalidRequest(field, value, f"it must be 0 to {last}, the model has {layers} layers")
 
 
+def required_cuts(
+    cut: CutPoint, depth: int, aim: Aim
+) -> tuple[tuple[CutPoint, ...], Callable[[tuple[CutPoint, ...]], bool]]:
+    """Returns the cut points that a pass for `cut` sums, and whether those of an earlier pass suffice.
+
+    `depth` is the bottom's number of layers.
+    """
+    if aim == "states":
+        return (cut,), lambda found: cut in found
+    return (cut, CutPoint(depth, cut.j)), lambda found: {cut.k, depth} <= {k for k, _ in found}
+
+
 def passes_for(
     loaded: LoadedPair,
-    cuts: tuple[Cut, ...],
+    cuts: tuple[CutPoint, ...],
     data: DataSettings,
     dtype: str,
-    work: Path,
+    run_dir: Path,
     progress: Progress,
     reuse: tuple[Path, ...] = (),
-    will_do: Callable[[tuple[Cut, ...]], bool] | None = None,
+    suffices: Callable[[tuple[CutPoint, ...]], bool] | None = None,
 ) -> Passes:
-    """Both passes over the data for these cuts, new or taken up again, if those of an earlier one `will_do`."""
+    """Runs or resumes both passes over the data for these cuts, or for those of an earlier pass if they suffice."""
     corpus = Corpus(data.files, loaded.encoder, data.sequence_tokens, seed=data.seed, shares=data.shares)
     models = (loaded.bottom.revision, loaded.top.revision)
-    cuts = taken_up(cuts, work, will_do or (lambda found: set(cuts) <= set(found)))
-    return run_passes(loaded.pair, cuts, corpus, data, data.described(models, dtype), work, progress, reuse)
+    cuts = reusable_cuts(cuts, run_dir, suffices or (lambda found: set(cuts) <= set(found)))
+    return run_passes(loaded.pair, cuts, corpus, data, data.describe(models, dtype), run_dir, progress, reuse)
 
 
-def _distilled(
+def start_of(pair: Pair, cut: CutPoint, passes: Passes, closed: ClosedForm, aim: Aim) -> Start:
+    """Solves the closed form of a cut; with the aim `answers` both traces must have the bottom's last depth."""
+    if aim == "answers":
+        stitch, ridge = readout(pair, cut.k, passes, closed)
+        return Start(stitch, ridge, stitch.weight @ closed.first_state(cut.k) + stitch.bias)
+    ridge, first = closed.ridge_fit(cut), closed.first_target(cut.j)
+    return Start(closed.hold_first(cut.k, ridge.map, first, ridge.ridge), ridge, first)
+
+
+def coordinates(k: int, start: Start, closed: ClosedForm) -> Coordinates:
+    """Returns the coordinates in which a stitch after `k` layers is trained, from the sums alone."""
+    spread = closed.spread(k)
+    # Deviations of the start's outputs: nearly those of the targets, and available without another sum.
+    return Coordinates(
+        weight=start.map.weight.float(),
+        bias=start.map.bias.float(),
+        mean=spread.mean.float(),
+        whitening=spread.whitening(max(WHITENING_RIDGE, start.ridge.ridge)).float(),
+        deviations=spread.variances(start.map.weight).sqrt().float(),
+        first=start.first.float(),
+    )
+
+
+def _distil(
     loaded: LoadedPair,
-    cut: Cut,
+    cut: CutPoint,
     passes: Passes,
-    stitch: TrainableStitch,
+    start: Start,
+    closed: ClosedForm,
+    initial: Adapters | None,
     settings: FitSettings,
     progress: Progress,
 ) -> Distillation:
     training = passes.training
-    known = replace(settings.training, data=training.fingerprint)
-    checkpoint = settings.work / f"distil-{cut[0]}-{cut[1]}.safetensors"
-    run = Distillation(loaded.pair, cut, training.trace, training.sequences, stitch, known, checkpoint)
+    adapters = _adapters(loaded, cut, passes, mapping_of(start.map), settings.training, initial)
+    stitch = TrainableStitch(coordinates(cut.k, start, closed), adapters)
+    training_settings = replace(settings.training, data=training.fingerprint)
+    checkpoint = settings.run_dir / f"distil-{cut.k}-{cut.j}.safetensors"
+    run = Distillation(loaded.pair, cut, training.trace, training.sequences, stitch, training_settings, checkpoint)
     run.run(held_out_loss(loaded, cut, passes), lambda step, steps, loss: progress("distil", step, steps))
     return run
 
 
-def held_out_loss(loaded: LoadedPair, cut: Cut, passes: Passes) -> Callable[[TrainableStitch], float]:
-    """Mean cross-entropy of a stitch in training over the held-out trace."""
-    top, held = loaded.pair.top, passes.held_out
-    return lambda stitch: float(tail_losses(top, held, cut, stitch, stitch.trained_adapters()).mean())
-
-
-def measured(
-    loaded: LoadedPair, cut: Cut, passes: Passes, stitch: AffineMap, adapters: Adapters | None = None
-) -> Measured:
-    """A map with what it and the adapters lose on held-out text."""
-    lost = tail_losses(loaded.pair.top, passes.held_out, cut, applied(stitch), adapters)
-    return Measured(stitch, adapters, lost)
+def held_out_loss(loaded: LoadedPair, cut: CutPoint, passes: Passes) -> Callable[[TrainableStitch], float]:
+    """Returns the function that measures a stitch in training over the held-out trace."""
+    top, held_out = loaded.pair.top, passes.held_out
+    return lambda stitch: float(tail_losses(top, held_out, cut, stitch, stitch.trained_adapters()).mean())
 
 
 def _adapters(
-    loaded: LoadedPair, cut: Cut, passes: Passes, start: Mapping, training: Training, given: Adapters | None
+    loaded: LoadedPair,
+    cut: CutPoint,
+    passes: Passes,
+    start: Mapping,
+    training: TrainingSettings,
+    initial: Adapters | None,
 ) -> TrainableAdapters | None:
-    """Those `given`, or fresh ones beside the top's layers, measured by the first sequences; None where none are due.
+    """Returns the `initial` adapters or fresh ones, scaled by the first sequences; None at rank 0.
 
-    Raises InvalidRequest where those given are of another rank.
+    Raises InvalidRequest where the initial ones have another rank.
     """
-    if given is not None and given.rank != training.adapter_rank:
-        raise InvalidRequest("adapter_rank", training.adapter_rank, f"it must be {given.rank}, as in the start")
+    if initial is not None and initial.rank != training.adapter_rank:
+        raise InvalidRequest("adapter_rank", training.adapter_rank, f"it must be {initial.rank}, as in the start")
     if not training.adapter_rank:
         return None
-    trace, (k, j) = passes.training.trace, cut
-    first = torch.arange(min(BATCH_SEQUENCES, passes.training.sequences))
-    sizes = sizes_of(loaded.pair.top, start(trace.hidden(k, first)), j)
-    if given is not None:
-        return TrainableAdapters(sizes, given)
-    return TrainableAdapters.fresh(j, training.adapter_rank, sizes, training.seed)
+    rows = torch.arange(min(BATCH_SEQUENCES, passes.training.sequences))
+    scales = channel_scales(loaded.pair.top, start(passes.training.trace.hidden(cut.k, rows)), cut.j)
+    if initial is not None:
+        return TrainableAdapters(scales, initial)
+    return TrainableAdapters.fresh(cut.j, training.adapter_rank, scales, training.seed)
 
 
-def scores(
-    loaded: LoadedPair, cut: Cut, passes: Passes, settings: FitSettings, stitched: dict[str, Tensor]
+def _choose_first_token(
+    loaded: LoadedPair, cut: CutPoint, passes: Passes, start: Start, closed: ClosedForm, stitch: TrainableStitch
+) -> tuple[str, Measured]:
+    """Returns the treatment of first tokens with the lowest held-out loss, and the trained map with it.
+
+    After few layers first tokens differ too much for one mean state to represent them. The hold then costs the other
+    tokens more than it gives.
+    """
+    free, adapters = stitch.to_map(), stitch.trained_adapters()
+    held = closed.hold_first(cut.k, free, start.first, start.ridge.ridge)
+    candidates = {"held": held, "free": free, "set": replace(free, first=start.first)}
+    measured = {name: measure(loaded, cut, passes, one, adapters) for name, one in candidates.items()}
+    return min(measured.items(), key=lambda one: float(one[1].losses.mean()))
+
+
+def measure(
+    loaded: LoadedPair, cut: CutPoint, passes: Passes, stitch: AffineMap, adapters: Adapters | None = None
+) -> Measured:
+    """Measures a map and adapters on the held-out sequences."""
+    losses = tail_losses(loaded.pair.top, passes.held_out, cut, mapping_of(stitch), adapters)
+    return Measured(stitch, adapters, losses)
+
+
+def held_out_losses(
+    loaded: LoadedPair, cut: CutPoint, passes: Passes, settings: FitSettings, stitched: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """Held-out cross-entropy of both models alone, of layers left out where one model is cut, and of every stitch."""
-    held, top = passes.held_out, loaded.pair.top
-    found = alone_losses(loaded.pair, held, settings.work / HELD_OUT)
+    """Returns intervals by model and file: both whole models (or one with layers left out), and every stitch."""
+    held_out, top = passes.held_out, loaded.pair.top
+    losses = whole_losses(loaded.pair, held_out, settings.run_dir / HELD_OUT)
     if loaded.is_one_model:
-        found = {"bottom": found["bottom"], "layers left out": tail_losses(top, held, cut, lambda states: states)}
-    found |= stitched
-    files, names = held.trace.files(torch.arange(held.sequences)), [path.name for path in settings.data.files]
-    return {name: {file: asdict(i) for file, i in by_file(v, files, names).items()} for name, v in found.items()}
+        left_out = tail_losses(top, held_out, cut, lambda states: states)
+        losses = {"bottom": losses["bottom"], "layers left out": left_out}
+    losses |= stitched
+    files, names = held_out.trace.files(torch.arange(held_out.sequences)), [path.name for path in settings.data.files]
+    return {name: {file: asdict(i) for file, i in by_file(v, files, names).items()} for name, v in losses.items()}
 
 
-def described(loaded: LoadedPair, passes: Passes, data: DataSettings, dtype: str) -> dict[str, Any]:
-    """What every report says of models and data."""
+def _describe_ridge(ridge: RidgeFit) -> dict[str, Any]:
+    return {"chosen": ridge.ridge, "held_out_explained": {f"{r:g}": value for r, value in ridge.explained.items()}}
+
+
+def describe(loaded: LoadedPair, passes: Passes, data: DataSettings, dtype: str) -> dict[str, Any]:
+    """Returns the fields on models and data that every report has."""
     return {
         "bottom": {"id": loaded.bottom.id, "revision": loaded.bottom.revision},
         "top": {"id": loaded.top.id, "revision": loaded.top.revision},
@@ -225,3 +303,26 @@ def described(loaded: LoadedPair, passes: Passes, data: DataSettings, dtype: str
         "seed": data.seed,
         "shares": data.shares,
     }
+
+
+def write_fit(fitted: Fit, out: Path, store: str) -> None:
+    """Writes the stitch in dtype `store`, its report (.json) and its plot (.png); prints the table of losses."""
+    loaded, dtype = fitted.loaded, getattr(torch, store)
+    binding = StitchBinding.of(loaded.bottom, loaded.top, *fitted.cut, loaded.tokenizer)
+    weight, bias = fitted.map.weight.to(dtype), fitted.map.bias.to(dtype)
+    first = None if fitted.map.first is None else fitted.map.first.to(dtype)
+    adapters = None if fitted.adapters is None else fitted.adapters.to(torch.device("cpu"), dtype)
+    Stitch(weight, bias, binding, provenance(fitted.report), adapters=adapters, first=first).save(out)
+    write_json(out.with_suffix(".json"), fitted.report)
+    plot_losses(fitted.report, out.with_suffix(".png"))
+    print("\n".join(loss_lines(fitted.report)))
+    print(f"written: {out}, with its report (.json) and its losses (.png)")
+
+
+def provenance(report: dict[str, Any]) -> dict[str, Any]:
+    """Returns the artifact's record of its making; the same for the same fit, so without durations."""
+    kept = ("data", "files", "tokens", "seed", "dtype")
+    losses = {name: round(levels["all"]["mean"], 4) for name, levels in report["losses"].items()}
+    method = "least squares, then distillation" if report["history"] else "least squares"
+    training = report["training"] if report["history"] else {}
+    return {"method": method, "training": training, "losses": losses} | {name: report[name] for name in kept}

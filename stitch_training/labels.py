@@ -1,7 +1,7 @@
-"""Labelled prompts, as JSON lines, plain or gzip. Knows no model of them.
+"""Reads labelled prompts from JSON lines, plain or gzip, and splits them into folds.
 
-Each line has a `prompt`, perhaps a `task`, and the quality of the answers in one of three forms:
-{"strong": q, "weak": q}, {"scores": {name: q}} or {"routes": {name: q}}, the last being what `label` writes.
+Each line has a `prompt`, optionally a `task`, and the quality of the answers in one of three forms:
+{"strong": q, "weak": q}, {"scores": {name: q}} or {"routes": {name: q}}. `stitch-train label` writes the last one.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _NO_WORD = re.compile(r"\W+")
 
 @dataclass(frozen=True, eq=False)
 class LabelledSet:
-    """The rows of one file in which all routes are labelled."""
+    """The rows of one file that label every route."""
 
     name: str
     routes: tuple[str, ...]
     prompts: list[str]
-    # `name/task`, or the name alone where a row has no task. Training learns to guess it; judging never sees it.
+    # `name/task`, or `name` where a row has no task. A target in training, never an input of a route decision.
     topics: list[str]
     # [rows, routes], higher is better.
     qualities: Qualities
     # SHA-256 of the file's text.
     fingerprint: str
-    # Rows that leave out one of the routes.
+    # Number of rows that leave out a route.
     skipped: int
 
     def __len__(self) -> int:
@@ -49,21 +49,21 @@ class LabelledSet:
 
 
 def read_labels(path: Path, routes: Sequence[str] = PAIR, renamed: Mapping[str, str] | None = None) -> LabelledSet:
-    """Reads a file; `renamed` maps a name in the file to the route that it stands for.
+    """Reads a file; `renamed` maps names in the file to routes.
 
-    Raises InvalidRequest, with the number of the line, where one is no label, and where no row labels all routes.
+    Raises InvalidRequest, with the line's number, where a line is not a label, and where no row labels all routes.
     """
     prompts, topics, qualities, skipped = [], [], [], 0
     name = path.name.split(".")[0]
     for number, row in read_json_lines(path):
-        found = _qualities(row, f"{path.name}:{number}")
-        found = {(renamed or {}).get(key, key): value for key, value in found.items()}
-        if not all(route in found for route in routes):
+        by_name = _qualities(row, f"{path.name}:{number}")
+        by_route = {(renamed or {}).get(key, key): value for key, value in by_name.items()}
+        if not all(route in by_route for route in routes):
             skipped += 1
             continue
         prompts.append(row["prompt"])
         topics.append(f"{name}/{row['task']}" if row.get("task") else name)
-        qualities.append([found[route] for route in routes])
+        qualities.append([by_route[route] for route in routes])
     if not prompts:
         raise InvalidRequest("data", str(path), f"no row labels all of {', '.join(routes)}")
     fingerprint = hashlib.sha256(_read(path).encode()).hexdigest()
@@ -71,7 +71,7 @@ def read_labels(path: Path, routes: Sequence[str] = PAIR, renamed: Mapping[str, 
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, labelled or not. Raises InvalidRequest where a line is off or there is none."""
+    """Reads the prompts of a file, labelled or not. Raises InvalidRequest where a line is invalid or there is none."""
     prompts = [row["prompt"] for _, row in read_json_lines(path)]
     if not prompts:
         raise InvalidRequest("data", str(path), "it must have at least one prompt")
@@ -79,18 +79,18 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The number of every line and its object, which has a `prompt`; a `question` stands for one.
+    """Yields every line's number and object; `prompt` is filled in from `question` where it is missing.
 
-    Raises InvalidRequest, with the number of the line, where one is off.
+    Raises InvalidRequest, with the line's number, where a line is invalid.
     """
-    # Not splitlines(), which would also break at characters that JSON strings may contain.
+    # splitlines() would also break at line separators within JSON strings.
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if line.strip():
             yield number, _row(line, f"{path.name}:{number}")
 
 
-def same_prompt(prompt: str) -> str:
-    """Equal for prompts that differ in case, spaces and signs only; such rows must not sit on both sides of a fold."""
+def prompt_key(prompt: str) -> str:
+    """Returns a key that is equal for prompts that differ in case, spaces and signs only; they share a fold."""
     return _NO_WORD.sub(" ", prompt.lower()).strip()
 
 
@@ -102,30 +102,38 @@ def _read(path: Path) -> str:
         raise InvalidRequest("data", str(path), f"it can't be read: {error}") from error
 
 
-def _row(line: str, place: str) -> dict[str, Any]:
+def _row(line: str, location: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InvalidRequest(place, line, f"it must be JSON: {error}") from error
+        raise InvalidRequest(location, line, f"it must be JSON: {error}") from error
     prompt = row.get("prompt", row.get("question")) if isinstance(row, dict) else None
     if not isinstance(prompt, str):
-        raise InvalidRequest(f"{place}.prompt", row, "a row must have one, a string")
+        raise InvalidRequest(f"{location}.prompt", row, "a row must have one, a string")
     return {**row, "prompt": prompt}
 
 
-def _qualities(row: Mapping[str, Any], place: str) -> dict[str, float]:
+def _qualities(row: Mapping[str, Any], location: str) -> dict[str, float]:
     for field in ("routes", "scores"):
         if field in row:
-            return _numbers(row[field], f"{place}.{field}")
+            return _numbers(row[field], f"{location}.{field}")
     if all(field in row for field in PAIR):
-        return _numbers({field: row[field] for field in PAIR}, place)
-    raise InvalidRequest(place, sorted(row), "a row must have routes, scores, or strong and weak")
+        return _numbers({field: row[field] for field in PAIR}, location)
+    raise InvalidRequest(location, sorted(row), "a row must have routes, scores, or strong and weak")
 
 
-def _numbers(values: object, place: str) -> dict[str, float]:
+def _numbers(values: object, location: str) -> dict[str, float]:
     if not isinstance(values, dict):
-        raise InvalidRequest(place, values, "it must map names to numbers")
+        raise InvalidRequest(location, values, "it must map names to numbers")
     for name, value in values.items():
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise InvalidRequest(f"{place}.{name}", value, "it must be a finite number")
+            raise InvalidRequest(f"{location}.{name}", value, "it must be a finite number")
     return {name: float(value) for name, value in values.items()}
+
+
+def folds(keys: Sequence[str], count: int, seed: int = 0) -> NDArray[np.int64]:
+    """Returns the fold [rows] of every row, 0 … count - 1, drawn from the seed; rows with equal keys share a fold."""
+    group_of = {key: group for group, key in enumerate(dict.fromkeys(keys))}
+    fold_of_group = np.empty(len(group_of), np.int64)
+    fold_of_group[np.random.default_rng(seed).permutation(len(group_of))] = np.arange(len(group_of)) % count
+    return fold_of_group[[group_of[key] for key in keys]]

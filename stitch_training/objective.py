@@ -1,11 +1,11 @@
-"""What a stitch is trained for: the bottom model's distribution and the next token. Knows no optimizer.
+"""The loss of a stitch in training: divergence from the bottom model's distribution, and next-token cross-entropy.
 
-For a token with the student's distribution s, the teacher's p and the following token t the loss is
+For a token with the student's distribution s, the teacher's p and the next token t the loss is
 
     share * KL(p || s) + (1 - share) * -log s(t)
 
-where p is known for its likeliest tokens K alone; all others count as one outcome, for p as for s. The gradient by
-the logits is s - share q - (1 - share) e_t, with q = p on K and q = s p(rest) / s(rest) elsewhere.
+where p is known for its likeliest tokens K alone; all others count as one outcome, for p as for s. The gradient with
+respect to the logits is s - share q - (1 - share) e_t, with q = p on K and q = s p(rest) / s(rest) elsewhere.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stitch_training.frozen_models import LOGIT_ROWS, FrozenModel
+from stitch_training.models import LOGIT_TOKENS, FrozenModel
 from stitch_training.trace import Teacher
 
 _LEAST = 1e-6
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How a step weighs teacher against text, and among which tokens it normalizes."""
+class LossSettings:
+    """The weight of the teacher against the text, and the tokens among which a step normalizes."""
 
     teacher_share: float
     vocabulary: int
-    # Of the tokens that neither teacher nor text of the step names.
+    # Number of tokens drawn from those that neither the step's teacher nor its text contains.
     sampled: int
-    draw: torch.Generator
+    generator: torch.Generator
 
 
 def token_losses(logits: Tensor, following: Tensor, teacher: Teacher, teacher_share: float) -> tuple[Tensor, Tensor]:
-    """Loss `[tokens]` in nats and its gradient by float32 logits `[tokens, vocabulary]`, which it is written over.
+    """Returns the loss `[tokens]` in nats and its gradient by the float32 logits `[tokens, vocabulary]`, in place.
 
-    `following` `[tokens]` are the tokens that came next; the teacher's entries are `[tokens, kept]`.
+    `following` `[tokens]` are the next tokens; the teacher's entries are `[tokens, kept]`.
     """
     logprobs = logits.sub_(logits.logsumexp(-1, keepdim=True))
     of_following = logprobs.gather(1, following[:, None])
@@ -53,38 +53,38 @@ def token_losses(logits: Tensor, following: Tensor, teacher: Teacher, teacher_sh
 
 @dataclass(frozen=True)
 class Shortlist:
-    """The tokens among which a step normalizes, and what the logit of each is raised by.
+    """The tokens among which a step normalizes, and the offset of each token's logit.
 
-    A head over 152 k tokens would take most of a step. All tokens that a step's teacher or text names are in the
-    list, and of the n others a sample of m, each standing for n / m: exp(logit + log(n / m)) makes the normalizer's
+    A head over 152 k tokens would take most of a step. All tokens that a step's teacher or text contains are in the
+    list, and of the n others a sample of m, each representing n / m: exp(logit + log(n / m)) makes the normalizer's
     expectation exact (importance sampling; Bengio and Senécal 2003).
     """
 
     token_ids: Tensor
-    raised: Tensor
+    offsets: Tensor
 
     @classmethod
-    def drawn(cls, named: Tensor, vocabulary: int, sampled: int, draw: torch.Generator) -> Shortlist:
-        """`named` tokens of any shape, and `sampled` of the others; the whole vocabulary where that is no more."""
+    def draw(cls, named: Tensor, vocabulary: int, sampled: int, generator: torch.Generator) -> Shortlist:
+        """Lists the `named` token ids, of any shape, and `sampled` others; the whole vocabulary where it is small."""
         is_named = torch.zeros(vocabulary, dtype=torch.bool)
         is_named[named.flatten()] = True
         others = (~is_named).nonzero()[:, 0]
         if sampled >= len(others):
             return cls(torch.arange(vocabulary), torch.zeros(vocabulary))
         is_listed = is_named.clone()
-        is_listed[others[torch.randperm(len(others), generator=draw)[:sampled]]] = True
+        is_listed[others[torch.randperm(len(others), generator=generator)[:sampled]]] = True
         token_ids = is_listed.nonzero()[:, 0]
-        stands_for = torch.tensor(len(others) / sampled).log()
-        return cls(token_ids, torch.where(is_named[token_ids], torch.zeros(()), stands_for))
+        offset = torch.tensor(len(others) / sampled).log()
+        return cls(token_ids, torch.where(is_named[token_ids], torch.zeros(()), offset))
 
-    def places(self, token_ids: Tensor) -> Tensor:
-        """Where in the list named tokens stand."""
+    def indices(self, token_ids: Tensor) -> Tensor:
+        """Returns the positions of named tokens in the list."""
         return torch.searchsorted(self.token_ids, token_ids)
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the rows of a step are to say, over a shortlist."""
+class Targets:
+    """The next tokens and the teacher of a step's tokens, over a shortlist."""
 
     shortlist: Shortlist
     following: Tensor
@@ -93,23 +93,24 @@ class Wanted:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Mean loss behind the head, in parts, so that only LOGIT_ROWS rows of logits exist at a time."""
+    """The mean loss after the head, chunk by chunk, so that the logits of only LOGIT_TOKENS tokens exist at a time."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, model: FrozenModel, wanted: Wanted) -> Tensor:
-        gradients, total, listed = [], torch.zeros(()), wanted.shortlist
-        for start in range(0, len(rows), LOGIT_ROWS):
-            part = slice(start, start + LOGIT_ROWS)
-            teacher = Teacher(listed.places(wanted.teacher.ids[part]), wanted.teacher.logprobs[part])
+    def forward(ctx: Any, states: Tensor, model: FrozenModel, targets: Targets) -> Tensor:
+        gradients, total, shortlist = [], torch.zeros(()), targets.shortlist
+        for start in range(0, len(states), LOGIT_TOKENS):
+            chunk = slice(start, start + LOGIT_TOKENS)
+            teacher = Teacher(shortlist.indices(targets.teacher.ids[chunk]), targets.teacher.logprobs[chunk])
             with torch.enable_grad():
-                inputs = rows[part].detach().requires_grad_()
-                logits = model.logits(inputs, listed.token_ids)
-            following = listed.places(wanted.following[part])
-            losses, gradient = token_losses(logits.detach() + listed.raised, following, teacher, wanted.teacher_share)
+                inputs = states[chunk].detach().requires_grad_()
+                logits = model.logits(inputs, shortlist.token_ids)
+            following = shortlist.indices(targets.following[chunk])
+            shifted = logits.detach() + shortlist.offsets
+            losses, gradient = token_losses(shifted, following, teacher, targets.teacher_share)
             gradients.append(torch.autograd.grad(logits, inputs, gradient)[0])
             total += losses.sum()
-        ctx.save_for_backward(torch.cat(gradients) / len(rows))
-        return total / len(rows)
+        ctx.save_for_backward(torch.cat(gradients) / len(states))
+        return total / len(states)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
@@ -117,14 +118,15 @@ class _HeadLoss(torch.autograd.Function):
         return gradient * outer[0], None, None
 
 
-def head_loss(model: FrozenModel, hidden: Tensor, tokens: Tensor, teacher: Teacher, choice: Choice) -> Tensor:
-    """Mean loss over sequences of `tokens` `[sequences, tokens]`, whose last layer gave `hidden`.
+def head_loss(model: FrozenModel, hidden: Tensor, tokens: Tensor, teacher: Teacher, settings: LossSettings) -> Tensor:
+    """Returns the mean loss over `tokens` `[sequences, tokens]`, whose last-layer states are `hidden`.
 
-    A sequence's last token has none that follows, so it does not count.
+    A sequence's last token has no next token, so it does not count.
     """
-    rows, following = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-    known = Teacher(teacher.ids[:, :-1].flatten(0, 1), teacher.logprobs[:, :-1].flatten(0, 1))
-    named = torch.cat([following, known.ids.flatten()])
-    shortlist = Shortlist.drawn(named, choice.vocabulary, choice.sampled, choice.draw)
-    loss: Tensor = _HeadLoss.apply(rows, model, Wanted(shortlist, following, known, choice.teacher_share))  # type: ignore[no-untyped-call]
+    states, following = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    teacher = Teacher(teacher.ids[:, :-1].flatten(0, 1), teacher.logprobs[:, :-1].flatten(0, 1))
+    named = torch.cat([following, teacher.ids.flatten()])
+    shortlist = Shortlist.draw(named, settings.vocabulary, settings.sampled, settings.generator)
+    targets = Targets(shortlist, following, teacher, settings.teacher_share)
+    loss: Tensor = _HeadLoss.apply(states, model, targets)  # type: ignore[no-untyped-call]
     return loss

@@ -1,49 +1,65 @@
-"""From labelled prompts to a probe and what it is worth. Knows no file but the cluster's own.
+"""Trains and calibrates the probe that decides routes within the first shard's prefill.
 
-The gain of every dearer route is regressed on what the probe sees. Figures are of rows that the regression has not
-seen; the probe itself is fitted on all.
+A prompt is tokenized as the gateway does it. Its first tokens run through the bottom's layers up to the earliest cut,
+and the pooled states are its features. The gain of every costlier route is a ridge regression on these features.
+Figures are of rows whose fold the regression was not trained on; the probe itself is fitted on all rows.
+
+    weights = (XᵀX + λ)⁻¹ Xᵀy on standardized features
+
+λ is the one of a grid with the lowest leave-one-out error, which needs no second fit: row i's is its residual ÷
+(1 - hᵢ), with h the diagonal of the hat matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from stitch.cluster import ClusterConfig
 from stitch.environment import cache_folder
-from stitch.errors import InvalidRequest
-from stitch_server.model.description import ModelDescription, ParameterCount
-from stitch_server.model.probe import MOST_TOKENS, PERCENTILES, Probe, ProbeBinding
+from stitch.errors import Incompatible, InvalidRequest
+from stitch.thresholds import Thresholds
+from stitch_server.model.description import ParameterCount
+from stitch_server.model.decoder import DecoderLayers
+from stitch_server.model.description import ModelDescription
+from stitch_server.model.embedding_and_head import Embedding
+from stitch_server.model.probe import MOST_TOKENS, Probe, ProbeBinding, features, pooled
 from stitch_server.model.tokenizer_hash import tokenizer_hash
 from stitch_server.sources.resolve import resolve
-from stitch_training.calibration import calibrate, relative_costs
-from stitch_training.folds import folds
-from stitch_training.labels import LabelledSet, same_prompt
-from stitch_training.probe_states import PromptReader
-from stitch_training.recovery import Numbers
-from stitch_training.ridge import Ridge, fit
-from stitch_training.router_report import Rankings, pairs
+from stitch_training.activations import Progress
+from stitch_training.calibration import calibrate, percentiles, relative_costs, resolve_budget
+from stitch_training.labels import LabelledSet, folds, prompt_key, read_prompts
+from stitch_training.models import CausalSequences
+from stitch_training.recovery import FloatArray
+from stitch_training.report import Rankings, as_json, rank_sources, table, training_record, write_json
 
-Progress = Callable[[str, int, int], None]
+# Prompts of one length that run through the layers together.
+BATCH_PROMPTS = 4
+# λ ÷ rows, which is weighed against a standardized feature's variance of 1.
+PENALTIES = tuple(10.0**exponent for exponent in np.arange(-3, 2.01, 0.25))
 
 
 @dataclass(frozen=True)
-class TeachingSettings:
-    """What a probe is made of."""
+class ProbeSettings:
+    """The cluster, the window and the cross-validation of a probe."""
 
     cluster: ClusterConfig
-    # Of a prompt's first tokens so many are read.
+    # Number of a prompt's first tokens that the probe reads.
     tokens: int
-    # The mean cost that its own thresholds keep to, 0 (all cheapest) to 1 (all dearest).
+    # The mean cost that its own thresholds keep to, 0 (all cheapest) to 1 (all costliest).
     budget: float
     folds: int
     dtype: torch.dtype
-    chat: bool
+    # Whether every prompt is the first turn of a conversation.
+    is_chat: bool
 
     def __post_init__(self) -> None:
         checks: tuple[tuple[str, bool, object, str], ...] = (
@@ -52,88 +68,235 @@ class TeachingSettings:
             ("folds", self.folds >= 2, self.folds, "it must be at least 2"),
             ("routes", len(self.cluster.routes) >= 2, len(self.cluster.routes), "there must be two to decide between"),
         )
-        for field, fits, value, limit in checks:
-            if not fits:
+        for field, is_valid, value, limit in checks:
+            if not is_valid:
                 raise InvalidRequest(field, value, limit)
 
 
 @dataclass(frozen=True)
-class Taught:
-    """A probe, and its figures by source and pair of routes."""
+class TrainedProbe:
+    """A probe, and its cross-validated figures by source and pair of routes."""
 
     probe: Probe
     found: dict[str, dict[str, Rankings]]
 
 
-def cheapest_first(cluster: ClusterConfig) -> tuple[str, ...]:
-    """The cluster's routes by the parameters that they read for a token, as the gateway orders them."""
+def routes_by_cost(cluster: ClusterConfig) -> tuple[str, ...]:
+    """Returns the routes by parameters read per token, cheapest first, in the gateway's order."""
     folders = [resolve(cluster.model_source(role), cache_folder()) for role in ("bottom", "top")]
     bottom, top = (ParameterCount.read(folder) for folder in folders)
     layers = ModelDescription.read(folders[1], "top").layers
 
-    def read(name: str) -> tuple[int, int]:
+    def cost(name: str) -> tuple[int, int]:
         route = cluster.route(name)
         parameters = bottom.between(0, route.bottom_layers) + top.between(route.top_from, layers)
         return parameters, route.bottom_layers
 
-    return tuple(sorted((route.name for route in cluster.routes), key=read))
+    return tuple(sorted((route.name for route in cluster.routes), key=cost))
 
 
-def teach(settings: TeachingSettings, sets: Sequence[LabelledSet], progress: Progress) -> Taught:
-    """Raises InvalidRequest or Incompatible where settings, data or model are off."""
+def train_probe(settings: ProbeSettings, sets: Sequence[LabelledSet], progress: Progress) -> TrainedProbe:
+    """Trains a probe on all sets. Raises InvalidRequest or Incompatible where settings, data or model don't fit."""
     cluster, prompts = settings.cluster, [prompt for labelled in sets for prompt in labelled.prompts]
     folder = resolve(cluster.model_source("bottom"), cache_folder())
-    reader = PromptReader.load(folder, cluster.earliest_cut, settings.tokens, settings.dtype, settings.chat)
-    seen = reader.read(prompts, lambda done, of: progress("reading prompts", done, of))
+    extractor = FeatureExtractor.load(folder, cluster.earliest_cut, settings.tokens, settings.dtype, settings.is_chat)
+    rows = extractor.from_texts(prompts, lambda done, total: progress("reading prompts", done, total))
     qualities = np.concatenate([labelled.qualities for labelled in sets])
     gains = qualities[:, 1:] - qualities[:, :1]
-    unseen = unseen_gains(seen, gains, folds([same_prompt(prompt) for prompt in prompts], settings.folds))
-    found = _figures(sets, unseen)
+    unseen = cross_validated_gains(rows, gains, folds([prompt_key(prompt) for prompt in prompts], settings.folds))
+    found = rank_sources(sets, unseen)
     bottom = ModelDescription.read(folder, cluster.models.bottom.id)
     tokenizer = tokenizer_hash(folder)
     binding = ProbeBinding.of(bottom, cluster.earliest_cut, settings.tokens, sets[0].routes, tokenizer)
-    return Taught(_probe(fit(seen, gains), binding, unseen, settings, _provenance(sets, found, settings)), found)
+    record = {**training_record(sets, found), "folds": settings.folds, "chat": settings.is_chat}
+    return TrainedProbe(_to_probe(fit_ridge(rows, gains), binding, unseen, settings.budget, record), found)
 
 
-def unseen_gains(seen: Numbers, gains: Numbers, fold: NDArray[np.int64]) -> Numbers:
-    """`[rows, routes]`, first column 0: every row by a regression of the other folds."""
+def cross_validated_gains(rows: FloatArray, gains: FloatArray, fold: NDArray[np.int64]) -> FloatArray:
+    """Returns gains `[rows, routes]`, first column 0, of every row by a regression on the other folds."""
     predicted = np.zeros((len(gains), gains.shape[1] + 1))
-    for held in np.unique(fold):
-        taught = fit(seen[fold != held], gains[fold != held])
-        predicted[fold == held, 1:] = taught.predict(seen[fold == held])
+    for held_out in np.unique(fold):
+        ridge = fit_ridge(rows[fold != held_out], gains[fold != held_out])
+        predicted[fold == held_out, 1:] = ridge.predict(rows[fold == held_out])
     return predicted
 
 
-def _probe(
-    taught: Ridge, binding: ProbeBinding, unseen: Numbers, settings: TeachingSettings, training: dict[str, Any]
-) -> Probe:
-    calibrated = calibrate(unseen, relative_costs(binding.routes, None), settings.budget)
+def _to_probe(ridge: Ridge, binding: ProbeBinding, unseen: FloatArray, budget: float, record: dict[str, Any]) -> Probe:
+    calibration = calibrate(unseen, relative_costs(binding.routes, None), budget)
     return Probe(
-        weight=torch.from_numpy(taught.weights.T.astype(np.float32)).contiguous(),
-        bias=torch.from_numpy(taught.bias.astype(np.float32)),
+        weight=torch.from_numpy(ridge.weights.T.astype(np.float32)).contiguous(),
+        bias=torch.from_numpy(ridge.bias.astype(np.float32)),
         binding=binding,
-        thresholds=calibrated.thresholds,
-        percentiles=tuple(np.quantile(unseen[:, -1], np.linspace(0, 1, PERCENTILES)).tolist()),
-        training={**training, "penalty": taught.penalty, "budget": settings.budget, "shares": calibrated.shares},
+        thresholds=calibration.thresholds,
+        percentiles=percentiles(unseen[:, -1]),
+        training={**record, "penalty": ridge.penalty, "budget": budget, "shares": calibration.shares},
     )
 
 
-def _figures(sets: Sequence[LabelledSet], unseen: Numbers) -> dict[str, dict[str, Rankings]]:
-    starts = np.cumsum([0, *map(len, sets)])
-    return {
-        one.name: pairs(one.routes, unseen[start : start + len(one)], one.prompts, one.qualities)
-        for one, start in zip(sets, starts[:-1], strict=True)
-    }
+def write_probe(trained: TrainedProbe, out: Path) -> None:
+    """Writes the artifact and its report (.json); prints the figures."""
+    probe = trained.probe
+    probe.save(out)
+    unseen = {source: as_json(found) for source, found in trained.found.items()}
+    write_json(out.with_suffix(".json"), {"probe": probe.fingerprint, "training": probe.training, "unseen": unseen})
+    for source, found in trained.found.items():
+        for pair, rankings in found.items():
+            print(table(f"{source}, {pair}, rows unseen:", rankings), end="\n\n")
+    print(f"{out}: fingerprint {probe.fingerprint}, with its report (.json)")
 
 
-def _provenance(
-    sets: Sequence[LabelledSet], found: dict[str, dict[str, Rankings]], settings: TeachingSettings
-) -> dict[str, Any]:
-    figures = {
-        source: {
-            pair: {"apgr": one["router"].apgr.value, "cpt_50": one["router"].cpt_50.value} for pair, one in of.items()
-        }
-        for source, of in found.items()
-    }
-    data = [{"name": one.name, "rows": len(one), "skipped": one.skipped, "sha256": one.fingerprint} for one in sets]
-    return {"data": data, "folds": settings.folds, "chat": settings.chat, "unseen": figures}
+def calibrate_probe(
+    cluster: ClusterConfig,
+    path: Path,
+    data: Sequence[Path],
+    budget: float | None,
+    cost: float | None,
+    costs: Mapping[str, float] | None,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> tuple[Thresholds, str]:
+    """Calibrates a probe on prompts, which need no labels; returns its thresholds and their summary.
+
+    Raises InvalidRequest or Incompatible where the target, the data, the probe or the cluster don't fit together.
+    """
+    probe = Probe.load(path, torch.device("cpu"))
+    budget, relative = resolve_budget(budget, cost, costs, probe.binding.routes)
+    folder = resolve(cluster.model_source("bottom"), cache_folder())
+    bottom = ModelDescription.read(folder, cluster.models.bottom.id)
+    probe.check(bottom, cluster.earliest_cut, [route.name for route in cluster.routes], tokenizer_hash(folder))
+    prompts = [prompt for file in data for prompt in read_prompts(file)]
+    is_chat, binding = bool(probe.training.get("chat")), probe.binding
+    extractor = FeatureExtractor.load(folder, binding.layer, binding.tokens, dtype, is_chat)
+    rows = extractor.from_texts(prompts, lambda done, total: progress("reading prompts", done, total))
+    predicted = rows @ probe.weight.double().numpy().T + probe.bias.double().numpy()
+    gains = np.hstack([np.zeros((len(rows), 1)), predicted])
+    found = calibrate(gains, relative, budget)
+    thresholds = found.to_thresholds(binding.routes, probe.fingerprint, gains, relative)
+    return thresholds, found.summary(binding.routes, len(prompts))
+
+
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """The bottom model's lower layers, and the tokenization of prompts."""
+
+    embedding: Embedding
+    layers: DecoderLayers
+    encode: Callable[[str], list[int]]
+    # Number of a prompt's first tokens that are read.
+    tokens: int
+
+    @classmethod
+    def load(cls, folder: Path, layer: int, tokens: int, dtype: torch.dtype, is_chat: bool) -> FeatureExtractor:
+        """Loads layers [0, layer) on the CPU; `is_chat`: every prompt is the first turn of a conversation.
+
+        Raises Incompatible where the model has no such layers, or no chat template where one is needed.
+        """
+        cpu = torch.device("cpu")
+        layers = DecoderLayers.load(folder, 0, layer, cpu, dtype)
+        encode = chat_encoder(folder) if is_chat else plain_encoder(folder)
+        return cls(Embedding.load(folder, cpu, dtype), layers, encode, tokens)
+
+    def from_texts(self, prompts: Sequence[str], progress: Callable[[int, int], None]) -> FloatArray:
+        """Returns features `[prompts, features]`; `progress(done, total)` is called after every batch."""
+        return self.from_tokens([self.encode(prompt) for prompt in prompts], progress)
+
+    def from_tokens(self, prompts: Sequence[Sequence[int]], progress: Callable[[int, int], None]) -> FloatArray:
+        """Returns the features of token ids. Raises InvalidRequest for an empty prompt."""
+        windows = [prompt[: self.tokens] for prompt in prompts]
+        empty = [index for index, window in enumerate(windows) if not window]
+        if empty:
+            raise InvalidRequest("data", f"prompt {empty[0] + 1}", "it must have a token at least")
+        rows, done = np.empty((len(windows), features(self.layers.hidden_size))), 0
+        for batch in _batches_by_length(windows):
+            rows[batch] = self._pool([windows[index] for index in batch])
+            done += len(batch)
+            progress(done, len(windows))
+        return rows
+
+    @torch.inference_mode()
+    def _pool(self, windows: Sequence[Sequence[int]]) -> FloatArray:
+        """Returns features `[prompts, features]` of prompts of one length."""
+        tokens = torch.tensor(windows)
+        count, length = tokens.shape
+        rotary = self.layers.rotary(torch.arange(length).repeat(count))
+        hidden = self.embedding(tokens.flatten())
+        states = self.layers.run(hidden, rotary, CausalSequences(count), 0, self.layers.end).view(count, length, -1)
+        rows: FloatArray = torch.stack([pooled(one) for one in states]).double().numpy()
+        return rows
+
+
+def plain_encoder(folder: Path) -> Callable[[str], list[int]]:
+    """Returns a function that tokenizes a plain `prompt` as the gateway does, with the tokenizer's special tokens."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=True).ids)
+
+
+def chat_encoder(folder: Path) -> Callable[[str], list[int]]:
+    """Returns a function that tokenizes a chat of one turn as the gateway does.
+
+    Raises Incompatible where the folder has no chat template.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.chat_template is None:
+        raise Incompatible(f"{folder} has no chat template, so prompts can't be conversations")
+
+    def encode(text: str) -> list[int]:
+        turns = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False)
+        return list(map(int, ids))
+
+    return encode
+
+
+def _batches_by_length(windows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Returns batches of prompt indices, each of prompts of one length."""
+    by_length: dict[int, list[int]] = {}
+    for index, window in enumerate(windows):
+        by_length.setdefault(len(window), []).append(index)
+    return [
+        members[start : start + BATCH_PROMPTS]
+        for _, members in sorted(by_length.items())
+        for start in range(0, len(members), BATCH_PROMPTS)
+    ]
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """predictions [rows, targets] = features [rows, features] · weights + bias."""
+
+    weights: FloatArray
+    bias: FloatArray
+    # λ ÷ rows.
+    penalty: float
+
+    def predict(self, rows: FloatArray) -> FloatArray:
+        predicted: FloatArray = rows @ self.weights + self.bias
+        return predicted
+
+
+def fit_ridge(rows: FloatArray, targets: FloatArray) -> Ridge:
+    """Fits targets [rows, targets] on features [rows, features]; a feature that never varies gets no weight."""
+    mean, deviation = rows.mean(axis=0), rows.std(axis=0)
+    scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
+    standard, centre = (rows - mean) * scale, targets.mean(axis=0)
+    variances, axes = np.linalg.eigh(standard.T @ standard)
+    variances = np.maximum(variances, 0.0)
+    rotated = standard @ axes
+    projected = rotated.T @ (targets - centre)
+    penalty = min(PENALTIES, key=lambda one: _leave_one_out_error(rotated, variances, projected, targets - centre, one))
+    solved = axes @ (projected / (variances + penalty * len(rows))[:, None])
+    weights = solved * scale[:, None]
+    return Ridge(weights, centre - mean @ weights, penalty)
+
+
+def _leave_one_out_error(
+    rotated: FloatArray, variances: FloatArray, projected: FloatArray, targets: FloatArray, penalty: float
+) -> float:
+    """Returns the mean squared leave-one-out error."""
+    shrunk = 1 / (variances + penalty * len(rotated))
+    residuals = targets - rotated @ (projected * shrunk[:, None])
+    # The mean of all rows is fitted as well, which adds 1 / rows to every row's leverage.
+    leverage = (rotated**2) @ shrunk + 1 / len(rotated)
+    return float(((residuals / (1 - leverage)[:, None]) ** 2).mean())

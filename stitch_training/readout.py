@@ -1,15 +1,15 @@
-"""A start that aims at the bottom model's answers instead of the top model's states. Knows no layer between the two.
+"""A closed-form map that targets the bottom model's output distribution instead of the top model's hidden states.
 
 The bottom's logits are those of x̂, its last state over that state's root mean square. With the rows a(v) of its head
-and h(v) of the top's (final norm's gains multiplied in, both centred with the mean shares p(v) of the tokens in the
-bottom's answers), the map that makes the top's head say the same is
+and h(v) of the top's (final norm's gains multiplied in, both centred with the mean probabilities p(v) in the
+bottom's distributions), the map by which the top's head produces the same logits is
 
     M = argmin Σ p(v) |Mᵀ h(v) - a(v)|² = (Σ p h hᵀ + ε I)⁻¹ Σ p h aᵀ
 
-A stitch behind layer k is then s (M (V x + c) + β u), where V, c is the ridge regression of x̂ on the state x. The
-top's final norm makes every state equally large, which would sharpen or blunt the answers, so β u, along the direction
-u that its head sees least, fills up what is missing of a mean square of one. The factor s makes the state so large that
-what the layers in between add to it drowns: a closed form for the shortest tail, one layer and the head.
+A stitch after layer k is then s (M (V x + c) + β u), where V, c is the ridge regression of x̂ on the state x. The top's
+final norm makes every state equally large, which would sharpen or flatten the distribution, so β u, along the direction
+u to which its head is least sensitive, completes the mean square to one. The factor s makes the state so large that
+what the layers in between add to it is negligible: a closed form for the shortest tail, one layer and the head.
 """
 
 from __future__ import annotations
@@ -20,61 +20,59 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from stitch_training.activations import Collected
-from stitch_training.frozen_models import Pair
-from stitch_training.least_squares import AffineMap, RidgeFit, fit_ridge
-from stitch_training.moments import Cross
-from stitch_training.run_directory import Passes
+from stitch_training.activations import Passes, PassResult
+from stitch_training.least_squares import AffineMap, ClosedForm, Cross, RidgeFit, fit_ridge
+from stitch_training.models import Pair
 from stitch_training.scoring import BATCH_SEQUENCES
-from stitch_training.sums import ClosedForm
 
 # s above. A layer adds about 1.5 to each channel of a state whose channels are about s.
 SCALE = 64.0
 # ε above, as a share of the mean eigenvalue.
 HEAD_RIDGE = 1e-3
-# The probability, over the whole vocabulary, of tokens that the teacher never named.
+# The probability mass, spread over the whole vocabulary, for tokens outside of the teacher's likeliest ones.
 UNNAMED_SHARE = 1e-2
+# Vocabulary entries whose head rows are in memory in float32 at a time.
 VOCABULARY_ROWS = 16384
 _EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
-class Translation:
-    """From the bottom's head to the top's, float64."""
+class HeadTranslation:
+    """Maps the input of the bottom's head to the input of the top's, float64."""
 
-    # M `[top's width, bottom's width]`.
+    # M `[top hidden, bottom hidden]`.
     map: Tensor
-    # u `[top's width]`.
+    # u `[top hidden]`.
     unseen: Tensor
 
 
 def readout(pair: Pair, k: int, passes: Passes, closed: ClosedForm) -> tuple[AffineMap, RidgeFit]:
-    """The stitch behind `k` layers whose states the top's head reads as the bottom's answers; its ridge regression.
+    """Returns the stitch after `k` layers by which the top's head produces the bottom's logits, and its regression.
 
-    Both traces must have depth `k` and the bottom's last.
+    Both traces must have depth `k` and the bottom's last depth.
     """
     last, training, held = pair.bottom.depth, passes.training, passes.held_out
-    answers = fit_ridge(
+    regression = fit_ridge(
         closed.spread(k), _cross(training, k, last), training.sums.grams[k], held.sums.grams[k], _cross(held, k, last)
     )
     if k == last:
-        answers = replace(answers, map=_over_mean_size(closed, k))
-    between = translation(pair, frequencies(training, pair.vocabulary))
-    weight, bias = between.map @ answers.map.weight, between.map @ answers.map.bias
+        regression = replace(regression, map=_normalized(closed, k))
+    heads = translate_head(pair, token_shares(training, pair.vocabulary))
+    weight, bias = heads.map @ regression.map.weight, heads.map @ regression.map.bias
     mean = weight @ closed.spread(k).mean + bias
-    bias = bias + _missing(closed.mean_square(k, weight, bias), mean, between.unseen) * between.unseen
-    return AffineMap(SCALE * weight, SCALE * bias), answers
+    bias = bias + _missing(closed.mean_square(k, weight, bias), mean, heads.unseen) * heads.unseen
+    return AffineMap(SCALE * weight, SCALE * bias), regression
 
 
-def _over_mean_size(closed: ClosedForm, k: int) -> AffineMap:
-    """x over its root mean square on the whole: behind the last layer the direction is known and must not be bent."""
+def _normalized(closed: ClosedForm, k: int) -> AffineMap:
+    """Returns x over its root mean square over all tokens; after the last layer, the state's direction is kept."""
     width = len(closed.spread(k).mean)
     identity, none = torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
     return AffineMap(identity / sqrt(closed.mean_square(k, identity, none) / width), none)
 
 
-def _cross(data: Collected, k: int, last: int) -> Cross:
-    """The sums of states behind `k` layers with x̂, without first tokens, out of a trace."""
+def _cross(data: PassResult, k: int, last: int) -> Cross:
+    """Sums, from a trace, the states after `k` layers with x̂, without first tokens."""
     width = data.trace.shape.hidden_size
     cross = Cross(width, width)
     for rows in torch.split(torch.arange(data.sequences), BATCH_SEQUENCES):
@@ -83,8 +81,8 @@ def _cross(data: Collected, k: int, last: int) -> Cross:
     return cross
 
 
-def frequencies(data: Collected, vocabulary: int) -> Tensor:
-    """The mean share `[vocabulary]` of each token in the bottom's answers, float32."""
+def token_shares(data: PassResult, vocabulary: int) -> Tensor:
+    """Returns the mean probability `[vocabulary]` of each token in the bottom's distributions, float32."""
     shares = torch.zeros(vocabulary)
     for rows in torch.split(torch.arange(data.sequences), BATCH_SEQUENCES):
         teacher = data.trace.teacher(rows)
@@ -92,29 +90,29 @@ def frequencies(data: Collected, vocabulary: int) -> Tensor:
     return (1 - UNNAMED_SHARE) * shares / shares.sum() + UNNAMED_SHARE / vocabulary
 
 
-def translation(pair: Pair, shares: Tensor) -> Translation:
-    """M and u for tokens of these `shares` `[vocabulary]`."""
-    bottom, top = pair.bottom.head_rows(), pair.top.head_rows()
-    means = _weighted(bottom, shares), _weighted(top, shares)
+def translate_head(pair: Pair, shares: Tensor) -> HeadTranslation:
+    """Solves M and u for tokens of these mean probabilities `shares` `[vocabulary]`."""
+    bottom, top = pair.bottom.head_weight(), pair.top.head_weight()
+    means = _weighted_mean(bottom, shares), _weighted_mean(top, shares)
     products = torch.zeros(len(means[1]), len(means[0]), dtype=torch.float64)
     gram = torch.zeros(len(means[1]), len(means[1]), dtype=torch.float64)
     for ids in torch.split(torch.arange(len(shares)), VOCABULARY_ROWS):
         rows = top[ids].float() - means[1]
-        heavy = (rows * shares[ids, None]).T
-        gram += heavy @ rows
-        products += heavy @ (bottom[ids].float() - means[0])
+        weighted = (rows * shares[ids, None]).T
+        gram += weighted @ rows
+        products += weighted @ (bottom[ids].float() - means[0])
     values, vectors = torch.linalg.eigh(gram)
     damped = values + HEAD_RIDGE * values.mean()
-    return Translation(vectors / damped @ vectors.T @ products, vectors[:, 0])
+    return HeadTranslation(vectors / damped @ vectors.T @ products, vectors[:, 0])
 
 
-def _weighted(rows: Tensor, shares: Tensor) -> Tensor:
+def _weighted_mean(rows: Tensor, shares: Tensor) -> Tensor:
     parts = torch.split(torch.arange(len(shares)), VOCABULARY_ROWS)
     return torch.stack([shares[ids] @ rows[ids].float() for ids in parts]).sum(0)
 
 
 def _missing(mean_square: float, mean: Tensor, unseen: Tensor) -> float:
-    """β: added along `unseen`, it makes the mean square of states of that `mean` one; none where it is more."""
+    """Returns β, which along `unseen` completes the mean square of states of that `mean` to one; 0 where it is more."""
     along = float(mean @ unseen)
-    lacking = len(mean) - mean_square
-    return sqrt(along * along + lacking) - along if lacking > 0 else 0.0
+    missing = len(mean) - mean_square
+    return sqrt(along * along + missing) - along if missing > 0 else 0.0

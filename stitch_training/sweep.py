@@ -1,4 +1,4 @@
-"""Many cuts from one pass over the data: least squares for each, and what it gives. Trains nothing."""
+"""Compares many cut points by least squares, from one pass over the data."""
 
 from __future__ import annotations
 
@@ -8,75 +8,71 @@ from pathlib import Path
 import torch
 
 from stitch.cluster import ClusterConfig
+from stitch_training.activations import HELD_OUT, Passes, Progress
 from stitch_training.cost_ladder import BOTTOM, TOP, Ladder, Rung, parameters_of, whole_parameters
-from stitch_training.fit import check_cut, described, passes_for
-from stitch_training.held_out import alone_losses, tail_losses
-from stitch_training.packing import DataSettings
-from stitch_training.pairs import LoadedPair, load_pair
-from stitch_training.run_directory import HELD_OUT, Passes, Progress
-from stitch_training.scoring import applied, by_file
-from stitch_training.sums import ClosedForm, Cut
+from stitch_training.data import DataSettings
+from stitch_training.fit import check_cut, describe, passes_for
+from stitch_training.least_squares import ClosedForm, CutPoint
+from stitch_training.models import LoadedPair, load_pair
+from stitch_training.scoring import by_file, mapping_of, tail_losses, whole_losses
 
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What a sweep is told."""
+    """The models, the cut points and the data of a sweep."""
 
     cluster: ClusterConfig
-    cuts: tuple[Cut, ...]
+    # Empty: a grid over both models.
+    cuts: tuple[CutPoint, ...]
     data: DataSettings
     dtype: str
-    work: Path
-    # Work folders of earlier passes, whose sequences need not pass the bottom model again.
+    run_dir: Path
+    # Run directories of earlier passes, whose sequences don't run through the bottom model again.
     reuse: tuple[Path, ...] = ()
 
 
-def grid(loaded: LoadedPair, bottom_layers: list[int], around: int) -> tuple[Cut, ...]:
-    """For every k the depths j near the one of equal relative depth, `around` on either side and often less deep.
+def grid(loaded: LoadedPair, bottom_layers: list[int], around: int) -> tuple[CutPoint, ...]:
+    """Returns for every k the depths j near equal relative depth: `around` above it and `around` + 1 below.
 
-    Equal relative depth itself is seldom the best cut; the best j is usually a little smaller.
+    Equal relative depth is seldom the best cut; the best j is usually a little smaller.
     """
     cuts = []
     for k in bottom_layers:
-        same = round(k * loaded.top.layers / loaded.bottom.layers)
-        cuts += [(k, j) for j in range(same - around - 1, same + around + 1) if 0 <= j < loaded.top.layers]
+        equal = round(k * loaded.top.layers / loaded.bottom.layers)
+        cuts += [CutPoint(k, j) for j in range(equal - around - 1, equal + around + 1) if 0 <= j < loaded.top.layers]
     return tuple(cuts)
 
 
 def sweep(settings: SweepSettings, progress: Progress) -> tuple[Ladder, dict[str, object]]:
-    """The ladder of all cuts by least squares, and what there is to report of its making.
+    """Returns the ladder of all cuts by least squares, and the models and data for its report.
 
-    The work folder's trace then serves `fit` for any of them. Raises InvalidRequest for a cut that is none.
+    `fit` can reuse the run directory for any of the cuts. Raises InvalidRequest for a cut outside of the models.
     """
     loaded = load_pair(settings.cluster, getattr(torch, settings.dtype))
-    cuts = settings.cuts or grid(loaded, _every_fourth(loaded.bottom.layers), 2)
+    cuts = settings.cuts or grid(loaded, list(range(4, loaded.bottom.layers + 1, 4)), 2)
     for cut in cuts:
         check_cut(loaded, cut)
-    passes = passes_for(loaded, cuts, settings.data, settings.dtype, settings.work, progress, settings.reuse)
+    passes = passes_for(loaded, cuts, settings.data, settings.dtype, settings.run_dir, progress, settings.reuse)
     closed = ClosedForm(passes.training.sums, passes.held_out.sums)
     names = [path.name for path in settings.data.files]
     rungs = []
     for number, cut in enumerate(cuts, 1):
         ridge = closed.ridge_fit(cut)
-        stitch = applied(closed.hold_first(cut[0], ridge.map, closed.first_target(cut[1]), ridge.ridge))
-        values = tail_losses(loaded.pair.top, passes.held_out, cut, stitch)
-        name = f"{cut[0]} → {cut[1]}"
-        rungs.append(Rung(name, parameters_of(loaded, cut), by_file(values, _files(passes), names)))
+        stitch = mapping_of(closed.hold_first(cut.k, ridge.map, closed.first_target(cut.j), ridge.ridge))
+        losses = tail_losses(loaded.pair.top, passes.held_out, cut, stitch)
+        name = f"{cut.k} → {cut.j}"
+        rungs.append(Rung(name, parameters_of(loaded, cut), by_file(losses, _files(passes), names)))
         progress("solve", number, len(cuts))
-    ladder = Ladder(*both_alone(loaded, passes, names, settings.work), tuple(rungs))
-    return ladder, described(loaded, passes, settings.data, settings.dtype)
-
-
-def _every_fourth(layers: int) -> list[int]:
-    return list(range(4, layers + 1, 4))
+    ladder = Ladder(*whole_rungs(loaded, passes, names, settings.run_dir), tuple(rungs))
+    return ladder, describe(loaded, passes, settings.data, settings.dtype)
 
 
 def _files(passes: Passes) -> torch.Tensor:
     return passes.held_out.trace.files(torch.arange(passes.held_out.sequences))
 
 
-def both_alone(loaded: LoadedPair, passes: Passes, names: list[str], work: Path) -> tuple[Rung, Rung]:
-    """The bottom and the top model alone on the held-out sequences."""
-    found, parameters = alone_losses(loaded.pair, passes.held_out, work / HELD_OUT), whole_parameters(loaded)
-    bottom, top = (by_file(found[name], _files(passes), names) for name in ("bottom", "top"))
+def whole_rungs(loaded: LoadedPair, passes: Passes, names: list[str], run_dir: Path) -> tuple[Rung, Rung]:
+    """Returns the rungs of the whole bottom and the whole top model."""
+    losses, parameters = whole_losses(loaded.pair, passes.held_out, run_dir / HELD_OUT), whole_parameters(loaded)
+    bottom, top = (by_file(losses[name], _files(passes), names) for name in ("bottom", "top"))
     return Rung(BOTTOM, parameters[BOTTOM], bottom), Rung(TOP, parameters[TOP], top)

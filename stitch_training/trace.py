@@ -1,10 +1,10 @@
-"""What a pass over the data leaves on disk: tokens, hidden states, the teacher's choices. Knows no model.
+"""The arrays that a pass over the data leaves on disk: tokens, hidden states, the teacher's likeliest tokens.
 
-Every array is a raw memory-mapped file, so that what a fit holds in memory does not grow with its tokens:
+Every array is a raw memory-mapped file, so the memory of a fit does not grow with its number of tokens:
 
     tokens          int32     [sequences, tokens]
-    files           int32     [sequences]                  which of the training files it is from
-    hidden-K        bfloat16  [sequences, tokens, hidden]  of the bottom model behind K layers
+    files           int32     [sequences]                  index of the training file
+    hidden-K        bfloat16  [sequences, tokens, hidden]  of the bottom model after K layers
     teacher-ids     int32     [sequences, tokens, kept]    the bottom model's likeliest next tokens
     teacher-logp    float16   [sequences, tokens, kept]    and their log-probabilities
 """
@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Of the bottom model's distribution this many likeliest tokens are kept; the rest counts as one.
+# The likeliest tokens of the bottom model's distribution that are kept; all others count as one outcome.
 TEACHER_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class TraceShape:
-    """How large a trace is."""
+    """The dimensions of a trace, and the bottom depths whose hidden states it has."""
 
     sequences: int
     sequence_tokens: int
@@ -43,24 +43,27 @@ class Teacher:
 
 
 class Trace:
-    """Memory-mapped arrays in a folder, of which the first `filled` sequences count."""
+    """The memory-mapped arrays of one pass in a folder."""
 
-    def __init__(self, folder: Path, shape: TraceShape, changes: bool = True) -> None:
-        """One that nobody `changes` must be there: raises OSError or ValueError where an array is missing or short."""
-        if changes:
+    def __init__(self, folder: Path, shape: TraceShape, writable: bool = True) -> None:
+        """Opens the arrays, or creates them where `writable`.
+
+        A read-only trace must be complete: raises OSError or ValueError where an array is missing or too short.
+        """
+        if writable:
             folder.mkdir(parents=True, exist_ok=True)
-        self.shape, mapped = shape, partial(_mapped if changes else _read, folder)
+        self.shape, mapped = shape, partial(_open_writable if writable else _open_read_only, folder)
         tokens = (shape.sequences, shape.sequence_tokens)
         self._tokens = mapped("tokens", np.int32, tokens)
         self._files = mapped("files", np.int32, tokens[:1])
         self._ids = mapped("teacher-ids", np.int32, (*tokens, TEACHER_TOKENS))
         self._logprobs = mapped("teacher-logp", np.float16, (*tokens, TEACHER_TOKENS))
-        # numpy has no bfloat16, so its bits travel as int16.
+        # numpy has no bfloat16, so its bits are stored as int16.
         states = (*tokens, shape.hidden_size)
         self._hidden = {depth: mapped(f"hidden-{depth}", np.int16, states) for depth in shape.depths}
 
     def write(self, start: int, tokens: Tensor, files: list[int], hidden: dict[int, Tensor], teacher: Teacher) -> None:
-        """Fills the sequences from `start` on: tokens `[sequences, tokens]` and all that belongs to them."""
+        """Writes sequences from index `start` on: token ids `[sequences, tokens]`, states by depth, teacher."""
         rows = slice(start, start + len(tokens))
         self._tokens[rows] = tokens.numpy()
         self._files[rows] = files
@@ -70,31 +73,31 @@ class Trace:
             self._hidden[depth][rows] = states.bfloat16().view(torch.int16).numpy()
 
     def flush(self) -> None:
-        """Leaves on disk what was written, before a checkpoint counts on it."""
+        """Flushes all arrays to disk; a checkpoint may then refer to them."""
         for array in (self._tokens, self._files, self._ids, self._logprobs, *self._hidden.values()):
             array.flush()
 
     def tokens(self, rows: Tensor) -> Tensor:
-        """int64 `[rows, tokens]`."""
+        """Returns token ids, int64 `[rows, tokens]`."""
         return torch.from_numpy(self._tokens[rows.numpy()]).long()
 
     def files(self, rows: Tensor) -> Tensor:
-        """int64 `[rows]`."""
+        """Returns the index of each sequence's training file, int64 `[rows]`."""
         return torch.from_numpy(self._files[rows.numpy()]).long()
 
     def hidden(self, depth: int, rows: Tensor) -> Tensor:
-        """bfloat16 `[rows, tokens, hidden]` behind `depth` layers of the bottom model."""
+        """Returns the bottom model's states after `depth` layers, bfloat16 `[rows, tokens, hidden]`."""
         return torch.from_numpy(self._hidden[depth][rows.numpy()]).view(torch.bfloat16)
 
     def teacher(self, rows: Tensor) -> Teacher:
-        """What the bottom model would have said after each token; float32 log-probabilities."""
+        """Returns the bottom model's likeliest next tokens, with float32 log-probabilities."""
         ids = torch.from_numpy(self._ids[rows.numpy()]).long()
         return Teacher(ids, torch.from_numpy(self._logprobs[rows.numpy()]).float())
 
 
-def _mapped(folder: Path, name: str, dtype: Any, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+def _open_writable(folder: Path, name: str, dtype: Any, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
     return np.memmap(folder / name, dtype, "r+" if (folder / name).exists() else "w+", shape=shape)
 
 
-def _read(folder: Path, name: str, dtype: Any, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+def _open_read_only(folder: Path, name: str, dtype: Any, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
     return np.memmap(folder / name, dtype, "r", shape=shape)

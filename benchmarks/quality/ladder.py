@@ -1,9 +1,9 @@
-"""Draws the ladder of a pair out of the reports of its fits: loss against parameters read per token. Measures nothing.
+"""Draws the ladder of a pair from the reports of its fits: loss against parameters read per token.
 
     python benchmarks/quality/ladder.py CLUSTER REPORT.json... --out ladder.json
 
-Every report has both models alone and its stitch on the same held-out sequences; reports of other ones are refused.
-With `--files` it is of these alone, each with the same weight; `all` is then their mean.
+Every report has both whole models and its stitch on the same held-out sequences; others are refused.
+With `--files` only these files count, each with the same weight, and `all` is their mean.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from stitch.environment import cache_folder
 from stitch_server.model.description import ModelDescription, ParameterCount
 from stitch_server.sources.resolve import resolve
 from stitch_training.cost_ladder import BOTTOM, TOP, Ladder, Rung, stitched_parameters
-from stitch_training.fit_report import write_json
+from stitch_training.least_squares import CutPoint
+from stitch_training.report import write_json
 from stitch_training.scoring import Interval
 
 
 def ladder_of(cluster_name: str, reports: list[dict[str, Any]], files: Sequence[str] = ()) -> Ladder:
-    """Rungs by the reports' cuts, costs by the models' files. Raises SystemExit where reports don't fit together."""
+    """Builds a ladder from reports and the models' files. Raises SystemExit where the reports don't fit together."""
     cluster = load_cluster(cluster_name)
     folders = [resolve(cluster.model_source(role), cache_folder()) for role in ("bottom", "top")]
     bottom, top = (ParameterCount.read(folder) for folder in folders)
@@ -39,7 +40,7 @@ def ladder_of(cluster_name: str, reports: list[dict[str, Any]], files: Sequence[
         k, j = report["cut"]["bottom_layers"], report["cut"]["top_from"]
         rank = report["training"].get("adapter_rank", 0)
         name = f"{k} → {j}, rank {rank}" if rank else f"{k} → {j}"
-        read = stitched_parameters((bottom, top), (wide, narrow), (k, j), rank)
+        read = stitched_parameters((bottom, top), (wide, narrow), CutPoint(k, j), rank)
         rungs.append(Rung(name, read, _intervals(report["losses"]["stitched"], files)))
     ends = [
         Rung(name, count.between(0, len(count.layers)) + count.head, _intervals(first[role], files))
@@ -58,7 +59,7 @@ def _intervals(losses: dict[str, dict[str, float]], files: Sequence[str]) -> dic
 
 
 def _mean(parts: list[Interval]) -> Interval:
-    """Of means over other sequences each; their deviations are independent, and so add up by their squares."""
+    """Averages means over different sequences; their deviations are independent, so their squares add up."""
     mean = fmean(part.mean for part in parts)
     below = hypot(*(part.mean - part.low for part in parts)) / len(parts)
     above = hypot(*(part.high - part.mean for part in parts)) / len(parts)
@@ -69,8 +70,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cluster", metavar="CLUSTER")
     parser.add_argument("reports", metavar="REPORT.json", nargs="+", type=Path)
-    parser.add_argument("--out", metavar="FILE.json", type=Path, required=True, help="the plot lies beside it")
-    parser.add_argument("--files", metavar="NAME", nargs="+", default=[], help="of the held-out ones; default: all")
+    parser.add_argument("--out", metavar="FILE.json", type=Path, required=True, help="its plot is a .png beside it")
+    parser.add_argument("--files", metavar="NAME", nargs="+", default=[], help="held-out files to count; default: all")
     parsed = parser.parse_args()
     ladder = ladder_of(parsed.cluster, [json.loads(path.read_text()) for path in parsed.reports], parsed.files)
     print("\n".join(ladder.lines()))

@@ -1,4 +1,4 @@
-"""Random probes for tiny clusters, which send about half of all random prompts each way. Knows no process."""
+"""Random probes for tiny clusters, which send about half of all random prompts to each route."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from stitch.cluster import load_cluster
 from stitch_server.model.description import ModelDescription
 from stitch_server.model.probe import Probe, ProbeBinding, features
 from stitch_server.model.tokenizer_hash import tokenizer_hash
-from stitch_training.probe_states import PromptReader
+from stitch_training.probe import FeatureExtractor
 from tests.support.tiny_model import TOKENS
 
-# Of a prompt so many tokens are read.
+# Number of a prompt's first tokens that the probe reads.
 WINDOW = 12
 PROMPTS = 60
 
@@ -39,11 +39,11 @@ def save_tiny_probe(cluster_file: Path, out: Path, tokens: int = WINDOW) -> Prob
     """A probe whose threshold is the median gain of random prompts."""
     cluster = load_cluster(str(cluster_file))
     folder = Path(cluster.model_source("bottom"))
-    reader = PromptReader.load(folder, cluster.earliest_cut, tokens, torch.float32, chat=False)
-    seen = reader.see([drawn(seed, tokens + seed % 5) for seed in range(PROMPTS)], lambda done, of: None)
+    extractor = FeatureExtractor.load(folder, cluster.earliest_cut, tokens, torch.float32, is_chat=False)
+    rows = extractor.from_tokens([drawn(seed, tokens + seed % 5) for seed in range(PROMPTS)], lambda done, total: None)
     bottom = ModelDescription.read(folder, cluster.models.bottom.id)
     weight = np.random.default_rng(1).standard_normal((1, features(bottom.hidden_size)))
-    gains = (seen @ weight.T)[:, 0]
+    gains = (rows @ weight.T)[:, 0]
     binding = ProbeBinding.of(bottom, cluster.earliest_cut, tokens, ("weak", "strong"), tokenizer_hash(folder))
     probe = Probe(
         weight=torch.from_numpy(weight.astype(np.float32)),

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from stitch.v1 import inference_pb2
+from stitch_training.calibration import calibrate_router
 from stitch_training.labels import read_json_lines
-from stitch_training.router_calibrate import calibrate
-from stitch_training.router_train import train
+from stitch_training.router import train
 from tests.support.byte_tokenizer import tokens
 from tests.support.fake_shard import FakeShard
 from tests.support.labelled_prompts import rows, write
@@ -42,14 +42,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "training.jsonl", labelled[:half])
     write(folder / "calibration.jsonl", labelled[half:-JUDGED])
     write(folder / "live.jsonl", labelled[-JUDGED:])
-    train([folder / "training.jsonl"], folder / "router.safetensors", ROUTES, [], folds=2)
+    train([folder / "training.jsonl"], folder / "router.safetensors", ROUTES, {}, count=2)
     return folder
 
 
 @pytest.mark.parametrize("budget", [0.2, 0.3, 0.5] if PUBLIC else [0.3])
 async def test_the_live_share_is_the_budget(folder: Path, reach: Reach, budget: float) -> None:
     router, thresholds = folder / "router.safetensors", folder / f"thresholds-{budget}.json"
-    calibrate(router, [folder / "calibration.jsonl"], budget, None, [], thresholds)
+    calibrated, _ = calibrate_router(router, [folder / "calibration.jsonl"], budget, None, None)
+    calibrated.write(thresholds)
     prompts = [row["prompt"] for _, row in read_json_lines(folder / "live.jsonl")]
     assert len(prompts) == JUDGED
     bottom, top = FakeShard("bottom-0", "bottom", tokens("yes")), FakeShard("top-0", "top")

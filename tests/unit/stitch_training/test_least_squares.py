@@ -1,4 +1,4 @@
-"""Maps from sums alone agree with solvers that see every token."""
+"""Maps from sums alone agree with solvers that have every token."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stitch_training.least_squares import RIDGES, AffineMap, Spread, fit_ridge, holding
-from stitch_training.moments import Cross, FirstStates, Gram
+from stitch_training.least_squares import RIDGES, AffineMap, Cross, FirstStates, Gram, Spread, fit_ridge, hold_state
 
 INPUTS, OUTPUTS = 6, 4
 
@@ -47,14 +46,14 @@ def test_normal_equations_agree_with_lstsq() -> None:
     torch.testing.assert_close(found.bias, expected[-1], rtol=1e-7, atol=1e-7)
 
 
-def test_batches_do_not_change_the_sums() -> None:
+def test_sums_do_not_depend_on_the_batches() -> None:
     whole, parts = (summed(*drawn(100), parts=parts) for parts in (1, 9))
     for one, many in zip(whole, parts, strict=True):
         for name, value in one.state().items():
             torch.testing.assert_close(many.state()[name], value, rtol=1e-12, atol=1e-12)
 
 
-def test_what_is_explained_is_that_of_the_held_out_tokens() -> None:
+def test_explained_share_is_that_of_the_held_out_tokens() -> None:
     seen, (states, targets) = drawn(60, noise=8.0), drawn(200, noise=8.0, seed=1)
     gram, cross = summed(*seen)
     found = fit_ridge(Spread(gram), cross, gram, *summed(states, targets))
@@ -65,7 +64,7 @@ def test_what_is_explained_is_that_of_the_held_out_tokens() -> None:
     assert found.explained[found.ridge] == pytest.approx(share, rel=1e-6)
 
 
-def test_ridge_and_choice_do_not_depend_on_the_size_of_channels() -> None:
+def test_ridge_fit_does_not_depend_on_the_scale_of_channels() -> None:
     larger = torch.logspace(3, -3, INPUTS), torch.logspace(-2, 2, OUTPUTS)
     plain, scaled = [], []
     for found, (by_input, by_output) in ((plain, (torch.ones(INPUTS), torch.ones(OUTPUTS))), (scaled, larger)):
@@ -77,7 +76,7 @@ def test_ridge_and_choice_do_not_depend_on_the_size_of_channels() -> None:
     torch.testing.assert_close(plain[1], scaled[1], rtol=1e-4, atol=1e-4)
 
 
-def test_the_ridge_that_explains_most_is_chosen() -> None:
+def test_ridge_that_explains_most_is_chosen() -> None:
     # Few tokens with much noise: hardly any damping would follow the noise.
     gram, cross = summed(*drawn(9, noise=60.0))
     found = fit_ridge(Spread(gram), cross, gram, *summed(*drawn(500, noise=0.0, seed=1)))
@@ -102,20 +101,20 @@ def test_whitening_gives_unit_variance() -> None:
     torch.testing.assert_close(white.T @ white / 300, torch.eye(INPUTS, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-def test_the_variance_of_a_map_is_that_of_its_outputs() -> None:
+def test_spread_variances_are_those_of_the_outputs() -> None:
     states, targets = drawn(300)
     weight = torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     expected = (states.double() @ weight.T).var(0, correction=0)
     torch.testing.assert_close(Spread(summed(states, targets)[0]).variances(weight), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_holding_maps_the_state_and_hardly_moves_the_others() -> None:
+def test_hold_state_maps_the_state_and_hardly_changes_others() -> None:
     states, targets = drawn(400)
     gram, _ = summed(states, targets)
     fitted, spread = solved(1e-6), Spread(gram)
     # As large as a first token's state is.
     state, target = 1e4 * torch.randn(INPUTS, dtype=torch.float64), torch.randn(OUTPUTS, dtype=torch.float64)
-    held = holding(fitted, spread, state, target, 1e-6)
+    held = hold_state(fitted, spread, state, target, 1e-6)
     torch.testing.assert_close(held.weight @ state + held.bias, target, rtol=0, atol=1e-6)
     before = states.double() @ fitted.weight.T + fitted.bias
     after = states.double() @ held.weight.T + held.bias

@@ -1,4 +1,4 @@
-"""The figures of a ranking, against cases that can be worked out by hand."""
+"""PGR, APGR and CPT of a ranking, against cases that can be worked out by hand."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 
 from stitch.errors import InvalidRequest
-from stitch_training.recovery import Numbers, apgr, cpt, curve, recovery
+from stitch_training.recovery import FloatArray, apgr, cpt, curve, recovery
 
 
-def labels(count: int = 1_000, gaining: float = 0.2) -> tuple[Numbers, Numbers]:
-    """The first part of the prompts needs strong; at the others both are right."""
+def labels(count: int = 1_000, gaining: float = 0.2) -> tuple[FloatArray, FloatArray]:
+    """Returns qualities of which the first prompts need strong and the others don't."""
     strong = np.ones(count)
     weak = np.ones(count)
     weak[: int(gaining * count)] = 0
     return weak, strong
 
 
-def test_the_oracle_recovers_everything_with_the_share_that_gains() -> None:
+def test_oracle_recovers_all_with_the_share_that_gains() -> None:
     weak, strong = labels()
     order = np.arange(1_000, 0, -1, dtype=float)
     shares, pgr = curve(order, weak, strong)
@@ -27,14 +27,14 @@ def test_the_oracle_recovers_everything_with_the_share_that_gains() -> None:
     assert (cpt(shares, pgr, 0.5), cpt(shares, pgr, 0.8)) == pytest.approx((0.1, 0.16))
 
 
-def test_the_worst_ranking_recovers_nothing_until_the_end() -> None:
+def test_worst_ranking_recovers_nothing_until_the_end() -> None:
     weak, strong = labels()
     shares, pgr = curve(np.arange(1_000, dtype=float), weak, strong)
     assert apgr(shares, pgr) == pytest.approx(0.1)
     assert cpt(shares, pgr, 0.5) == pytest.approx(0.9)
 
 
-def test_a_random_ranking_is_the_diagonal() -> None:
+def test_random_ranking_is_the_diagonal() -> None:
     draw = np.random.default_rng(0)
     weak, strong = labels(20_000)
     found = recovery(draw.random(20_000), weak, strong)
@@ -43,21 +43,21 @@ def test_a_random_ranking_is_the_diagonal() -> None:
     assert found.apgr.low < 0.5 < found.apgr.high
 
 
-def test_the_curve_does_not_depend_on_the_scale_of_scores() -> None:
+def test_curve_does_not_depend_on_the_scale_of_scores() -> None:
     draw = np.random.default_rng(1)
     weak, strong, scores = draw.random(300), draw.random(300) + 0.2, draw.random(300)
     for same in (3 * scores - 7, np.exp(scores)):
         assert np.allclose(curve(same, weak, strong)[1], curve(scores, weak, strong)[1], atol=0.02)
 
 
-def test_equal_scores_go_together_and_count_at_their_true_share() -> None:
+def test_equal_scores_count_at_their_true_share() -> None:
     weak, strong = labels()
     shares, pgr = curve(np.zeros(1_000), weak, strong)
     assert set(shares.tolist()) == {0.0, 1.0}
     assert apgr(shares, pgr) == pytest.approx(0.5)
 
 
-def test_a_route_that_hurts_on_some_prompts_can_be_more_than_recovered() -> None:
+def test_pgr_exceeds_1_where_strong_is_worse_on_some_prompts() -> None:
     strong = np.array([1.0] * 60 + [0.0] * 40)
     weak = np.array([0.0] * 60 + [1.0] * 40)
     _, pgr = curve(np.arange(100, 0, -1, dtype=float), weak, strong)
@@ -65,12 +65,12 @@ def test_a_route_that_hurts_on_some_prompts_can_be_more_than_recovered() -> None
     assert pgr[-1] == pytest.approx(1.0)
 
 
-def test_cpt_is_the_first_crossing_of_a_curve_that_turns_back() -> None:
+def test_cpt_is_the_first_crossing() -> None:
     shares, pgr = np.linspace(0, 1, 5), np.array([0.0, 0.6, 0.4, 0.7, 1.0])
     assert cpt(shares, pgr, 0.5) == pytest.approx(0.25 * 0.5 / 0.6)
 
 
-def test_the_interval_holds_the_value_and_narrows_with_rows() -> None:
+def test_interval_contains_the_value_and_narrows_with_rows() -> None:
     draw = np.random.default_rng(2)
 
     def width(count: int) -> float:
@@ -83,14 +83,14 @@ def test_the_interval_holds_the_value_and_narrows_with_rows() -> None:
     assert width(10_000) < width(500)
 
 
-def test_the_same_seed_gives_the_same_interval() -> None:
+def test_same_seed_gives_the_same_interval() -> None:
     weak, strong = labels(200)
     scores = np.random.default_rng(3).random(200)
     assert recovery(scores, weak, strong) == recovery(scores, weak, strong)
 
 
 @pytest.mark.parametrize("lead", [0.0, -0.5])
-def test_where_strong_does_not_lead_there_is_nothing_to_recover(lead: float) -> None:
+def test_strong_without_a_lead_is_refused(lead: float) -> None:
     weak = np.full(10, 0.5)
     with pytest.raises(InvalidRequest, match="strong must be better"):
         recovery(np.arange(10.0), weak, weak + lead)

@@ -1,4 +1,4 @@
-"""Figures always stand beside those of no router."""
+"""Tables, curves and JSON of a router's figures, with their baselines."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stitch_training.recovery import Numbers
-from stitch_training.router_report import Rankings, as_json, curve_table, draw, pairs, rankings, table
+from stitch_training.recovery import FloatArray
+from stitch_training.report import Rankings, as_json, curve_table, plot_curves, rank, rank_pairs, table
 
 
 @pytest.fixture
 def found() -> Rankings:
-    draw_from = np.random.default_rng(0)
-    gain = draw_from.random(300)
-    weak, strong = (draw_from.random(300) > 0.5).astype(float), (draw_from.random(300) < 0.5 + gain / 2).astype(float)
-    return rankings(gain, ["x" * (row % 50) for row in range(300)], weak, strong)
+    generator = np.random.default_rng(0)
+    gain = generator.random(300)
+    weak, strong = (generator.random(300) > 0.5).astype(float), (generator.random(300) < 0.5 + gain / 2).astype(float)
+    return rank(gain, ["x" * (row % 50) for row in range(300)], weak, strong)
 
 
-def test_every_baseline_is_there(found: Rankings) -> None:
+def test_rank_has_every_baseline(found: Rankings) -> None:
     assert list(found) == ["router", "prompt length", "random", "oracle"]
     assert found["random"].apgr.value == 0.5
     assert found["oracle"].apgr.value > found["router"].apgr.value > 0.5
 
 
-def test_a_table_shows_intervals_and_percents(found: Rankings) -> None:
+def test_table_shows_intervals_and_percents(found: Rankings) -> None:
     title, headings, *rows = table("made:", found).splitlines()
     assert title == "made:"
     assert headings.split("  ")[0] == "router"
@@ -35,27 +35,27 @@ def test_a_table_shows_intervals_and_percents(found: Rankings) -> None:
     assert rows[2].split() == ["random", "0.500", "50.0", "80.0"]
 
 
-def test_a_curve_has_a_column_for_each_step(found: Rankings) -> None:
+def test_curve_table_has_a_column_for_each_step(found: Rankings) -> None:
     shares, pgr = curve_table(found["router"]).splitlines()
     assert shares.count("%") == pgr.count("%") == 11
     assert pgr.endswith("100%")
 
 
-def test_every_dearer_route_is_compared_with_the_cheapest() -> None:
-    qualities: Numbers = np.stack([np.tile([0.0, 1.0], 50), np.tile([0.5, 1.0], 50), np.ones(100)], axis=1)
+def test_rank_pairs_compares_every_costlier_route_with_the_cheapest() -> None:
+    qualities: FloatArray = np.stack([np.tile([0.0, 1.0], 50), np.tile([0.5, 1.0], 50), np.ones(100)], axis=1)
     gains = qualities - qualities[:, :1]
-    found = pairs(("a", "b", "c"), gains, ["x"] * 100, qualities)
+    found = rank_pairs(("a", "b", "c"), gains, ["x"] * 100, qualities)
     assert list(found) == ["a → b", "a → c"]
     assert found["a → c"]["router"].apgr.value == found["a → c"]["oracle"].apgr.value
 
 
-def test_a_report_is_json_with_every_point(found: Rankings) -> None:
+def test_as_json_has_every_point(found: Rankings) -> None:
     plain = json.loads(json.dumps(as_json({"weak → strong": found})))
     assert len(plain["weak → strong"]["router"]["pgr"]) == 11
     assert set(plain["weak → strong"]["oracle"]["apgr"]) == {"value", "low", "high"}
 
 
-def test_a_picture_is_drawn(found: Rankings, tmp_path: Path) -> None:
+def test_plot_curves_writes_a_png(found: Rankings, tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
-    draw({"weak → strong": found, "weak → other": found}, path)
+    plot_curves({"weak → strong": found, "weak → other": found}, path)
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,295 @@
+"""Both models of a cluster, whole and frozen, as training runs them: any range of layers, over whole sequences.
+
+Sequences are causal and start at position 0. Gradients flow to the hidden states and to adapters, never to the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig
+
+from stitch.cluster import ROLES, ClusterConfig
+from stitch.environment import cache_folder
+from stitch.errors import Incompatible
+from stitch_server.attention import backend_for
+from stitch_server.kv_cache.span import Span
+from stitch_server.kv_cache.store import KVStore
+from stitch_server.model.adapters import Adapters
+from stitch_server.model.description import ParameterCount
+from stitch_server.model.decoder import DecoderLayers
+from stitch_server.model.description import ModelDescription, read_config
+from stitch_server.model.embedding_and_head import Embedding
+from stitch_server.model.stitch import Stitch
+from stitch_server.model.tokenizer_hash import tokenizer_hash
+from stitch_server.model.weights import EMBEDDING, Weights
+from stitch_server.sources.resolve import resolve
+from stitch_training.data import Turn
+from stitch_training.trace import TEACHER_TOKENS, Teacher
+
+# Tokens whose logits are in memory at a time; over a vocabulary of 152 k and in float32, one token has 0.6 MB.
+LOGIT_TOKENS = 256
+# Tokens by which model families close a document in their own training; else the end-of-sequence token serves.
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+
+
+class FrozenModel:
+    """Embedding, all decoder layers and head of one model folder."""
+
+    def __init__(self, embedding: Embedding, layers: DecoderLayers, head: DenseHead, dtype: torch.dtype) -> None:
+        self._embedding, self._layers, self._head, self._dtype = embedding, layers, head, dtype
+        self._device = head.weight.device
+
+    @classmethod
+    def load(cls, folder: Path, layers: int, device: torch.device, dtype: torch.dtype) -> FrozenModel:
+        """Raises Incompatible where the folder does not hold `layers` layers of a known family."""
+        decoder = DecoderLayers.load(folder, 0, layers, device, dtype)
+        return cls(Embedding.load(folder, device, dtype), decoder, DenseHead.load(folder, device, dtype), dtype)
+
+    @property
+    def depth(self) -> int:
+        """The number of decoder layers."""
+        return self._layers.end
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the hidden states."""
+        return self._layers.hidden_size
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Returns the input of layer 0, `[sequences, tokens, hidden]`, for token ids `[sequences, tokens]`."""
+        return self._embedding(tokens)
+
+    def run(self, hidden: Tensor, first: int, end: int, adapters: Adapters | None = None) -> Tensor:
+        """Runs hidden states `[sequences, tokens, hidden]` through layers [first, end), with adapters beside them."""
+        sequences, length, _ = hidden.shape
+        rotary = self._layers.rotary(torch.arange(length, device=hidden.device).repeat(sequences))
+        packed = hidden.to(self._dtype).flatten(0, 1)
+        attend, adapted = CausalSequences(sequences), self._adapted(adapters)
+        return self._layers.run(packed, rotary, attend, first, end, adapted).view(sequences, length, -1)
+
+    def new_store(self, first: int, end: int, blocks: int) -> KVStore:
+        """Allocates a KV cache of `blocks` blocks for layers [first, end)."""
+        layers = self._layers
+        return KVStore(first, end, blocks, layers.kv_heads, layers.head_dim, self._device, self._dtype)
+
+    def extend(self, hidden: Tensor, spans: Sequence[Span], store: KVStore, adapters: Adapters | None = None) -> Tensor:
+        """Runs packed hidden states `[tokens, hidden]`, which extend their `spans`, through the layers of `store`."""
+        positions = torch.cat([torch.arange(span.position, span.end, device=hidden.device) for span in spans])
+        rotary = self._layers.rotary(positions)
+        attend, adapted = backend_for(store)(spans), self._adapted(adapters)
+        return self._layers.run(hidden.to(self._dtype), rotary, attend, store.first, store.end, adapted)
+
+    def logits(self, hidden: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        """Returns float32 logits `[tokens, vocabulary]` of last-layer states `[tokens, hidden]`.
+
+        With `token_ids` they are the logits of these vocabulary entries alone.
+        """
+        return self._head(hidden.to(self._dtype), token_ids)
+
+    def head_weight(self) -> Tensor:
+        """Returns the LM head with the final norm's gains multiplied in, `[vocabulary, hidden]`."""
+        return self._head.weight * self._head.norm
+
+    def _adapted(self, adapters: Adapters | None) -> list[tuple[slice, Adapters]]:
+        return [] if adapters is None else [(slice(None), adapters.to(self._device, self._dtype))]
+
+
+@dataclass(frozen=True)
+class DenseHead:
+    """Final norm and LM head as plain matrices, from which single vocabulary entries can be read."""
+
+    norm: Tensor
+    epsilon: float
+    # [vocabulary, hidden]
+    weight: Tensor
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> DenseHead:
+        """Reads the head; a tied one is the embedding. Raises Incompatible where a tensor is missing."""
+        config = read_config(folder)
+        name = EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
+        with Weights(folder, device, dtype) as weights:
+            return cls(weights.read("model.norm.weight"), config.rms_norm_eps, weights.read(name))
+
+    def __call__(self, hidden: Tensor, token_ids: Tensor | None) -> Tensor:
+        """Returns float32 `[tokens, vocabulary]`, or `[tokens, len(token_ids)]`, of states `[tokens, hidden]`."""
+        normed = F.rms_norm(hidden, self.norm.shape, self.norm, self.epsilon)
+        return F.linear(normed, self.weight if token_ids is None else self.weight[token_ids]).float()
+
+
+class CausalSequences:
+    """Causal attention within each of `sequences` packed sequences of equal length, without a KV cache."""
+
+    def __init__(self, sequences: int) -> None:
+        self._sequences = sequences
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Implements `model.attend.Attend`."""
+        query, key, value = (self._by_sequence(packed) for packed in (query, key, value))
+        length = query.shape[2]
+        mask = None if window is None or window >= length else banded_mask(length, window, query.device)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+        return mixed.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def _by_sequence(self, packed: Tensor) -> Tensor:
+        """`[tokens, heads, head_dim]` to `[sequences, heads, tokens, head_dim]`."""
+        return packed.view(self._sequences, -1, *packed.shape[1:]).transpose(1, 2)
+
+
+def banded_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """Returns a bool mask `[length, length]` by which token p attends to p - window + 1 up to p."""
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return causal.triu(1 - window)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A bottom and a top model; one object twice where a model is cut against itself."""
+
+    bottom: FrozenModel
+    top: FrozenModel
+    # Tokens that both models have; vocabulary entries beyond are padding of one of them.
+    vocabulary: int
+
+
+def states_at(model: FrozenModel, tokens: Tensor, depths: Iterable[int]) -> dict[int, Tensor]:
+    """Returns for each of `depths` the states `[sequences, tokens, hidden]` after that number of layers."""
+    hidden, reached, states = model.embed(tokens), 0, {}
+    for depth in sorted(set(depths)):
+        hidden = model.run(hidden, reached, depth) if depth > reached else hidden
+        reached, states[depth] = depth, hidden
+    return states
+
+
+def teacher_of(model: FrozenModel, hidden: Tensor, vocabulary: int) -> Teacher:
+    """Returns the likeliest of the first `vocabulary` tokens for last-layer states `[sequences, tokens, hidden]`."""
+    kept = [_likeliest(model.logits(some)[:, :vocabulary]) for some in torch.split(hidden.flatten(0, 1), LOGIT_TOKENS)]
+    shape = (*hidden.shape[:2], TEACHER_TOKENS)
+    ids, logprobs = (torch.cat(parts).view(shape) for parts in zip(*kept, strict=True))
+    return Teacher(ids, logprobs)
+
+
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    values, ids = logits.topk(TEACHER_TOKENS)
+    return ids, values - logits.logsumexp(-1, keepdim=True)
+
+
+def next_token_losses(model: FrozenModel, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Returns the cross-entropy `[sequences, tokens - 1]` of each next token in nats, from last-layer states."""
+    states, following = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    pairs = zip(torch.split(states, LOGIT_TOKENS), torch.split(following, LOGIT_TOKENS), strict=True)
+    losses = [F.cross_entropy(model.logits(some), ids, reduction="none") for some, ids in pairs]
+    return torch.cat(losses).view(len(tokens), -1)
+
+
+class FolderEncoder:
+    """The tokenizer and chat template of a model folder; implements `data.Encoder`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises Incompatible where the tokenizer has no token that ends a text."""
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        vocabulary = self._tokenizer.get_vocab()
+        separators = [vocabulary[token] for token in SEPARATORS if token in vocabulary]
+        end = self._tokenizer.eos_token_id
+        if not separators and end is None:
+            raise Incompatible(f"the tokenizer in {folder} has no token that ends a text")
+        self.separator: int = separators[0] if separators else end
+        generation = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+        ends = generation.eos_token_id if generation is not None else end
+        # Tokens that end an answer.
+        self.ends: frozenset[int] = frozenset(ends if isinstance(ends, list) else [ends] if ends is not None else [])
+
+    def encode(self, text: str) -> list[int]:
+        """Encodes plain text without special tokens around it."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def encode_chat(self, turns: Sequence[Turn]) -> list[int]:
+        """Encodes a conversation through the chat template. Raises Incompatible where the folder has none."""
+        return self._apply_template(turns, add_generation_prompt=False)
+
+    def encode_question(self, text: str) -> list[int]:
+        """Encodes a conversation of one turn up to the start of the answer; without a chat template, plain text."""
+        if self._tokenizer.chat_template is None:
+            return self.encode(text)
+        return self._apply_template([Turn("user", text)], add_generation_prompt=True)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Decodes an answer, without special tokens."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def _apply_template(self, turns: Sequence[Turn], add_generation_prompt: bool) -> list[int]:
+        if self._tokenizer.chat_template is None:
+            raise Incompatible("the data hold conversations, but the model has no chat template")
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        ids = self._tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=False, add_generation_prompt=add_generation_prompt
+        )
+        return cast(list[int], ids)
+
+
+@dataclass(frozen=True)
+class LoadedPair:
+    """Two models in memory, with their descriptions, parameter counts and common tokenizer."""
+
+    pair: Pair
+    bottom: ModelDescription
+    top: ModelDescription
+    bottom_count: ParameterCount
+    top_count: ParameterCount
+    encoder: FolderEncoder
+    # Hash of the tokenizer.
+    tokenizer: str
+
+    @property
+    def is_one_model(self) -> bool:
+        """Whether a model is cut against itself."""
+        return self.pair.bottom is self.pair.top
+
+    def load_stitch(self, path: Path, cut: tuple[int, int]) -> Stitch:
+        """Reads a stitch in float32. Raises Incompatible where it was made for another pair or cut point."""
+        stitch = Stitch.load(path, torch.device("cpu"), torch.float32)
+        stitch.check_models(self.bottom.to_proto(), self.top.to_proto())
+        stitch.check_cut(*cut)
+        stitch.check_tokenizer(self.tokenizer)
+        stitch.check_depth(self.top.layers)
+        return stitch
+
+
+def load_pair(cluster: ClusterConfig, dtype: torch.dtype) -> LoadedPair:
+    """Loads both models on the CPU in `dtype`; once where both roles have the same folder.
+
+    Raises Incompatible where their tokenizers differ.
+    """
+    sources = cluster.models.bottom, cluster.models.top
+    folders = [resolve(cluster.model_source(role), cache_folder()) for role in ROLES]
+    hashes = [tokenizer_hash(folder) for folder in folders]
+    if hashes[0] != hashes[1]:
+        raise Incompatible(f"the tokenizers of {sources[0].id} and {sources[1].id} differ")
+    descriptions = [ModelDescription.read(folder, source.id) for folder, source in zip(folders, sources, strict=True)]
+    bottom = _load(folders[0], descriptions[0], dtype)
+    top = bottom if folders[0] == folders[1] else _load(folders[1], descriptions[1], dtype)
+    return LoadedPair(
+        pair=Pair(bottom, top, min(model.vocabulary_size for model in descriptions)),
+        bottom=descriptions[0],
+        top=descriptions[1],
+        bottom_count=ParameterCount.read(folders[0]),
+        top_count=ParameterCount.read(folders[1]),
+        encoder=FolderEncoder(folders[0]),
+        tokenizer=hashes[0],
+    )
+
+
+def _load(folder: Path, description: ModelDescription, dtype: torch.dtype) -> FrozenModel:
+    return FrozenModel.load(folder, description.layers, torch.device("cpu"), dtype)

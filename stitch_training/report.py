@@ -1,0 +1,156 @@
+"""Reports for people and programs: JSON files, tables and plots of a fit's losses and of a router's figures.
+
+A router's figures always come with three baselines: a random share, the prompt's length, and the oracle, which knows
+every gain.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stitch_training.labels import LabelledSet, Qualities
+from stitch_training.recovery import STEPS, Estimate, FloatArray, Recovery, recovery
+
+# The recovery of a router and of every baseline, by name.
+Rankings = Mapping[str, Recovery]
+# Rankings by source of labels and pair of routes.
+SourceRankings = Mapping[str, Mapping[str, Rankings]]
+
+_HEADINGS = ("router", "APGR", "CPT(50 %)", "CPT(80 %)")
+
+
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Writes one indented object."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(fields, indent=1) + "\n")
+
+
+def loss_lines(report: dict[str, Any]) -> list[str]:
+    """Returns the held-out losses of a fit's report as lines of a table."""
+    rows = report["losses"].items()
+    return [f"{name:16s} {i['all']['mean']:.3f}  [{i['all']['low']:.3f}, {i['all']['high']:.3f}]" for name, i in rows]
+
+
+def plot_losses(report: dict[str, Any], path: Path) -> None:
+    """Draws held-out loss against tokens trained on, with the whole models and the closed form as levels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    history, step_tokens = report["history"], report["training"]["batch_sequences"] * report["sequence_tokens"]
+    if history:
+        steps, losses = zip(*history["held_out"], strict=True)
+        axes.plot([step * step_tokens for step in steps], losses, marker="o", label="stitched, held out")
+    for name, levels in report["losses"].items():
+        if name != "stitched" or not history:
+            axes.axhline(levels["all"]["mean"], linestyle="--", color="0.5")
+            axes.annotate(name, (0.99, levels["all"]["mean"]), xycoords=("axes fraction", "data"), ha="right")
+    axes.set_xlabel("tokens trained on")
+    axes.set_ylabel("cross-entropy, nats per token")
+    axes.set_title(f"{report['cut']['bottom_layers']} → {report['cut']['top_from']}")
+    if history:
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def rank(gain: FloatArray, prompts: Sequence[str], weak: FloatArray, strong: FloatArray) -> Rankings:
+    """Returns the recovery of a router's gains [prompts] and of every baseline, by name."""
+    length = np.array([len(prompt) for prompt in prompts], np.float64)
+    return {
+        "router": recovery(gain, weak, strong),
+        "prompt length": recovery(length, weak, strong),
+        "random": _random(),
+        "oracle": recovery(strong - weak, weak, strong),
+    }
+
+
+def rank_pairs(
+    routes: Sequence[str], gains: FloatArray, prompts: Sequence[str], qualities: Qualities
+) -> dict[str, Rankings]:
+    """Compares every costlier route with the cheapest, by `cheapest → costlier`; arrays are [prompts, routes]."""
+    return {
+        f"{routes[0]} → {route}": rank(gains[:, index], prompts, qualities[:, 0], qualities[:, index])
+        for index, route in enumerate(routes[1:], start=1)
+    }
+
+
+def rank_sources(sets: Sequence[LabelledSet], gains: FloatArray) -> dict[str, dict[str, Rankings]]:
+    """Compares the pairs of routes of every set; `gains` [rows, routes] are of all sets, one after the other."""
+    starts = np.cumsum([0, *map(len, sets)])
+    return {
+        one.name: rank_pairs(one.routes, gains[start : start + len(one)], one.prompts, one.qualities)
+        for one, start in zip(sets, starts[:-1], strict=True)
+    }
+
+
+def training_record(sets: Sequence[LabelledSet], found: SourceRankings) -> dict[str, Any]:
+    """Returns the record of data and cross-validated figures that an artifact keeps."""
+    figures = {
+        source: {
+            pair: {"apgr": one["router"].apgr.value, "cpt_50": one["router"].cpt_50.value}
+            for pair, one in rankings.items()
+        }
+        for source, rankings in found.items()
+    }
+    data = [{"name": one.name, "rows": len(one), "skipped": one.skipped, "sha256": one.fingerprint} for one in sets]
+    return {"data": data, "unseen": figures}
+
+
+def table(title: str, found: Rankings) -> str:
+    """Returns a table with a figure and its 95 % interval in each cell."""
+    rows = [
+        (name, _format(one.apgr, 1), _format(one.cpt_50, 100), _format(one.cpt_80, 100)) for name, one in found.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(_HEADINGS, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (_HEADINGS, *rows)
+    ]
+    return "\n".join([title, *(line.rstrip() for line in lines)])
+
+
+def curve_table(found: Recovery) -> str:
+    """Returns the router's own curve as two lines."""
+    shares = "  ".join(f"{share:4.0%}" for share in found.shares)
+    return f"share of strong  {shares}\nPGR              " + "  ".join(f"{pgr:4.0%}" for pgr in found.pgr)
+
+
+def as_json(found: Mapping[str, Rankings]) -> dict[str, Any]:
+    """Returns all figures and curves by pair and ranking."""
+    return {pair: {name: asdict(one) for name, one in rankings.items()} for pair, rankings in found.items()}
+
+
+def plot_curves(found: Mapping[str, Rankings], path: Path) -> None:
+    """Draws all curves, one panel for each pair; the file's suffix decides the format."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(found), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, (pair, rankings) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        for name, one in rankings.items():
+            style = "-" if name == "router" else "--"
+            panel.plot(one.shares, one.pgr, style, label=f"{name}: APGR {one.apgr.value:.3f}")
+        panel.set(title=pair, xlabel="share of the costlier route", ylabel="recovered part of its lead (PGR)")
+        panel.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+
+
+def _random() -> Recovery:
+    """Returns the exact expectation of a random ranking."""
+    steps = tuple((np.arange(STEPS + 1) / STEPS).tolist())
+    return Recovery(steps, steps, Estimate(0.5, 0.5, 0.5), Estimate(0.5, 0.5, 0.5), Estimate(0.8, 0.8, 0.8))
+
+
+def _format(estimate: Estimate, factor: float) -> str:
+    digits = 3 if factor == 1 else 1
+    value, low, high = (f"{factor * part:.{digits}f}" for part in (estimate.value, estimate.low, estimate.high))
+    return value if low == high else f"{value} [{low}, {high}]"
