@@ -11,8 +11,10 @@ from typing import TextIO
 class ProgressLine:
     """Rewrites one line on a terminal; elsewhere it prints a line for every tenth of a task."""
 
-    def __init__(self, stream: TextIO = sys.stderr) -> None:
-        self._stream, self._is_terminal = stream, stream.isatty()
+    def __init__(self, stream: TextIO | None = None) -> None:
+        """Prints to `stream`; None: standard error."""
+        self._stream = stream or sys.stderr
+        self._is_terminal = self._stream.isatty()
         self._task, self._started_at, self._first, self._tenth = "", 0.0, 0, -1
 
     def __enter__(self) -> ProgressLine:

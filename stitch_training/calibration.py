@@ -18,7 +18,7 @@ from router_gateway.routing.learned.artifact import load_router
 from stitch.errors import InvalidRequest
 from stitch.thresholds import Thresholds, choose_routes
 from stitch_training.labels import read_prompts
-from stitch_training.recovery import FloatArray
+from stitch_training.recovery import Float64Array
 
 # Bisections of the range of prices, which end far below a float's resolution of gains.
 _BISECTIONS = 60
@@ -36,7 +36,7 @@ class Calibration:
     # The share of texts on every route.
     shares: tuple[float, ...]
 
-    def to_thresholds(self, routes: Sequence[str], router: str, gains: FloatArray, costs: FloatArray) -> Thresholds:
+    def to_thresholds(self, routes: Sequence[str], router: str, gains: Float64Array, costs: Float64Array) -> Thresholds:
         """Returns the threshold file for the router with that fingerprint, from its gains and relative costs."""
         return Thresholds(
             routes=tuple(routes),
@@ -53,12 +53,12 @@ class Calibration:
         return f"{prompts:,} prompts: {shares}; mean cost {self.cost:.3f} of a budget of {self.budget:.3f}"
 
 
-def percentiles(gains: FloatArray) -> tuple[float, ...]:
+def percentiles(gains: Float64Array) -> tuple[float, ...]:
     """Returns the 0th, 1st, … 100th percentile of gains [texts]."""
     return tuple(np.quantile(gains, np.linspace(0, 1, 101)).tolist())
 
 
-def calibrate(gains: FloatArray, relative_costs: FloatArray, budget: float) -> Calibration:
+def calibrate(gains: Float64Array, relative_costs: Float64Array, budget: float) -> Calibration:
     """Chooses thresholds for gains [texts, routes], first column 0, and costs [routes] that rise from 0 to 1.
 
     Raises InvalidRequest for a budget outside [0, 1].
@@ -85,7 +85,7 @@ def check_budget(budget: float) -> None:
         raise InvalidRequest("budget", budget, "it must be from 0 to 1")
 
 
-def relative_costs(routes: Sequence[str], costs: Mapping[str, float] | None) -> FloatArray:
+def relative_costs(routes: Sequence[str], costs: Mapping[str, float] | None) -> Float64Array:
     """Returns costs [routes] from 0 to 1: equal steps where no costs are given.
 
     Raises InvalidRequest where a route has no cost, or the costs don't rise.
@@ -98,7 +98,7 @@ def relative_costs(routes: Sequence[str], costs: Mapping[str, float] | None) -> 
     values = np.array([costs[route] for route in routes])
     if not (np.diff(values) > 0).all():
         raise InvalidRequest("costs", values.tolist(), f"they must rise in the order {', '.join(routes)}")
-    relative: FloatArray = (values - values[0]) / (values[-1] - values[0])
+    relative: Float64Array = (values - values[0]) / (values[-1] - values[0])
     return relative
 
 
@@ -112,7 +112,7 @@ def budget_for(cost: float, costs: Mapping[str, float], routes: Sequence[str]) -
 
 def resolve_budget(
     budget: float | None, cost: float | None, costs: Mapping[str, float] | None, routes: Sequence[str]
-) -> tuple[float, FloatArray]:
+) -> tuple[float, Float64Array]:
     """Returns the budget and the relative costs [routes], from a budget or a mean `cost` in the unit of `costs`.
 
     Raises InvalidRequest for a cost without the cost of every route.
@@ -142,5 +142,5 @@ def calibrate_router(
     return found.to_thresholds(routes, artifact.fingerprint, gains, relative), found.summary(routes, len(prompts))
 
 
-def _mean_cost(gains: FloatArray, costs: FloatArray, price: float) -> float:
+def _mean_cost(gains: Float64Array, costs: Float64Array, price: float) -> float:
     return float(costs[choose_routes(gains, price * costs[1:])].mean())

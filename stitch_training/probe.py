@@ -38,7 +38,7 @@ from stitch_training.activations import Progress
 from stitch_training.calibration import calibrate, percentiles, relative_costs, resolve_budget
 from stitch_training.labels import LabelledSet, folds, prompt_key, read_prompts
 from stitch_training.models import CausalSequences
-from stitch_training.recovery import FloatArray
+from stitch_training.recovery import Float64Array
 from stitch_training.report import Rankings, as_json, rank_sources, table, training_record, write_json
 
 # Prompts of one length that run through the layers together.
@@ -112,7 +112,7 @@ def train_probe(settings: ProbeSettings, sets: Sequence[LabelledSet], progress: 
     return TrainedProbe(_to_probe(fit_ridge(rows, gains), binding, unseen, settings.budget, record), found)
 
 
-def cross_validated_gains(rows: FloatArray, gains: FloatArray, fold: NDArray[np.int64]) -> FloatArray:
+def cross_validated_gains(rows: Float64Array, gains: Float64Array, fold: NDArray[np.int64]) -> Float64Array:
     """Returns gains `[rows, routes]`, first column 0, of every row by a regression on the other folds."""
     predicted = np.zeros((len(gains), gains.shape[1] + 1))
     for held_out in np.unique(fold):
@@ -121,7 +121,9 @@ def cross_validated_gains(rows: FloatArray, gains: FloatArray, fold: NDArray[np.
     return predicted
 
 
-def _to_probe(ridge: Ridge, binding: ProbeBinding, unseen: FloatArray, budget: float, record: dict[str, Any]) -> Probe:
+def _to_probe(
+    ridge: Ridge, binding: ProbeBinding, unseen: Float64Array, budget: float, record: dict[str, Any]
+) -> Probe:
     calibration = calibrate(unseen, relative_costs(binding.routes, None), budget)
     return Probe(
         weight=torch.from_numpy(ridge.weights.T.astype(np.float32)).contiguous(),
@@ -196,11 +198,11 @@ class FeatureExtractor:
         encode = chat_encoder(folder) if is_chat else plain_encoder(folder)
         return cls(Embedding.load(folder, cpu, dtype), layers, encode, tokens)
 
-    def from_texts(self, prompts: Sequence[str], progress: Callable[[int, int], None]) -> FloatArray:
+    def from_texts(self, prompts: Sequence[str], progress: Callable[[int, int], None]) -> Float64Array:
         """Returns features `[prompts, features]`; `progress(done, total)` is called after every batch."""
         return self.from_tokens([self.encode(prompt) for prompt in prompts], progress)
 
-    def from_tokens(self, prompts: Sequence[Sequence[int]], progress: Callable[[int, int], None]) -> FloatArray:
+    def from_tokens(self, prompts: Sequence[Sequence[int]], progress: Callable[[int, int], None]) -> Float64Array:
         """Returns the features of token ids. Raises InvalidRequest for an empty prompt."""
         windows = [prompt[: self.tokens] for prompt in prompts]
         empty = [index for index, window in enumerate(windows) if not window]
@@ -214,14 +216,14 @@ class FeatureExtractor:
         return rows
 
     @torch.inference_mode()
-    def _pool(self, windows: Sequence[Sequence[int]]) -> FloatArray:
+    def _pool(self, windows: Sequence[Sequence[int]]) -> Float64Array:
         """Returns features `[prompts, features]` of prompts of one length."""
         tokens = torch.tensor(windows)
         count, length = tokens.shape
         rotary = self.layers.rotary(torch.arange(length).repeat(count))
         hidden = self.embedding(tokens.flatten())
         states = self.layers.run(hidden, rotary, CausalSequences(count), 0, self.layers.end).view(count, length, -1)
-        rows: FloatArray = torch.stack([pooled(one) for one in states]).double().numpy()
+        rows: Float64Array = torch.stack([pooled(one) for one in states]).double().numpy()
         return rows
 
 
@@ -266,17 +268,17 @@ def _batches_by_length(windows: Sequence[Sequence[int]]) -> list[list[int]]:
 class Ridge:
     """predictions [rows, targets] = features [rows, features] · weights + bias."""
 
-    weights: FloatArray
-    bias: FloatArray
+    weights: Float64Array
+    bias: Float64Array
     # λ ÷ rows.
     penalty: float
 
-    def predict(self, rows: FloatArray) -> FloatArray:
-        predicted: FloatArray = rows @ self.weights + self.bias
+    def predict(self, rows: Float64Array) -> Float64Array:
+        predicted: Float64Array = rows @ self.weights + self.bias
         return predicted
 
 
-def fit_ridge(rows: FloatArray, targets: FloatArray) -> Ridge:
+def fit_ridge(rows: Float64Array, targets: Float64Array) -> Ridge:
     """Fits targets [rows, targets] on features [rows, features]; a feature that never varies gets no weight."""
     mean, deviation = rows.mean(axis=0), rows.std(axis=0)
     scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
@@ -292,7 +294,7 @@ def fit_ridge(rows: FloatArray, targets: FloatArray) -> Ridge:
 
 
 def _leave_one_out_error(
-    rotated: FloatArray, variances: FloatArray, projected: FloatArray, targets: FloatArray, penalty: float
+    rotated: Float64Array, variances: Float64Array, projected: Float64Array, targets: Float64Array, penalty: float
 ) -> float:
     """Returns the mean squared leave-one-out error."""
     shrunk = 1 / (variances + penalty * len(rotated))

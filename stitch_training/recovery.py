@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from stitch.errors import InvalidRequest
 
-FloatArray: TypeAlias = NDArray[np.float64]
+Float64Array: TypeAlias = NDArray[np.float64]
 
 STEPS = 10
 # Bootstrap resamples of the prompts for an interval, and the share of them that it covers.
@@ -47,7 +47,7 @@ class Recovery:
     cpt_80: Estimate
 
 
-def recovery(scores: FloatArray, weak: FloatArray, strong: FloatArray, seed: int = 0) -> Recovery:
+def recovery(scores: Float64Array, weak: Float64Array, strong: Float64Array, seed: int = 0) -> Recovery:
     """Measures `scores` [prompts], of which higher ones favour strong, against the qualities [prompts].
 
     Raises InvalidRequest where the strong route is no better than the weak one, so there is no lead to recover.
@@ -61,7 +61,7 @@ def recovery(scores: FloatArray, weak: FloatArray, strong: FloatArray, seed: int
     return Recovery(tuple(shares.tolist()), tuple(pgr.tolist()), *estimates)
 
 
-def curve(scores: FloatArray, weak: FloatArray, strong: FloatArray) -> tuple[FloatArray, FloatArray]:
+def curve(scores: Float64Array, weak: Float64Array, strong: Float64Array) -> tuple[Float64Array, Float64Array]:
     """Returns (share of strong, PGR), [STEPS + 1] each, with shares that rise from 0 to 1."""
     thresholds = np.quantile(scores, np.linspace(1, 0, STEPS + 1))
     is_strong = scores >= thresholds[:, None]
@@ -70,23 +70,23 @@ def curve(scores: FloatArray, weak: FloatArray, strong: FloatArray) -> tuple[Flo
     return is_strong.mean(axis=1), (quality - weak.mean()) / (strong.mean() - weak.mean())
 
 
-def apgr(shares: FloatArray, pgr: FloatArray) -> float:
+def apgr(shares: Float64Array, pgr: Float64Array) -> float:
     """Returns the area under the curve."""
     return float(np.trapezoid(pgr, shares))
 
 
-def cpt(shares: FloatArray, pgr: FloatArray, target: float) -> float:
+def cpt(shares: Float64Array, pgr: Float64Array, target: float) -> float:
     """Returns the share of strong at which the curve first reaches a PGR of `target`, 0 < target <= 1."""
     point = int(np.argmax(pgr >= target))
     rise = (target - pgr[point - 1]) / (pgr[point] - pgr[point - 1])
     return float(shares[point - 1] + rise * (shares[point] - shares[point - 1]))
 
 
-def _figures(shares: FloatArray, pgr: FloatArray) -> list[float]:
+def _figures(shares: Float64Array, pgr: Float64Array) -> list[float]:
     return [apgr(shares, pgr), cpt(shares, pgr, 0.5), cpt(shares, pgr, 0.8)]
 
 
-def _resample(scores: FloatArray, weak: FloatArray, strong: FloatArray, seed: int) -> list[list[float]]:
+def _resample(scores: Float64Array, weak: Float64Array, strong: Float64Array, seed: int) -> list[list[float]]:
     """Returns figures [resamples][3]; a resample in which strong is no better has none and is drawn again."""
     generator = np.random.default_rng(seed)
     figures: list[list[float]] = []

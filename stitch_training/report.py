@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from stitch_training.labels import LabelledSet, Qualities
-from stitch_training.recovery import STEPS, Estimate, FloatArray, Recovery, recovery
+from stitch_training.recovery import STEPS, Estimate, Float64Array, Recovery, recovery
 
 # The recovery of a router and of every baseline, by name.
 Rankings = Mapping[str, Recovery]
@@ -62,7 +62,7 @@ def plot_losses(report: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def rank(gain: FloatArray, prompts: Sequence[str], weak: FloatArray, strong: FloatArray) -> Rankings:
+def rank(gain: Float64Array, prompts: Sequence[str], weak: Float64Array, strong: Float64Array) -> Rankings:
     """Returns the recovery of a router's gains [prompts] and of every baseline, by name."""
     length = np.array([len(prompt) for prompt in prompts], np.float64)
     return {
@@ -74,7 +74,7 @@ def rank(gain: FloatArray, prompts: Sequence[str], weak: FloatArray, strong: Flo
 
 
 def rank_pairs(
-    routes: Sequence[str], gains: FloatArray, prompts: Sequence[str], qualities: Qualities
+    routes: Sequence[str], gains: Float64Array, prompts: Sequence[str], qualities: Qualities
 ) -> dict[str, Rankings]:
     """Compares every costlier route with the cheapest, by `cheapest → costlier`; arrays are [prompts, routes]."""
     return {
@@ -83,7 +83,7 @@ def rank_pairs(
     }
 
 
-def rank_sources(sets: Sequence[LabelledSet], gains: FloatArray) -> dict[str, dict[str, Rankings]]:
+def rank_sources(sets: Sequence[LabelledSet], gains: Float64Array) -> dict[str, dict[str, Rankings]]:
     """Compares the pairs of routes of every set; `gains` [rows, routes] are of all sets, one after the other."""
     starts = np.cumsum([0, *map(len, sets)])
     return {

@@ -26,7 +26,7 @@ from stitch.errors import InvalidRequest
 from stitch.thresholds import choose_routes
 from stitch_training.calibration import calibrate, percentiles, relative_costs
 from stitch_training.labels import LabelledSet, Qualities, folds, prompt_key, read_labels
-from stitch_training.recovery import FloatArray
+from stitch_training.recovery import Float64Array
 from stitch_training.report import (
     Rankings,
     as_json,
@@ -173,7 +173,7 @@ def _reorder(gate: Classifier, sources: Sequence[str]) -> Classifier:
 
 def cross_validated_gains(
     examples: Examples, prompts: Sequence[str], count: int = FOLDS, progress: Callable[[int], None] = lambda fold: None
-) -> FloatArray:
+) -> Float64Array:
     """Returns gains [rows, routes], first column 0, of every row by a model of the other folds.
 
     `progress` is called with the number of finished folds.

@@ -7,10 +7,10 @@ import pytest
 
 from stitch.errors import InvalidRequest
 from stitch_training.calibration import budget_for, calibrate, relative_costs
-from stitch_training.recovery import FloatArray
+from stitch_training.recovery import Float64Array
 
 
-def gains(*columns: FloatArray) -> FloatArray:
+def gains(*columns: Float64Array) -> Float64Array:
     return np.stack([np.zeros(len(columns[0])), *columns], axis=1)
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from stitch.errors import InvalidRequest
-from stitch_training.recovery import FloatArray, apgr, cpt, curve, recovery
+from stitch_training.recovery import Float64Array, apgr, cpt, curve, recovery
 
 
-def labels(count: int = 1_000, gaining: float = 0.2) -> tuple[FloatArray, FloatArray]:
+def labels(count: int = 1_000, gaining: float = 0.2) -> tuple[Float64Array, Float64Array]:
     """Returns qualities of which the first prompts need strong and the others don't."""
     strong = np.ones(count)
     weak = np.ones(count)

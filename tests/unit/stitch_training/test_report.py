@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stitch_training.recovery import FloatArray
+from stitch_training.recovery import Float64Array
 from stitch_training.report import Rankings, as_json, curve_table, plot_curves, rank, rank_pairs, table
 
 
@@ -42,7 +42,7 @@ def test_curve_table_has_a_column_for_each_step(found: Rankings) -> None:
 
 
 def test_rank_pairs_compares_every_costlier_route_with_the_cheapest() -> None:
-    qualities: FloatArray = np.stack([np.tile([0.0, 1.0], 50), np.tile([0.5, 1.0], 50), np.ones(100)], axis=1)
+    qualities: Float64Array = np.stack([np.tile([0.0, 1.0], 50), np.tile([0.5, 1.0], 50), np.ones(100)], axis=1)
     gains = qualities - qualities[:, :1]
     found = rank_pairs(("a", "b", "c"), gains, ["x"] * 100, qualities)
     assert list(found) == ["a → b", "a → c"]
