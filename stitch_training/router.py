@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import Ridge
 
 from router_gateway.routing.learned.artifact import RouterArtifact, fingerprint_of, load_router, save_router
-from router_gateway.routing.learned.model import Floats, LearnedModel
+from router_gateway.routing.learned.model import FloatArray, LearnedModel
 from stitch.errors import InvalidRequest
 from stitch.thresholds import choose_routes
 from stitch_training.calibration import calibrate, percentiles, relative_costs
@@ -110,12 +110,12 @@ class _Expert:
     weighting: Weighting
     topics: Classifier
     # One column per route.
-    word_weights: Floats
-    topic_weights: Floats
-    surface_weights: Floats
-    bias: Floats
+    word_weights: FloatArray
+    topic_weights: FloatArray
+    surface_weights: FloatArray
+    bias: FloatArray
     # [routes]: mean contribution of words and surface over the expert's rows.
-    centre: Floats
+    centre: FloatArray
 
 
 def _fit_expert(examples: Examples, buckets: NDArray[np.int32]) -> _Expert:

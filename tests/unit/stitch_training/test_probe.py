@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from router_gateway.requests.preparation import tokenize
-from router_gateway.requests.types import Turn
+from router_gateway.requests.pipeline import tokenize
+from router_gateway.tokenization.chat_template import Turn
 from router_gateway.tokenization.vocabulary import FILES, Vocabulary
 from stitch.cluster import load_cluster
 from stitch.errors import Incompatible, InvalidRequest
 from stitch.sampling import Sampling
 from stitch.thresholds import read_thresholds
-from stitch_server.build import load_part
-from stitch_server.engine.sequence import Sequence
-from stitch_server.engine.types import Batch, Cut, Segment
+from stitch_server.build import load_stage
+from stitch_server.engine.types import Batch, LayerRange, Segment, Session
 from stitch_server.model.probe import Probe, pooled
 from stitch_server.worker.model_runner import ModelRunner
 from stitch_training import probe
@@ -75,10 +74,10 @@ def test_probe_trained_from_labels_is_loaded_by_its_shard(
     fields["gateway"]["probe"] = "probe.safetensors"
     cluster_file.write_text(json.dumps(fields))
     cluster = load_cluster(str(cluster_file))
-    loaded = load_part(cluster, cluster.shard("bottom-0"), CPU).probe
+    loaded = load_stage(cluster, cluster.shard("bottom-0"), CPU).probe
     assert loaded is not None
     assert loaded.fingerprint == probe.fingerprint
-    assert load_part(cluster, cluster.shard("top-0"), CPU).probe is None
+    assert load_stage(cluster, cluster.shard("top-0"), CPU).probe is None
 
 
 def test_names_in_the_labels_are_renamed_to_routes(cluster_file: Path) -> None:
@@ -144,8 +143,8 @@ class TestProbeCalibration:
         chain = ChainInProcess(load_cluster(str(trained)))
         runner = chain.shards["bottom-0"].engine._runner
         assert isinstance(runner, ModelRunner)
-        assert runner.judge is not None
-        decision = runner.judge.judge(torch.randn(10, 48), ("weak", "strong"))
+        assert runner.probe is not None
+        decision = runner.probe.decide(torch.randn(10, 48), ("weak", "strong"))
         assert decision.thresholds == read_thresholds(thresholds).thresholds
 
     def test_thresholds_of_another_probe_are_refused(self, trained: Path) -> None:
@@ -184,8 +183,8 @@ def test_features_are_those_of_a_shard(model_folder: Path) -> None:
     rows = extractor.from_tokens(prompts, ignore)
     runner = new_runner(model_folder, 0, LAYER, embed=Embedding.load(model_folder, CPU, torch.float32))
     for row, prompt in zip(rows, prompts, strict=True):
-        sequence = Sequence("weak", (), Sampling(), prompt, len(prompt))
-        segment = Segment(sequence, Cut(0, LAYER), 0, len(prompt), True, range(4))
+        session = Session("weak", (), Sampling(), prompt, len(prompt))
+        segment = Segment(session, LayerRange(0, LAYER), 0, len(prompt), True, range(4))
         states = runner.run(Batch((segment,))).hidden
         assert np.allclose(row, pooled(states[:20]).numpy(), atol=1e-5)
 

@@ -10,7 +10,7 @@ import pytest
 
 from router_gateway.routing.learned.artifact import load_router
 from router_gateway.routing.learned.model import standardized
-from router_gateway.routing.learned.router import open_text_router
+from router_gateway.routing.learned.router import open_learned_router
 from router_gateway.routing.router import Query
 from stitch.errors import InvalidRequest
 from stitch.thresholds import read_thresholds
@@ -174,9 +174,9 @@ def test_training_twice_gives_the_same_router(trained: Path) -> None:
 
 
 def test_a_trained_router_sends_hard_prompts_to_the_strong_route(trained: Path) -> None:
-    router = open_text_router(trained / "router.safetensors")
-    assert router.judge(Query(("prove the theorem and the integral",), ("weak", "strong"))).route == "strong"
-    assert router.judge(Query(("hello what music for breakfast",), ("weak", "strong"))).route == "weak"
+    router = open_learned_router(trained / "router.safetensors")
+    assert router.decide(Query(("prove the theorem and the integral",), ("weak", "strong"))).route == "strong"
+    assert router.decide(Query(("hello what music for breakfast",), ("weak", "strong"))).route == "weak"
 
 
 @pytest.mark.parametrize("budget", [0.2, 0.5])
@@ -184,8 +184,8 @@ def test_calibrate_keeps_the_budget(trained: Path, budget: float, capsys: pytest
     out = trained / "thresholds.json"
     flags = ("--router", trained / "router.safetensors", "--data", trained / "unseen.jsonl", "--out", out)
     assert run("calibrate", *flags, "--budget", budget) == 0
-    router = open_text_router(trained / "router.safetensors", out)
-    routes = [router.judge(Query((row["prompt"],), ("weak", "strong"))).route for row in rows(160, seed=1)]
+    router = open_learned_router(trained / "router.safetensors", out)
+    routes = [router.decide(Query((row["prompt"],), ("weak", "strong"))).route for row in rows(160, seed=1)]
     assert routes.count("strong") / 160 == pytest.approx(budget, abs=0.01)
     assert f"of a budget of {budget:.3f}" in capsys.readouterr().err
     assert not list(trained.glob(".*"))
@@ -316,8 +316,8 @@ def test_calibrate_keeps_the_mean_cost_of_three_routes(three_routes: Path, cost:
     path, out = three_routes / "router.safetensors", three_routes / "thresholds.json"
     thresholds, _ = calibrate_router(path, [three_routes / "unseen.jsonl"], None, cost, parse_costs(COSTS))
     thresholds.write(out)
-    router = open_text_router(path, out)
-    routes = [router.judge(Query((row["prompt"],), ROUTES)).route for row in rows(240, seed=1, routes=ROUTES)]
+    router = open_learned_router(path, out)
+    routes = [router.decide(Query((row["prompt"],), ROUTES)).route for row in rows(240, seed=1, routes=ROUTES)]
     price = {"small": 100, "middle": 150, "large": 300}
     assert np.mean([price[route] for route in routes]) == pytest.approx(cost, abs=5)
 
