@@ -1,10 +1,10 @@
-"""Writes three training files, code, prose and questions, from folders of a machine. Knows no model.
+"""Writes three training files, code, prose and questions, from local folders.
 
     python benchmarks/quality/corpus.py --out DIR --code FOLDER --prose FOLDER... --questions FILE.jsonl.gz...
 
-Code is every `.py` file (a Python standard library, say), prose the text of every `.html` page (such as the Rust books
-under `share/doc/rust/html`), cut into documents of a few thousand characters. Questions are GSM8K-like rows, half of
-them as conversations and half as plain text, or prompts as plain text. The order is drawn from a fixed seed.
+Code is every `.py` file (such as a Python standard library) and prose the text of every `.html` page (such as the Rust
+books under `share/doc/rust/html`), split into documents of a few thousand characters. Questions are GSM8K-like rows,
+half of them as conversations and half as plain text, or prompts as plain text. The order is drawn from a fixed seed.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ class Page(HTMLParser):
             self._parts.append(data)
 
     def text(self) -> str:
-        """What a reader sees, without runs of empty lines."""
+        """Returns the readable text, without runs of empty lines."""
         lines = [line.rstrip() for line in "".join(self._parts).splitlines()]
-        return "\n".join(line for line, before in zip(lines, ["", *lines], strict=False) if line or before).strip()
+        return "\n".join(line for line, previous in zip(lines, ["", *lines], strict=False) if line or previous).strip()
 
 
 def page_text(html: str, within: str = "main") -> str:
-    """The text of one page."""
+    """Returns the readable text of one page."""
     page = Page(within)
     page.feed(html)
     return page.text()
 
 
 def pieces(text: str) -> Iterator[str]:
-    """`text`, cut at line ends into documents of about DOCUMENT_CHARACTERS."""
+    """Splits `text` at line ends into documents of about DOCUMENT_CHARACTERS."""
     piece: list[str] = []
     for line in text.splitlines(keepends=True):
         piece.append(line)
@@ -77,21 +77,21 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def code_documents(folders: Iterable[Path]) -> Iterator[str]:
-    """Python source under `folders`."""
+    """Yields pieces of the Python source under `folders`."""
     for path in sorted(chain.from_iterable(folder.rglob("*.py") for folder in folders)):
         if not SKIPPED & set(path.parts):
             yield from pieces(path.read_text(errors="ignore"))
 
 
 def prose_documents(folders: Iterable[Path]) -> Iterator[str]:
-    """The text of the HTML pages under `folders`."""
+    """Yields pieces of the text of the HTML pages under `folders`."""
     for path in sorted(chain.from_iterable(folder.rglob("*.html") for folder in folders)):
         if path.name not in ("print.html", "CHANGELOG.html") and not SKIPPED_PROSE & set(path.parts):
             yield from (piece for piece in pieces(page_text(path.read_text(errors="ignore"))) if len(piece) > 500)
 
 
 def question_rows(files: Iterable[Path]) -> Iterator[dict[str, object]]:
-    """Rows with an answer as conversations and as text in turn; prompts as they are."""
+    """Yields rows with an answer alternately as text and as conversations, and prompts as text."""
     for path in files:
         with gzip.open(path, "rt") as lines:
             for number, row in enumerate(map(json.loads, lines)):
@@ -106,7 +106,7 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 
 def write(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    """One row a line, in an order that is the same every time."""
+    """Writes one row per line, in a fixed random order."""
     shuffled = list(rows)
     random.Random(0).shuffle(shuffled)
     with gzip.open(path, "wt") as file:

@@ -1,11 +1,10 @@
-"""Writes two training files, packages and manuals, from many packages' source archives. Knows no model.
+"""Writes two training files, packages and manuals, from many packages' source archives.
 
     python benchmarks/quality/packages.py --out DIR --archives FOLDER [--pages FOLDER...] [--without django ...]
 
-Packages is Python source, manuals what they say of themselves in reStructuredText, Markdown and text; a few short
-pieces of each, so that no package weighs much. `--pages` adds the text of HTML pages to the manuals, a quarter as many
-pieces as there are. What is `--without` stays out, and may serve as text of other origin. The order is drawn from a
-fixed seed.
+Packages is Python source, manuals the documentation in reStructuredText, Markdown and text; a few short pieces of each,
+so that no package dominates. `--pages` adds pieces of HTML pages to the manuals, a quarter of their number. Archives
+named by `--without` are left out, and may serve as text of other origin. The order is drawn from a fixed seed.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from pathlib import Path
 from benchmarks.quality.corpus import page_text, write
 
 PIECE_CHARACTERS = 2400
-# Shorter files say little; larger ones are data.
+# Shorter files have little text; larger ones are data.
 LEAST_CHARACTERS, MOST_BYTES = 600, 400_000
-# Of one package, for each of the two files; and of one page.
+# Pieces of one package for each of the two files; characters per piece, and pieces, of one page.
 MOST_PIECES, PAGE_CHARACTERS, MOST_PAGE_PIECES = 24, 4000, 8
-# One piece of a page to so many of manuals.
+# Pieces of manuals per piece of a page.
 PAGES_DIVISOR = 4
 _SKIPPED = re.compile("/test|vendor")
 _NO_MANUAL = re.compile("licen|author|contribut|change|history|news|require")
 
 
 def files_of(archive: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents in a `.tar.gz` or `.zip`."""
+    """Yields names and contents of the files in a `.tar.gz` or `.zip`."""
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as zipped:
             for entry in zipped.infolist():
@@ -47,31 +46,31 @@ def files_of(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def is_code(name: str) -> bool:
-    """Whether a file is a package's source, and no test and no copy of another package."""
+    """Whether a file is a package's source, not a test or a copy of another package."""
     return name.endswith(".py") and not _SKIPPED.search(name.lower())
 
 
 def is_manual(name: str) -> bool:
-    """Whether a file tells how to use a package."""
+    """Whether a file is documentation of a package."""
     lower = name.lower()
     kind = lower.endswith((".rst", ".md")) or (lower.endswith(".txt") and "/doc" in lower)
     return kind and not _SKIPPED.search(lower) and not _NO_MANUAL.search(Path(lower).name)
 
 
 def piece(text: str, draw: random.Random) -> str:
-    """PIECE_CHARACTERS from the beginning of any line of `text`; all of it where it is no longer."""
+    """Returns PIECE_CHARACTERS from the start of a random line of `text`, or a shorter text as a whole."""
     start = text.rfind("\n", 0, draw.randrange(max(1, len(text) - PIECE_CHARACTERS))) + 1
     return text[start : start + PIECE_CHARACTERS]
 
 
 def pieces_of(texts: list[str], draw: random.Random) -> Iterator[str]:
-    """A piece of each of MOST_PIECES texts at most."""
+    """Yields a piece of each of at most MOST_PIECES texts."""
     draw.shuffle(texts)
     yield from (piece(text, draw) for text in islice((t for t in texts if len(t) >= LEAST_CHARACTERS), MOST_PIECES))
 
 
 def package_pieces(archives: Iterable[Path], draw: random.Random) -> tuple[list[str], list[str]]:
-    """Pieces of code, and of manuals."""
+    """Returns pieces of code and of manuals."""
     code: list[str] = []
     manuals: list[str] = []
     for archive in archives:
@@ -87,7 +86,7 @@ def package_pieces(archives: Iterable[Path], draw: random.Random) -> tuple[list[
 
 
 def page_pieces(folders: Iterable[Path], draw: random.Random) -> list[str]:
-    """Pieces of the HTML pages under `folders`, in any order."""
+    """Returns pieces of the HTML pages under `folders`, in random order."""
     found = []
     for path in sorted(chain.from_iterable(folder.rglob("*.html") for folder in folders)):
         text = page_text(path.read_text(errors="ignore"), within="body")
@@ -101,7 +100,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--archives", type=Path, required=True)
     parser.add_argument("--pages", type=Path, nargs="+", default=[])
-    parser.add_argument("--without", nargs="+", default=[], help="parts of archives' names")
+    parser.add_argument("--without", nargs="+", default=[], help="leave out archives with these words in their names")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)

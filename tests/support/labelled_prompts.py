@@ -1,4 +1,4 @@
-"""Small sets of labels with a gain that words and numbers give away. Knows no router."""
+"""Small sets of labels whose gain can be predicted from words and numbers."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _FILLER = ["the", "a", "of", "and", "to", "in", "is", "it", "for", "with", "on",
 
 
 def rows(count: int = 120, seed: int = 0, routes: tuple[str, ...] = ("weak", "strong")) -> list[dict[str, Any]]:
-    """Half of the prompts are hard: there the weakest route fails and each dearer one succeeds more often."""
+    """Returns rows of which half are hard: on these the cheapest route fails, and costlier ones succeed more often."""
     draw = random.Random(seed)
     made = []
     for number in range(count):
         hard = number % 2 == 0
         words = draw.choices(_HARD if hard else _EASY, k=3) + draw.choices(_FILLER, k=draw.randint(3, 9))
         draw.shuffle(words)
-        worth = [0.9 - (0.8 if hard else 0.1) * (1 - rung / (len(routes) - 1)) for rung in range(len(routes))]
-        qualities = {route: float(draw.random() < value) for route, value in zip(routes, worth, strict=True)}
+        chances = [0.9 - (0.8 if hard else 0.1) * (1 - index / (len(routes) - 1)) for index in range(len(routes))]
+        qualities = {route: float(draw.random() < chance) for route, chance in zip(routes, chances, strict=True)}
         prompt = f"{' '.join(words)} {number}?"
         made.append({"prompt": prompt, "task": "hard" if hard else "easy", "routes": qualities})
     return made
 
 
 def write(path: Path, made: list[dict[str, Any]]) -> Path:
-    """One JSON object a line."""
+    """Writes one JSON object per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in made))
     return path

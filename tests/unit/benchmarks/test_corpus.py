@@ -1,4 +1,4 @@
-"""What the corpus script takes from pages, source files and questions."""
+"""The documents that the corpus script makes from pages, source files and questions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.quality import corpus
 from stitch_training.data import Turn, read_documents
 
 
-def test_a_page_gives_what_a_reader_sees() -> None:
+def test_page_text_is_what_a_reader_sees() -> None:
     html = (
         "<html><head><title>no</title></head><nav>no</nav><main><h1>Cells</h1><script>no()</script>"
         "<p>Inner <b>mutability</b>.</p><ul><li>one</li><li>two</li></ul></main><footer>no</footer></html>"
@@ -25,13 +25,13 @@ def test_a_page_gives_what_a_reader_sees() -> None:
     ]
 
 
-def test_pieces_end_at_line_ends_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_end_at_line_ends_and_keep_all_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "DOCUMENT_CHARACTERS", 10)
     text = "alpha\nbeta\ngamma\ndelta\n"
     assert list(corpus.pieces(text)) == ["alpha\nbeta\n", "gamma\ndelta\n"]
 
 
-def test_three_files_come_out_the_same_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corpus_writes_the_same_three_files_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lib" / "tests").mkdir(parents=True)
     (tmp_path / "lib" / "a.py").write_text("a = 1\n")
     (tmp_path / "lib" / "tests" / "test_a.py").write_text("skipped = 1\n")

@@ -1,4 +1,4 @@
-"""What the packages script takes from source archives and pages."""
+"""The pieces that the packages script takes from source archives and pages."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def made(folder: Path, out: str, monkeypatch: pytest.MonkeyPatch, *more: str) ->
     return [{document.text for document in read_documents(file)} for file in files]
 
 
-def test_code_and_manuals_come_out_of_both_kinds_of_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_and_manuals_are_read_from_tar_and_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "archives").mkdir()
     write_archives(tmp_path / "archives")
     code, manuals = made(tmp_path, "all", monkeypatch)
@@ -58,7 +58,7 @@ def test_code_and_manuals_come_out_of_both_kinds_of_archive(tmp_path: Path, monk
     assert manuals == {FILES["pack-1.0/docs/guide.rst"], FILES["pack-1.0/docs/intro.txt"]}
 
 
-def test_pages_join_the_manuals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_are_added_to_the_manuals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "archives").mkdir()
     write_archives(tmp_path / "archives")
     (tmp_path / "pages").mkdir()
@@ -69,7 +69,7 @@ def test_pages_join_the_manuals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("text", ["".join(f"line {n} of many\n" for n in range(1000)), "a\n" * 9 + "one word " * 900])
-def test_a_piece_begins_with_a_line(text: str) -> None:
+def test_piece_starts_at_a_line(text: str) -> None:
     found = {packages.piece(text, random.Random(seed)) for seed in range(9)}
     assert len(found) > 1 or text.count("\n") < 10
     for one in found:
@@ -77,5 +77,5 @@ def test_a_piece_begins_with_a_line(text: str) -> None:
         assert len(one) == packages.PIECE_CHARACTERS
 
 
-def test_what_is_short_is_taken_whole() -> None:
+def test_short_text_is_one_piece() -> None:
     assert packages.piece("two\nlines\n", random.Random(0)) == "two\nlines\n"

@@ -84,13 +84,13 @@ def test_resumed_pass_equals_an_uninterrupted_one(
     monkeypatch.setattr(activations, "CHECKPOINT_BATCHES", 2)
     whole = recorded(pair, tmp_path / "whole", 18)
     with pytest.raises(Interrupted):
-        recorded(pair, tmp_path / "parts", 18, stop_after=stop_after)
-    resumed = recorded(pair, tmp_path / "parts", 18)
+        recorded(pair, tmp_path / "resumed", 18, stop_after=stop_after)
+    resumed = recorded(pair, tmp_path / "resumed", 18)
     assert (resumed.fingerprint, resumed.sequences) == (whole.fingerprint, 18)
     for name, value in whole.sums.state().items():
         assert torch.equal(resumed.sums.state()[name], value)
     for name in ("tokens", "hidden-1", "teacher-ids", "teacher-logp"):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_finished_pass_is_not_run_again(pair: Pair, tmp_path: Path) -> None:

@@ -221,12 +221,12 @@ def test_evaluate_measures_exact_match_with_gold_answers(
     gold, out = workbench.folder / "gold.jsonl", workbench.folder / "quality.json"
     rows = [{"question": "What is it?", "answer": answer} for answer in ("no such words", "so #### 12345", "nor these")]
     gold.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = ("--gold", gold, "--gold-rows", 2, "--gold-tokens", 4, "--out", out)
-    call("evaluate", workbench.cluster, "--data", *workbench.data, "--sequence-tokens", 32, *asked)
+    questions = ("--gold", gold, "--gold-rows", 2, "--gold-tokens", 4, "--out", out)
+    call("evaluate", workbench.cluster, "--data", *workbench.data, "--sequence-tokens", 32, *questions)
     assert [row["exact_match"]["mean"] for row in json.loads(out.read_text())["systems"]] == [0.0, 0.0, 0.0]
     gold.write_text('{"question": "What is it?"}\n')
     with pytest.raises(InvalidRequest, match=r"gold is 'gold\.jsonl:1', but it needs an `answer`"):
-        call("evaluate", workbench.cluster, "--data", *workbench.data, *asked)
+        call("evaluate", workbench.cluster, "--data", *workbench.data, *questions)
 
 
 def test_evaluate_refuses_a_stitch_of_another_cut(workbench: Workbench) -> None:

@@ -121,8 +121,8 @@ def test_resumed_training_equals_an_uninterrupted_one(
     whole = distillation(pair, data, tmp_path / "whole.safetensors", settings)
     whole.run(negative_change, lambda step, steps, loss: None)
     with pytest.raises(Interrupted):
-        distillation(pair, data, tmp_path / "parts.safetensors", settings).run(negative_change, stopping)
-    resumed = distillation(pair, data, tmp_path / "parts.safetensors", settings)
+        distillation(pair, data, tmp_path / "resumed.safetensors", settings).run(negative_change, stopping)
+    resumed = distillation(pair, data, tmp_path / "resumed.safetensors", settings)
     resumed.run(negative_change, lambda step, steps, loss: None)
     assert resumed.history == whole.history
     assert torch.equal(resumed.stitch.to_map().weight, whole.stitch.to_map().weight)

@@ -105,9 +105,9 @@ def test_repeated_prompt_is_labelled_once(tmp_path: Path) -> None:
 
 
 async def test_progress_is_reported_after_every_prompt() -> None:
-    seen: list[int] = []
-    await label_rows(sums(3), ROUTES, SumRoutes(), io.StringIO(), 1, lambda progress: seen.append(progress.done))
-    assert seen == [1, 2, 3]
+    reported: list[int] = []
+    await label_rows(sums(3), ROUTES, SumRoutes(), io.StringIO(), 1, lambda progress: reported.append(progress.done))
+    assert reported == [1, 2, 3]
     assert LabellingProgress(2_000, 1_500, 3).line(100.0) == "1,500 of 2,000 labelled, 3 failed, 15.0/s"
 
 

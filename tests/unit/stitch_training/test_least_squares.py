@@ -20,16 +20,16 @@ def drawn(tokens: int, noise: float = 0.3, seed: int = 0) -> tuple[Tensor, Tenso
     return states, targets
 
 
-def summed(states: Tensor, targets: Tensor, parts: int = 1) -> tuple[Gram, Cross]:
+def summed(states: Tensor, targets: Tensor, batches: int = 1) -> tuple[Gram, Cross]:
     gram, cross = Gram(INPUTS), Cross(INPUTS, OUTPUTS)
-    for x, y in zip(states.chunk(parts), targets.chunk(parts), strict=True):
+    for x, y in zip(states.chunk(batches), targets.chunk(batches), strict=True):
         gram.add(x)
         cross.add(x, y)
     return gram, cross
 
 
 def solved(ridge: float, states: Tensor | None = None, targets: Tensor | None = None) -> AffineMap:
-    gram, cross = summed(*drawn(400), parts=7) if states is None or targets is None else summed(states, targets)
+    gram, cross = summed(*drawn(400), batches=7) if states is None or targets is None else summed(states, targets)
     spread = Spread(gram)
     mean = cross.total / gram.count
     covariance = cross.products / gram.count - torch.outer(mean, spread.mean)
@@ -47,19 +47,19 @@ def test_normal_equations_agree_with_lstsq() -> None:
 
 
 def test_sums_do_not_depend_on_the_batches() -> None:
-    whole, parts = (summed(*drawn(100), parts=parts) for parts in (1, 9))
-    for one, many in zip(whole, parts, strict=True):
+    whole, batches = (summed(*drawn(100), batches=batches) for batches in (1, 9))
+    for one, many in zip(whole, batches, strict=True):
         for name, value in one.state().items():
             torch.testing.assert_close(many.state()[name], value, rtol=1e-12, atol=1e-12)
 
 
 def test_explained_share_is_that_of_the_held_out_tokens() -> None:
-    seen, (states, targets) = drawn(60, noise=8.0), drawn(200, noise=8.0, seed=1)
-    gram, cross = summed(*seen)
+    training, (states, targets) = drawn(60, noise=8.0), drawn(200, noise=8.0, seed=1)
+    gram, cross = summed(*training)
     found = fit_ridge(Spread(gram), cross, gram, *summed(states, targets))
     left = targets - (states.double() @ found.map.weight.T + found.map.bias)
     about = targets - cross.total / gram.count
-    units = (seen[0].double() @ solved(RIDGES[0], *seen).weight.T).var(0, correction=0)
+    units = (training[0].double() @ solved(RIDGES[0], *training).weight.T).var(0, correction=0)
     share = float(((about.square() - left.square()).mean(0) / units).mean())
     assert found.explained[found.ridge] == pytest.approx(share, rel=1e-6)
 
@@ -68,8 +68,8 @@ def test_ridge_fit_does_not_depend_on_the_scale_of_channels() -> None:
     larger = torch.logspace(3, -3, INPUTS), torch.logspace(-2, 2, OUTPUTS)
     plain, scaled = [], []
     for found, (by_input, by_output) in ((plain, (torch.ones(INPUTS), torch.ones(OUTPUTS))), (scaled, larger)):
-        seen, held = drawn(30, noise=20.0), drawn(200, noise=20.0, seed=1)
-        gram, cross = summed(seen[0] * by_input, seen[1] * by_output)
+        training, held = drawn(30, noise=20.0), drawn(200, noise=20.0, seed=1)
+        gram, cross = summed(training[0] * by_input, training[1] * by_output)
         fitted = fit_ridge(Spread(gram), cross, gram, *summed(held[0] * by_input, held[1] * by_output))
         found += [fitted.ridge, fitted.map.weight * by_input / by_output[:, None]]
     assert plain[0] == scaled[0]

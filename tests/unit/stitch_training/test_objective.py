@@ -67,9 +67,9 @@ def test_head_loss_is_the_mean_over_tokens_with_a_next_token(tmp_path: Path, mon
     loss = head_loss(pair.top, hidden, tokens, teacher, LossSettings(0.3, pair.vocabulary, 10**6, torch.Generator()))
     (3 * loss).backward()
     rows, following = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-    known = Teacher(teacher.ids[:, :-1].flatten(0, 1), teacher.logprobs[:, :-1].flatten(0, 1))
+    shifted = Teacher(teacher.ids[:, :-1].flatten(0, 1), teacher.logprobs[:, :-1].flatten(0, 1))
     logits = pair.top.logits(rows)[:, : pair.vocabulary]
-    losses, by_logits = token_losses(logits.detach().clone(), following, known, 0.3)
+    losses, by_logits = token_losses(logits.detach().clone(), following, shifted, 0.3)
     expected = torch.autograd.grad(logits, hidden, 3 * by_logits / len(rows))[0]
     assert loss.item() == pytest.approx(float(losses.mean()), rel=1e-5)
     torch.testing.assert_close(hidden.grad, expected, rtol=1e-4, atol=1e-6)

@@ -148,12 +148,14 @@ def run(*arguments: object) -> int:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained with two sets of labels, and a router that was trained on the first."""
+    """Returns a folder with two sets of labels, and a router that was trained on the first."""
     folder = tmp_path_factory.mktemp("trained")
-    write(folder / "seen.jsonl", rows(160, seed=0))
+    write(folder / "training.jsonl", rows(160, seed=0))
     write(folder / "unseen.jsonl", rows(160, seed=1))
     assert (
-        run("router", "train", "--data", folder / "seen.jsonl", "--out", folder / "router.safetensors", "--folds", 2)
+        run(
+            "router", "train", "--data", folder / "training.jsonl", "--out", folder / "router.safetensors", "--folds", 2
+        )
         == 0
     )
     return folder
@@ -162,14 +164,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_artifact_records_its_data_and_figures(trained: Path) -> None:
     artifact = load_router(trained / "router.safetensors")
     [data] = artifact.training["data"]
-    assert (data["name"], data["rows"], data["skipped"]) == ("seen", 160, 0)
-    assert artifact.training["unseen"]["seen"]["weak → strong"]["apgr"] > 0.6
+    assert (data["name"], data["rows"], data["skipped"]) == ("training", 160, 0)
+    assert artifact.training["unseen"]["training"]["weak → strong"]["apgr"] > 0.6
     assert list(artifact.gain_percentiles) == sorted(artifact.gain_percentiles)
 
 
 def test_training_twice_gives_the_same_router(trained: Path) -> None:
     again = trained / "again.safetensors"
-    assert run("router", "train", "--data", trained / "seen.jsonl", "--out", again, "--folds", 2) == 0
+    assert run("router", "train", "--data", trained / "training.jsonl", "--out", again, "--folds", 2) == 0
     assert load_router(again).fingerprint == load_router(trained / "router.safetensors").fingerprint
 
 
@@ -230,12 +232,14 @@ def test_router_evaluate_prints_plots_and_writes(trained: Path, capsys: pytest.C
 
 
 def test_router_evaluate_warns_on_training_data(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("router", "evaluate", "--router", trained / "router.safetensors", "--data", trained / "seen.jsonl") == 0
+    assert (
+        run("router", "evaluate", "--router", trained / "router.safetensors", "--data", trained / "training.jsonl") == 0
+    )
     assert "trained on this very file" in capsys.readouterr().err
 
 
 def test_router_evaluate_plots_each_file(trained: Path) -> None:
-    data = (trained / "seen.jsonl", trained / "unseen.jsonl")
+    data = (trained / "training.jsonl", trained / "unseen.jsonl")
     assert (
         run(
             "router",
@@ -249,7 +253,7 @@ def test_router_evaluate_plots_each_file(trained: Path) -> None:
         )
         == 0
     )
-    assert (trained / "all-seen.png").exists()
+    assert (trained / "all-training.png").exists()
     assert (trained / "all-unseen.png").exists()
 
 
@@ -298,7 +302,7 @@ COSTS = ["small=100", "middle=150", "large=300"]
 @pytest.fixture(scope="module")
 def three_routes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     three_routes = tmp_path_factory.mktemp("three-routes")
-    data = write(three_routes / "seen.jsonl", rows(240, routes=ROUTES))
+    data = write(three_routes / "training.jsonl", rows(240, routes=ROUTES))
     write(three_routes / "unseen.jsonl", rows(240, seed=1, routes=ROUTES))
     train([data], three_routes / "router.safetensors", ROUTES, {}, count=2)
     return three_routes
@@ -308,7 +312,7 @@ def test_artifact_has_a_threshold_for_every_route_but_the_cheapest(three_routes:
     artifact = load_router(three_routes / "router.safetensors")
     assert artifact.model.routes == ROUTES
     assert len(artifact.thresholds) == 2
-    assert set(artifact.training["unseen"]["seen"]) == {"small → middle", "small → large"}
+    assert set(artifact.training["unseen"]["training"]) == {"small → middle", "small → large"}
 
 
 @pytest.mark.parametrize("cost", [130.0, 200.0])
