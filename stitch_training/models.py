@@ -22,9 +22,8 @@ from stitch_server.attention import backend_for
 from stitch_server.kv_cache.span import Span
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.adapters import Adapters
-from stitch_server.model.description import ParameterCount
 from stitch_server.model.decoder import DecoderLayers
-from stitch_server.model.description import ModelDescription, read_config
+from stitch_server.model.description import ModelDescription, ParameterCount, read_config
 from stitch_server.model.embedding_and_head import Embedding
 from stitch_server.model.stitch import Stitch
 from stitch_server.model.tokenizer_hash import tokenizer_hash

@@ -27,9 +27,8 @@ from stitch.cluster import ClusterConfig
 from stitch.environment import cache_folder
 from stitch.errors import Incompatible, InvalidRequest
 from stitch.thresholds import Thresholds
-from stitch_server.model.description import ParameterCount
 from stitch_server.model.decoder import DecoderLayers
-from stitch_server.model.description import ModelDescription
+from stitch_server.model.description import ModelDescription, ParameterCount
 from stitch_server.model.embedding_and_head import Embedding
 from stitch_server.model.probe import MOST_TOKENS, Probe, ProbeBinding, features, pooled
 from stitch_server.model.tokenizer_hash import tokenizer_hash
