@@ -28,11 +28,10 @@ from stitch_server.config import ShardSettings
 from stitch_server.devices import pick_device
 from stitch_server.engine.loop import Engine
 from stitch_server.engine.types import LinkEvent
-from stitch_server.metrics import Metrics
+from stitch_server.metrics import Metrics, StepLog
 from stitch_server.rpc.link_client import LinkClient
 from stitch_server.rpc.servicer import ShardServicer
 from stitch_server.shard import Shard, build_shard
-from stitch_server.step_log import StepLog
 
 # The event loop carries every token between two steps. Python's default lets it wait 5 ms for the engine's thread.
 SWITCH_SECONDS = 0.0002
@@ -99,7 +98,7 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
         step_log = None if folder is None else stack.enter_context(StepLog(folder, name))
 
         def open_links(identity: shard_pb2.ShardIdentity, on_event: Callable[[LinkEvent], None]) -> LinkClient:
-            links = LinkClient(identity, on_event, metrics.sent.inc, tls.client() if tls else None)
+            links = LinkClient(identity, on_event, metrics.link_bytes_sent.inc, tls.client() if tls else None)
             stack.push_async_callback(links.aclose)
             return links
 

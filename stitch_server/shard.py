@@ -28,10 +28,9 @@ from stitch_server.engine.next_stage import NextStage
 from stitch_server.engine.scheduler import Scheduler
 from stitch_server.engine.types import Batch, LinkEvent
 from stitch_server.kv_cache.block_pool import BlockPool
-from stitch_server.metrics import Metrics
+from stitch_server.metrics import Metrics, PassObserver
 from stitch_server.model.probe import MOST_TOKENS
 from stitch_server.rpc.tensors import DTYPES, Packed, unpack
-from stitch_server.step_log import Observer
 from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.parallelism import ParallelismTuner
 from stitch_server.worker.route_probe import RouteProbe
@@ -120,7 +119,7 @@ def build_shard(
     device: torch.device,
     open_links: OpenLinks,
     metrics: Metrics,
-    step_log: Observer | None = None,
+    step_log: PassObserver | None = None,
 ) -> Shard:
     """Builds KV cache, runner, links, batch source and engine around the loaded stage; nothing runs yet."""
     compute = cluster.compute
@@ -225,7 +224,7 @@ def _register_metrics(metrics: Metrics, shard: Shard, runner: ModelRunner) -> No
     metrics.read_gauge("stitch_sessions_waiting", "Sessions that wait for KV blocks.", lambda: shard.waiting_sessions)
     metrics.read_counter("stitch_busy_seconds", "Seconds spent in forward passes.", lambda: runner.busy_seconds)
     about = "Prompt tokens that were looked up in the prefix cache."
-    metrics.read_counter("stitch_prefix_tokens_asked", about, lambda: shard.pool.asked_tokens)
+    metrics.read_counter("stitch_prefix_tokens_asked", about, lambda: shard.pool.queried_tokens)
     about = "Prompt tokens that were found in the prefix cache."
     metrics.read_counter("stitch_prefix_tokens_reused", about, lambda: shard.pool.reused_tokens)
 

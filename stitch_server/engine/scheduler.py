@@ -137,7 +137,7 @@ class Scheduler:
 
     def share_prefix(self, request: Request) -> None:
         """The request has its route, so that the blocks of its prompt can serve others on the same route."""
-        self._pool.name(request.id, self._prefix_hashes(request))
+        self._pool.set_hashes(request.id, self._prefix_hashes(request))
 
     @property
     def has_work(self) -> bool:
@@ -221,7 +221,7 @@ class Scheduler:
             return None
         # Cached prefixes belong to a route; and the probe reads hidden states that must be computed in this pass.
         hashes = [] if request.awaits_route else self._prefix_hashes(request)
-        reused = 0 if request.skip_prefix_cache else self._pool.matching(hashes)
+        reused = 0 if request.skip_prefix_cache else self._pool.count_cached(hashes)
         if self._pool.blocks_for(len(request.token_ids) + 1) > self._pool.free_blocks:
             return None
         self.waiting.popleft()

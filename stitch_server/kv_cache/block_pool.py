@@ -1,4 +1,9 @@
-"""Who holds which KV block: counting only. Knows no tensor."""
+"""Which sequence holds which KV block, and which blocks are cached for a shared prefix.
+
+A `BlockPool` hands out block numbers and counts the holders of each; it has no tensors. A full block of a prompt is
+published under a hash of the route and of all tokens up to its end, and sequences with the same prefix share it. A
+published block that nobody holds stays cached until its room is needed, the least recently used first.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +13,15 @@ from collections import OrderedDict
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass, field
 
-# Unless the device's attention wants other ones.
+# The default block size; flash attention requires larger blocks.
 BLOCK_TOKENS = 16
 
 
 def prefix_hashes(route: str, token_ids: Sequenced[int], block_tokens: int = BLOCK_TOKENS) -> list[bytes]:
-    """One hash for every full block of a prompt, each covering everything before it.
+    """One hash for every full block of a prompt, each over all tokens up to the block's end.
 
-    The route is part of it, since the same tokens leave other KV behind on another cut.
-    The last token is never covered: at least one must be computed to get logits.
+    The route is hashed, too, since the KV of the same tokens differs between cuts. The last token is in no hashed
+    block: at least one token must be computed to get logits.
     """
     hashes = []
     chained = hashlib.sha256(route.encode())
@@ -27,40 +32,38 @@ def prefix_hashes(route: str, token_ids: Sequenced[int], block_tokens: int = BLO
 
 
 @dataclass(slots=True)
-class _Holding:
+class _SequenceBlocks:
+    """The blocks of one sequence, the hashes of its prompt's full blocks, and how many of these are published."""
+
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     published: int = 0
 
 
 class BlockPool:
-    """Hands out blocks of `block_tokens` tokens to sequences.
-
-    A block whose content may serve another sequence with the same beginning stays known by its hash after its last
-    holder is gone, until the room is needed: the longest unused goes first.
-    """
+    """Hands out `blocks` blocks of `block_tokens` tokens to sequences."""
 
     def __init__(self, blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
         self.blocks = blocks
         self.block_tokens = block_tokens
         self._free = list(range(blocks - 1, -1, -1))
         self._holders = [0] * blocks
-        self._hash_of: dict[int, bytes] = {}
-        self._block_of: dict[bytes, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()
-        self._held: dict[int, _Holding] = {}
-        # Tokens of prompts that were looked up, and how many of them were here.
-        self.asked_tokens = self.reused_tokens = 0
+        self._hash_by_block: dict[int, bytes] = {}
+        self._block_by_hash: dict[bytes, int] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._sequences: dict[int, _SequenceBlocks] = {}
+        # Prompt tokens that were looked up in the prefix cache, and those found there.
+        self.queried_tokens = self.reused_tokens = 0
 
     @property
     def tokens(self) -> int:
-        """For so many tokens there is room in all."""
+        """The capacity of the pool in tokens."""
         return self.blocks * self.block_tokens
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that can be handed out now; those that only remember a beginning among them."""
-        return len(self._free) + len(self._idle)
+        """Blocks that can be handed out now, including those cached only for their prefix."""
+        return len(self._free) + len(self._cached)
 
     @property
     def usage(self) -> float:
@@ -68,94 +71,94 @@ class BlockPool:
         return 1.0 - self.free_blocks / self.blocks
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold `tokens` tokens."""
+        """The number of blocks that hold `tokens` tokens."""
         return blocks_for(tokens, self.block_tokens)
 
     def hashes(self, route: str, token_ids: Sequenced[int]) -> list[bytes]:
         """`prefix_hashes` of a prompt in blocks of this pool."""
         return prefix_hashes(route, token_ids, self.block_tokens)
 
-    def matching(self, hashes: Sequenced[bytes]) -> int:
-        """How many leading blocks of a prompt are here already."""
+    def count_cached(self, hashes: Sequenced[bytes]) -> int:
+        """How many leading blocks of a prompt are cached."""
         count = 0
-        while count < len(hashes) and hashes[count] in self._block_of:
+        while count < len(hashes) and hashes[count] in self._block_by_hash:
             count += 1
         return count
 
-    def begin(self, number: int, hashes: Sequenced[bytes], reused: int) -> bool:
-        """Starts a sequence that shares its first `reused` blocks; False where they are not all here."""
-        if self.matching(hashes[:reused]) < reused:
+    def begin(self, session_id: int, hashes: Sequenced[bytes], reused: int) -> bool:
+        """Starts a sequence that shares its first `reused` blocks; False if one of them is no longer cached."""
+        if self.count_cached(hashes[:reused]) < reused:
             return False
-        holding = _Holding(hashes=list(hashes), published=reused)
+        held = _SequenceBlocks(hashes=list(hashes), published=reused)
         for content in hashes[:reused]:
-            block = self._block_of[content]
+            block = self._block_by_hash[content]
             self._holders[block] += 1
-            self._idle.pop(block, None)
-            holding.blocks.append(block)
-        self._held[number] = holding
-        self.asked_tokens += len(hashes) * self.block_tokens
+            self._cached.pop(block, None)
+            held.blocks.append(block)
+        self._sequences[session_id] = held
+        self.queried_tokens += len(hashes) * self.block_tokens
         self.reused_tokens += reused * self.block_tokens
         return True
 
-    def name(self, number: int, hashes: Sequenced[bytes]) -> None:
-        """What a sequence that was begun without hashes holds: only now it is known, with its route."""
-        self._held[number].hashes = list(hashes)
+    def set_hashes(self, session_id: int, hashes: Sequenced[bytes]) -> None:
+        """Sets the hashes of a sequence that began without them, since its route was not decided yet."""
+        self._sequences[session_id].hashes = list(hashes)
 
-    def grow(self, number: int, tokens: int) -> bool:
-        """Makes room for `tokens` tokens of a sequence in all; False, and nothing changed, where there is none."""
-        holding = self._held[number]
-        missing = self.blocks_for(tokens) - len(holding.blocks)
+    def grow(self, session_id: int, tokens: int) -> bool:
+        """Extends a sequence to `tokens` tokens; False, with nothing changed, if too few blocks are free."""
+        held = self._sequences[session_id]
+        missing = self.blocks_for(tokens) - len(held.blocks)
         if missing > self.free_blocks:
             return False
         for _ in range(missing):
-            block = self._take()
+            block = self._allocate()
             self._holders[block] = 1
-            holding.blocks.append(block)
+            held.blocks.append(block)
         return True
 
-    def publish(self, number: int, tokens: int) -> None:
-        """The first `tokens` tokens of a sequence are computed: others may share its full prompt blocks.
+    def publish(self, session_id: int, tokens: int) -> None:
+        """Shares the full prompt blocks among a sequence's first `tokens` tokens, whose KV is computed.
 
-        Unknown numbers are fine: what is over has nothing to share.
+        Does nothing for a sequence that is already released.
         """
-        holding = self._held.get(number)
-        if holding is None:
+        held = self._sequences.get(session_id)
+        if held is None:
             return
-        ready = min(tokens // self.block_tokens, len(holding.hashes))
-        for index in range(holding.published, ready):
-            content, block = holding.hashes[index], holding.blocks[index]
-            if content not in self._block_of:
-                self._block_of[content] = block
-                self._hash_of[block] = content
-        holding.published = max(holding.published, ready)
+        ready = min(tokens // self.block_tokens, len(held.hashes))
+        for index in range(held.published, ready):
+            content, block = held.hashes[index], held.blocks[index]
+            if content not in self._block_by_hash:
+                self._block_by_hash[content] = block
+                self._hash_by_block[block] = content
+        held.published = max(held.published, ready)
 
-    def blocks_of(self, number: int) -> list[int]:
-        """The sequence's blocks in the order of its tokens; not to be changed."""
-        return self._held[number].blocks
+    def blocks_of(self, session_id: int) -> list[int]:
+        """The sequence's blocks in the order of its tokens; the caller must not change the list."""
+        return self._sequences[session_id].blocks
 
-    def release(self, number: int) -> None:
-        """The sequence is over. Unknown numbers are fine: closing twice does no harm."""
-        holding = self._held.pop(number, None)
-        # The end of a beginning goes back first, so that what many share is forgotten last.
-        for block in reversed(holding.blocks if holding else []):
+    def release(self, session_id: int) -> None:
+        """Frees a sequence's blocks. Does nothing for one that is already released."""
+        held = self._sequences.pop(session_id, None)
+        # Later blocks first, so that the start of a prefix, which most sequences share, is evicted last.
+        for block in reversed(held.blocks if held else []):
             self._holders[block] -= 1
             if self._holders[block] == 0:
-                self._put_back(block)
+                self._free_block(block)
 
-    def _put_back(self, block: int) -> None:
-        if block in self._hash_of:
-            self._idle[block] = None
+    def _free_block(self, block: int) -> None:
+        if block in self._hash_by_block:
+            self._cached[block] = None
         else:
             self._free.append(block)
 
-    def _take(self) -> int:
+    def _allocate(self) -> int:
         if self._free:
             return self._free.pop()
-        block, _ = self._idle.popitem(last=False)
-        del self._block_of[self._hash_of.pop(block)]
+        block, _ = self._cached.popitem(last=False)
+        del self._block_by_hash[self._hash_by_block.pop(block)]
         return block
 
 
 def blocks_for(tokens: int, block_tokens: int = BLOCK_TOKENS) -> int:
-    """Blocks that hold `tokens` tokens."""
+    """The number of blocks that hold `tokens` tokens."""
     return -(-tokens // block_tokens)

@@ -75,7 +75,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
                 shard.identity.wire_dtype,
                 shard.max_step_tokens,
                 shard.unpack,
-                shard.metrics.received.inc,
+                shard.metrics.link_bytes_received.inc,
             )
             link = UpstreamLink(shard.engine, next_stage, assembler, shard.in_flight)
             async for response in link.responses(frames):

@@ -102,7 +102,7 @@ async def test_sessions_that_lose_their_blocks_begin_anew(tmp_path: Path) -> Non
     references = {route: whole(tmp_path, route) for route in CUTS}
     async with open_shards(file) as shards:
         await check(shards, references.__getitem__, [prompt(2 * PAGE_TOKENS - 5)])
-        begun = shards.running["bottom-0"].shard.pool.asked_tokens
+        begun = shards.running["bottom-0"].shard.pool.queried_tokens
         assert begun > len(CUTS) * PAGE_TOKENS, "no session began anew"
 
 

@@ -82,7 +82,7 @@ async def test_a_session_that_loses_its_kv_keeps_its_route(tmp_path: Path) -> No
     async with open_shards(with_probe(tmp_path, kv_tokens=10 * BLOCK_TOKENS)) as shards:
         pool = shards.running["bottom-0"].shard.pool
         await asyncio.gather(*(shards.ask(drawn(seed, 45), ANSWER_TOKENS) for seed in range(4)))
-        assert pool.asked_tokens > 0, "no session began anew: undecided ones look nothing up"
+        assert pool.queried_tokens > 0, "no session began anew: undecided ones look nothing up"
         await routes_of(shards, [drawn(seed, 45) for seed in range(10, 14)])
         await eventually(lambda: set(shards.used().values()) == {0.0})
 

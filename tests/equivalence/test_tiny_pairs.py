@@ -144,7 +144,7 @@ async def test_sessions_that_lose_their_kv_go_on_as_before(tmp_path: Path, refer
     # Three prompts fit at once, but not with their answers.
     async with open_shards(write_tiny_cluster(tmp_path, kv_tokens=10 * BLOCK_TOKENS)) as shards:
         assert await differences(shards, references, "llama", [drawn_prompt(9), drawn_prompt(10)]) == []
-        begun = shards.running["bottom-0"].shard.pool.asked_tokens
+        begun = shards.running["bottom-0"].shard.pool.queried_tokens
         assert begun > 4 * 2 * BLOCK_TOKENS, "no session began anew"
         assert set(shards.used().values()) == {0.0}
 
@@ -160,7 +160,7 @@ async def test_a_session_that_finds_no_room_behind_goes_on_as_before(tmp_path: P
             step = opening_step(1, "weak", 8 * BLOCK_TOKENS, other.identity.bottom.hidden_size)
             assert len((await other.ask(step)).tokens) == 1
             answers = await asyncio.gather(*(shards.generate(prompt, "weak", ANSWER_TOKENS) for prompt in prompts))
-        begun = shards.running["bottom-0"].shard.pool.asked_tokens
+        begun = shards.running["bottom-0"].shard.pool.queried_tokens
         assert begun > len(prompts) * BLOCK_TOKENS, "no session began anew"
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer == greedy(references("llama", "weak"), prompt, answer)
