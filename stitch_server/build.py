@@ -1,7 +1,12 @@
-"""What one shard holds of a pair, read from the models' folders. Computes nothing."""
+"""Loads what one shard holds of a pair, and allocates its KV cache.
+
+`load_stage` reads a shard's own layers, stitches and adapters from the models' folders, and refuses files that do not
+fit the cluster file. `allocate_kv_cache` gives the loaded layers a KV cache of the size and form that suit the device.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,33 +35,32 @@ from stitch_server.worker.cuda_graphs import DecodeGraphs, capture_for
 
 @dataclass(frozen=True, slots=True)
 class LoadedStage:
-    """What a shard holds of the pair, in memory."""
+    """A shard's weights in memory, with the routes that they serve."""
 
     folder: Path
     model: ModelDescription
     decoder: DecoderLayers
+    # On the first and on the last shard of the chain.
     embedding: Embedding | None
     head: Head | None
-    # By the name of the route that enters the top model here; None: bottom and top are one model.
+    # By route that enters the top model on this shard; None: bottom and top are one model.
     stitches: dict[str, Stitch | None]
-    # By the name of the route whose stitch adapts layers of the top model here, wherever the route enters it.
+    # By route whose stitch adapts layers on this shard, whichever shard it enters the top model on.
     adapters: dict[str, Adapters]
-    # Of the stitches that are held here, in whole or in part.
+    # By route, of the stitches in `stitches` and `adapters`.
     fingerprints: dict[str, str]
+    # By route that passes this shard.
     layer_ranges: dict[str, LayerRange]
     tokenizer: str
     count: ParameterCount
-    # On the first shard, where the cluster file names one.
+    # On the first shard, if the cluster file names one.
     probe: Probe | None = None
 
     def describe(self, route: RouteConfig) -> inference_pb2.RouteDescription:
-        """A route that passes here: the stitch where it is held, and the parameters that are read here."""
-        stitch, adapters, cut = (
-            self.stitches.get(route.name),
-            self.adapters.get(route.name),
-            self.layer_ranges[route.name],
-        )
-        parameters = self.count.between(cut.first, cut.end)
+        """A route that passes this shard, with the parameters that its tokens read here."""
+        stitch, adapters = self.stitches.get(route.name), self.adapters.get(route.name)
+        layers = self.layer_ranges[route.name]
+        parameters = self.count.between(layers.first, layers.end)
         parameters += 0 if stitch is None else stitch.weight.numel() + stitch.bias.numel()
         parameters += 0 if adapters is None else adapters.parameters
         parameters += 0 if self.head is None else self.count.head
@@ -69,42 +73,38 @@ class LoadedStage:
         )
 
 
-def load_stage(cluster: ClusterConfig, place: ShardConfig, device: torch.device) -> LoadedStage:
-    """Reads a shard's own tensors. Raises Incompatible where files do not fit the cluster file."""
-    source = cluster.models.bottom if place.role == "bottom" else cluster.models.top
-    folder = resolve(cluster.model_source(place.role), cache_folder())
+def load_stage(cluster: ClusterConfig, config: ShardConfig, device: torch.device) -> LoadedStage:
+    """Reads the tensors of one shard. Raises Incompatible if files do not fit the cluster file."""
+    source = cluster.models.bottom if config.role == "bottom" else cluster.models.top
+    folder = resolve(cluster.model_source(config.role), cache_folder())
     model = ModelDescription.read(folder, source.id)
     dtype, weight_format = getattr(torch, cluster.compute.dtype), WeightFormat.of(cluster.compute)
-    first, end = place.layers
+    first, end = config.layers
     decoder = DecoderLayers.load(folder, first, end, device, dtype, weight_format)
     tokenizer = tokenizer_hash(folder)
-    cuts = {route.name: cut for route in cluster.routes if (cut := layer_range_of(route, place)) is not None}
-    passed = {
-        route.name: _stitch(cluster, route, model, tokenizer, device, dtype)
-        for route in cluster.routes
-        if place.role == "top" and route.name in cuts
-    }
-    entered = {route.name for route in cluster.routes if first <= route.top_from < end}
-    beside = {name: _adapters(stitch, place) for name, stitch in passed.items()}
-    adapters = {name: found for name, found in beside.items() if found is not None}
-    is_last = (place.role, end) == ("top", model.layers)
+    ranges = {route.name: layer_range_of(route, config) for route in cluster.routes}
+    layer_ranges = {name: layers for name, layers in ranges.items() if layers is not None}
+    stitches = _load_stitches(cluster, config, layer_ranges, model, tokenizer, device, dtype)
+    entering = {route.name for route in cluster.routes if first <= route.top_from < end}
+    adapters = _adapters_of(stitches, config)
+    is_first, is_last = (config.role, first) == ("bottom", 0), (config.role, end) == ("top", model.layers)
     return LoadedStage(
         folder=folder,
         model=model,
         decoder=decoder,
-        embedding=Embedding.load(folder, device, dtype) if (place.role, first) == ("bottom", 0) else None,
+        embedding=Embedding.load(folder, device, dtype) if is_first else None,
         head=Head.load(folder, device, dtype, token_count(folder), weight_format) if is_last else None,
-        stitches={name: stitch for name, stitch in passed.items() if name in entered},
+        stitches={name: stitch for name, stitch in stitches.items() if name in entering},
         adapters=adapters,
         fingerprints={
             name: stitch.fingerprint
-            for name, stitch in passed.items()
-            if stitch is not None and (name in entered or name in adapters)
+            for name, stitch in stitches.items()
+            if stitch is not None and (name in entering or name in adapters)
         },
-        layer_ranges=cuts,
+        layer_ranges=layer_ranges,
         tokenizer=tokenizer,
         count=ParameterCount.read(folder),
-        probe=_probe(cluster, model, tokenizer, device) if (place.role, first) == ("bottom", 0) else None,
+        probe=_load_probe(cluster, model, tokenizer, device) if is_first else None,
     )
 
 
@@ -141,41 +141,51 @@ def allocate_kv_cache(
     return KVCache(pool, store, attention, DecodeGraphs(decoder, store, kernel, max_blocks, capture))
 
 
-def layer_range_of(route: RouteConfig, place: ShardConfig) -> LayerRange | None:
-    """The layers of a shard that a route passes; None where it passes none."""
-    first, end = place.layers
-    if place.role == "bottom":
+def layer_range_of(route: RouteConfig, config: ShardConfig) -> LayerRange | None:
+    """The layers of a shard that a route passes; None if it passes none."""
+    first, end = config.layers
+    if config.role == "bottom":
         end = min(end, route.bottom_layers)
     else:
         first = max(first, route.top_from)
     return LayerRange(first, end) if first < end else None
 
 
-def _stitch(
+def _load_stitches(
     cluster: ClusterConfig,
-    route: RouteConfig,
+    config: ShardConfig,
+    layer_ranges: Mapping[str, LayerRange],
     top: ModelDescription,
     tokenizer: str,
     device: torch.device,
     dtype: torch.dtype,
-) -> Stitch | None:
-    path = cluster.stitch_file(route)
-    if path is None:
-        return None
-    stitch = Stitch.load(path, device, dtype)
-    stitch.check_cut(route.bottom_layers, route.top_from)
-    stitch.check_models(top=top.to_proto())
-    stitch.check_tokenizer(tokenizer)
-    stitch.check_depth(top.layers)
-    return stitch
+) -> dict[str, Stitch | None]:
+    """By route that passes this top shard, its stitch, or None if it has none; nothing on a bottom shard."""
+    stitches: dict[str, Stitch | None] = {}
+    for route in cluster.routes:
+        if config.role == "bottom" or route.name not in layer_ranges:
+            continue
+        path = cluster.stitch_file(route)
+        stitches[route.name] = None if path is None else Stitch.load(path, device, dtype)
+        if (stitch := stitches[route.name]) is not None:
+            stitch.check_cut(route.bottom_layers, route.top_from)
+            stitch.check_models(top=top.to_proto())
+            stitch.check_tokenizer(tokenizer)
+            stitch.check_depth(top.layers)
+    return stitches
 
 
-def _adapters(stitch: Stitch | None, place: ShardConfig) -> Adapters | None:
-    """Those of the layers that lie here."""
-    return None if stitch is None or stitch.adapters is None else stitch.adapters.between(*place.layers)
+def _adapters_of(stitches: Mapping[str, Stitch | None], config: ShardConfig) -> dict[str, Adapters]:
+    """By route, the adapters of its stitch for the layers of this shard."""
+    adapters = {
+        name: stitch.adapters.between(*config.layers)
+        for name, stitch in stitches.items()
+        if stitch is not None and stitch.adapters is not None
+    }
+    return {name: found for name, found in adapters.items() if found is not None}
 
 
-def _probe(cluster: ClusterConfig, bottom: ModelDescription, tokenizer: str, device: torch.device) -> Probe | None:
+def _load_probe(cluster: ClusterConfig, bottom: ModelDescription, tokenizer: str, device: torch.device) -> Probe | None:
     if (path := cluster.probe_file) is None:
         return None
     probe = Probe.load(path, device)

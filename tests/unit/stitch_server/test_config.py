@@ -1,4 +1,4 @@
-"""Which part of a cluster a shard plays, and where it may listen."""
+"""The settings of a shard come from flags and the cluster file, and an exposed address needs TLS or `--insecure`."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ def settings(shard: str = "top-0", **flags: Any) -> ShardSettings:
     return shard_settings(load_cluster("smollm2"), shard, **{**FLAGS, **flags})
 
 
-def test_what_no_flag_says_is_the_cluster_files() -> None:
+def test_defaults_come_from_the_cluster_file() -> None:
     made = settings()
     assert (made.shard.name, made.shard.layers) == ("top-0", (20, 30))
     assert (made.listen, made.host, made.metrics_port, made.insecure) == ("127.0.0.1:0", "127.0.0.1", 0, False)
 
 
-def test_a_flag_counts_more() -> None:
+def test_flags_override_the_cluster_file() -> None:
     made = settings(listen="localhost:7", metrics_port=9, drain_seconds=1.5)
     assert (made.listen, made.host, made.metrics_port, made.drain_seconds) == ("localhost:7", "localhost", 9, 1.5)
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:7", "localhost:7", "[::1]:7"])
-def test_a_loopback_address_is_allowed(listen: str) -> None:
+def test_loopback_address_is_allowed(listen: str) -> None:
     assert settings(listen=listen).listen == listen
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:7", "10.0.0.1:7", ":7", "[::]:7", "localhost.example:7", "7"])
-def test_any_other_needs_a_word(listen: str) -> None:
+def test_exposed_address_needs_the_insecure_flag(listen: str) -> None:
     with pytest.raises(InvalidRequest, match="--insecure allows it") as caught:
         settings(listen=listen)
     assert (caught.value.field, caught.value.value) == ("listen", listen)
     assert settings(listen=listen, insecure=True).listen == listen
 
 
-def test_an_unknown_shard_is_named() -> None:
+def test_unknown_shard_is_refused_with_the_known_names() -> None:
     with pytest.raises(InvalidRequest, match="shard is 'top-9', but the cluster file has: bottom-0, top-0"):
         settings("top-9")
 
 
 @pytest.mark.parametrize(("field", "value"), [("drain_seconds", -1.0), ("metrics_port", -1), ("metrics_port", 65536)])
-def test_a_value_outside_of_its_limits_is_named(field: str, value: Any) -> None:
+def test_value_outside_its_limits_is_refused_by_field(field: str, value: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         settings(**{field: value})
     assert (caught.value.field, caught.value.value) == (field, value)
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError):
         settings().listen = "0.0.0.0:7"
