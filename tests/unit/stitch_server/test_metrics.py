@@ -10,7 +10,7 @@ from prometheus_client import generate_latest
 
 from stitch_server.engine.types import Batch, LayerRange, Segment
 from stitch_server.metrics import Metrics, StepLog
-from tests.support.engine_fakes import new_session
+from tests.support.engine_fakes import new_request
 
 NAMES = [
     'stitch_batch_tokens_count{shard="top-0"}',
@@ -62,7 +62,7 @@ def test_two_shards_of_one_process_have_separate_registries() -> None:
 def test_step_log_writes_a_line_for_every_pass(tmp_path: Path) -> None:
     lengths = (3, 1)
     segments = tuple(
-        Segment(new_session(), LayerRange(0, 1), 0, length, wants_token=True, blocks=[]) for length in lengths
+        Segment(new_request(), LayerRange(0, 1), 0, length, wants_token=True, blocks=[]) for length in lengths
     )
     with StepLog(tmp_path / "steps", "top-0") as log:
         log(Batch(segments), 1.5, 2.0)
