@@ -21,7 +21,7 @@ from stitch_server.build import LoadedStage, load_stage
 from stitch_server.engine.types import Batch, LayerRange, Segment, Session
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.kv_cache.store import KVStore
-from stitch_server.model.probe import PERCENTILES, Probe, ProbeBinding, features
+from stitch_server.model.probe import PERCENTILES, Probe, ProbeBinding, feature_count
 from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.parallelism import ParallelismTuner
 from stitch_server.worker.route_probe import RouteProbe
@@ -75,7 +75,7 @@ def probe_for(route: str, loaded: LoadedStage, layer: int) -> RouteProbe:
     """A probe with random weights, and a threshold that its gain always or never exceeds."""
     drawn = torch.Generator().manual_seed(0)
     probe = Probe(
-        weight=torch.randn(1, features(loaded.model.hidden_size), generator=drawn),
+        weight=torch.randn(1, feature_count(loaded.model.hidden_size), generator=drawn),
         bias=torch.zeros(1),
         binding=ProbeBinding.of(loaded.model, layer, WINDOW, ROUTES, loaded.tokenizer),
         thresholds=(0.0,),

@@ -29,7 +29,7 @@ from stitch_server.engine.scheduler import Scheduler
 from stitch_server.engine.types import Batch, LinkEvent
 from stitch_server.kv_cache.block_pool import BlockPool
 from stitch_server.metrics import Metrics, PassObserver
-from stitch_server.model.probe import MOST_TOKENS
+from stitch_server.model.probe import MAX_PROBE_TOKENS
 from stitch_server.rpc.tensors import DTYPES, Packed, unpack
 from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.parallelism import ParallelismTuner
@@ -169,7 +169,8 @@ def build_shard(
         in_flight=InFlightTracker(f"shard {config.name}"),
         pool=pool,
         device=device,
-        max_step_tokens=max(batching.max_merged_tokens, batching.max_num_batched_tokens, MOST_TOKENS) + MAX_DECODING,
+        max_step_tokens=max(batching.max_merged_tokens, batching.max_num_batched_tokens, MAX_PROBE_TOKENS)
+        + MAX_DECODING,
     )
     _register_metrics(metrics, shard, runner)
     return shard

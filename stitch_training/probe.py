@@ -30,7 +30,7 @@ from stitch.thresholds import Thresholds
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import ModelDescription, ParameterCount
 from stitch_server.model.embedding_and_head import Embedding
-from stitch_server.model.probe import MOST_TOKENS, Probe, ProbeBinding, features, pooled
+from stitch_server.model.probe import MAX_PROBE_TOKENS, Probe, ProbeBinding, feature_count, pool
 from stitch_server.model.tokenizer_hash import tokenizer_hash
 from stitch_server.sources.resolve import resolve
 from stitch_training.activations import Progress
@@ -62,7 +62,7 @@ class ProbeSettings:
 
     def __post_init__(self) -> None:
         checks: tuple[tuple[str, bool, object, str], ...] = (
-            ("tokens", 1 <= self.tokens <= MOST_TOKENS, self.tokens, f"it must be 1 to {MOST_TOKENS}"),
+            ("tokens", 1 <= self.tokens <= MAX_PROBE_TOKENS, self.tokens, f"it must be 1 to {MAX_PROBE_TOKENS}"),
             ("budget", 0 <= self.budget <= 1, self.budget, "it must be 0 to 1"),
             ("folds", self.folds >= 2, self.folds, "it must be at least 2"),
             ("routes", len(self.cluster.routes) >= 2, len(self.cluster.routes), "there must be two to decide between"),
@@ -207,7 +207,7 @@ class FeatureExtractor:
         empty = [index for index, window in enumerate(windows) if not window]
         if empty:
             raise InvalidRequest("data", f"prompt {empty[0] + 1}", "it must have a token at least")
-        rows, done = np.empty((len(windows), features(self.layers.hidden_size))), 0
+        rows, done = np.empty((len(windows), feature_count(self.layers.hidden_size))), 0
         for batch in _batches_by_length(windows):
             rows[batch] = self._pool([windows[index] for index in batch])
             done += len(batch)
@@ -222,7 +222,7 @@ class FeatureExtractor:
         rotary = self.layers.rotary(torch.arange(length).repeat(count))
         hidden = self.embedding(tokens.flatten())
         states = self.layers.run(hidden, rotary, CausalSequences(count), 0, self.layers.end).view(count, length, -1)
-        rows: Float64Array = torch.stack([pooled(one) for one in states]).double().numpy()
+        rows: Float64Array = torch.stack([pool(one) for one in states]).double().numpy()
         return rows
 
 

@@ -1,9 +1,9 @@
-"""The probe: hidden states at the earliest cut to what each dearer route is expected to gain. Knows no session.
+"""The route probe: predicts from hidden states at the earliest cut what each costlier route would gain.
 
     gain[route] = weight[route] · pooled(states) + bias[route]
 
-One safetensors file holds `weight` [routes - 1, features] and `bias` [routes - 1], and as JSON in its metadata what
-they are bound to and how they were made. Nothing is unpickled; whatever does not fit is refused by its name.
+One safetensors file holds `weight` [routes - 1, features] and `bias` [routes - 1], and as JSON in its metadata their
+binding and how they were made. Nothing is unpickled; a file that doesn't fit is refused with the reason.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from stitch_server.model.description import ModelDescription
 FORMAT = "stitch-probe/1"
 METADATA_KEY = "probe"
 PERCENTILES = 101
-# Tokens of one prompt that may be read: they are computed in one pass, and travel in one step.
-MOST_TOKENS = 1024
+# The most tokens of a prompt that a probe may read: they are computed in one pass and sent in one step.
+MAX_PROBE_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeBinding:
-    """What a probe fits to, and nothing else."""
+    """The model, depth and routes that a probe is made for."""
 
     bottom_id: str
     bottom_revision: str
     bottom_hidden: int
-    # The states are those behind so many layers: where the earliest route leaves.
+    # The probe reads states after this many layers: the earliest cut of all routes.
     layer: int
-    # Of a prompt's first tokens so many are read.
+    # The number of a prompt's first tokens that are read.
     tokens: int
     # Cheapest first.
     routes: tuple[str, ...]
@@ -50,64 +50,64 @@ class ProbeBinding:
     def of(
         cls, bottom: ModelDescription, layer: int, tokens: int, routes: Sequence[str], tokenizer: str
     ) -> ProbeBinding:
-        """The binding to a model at one depth; `tokenizer` is its tokenizer's hash."""
+        """Returns the binding to a model at one depth; `tokenizer` is its tokenizer's hash."""
         return cls(bottom.id, bottom.revision, bottom.hidden_size, layer, tokens, tuple(routes), tokenizer)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Hidden states of a prompt's beginning to gains over the cheapest route."""
+    """Maps hidden states of a prompt's first tokens to gains over the cheapest route."""
 
     weight: Tensor
     bias: Tensor
     binding: ProbeBinding
-    # What a gain must exceed; one for each route but the cheapest.
+    # The gain above which a route is chosen; one for each route but the cheapest.
     thresholds: tuple[float, ...]
-    # The dearest route's gain at 0 %, 1 %, … 100 % of the training prompts, each judged unseen.
+    # The most expensive route's gain at 0 %, 1 %, … 100 % of the training prompts, each predicted when held out.
     percentiles: tuple[float, ...]
-    # Data fingerprints, rows, settings and cross-validated figures; JSON.
+    # Data fingerprints, number of prompts, settings and cross-validated figures; JSON.
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        dearer = len(self.binding.routes) - 1
+        costlier = len(self.binding.routes) - 1
         shapes = tuple(self.weight.shape), tuple(self.bias.shape)
-        wanted = (dearer, features(self.binding.bottom_hidden)), (dearer,)
+        wanted = (costlier, feature_count(self.binding.bottom_hidden)), (costlier,)
         if shapes != wanted:
-            raise Incompatible(f"weight and bias have the shapes {shapes}, but {dearer + 1} routes need {wanted}")
+            raise Incompatible(f"weight and bias have the shapes {shapes}, but {costlier + 1} routes need {wanted}")
         if self.weight.dtype != torch.float32 or self.bias.dtype != torch.float32:
             raise Incompatible(f"weight and bias are {self.weight.dtype} and {self.bias.dtype}, not float32")
-        if dearer < 1 or self.binding.tokens < 1 or self.binding.layer < 1:
+        if costlier < 1 or self.binding.tokens < 1 or self.binding.layer < 1:
             raise Incompatible("a probe needs two routes, a layer and a token at least")
-        if self.binding.tokens > MOST_TOKENS:
-            raise Incompatible(f"it reads {self.binding.tokens} tokens, and {MOST_TOKENS} is the limit")
+        if self.binding.tokens > MAX_PROBE_TOKENS:
+            raise Incompatible(f"it reads {self.binding.tokens} tokens, and {MAX_PROBE_TOKENS} is the limit")
         counts = len(self.thresholds), len(self.percentiles)
-        if counts != (dearer, PERCENTILES):
-            raise Incompatible(f"{counts[0]} thresholds and {counts[1]} percentiles, not {dearer} and {PERCENTILES}")
+        if counts != (costlier, PERCENTILES):
+            raise Incompatible(f"{counts[0]} thresholds and {counts[1]} percentiles, not {costlier} and {PERCENTILES}")
         values = torch.cat([self.weight.flatten(), self.bias, torch.tensor([*self.thresholds, *self.percentiles])])
         if not bool(values.isfinite().all()):
-            raise Incompatible("it has values that are not finite")
+            raise Incompatible("it has non-finite values")
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits of the tensors and the binding."""
+        """A hash of the tensors and the binding, 16 hex digits."""
         digest = hashlib.sha256(json.dumps(asdict(self.binding), sort_keys=True).encode())
         for tensor in (self.weight, self.bias):
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def gains(self, states: Tensor) -> tuple[float, ...]:
-        """Of a prompt's first states `[tokens, bottom_hidden]`: one gain for each route, 0 for the cheapest."""
-        found: list[float] = torch.addmv(self.bias, self.weight, pooled(states)).tolist()
-        return (0.0, *found)
+        """Predicts from a prompt's first states `[tokens, bottom_hidden]` a gain for each route, 0 for the cheapest."""
+        predicted: list[float] = torch.addmv(self.bias, self.weight, pool(states)).tolist()
+        return (0.0, *predicted)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Probe:
-        """Reads a probe. Raises Incompatible where the file is missing, cut off, or holds something else."""
+        """Reads a probe. Raises Incompatible if the file is missing, truncated, or holds something else."""
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in ("weight", "bias")}
                 fields = json.loads(file.metadata()[METADATA_KEY])
-            stored = cls(**tensors, **_parts(fields))
+            stored = cls(**tensors, **_fields_of(fields))
             if stored.fingerprint != fields["fingerprint"]:
                 raise Incompatible(f"its fingerprint is {fields['fingerprint']}, but it holds {stored.fingerprint}")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -117,7 +117,7 @@ class Probe:
         return stored.to(device)
 
     def save(self, path: Path) -> None:
-        """Writes it; the same probe makes the same bytes."""
+        """Writes the probe; the same probe makes the same bytes."""
         path.parent.mkdir(parents=True, exist_ok=True)
         fields = {
             "format": FORMAT,
@@ -128,44 +128,44 @@ class Probe:
             "training": dict(self.training),
         }
         tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
-        # One entry, since several would stand in any order.
-        # `save_file` would make a file that only its owner reads, and shards run as others.
+        # One metadata entry, since several would be written in any order. `save_file` would make a file that only its
+        # owner reads, and shards may run as another user.
         path.write_bytes(save(tensors, metadata={METADATA_KEY: json.dumps(fields, sort_keys=True)}))
 
     def to(self, device: torch.device) -> Probe:
-        """The same probe, ready to compute there."""
+        """Returns the same probe on another device."""
         moved = self.weight.to(device), self.bias.to(device)
         return Probe(*moved, self.binding, self.thresholds, self.percentiles, self.training)
 
     def check(self, bottom: ModelDescription, layer: int, routes: Sequence[str], tokenizer: str) -> None:
-        """Raises Incompatible where it was made for another model, another cut or other routes."""
+        """Raises Incompatible if it was made for another model, another cut or other routes."""
         bound = self.binding
-        for what, made_for, found in (
+        for what, made_for, given in (
             ("bottom model of revision", bound.bottom_revision, bottom.revision),
             ("tokenizer", bound.tokenizer[:16], tokenizer[:16]),
-            ("earliest cut behind layer", bound.layer, layer),
+            ("earliest cut after layer", bound.layer, layer),
             ("set of routes", ", ".join(sorted(bound.routes)), ", ".join(sorted(routes))),
         ):
-            if made_for != found:
-                raise Incompatible(f"the probe is made for the {what} {made_for}, not for {found}")
+            if made_for != given:
+                raise Incompatible(f"the probe is made for the {what} {made_for}, not for {given}")
 
 
-def features(hidden_size: int) -> int:
-    """How many numbers `pooled` makes of states of this width."""
+def feature_count(hidden_size: int) -> int:
+    """Returns the length of what `pool` returns for this hidden size."""
     return hidden_size
 
 
-def pooled(states: Tensor) -> Tensor:
-    """`[tokens, hidden]`, at least one, to float32 `[features]`: the mean direction.
+def pool(states: Tensor) -> Tensor:
+    """Pools states `[tokens, hidden]`, at least one, to float32 `[features]`: their mean direction.
 
-    Every state counts alike, whatever its length. The first is left out: models park attention there, and its state
-    says more of that than of the text.
+    Every state has the same weight, whatever its norm. The first is left out, since it is an attention sink, whose
+    state depends little on the text.
     """
     directions = F.rms_norm(states.float(), states.shape[-1:])
     return directions[1:].mean(dim=0) if len(states) > 1 else directions[0]
 
 
-def _parts(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _fields_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     if fields.get("format") != FORMAT:
         raise Incompatible(f"its format is {fields.get('format')}, and this version reads {FORMAT}")
     binding = fields["binding"]

@@ -3,7 +3,7 @@
 One safetensors file holds `weight` [top_hidden, bottom_hidden], `bias` [top_hidden] and, as JSON in its metadata,
 the binding and how the map was made. It may hold adapters of the top's layers as well, `adapters.down` [layers, rank,
 top_hidden] and `adapters.up` [layers, top_hidden, rank], and `first` [top_hidden], which stands for the first token of
-every sequence. Doesn't know how to make one.
+every sequence.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FIRST = "first"
 
 @dataclass(frozen=True, slots=True)
 class StitchBinding:
-    """What a stitch fits to, and nothing else: behind layer `bottom_layers` - 1, before layer `top_from`."""
+    """The models and the cut that a stitch is made for: from layer `bottom_layers` - 1 to layer `top_from`."""
 
     bottom_id: str
     bottom_revision: str
@@ -51,7 +51,7 @@ class StitchBinding:
     def of(
         cls, bottom: ModelDescription, top: ModelDescription, bottom_layers: int, top_from: int, tokenizer: str
     ) -> StitchBinding:
-        """The binding to two models at one cut; `tokenizer` is their tokenizer's hash."""
+        """Returns the binding to two models at one cut; `tokenizer` is their tokenizer's hash."""
         return cls(
             bottom_id=bottom.id,
             bottom_revision=bottom.revision,
@@ -67,18 +67,18 @@ class StitchBinding:
 
 @dataclass(frozen=True)
 class Stitch:
-    """Hidden states `[tokens, bottom_hidden]` to `[tokens, top_hidden]`."""
+    """Maps hidden states `[tokens, bottom_hidden]` to `[tokens, top_hidden]`."""
 
     weight: Tensor
     bias: Tensor
     binding: StitchBinding
-    # How it was made, for people: method, data fingerprint, tokens seen, losses in nats per token.
+    # How it was made, for information: method, data fingerprint, number of tokens, losses in nats per token.
     making: Mapping[str, Any] = field(default_factory=dict)
-    # Of the tensors as they are stored and the binding; filled in where it is not given.
+    # A hash of the stored tensors and the binding; computed if not given.
     fingerprint: str = ""
-    # Of every layer of the top from the cut on, where the stitch was trained with them.
+    # Adapters of every layer of the top from the cut on; None if the stitch was trained without.
     adapters: Adapters | None = None
-    # [top_hidden]: what a sequence's first token becomes; None: it is mapped as the others are.
+    # [top_hidden]: the state of a sequence's first token; None if it is mapped like the others.
     first: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -97,22 +97,22 @@ class Stitch:
             beside = f"from layer {self.adapters.first} with {self.adapters.width} values"
             raise Incompatible(f"the stitch {self._cut()} of {shape[0]} values has adapters {beside}")
         if not all(bool(tensor.isfinite().all()) for tensor in self._tensors().values()):
-            raise Incompatible(f"the stitch {self._cut()} has values that are not finite")
+            raise Incompatible(f"the stitch {self._cut()} has non-finite values")
         if not self.fingerprint:
             object.__setattr__(self, "fingerprint", _fingerprint(self._tensors().values(), self.binding))
 
     @classmethod
     def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> Stitch:
-        """Reads a stitch. Raises Incompatible where the file is missing, cut off, or holds something else."""
+        """Reads a stitch. Raises Incompatible if the file is missing, truncated, or holds something else."""
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in ("weight", "bias")}
                 fields = json.loads(file.metadata()[METADATA_KEY])
-                held = set(file.keys())
-                beside = [file.get_tensor(name) for name in ADAPTERS if ADAPTERS[0] in held]
-                first = file.get_tensor(FIRST) if FIRST in held else None
+                names = set(file.keys())
+                down_up = [file.get_tensor(name) for name in ADAPTERS if ADAPTERS[0] in names]
+                first = file.get_tensor(FIRST) if FIRST in names else None
             binding = StitchBinding(**fields["binding"])
-            adapters = Adapters(binding.top_from, *beside) if beside else None
+            adapters = Adapters(binding.top_from, *down_up) if down_up else None
             stored = cls(**tensors, binding=binding, making=fields["making"], adapters=adapters, first=first)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise Incompatible(f"{path} is no stitch: {error}") from error
@@ -121,35 +121,35 @@ class Stitch:
         return stored.to(device, dtype)
 
     def save(self, path: Path) -> None:
-        """Writes the tensors as they are; the same stitch makes the same bytes."""
+        """Writes the tensors in their dtypes; the same stitch makes the same bytes."""
         path.parent.mkdir(parents=True, exist_ok=True)
         fields = {"binding": asdict(self.binding), "making": dict(self.making)}
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
-        # `save_file` would make a file that only its owner reads, and shards run as others.
+        # `save_file` would make a file that only its owner reads, and shards may run as another user.
         path.write_bytes(save(tensors, metadata={METADATA_KEY: json.dumps(fields, sort_keys=True)}))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Stitch:
-        """The same stitch, ready to compute there."""
+        """Returns the same stitch on another device or in another dtype."""
         moved = self.weight.to(device, dtype), self.bias.to(device, dtype)
         adapters = None if self.adapters is None else self.adapters.to(device, dtype)
         first = None if self.first is None else self.first.to(device, dtype)
         return Stitch(*moved, self.binding, self.making, self.fingerprint, adapters, first)
 
     def __call__(self, hidden: Tensor, begins: Sequence[int] = ()) -> Tensor:
-        """`[tokens, bottom_hidden]` to `[tokens, top_hidden]`; `begins` are the rows of sequences' first tokens."""
-        mapped = self._product(hidden.to(self.weight.dtype))
+        """Maps `[tokens, bottom_hidden]`; `begins` are the indices of sequences' first tokens."""
+        mapped = self._linear(hidden.to(self.weight.dtype))
         if self.first is not None and begins:
             mapped[to_device_async(torch.tensor(begins), mapped.device)] = self.first
         return mapped
 
     @cached_property
-    def _product(self) -> Linear:
+    def _linear(self) -> Linear:
         return linear(self.weight, self.bias)
 
     def check_models(self, bottom: inference_pb2.Model | None = None, top: inference_pb2.Model | None = None) -> None:
-        """Raises Incompatible where one of the given models has other weights than the one it was made for.
+        """Raises Incompatible if one of the given models has other weights than the one it was made for.
 
-        Weights are told by their revision; a model may have another id on another machine.
+        The revision identifies weights; a model may have another id on another machine.
         """
         bound = self.binding
         if bottom is not None and bottom.revision != bound.bottom_revision:
@@ -158,24 +158,24 @@ class Stitch:
             raise self._other_model("top", bound.top_id, bound.top_revision, top)
 
     def check_cut(self, bottom_layers: int, top_from: int) -> None:
-        """Raises Incompatible where the route's cut is another."""
+        """Raises Incompatible if the route has another cut."""
         if (bottom_layers, top_from) != (self.binding.bottom_layers, self.binding.top_from):
             raise Incompatible(f"the stitch {self._cut()} can't serve a cut from layer {bottom_layers} to {top_from}")
 
     def check_tokenizer(self, tokenizer: str) -> None:
-        """Raises Incompatible where the tokenizer's hash is another."""
+        """Raises Incompatible if the tokenizer has another hash."""
         if tokenizer != self.binding.tokenizer:
             ours = self.binding.tokenizer[:16]
             raise Incompatible(f"the stitch {self._cut()} is for tokenizer {ours}, not for {tokenizer[:16]}")
 
     def check_depth(self, layers: int) -> None:
-        """Raises Incompatible where the adapters are not those of all layers from the cut to the top's last one."""
+        """Raises Incompatible if adapters don't cover all layers from the cut to the top's last one."""
         if self.adapters is not None and self.adapters.end != layers:
             ours = f"has adapters up to layer {self.adapters.end - 1}"
             raise Incompatible(f"the stitch {self._cut()} {ours}, and the top model's last one is {layers - 1}")
 
     def _tensors(self) -> dict[str, Tensor]:
-        """By their names in the file."""
+        """Returns the tensors by their names in the file."""
         tensors = {"weight": self.weight, "bias": self.bias}
         if self.adapters is not None:
             tensors |= dict(zip(ADAPTERS, (self.adapters.down, self.adapters.up), strict=True))
@@ -186,8 +186,8 @@ class Stitch:
     def _cut(self) -> str:
         return f"from layer {self.binding.bottom_layers} to {self.binding.top_from}"
 
-    def _other_model(self, part: str, model_id: str, revision: str, given: inference_pb2.Model) -> Incompatible:
-        made_for = f"made for the {part} model {model_id} revision {revision}"
+    def _other_model(self, role: str, model_id: str, revision: str, given: inference_pb2.Model) -> Incompatible:
+        made_for = f"made for the {role} model {model_id} revision {revision}"
         return Incompatible(f"the stitch {self._cut()} is {made_for}, not for {given.id} revision {given.revision}")
 
 

@@ -1,4 +1,4 @@
-"""One number for a tokenizer: what two models must share to be a pair. Loads neither torch nor the tokenizer."""
+"""Hashes a tokenizer, which the two models of a pair must share. Imports neither torch nor `tokenizers`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from stitch.errors import Incompatible
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """SHA-256 in hex over tokenizer.json's tokens with their ids, and its merges.
+    """Returns SHA-256 in hex over tokenizer.json's tokens with their ids, and its merges.
 
     The same tokenizer written by different programs has the same hash: merges are pairs or strings, and added
-    tokens may or may not be part of the vocabulary. Raises Incompatible where the file is missing.
+    tokens may or may not be part of the vocabulary. Raises Incompatible if the file is missing.
     """
     fields = _read(folder)
     canonical = json.dumps([_ids(fields), _merges(fields["model"])], sort_keys=True, separators=(",", ":"))
@@ -22,7 +22,7 @@ def tokenizer_hash(folder: Path) -> str:
 
 
 def token_count(folder: Path) -> int:
-    """The ids that stand for tokens are smaller than this; a model's vocabulary may be padded beyond it."""
+    """Returns the end of the tokens' ids; a model's vocabulary may be padded beyond it."""
     return max(_ids(_read(folder)).values()) + 1
 
 

@@ -53,11 +53,11 @@ def test_an_answer_outlives_the_shard_that_judged(cluster: Cluster) -> None:
 def test_a_probe_of_another_cut_keeps_its_shard_from_starting(tmp_path: Path) -> None:
     file = with_tiny_probe(write_tiny_cluster(tmp_path))
     fields = json.loads(file.read_text())
-    # Both routes leave behind layer 4 now.
+    # Both routes leave after layer 4 now.
     fields["routes"] = [route for route in fields["routes"] if route["name"] == "strong"]
     file.write_text(json.dumps(fields))
     with (
-        pytest.raises(Exception, match="the probe is made for the earliest cut behind layer 3, not for 4"),
+        pytest.raises(Exception, match="the probe is made for the earliest cut after layer 3, not for 4"),
         running_cluster(file, tmp_path / "run"),
     ):
         pass

@@ -11,7 +11,7 @@ import torch
 
 from stitch.cluster import load_cluster
 from stitch_server.model.description import ModelDescription
-from stitch_server.model.probe import Probe, ProbeBinding, features
+from stitch_server.model.probe import Probe, ProbeBinding, feature_count
 from stitch_server.model.tokenizer_hash import tokenizer_hash
 from stitch_training.probe import FeatureExtractor
 from tests.support.tiny_model import TOKENS
@@ -42,7 +42,7 @@ def save_tiny_probe(cluster_file: Path, out: Path, tokens: int = WINDOW) -> Prob
     extractor = FeatureExtractor.load(folder, cluster.earliest_cut, tokens, torch.float32, is_chat=False)
     rows = extractor.from_tokens([drawn(seed, tokens + seed % 5) for seed in range(PROMPTS)], lambda done, total: None)
     bottom = ModelDescription.read(folder, cluster.models.bottom.id)
-    weight = np.random.default_rng(1).standard_normal((1, features(bottom.hidden_size)))
+    weight = np.random.default_rng(1).standard_normal((1, feature_count(bottom.hidden_size)))
     gains = (rows @ weight.T)[:, 0]
     binding = ProbeBinding.of(bottom, cluster.earliest_cut, tokens, ("weak", "strong"), tokenizer_hash(folder))
     probe = Probe(

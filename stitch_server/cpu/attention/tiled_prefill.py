@@ -342,12 +342,12 @@ def _attend_strip(
         matmul_tiles(
             key_tile.keys, step * BLOCK_TILES, BLOCK_TILES, 0, queries, queries.shape[1], scores, scores, 0, 0, 0
         )
-    # `highs` grow from query to query, so tokens below the first one's need no mask.
-    unseen = 0 if lows[first + STRIP_QUERIES - 1] > begin else max(0, highs[first] - begin)
+    # `highs` grow from query to query, so tokens below the first query's need no mask.
+    unmasked = 0 if lows[first + STRIP_QUERIES - 1] > begin else max(0, highs[first] - begin)
     for panel in range(BLOCK_TILES):
         q = first + panel * TILE_SIDE
-        if unseen < steps * BF16_TILE_INPUTS:
-            mask(key_tile.scores, unseen, steps * BF16_TILE_INPUTS, panel * TILE_SIDE, begin, lows, highs, q)
+        if unmasked < steps * BF16_TILE_INPUTS:
+            mask(key_tile.scores, unmasked, steps * BF16_TILE_INPUTS, panel * TILE_SIDE, begin, lows, highs, q)
         online_softmax(
             key_tile.scores,
             steps,

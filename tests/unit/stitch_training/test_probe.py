@@ -20,7 +20,7 @@ from stitch.sampling import Sampling
 from stitch.thresholds import read_thresholds
 from stitch_server.build import load_stage
 from stitch_server.engine.types import Batch, LayerRange, Segment, Session
-from stitch_server.model.probe import Probe, pooled
+from stitch_server.model.probe import Probe, pool
 from stitch_server.worker.model_runner import ModelRunner
 from stitch_training import probe
 from stitch_training.cli import build_parser
@@ -186,7 +186,7 @@ def test_features_are_those_of_a_shard(model_folder: Path) -> None:
         session = Session("weak", (), Sampling(), prompt, len(prompt))
         segment = Segment(session, LayerRange(0, LAYER), 0, len(prompt), True, range(4))
         states = runner.run(Batch((segment,))).hidden
-        assert np.allclose(row, pooled(states[:20]).numpy(), atol=1e-5)
+        assert np.allclose(row, pool(states[:20]).numpy(), atol=1e-5)
 
 
 def test_feature_extraction_reports_progress_to_the_end(model_folder: Path) -> None:

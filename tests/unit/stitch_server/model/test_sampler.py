@@ -1,4 +1,4 @@
-"""Tokens are chosen as `transformers` would, and a draw depends on seed and position alone."""
+"""Tokens are sampled as by `transformers`, and a draw depends on seed and position alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import (
 
 from stitch.sampling import Sampling
 from stitch_server.model import sampler
-from stitch_server.model.sampler import SampleRequest, filtered, penalized, sample
+from stitch_server.model.sampler import SampleRequest, apply_penalties, sample, top_candidates
 
 VOCABULARY = 50
 HISTORY = (3, 7, 7, 1, 12, 7, 12)
@@ -35,7 +35,7 @@ def request(position: int = 7, prompt_tokens: int = 3, **sampling: object) -> Sa
 
 def dense(row: Tensor, sampling: Sampling) -> Tensor:
     """The distribution `[vocabulary]` that is drawn from."""
-    probabilities, ids = filtered(row, sampling)
+    probabilities, ids = top_candidates(row, sampling)
     spread = torch.zeros(len(row), dtype=torch.float64)
     spread[ids] = probabilities
     return spread / spread.sum()
@@ -49,35 +49,35 @@ def warped(row: Tensor, *processors: LogitsProcessor) -> Tensor:
 
 
 class TestForced:
-    def test_tokens_come_by_their_place_in_the_answer_and_then_the_model_goes_on(self) -> None:
+    def test_tokens_are_forced_by_position_then_sampled(self) -> None:
         rows = logits(3)
         forced = {"forced_token_ids": (9, 4), "temperature": 1.0, "top_k": 1}
         drawn = sample(rows, [request(position=position, prompt_tokens=3, **forced) for position in (3, 4, 5)])
         assert [token.id for token in drawn] == [9, 4, int(rows[2].argmax())]
 
-    def test_the_log_probability_is_the_model_s(self) -> None:
+    def test_forced_token_has_the_log_probability_of_the_model(self) -> None:
         row = logits()
         (token,) = sample(row, [request(position=3, forced_token_ids=(9,), logprobs=0)])
         assert token.logprob == pytest.approx(float(row.log_softmax(1)[0, 9]))
 
-    def test_a_neighbour_is_chosen_as_before(self) -> None:
+    def test_other_rows_are_sampled_as_without(self) -> None:
         rows = logits(2)
         drawn = sample(rows, [request(position=3, forced_token_ids=(9,)), request(position=3)])
         assert [token.id for token in drawn] == [9, int(rows[1].argmax())]
 
 
 class TestGreedy:
-    def test_takes_the_likeliest_of_every_row(self) -> None:
+    def test_takes_the_likeliest_token_of_every_row(self) -> None:
         rows = logits(4)
         drawn = sample(rows, [request(), request(seed=9), request(position=1), request()])
         assert [token.id for token in drawn] == rows.argmax(1).tolist()
 
-    def test_beside_a_row_that_is_drawn(self) -> None:
+    def test_takes_the_likeliest_token_beside_a_sampled_row(self) -> None:
         rows = logits(3)
         drawn = sample(rows, [request(), request(temperature=1.0, top_k=1), request()])
         assert [token.id for token in drawn] == rows.argmax(1).tolist()
 
-    def test_with_a_penalty_takes_the_likeliest_that_is_left(self) -> None:
+    def test_takes_the_likeliest_token_after_penalties(self) -> None:
         row = torch.zeros(1, VOCABULARY)
         row[0, 7], row[0, 20] = 2.0, 1.5
         assert sample(row, [request(presence_penalty=1.0)])[0].id == 20
@@ -85,45 +85,45 @@ class TestGreedy:
 
 class TestDistribution:
     @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-    def test_temperature(self, temperature: float) -> None:
+    def test_temperature_matches_transformers(self, temperature: float) -> None:
         row = logits()[0]
         expected = warped(row, TemperatureLogitsWarper(temperature))
         torch.testing.assert_close(dense(row, Sampling(temperature=temperature)), expected)
 
     @pytest.mark.parametrize("top_k", [1, 2, 10, 50, 60])
-    def test_top_k(self, top_k: int) -> None:
+    def test_top_k_matches_transformers(self, top_k: int) -> None:
         row = logits()[0]
         expected = warped(row, TemperatureLogitsWarper(0.8), TopKLogitsWarper(top_k))
         torch.testing.assert_close(dense(row, Sampling(temperature=0.8, top_k=top_k)), expected)
 
     @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
-    def test_top_p(self, top_p: float) -> None:
+    def test_top_p_matches_transformers(self, top_p: float) -> None:
         row = logits()[0]
         expected = warped(row, TemperatureLogitsWarper(0.8), TopPLogitsWarper(top_p))
         torch.testing.assert_close(dense(row, Sampling(temperature=0.8, top_p=top_p)), expected)
 
     @pytest.mark.parametrize("likely", [1, 5, 49])
-    def test_top_p_beyond_the_likely(self, monkeypatch: pytest.MonkeyPatch, likely: int) -> None:
-        monkeypatch.setattr(sampler, "LIKELY", likely)
+    def test_top_p_sorts_all_tokens_if_needed(self, monkeypatch: pytest.MonkeyPatch, likely: int) -> None:
+        monkeypatch.setattr(sampler, "TOP_P_CANDIDATES", likely)
         row = logits()[0]
         expected = warped(row, TemperatureLogitsWarper(2.0), TopPLogitsWarper(0.95))
         torch.testing.assert_close(dense(row, Sampling(temperature=2.0, top_p=0.95)), expected)
 
     @pytest.mark.parametrize("min_p", [0.01, 0.1, 0.5, 1.0])
-    def test_min_p(self, min_p: float) -> None:
+    def test_min_p_matches_transformers(self, min_p: float) -> None:
         row = logits()[0]
         expected = warped(row, TemperatureLogitsWarper(0.8), MinPLogitsWarper(min_p))
         torch.testing.assert_close(dense(row, Sampling(temperature=0.8, min_p=min_p)), expected)
 
     @pytest.mark.parametrize("seed", range(10))
-    def test_all_in_the_order_of_transformers(self, seed: int) -> None:
+    def test_all_filters_match_transformers_in_order(self, seed: int) -> None:
         row = logits(seed=seed)[0]
         order = (TemperatureLogitsWarper(1.7), TopKLogitsWarper(20), TopPLogitsWarper(0.8), MinPLogitsWarper(0.1))
         sampling = Sampling(temperature=1.7, top_k=20, top_p=0.8, min_p=0.1)
         torch.testing.assert_close(dense(row, sampling), warped(row, *order))
 
     @pytest.mark.parametrize("temperature", [1e-30, 1e-6])
-    def test_a_temperature_near_zero_leaves_the_likeliest(self, temperature: float) -> None:
+    def test_temperature_near_zero_leaves_the_likeliest(self, temperature: float) -> None:
         row = logits()[0]
         assert dense(row, Sampling(temperature=temperature)).argmax() == row.argmax()
         assert dense(row, Sampling(temperature=temperature)).max() == 1.0
@@ -134,25 +134,25 @@ class TestPenalties:
     def test_repetition_counts_prompt_and_answer(self, penalty: float) -> None:
         row = logits()[0]
         expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([HISTORY]), row[None].clone())[0]
-        torch.testing.assert_close(penalized(row, request(repetition_penalty=penalty)), expected)
+        torch.testing.assert_close(apply_penalties(row, request(repetition_penalty=penalty)), expected)
 
     def test_presence_counts_the_answer_once(self) -> None:
-        change = penalized(torch.zeros(VOCABULARY), request(presence_penalty=0.5))
+        change = apply_penalties(torch.zeros(VOCABULARY), request(presence_penalty=0.5))
         assert {at: value for at, value in enumerate(change.tolist()) if value} == {1: -0.5, 7: -0.5, 12: -0.5}
 
     def test_frequency_counts_the_answer_every_time(self) -> None:
-        change = penalized(torch.zeros(VOCABULARY), request(frequency_penalty=0.5))
+        change = apply_penalties(torch.zeros(VOCABULARY), request(frequency_penalty=0.5))
         assert {at: value for at, value in enumerate(change.tolist()) if value} == {1: -0.5, 7: -0.5, 12: -1.0}
 
-    def test_the_first_token_has_no_answer_before_it(self) -> None:
+    def test_first_token_has_no_penalty(self) -> None:
         row = logits()[0]
         first = request(presence_penalty=1.0, frequency_penalty=1.0, prompt_tokens=len(HISTORY))
-        assert torch.equal(penalized(row, first), row)
+        assert torch.equal(apply_penalties(row, first), row)
 
-    def test_leave_the_logits_that_they_were_given(self) -> None:
+    def test_leave_the_logits_unchanged(self) -> None:
         row = logits()[0]
         before = row.clone()
-        penalized(row, request(repetition_penalty=2.0, presence_penalty=1.0))
+        apply_penalties(row, request(repetition_penalty=2.0, presence_penalty=1.0))
         assert torch.equal(row, before)
 
 
@@ -165,13 +165,13 @@ class TestDraw:
         assert sample(rows, [wanted, *others])[0] == alone
         assert sample(rows.flip(0), [*others, wanted])[2] == alone
 
-    def test_another_seed_or_position_draws_anew(self) -> None:
+    def test_other_seed_or_position_draws_another_token(self) -> None:
         row = torch.zeros(1, VOCABULARY)
         draws = {sample(row, [request(temperature=1.0, seed=seed)])[0].id for seed in range(40)}
         moves = {sample(row, [request(temperature=1.0, position=at)])[0].id for at in range(40)}
         assert min(len(draws), len(moves)) > 20
 
-    def test_the_largest_seed_is_a_seed(self) -> None:
+    def test_largest_seed_is_accepted(self) -> None:
         assert 0 <= sample(logits(), [request(temperature=1.0, seed=2**64 - 1)])[0].id < VOCABULARY
 
     def test_follows_the_distribution(self) -> None:
@@ -183,22 +183,22 @@ class TestDraw:
             tolerance = 4 * (probability * (1 - probability) * draws) ** 0.5
             assert abs(counts[token] - probability * draws) < tolerance
 
-    def test_never_takes_what_was_filtered_out(self) -> None:
+    def test_never_draws_a_filtered_token(self) -> None:
         row = logits()
         wanted = request(temperature=3.0, top_k=8, top_p=0.9, min_p=0.05)
-        allowed = set(filtered(row[0], wanted.sampling)[1].tolist())
+        allowed = set(top_candidates(row[0], wanted.sampling)[1].tolist())
         drawn = {sample(row, [replace(wanted, position=at)])[0].id for at in range(200)}
         assert drawn <= allowed
         assert len(drawn) > 1
 
 
 class TestLogprobs:
-    def test_none_where_none_were_asked_for(self) -> None:
+    def test_none_unless_requested(self) -> None:
         plain, asked = sample(logits(2), [request(), request(logprobs=0)])
         assert (plain.logprob, plain.alternatives) == (None, ())
         assert (asked.logprob is None, asked.alternatives) == (False, ())
 
-    def test_are_those_of_the_untouched_logits(self) -> None:
+    def test_are_those_of_the_unchanged_logits(self) -> None:
         rows = logits()
         token = sample(rows, [request(temperature=0.5, repetition_penalty=5.0, top_k=2, logprobs=3)])[0]
         expected = rows[0].log_softmax(0)
@@ -208,9 +208,9 @@ class TestLogprobs:
         assert [value for _, value in token.alternatives] == pytest.approx(values.tolist())
 
 
-def test_an_id_that_only_pads_the_vocabulary_is_no_matter() -> None:
+def test_padding_id_in_the_history_is_ignored() -> None:
     padded = replace(request(repetition_penalty=2.0), history=[1, VOCABULARY + 5], prompt_tokens=2)
-    changed = penalized(torch.ones(VOCABULARY), padded)
+    changed = apply_penalties(torch.ones(VOCABULARY), padded)
     assert changed.shape == (VOCABULARY,)
     assert changed[1] == 0.5
     assert bool((changed[2:] == 1.0).all())

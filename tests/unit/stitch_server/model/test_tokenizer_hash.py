@@ -1,4 +1,4 @@
-"""A tokenizer has one hash, however its file is written, and another one has another."""
+"""A tokenizer has one hash, independent of the format of its file; other tokenizers have other hashes."""
 
 from __future__ import annotations
 
@@ -59,37 +59,37 @@ def one_special_token_more(given: Fields) -> None:
 @pytest.mark.parametrize(
     "change", [merges_as_strings, special_tokens_outside_the_vocabulary, vocabulary_in_another_order]
 )
-def test_is_the_same_however_it_is_written(tmp_path: Path, change: Callable[[Fields], None]) -> None:
+def test_hash_does_not_depend_on_the_format(tmp_path: Path, change: Callable[[Fields], None]) -> None:
     changed = fields()
     change(changed)
     assert tokenizer_hash(write(tmp_path / "a", changed)) == tokenizer_hash(write(tmp_path / "b", fields()))
 
 
 @pytest.mark.parametrize("change", [two_tokens_exchanged, two_merges_exchanged, one_special_token_more])
-def test_is_another_for_another_tokenizer(tmp_path: Path, change: Callable[[Fields], None]) -> None:
+def test_hash_changes_with_the_tokenizer(tmp_path: Path, change: Callable[[Fields], None]) -> None:
     changed = fields()
     change(changed)
     assert tokenizer_hash(write(tmp_path / "a", changed)) != tokenizer_hash(write(tmp_path / "b", fields()))
 
 
-def test_counts_the_ids_that_are_tokens(tmp_path: Path) -> None:
+def test_token_count_leaves_out_padding(tmp_path: Path) -> None:
     more = fields()
     one_special_token_more(more)
     assert token_count(write(tmp_path / "a", fields())) == byte_tokenizer().get_vocab_size()
     assert token_count(write(tmp_path / "b", more)) == 1000
 
 
-def test_a_vocabulary_may_be_a_list_with_scores(tmp_path: Path) -> None:
+def test_vocabulary_may_be_a_list_with_scores(tmp_path: Path) -> None:
     unigram: Fields = {"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["a", -1.5]]}, "added_tokens": []}
     assert token_count(write(tmp_path / "a", unigram)) == 2
 
 
-def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Incompatible, match=r"has no tokenizer\.json"):
         tokenizer_hash(tmp_path)
 
 
-def test_loads_no_torch(tmp_path: Path) -> None:
+def test_import_does_not_load_torch(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", fields())
     program = (
         "import sys; from pathlib import Path; from stitch_server.model.tokenizer_hash import tokenizer_hash;"

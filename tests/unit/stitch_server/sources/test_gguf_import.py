@@ -151,11 +151,13 @@ class TestImport:
 
     def test_reports_its_progress(self, tmp_path: Path) -> None:
         round_trip(tmp_path)
-        told: list[tuple[str, float]] = []
+        reported: list[tuple[str, float]] = []
         (tmp_path / "third").mkdir()
-        import_gguf(tmp_path / "model.gguf", tmp_path / "third", lambda what, share: told.append((what, share)))
-        shares = [share for _, share in told]
-        assert (shares, told[-1]) == (sorted(shares), ("importing model.gguf", 1.0))
+        import_gguf(
+            tmp_path / "model.gguf", tmp_path / "third", lambda what, fraction: reported.append((what, fraction))
+        )
+        shares = [share for _, share in reported]
+        assert (shares, reported[-1]) == (sorted(shares), ("importing model.gguf", 1.0))
 
     @pytest.mark.parametrize("content", [b"", b"GGUF", b"PK\x03\x04 something else entirely"])
     def test_refuses_a_file_of_another_format(self, tmp_path: Path, content: bytes) -> None:

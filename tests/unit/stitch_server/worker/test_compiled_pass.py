@@ -20,7 +20,6 @@ from tests.support.tiny_cluster import write_tiny_cluster
         ({}, False, 1, 1),
         ({"quantization": "int8"}, False, 1, 0),
         ({"quantization": "int8"}, True, 1, 1),
-        ({"quantization": "int4"}, False, 1, 1),
         ({"kernels": False}, False, 0, 0),
     ],
 )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from stitch_server import cpu
 from stitch_server.cpu import INT4_GROUP, INT4_SHIFTS, INT4_WORD_INPUTS, Instructions, Matrix, has_vnni
 from stitch_server.model import compiled_linear
-from stitch_server.model.compiled_linear import CompiledLinear
+from stitch_server.model.compiled_linear import CompiledLinear, is_faster_for
 from stitch_server.model.linear import linear
 from stitch_server.model.quantized import from_int4, to_int4
 from stitch_server.model.weights import WeightFormat
@@ -122,3 +122,4 @@ def test_non_finite_input_makes_only_its_token_non_finite(value: float, tokens: 
 
 def test_int4_weights_are_kept_in_the_layout_of_the_kernels_alone() -> None:
     assert isinstance(linear(torch.zeros(3, 2), None, INT4_KERNELS), CompiledLinear)
+    assert is_faster_for(1000, np.zeros(1, np.uint32))
