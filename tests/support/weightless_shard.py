@@ -90,7 +90,7 @@ class WeightlessShard:
         )
         self.cluster = SimpleNamespace(route=self._route)
         self.identity = new_identity(name, role)
-        self.metrics = SimpleNamespace(received=SimpleNamespace(inc=self.received_bytes.append))
+        self.metrics = SimpleNamespace(link_bytes_received=SimpleNamespace(inc=self.received_bytes.append))
         self.max_step_tokens = 128
 
     @staticmethod
