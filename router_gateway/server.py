@@ -18,7 +18,7 @@ from prometheus_client import start_http_server
 from router_gateway.config import GatewaySettings, check
 from router_gateway.metrics import Metrics
 from router_gateway.requests.failover import FailoverDependencies
-from router_gateway.requests.pipeline import InputProcessor, Pipeline
+from router_gateway.requests.pipeline import Pipeline, RequestPreparer
 from router_gateway.routing.drift import DriftMonitor
 from router_gateway.routing.heuristic import HeuristicRouter
 from router_gateway.routing.learned.router import open_learned_router
@@ -106,9 +106,9 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
 
         in_flight, health = InFlightTracker("this gateway"), Health()
         threads = stack.enter_context(ThreadPoolExecutor(TEXT_THREADS, "text"))
-        inputs = InputProcessor(cluster, models, source, selector, threads)
+        preparer = RequestPreparer(cluster, models, source, selector, threads)
         failover = FailoverDependencies(registry, placement, metrics, settings.retry, time.monotonic)
-        pipeline = Pipeline(inputs, selector, failover, predictor, metrics, lambda: in_flight.aborting)
+        pipeline = Pipeline(preparer, selector, failover, predictor, metrics, lambda: in_flight.aborting)
 
         servicer = InferenceServicer(pipeline, models, in_flight, metrics, settings.batch_concurrency)
         server, port = await _listening(servicer, health, settings.address, tls)

@@ -91,7 +91,7 @@ class Failover:
         A shard that began to drain since its last poll refuses the session: the poll after the failure finds that
         out, and the refusal counts as one, not as a failure of the chain.
         """
-        # Which of its shards is gone or draining, only they can tell.
+        # The error does not say which of its shards is gone or draining; a poll does.
         await self._dependencies.registry.refresh(one.config.name for one in chain.replicas if one.serving)
         failures = self._failures
         failures.since = self._dependencies.clock() if failures.since is None else failures.since

@@ -52,7 +52,7 @@ class Prepared:
         return len(self.stream_input.token_ids)
 
 
-class InputProcessor:
+class RequestPreparer:
     """Checks and tokenizes requests, and selects their routes."""
 
     def __init__(
@@ -133,7 +133,7 @@ def complete_sampling(
     return replace(sampling, max_tokens=min(sampling.max_tokens, context_tokens - prompt_tokens), stop_token_ids=stop)
 
 
-class OutputProcessor:
+class DeltaBuilder:
     """Turns the tokens of one answer into deltas.
 
     A token without final text waits for the next delta, so that every token is in exactly one.
@@ -180,14 +180,14 @@ class Pipeline:
 
     def __init__(
         self,
-        inputs: InputProcessor,
+        preparer: RequestPreparer,
         selector: Selector,
         dependencies: FailoverDependencies,
         predictor: TtftPredictor,
         metrics: Metrics,
         aborting: Callable[[], bool],
     ) -> None:
-        self._inputs = inputs
+        self._preparer = preparer
         self._selector = selector
         self._dependencies = dependencies
         self._predictor = predictor
@@ -204,7 +204,7 @@ class Pipeline:
         A deferred decision is the first shard's: its session asks for one token and is closed once it has decided.
         """
         query = replace(request, request_id=uuid.uuid4().hex, sampling=Sampling(max_tokens=1))
-        prepared = await self._inputs.prepare(query)
+        prepared = await self._preparer.prepare(query)
         decision = prepared.stream_input.decision
         if isinstance(decision, RouteDecision):
             return decision, prepared.prompt_tokens
@@ -220,12 +220,12 @@ class Pipeline:
         """The messages of one answer. Closing the iterator cancels its session on every shard.
 
         `read` makes the request from the client's message; it is called here so that its refusal is recorded too.
-        Raises any StitchError; see `InputProcessor.prepare` and `TokenStream.steps`.
+        Raises any StitchError; see `RequestPreparer.prepare` and `TokenStream.steps`.
         """
         with Recorder(arrival, deadline, self._metrics, self._dependencies.clock, self._aborting) as recorder:
             request = read()
             recorder.request_id = request.request_id
-            prepared = await self._inputs.prepare(request, recorder.elapsed_seconds)
+            prepared = await self._preparer.prepare(request, recorder.elapsed_seconds)
             recorder.record_prompt(prepared.prompt_tokens, request.routing.objectives.max_ttft_seconds)
             with self._predictor.track(prepared.prompt_tokens) as tracked:
                 async with aclosing(self._answer(prepared, deadline, recorder, tracked)) as responses:
@@ -235,7 +235,7 @@ class Pipeline:
     async def _answer(
         self, prepared: Prepared, deadline: float | None, recorder: Recorder, tracked: TrackedRequest
     ) -> AsyncGenerator[Response, None]:
-        output = OutputProcessor(prepared.vocabulary.detokenizer(), prepared.request.stop)
+        builder = DeltaBuilder(prepared.vocabulary.detokenizer(), prepared.request.stop)
         reason = inference_pb2.FINISH_REASON_LENGTH
         if isinstance(decision := prepared.stream_input.decision, RouteDecision):
             yield self._start(prepared, decision, recorder, tracked)
@@ -247,15 +247,15 @@ class Pipeline:
                 if step.tokens:
                     tracked.prompt_computed()
                     recorder.record_tokens(len(step.tokens), step.stages)
-                if (delta := output.push(step.tokens)) is not None:
+                if (delta := builder.push(step.tokens)) is not None:
                     yield _delta(delta, recorder, tracked)
-                if output.stopped:
+                if builder.stopped:
                     break
                 reason = step.finish or reason
-        if (delta := output.finish()) is not None:
+        if (delta := builder.finish()) is not None:
             yield _delta(delta, recorder, tracked)
-        reason = inference_pb2.FINISH_REASON_STOP if output.stopped else reason
-        yield _finish(reason, prepared, output.generated_tokens, recorder)
+        reason = inference_pb2.FINISH_REASON_STOP if builder.stopped else reason
+        yield _finish(reason, prepared, builder.generated_tokens, recorder)
 
     def _steps(self, prepared: Prepared, deadline: float | None) -> AsyncGenerator[Step, None]:
         failover = Failover(prepared.stream_input.routes, self._dependencies)

@@ -74,7 +74,7 @@ class Router(Protocol):
 class FallbackRouter:
     """Asks `router`; where that raises or decides nothing valid, takes `fallback_route`.
 
-    None stands for the most expensive route of the query.
+    None: the most expensive route of the query.
     """
 
     def __init__(self, router: Router, fallback_route: str | None = None) -> None:

@@ -1,7 +1,7 @@
 """The service `stitch.v1.Inference`: decodes requests, calls the pipeline, writes its messages, translates errors.
 
 The methods are coroutines that write to the context, not generators: gRPC drops a generator when a client leaves, and
-the session behind it would run until it is garbage-collected.
+its session would run until it is garbage-collected.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BatchResponse = inference_pb2.GenerateBatchResponse
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
-    """Runs behind `DecodingInterceptor`, which turns every StitchError into a status."""
+    """Needs `DecodingInterceptor`, which decodes its requests and turns every StitchError into a status."""
 
     def __init__(
         self,

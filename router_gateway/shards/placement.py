@@ -36,7 +36,7 @@ class Chain:
 
     @property
     def serving(self) -> bool:
-        """Whether a session that runs on it goes on."""
+        """Whether sessions that run on it continue."""
         return all(replica.serving for replica in self.replicas)
 
     @property

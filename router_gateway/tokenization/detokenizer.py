@@ -2,11 +2,12 @@
 
 A byte-level token may end inside a character, and a decoder may treat the first token of a sequence differently. So
 the tokens of the last complete piece stay before the new ones as context, and their text is not repeated. Every push
-decodes one such window of bounded length, so a token costs O(1), amortized. All pieces together equal the decoding of
-all ids at once.
+decodes one such window of bounded length, so a token costs O(1), amortized. All pieces joined equal the decoding of all
+ids at once, with one exception: a byte-fallback decoder turns a whole run of bytes into replacements because of one
+invalid byte, also characters before it, and text that was returned stays.
 
-`tokenizers.decoders.DecodeStream` does not hold that: on invalid bytes a byte-fallback vocabulary gives other text or
-raises, it has no end of stream that returns an incomplete character, and its window grows with a run of invalid bytes.
+`tokenizers.decoders.DecodeStream` is not used: on such a run it raises, it has no end of stream that would return an
+incomplete character, and its window grows with a run of invalid bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Detokenizer:
     """Decodes one answer.
 
     `decode` decodes a list of ids at once; ids in `silent` (special tokens) have no text. The pieces that `push` and
-    `finish` return are, joined, `decode` of all other ids.
+    `finish` return are, joined, `decode` of all other ids (see above).
     """
 
     def __init__(self, decode: Decode, silent: frozenset[int] = frozenset()) -> None:

@@ -81,13 +81,15 @@ def load_router(path: Path) -> RouterArtifact:
     for name, wanted in (("format", FORMAT), ("features", FEATURES)):
         if metadata.get(name) != wanted:
             raise InvalidRequest(f"router.{name}", metadata.get(name), f"this version reads {wanted}")
-    model = LearnedModel(routes=_names(metadata, "routes"), sources=_names(metadata, "sources"), **_checked(tensors))
+    model = LearnedModel(
+        routes=_parse_names(metadata, "routes"), sources=_parse_names(metadata, "sources"), **_checked(tensors)
+    )
     _check_shapes(model)
     _check_values(model)
     _check_fingerprint(model, metadata.get("fingerprint"))
-    thresholds = _numbers(metadata, "thresholds", len(model.routes) - 1)
-    percentiles = _numbers(metadata, "gain_percentiles", 101)
-    return RouterArtifact(model, thresholds, percentiles, _parsed(metadata, "training", dict), metadata["fingerprint"])
+    thresholds = _parse_floats(metadata, "thresholds", len(model.routes) - 1)
+    percentiles = _parse_floats(metadata, "gain_percentiles", 101)
+    return RouterArtifact(model, thresholds, percentiles, _parse(metadata, "training", dict), metadata["fingerprint"])
 
 
 def _checked(tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -140,22 +142,22 @@ def _check_fingerprint(model: LearnedModel, claimed: str | None) -> None:
         raise InvalidRequest("router.fingerprint", claimed, f"the tensors have {found}")
 
 
-def _names(metadata: dict[str, str], field: str) -> tuple[str, ...]:
-    names = _parsed(metadata, field, list)
+def _parse_names(metadata: dict[str, str], field: str) -> tuple[str, ...]:
+    names = _parse(metadata, field, list)
     if not names or not all(isinstance(name, str) for name in names):
         raise InvalidRequest(f"router.{field}", names, "it must be a list of names")
     return tuple(names)
 
 
-def _numbers(metadata: dict[str, str], field: str, count: int) -> tuple[float, ...]:
-    numbers = _parsed(metadata, field, list)
+def _parse_floats(metadata: dict[str, str], field: str, count: int) -> tuple[float, ...]:
+    numbers = _parse(metadata, field, list)
     fit = len(numbers) == count and all(isinstance(number, float | int) for number in numbers)
     if not fit or not np.isfinite(numbers).all():
         raise InvalidRequest(f"router.{field}", numbers, f"it must be {count} finite numbers")
     return tuple(map(float, numbers))
 
 
-def _parsed(metadata: dict[str, str], field: str, kind: type[Any]) -> Any:
+def _parse(metadata: dict[str, str], field: str, kind: type[Any]) -> Any:
     try:
         value = json.loads(metadata.get(field, ""))
     except json.JSONDecodeError as error:

@@ -1,4 +1,4 @@
-"""The command line: instant help, sentences for what is wrong, and signals that end it."""
+"""Tests of the command line: instant help, errors in one sentence, exit status."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from router_gateway.cli import main
 HEAVY = ("grpc", "tokenizers", "pydantic", "prometheus_client", "jinja2", "torch")
 
 
-def test_help_loads_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = f"import sys, router_gateway.cli; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_the_gateway_needs_no_torch() -> None:
+def test_gateway_imports_no_torch() -> None:
     code = (
         "import sys, router_gateway.server; print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
@@ -34,14 +34,14 @@ def test_the_gateway_needs_no_torch() -> None:
         (["run", "smollm2", "--listen", "0.0.0.0:1"], "router-gateway: listen is '0.0.0.0:1', but other machines"),
     ],
 )
-def test_what_can_t_be_is_said_in_a_sentence(
+def test_invalid_argument_ends_with_one_sentence(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
     assert capsys.readouterr().err.startswith(sentence)
 
 
-def test_a_command_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([])
     assert caught.value.code == 2

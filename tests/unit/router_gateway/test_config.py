@@ -1,4 +1,4 @@
-"""Which configurations a gateway starts with."""
+"""Tests of the settings: from flags and cluster file, and which ones a gateway refuses."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def settings(cluster_file: Path, **fields: Any) -> GatewaySettings:
     return GatewaySettings(cluster=load_cluster(str(cluster_file)), **fields)
 
 
-def test_an_open_address_needs_a_word(cluster_file: Path) -> None:
+def test_check_refuses_an_exposed_address_without_insecure(cluster_file: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"listen is '0\.0\.0\.0:7000', but .* --insecure"):
         check(settings(cluster_file, listen="0.0.0.0:7000"))
     check(settings(cluster_file, listen="0.0.0.0:7000", insecure=True))
@@ -62,30 +62,30 @@ def test_an_open_address_needs_a_word(cluster_file: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["7000", "localhost", "localhost:http", ":7000"])
-def test_an_address_is_host_and_port(cluster_file: Path, address: str) -> None:
+def test_check_refuses_an_address_without_host_or_port(cluster_file: Path, address: str) -> None:
     with pytest.raises(InvalidRequest, match="host:port"):
         check(settings(cluster_file, listen=address))
 
 
-def test_shards_need_ports() -> None:
+def test_check_refuses_shards_without_port() -> None:
     with pytest.raises(InvalidRequest, match=r"shards\.bottom-0\.address"):
         check(GatewaySettings(cluster=load_cluster("smollm2")))
 
 
-def test_thresholds_must_fit_the_routes(cluster_file: Path) -> None:
+def test_check_refuses_thresholds_of_other_routes(cluster_file: Path) -> None:
     cluster_file.write_text(f"{CLUSTER}\nthresholds = [0.5]\n")
     with pytest.raises(InvalidRequest, match=r"gateway\.thresholds"):
         check(settings(cluster_file))
 
 
-def test_flags_override_the_file(cluster_file: Path) -> None:
+def test_flags_override_the_cluster_file(cluster_file: Path) -> None:
     given = {"cluster": str(cluster_file), "listen": "127.0.0.1:1", "metrics_port": 9, "replay_wait_seconds": 2.5}
     read = from_flags(FLAGS | given)
     assert (read.address, read.host, read.metrics_port) == ("127.0.0.1:1", "127.0.0.1", 9)
     assert read.retry.wait_seconds == 2.5
 
 
-def test_without_flags_the_file_and_the_defaults_decide(cluster_file: Path) -> None:
+def test_settings_without_flags_are_those_of_the_file(cluster_file: Path) -> None:
     read = from_flags(FLAGS | {"cluster": str(cluster_file)})
     assert read.address == "127.0.0.1:7000"
     assert read == settings(cluster_file)
@@ -99,7 +99,7 @@ def test_without_flags_the_file_and_the_defaults_decide(cluster_file: Path) -> N
         ("metrics_port", 70_000, "metrics_port"),
     ],
 )
-def test_a_value_outside_of_its_limits_is_named(cluster_file: Path, flag: str, value: float, field: str) -> None:
+def test_from_flags_names_an_invalid_value(cluster_file: Path, flag: str, value: float, field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         from_flags(FLAGS | {"cluster": str(cluster_file), flag: value})
     assert caught.value.field == field

@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("budget", [0.2, 0.3, 0.5] if PUBLIC else [0.3])
-async def test_the_live_share_is_the_budget(folder: Path, reach: Reach, budget: float) -> None:
+async def test_live_share_is_the_budget(folder: Path, reach: Reach, budget: float) -> None:
     router, thresholds = folder / "router.safetensors", folder / f"thresholds-{budget}.json"
     calibrated, _ = calibrate_router(router, [folder / "calibration.jsonl"], budget, None, None)
     calibrated.write(thresholds)

@@ -1,4 +1,4 @@
-"""Every family of the design, all of their children at zero, and no label without a bound."""
+"""Tests of the metrics: every family is exported at zero, and every label is bounded."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_everything_is_zero_from_the_start(name: str) -> None:
+def test_every_child_is_zero_from_the_start(name: str) -> None:
     page = generate_latest(Metrics(["weak", "strong"], REASON_KINDS).registry).decode()
     assert f"\n{name} 0.0\n" in page
 
 
-def test_two_gateways_don_t_share_a_count() -> None:
+def test_two_gateways_have_separate_counts() -> None:
     first, second = (Metrics(["weak"], REASON_KINDS) for _ in range(2))
     first.replays.labels(cause="cut").inc()
     assert second.registry.get_sample_value("stitch_replays_total", {"cause": "cut"}) == 0
@@ -42,12 +42,12 @@ def test_two_gateways_don_t_share_a_count() -> None:
 @pytest.mark.parametrize(
     ("tokens", "label"), [(1, "le64"), (64, "le64"), (65, "le128"), (32_768, "le32768"), (32_769, "over")]
 )
-def test_a_prompt_has_the_smallest_bucket_that_holds_it(tokens: int, label: str) -> None:
+def test_prompt_bucket_is_the_smallest_that_fits(tokens: int, label: str) -> None:
     assert prompt_bucket(tokens) == label
     assert label in PROMPT_BUCKETS
 
 
-def test_buckets_rise_and_reach_from_a_millisecond_to_minutes() -> None:
+def test_buckets_reach_from_a_millisecond_to_minutes() -> None:
     lists = {name: value for name, value in vars(buckets).items() if name.isupper()}
     assert all(list(bounds) == sorted(set(bounds)) for bounds in lists.values())
     assert buckets.TIME_TO_FIRST_TOKEN[0] == 0.001

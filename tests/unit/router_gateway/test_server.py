@@ -1,4 +1,4 @@
-"""The program as a whole: what it offers beside answers, and how it ends."""
+"""Tests of the composed gateway: reflection, metrics, draining, stopping, and its router."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shards() -> tuple[FakeShard, FakeShard]:
     return FakeShard("bottom-0", "bottom", tokens("hello world")), FakeShard("top-0", "top")
 
 
-async def test_reflection_names_the_services(reach: Reach) -> None:
+async def test_reflection_lists_the_services(reach: Reach) -> None:
     async with reach(*shards()) as gateway:
         stub = reflection_pb2_grpc.ServerReflectionStub(gateway.channel)
         ask = reflection_pb2.ServerReflectionRequest(list_services="")
@@ -47,7 +47,7 @@ async def test_metrics_are_served_over_http(reach: Reach) -> None:
     assert 'stitch_time_to_first_token_seconds_count{route="strong"} 0.0' in page
 
 
-async def test_draining_lets_answers_finish_and_nobody_in(reach: Reach) -> None:
+async def test_drain_lets_answers_finish_and_refuses_new_ones(reach: Reach) -> None:
     bottom, top = shards()
     hold = asyncio.Event()
     bottom.faults[1] = waits_for(hold)
@@ -65,7 +65,7 @@ async def test_draining_lets_answers_finish_and_nobody_in(reach: Reach) -> None:
         assert "".join(event.delta.text for event in await answer) == "hello world"
 
 
-async def test_draining_has_an_end_and_stopping_cuts(reach: Reach) -> None:
+async def test_drain_ends_after_its_time_and_stop_cancels(reach: Reach) -> None:
     bottom, top = shards()
     bottom.faults[1] = waits_for(asyncio.Event())
     async with reach(bottom, top) as gateway:
@@ -80,7 +80,7 @@ async def test_draining_has_an_end_and_stopping_cuts(reach: Reach) -> None:
         assert gateway.metric("stitch_cancelled_total", cause="shutdown") == 1
 
 
-async def test_a_port_that_is_taken_is_said(reach: Reach) -> None:
+async def test_port_in_use_is_an_error(reach: Reach) -> None:
     async with reach(*shards()) as gateway:
         listen = f"127.0.0.1:{gateway.gateway.port}"
         taken = GatewaySettings(cluster=gateway.cluster, listen=listen)
@@ -89,7 +89,7 @@ async def test_a_port_that_is_taken_is_said(reach: Reach) -> None:
                 pass
 
 
-async def test_a_gateway_without_shards_describes_what_it_waits_for() -> None:
+async def test_gateway_without_shards_describes_the_cluster_file() -> None:
     bottom, top = shards()
     async with fake_cluster(bottom, top) as cluster:
         await bottom.stop()
@@ -107,7 +107,7 @@ async def test_a_gateway_without_shards_describes_what_it_waits_for() -> None:
     assert [(shard.name, shard.serving) for shard in described.shards] == [("bottom-0", False), ("top-0", False)]
 
 
-async def test_settings_that_must_not_be_are_refused_before_anything_opens() -> None:
+async def test_invalid_settings_are_refused_before_anything_opens() -> None:
     async with fake_cluster(*shards()) as cluster:
         with pytest.raises(InvalidRequest, match="--insecure"):
             async with open_gateway(GatewaySettings(cluster=cluster, listen="0.0.0.0:0")):
@@ -125,7 +125,7 @@ async def cluster_with(folder: Path, *routes: str) -> ClusterConfig:
         return cluster.model_copy(update={"gateway": gateway, "folder": folder})
 
 
-async def test_the_named_router_judges(tmp_path: Path) -> None:
+async def test_open_router_opens_the_learned_router(tmp_path: Path) -> None:
     router, calibration = open_router(await cluster_with(tmp_path, "weak", "strong"))
     decisions = [router.decide(Query((text,), ("weak", "strong"))) for text in ("prove it", "hello you")]
     assert [decision.route for decision in decisions] == ["strong", "weak"]
@@ -135,6 +135,6 @@ async def test_the_named_router_judges(tmp_path: Path) -> None:
     assert calibration() is None
 
 
-async def test_a_router_of_other_routes_is_refused(tmp_path: Path) -> None:
+async def test_open_router_refuses_a_router_of_other_routes(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="disagree on large, strong"):
         open_router(await cluster_with(tmp_path, "weak", "large"))

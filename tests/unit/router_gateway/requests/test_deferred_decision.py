@@ -22,7 +22,7 @@ UNDECIDED = replace(stream_input(), decision=DeferredDecision(("weak", "strong")
 
 
 class TestStream:
-    async def test_the_shard_gets_a_chain_for_every_route(self) -> None:
+    async def test_first_shard_gets_a_chain_for_every_candidate(self) -> None:
         [bottom], above = bottoms(1), top()
         async with streaming(bottom, above) as stream:
             first, *steps = await stream.all(UNDECIDED)
@@ -37,7 +37,7 @@ class TestStream:
         assert ids(steps) == [*SCRIPT, END_TOKEN]
 
     @pytest.mark.parametrize("before_token", [0, 3])
-    async def test_a_replay_keeps_the_route(self, before_token: int) -> None:
+    async def test_replay_keeps_the_decided_route(self, before_token: int) -> None:
         first, second = bottoms(2)
         first.free_kv_tokens += 1
         first.faults[before_token] = aborts(UNAVAILABLE)
@@ -50,7 +50,7 @@ class TestStream:
         assert [step.decision.route for step in steps if step.decision is not None] == ["weak"]
         assert ids(steps) == [*SCRIPT, END_TOKEN]
 
-    async def test_a_chain_lost_before_the_judgement_is_replaced_undecided(self) -> None:
+    async def test_chain_lost_before_the_decision_is_replaced_for_all_candidates(self) -> None:
         first, second = bottoms(2)
         first.free_kv_tokens += 1
         first.decision = None
@@ -61,7 +61,9 @@ class TestStream:
         assert ids(steps) == [*SCRIPT, END_TOKEN]
 
     @pytest.mark.parametrize("decision", [None, shard_pb2.ProbeDecision(route="other")])
-    async def test_a_shard_that_takes_no_candidate_is_left(self, decision: shard_pb2.ProbeDecision | None) -> None:
+    async def test_decision_for_no_candidate_counts_as_out_of_step(
+        self, decision: shard_pb2.ProbeDecision | None
+    ) -> None:
         first, second = bottoms(2)
         first.free_kv_tokens += 1
         first.decision = decision
@@ -70,7 +72,7 @@ class TestStream:
         assert stream.replays == {"out_of_step": 1}
         assert ids(steps) == [*SCRIPT, END_TOKEN]
 
-    async def test_no_chain_names_all_routes(self) -> None:
+    async def test_unavailable_names_all_candidate_routes(self) -> None:
         [bottom] = bottoms(1)
         bottom.faults[0] = aborts(UNAVAILABLE)
         bottom.decision = None
@@ -89,7 +91,7 @@ class TestGateway:
             setattr(bottom, name, value)
         return bottom, top()
 
-    async def test_the_client_hears_the_judgement_first(self, reach: Any) -> None:
+    async def test_client_gets_the_decision_before_any_delta(self, reach: Any) -> None:
         async with reach(*self.shards(), cluster={"probe": "probe.safetensors"}) as reached:
             first, *others = await reached.generate()
             assert first.started.decision.route == "weak"
@@ -99,7 +101,7 @@ class TestGateway:
             assert value("stitch_routed_total", {"route": "weak", "reason": "probe"}) == 1
             assert value("stitch_route_score_sum") == pytest.approx(0.3)
 
-    async def test_a_failed_judgement_is_a_counted_fallback(self, reach: Any) -> None:
+    async def test_failed_probe_is_counted_as_fallback(self, reach: Any) -> None:
         decision = shard_pb2.ProbeDecision(route="strong", score=1.0, failure="the probe's gains are not finite")
         async with reach(*self.shards(decision=decision), cluster={"probe": "probe.safetensors"}) as reached:
             started = (await reached.generate())[0].started
@@ -107,7 +109,7 @@ class TestGateway:
             value = reached.gateway.metrics.registry.get_sample_value
             assert value("stitch_routed_total", {"route": "strong", "reason": "fallback"}) == 1
 
-    async def test_a_named_route_asks_no_probe(self, reach: Any) -> None:
+    async def test_named_route_is_not_deferred(self, reach: Any) -> None:
         bottom, above = self.shards()
         async with reach(bottom, above, cluster={"probe": "probe.safetensors"}) as reached:
             started = (await reached.generate(route="strong"))[0].started
@@ -116,17 +118,17 @@ class TestGateway:
             value = reached.gateway.metrics.registry.get_sample_value
             assert value("stitch_route_score_count") == 0
 
-    async def test_a_judgement_can_be_had_without_an_answer(self, reach: Any) -> None:
+    async def test_route_rpc_returns_the_probe_decision_without_an_answer(self, reach: Any) -> None:
         bottom, above = self.shards()
         async with reach(bottom, above, cluster={"probe": "probe.safetensors"}) as reached:
-            said = await reached.stub.Route(inference_pb2.RouteRequest(prompt="hello"))
-            assert (said.decision.route, said.decision.reason) == ("weak", "probe 0.25 ≤ 0.50")
-            assert said.prompt_tokens == 1
+            response = await reached.stub.Route(inference_pb2.RouteRequest(prompt="hello"))
+            assert (response.decision.route, response.decision.reason) == ("weak", "probe 0.25 ≤ 0.50")
+            assert response.prompt_tokens == 1
             [request] = bottom.requests
             assert request.sampling.max_tokens == 1
             await eventually(lambda: bottom.running == 0)
 
-    async def test_a_conversation_keeps_what_the_probe_took(self, reach: Any) -> None:
+    async def test_conversation_keeps_the_route_of_the_probe(self, reach: Any) -> None:
         bottom, above = self.shards()
         async with reach(bottom, above, cluster={"probe": "probe.safetensors"}) as reached:
             await reached.generate(conversation_id="c")
@@ -134,7 +136,7 @@ class TestGateway:
             assert (started.decision.route, started.decision.reason) == ("weak", "the conversation keeps weak")
             assert [len(request.candidates) for request in bottom.requests] == [2, 0]
 
-    async def test_an_objective_that_leaves_one_route_asks_no_probe(self, reach: Any) -> None:
+    async def test_objective_that_only_one_route_meets_is_not_deferred(self, reach: Any) -> None:
         bottom, above = self.shards()
         async with reach(bottom, above, cluster={"probe": "probe.safetensors"}) as reached:
             wanted = inference_pb2.Objectives(max_cost=0.8)
@@ -142,7 +144,7 @@ class TestGateway:
             assert started.decision.reason.startswith("only weak meets the objectives: weak has cost 0.79")
             assert [len(request.candidates) for request in bottom.requests] == [0]
 
-    async def test_the_budget_is_that_of_the_thresholds(self, reach: Any, tmp_path: Path) -> None:
+    async def test_budget_gauge_shows_the_probe_thresholds(self, reach: Any, tmp_path: Path) -> None:
         file = tmp_path / "thresholds.json"
         Thresholds(routes=("weak", "strong"), thresholds=(0.5,), router="r", budget=0.3).write(file)
         place = {"probe": "probe.safetensors", "probe_thresholds": str(file)}

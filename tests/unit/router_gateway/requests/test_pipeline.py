@@ -1,4 +1,4 @@
-"""Tests of the input processor, from a request to ids, route and sampling, and of the output processor."""
+"""Tests of the request preparer, from a request to ids, route and sampling, and of the delta builder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import cast
 import pytest
 
 from router_gateway.metrics import Metrics
-from router_gateway.requests.pipeline import InputProcessor, OutputProcessor, complete_sampling, tokenize
+from router_gateway.requests.pipeline import DeltaBuilder, RequestPreparer, complete_sampling, tokenize
 from router_gateway.requests.types import Prompt, Request, user_turns
 from router_gateway.routing.drift import DriftMonitor
 from router_gateway.routing.router import REASON_KINDS, Query, RouteDecision
@@ -75,7 +75,7 @@ def source() -> VocabularySource:
 
 
 @pytest.fixture
-def inputs(router: AlwaysWeak, source: VocabularySource) -> Iterator[InputProcessor]:
+def preparer(router: AlwaysWeak, source: VocabularySource) -> Iterator[RequestPreparer]:
     with ThreadPoolExecutor(1, "text") as threads:
         models = cast(ModelRegistry, SmallModel())
         predictor, conversations = (
@@ -85,7 +85,7 @@ def inputs(router: AlwaysWeak, source: VocabularySource) -> Iterator[InputProces
         selector = Selector(
             router, models, predictor, conversations, DriftMonitor(Metrics(models.routes(), REASON_KINDS), None)
         )
-        yield InputProcessor(CLUSTER, models, source, selector, threads)
+        yield RequestPreparer(CLUSTER, models, source, selector, threads)
 
 
 def request(
@@ -94,26 +94,24 @@ def request(
     return Request("id", prompt, sampling or Sampling(), routing=routing)
 
 
-async def test_a_prompt_becomes_ids_and_a_route(inputs: InputProcessor, router: AlwaysWeak) -> None:
-    prepared = await inputs.prepare(request("hello world"))
+async def test_prompt_is_tokenized_and_routed(preparer: RequestPreparer, router: AlwaysWeak) -> None:
+    prepared = await preparer.prepare(request("hello world"))
     assert list(prepared.stream_input.token_ids) == tokens("hello world")
     assert prepared.stream_input.decision == RouteDecision("weak", 0.25, "because", "length")
     assert router.queries == [Query(("hello world",), ("weak", "strong"))]
 
 
-async def test_a_conversation_goes_through_the_template_and_all_user_turns_are_judged(
-    inputs: InputProcessor, router: AlwaysWeak
-) -> None:
+async def test_conversation_is_rendered_and_routed_by_user_turns(preparer: RequestPreparer, router: AlwaysWeak) -> None:
     chat = (Turn("system", "Be brief."), Turn("user", "hello"), Turn("assistant", "hello"), Turn("user", "commit it"))
-    prepared = await inputs.prepare(request(chat))
+    prepared = await preparer.prepare(request(chat))
     text = byte_tokenizer().decode(list(prepared.stream_input.token_ids), skip_special_tokens=False)
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
     assert text.endswith("commit it<|im_end|>\n<|im_start|>assistant\n")
     assert router.queries[0].turns == ("hello", "commit it")
 
 
-async def test_a_named_route_is_taken_and_the_score_is_said_all_the_same(inputs: InputProcessor) -> None:
-    decision = (await inputs.prepare(request(routing=RoutingOptions(route="strong")))).stream_input.decision
+async def test_named_route_keeps_the_score_of_the_router(preparer: RequestPreparer) -> None:
+    decision = (await preparer.prepare(request(routing=RoutingOptions(route="strong")))).stream_input.decision
     assert (decision.route, decision.score, decision.kind) == ("strong", 0.25, "requested")
     assert "weak" in decision.reason
 
@@ -130,24 +128,24 @@ async def test_a_named_route_is_taken_and_the_score_is_said_all_the_same(inputs:
         (request((Turn("wizard", "abracadabra"),)), "chat"),
     ],
 )
-async def test_what_can_t_be_served_is_refused_by_its_field(
-    inputs: InputProcessor, router: AlwaysWeak, bad: Request, field: str
+async def test_prepare_refuses_invalid_requests_before_routing(
+    preparer: RequestPreparer, router: AlwaysWeak, bad: Request, field: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        await inputs.prepare(bad)
+        await preparer.prepare(bad)
     assert caught.value.field == field
     assert router.queries == []
 
 
-async def test_without_a_tokenizer_nothing_is_served(inputs: InputProcessor, source: VocabularySource) -> None:
+async def test_prepare_raises_unavailable_without_tokenizer(
+    preparer: RequestPreparer, source: VocabularySource
+) -> None:
     source.current = None
     with pytest.raises(Unavailable, match="tokenizer"):
-        await inputs.prepare(request())
+        await preparer.prepare(request())
 
 
-async def test_long_text_is_tokenized_off_the_event_loop(
-    inputs: InputProcessor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_long_text_is_tokenized_in_a_thread(preparer: RequestPreparer, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
 
     def spy(prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
@@ -156,37 +154,37 @@ async def test_long_text_is_tokenized_off_the_event_loop(
 
     monkeypatch.setattr("router_gateway.requests.pipeline.INLINE_BYTES", 8)
     monkeypatch.setattr("router_gateway.requests.pipeline.tokenize", spy)
-    await inputs.prepare(request("x" * 8))
-    await inputs.prepare(request("x" * 9))
+    await preparer.prepare(request("x" * 8))
+    await preparer.prepare(request("x" * 9))
     assert threads[0] is threading.main_thread()
     assert threads[1] is not threading.main_thread()
 
 
-def test_a_model_without_a_template_takes_no_conversation() -> None:
+def test_tokenize_refuses_a_conversation_without_template() -> None:
     bare = Vocabulary.from_files({"tokenizer.json": tokenizer_files()["tokenizer.json"]})
     with pytest.raises(InvalidRequest, match="no chat template"):
         tokenize((Turn("user", "hello"),), bare)
 
 
-def test_a_refusal_says_what_the_template_says() -> None:
+def test_tokenize_passes_on_the_refusal_of_the_template() -> None:
     with pytest.raises(
         InvalidRequest, match="chat is 'user, wizard', but the chat template refuses it: 'Unknown role'"
     ):
         tokenize((Turn("user", "hello"), Turn("wizard", "hello")), VOCABULARY)
 
 
-def test_only_the_user_s_words_are_judged() -> None:
+def test_user_turns_leaves_out_other_roles() -> None:
     assert user_turns("plain") == ("plain",)
     assert user_turns((Turn("system", "s"), Turn("user", "u"), Turn("assistant", "a"))) == ("u",)
 
 
-def test_max_tokens_end_with_the_context() -> None:
+def test_complete_sampling_limits_max_tokens_to_the_context() -> None:
     assert complete_sampling(Sampling(max_tokens=50), 100, 128, ()).max_tokens == 28
     assert complete_sampling(Sampling(max_tokens=5), 100, 128, ()).max_tokens == 5
     assert complete_sampling(Sampling(), 100, 9_000, ()).max_tokens == 1_024
 
 
-def test_the_model_s_end_tokens_are_added_unless_ignored() -> None:
+def test_complete_sampling_adds_end_tokens_unless_ignored() -> None:
     assert complete_sampling(Sampling(stop_token_ids=(7, 2)), 1, 9, (2, 0)).stop_token_ids == (7, 2, 0)
     assert complete_sampling(Sampling(stop_token_ids=(7,), ignore_eos=True), 1, 9, (2, 0)).stop_token_ids == (7,)
 
@@ -194,11 +192,11 @@ def test_the_model_s_end_tokens_are_added_unless_ignored() -> None:
 VOCABULARY = Vocabulary.from_files(tokenizer_files())
 
 
-def output(*stop: str) -> OutputProcessor:
-    return OutputProcessor(VOCABULARY.detokenizer(), stop)
+def output(*stop: str) -> DeltaBuilder:
+    return DeltaBuilder(VOCABULARY.detokenizer(), stop)
 
 
-def run(output: OutputProcessor, ids: Sequence[int]) -> list[Delta]:
+def run(output: DeltaBuilder, ids: Sequence[int]) -> list[Delta]:
     deltas = [output.push([GeneratedToken(id=token_id)]) for token_id in ids]
     return [delta for delta in (*deltas, output.finish()) if delta is not None]
 
@@ -211,22 +209,22 @@ def text_of(deltas: Sequence[Delta]) -> str:
     return "".join(delta.text for delta in deltas)
 
 
-def test_each_token_with_text_leaves_at_once() -> None:
+def test_token_with_final_text_gives_a_delta_at_once() -> None:
     ids = tokens("hello world")
     assert [list(delta.token_ids) for delta in run(output(), ids)] == [[token_id] for token_id in ids]
 
 
-def test_the_tokens_of_a_character_leave_together() -> None:
+def test_tokens_of_one_character_are_in_one_delta() -> None:
     ids = tokens("你")
     assert run(output(), ids) == [Delta(text="你", token_ids=ids)]
 
 
-def test_tokens_without_text_come_with_the_end() -> None:
+def test_tokens_without_text_are_in_the_last_delta() -> None:
     deltas = run(output(), [*tokens("hello"), 2])
     assert deltas[-1] == Delta(token_ids=[2])
 
 
-def test_a_stop_string_ends_the_text_before_it() -> None:
+def test_stop_string_ends_the_text_before_it() -> None:
     stopped = output(" jumps")
     ids = tokens("the quick brown fox jumps over")
     deltas = run(stopped, ids)
@@ -236,7 +234,7 @@ def test_a_stop_string_ends_the_text_before_it() -> None:
     assert ids_of(deltas) == ids[: len(ids_of(deltas))]
 
 
-def test_tokens_of_the_same_step_behind_a_stop_string_are_dropped() -> None:
+def test_tokens_after_a_stop_string_in_the_same_step_are_dropped() -> None:
     stopped = output(" world")
     ids = tokens("hello world, hello there")
     delta = stopped.push([GeneratedToken(id=token_id) for token_id in ids])
@@ -245,7 +243,7 @@ def test_tokens_of_the_same_step_behind_a_stop_string_are_dropped() -> None:
     assert stopped.generated_tokens == len(delta.token_ids) < len(ids)
 
 
-def test_a_beginning_that_becomes_no_stop_string_comes_out_in_the_end() -> None:
+def test_incomplete_stop_string_is_in_the_last_delta() -> None:
     held = output("dog!")
     deltas = run(held, tokens("lazy dog"))
     assert text_of(deltas) == "lazy dog"
@@ -253,7 +251,7 @@ def test_a_beginning_that_becomes_no_stop_string_comes_out_in_the_end() -> None:
     assert not held.stopped
 
 
-def test_an_answer_without_tokens_has_no_pieces() -> None:
+def test_answer_without_tokens_has_no_delta() -> None:
     assert run(output("x"), []) == []
 
 

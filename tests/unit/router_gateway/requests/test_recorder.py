@@ -58,14 +58,14 @@ def bench() -> Bench:
         (ZeroDivisionError(), "failed"),
     ],
 )
-def test_an_error_is_an_outcome(bench: Bench, error: BaseException, outcome: str) -> None:
+def test_error_is_counted_as_its_outcome(bench: Bench, error: BaseException, outcome: str) -> None:
     with pytest.raises(type(error)), bench.record():
         raise error
     assert bench.outcomes() == {outcome: 1}
 
 
 @pytest.mark.parametrize(("reason", "outcome"), [(STOP, "stop"), (LENGTH, "length")])
-def test_an_end_is_an_outcome_of_its_route_with_its_time(bench: Bench, reason: int, outcome: str) -> None:
+def test_finish_is_counted_by_route_with_its_duration(bench: Bench, reason: int, outcome: str) -> None:
     with bench.record() as recorder:
         recorder.record_prompt(100, None)
         recorder.record_decision(DECISION)
@@ -75,7 +75,7 @@ def test_an_end_is_an_outcome_of_its_route_with_its_time(bench: Bench, reason: i
     assert bench.value("stitch_request_duration_seconds_sum", route="strong", outcome=outcome) == 3.0
 
 
-def test_a_client_that_leaves_with_the_last_piece_has_its_answer(bench: Bench) -> None:
+def test_client_that_leaves_after_the_finish_is_not_cancelled(bench: Bench) -> None:
     recorder = bench.record()
     recorder.record_finish(STOP)
     with pytest.raises(GeneratorExit), recorder:
@@ -94,7 +94,7 @@ def test_a_client_that_leaves_with_the_last_piece_has_its_answer(bench: Bench) -
         (False, 109.8, "client"),
     ],
 )
-def test_an_early_end_has_a_cause(bench: Bench, aborting: bool, now: float, cause: str) -> None:
+def test_cancellation_is_counted_by_cause(bench: Bench, aborting: bool, now: float, cause: str) -> None:
     bench.aborting = aborting
 
     def leave(deadline: float) -> None:
@@ -107,7 +107,7 @@ def test_an_early_end_has_a_cause(bench: Bench, aborting: bool, now: float, caus
     assert bench.value("stitch_cancelled_total", cause=cause) == 1
 
 
-def test_the_first_text_alone_sets_the_time(bench: Bench) -> None:
+def test_only_the_first_text_sets_the_ttft(bench: Bench) -> None:
     with bench.record() as recorder:
         recorder.record_prompt(100, None)
         recorder.record_decision(DECISION)
@@ -123,7 +123,7 @@ def test_the_first_text_alone_sets_the_time(bench: Bench) -> None:
     assert bench.value(by_prompt, route="strong", prompt_bucket="le64") == 0
 
 
-def test_tokens_that_come_at_once_share_the_time(bench: Bench) -> None:
+def test_tokens_of_one_step_share_its_latency(bench: Bench) -> None:
     with bench.record() as recorder:
         recorder.record_prompt(100, None)
         recorder.record_decision(DECISION)
@@ -136,7 +136,7 @@ def test_tokens_that_come_at_once_share_the_time(bench: Bench) -> None:
     assert bench.value("stitch_generated_tokens_total", route="strong") == 4
 
 
-def test_stages_are_kept_and_a_strange_one_makes_no_label(bench: Bench) -> None:
+def test_unknown_stage_is_kept_and_gets_no_label(bench: Bench) -> None:
     bench.now = 100.25
     with bench.record() as recorder:
         recorder.record_placement()
@@ -149,7 +149,7 @@ def test_stages_are_kept_and_a_strange_one_makes_no_label(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("act", "waiting", "running"), [(lambda recorder: None, 1, 0), (lambda recorder: recorder.record_placement(), 0, 1)]
 )
-def test_a_request_is_in_one_place_at_a_time(
+def test_request_is_counted_as_waiting_or_running(
     bench: Bench, act: Callable[[Recorder], None], waiting: int, running: int
 ) -> None:
     def places() -> tuple[float | None, float | None]:

@@ -93,7 +93,7 @@ def ids(steps: list[Step]) -> list[int]:
     return [token.id for step in steps for token in step.tokens]
 
 
-async def test_tokens_come_one_by_one_up_to_the_end_token() -> None:
+async def test_stream_yields_tokens_up_to_the_end_token() -> None:
     [bottom] = bottoms(1)
     async with streaming(bottom, top()) as stream:
         steps = await stream.all()
@@ -104,7 +104,7 @@ async def test_tokens_come_one_by_one_up_to_the_end_token() -> None:
     assert stream.replays == {}
 
 
-async def test_the_shard_gets_everything_that_it_needs() -> None:
+async def test_first_shard_gets_tokens_route_chain_and_sampling() -> None:
     [bottom], above = bottoms(1), top()
     async with streaming(bottom, above) as stream:
         await stream.all(stream_input(seed=9, max_tokens=2))
@@ -114,7 +114,7 @@ async def test_the_shard_gets_everything_that_it_needs() -> None:
     assert Sampling.from_proto(request.sampling) == Sampling(seed=9, max_tokens=2, stop_token_ids=(END_TOKEN,))
 
 
-async def test_max_tokens_end_with_length() -> None:
+async def test_max_tokens_finish_with_length() -> None:
     async with streaming(*bottoms(1), top()) as stream:
         steps = await stream.all(stream_input(max_tokens=3))
     assert ids(steps) == SCRIPT[:3]
@@ -131,7 +131,7 @@ async def test_max_tokens_end_with_length() -> None:
         (cuts_short, "cut"),
     ],
 )
-async def test_a_lost_chain_is_replaced_without_a_trace(before_token: int, fault: Fault, cause: str) -> None:
+async def test_lost_chain_is_replaced_and_tokens_stay_the_same(before_token: int, fault: Fault, cause: str) -> None:
     first, second = bottoms(2)
     first.free_kv_tokens += 1
     first.faults[before_token] = fault
@@ -145,7 +145,7 @@ async def test_a_lost_chain_is_replaced_without_a_trace(before_token: int, fault
     assert again.sampling.seed == 4
 
 
-async def test_a_token_at_a_wrong_position_never_arrives() -> None:
+async def test_token_at_a_wrong_position_counts_as_out_of_step() -> None:
     first, second = bottoms(2)
     first.free_kv_tokens += 1
     first.position_error = 1
@@ -155,7 +155,7 @@ async def test_a_token_at_a_wrong_position_never_arrives() -> None:
     assert stream.replays == {"out_of_step": 1}
 
 
-async def test_the_only_chain_is_tried_again_and_again() -> None:
+async def test_only_chain_is_retried() -> None:
     [bottom] = bottoms(1)
     bottom.faults = {2: aborts(UNAVAILABLE), 3: aborts(UNAVAILABLE)}
     async with streaming(bottom, top()) as stream:
@@ -163,7 +163,7 @@ async def test_the_only_chain_is_tried_again_and_again() -> None:
     assert stream.replays == {"unavailable": 2}
 
 
-async def test_an_answer_waits_for_its_shard_to_come_back() -> None:
+async def test_answer_waits_for_a_restarted_shard() -> None:
     [bottom], above = bottoms(1), top()
     hold = asyncio.Event()
     bottom.faults[2] = waits_for(hold)
@@ -175,7 +175,7 @@ async def test_an_answer_waits_for_its_shard_to_come_back() -> None:
         assert ids(await answer) == [*SCRIPT, END_TOKEN]
 
 
-async def test_a_silent_shard_is_left_for_another() -> None:
+async def test_session_on_a_silent_shard_is_replayed_elsewhere() -> None:
     first, second = bottoms(2)
     first.free_kv_tokens += 1
     first.faults[3] = waits_for(asyncio.Event())
@@ -190,7 +190,7 @@ async def test_a_silent_shard_is_left_for_another() -> None:
         first.talks.set()
 
 
-async def test_no_chain_left_says_how_far_it_came() -> None:
+async def test_unavailable_has_the_number_of_generated_tokens() -> None:
     [bottom] = bottoms(1)
     bottom.faults = {4: aborts(UNAVAILABLE, "broken")}
     async with streaming(bottom, top(), max_failures=0) as stream:
@@ -199,7 +199,7 @@ async def test_no_chain_left_says_how_far_it_came() -> None:
     assert caught.value.generated_tokens == 4
 
 
-async def test_waiting_has_an_end() -> None:
+async def test_retry_ends_after_wait_seconds() -> None:
     now = [0.0]
 
     async def breaks(context: object) -> None:
@@ -215,7 +215,7 @@ async def test_waiting_has_an_end() -> None:
     assert caught.value.generated_tokens == 1
 
 
-async def test_without_any_chain_a_new_request_does_not_wait() -> None:
+async def test_new_request_without_any_chain_fails_at_once() -> None:
     [bottom], above = bottoms(1), top()
     async with streaming(bottom, above, wait_seconds=1e9) as stream:
         await above.stop()
@@ -226,7 +226,7 @@ async def test_without_any_chain_a_new_request_does_not_wait() -> None:
     assert bottom.requests == []
 
 
-async def test_a_session_that_kills_its_shard_does_not_kill_every_shard() -> None:
+async def test_retry_ends_after_max_failures() -> None:
     shards = bottoms(6)
     for shard in shards:
         shard.faults[1] = aborts(UNAVAILABLE)
@@ -236,7 +236,7 @@ async def test_a_session_that_kills_its_shard_does_not_kill_every_shard() -> Non
     assert sum(len(shard.requests) for shard in shards) == 3
 
 
-async def test_new_tokens_make_the_count_begin_anew() -> None:
+async def test_token_clears_the_failure_record() -> None:
     [bottom] = bottoms(1)
     bottom.faults = {index: aborts(UNAVAILABLE) for index in range(1, 6)}
     async with streaming(bottom, top(), max_failures=1) as stream:
@@ -244,7 +244,7 @@ async def test_new_tokens_make_the_count_begin_anew() -> None:
 
 
 @pytest.mark.parametrize(("max_tokens", "finish"), [(3, LENGTH), (50, STOP)])
-async def test_an_end_that_got_lost_is_known_all_the_same(max_tokens: int, finish: int) -> None:
+async def test_finish_is_known_when_its_message_was_lost(max_tokens: int, finish: int) -> None:
     [bottom] = bottoms(1)
     bottom.forgets_the_end = True
     async with streaming(bottom, top()) as stream:
@@ -254,7 +254,7 @@ async def test_an_end_that_got_lost_is_known_all_the_same(max_tokens: int, finis
     assert len(bottom.requests) == 1
 
 
-async def test_a_full_shard_sends_a_new_request_away_with_a_time() -> None:
+async def test_new_request_on_a_full_shard_is_exhausted() -> None:
     [bottom] = bottoms(1)
     bottom.faults[0] = is_full(2.5)
     async with streaming(bottom, top()) as stream:
@@ -264,7 +264,7 @@ async def test_a_full_shard_sends_a_new_request_away_with_a_time() -> None:
     assert stream.replays == {}
 
 
-async def test_half_an_answer_waits_for_room() -> None:
+async def test_begun_answer_waits_for_room() -> None:
     first, second = bottoms(2)
     first.free_kv_tokens += 1
     first.faults[2] = aborts(UNAVAILABLE)
@@ -274,7 +274,7 @@ async def test_half_an_answer_waits_for_room() -> None:
     assert stream.replays == {"unavailable": 1}
 
 
-async def test_half_an_answer_without_room_ends_with_the_time() -> None:
+async def test_begun_answer_without_room_is_exhausted_after_max_failures() -> None:
     first, second = bottoms(2)
     first.free_kv_tokens += 1
     first.faults[2] = aborts(UNAVAILABLE)
@@ -293,7 +293,7 @@ async def test_half_an_answer_without_room_ends_with_the_time() -> None:
         (grpc.StatusCode.INVALID_ARGUMENT, StitchError),
     ],
 )
-async def test_what_another_shard_would_say_too_is_passed_on(code: grpc.StatusCode, kind: type[StitchError]) -> None:
+async def test_error_of_the_request_is_not_retried(code: grpc.StatusCode, kind: type[StitchError]) -> None:
     first, second = bottoms(2)
     for shard in (first, second):
         shard.faults[0] = aborts(code, "as it is")
@@ -303,7 +303,7 @@ async def test_what_another_shard_would_say_too_is_passed_on(code: grpc.StatusCo
     assert len(first.requests) + len(second.requests) == 1
 
 
-async def test_the_deadline_goes_along_as_what_is_left_of_it() -> None:
+async def test_shard_gets_the_rest_of_the_deadline() -> None:
     [bottom] = bottoms(1)
     async with streaming(bottom, top(), clock=lambda: 1_000.0) as stream:
         await stream.all(deadline=1_030.0)
@@ -314,7 +314,7 @@ async def test_the_deadline_goes_along_as_what_is_left_of_it() -> None:
     assert without is None
 
 
-async def test_behind_the_deadline_no_shard_is_asked() -> None:
+async def test_expired_request_reaches_no_shard() -> None:
     [bottom] = bottoms(1)
     async with streaming(bottom, top(), clock=lambda: 1_000.0) as stream:
         with pytest.raises(Expired, match="after 0 tokens"):
@@ -332,7 +332,7 @@ async def test_closing_the_stream_cancels_the_session() -> None:
         await eventually(lambda: bottom.cancelled == 1 and bottom.running == 0)
 
 
-async def test_cancelling_whoever_reads_cancels_the_session() -> None:
+async def test_cancelling_the_reader_cancels_the_session() -> None:
     [bottom] = bottoms(1)
     bottom.faults[2] = waits_for(asyncio.Event())
     async with streaming(bottom, top()) as stream:

@@ -1,4 +1,4 @@
-"""Shares over a window that moves, and a distance that is 0 for scores that are spread evenly."""
+"""Tests of the window of decisions, of its drift, and of the monitor's gauges and warnings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def of_scores(scores: list[float]) -> DecisionWindow:
     return latest
 
 
-def test_shares_are_those_of_the_window() -> None:
+def test_shares_count_the_window_only() -> None:
     latest = DecisionWindow(window=4)
     assert latest.share("weak") == 0
     for route in ("strong", "strong", "weak", "weak", "weak", "weak"):
@@ -32,12 +32,12 @@ def test_shares_are_those_of_the_window() -> None:
     assert (latest.share("weak"), latest.share("strong"), latest.share("gone")) == (0.75, 0.25, 0.0)
 
 
-def test_a_few_scores_say_nothing() -> None:
+def test_drift_is_nan_below_min_scores() -> None:
     assert math.isnan(of_scores([0.5] * (MIN_SCORES - 1)).drift())
     assert of_scores([0.5] * MIN_SCORES).drift() == pytest.approx(0.5)
 
 
-def test_the_scores_of_the_reference_itself_have_none() -> None:
+def test_scores_of_the_calibration_texts_have_no_drift() -> None:
     draw = random.Random(1)
     gains = sorted(draw.gauss(0, 1) for _ in range(5_000))
     percentiles = [gains[min(round(step / 100 * 4_999), 4_999)] for step in range(101)]
@@ -46,16 +46,16 @@ def test_the_scores_of_the_reference_itself_have_none() -> None:
 
 
 @pytest.mark.parametrize(("scores", "distance"), [([0.0], 1.0), ([1.0], 0.99), ([0.25, 0.75], 0.25)])
-def test_the_distance_is_the_largest_between_the_shares(scores: list[float], distance: float) -> None:
+def test_drift_is_the_largest_distance_of_distributions(scores: list[float], distance: float) -> None:
     assert of_scores(scores * MIN_SCORES).drift() == pytest.approx(distance)
 
 
-def test_harder_texts_are_seen() -> None:
+def test_harder_texts_give_drift() -> None:
     draw = random.Random(1)
     assert of_scores([draw.random() ** 0.5 for _ in range(WINDOW)]).drift() == pytest.approx(0.25, abs=0.05)
 
 
-def test_what_left_the_window_is_forgotten() -> None:
+def test_scores_outside_the_window_do_not_count() -> None:
     draw = random.Random(1)
     latest = of_scores([1.0] * WINDOW)
     for _ in range(WINDOW):
@@ -91,14 +91,14 @@ class Bench:
         return [self.value("share", route=route) for route in ROUTES]
 
 
-def test_everything_is_there_before_the_first_judgement() -> None:
+def test_gauges_exist_before_the_first_decision() -> None:
     bench = Bench(None, learned=False)
     assert bench.shares() == [0, 0, 0]
     assert math.isnan(bench.value("budget"))
     assert math.isnan(bench.value("drift"))
 
 
-def test_shares_and_their_cost_stand_beside_the_budget() -> None:
+def test_gauges_show_shares_cost_and_budget() -> None:
     bench = Bench(thresholds(0.3, costs=(0.0, 0.2, 1.0)))
     for route, times in (("small", 5), ("middle", 3), ("large", 2)):
         bench.decide(route, times=times)
@@ -107,13 +107,13 @@ def test_shares_and_their_cost_stand_beside_the_budget() -> None:
     assert bench.value("budget") == 0.3
 
 
-def test_steps_are_equal_where_no_costs_are_known() -> None:
+def test_cost_steps_are_equal_without_costs() -> None:
     bench = Bench(None)
     bench.decide("middle")
     assert bench.value("mean_cost") == 0.5
 
 
-def test_what_others_decide_is_not_counted() -> None:
+def test_requested_and_conversation_routes_do_not_count() -> None:
     bench = Bench(thresholds())
     bench.decide("small")
     for kind in ("requested", "conversation"):
@@ -121,7 +121,7 @@ def test_what_others_decide_is_not_counted() -> None:
     assert bench.shares() == [1, 0, 0]
 
 
-def test_a_new_calibration_begins_anew() -> None:
+def test_new_calibration_empties_the_window() -> None:
     bench = Bench(thresholds(0.3))
     bench.decide("large", times=5)
     bench.calibration = thresholds(0.5)
@@ -129,13 +129,13 @@ def test_a_new_calibration_begins_anew() -> None:
     assert (bench.value("budget"), bench.shares()) == (0.5, [1, 0, 0])
 
 
-def test_hand_set_weights_have_no_drift() -> None:
+def test_router_without_calibration_has_no_drift() -> None:
     bench = Bench(None, learned=False)
     bench.decide("large", 1.0, times=MIN_SCORES)
     assert math.isnan(bench.value("drift"))
 
 
-def test_the_log_warns_once_when_texts_change_and_once_when_they_are_back(caplog: pytest.LogCaptureFixture) -> None:
+def test_drift_is_logged_once_when_it_begins_and_ends(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     draw = random.Random(1)
     bench = Bench(thresholds())

@@ -1,4 +1,4 @@
-"""Each feature sees what it is for, and not what it is not for."""
+"""Tests of the features, one by one, and of the heuristic router's routes and reasons."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def values(*turns: str) -> dict[str, float]:
         ("constraints", "Do this:\n- one\n- two"),
     ],
 )
-def test_a_sign_is_seen(name: str, text: str) -> None:
+def test_feature_is_found_in_its_example(name: str, text: str) -> None:
     assert values(text)[name] > 0
 
 
-def test_plain_words_show_nothing_but_their_number() -> None:
+def test_plain_words_have_only_a_length() -> None:
     found = values("Tell me about the old town")
     assert found.pop("length") > 0
     assert set(found.values()) == {0.0}
@@ -43,29 +43,29 @@ def test_one_lettered_line_is_no_choice() -> None:
     assert values("A. Introduction")["choice"] == 0
 
 
-def test_a_longer_text_counts_more_and_never_more_than_one() -> None:
+def test_length_grows_up_to_1() -> None:
     lengths = [values("word " * count)["length"] for count in (0, 1, 10, 100, 1_000, 100_000)]
     assert lengths == sorted(lengths)
     assert lengths[0] == 0
     assert lengths[-1] == 1
 
 
-def test_a_script_without_spaces_has_words() -> None:
+def test_script_without_spaces_has_words() -> None:
     assert values("这是一个没有空格的很长的句子" * 10)["length"] > values("short")["length"]
 
 
-def test_every_turn_of_the_user_counts() -> None:
+def test_features_cover_every_turn() -> None:
     found = values("def f(x): return x == 1", "commit it")
     assert found["code"] > 0
     assert found["turns"] > 0
 
 
-def test_what_stands_at_the_end_of_a_long_text_is_seen() -> None:
+def test_features_cover_the_end_of_a_long_text() -> None:
     filler = "word " * EXCERPT_CHARACTERS
     assert values(f"{filler}\nExplain why.")["reasoning"] > 0
 
 
-def test_a_number_is_shown_as_a_person_says_it() -> None:
+def test_description_uses_singular_and_plural() -> None:
     shown = {feature.name: feature.description for feature in features(["Explain 1 + 1"])}
     assert shown["length"] == "4 words"
     assert shown["reasoning"] == "1 reasoning word"
@@ -79,51 +79,51 @@ DUCKS = (
 )
 
 
-def judged(*turns: str, routes: tuple[str, ...] = ROUTES) -> RouteDecision:
+def decide(*turns: str, routes: tuple[str, ...] = ROUTES) -> RouteDecision:
     return HeuristicRouter(Ladder()).decide(Query(turns, routes))
 
 
 @pytest.mark.parametrize("text", ["Hello", "What is the capital of France?", "Write a haiku about autumn."])
-def test_small_talk_is_weak(text: str) -> None:
-    assert judged(text).route == "weak"
+def test_small_talk_takes_the_weak_route(text: str) -> None:
+    assert decide(text).route == "weak"
 
 
 @pytest.mark.parametrize(
     "text", [DUCKS, "Refactor this so that it must handle None:\ndef f(x):\n    return x + 1", "x " * 3_000]
 )
-def test_hard_or_long_work_is_strong(text: str) -> None:
-    assert judged(text).route == "strong"
+def test_hard_or_long_task_takes_the_strong_route(text: str) -> None:
+    assert decide(text).route == "strong"
 
 
-def test_a_follow_up_is_judged_with_what_came_before() -> None:
-    assert judged("commit it").route == "weak"
-    assert judged(DUCKS, "commit it").route == "strong"
+def test_follow_up_is_decided_with_earlier_turns() -> None:
+    assert decide("commit it").route == "weak"
+    assert decide(DUCKS, "commit it").route == "strong"
 
 
-def test_the_reason_names_what_weighed_most() -> None:
-    decision = judged(DUCKS)
+def test_reason_names_the_largest_contributions() -> None:
+    decision = decide(DUCKS)
     assert "34 words" in decision.reason
     assert "constraint" in decision.reason
     assert decision.reason.endswith(f"{decision.score:.2f}, at least 0.50")
     assert decision.kind == "content"
-    assert judged("Hello").kind == "length"
+    assert decide("Hello").kind == "length"
 
 
 @pytest.mark.parametrize(
     "text", ["", " ", "\0", "x" * 100_000, "😀" * 50_000, "1" * 9_999, "{;\n" * 5_000, "𝕏\u202e\ufffd"]
 )
 @pytest.mark.parametrize("routes", [("one",), ROUTES, ("a", "b", "c", "d")])
-def test_any_text_has_a_judgement(text: str, routes: tuple[str, ...]) -> None:
-    decision = judged(text, routes=routes)
+def test_any_text_has_a_decision(text: str, routes: tuple[str, ...]) -> None:
+    decision = decide(text, routes=routes)
     assert decision.route in routes
     assert 0 < decision.score < 1
     assert decision.kind in REASON_KINDS
     assert len(decision.reason) < 200
 
 
-def test_no_turn_at_all_has_a_judgement() -> None:
-    assert judged().route == "weak"
+def test_query_without_turns_has_a_decision() -> None:
+    assert decide().route == "weak"
 
 
-def test_every_feature_has_a_weight_and_the_other_way_round() -> None:
+def test_features_and_weights_have_the_same_names() -> None:
     assert {feature.name for feature in features([""])} == set(WEIGHTS)

@@ -88,48 +88,48 @@ def bench() -> Bench:
 
 
 class TestObjectives:
-    def test_none_leaves_the_router_s_judgement(self, bench: Bench) -> None:
+    def test_without_objectives_the_router_decides(self, bench: Bench) -> None:
         assert bench.ask() is bench.router.decision
 
-    def test_a_first_text_in_time(self, bench: Bench) -> None:
+    def test_max_ttft_excludes_the_slow_route(self, bench: Bench) -> None:
         assert bench.ask(objectives=Objectives(max_ttft_seconds=2.1)).route == "strong"
         moved = bench.ask(objectives=Objectives(max_ttft_seconds=1.5))
         assert (moved.route, moved.kind) == ("weak", "objective")
         assert "ttft 1.00 s ≤ 1.5 s on weak; strong has ttft 2.00 s" in moved.reason
 
-    def test_the_time_that_a_request_has_waited_counts(self, bench: Bench) -> None:
+    def test_waited_time_counts_towards_the_ttft(self, bench: Bench) -> None:
         with pytest.raises(ObjectivesUnmet, match=r"weak has ttft 1\.60 s; strong has ttft 2\.60 s"):
             bench.ask(waited=0.6, objectives=Objectives(max_ttft_seconds=1.5))
 
-    def test_prompts_that_stand_before_it_count(self, bench: Bench) -> None:
+    def test_pending_prompts_count_towards_the_ttft(self, bench: Bench) -> None:
         bench.predictor.track(200, "weak")
         with pytest.raises(ObjectivesUnmet, match=r"weak has ttft 3\.00 s"):
             bench.ask(objectives=Objectives(max_ttft_seconds=1.5))
 
-    def test_a_route_that_is_new_is_tried(self) -> None:
-        judged = Bench().ask(objectives=Objectives(max_ttft_seconds=0.001))
-        assert (judged.route, judged.reason) == ("strong", "hard; ttft not known yet")
+    def test_route_without_samples_counts_as_fast_enough(self) -> None:
+        decision = Bench().ask(objectives=Objectives(max_ttft_seconds=0.001))
+        assert (decision.route, decision.reason) == ("strong", "hard; ttft not known yet")
 
-    def test_a_cost(self, bench: Bench) -> None:
+    def test_max_cost_excludes_the_costly_route(self, bench: Bench) -> None:
         assert bench.ask(objectives=Objectives(max_cost=0.9)).route == "weak"
         with pytest.raises(ObjectivesUnmet, match=r"weak has cost 0\.80; strong has cost 1\.00"):
             bench.ask(objectives=Objectives(max_cost=0.7))
 
-    def test_a_quality(self, bench: Bench) -> None:
+    def test_min_quality_takes_the_cheapest_route_that_fits(self, bench: Bench) -> None:
         assert bench.ask(objectives=Objectives(min_quality=0.25)).route == "weak"
         assert bench.ask(objectives=Objectives(min_quality=0.5)).route == "strong"
 
-    def test_a_quality_needs_a_learned_router(self, bench: Bench) -> None:
+    def test_min_quality_is_refused_without_learned_router(self, bench: Bench) -> None:
         bench.router.decision = RouteDecision("strong", 0.9, "12 words", "length")
         with pytest.raises(InvalidRequest, match=r"objectives\.min_quality is 0\.5, but only a learned router"):
             bench.ask(objectives=Objectives(min_quality=0.5))
 
-    def test_a_router_that_failed_fails_no_request_for_its_quality(self, bench: Bench) -> None:
+    def test_min_quality_is_ignored_after_a_router_failure(self, bench: Bench) -> None:
         bench.router.decision = RouteDecision("strong", 1.0, "it failed", "fallback")
         assert bench.ask(objectives=Objectives(min_quality=0.5)).route == "strong"
         assert bench.ask(objectives=Objectives(min_quality=0.5, max_cost=0.9)).route == "weak"
 
-    def test_a_named_route_is_held_against_them(self, bench: Bench) -> None:
+    def test_named_route_must_meet_the_objectives(self, bench: Bench) -> None:
         kept = bench.ask(route="weak", objectives=Objectives(max_ttft_seconds=1.5))
         assert kept.kind == "requested"
         assert kept.reason == "the request names it; the router would take strong (hard); ttft 1.00 s ≤ 1.5 s"
@@ -138,7 +138,7 @@ class TestObjectives:
 
 
 class TestConversations:
-    def test_a_follow_up_keeps_the_route(self, bench: Bench) -> None:
+    def test_follow_up_keeps_the_conversation_route(self, bench: Bench) -> None:
         bench.ask(conversation_id="c")
         bench.router_decides("weak")
         kept = bench.ask(conversation_id="c")
@@ -147,13 +147,13 @@ class TestConversations:
         assert bench.ask(conversation_id="other").route == "weak"
         assert bench.ask().route == "weak"
 
-    def test_a_request_moves_its_conversation(self, bench: Bench) -> None:
+    def test_named_route_moves_the_conversation(self, bench: Bench) -> None:
         bench.router_decides("weak")
         bench.ask(conversation_id="c")
         bench.ask(conversation_id="c", route="strong")
         assert bench.ask(conversation_id="c").route == "strong"
 
-    def test_a_judgement_alone_sees_and_keeps_nothing(self, bench: Bench) -> None:
+    def test_query_without_answer_records_no_conversation(self, bench: Bench) -> None:
         bench.explain(conversation_id="c")
         bench.router_decides("weak")
         assert bench.ask(conversation_id="c").route == "weak"
@@ -162,20 +162,20 @@ class TestConversations:
         assert isinstance(explained, RouteDecision)
         assert explained.route == "weak"
 
-    def test_a_fallback_is_no_route_to_stay_on(self, bench: Bench) -> None:
+    def test_fallback_is_not_kept_for_the_conversation(self, bench: Bench) -> None:
         bench.router_decides("strong", "fallback")
         bench.ask(conversation_id="c")
         bench.router_decides("weak")
         assert bench.ask(conversation_id="c").kind == "gain"
 
-    def test_an_objective_turns_one_answer_aside_and_no_conversation(self, bench: Bench) -> None:
+    def test_route_by_objective_is_not_kept_for_the_conversation(self, bench: Bench) -> None:
         bench.ask(conversation_id="c", objectives=Objectives(max_cost=0.9))
         assert bench.ask(conversation_id="c").kind == "gain"
         aside = bench.ask(conversation_id="c", objectives=Objectives(max_cost=0.9))
         assert (aside.route, aside.kind) == ("weak", "objective")
         assert bench.ask(conversation_id="c").route == "strong"
 
-    def test_only_what_was_decided_counts_as_a_share(self, bench: Bench) -> None:
+    def test_only_decisions_of_the_router_count_as_shares(self, bench: Bench) -> None:
         for fields in ({}, {"route": "weak"}, {"conversation_id": "c"}, {"conversation_id": "c"}):
             bench.ask(**fields)
         bench.explain()
@@ -186,7 +186,7 @@ class TestConversations:
         ]
         assert shares == [pytest.approx(1 / 3), pytest.approx(2 / 3)]
 
-    def test_a_refused_request_leaves_nothing(self, bench: Bench) -> None:
+    def test_refused_request_records_no_conversation(self, bench: Bench) -> None:
         with pytest.raises(ObjectivesUnmet):
             bench.ask(conversation_id="c", route="strong", objectives=Objectives(max_cost=0.9))
         bench.router_decides("weak")
@@ -200,31 +200,31 @@ class TestDeferred:
     def defers(self, bench: Bench) -> None:
         bench.router.defers = True
 
-    def test_both_routes_are_open(self, bench: Bench) -> None:
+    def test_deferred_decision_has_all_routes(self, bench: Bench) -> None:
         deferred = bench.explain()
         assert isinstance(deferred, DeferredDecision)
         assert deferred.routes == ("weak", "strong")
 
-    def test_what_a_request_or_its_conversation_says_needs_no_judgement(self, bench: Bench) -> None:
+    def test_named_or_kept_route_is_not_deferred(self, bench: Bench) -> None:
         assert bench.explain(route="weak") == RouteDecision("weak", None, "the request names it", "requested")
         bench.ask(conversation_id="c")
         kept = RouteDecision("strong", None, "the conversation keeps strong", "conversation")
         assert bench.explain(conversation_id="c") == kept
 
-    def test_objectives_narrow_the_choice(self, bench: Bench) -> None:
+    def test_objectives_restrict_the_candidates(self, bench: Bench) -> None:
         narrow = bench.explain(objectives=Objectives(max_ttft_seconds=1.5))
         assert isinstance(narrow, RouteDecision)
         assert (narrow.route, narrow.kind) == ("weak", "objective")
         wide = bench.explain(objectives=Objectives(max_ttft_seconds=2.5))
         assert isinstance(wide, DeferredDecision)
 
-    def test_a_quality_is_not_predicted(self, bench: Bench) -> None:
+    def test_min_quality_is_refused_for_deferred_decisions(self, bench: Bench) -> None:
         with pytest.raises(
             InvalidRequest, match=r"objectives\.min_quality is 0\.5, but only a learned router of texts"
         ):
             bench.explain(objectives=Objectives(min_quality=0.5))
 
-    def test_what_nobody_judged_is_no_share(self, bench: Bench) -> None:
+    def test_decision_without_score_is_no_share(self, bench: Bench) -> None:
         bench.ask(objectives=Objectives(max_cost=0.9))
         assert bench.metrics.registry.get_sample_value("stitch_route_share", {"route": "weak"}) in (None, 0)
 

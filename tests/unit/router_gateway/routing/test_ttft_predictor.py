@@ -1,4 +1,4 @@
-"""A line through what was measured, and a bound that nearly everything keeps to. All times are made up."""
+"""Tests of the TTFT predictor: its regression, its bound, pending prompts, and simulated loads."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def learned(count: int = ENOUGH, at: float = 0.0) -> TtftRegression:
     return line
 
 
-def test_nothing_is_promised_before_enough_was_seen() -> None:
+def test_bound_needs_enough_samples() -> None:
     assert TtftRegression().bound(100, 0.0) is None
     assert learned(ENOUGH - 1).bound(100, 0.0) is None
     assert learned(ENOUGH).bound(100, 0.0) is not None
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 5_000])
-def test_an_exact_line_is_found_and_goes_on_beyond_what_was_seen(tokens: float) -> None:
+def test_bound_extrapolates_an_exact_line(tokens: float) -> None:
     assert learned().bound(tokens, 0.0) == pytest.approx(seconds_of(tokens))
 
 
-def test_what_is_old_is_forgotten() -> None:
+def test_samples_expire() -> None:
     line = learned(at=10.0)
     assert line.bound(100, 10.0 + MAX_AGE_SECONDS) is not None
     assert line.bound(100, 10.1 + MAX_AGE_SECONDS) is None
 
 
-def test_a_route_that_became_slower_is_believed() -> None:
+def test_bound_follows_a_route_that_became_slower() -> None:
     line = learned(WINDOW)
     for index in range(2 * WINDOW):
         tokens = 10.0 + 97 * index % 500
@@ -62,13 +62,13 @@ def test_a_route_that_became_slower_is_believed() -> None:
     assert line.bound(100, 1.0) == pytest.approx(4 * seconds_of(100))
 
 
-def test_one_accident_spoils_no_bound() -> None:
+def test_bound_ignores_a_single_outlier() -> None:
     line = learned(WINDOW)
     line.observe(100, 100 * seconds_of(100), 0.0)
     assert line.bound(100, 0.0) == pytest.approx(seconds_of(100), rel=0.05)
 
 
-def test_prompts_of_one_length_make_a_level() -> None:
+def test_prompts_of_equal_length_give_a_constant() -> None:
     line = TtftRegression()
     for _ in range(ENOUGH):
         line.observe(64, 0.2, 0.0)
@@ -76,14 +76,14 @@ def test_prompts_of_one_length_make_a_level() -> None:
     assert line.bound(640, 0.0) == pytest.approx(0.2)
 
 
-def test_a_longer_prompt_is_never_promised_sooner() -> None:
+def test_bound_never_decreases_with_the_prompt() -> None:
     line = TtftRegression()
     for index in range(ENOUGH):
         line.observe(10.0 * (index + 1), 1.0 / (index + 1), 0.0)
     assert (line.bound(500, 0.0) or 0) >= (line.bound(10, 0.0) or 0) > 0
 
 
-def test_a_negative_time_is_never_promised() -> None:
+def test_bound_is_never_negative() -> None:
     line = TtftRegression()
     for index in range(ENOUGH):
         line.observe(100.0 * (index + 1), 0.01 * (index + 1) ** 2, 0.0)
@@ -91,7 +91,7 @@ def test_a_negative_time_is_never_promised() -> None:
 
 
 @pytest.mark.parametrize("spread", [0.05, 0.3])
-def test_most_of_what_comes_keeps_to_its_bound(spread: float) -> None:
+def test_nearly_all_samples_stay_below_the_bound(spread: float) -> None:
     draw = random.Random(1)
     line, kept, asked = TtftRegression(), 0, 0
     for index in range(1_000):
@@ -106,7 +106,7 @@ def test_most_of_what_comes_keeps_to_its_bound(spread: float) -> None:
     assert 0.95 <= kept / asked < 1
 
 
-def test_a_bound_is_no_wider_than_what_was_seen() -> None:
+def test_bound_is_no_wider_than_the_samples() -> None:
     draw = random.Random(1)
     line = TtftRegression()
     for _ in range(WINDOW):
@@ -144,12 +144,12 @@ def gateway() -> Gateway:
     return gateway
 
 
-def test_each_route_is_learned_by_itself(gateway: Gateway) -> None:
+def test_prediction_needs_samples_of_its_route(gateway: Gateway) -> None:
     assert gateway.predictor.predict_seconds("weak", 200) == pytest.approx(2.0)
     assert gateway.predictor.predict_seconds("strong", 200) is None
 
 
-def test_a_request_waits_for_the_prompts_before_it_on_any_route(gateway: Gateway) -> None:
+def test_prediction_includes_pending_prompts_of_any_route(gateway: Gateway) -> None:
     run = gateway.predictor.track(300, "strong")
     assert gateway.predictor.predict_seconds("weak", 200) == pytest.approx(5.0)
     run.prompt_computed()
@@ -157,26 +157,26 @@ def test_a_request_waits_for_the_prompts_before_it_on_any_route(gateway: Gateway
     assert gateway.predictor.predict_seconds("weak", 200) == pytest.approx(2.0)
 
 
-def test_first_shards_share_the_work(gateway: Gateway) -> None:
+def test_first_shards_share_pending_prompts(gateway: Gateway) -> None:
     gateway.first_shards = 2
     gateway.predictor.track(300, "strong")
     assert gateway.predictor.predict_seconds("weak", 200) == pytest.approx(3.5)
-    # Nobody serves; whoever asks gets a prediction all the same.
+    # Also without first shards there is a prediction.
     gateway.first_shards = 0
     assert gateway.predictor.predict_seconds("weak", 200) == pytest.approx(5.0)
 
 
-def test_what_stood_before_a_request_is_part_of_what_is_learned(gateway: Gateway) -> None:
+def test_sample_includes_prompts_that_were_pending(gateway: Gateway) -> None:
     first, second = gateway.predictor.track(100, "weak"), gateway.predictor.track(50, "weak")
     for run, tokens in ((first, 100), (second, 50)):
         gateway.now += tokens * TOKEN_SECONDS
         run.prompt_computed()
         run.text_sent()
-    # The second took 1.5 s for 50 tokens behind 100, which is on the line.
+    # The second took 1.5 s for 50 tokens after 100, which is on the line.
     assert gateway.predictor.predict_seconds("weak", 200) == pytest.approx(2.0)
 
 
-def test_a_first_text_counts_once(gateway: Gateway) -> None:
+def test_first_text_is_observed_once(gateway: Gateway) -> None:
     run = gateway.predictor.track(10, "weak")
     gateway.now += 0.1
     run.text_sent()
@@ -185,7 +185,7 @@ def test_a_first_text_counts_once(gateway: Gateway) -> None:
     assert gateway.predictor.predict_seconds("weak", 200) == pytest.approx(2.0)
 
 
-def test_of_a_prompt_that_is_being_computed_only_the_rest_stands_before_others(gateway: Gateway) -> None:
+def test_prediction_subtracts_prefill_already_done(gateway: Gateway) -> None:
     first, second = gateway.predictor.track(300, "weak"), gateway.predictor.track(100, "weak")
     gateway.now += 1.0
     assert gateway.predictor.predict_seconds("weak", 200) == pytest.approx(5.0)
@@ -258,7 +258,7 @@ def promised(pace: Callable[[float], float], mean_gap: float, seed: int = 1) -> 
             Forecast(route, predictor.predict_seconds(route, tokens), None, None) for route in ROUTE_TOKEN_SECONDS
         ]
         try:
-            judged = apply_objectives(
+            decision = apply_objectives(
                 Objectives(max_ttft_seconds=limit), RouteDecision(preferred, 0.5, "", "gain"), forecasts
             )
         except ObjectivesUnmet:
@@ -267,20 +267,20 @@ def promised(pace: Callable[[float], float], mean_gap: float, seed: int = 1) -> 
             kept.wrongly += waited + tokens * ROUTE_TOKEN_SECONDS["weak"] * pace(shards.now) + OVERHEAD_SECONDS <= limit
             continue
         began = shards.now
-        done = shards.compute(predictor.track(tokens, judged.route), judged.route, tokens)
+        done = shards.compute(predictor.track(tokens, decision.route), decision.route, tokens)
         kept.taken += 1
         kept.met += done - began <= limit
     return kept
 
 
 @pytest.mark.parametrize("mean_gap", [5.0, 0.6, 0.3, 0.15])
-def test_first_texts_come_in_time_whatever_the_load(mean_gap: float) -> None:
+def test_predictions_hold_at_any_load(mean_gap: float) -> None:
     kept = promised(lambda now: 1.0, mean_gap)
     assert kept.met / kept.taken >= 0.95
     assert kept.wrongly / (kept.wrongly + kept.taken) <= 0.3
 
 
 @pytest.mark.parametrize("seconds", [60.0, 300.0])
-def test_first_texts_come_in_time_where_the_pace_changes(seconds: float) -> None:
+def test_predictions_hold_when_shards_change_speed(seconds: float) -> None:
     kept = promised(lambda now: 1.0 if int(now / seconds) % 2 else 2.0, 0.6)
     assert kept.met / kept.taken >= 0.95

@@ -1,4 +1,4 @@
-"""SERVING as long as a route is whole, and never again once the gateway leaves."""
+"""Tests of the health service: it follows the shards, and stays NOT_SERVING once the gateway shuts down."""
 
 from __future__ import annotations
 
@@ -24,19 +24,31 @@ def shards() -> tuple[FakeShard, FakeShard]:
 
 
 @pytest.mark.parametrize("service", SERVICES)
-async def test_the_status_follows_the_shards(reach: Reach, service: str) -> None:
+async def test_status_follows_the_shards(reach: Reach, service: str) -> None:
     bottom, top = shards()
     async with reach(bottom, top) as gateway:
         health = health_pb2_grpc.HealthStub(gateway.channel)
-        seen = aiter(health.Watch(health_pb2.HealthCheckRequest(service=service)))
-        assert (await anext(seen)).status == SERVING
+        statuses = aiter(health.Watch(health_pb2.HealthCheckRequest(service=service)))
+        assert (await anext(statuses)).status == SERVING
         await top.stop()
-        assert (await anext(seen)).status == NOT_SERVING
+        assert (await anext(statuses)).status == NOT_SERVING
         await top.start()
-        assert (await anext(seen)).status == SERVING
+        assert (await anext(statuses)).status == SERVING
 
 
-async def test_without_a_tokenizer_nothing_is_served() -> None:
+async def test_status_is_not_serving_while_the_only_replica_drains(reach: Reach) -> None:
+    bottom, top = shards()
+    async with reach(bottom, top) as gateway:
+        health = health_pb2_grpc.HealthStub(gateway.channel)
+        statuses = aiter(health.Watch(health_pb2.HealthCheckRequest()))
+        assert (await anext(statuses)).status == SERVING
+        top.draining = True
+        assert (await anext(statuses)).status == NOT_SERVING
+        top.draining = False
+        assert (await anext(statuses)).status == SERVING
+
+
+async def test_status_is_not_serving_without_tokenizer() -> None:
     bottom, top = shards()
     bottom.files = {"tokenizer.json": b"{}"}
     async with (
@@ -48,7 +60,7 @@ async def test_without_a_tokenizer_nothing_is_served() -> None:
         assert (await health.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
 
 
-async def test_a_gateway_that_leaves_stays_not_serving(reach: Reach) -> None:
+async def test_status_stays_not_serving_after_shutdown(reach: Reach) -> None:
     bottom, top = shards()
     async with reach(bottom, top) as gateway:
         health = health_pb2_grpc.HealthStub(gateway.channel)
@@ -57,7 +69,7 @@ async def test_a_gateway_that_leaves_stays_not_serving(reach: Reach) -> None:
         assert (await health.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
 
 
-async def test_an_unknown_service_is_not_found(reach: Reach) -> None:
+async def test_unknown_service_is_not_found(reach: Reach) -> None:
     async with reach(*shards()) as gateway:
         health = health_pb2_grpc.HealthStub(gateway.channel)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -65,7 +77,7 @@ async def test_an_unknown_service_is_not_found(reach: Reach) -> None:
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_a_watcher_does_not_hold_up_the_end(reach: Reach) -> None:
+async def test_watcher_does_not_delay_the_shutdown(reach: Reach) -> None:
     async with reach(*shards()) as gateway:
         watch = health_pb2_grpc.HealthStub(gateway.channel).Watch(health_pb2.HealthCheckRequest())
         await anext(aiter(watch))

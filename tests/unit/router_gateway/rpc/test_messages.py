@@ -1,4 +1,4 @@
-"""Messages to values and back: what is unset, and what is refused."""
+"""Tests of reading client messages: defaults, limits, and bytes that are no message."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def message(**fields: object) -> inference_pb2.GenerateRequest:
     return inference_pb2.GenerateRequest(**({"prompt": "hello"} | fields))  # type: ignore[arg-type]
 
 
-def test_what_is_unset_takes_its_default() -> None:
+def test_unset_fields_take_defaults() -> None:
     request = to_request(message())
     assert request.prompt == "hello"
     assert (request.routing.route, request.stop) == (None, ())
@@ -29,13 +29,13 @@ def test_what_is_unset_takes_its_default() -> None:
     assert len(request.request_id) == 32
 
 
-def test_ids_and_seeds_are_drawn_anew_for_every_request() -> None:
+def test_ids_and_seeds_are_drawn_for_every_request() -> None:
     first, second = to_request(message()), to_request(message())
     assert first.request_id != second.request_id
     assert first.sampling.seed != second.sampling.seed
 
 
-def test_what_is_set_stays() -> None:
+def test_set_fields_are_kept() -> None:
     sampling = inference_pb2.Sampling(seed=0, temperature=0.5, max_tokens=7)
     request = to_request(message(request_id="mine", route="strong", stop=["a", "b"], sampling=sampling))
     assert (request.request_id, request.routing.route, request.stop) == ("mine", "strong", ("a", "b"))
@@ -46,13 +46,13 @@ def test_auto_is_no_route() -> None:
     assert to_request(message(route="auto")).routing.route is None
 
 
-def test_objectives_that_are_not_set_ask_for_nothing() -> None:
+def test_unset_objectives_are_no_objectives() -> None:
     assert not to_request(message()).routing.objectives.given
     given = inference_pb2.Objectives(max_cost=1.0, min_quality=0.0)
     assert to_request(message(objectives=given)).routing.objectives == Objectives(max_cost=1.0, min_quality=0.0)
 
 
-def test_a_question_is_a_request_that_is_only_judged() -> None:
+def test_route_query_has_prompt_and_routing() -> None:
     objectives = inference_pb2.Objectives(max_ttft_seconds=2.0)
     query = to_route_query(inference_pb2.RouteRequest(prompt="hi", objectives=objectives, conversation_id="mine"))
     assert query.prompt == "hi"
@@ -61,7 +61,7 @@ def test_a_question_is_a_request_that_is_only_judged() -> None:
         to_route_query(inference_pb2.RouteRequest(prompt="hi", objectives=inference_pb2.Objectives(max_cost=2)))
 
 
-def test_a_conversation_keeps_its_turns() -> None:
+def test_chat_becomes_turns() -> None:
     chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
     assert to_prompt(inference_pb2.RouteRequest(chat=chat)) == (Turn("user", "hi"),)
 
@@ -90,7 +90,7 @@ def test_a_conversation_keeps_its_turns() -> None:
         (message(sampling=inference_pb2.Sampling(min_p=float("nan"))), "sampling.min_p"),
     ],
 )
-def test_what_is_outside_of_its_limits_is_refused(bad: inference_pb2.GenerateRequest, field: str) -> None:
+def test_value_outside_its_limits_is_refused_by_field(bad: inference_pb2.GenerateRequest, field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         to_request(bad)
     assert caught.value.field == field
@@ -122,24 +122,24 @@ def chat(content: str) -> inference_pb2.Chat:
         ),
     ],
 )
-def test_the_broken_string_is_found_wherever_it_is(message: Message, field: str) -> None:
+def test_decode_names_the_field_that_is_not_utf8(message: Message, field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         decode(type(message), broken(message))
     assert caught.value.field == field
     assert str(caught.value) == f"{field} is b'caf\\xe9', but it must be UTF-8, and byte 3 is 0xe9"
 
 
-def test_a_long_string_is_shown_around_its_fault() -> None:
+def test_decode_shows_a_long_string_around_the_invalid_byte() -> None:
     message = inference_pb2.GenerateRequest(prompt="x" * 1_000_000 + "caf??")
     with pytest.raises(InvalidRequest, match=r"is b'xxxxxxxxxcaf\\xe9', but .* byte 1000003 is 0xe9"):
         decode(inference_pb2.GenerateRequest, broken(message))
 
 
-def test_bytes_that_are_no_message_are_called_so() -> None:
+def test_decode_refuses_bytes_that_are_no_message() -> None:
     with pytest.raises(InvalidRequest, match=r"request is 2 bytes, but they are no stitch\.v1\.GenerateRequest"):
         decode(inference_pb2.GenerateRequest, b"\xff\xff")
 
 
-def test_a_good_message_is_decoded() -> None:
+def test_decode_reads_a_valid_message() -> None:
     message = inference_pb2.GenerateRequest(chat=chat("é你"), stop=["a"])
     assert decode(inference_pb2.GenerateRequest, message.SerializeToString()) == message

@@ -1,4 +1,4 @@
-"""The whole gateway in front of fake shards, as a client sees it."""
+"""Tests of the servicer through a whole gateway over fake shards, as a client sees it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def refusal(call: Any) -> Exception:
     return from_rpc_error(caught.value)
 
 
-async def test_an_answer_is_told_from_the_judgement_to_the_end(reach: Reach) -> None:
+async def test_answer_has_started_deltas_and_finished(reach: Reach) -> None:
     async with reach(*shards()) as gateway:
         events = await gateway.generate("hello world", request_id="mine")
     started, *deltas, last = events
@@ -59,7 +59,7 @@ async def test_an_answer_is_told_from_the_judgement_to_the_end(reach: Reach) -> 
     assert [stage.name for stage in finished.stages] == ["route", "bottom_prefill"]
 
 
-async def test_the_shard_gets_the_model_s_end_tokens_and_a_seed(reach: Reach) -> None:
+async def test_first_shard_gets_end_tokens_and_seed(reach: Reach) -> None:
     bottom, top = shards()
     async with reach(bottom, top) as gateway:
         await gateway.generate(sampling=inference_pb2.Sampling(stop_token_ids=[9], max_tokens=1))
@@ -71,7 +71,7 @@ async def test_the_shard_gets_the_model_s_end_tokens_and_a_seed(reach: Reach) ->
     assert second.seed == 5
 
 
-async def test_an_answer_ends_with_the_context(reach: Reach) -> None:
+async def test_answer_ends_with_the_context(reach: Reach) -> None:
     bottom, top = shards("hello " * CONTEXT_TOKENS)
     async with reach(bottom, top) as gateway:
         finished = (await gateway.generate("x", sampling=inference_pb2.Sampling(max_tokens=100_000)))[-1].finished
@@ -79,7 +79,7 @@ async def test_an_answer_ends_with_the_context(reach: Reach) -> None:
     assert finished.prompt_tokens + finished.generated_tokens == CONTEXT_TOKENS
 
 
-async def test_a_stop_string_ends_the_answer_and_the_session(reach: Reach) -> None:
+async def test_stop_string_ends_answer_and_session(reach: Reach) -> None:
     bottom, top = shards()
     bottom.faults[tokens(TEXT).index(tokens(" of")[0])] = waits_for(asyncio.Event())
     async with reach(bottom, top) as gateway:
@@ -98,7 +98,7 @@ async def test_log_probabilities_come_with_their_tokens(reach: Reach) -> None:
     assert [entry.token_id for event in events for entry in event.delta.logprobs] == ids_of(events)
 
 
-async def test_a_conversation_is_rendered(reach: Reach) -> None:
+async def test_conversation_is_rendered(reach: Reach) -> None:
     bottom, top = shards("hello")
     message = inference_pb2.ChatMessage(role="user", content="hello")
     request = inference_pb2.GenerateRequest(chat=inference_pb2.Chat(messages=[message]))
@@ -108,7 +108,7 @@ async def test_a_conversation_is_rendered(reach: Reach) -> None:
     assert list(bottom.requests[0].token_ids[:1]) == tokens("<|im_start|>")
 
 
-async def test_a_client_that_leaves_takes_its_session_with_it(reach: Reach) -> None:
+async def test_client_that_leaves_cancels_its_session(reach: Reach) -> None:
     bottom, top = shards()
     bottom.faults[3] = waits_for(asyncio.Event())
     async with reach(bottom, top) as gateway:
@@ -121,7 +121,7 @@ async def test_a_client_that_leaves_takes_its_session_with_it(reach: Reach) -> N
         assert gateway.metric("stitch_requests_running") == 0
 
 
-async def test_a_client_that_never_reads_takes_its_session_with_it(reach: Reach) -> None:
+async def test_client_that_leaves_without_reading_cancels_its_session(reach: Reach) -> None:
     bottom, top = shards("hello " * 50)
     bottom.faults[40] = waits_for(asyncio.Event())
     async with reach(bottom, top) as gateway:
@@ -131,7 +131,7 @@ async def test_a_client_that_never_reads_takes_its_session_with_it(reach: Reach)
         await eventually(lambda: bottom.cancelled == 1 and gateway.metric("stitch_requests_running") == 0)
 
 
-async def test_a_deadline_ends_the_session(reach: Reach) -> None:
+async def test_deadline_cancels_the_session(reach: Reach) -> None:
     bottom, top = shards()
     bottom.faults[3] = waits_for(asyncio.Event())
     async with reach(bottom, top) as gateway:
@@ -160,7 +160,7 @@ async def test_a_deadline_ends_the_session(reach: Reach) -> None:
         ({"stop": ["x"] * 17}, "stop is 17 strings, but it holds at most 16"),
     ],
 )
-async def test_a_bad_request_gets_field_value_and_limit(reach: Reach, fields: dict[str, Any], message: str) -> None:
+async def test_invalid_request_gets_field_value_and_limit(reach: Reach, fields: dict[str, Any], message: str) -> None:
     bottom, top = shards()
     async with reach(bottom, top) as gateway:
         error = await refusal(gateway.generate(**fields))
@@ -172,7 +172,7 @@ async def test_a_bad_request_gets_field_value_and_limit(reach: Reach, fields: di
     assert bottom.requests == []
 
 
-async def test_a_full_shard_s_word_reaches_the_client(reach: Reach) -> None:
+async def test_full_shard_is_exhausted_for_the_client(reach: Reach) -> None:
     bottom, top = shards()
     bottom.faults[0] = is_full(3.5)
     async with reach(bottom, top) as gateway:
@@ -182,7 +182,7 @@ async def test_a_full_shard_s_word_reaches_the_client(reach: Reach) -> None:
         assert gateway.metric("stitch_request_duration_seconds_count", route="weak", outcome="exhausted") == 1
 
 
-async def test_without_a_shard_the_answer_is_unavailable_until_it_returns(reach: Reach) -> None:
+async def test_request_is_unavailable_until_the_shard_returns(reach: Reach) -> None:
     bottom, top = shards()
     async with reach(bottom, top) as gateway:
         health = aiter(health_pb2_grpc.HealthStub(gateway.channel).Watch(health_pb2.HealthCheckRequest()))
@@ -197,7 +197,7 @@ async def test_without_a_shard_the_answer_is_unavailable_until_it_returns(reach:
         assert text_of(await gateway.generate()) == TEXT
 
 
-async def test_a_lost_answer_says_how_far_it_came(reach: Reach) -> None:
+async def test_lost_answer_has_the_number_of_generated_tokens(reach: Reach) -> None:
     bottom, top = shards()
     bottom.faults[2] = aborts(grpc.StatusCode.UNAVAILABLE)
     async with reach(bottom, top, retry={"max_failures": 0}) as gateway:
@@ -206,7 +206,7 @@ async def test_a_lost_answer_says_how_far_it_came(reach: Reach) -> None:
     assert error.generated_tokens == 2
 
 
-async def test_a_replay_is_nothing_but_a_pause(reach: Reach) -> None:
+async def test_replay_gives_the_same_answer(reach: Reach) -> None:
     (bottom, top), other = shards(), FakeShard("bottom-1", "bottom", tokens(TEXT))
     bottom.free_kv_tokens += 1_000
     bottom.faults[5] = aborts(grpc.StatusCode.UNAVAILABLE)
@@ -219,7 +219,7 @@ async def test_a_replay_is_nothing_but_a_pause(reach: Reach) -> None:
     assert [stage.name for stage in events[-1].finished.stages] == ["route", "bottom_prefill"]
 
 
-async def test_the_time_to_the_first_text_is_counted_for_answers_with_text_alone(reach: Reach) -> None:
+async def test_ttft_is_counted_only_for_answers_with_text(reach: Reach) -> None:
     bottom, top = shards()
     async with reach(bottom, top) as gateway:
         count = "stitch_time_to_first_token_seconds_count"
@@ -241,7 +241,7 @@ async def test_the_time_to_the_first_text_is_counted_for_answers_with_text_alone
         assert gateway.metric("stitch_requests_waiting") == gateway.metric("stitch_requests_running") == 0
 
 
-async def test_requests_wait_until_a_chain_has_them(reach: Reach) -> None:
+async def test_request_is_running_once_placed(reach: Reach) -> None:
     bottom, top = shards()
     hold = asyncio.Event()
     bottom.faults[0] = waits_for(hold)
@@ -258,7 +258,7 @@ async def test_requests_wait_until_a_chain_has_them(reach: Reach) -> None:
     ("route", "taken", "reason"),
     [("auto", "weak", "length"), ("", "weak", "length"), ("strong", "strong", "requested")],
 )
-async def test_judgements_are_counted_by_route_and_reason(reach: Reach, route: str, taken: str, reason: str) -> None:
+async def test_decisions_are_counted_by_route_and_reason(reach: Reach, route: str, taken: str, reason: str) -> None:
     bottom, top = shards()
     async with reach(bottom, top) as gateway:
         events = await gateway.generate(route=route)
@@ -267,24 +267,24 @@ async def test_judgements_are_counted_by_route_and_reason(reach: Reach, route: s
         assert gateway.metric("stitch_route_score_count") == 1
 
 
-async def test_thresholds_of_the_cluster_file_hold(reach: Reach) -> None:
+async def test_thresholds_of_the_cluster_file_apply(reach: Reach) -> None:
     async with reach(*shards(), cluster={"thresholds": (0.01,)}) as gateway:
-        judged = await gateway.stub.Route(inference_pb2.RouteRequest(prompt="Hello"))
-    assert judged.decision.route == "strong"
+        decision = await gateway.stub.Route(inference_pb2.RouteRequest(prompt="Hello"))
+    assert decision.decision.route == "strong"
 
 
-async def test_judging_alone_asks_no_shard(reach: Reach) -> None:
+async def test_route_rpc_reaches_no_shard(reach: Reach) -> None:
     bottom, top = shards()
     async with reach(bottom, top) as gateway:
-        judged = await gateway.stub.Route(inference_pb2.RouteRequest(prompt="hello world"))
-        assert judged.decision.route == "weak"
-        assert judged.prompt_tokens == len(tokens("hello world"))
+        decision = await gateway.stub.Route(inference_pb2.RouteRequest(prompt="hello world"))
+        assert decision.decision.route == "weak"
+        assert decision.prompt_tokens == len(tokens("hello world"))
         error = await refusal(gateway.stub.Route(inference_pb2.RouteRequest()))
         assert isinstance(error, InvalidRequest)
     assert bottom.requests == []
 
 
-async def test_describe_says_what_is_there(reach: Reach) -> None:
+async def test_describe_lists_shards_and_routes(reach: Reach) -> None:
     async with reach(*shards()) as gateway:
         described = await gateway.stub.Describe(inference_pb2.DescribeRequest())
     assert [shard.serving for shard in described.shards] == [True, True]
@@ -306,7 +306,7 @@ async def run(
     return dict(events)
 
 
-async def test_a_failing_request_disturbs_no_other(reach: Reach) -> None:
+async def test_batch_request_that_fails_affects_no_other(reach: Reach) -> None:
     async with reach(*shards("hello world")) as gateway:
         events = await run(gateway, batch("one", "", "three"))
     for index in (0, 2):
@@ -317,7 +317,7 @@ async def test_a_failing_request_disturbs_no_other(reach: Reach) -> None:
     assert failed.error.message == "prompt is '', but it must not be empty"
 
 
-async def test_a_defect_ends_its_own_request_alone(reach: Reach, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_batch_defect_ends_its_own_request_only(reach: Reach, monkeypatch: pytest.MonkeyPatch) -> None:
     def defect(message: inference_pb2.GenerateRequest) -> None:
         raise ZeroDivisionError("secret")
 
@@ -328,7 +328,7 @@ async def test_a_defect_ends_its_own_request_alone(reach: Reach, monkeypatch: py
     assert "secret" not in events[0][0].error.message
 
 
-async def test_only_so_many_run_at_once_and_the_rest_waits(reach: Reach) -> None:
+async def test_batch_requests_beyond_the_concurrency_wait(reach: Reach) -> None:
     bottom, top = shards("hello world")
     hold = asyncio.Event()
     async with reach(bottom, top, batch_concurrency=2) as gateway:
@@ -341,7 +341,7 @@ async def test_only_so_many_run_at_once_and_the_rest_waits(reach: Reach) -> None
     assert sorted(events) == list(range(5))
 
 
-async def test_the_bound_holds(reach: Reach) -> None:
+async def test_batch_concurrency_is_never_exceeded(reach: Reach) -> None:
     bottom, top = shards("hello world")
     hold = asyncio.Event()
     most = 0
@@ -368,7 +368,7 @@ async def test_the_bound_holds(reach: Reach) -> None:
     assert most == 3
 
 
-async def test_a_client_that_leaves_takes_all_sessions_with_it(reach: Reach) -> None:
+async def test_batch_client_that_leaves_cancels_all_sessions(reach: Reach) -> None:
     bottom, top = shards("hello world")
     async with reach(bottom, top, batch_concurrency=1) as gateway:
         bottom.faults[1] = waits_for(asyncio.Event())
@@ -381,33 +381,33 @@ async def test_a_client_that_leaves_takes_all_sessions_with_it(reach: Reach) -> 
     assert len(bottom.requests) == 1
 
 
-async def test_an_empty_batch_has_no_events(reach: Reach) -> None:
+async def test_empty_batch_has_no_messages(reach: Reach) -> None:
     async with reach(*shards("hello world")) as gateway:
         assert await run(gateway, batch()) == {}
 
 
-def test_every_method_of_the_service_is_covered() -> None:
+def test_inference_methods_cover_the_service() -> None:
     methods = inference_methods()
     assert methods["/stitch.v1.Inference/GenerateBatch"] is inference_pb2.GenerateBatchRequest
     assert len(methods) == len(inference_pb2.DESCRIPTOR.services_by_name["Inference"].methods)
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateBatch", "Route", "Describe"])
-async def test_a_call_with_bytes_that_are_no_message_is_refused(reach: Reach, method: str) -> None:
+async def test_call_with_bytes_that_are_no_message_is_refused(reach: Reach, method: str) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await raw(reach, method, b"\xff\xff")
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert caught.value.details().startswith("request is 2 bytes, but")
 
 
-async def test_a_call_with_invalid_utf8_names_the_field(reach: Reach) -> None:
+async def test_call_with_invalid_utf8_names_the_field(reach: Reach) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await raw(reach, "Generate", broken(inference_pb2.GenerateRequest(prompt="caf??")))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert isinstance(from_rpc_error(caught.value), InvalidRequest)
 
 
-async def test_a_defect_is_logged_and_its_text_is_not_sent(
+async def test_defect_is_logged_and_its_text_is_not_sent(
     reach: Reach, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def defect(*_: Any) -> None:

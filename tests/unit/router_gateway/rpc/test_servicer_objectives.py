@@ -1,4 +1,4 @@
-"""Objectives and conversations through a whole gateway in front of fake shards, as a client sees them."""
+"""Tests of objectives and conversations through a whole gateway over fake shards, as a client sees them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def objectives(**limits: float) -> inference_pb2.Objectives:
     return inference_pb2.Objectives(**limits)
 
 
-async def judged(gateway: Reached, prompt: str = "hello", **fields: Any) -> inference_pb2.RouteDecision:
+async def decide(gateway: Reached, prompt: str = "hello", **fields: Any) -> inference_pb2.RouteDecision:
     started = (await gateway.generate(prompt, **fields))[0].started
     return started.decision
 
@@ -42,16 +42,16 @@ async def measured(gateway: Reached) -> None:
             await gateway.generate(route=route)
 
 
-async def test_a_cost_is_kept_to(reach: Reach) -> None:
+async def test_max_cost_changes_the_route(reach: Reach) -> None:
     async with reach(*shards()) as gateway:
-        assert (await judged(gateway, HARD)).route == "strong"
-        moved = await judged(gateway, HARD, objectives=objectives(max_cost=0.8))
+        assert (await decide(gateway, HARD)).route == "strong"
+        moved = await decide(gateway, HARD, objectives=objectives(max_cost=0.8))
         assert moved.route == "weak"
         assert moved.reason.startswith("cost 0.79 ≤ 0.8 on weak; strong has cost 1.00; otherwise it would be strong (")
         assert gateway.metric("stitch_routed_total", route="weak", reason="objective") == 1
 
 
-async def test_what_no_route_keeps_to_is_refused_with_what_was_predicted(reach: Reach) -> None:
+async def test_unmet_objective_is_refused_with_predictions(reach: Reach) -> None:
     bottom, top = shards()
     async with reach(bottom, top) as gateway:
         error = await refused(gateway, objectives=objectives(max_cost=0.5))
@@ -62,26 +62,26 @@ async def test_what_no_route_keeps_to_is_refused_with_what_was_predicted(reach: 
         assert counted == 1
 
 
-async def test_first_texts_are_measured_and_promised(reach: Reach) -> None:
+async def test_ttft_is_measured_and_predicted(reach: Reach) -> None:
     async with reach(*shards()) as gateway:
-        assert (await judged(gateway, objectives=objectives(max_ttft_seconds=1e-6))).reason.endswith(
+        assert (await decide(gateway, objectives=objectives(max_ttft_seconds=1e-6))).reason.endswith(
             "ttft not known yet"
         )
         assert gateway.metric("stitch_ttft_objectives_total", route="weak", outcome="missed") == 1
         await measured(gateway)
         assert isinstance(await refused(gateway, objectives=objectives(max_ttft_seconds=1e-6)), ObjectivesUnmet)
-        assert "≤ 60 s" in (await judged(gateway, objectives=objectives(max_ttft_seconds=60))).reason
+        assert "≤ 60 s" in (await decide(gateway, objectives=objectives(max_ttft_seconds=60))).reason
         assert gateway.metric("stitch_ttft_objectives_total", route="weak", outcome="met") == 1
 
 
-async def test_hand_set_weights_predict_no_quality(reach: Reach) -> None:
+async def test_min_quality_is_refused_by_the_heuristic_router(reach: Reach) -> None:
     async with reach(*shards()) as gateway:
         error = await refused(gateway, objectives=objectives(min_quality=0.5))
         assert isinstance(error, InvalidRequest)
         assert error.field == "objectives.min_quality"
 
 
-async def test_one_request_of_a_batch_is_refused_alone(reach: Reach) -> None:
+async def test_batch_request_with_unmet_objective_affects_no_other(reach: Reach) -> None:
     async with reach(*shards()) as gateway:
         cheap = inference_pb2.GenerateRequest(prompt="hello", objectives=objectives(max_cost=0.1))
         plain = inference_pb2.GenerateRequest(prompt="hello")
@@ -92,7 +92,7 @@ async def test_one_request_of_a_batch_is_refused_alone(reach: Reach) -> None:
         assert any(event.response.HasField("finished") for event in events if event.index == 1)
 
 
-async def test_a_judgement_alone_explains_objectives(reach: Reach) -> None:
+async def test_route_rpc_explains_objectives(reach: Reach) -> None:
     async with reach(*shards()) as gateway:
         request = inference_pb2.RouteRequest(prompt=HARD, objectives=objectives(max_cost=0.8))
         answer = await gateway.stub.Route(request)
@@ -100,12 +100,12 @@ async def test_a_judgement_alone_explains_objectives(reach: Reach) -> None:
         assert "strong has cost 1.00" in answer.decision.reason
 
 
-async def test_a_conversation_stays_where_it_was_judged(reach: Reach) -> None:
+async def test_conversation_keeps_its_route(reach: Reach) -> None:
     async with reach(*shards()) as gateway:
-        assert (await judged(gateway, HARD, conversation_id="c")).route == "strong"
-        kept = await judged(gateway, "ok", conversation_id="c")
+        assert (await decide(gateway, HARD, conversation_id="c")).route == "strong"
+        kept = await decide(gateway, "ok", conversation_id="c")
         assert kept.reason.startswith("the conversation keeps strong; the router would take weak (")
         assert gateway.metric("stitch_routed_total", route="strong", reason="conversation") == 1
         asked = await gateway.stub.Route(inference_pb2.RouteRequest(prompt="ok", conversation_id="c"))
         assert asked.decision.route == "strong"
-        assert (await judged(gateway, "ok", conversation_id="d")).route == "weak"
+        assert (await decide(gateway, "ok", conversation_id="d")).route == "weak"

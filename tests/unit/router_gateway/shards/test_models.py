@@ -1,4 +1,4 @@
-"""What the cluster serves: first by its file, then by what the shards say."""
+"""Tests of the model registry: the cluster file alone, then with the identities of shards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.fake_shard import CONTEXT_TOKENS, VOCABULARY_SIZE, FakeShard
 from tests.support.registries import registry_of
 
 
-async def test_before_any_answer_the_file_alone_speaks() -> None:
+async def test_description_before_any_answer_is_that_of_the_file() -> None:
     async with registry_of(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as (cluster, registry):
         models = ModelRegistry(cluster, registry)
         described = models.describe()
@@ -25,7 +25,7 @@ async def test_before_any_answer_the_file_alone_speaks() -> None:
             _ = models.context_tokens
 
 
-async def test_what_shards_say_is_merged_in() -> None:
+async def test_description_includes_shard_identities() -> None:
     top = FakeShard("top-0", "top")
     async with registry_of(FakeShard("bottom-0", "bottom"), top) as (cluster, registry):
         await registry.refresh()
@@ -43,7 +43,16 @@ async def test_what_shards_say_is_merged_in() -> None:
         assert models.vocabulary_size == VOCABULARY_SIZE
 
 
-async def test_the_context_is_no_longer_than_the_smallest_shard_s_room() -> None:
+async def test_description_shows_a_draining_shard_as_not_serving() -> None:
+    top = FakeShard("top-0", "top")
+    top.draining = True
+    async with registry_of(FakeShard("bottom-0", "bottom"), top) as (cluster, registry):
+        await registry.refresh()
+        described = ModelRegistry(cluster, registry).describe()
+        assert [shard.serving for shard in described.shards] == [True, False]
+
+
+async def test_context_is_limited_by_the_smallest_kv() -> None:
     top = FakeShard("top-0", "top")
     top.kv_capacity_tokens = CONTEXT_TOKENS - 1
     async with registry_of(FakeShard("bottom-0", "bottom"), top) as (cluster, registry):
@@ -72,7 +81,7 @@ async def test_routes_are_ordered_by_layers_while_one_is_unknown() -> None:
         assert ModelRegistry(cluster, registry).routes() == ["weak", "strong"]
 
 
-async def test_costs_are_shares_of_the_dearest_once_all_are_known() -> None:
+async def test_costs_are_relative_to_the_costliest_route() -> None:
     bottom = FakeShard("bottom-0", "bottom")
     async with registry_of(bottom, FakeShard("top-0", "top")) as (cluster, registry):
         models = ModelRegistry(cluster, registry)

@@ -1,4 +1,4 @@
-"""Chains are whole, of living shards, and go where there is most room."""
+"""Tests of placement: complete chains of replicas that accept requests, by failures and free KV."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def chosen(placement: Placement, failures: Counter[str] = NO_FAILURES) -> tuple[
     return chain.names
 
 
-async def test_most_free_kv_wins_on_every_stage() -> None:
+async def test_choose_takes_the_most_free_kv_on_every_stage() -> None:
     fakes = shards()
     for fake, free in zip(fakes, (10, 20, 40, 30), strict=True):
         fake.free_kv_tokens = free
@@ -32,7 +32,7 @@ async def test_most_free_kv_wins_on_every_stage() -> None:
         assert chosen(Placement(cluster, registry)) == ("bottom-1", "top-0")
 
 
-async def test_room_that_is_counted_spreads_requests_between_polls() -> None:
+async def test_reserved_kv_spreads_requests_between_polls() -> None:
     async with registry_of(*shards()) as (cluster, registry):
         await registry.refresh()
         placement = Placement(cluster, registry)
@@ -45,7 +45,7 @@ async def test_room_that_is_counted_spreads_requests_between_polls() -> None:
         assert taken == ["bottom-0", "bottom-1", "bottom-0", "bottom-1"]
 
 
-async def test_shards_that_failed_come_last_however_free_they_are() -> None:
+async def test_failed_replicas_come_last() -> None:
     fakes = shards()
     fakes[1].free_kv_tokens = 1
     async with registry_of(*fakes) as (cluster, registry):
@@ -53,7 +53,7 @@ async def test_shards_that_failed_come_last_however_free_they_are() -> None:
         assert chosen(Placement(cluster, registry), Counter({"bottom-0": 1})) == ("bottom-1", "top-0")
 
 
-async def test_a_route_without_a_living_shard_on_one_stage_has_no_chain() -> None:
+async def test_route_with_a_stage_without_replicas_has_no_chain() -> None:
     fakes = shards()
     async with registry_of(*fakes) as (cluster, registry):
         placement, strong = Placement(cluster, registry), cluster.route("strong")
@@ -65,14 +65,43 @@ async def test_a_route_without_a_living_shard_on_one_stage_has_no_chain() -> Non
         assert placement.reachable(strong)
 
 
-async def test_a_chain_names_the_addresses_behind_its_first_shard() -> None:
+async def test_draining_replica_is_never_chosen() -> None:
+    fakes = shards()
+    fakes[0].free_kv_tokens += 1
+    fakes[0].draining = True
+    async with registry_of(*fakes) as (cluster, registry):
+        placement = Placement(cluster, registry)
+        await registry.refresh()
+        # Neither by its free KV nor because the other one failed.
+        assert chosen(placement) == ("bottom-1", "top-0")
+        assert chosen(placement, Counter({"bottom-1": 9})) == ("bottom-1", "top-0")
+        candidates = placement.choose_candidates(("weak", "strong"), NO_FAILURES)
+        assert candidates is not None
+        assert candidates.first.config.name == "bottom-1"
+
+
+async def test_route_whose_only_replica_drains_is_not_reachable() -> None:
+    bottom = FakeShard("bottom-0", "bottom")
+    async with registry_of(bottom, FakeShard("top-0", "top")) as (cluster, registry):
+        placement, strong = Placement(cluster, registry), cluster.route("strong")
+        await registry.refresh()
+        chain = placement.choose("strong", NO_FAILURES)
+        assert chain is not None
+        bottom.draining = True
+        await registry.refresh()
+        assert placement.choose("strong", NO_FAILURES) is None
+        assert not placement.reachable(strong)
+        assert (chain.serving, chain.draining) == (True, True)
+
+
+async def test_next_addresses_leave_out_the_first_shard() -> None:
     async with registry_of(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as (cluster, registry):
         chain = await _only(registry)
         assert chain.next_addresses == [cluster.shard("top-0").address]
         assert chain.first is registry.replicas["bottom-0"]
 
 
-async def test_a_chain_serves_as_long_as_all_of_it_does_and_tells_when_not() -> None:
+async def test_chain_stops_serving_with_any_of_its_shards() -> None:
     top = FakeShard("top-0", "top")
     told = []
     async with registry_of(FakeShard("bottom-0", "bottom"), top) as (_, registry):
@@ -85,7 +114,7 @@ async def test_a_chain_serves_as_long_as_all_of_it_does_and_tells_when_not() -> 
         assert not chain.serving
 
 
-async def test_the_shards_of_a_route_are_all_replicas_of_its_stages() -> None:
+async def test_shards_of_a_route_include_all_replicas() -> None:
     async with registry_of(*shards()) as (cluster, registry):
         assert Placement(cluster, registry).shards("weak") == ["bottom-0", "bottom-1", "top-0", "top-1"]
 
@@ -95,7 +124,7 @@ async def _only(registry: ShardRegistry) -> Chain:
     return Chain(tuple(registry.replicas.values()))
 
 
-async def test_a_fork_has_one_first_shard_and_a_chain_for_every_route() -> None:
+async def test_candidate_chains_share_their_first_shard() -> None:
     fakes = shards()
     fakes[1].free_kv_tokens += 1
     async with registry_of(*fakes) as (cluster, registry):
@@ -115,7 +144,7 @@ async def test_a_fork_has_one_first_shard_and_a_chain_for_every_route() -> None:
         ]
 
 
-async def test_a_fork_needs_a_chain_for_every_route() -> None:
+async def test_candidate_chains_need_a_chain_for_every_route() -> None:
     fakes = shards()
     async with registry_of(*fakes) as (cluster, registry):
         await registry.refresh(["bottom-0", "bottom-1"])

@@ -1,4 +1,4 @@
-"""Changes are seen by those who wait for them, and by nobody twice."""
+"""Tests of the registry: every change wakes its waiters, and polling finds changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.registries import registry_of
 from tests.support.waiting import eventually
 
 
-async def test_a_poll_without_news_is_no_change() -> None:
+async def test_poll_without_change_keeps_the_version() -> None:
     async with registry_of(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as (_, registry):
         await registry.refresh()
         version = registry.version
@@ -20,7 +20,7 @@ async def test_a_poll_without_news_is_no_change() -> None:
         assert registry.version == version
 
 
-async def test_whoever_waits_is_woken_by_the_next_change() -> None:
+async def test_waiters_wake_with_the_next_change() -> None:
     shard = FakeShard("bottom-0", "bottom")
     async with registry_of(shard, FakeShard("top-0", "top")) as (_, registry):
         await registry.refresh()
@@ -31,20 +31,20 @@ async def test_whoever_waits_is_woken_by_the_next_change() -> None:
         assert not registry.replicas["bottom-0"].serving
 
 
-async def test_whoever_missed_a_change_does_not_wait() -> None:
+async def test_wait_for_an_old_version_returns_at_once() -> None:
     async with registry_of(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as (_, registry):
         version = registry.version
         await registry.refresh()
         await registry.changed_since(version)
 
 
-async def test_only_the_named_shards_are_polled() -> None:
+async def test_refresh_polls_only_the_named_shards() -> None:
     async with registry_of(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as (_, registry):
         await registry.refresh(["top-0"])
         assert [replica.serving for replica in registry.replicas.values()] == [False, True]
 
 
-async def test_a_watched_fleet_sees_a_shard_go_and_come_back() -> None:
+async def test_polling_finds_a_shard_that_goes_and_returns() -> None:
     shard = FakeShard("bottom-0", "bottom")
     async with fake_cluster(shard, FakeShard("top-0", "top")) as cluster:
         policy = HealthPolicy(poll_seconds=0.01, poll_timeout_seconds=0.2, max_timeouts=1)

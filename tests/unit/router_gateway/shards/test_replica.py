@@ -1,6 +1,9 @@
-"""A shard that would say something else than the others is not asked."""
+"""Tests of a replica's state, by polls of a fake shard, and of the compatibility check."""
 
 from __future__ import annotations
+
+import asyncio
+import logging
 
 import pytest
 
@@ -33,20 +36,20 @@ FIRST = ShardIdentity(
         ),
     ],
 )
-def test_a_difference_is_named_with_both_sides(second: ShardIdentity, mismatch: str) -> None:
+def test_mismatch_names_both_sides(second: ShardIdentity, mismatch: str) -> None:
     check = CompatibilityCheck()
     assert check.mismatch(FIRST) is None
     assert check.mismatch(second) == mismatch
 
 
-def test_what_a_shard_does_not_know_is_no_difference() -> None:
+def test_empty_facts_are_no_mismatch() -> None:
     check = CompatibilityCheck()
     assert check.mismatch(ShardIdentity()) is None
     assert check.mismatch(FIRST) is None
     assert check.mismatch(ShardIdentity(tokenizer="abc")) is None
 
 
-async def test_a_shard_with_another_tokenizer_does_not_serve(caplog: pytest.LogCaptureFixture) -> None:
+async def test_replica_with_another_tokenizer_does_not_serve(caplog: pytest.LogCaptureFixture) -> None:
     other = FakeShard("top-0", "top")
     other.tokenizer = "words"
     async with registry_of(FakeShard("bottom-0", "bottom"), other) as (_, registry):
@@ -56,7 +59,7 @@ async def test_a_shard_with_another_tokenizer_does_not_serve(caplog: pytest.LogC
     assert "its tokenizer is words, but the other shards have bytes" in caplog.text
 
 
-async def test_a_shard_serves_once_it_has_answered() -> None:
+async def test_replica_serves_after_its_first_answer() -> None:
     shard = FakeShard("bottom-0", "bottom")
     shard.free_kv_tokens = 77
     async with registry_of(shard, FakeShard("top-0", "top")) as (_, registry):
@@ -69,7 +72,7 @@ async def test_a_shard_serves_once_it_has_answered() -> None:
         assert replica.identity.shard == "bottom-0"
 
 
-async def test_a_shard_that_refuses_the_connection_is_gone_at_once() -> None:
+async def test_replica_that_refuses_the_connection_is_gone_at_once() -> None:
     shard = FakeShard("bottom-0", "bottom")
     async with registry_of(shard, FakeShard("top-0", "top"), max_timeouts=9) as (_, registry):
         replica = registry.replicas["bottom-0"]
@@ -80,7 +83,7 @@ async def test_a_shard_that_refuses_the_connection_is_gone_at_once() -> None:
         assert replica.identity is not None
 
 
-async def test_a_silent_shard_is_gone_after_so_many_polls() -> None:
+async def test_silent_replica_is_gone_after_max_timeouts() -> None:
     shard = FakeShard("bottom-0", "bottom")
     async with registry_of(shard, FakeShard("top-0", "top"), max_timeouts=2) as (_, registry):
         replica = registry.replicas["bottom-0"]
@@ -93,7 +96,7 @@ async def test_a_silent_shard_is_gone_after_so_many_polls() -> None:
         shard.talks.set()
 
 
-async def test_one_silent_poll_is_forgotten_by_the_next_answer() -> None:
+async def test_answer_resets_the_count_of_timeouts() -> None:
     shard = FakeShard("bottom-0", "bottom")
     async with registry_of(shard, FakeShard("top-0", "top"), max_timeouts=2) as (_, registry):
         replica = registry.replicas["bottom-0"]
@@ -105,7 +108,7 @@ async def test_one_silent_poll_is_forgotten_by_the_next_answer() -> None:
         assert replica.serving
 
 
-async def test_those_who_wait_are_told_when_it_goes_and_only_inside_of_their_block() -> None:
+async def test_on_unavailable_calls_back_once_within_its_block() -> None:
     shard = FakeShard("bottom-0", "bottom")
     told = []
     async with registry_of(shard, FakeShard("top-0", "top")) as (_, registry):
@@ -120,7 +123,7 @@ async def test_those_who_wait_are_told_when_it_goes_and_only_inside_of_their_blo
     assert told == ["gone"]
 
 
-async def test_a_shard_with_other_layers_does_not_serve(
+async def test_replica_with_other_layers_does_not_serve(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     shard = FakeShard("bottom-0", "bottom")
@@ -131,7 +134,7 @@ async def test_a_shard_with_other_layers_does_not_serve(
     assert "it holds bottom layers 0 to 3, but the cluster file says 0 to 4 of bottom" in caplog.text
 
 
-async def test_room_is_counted_until_the_shard_says_what_is_free() -> None:
+async def test_reserved_kv_counts_until_the_next_poll() -> None:
     shard = FakeShard("bottom-0", "bottom")
     shard.free_kv_tokens = 100
     async with registry_of(shard, FakeShard("top-0", "top")) as (_, registry):
@@ -143,7 +146,44 @@ async def test_room_is_counted_until_the_shard_says_what_is_free() -> None:
         assert replica.free_kv_tokens == 100
 
 
-def test_the_fake_stands_where_it_listens() -> None:
+async def test_draining_replica_serves_and_accepts_no_requests(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    shard = FakeShard("bottom-0", "bottom")
+    calls = []
+    async with registry_of(shard, FakeShard("top-0", "top")) as (_, registry):
+        replica = registry.replicas["bottom-0"]
+        await replica.poll()
+        version = registry.version
+        with replica.on_unavailable(lambda: calls.append("gone")):
+            shard.draining = True
+            await replica.poll()
+            assert (replica.serving, replica.draining, replica.accepts_requests) == (True, True, False)
+            assert registry.version > version
+            assert calls == []
+            assert "shard bottom-0 is draining" in caplog.text
+            await shard.stop()
+            await replica.poll()
+            assert calls == ["gone"]
+            assert (replica.serving, replica.accepts_requests) == (False, False)
+
+
+async def test_replica_accepts_requests_again_after_its_restart() -> None:
+    shard = FakeShard("bottom-0", "bottom")
+    async with registry_of(shard, FakeShard("top-0", "top")) as (_, registry):
+        replica = registry.replicas["bottom-0"]
+        shard.draining = True
+        await replica.poll()
+        await shard.stop()
+        await replica.poll()
+        shard.draining = False
+        await shard.start()
+        async with asyncio.timeout(20):
+            while not replica.serving:
+                await replica.poll()
+        assert replica.accepts_requests
+
+
+def test_fake_shard_config_has_its_address() -> None:
     assert FakeShard("top-0", "top").config == ShardConfig(
         name="top-0", role="top", layers=LAYERS["top"], address="127.0.0.1:0"
     )

@@ -1,4 +1,4 @@
-"""Templates render as `transformers` renders them, and can't do what a template must not."""
+"""Tests of chat templates: rendered as by `transformers`, and sandboxed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_it_renders_as_transformers_does(name: str) -> None:
+def test_template_renders_as_in_transformers(name: str) -> None:
     conversation = [turn._asdict() for turn in TURNS]
     expected, _ = render_jinja_template(
         [conversation], chat_template=TEMPLATES[name], add_generation_prompt=True, **SPECIAL
@@ -44,7 +44,7 @@ def test_it_renders_as_transformers_does(name: str) -> None:
     assert ChatTemplate(TEMPLATES[name], SPECIAL).render(TURNS) == expected[0]
 
 
-def test_the_date_is_today() -> None:
+def test_strftime_now_is_the_current_date() -> None:
     assert ChatTemplate("{{ strftime_now('%Y') }}", {}).render(TURNS) == datetime.now().strftime("%Y")
 
 
@@ -58,6 +58,6 @@ def test_the_date_is_today() -> None:
         ("{{ messages.append(1) }}", "unsafe"),
     ],
 )
-def test_whatever_a_template_raises_is_a_refusal(template: str, reason: str) -> None:
+def test_error_of_a_template_is_a_refusal(template: str, reason: str) -> None:
     with pytest.raises(TemplateRefusal, match=reason):
         ChatTemplate(template, {}).render(TURNS)

@@ -1,11 +1,14 @@
-"""Pieces are whole characters, and together they are the whole text."""
+"""Tests of the detokenizer: complete characters only, and together the text of all ids."""
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from router_gateway.tokenization.detokenizer import MAX_WINDOW_TOKENS, REPLACEMENT, Detokenizer
@@ -27,12 +30,12 @@ def pieces(detokenizer: Detokenizer, ids: Sequence[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_pieces_together_are_the_text(text: str) -> None:
+def test_pieces_join_to_the_text(text: str) -> None:
     assert "".join(pieces(Detokenizer(byte_tokenizer().decode), tokens(text))) == text
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if REPLACEMENT not in text])
-def test_no_piece_holds_half_a_character(text: str) -> None:
+def test_pieces_are_complete_characters(text: str) -> None:
     shown = pieces(Detokenizer(byte_tokenizer().decode), tokens(text))
     assert all(REPLACEMENT not in piece for piece in shown)
     assert shown[-1] == ""
@@ -45,7 +48,7 @@ def test_text_comes_with_the_token_that_completes_it() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_tokens_give_the_text_of_decoding_them_at_once(seed: int) -> None:
+def test_random_tokens_decode_as_at_once(seed: int) -> None:
     draw = random.Random(seed)
     # Mostly bytes that are no characters, as a model with random weights says.
     ids = [draw.randrange(3, 200 if seed % 2 else 350) for _ in range(400)]
@@ -54,7 +57,7 @@ def test_any_tokens_give_the_text_of_decoding_them_at_once(seed: int) -> None:
 
 
 @pytest.mark.parametrize("broken", [b"\x80", b"\xf0\x9f\x98", b"\xff"])
-def test_bytes_that_never_become_characters_don_t_make_the_window_grow(broken: bytes) -> None:
+def test_invalid_bytes_keep_the_window_bounded(broken: bytes) -> None:
     windows: list[int] = []
 
     def decode(ids: Sequence[int]) -> str:
@@ -66,29 +69,46 @@ def test_bytes_that_never_become_characters_don_t_make_the_window_grow(broken: b
     assert max(windows) <= MAX_WINDOW_TOKENS + 1
 
 
-def test_silent_tokens_have_no_text_even_inside_of_a_character() -> None:
+def test_silent_tokens_have_no_text_within_a_character() -> None:
     first, second, third = tokens("你")
     detokenizer = Detokenizer(byte_tokenizer().decode, silent=frozenset({0, 1, 2}))
     assert "".join(pieces(detokenizer, [1, first, second, 0, third, 2])) == "你"
 
 
-def test_an_unfinished_character_comes_out_at_the_end() -> None:
+def test_finish_returns_an_incomplete_character() -> None:
     detokenizer = Detokenizer(byte_tokenizer().decode)
     ids = [*tokens("a"), tokens("你")[0]]
     assert [detokenizer.push(token_id) for token_id in ids] == ["a", ""]
     assert detokenizer.finish() == REPLACEMENT
 
 
-def test_a_decoder_that_strips_the_first_space_keeps_the_others() -> None:
-    detokenizer = Detokenizer(_sentencepiece().decode)
+def test_decoder_that_strips_the_first_space_keeps_the_others() -> None:
+    detokenizer = Detokenizer(_byte_fallback().decode)
     ids = [_ID["▁hello"], _ID["▁world"], _ID["<0xE4>"], _ID["<0xBD>"], _ID["<0xA0>"], _ID["▁hello"]]
     assert pieces(detokenizer, ids) == ["hello", " world", "", "", "你", " hello", ""]
+
+
+@given(st.lists(st.integers(0, byte_tokenizer().get_vocab_size() - 1), max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_any_ids_decode_as_at_once(ids: list[int]) -> None:
+    silent = frozenset({0, 1, 2})
+    joined = "".join(pieces(Detokenizer(byte_tokenizer().decode, silent), ids))
+    assert joined == byte_tokenizer().decode([token_id for token_id in ids if token_id not in silent])
+
+
+@given(st.lists(st.integers(0, 5), max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_byte_fallback_ids_decode_as_at_once_where_they_are_valid(ids: list[int]) -> None:
+    text = _byte_fallback().decode(ids)
+    joined = "".join(pieces(Detokenizer(_byte_fallback().decode), ids))
+    assert joined == text or REPLACEMENT in text
 
 
 _ID = {token: index for index, token in enumerate(["<unk>", "▁hello", "▁world", "<0xE4>", "<0xBD>", "<0xA0>"])}
 
 
-def _sentencepiece() -> Tokenizer:
+@functools.cache
+def _byte_fallback() -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(_ID, unk_token="<unk>"))
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

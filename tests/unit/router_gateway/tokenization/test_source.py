@@ -1,4 +1,4 @@
-"""The tokenizer comes from whichever first shard answers."""
+"""Tests of fetching the tokenizer from the first shard that sends a valid one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests.support.fake_shard import FakeShard
 from tests.support.registries import registry_of
 
 
-async def test_all_files_arrive_whole() -> None:
+async def test_fetch_files_returns_every_file_complete() -> None:
     async with registry_of(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as (_, registry):
         assert await fetch_files(registry.replicas["bottom-0"]) == tokenizer_files()
 
 
-async def test_a_shard_that_is_away_is_passed_over() -> None:
+async def test_load_skips_a_shard_that_is_gone() -> None:
     away = FakeShard("bottom-0", "bottom")
     async with registry_of(away, FakeShard("bottom-1", "bottom"), FakeShard("top-0", "top")) as (cluster, registry):
         await away.stop()
@@ -29,7 +29,7 @@ async def test_a_shard_that_is_away_is_passed_over() -> None:
         assert vocabulary.encode("hello") == tokens("hello")
 
 
-async def test_files_that_can_t_be_used_are_asked_for_elsewhere() -> None:
+async def test_load_skips_a_shard_with_invalid_files() -> None:
     broken = FakeShard("bottom-0", "bottom")
     broken.files = {"tokenizer.json": b"{}"}
     async with registry_of(broken, FakeShard("bottom-1", "bottom"), FakeShard("top-0", "top")) as (cluster, registry):
@@ -37,7 +37,7 @@ async def test_files_that_can_t_be_used_are_asked_for_elsewhere() -> None:
         assert (await source.load(pause_seconds=0.0)).end_tokens == (2, 0)
 
 
-async def test_no_shard_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_fetch_files_limits_names_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     greedy = FakeShard("bottom-0", "bottom")
     async with registry_of(greedy, FakeShard("top-0", "top")) as (_, registry):
         replica = registry.replicas["bottom-0"]

@@ -1,4 +1,4 @@
-"""Text before the first stop string, however it is cut into pieces."""
+"""Tests of stop strings: the text before the first one, for any split into pieces."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def expected(stop: Sequence[str], text: str) -> tuple[str, bool]:
         (["never"], "nevenevenev"),
     ],
 )
-def test_it_ends_where_the_first_string_begins(stop: list[str], text: str) -> None:
+def test_text_ends_before_the_first_stop_string(stop: list[str], text: str) -> None:
     assert run(stop, [text]) == expected(stop, text)
     assert run(stop, list(text)) == expected(stop, text)
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_pieces_make_no_difference(seed: int) -> None:
+def test_result_does_not_depend_on_the_pieces(seed: int) -> None:
     draw = random.Random(seed)
     text = "".join(draw.choice("ab") for _ in range(30))
     stop = ["".join(draw.choice("ab") for _ in range(draw.randrange(2, 7))) for _ in range(draw.randrange(1, 4))]
@@ -52,14 +52,14 @@ def test_pieces_make_no_difference(seed: int) -> None:
     assert run(stop, pieces) == expected(stop, text)
 
 
-def test_only_what_may_be_a_beginning_is_held_back() -> None:
+def test_only_a_possible_prefix_is_held_back() -> None:
     finder = StopStrings(["</s>", "stop"])
     assert finder.push("text </") == "text "
     assert finder.push("st") == "</"
     assert finder.push("art") == "start"
 
 
-def test_nothing_comes_behind_a_stop_string() -> None:
+def test_no_text_follows_a_stop_string() -> None:
     finder = StopStrings(["."])
     assert finder.push("One. Two.") == "One"
     assert finder.push("Three") == ""
@@ -67,7 +67,7 @@ def test_nothing_comes_behind_a_stop_string() -> None:
     assert finder.found
 
 
-def test_without_strings_nothing_is_held_back() -> None:
+def test_without_stop_strings_nothing_is_held_back() -> None:
     finder = StopStrings([])
     assert finder.push("anything") == "anything"
     assert not finder.found

@@ -1,4 +1,4 @@
-"""What the files say: ids, the template, the end tokens; and which files can't be used."""
+"""Tests of the vocabulary from files: ids, template, end tokens, and invalid files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def vocabulary(**files: object) -> Vocabulary:
     return Vocabulary.from_files({name: content for name, content in given.items() if name not in absent})
 
 
-def test_plain_text_gets_what_the_tokenizer_puts_in_front() -> None:
+def test_encode_adds_the_special_tokens_of_the_tokenizer() -> None:
     with_first = json.loads(byte_tokenizer().to_str())
     template = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     with_first["post_processor"] = json.loads(template.__getstate__())
@@ -30,7 +30,7 @@ def test_plain_text_gets_what_the_tokenizer_puts_in_front() -> None:
     assert read.encode_rendered("<|im_start|>hello") == [1, *tokens("hello")]
 
 
-def test_a_long_text_is_not_cut_off() -> None:
+def test_encode_does_not_truncate() -> None:
     short = json.loads(byte_tokenizer().to_str())
     short["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     short["padding"] = {
@@ -56,11 +56,13 @@ def test_a_long_text_is_not_cut_off() -> None:
         ({"generation_config": None, "tokenizer_config": {}}, ()),
     ],
 )
-def test_the_first_file_that_names_end_tokens_decides(files: dict[str, object], end_tokens: tuple[int, ...]) -> None:
+def test_end_tokens_come_from_the_first_file_that_has_any(
+    files: dict[str, object], end_tokens: tuple[int, ...]
+) -> None:
     assert vocabulary(**files).end_tokens == end_tokens
 
 
-def test_a_template_stands_in_its_own_file_or_in_the_configuration() -> None:
+def test_template_comes_from_its_file_or_the_configuration() -> None:
     files = tokenizer_files() | {"chat_template.jinja": b"{{ bos_token }}own"}
     own = Vocabulary.from_files(files).template
     assert own is not None
@@ -70,11 +72,11 @@ def test_a_template_stands_in_its_own_file_or_in_the_configuration() -> None:
     assert named.render([Turn("user", "x")]) == "listed"
 
 
-def test_a_model_may_have_no_template() -> None:
+def test_vocabulary_without_template() -> None:
     assert vocabulary(tokenizer_config={}).template is None
 
 
-def test_no_token_stands_for_more_bytes_than_the_longest() -> None:
+def test_max_token_bytes_bounds_every_token() -> None:
     longest = vocabulary().max_token_bytes
     decoded = (byte_tokenizer().decode([token_id]) for token_id in range(byte_tokenizer().get_vocab_size()))
     assert longest >= max(len(text.encode()) for text in decoded)
@@ -90,6 +92,6 @@ def test_no_token_stands_for_more_bytes_than_the_longest() -> None:
         (tokenizer_files() | {"chat_template.jinja": b"{% for %}"}, "chat template"),
     ],
 )
-def test_a_file_that_can_t_be_used_is_named(files: dict[str, bytes], named: str) -> None:
+def test_invalid_file_is_named(files: dict[str, bytes], named: str) -> None:
     with pytest.raises(Incompatible, match=named):
         Vocabulary.from_files(files)
