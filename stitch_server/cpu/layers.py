@@ -77,10 +77,7 @@ def run_layers(
     threads: int,
     counts: Indices,
 ) -> None:
-    """Takes a batch through layers [first, end) of the whole model.
-
-    Each of `threads` threads calls it with the same arguments; every call returns when all tasks are done.
-    """
+    """Takes a batch through layers [first, end), on all threads that call it; returns when all tasks are done."""
     hidden, paged, activations = states.hidden, states.paged, states.activations
     tokens, head_dim, inner = len(hidden), paged.kv.shape[3], activations.gated.shape[1]
     all_heads, heads = activations.qkv.shape[1] // head_dim, activations.attended.shape[1] // head_dim

@@ -433,7 +433,7 @@ class NextStage:
 
 
 def _slot_of(segment: Segment) -> ReplySlot:
-    if segment.reply_slot is None:
+    if not isinstance(segment.reply_slot, ReplySlot):
         raise ValueError("a segment without a reply slot came to a next stage")
     return segment.reply_slot
 

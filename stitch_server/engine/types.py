@@ -18,7 +18,6 @@ from stitch.v1.shard_pb2 import FailureCause
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stitch_server.engine.next_stage import ReplySlot
 
 _session_ids = itertools.count(1)
 
@@ -69,7 +68,7 @@ class Segment:
     # The hidden states that the upstream shard sent, [length, hidden]; None on the first shard, which embeds token ids.
     hidden: Tensor | None = None
     # Where the result goes: the reply to the upstream shard's step; None on the first shard.
-    reply_slot: ReplySlot | None = None
+    reply_slot: object = None
     # The routes, cheapest first, of which this pass selects one for the session; empty where the route is known.
     # `layers` is then the range of the earliest cut, and the segment holds all tokens that the route probe reads.
     candidates: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Who may import whom, and which extra carries which dependency. Knows nothing of what the imports are for."""
+"""Who may import whom, what is loaded when, and which extra carries which dependency."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from stitch_server import cpu
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("stitch", "stitch_server", "router_gateway", "stitch_training")
@@ -79,6 +81,42 @@ def test_every_import_is_a_dependency(package: str) -> None:
     assert strangers == set()
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_package_has_an_import_circle(package: str) -> None:
+    """Imports inside functions and for type checkers count as well."""
+    imports = _imports_within(package)
+    # Every module of a circle imports another one of it, so removing modules without imports leaves the circles.
+    while leaves := {name for name, targets in imports.items() if not targets}:
+        imports = {name: targets - leaves for name, targets in imports.items() if name not in leaves}
+    # And every module of a circle is imported by another one of it.
+    while roots := imports.keys() - {target for targets in imports.values() for target in targets}:
+        imports = {name: targets for name, targets in imports.items() if name not in roots}
+    assert imports == {}
+
+
+@pytest.mark.parametrize("program", ["stitch_server", "router_gateway", "stitch_training"])
+def test_help_imports_no_heavy_package(program: str) -> None:
+    code = (
+        f"import sys; sys.argv = ['program', '--help']; from {program}.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'numba', 'llvmlite', 'transformers'} & sys.modules.keys(), sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["stitch_server.cpu", "stitch_server.model.weights"])
+def test_kernels_are_loaded_on_first_use(module: str) -> None:
+    code = f"import {module}, sys; assert not {{'numba', 'llvmlite'}} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_of_the_kernels_can_be_loaded() -> None:
+    assert [name for name in cpu.__all__ if not hasattr(cpu, name)] == []
+
+
 def test_the_lock_pins_every_dependency() -> None:
     lock = (ROOT / "requirements.lock").read_text().splitlines()
     assert all(line.count("==") == 1 and not line.startswith("-") for line in lock)
@@ -95,6 +133,24 @@ def _imported(folder: str) -> Iterator[str]:
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
             yield from (".".join(name.split(".")[: 2 if name.startswith("google.") else 1]) for name in names)
+
+
+def _imports_within(package: str) -> dict[str, set[str]]:
+    """Every module of the package, and the other ones that it imports."""
+    paths = {}
+    for path in (ROOT / package).rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    imports: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names |= {name if (name := f"{node.module}.{a.name}") in paths else node.module for a in node.names}
+        imports[module] = (names & paths.keys()) - {module}
+    return imports
 
 
 def _carried_by(extras: tuple[str, ...]) -> set[str]:
