@@ -1,20 +1,36 @@
-"""The device of a shard: which one it computes on, and how tensors reach it or a compiled kernel.
+"""The device of a shard, and what it offers: transfers, arrays for CPU kernels, huge pages, threads.
 
 `pick_device` turns `compute.device` of the cluster file into a torch device. `to_device_async` copies small host
-tensors without synchronizing. `as_bits` and `as_float32` give CPU tensors as the NumPy arrays that kernels read.
+tensors without synchronizing. On a CPU, `as_bits` and `as_float32` give tensors as the NumPy arrays that kernels read,
+`HugePageArena` allocates memory for weights and KV caches, and `run_on_thread_pool` runs a kernel on several threads.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from stitch.errors import InvalidRequest
+from stitch_server import cpu
 
 if TYPE_CHECKING:
-    from stitch_server.cpu import Floats, Numbers
+    from stitch_server.cpu import Floats, Indices, Numbers
+
+PAGE_BYTES = 2 << 20
+# The size of a block that several small tensors share.
+BLOCK_BYTES = 64 << 20
+# A cache line, and the width of an AVX-512 register.
+ALIGNMENT_BYTES = 64
+
+# As many threads as the process has CPUs, so that the helpers of one kernel call never wait for each other.
+_helpers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="kernel")
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -48,3 +64,48 @@ def as_bits(tensor: Tensor) -> Numbers:
     """A CPU tensor as an array over the same memory; bfloat16 becomes uint16, since NumPy has no such type."""
     array: Numbers = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array
+
+
+class HugePageArena:
+    """Allocates CPU tensors one after the other in blocks of 2 MB pages, if the operating system has some.
+
+    Hardware prefetch stops at the end of a page, which by default is 4 KB. A block is unmapped when the last of its
+    tensors is freed.
+    """
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous uninitialized tensor."""
+        used = math.prod(shape) * dtype.itemsize
+        size = -(-used // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        if size > len(self._free):
+            self._free = _map_block(max(size, BLOCK_BYTES))
+        memory, self._free = self._free[:used], self._free[size:]
+        return memory.view(dtype).view(shape)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A contiguous copy of `tensor`."""
+        return self.allocate(tensor.shape, tensor.dtype).copy_(tensor)
+
+
+def _map_block(size: int) -> Tensor:
+    """At least `size` bytes, none of them touched yet."""
+    # Private, since shared anonymous mappings get small pages.
+    memory = mmap.mmap(-1, size + PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    block = torch.frombuffer(memory, dtype=torch.uint8)
+    return block[-block.data_ptr() % PAGE_BYTES :]
+
+
+def run_on_thread_pool(kernel: Callable[[int, Indices], None]) -> None:
+    """Calls `kernel(threads, task_counts)` on `torch.get_num_threads()` threads, the caller's included.
+
+    Returns when the caller's own call does, which is after the last task. A helper that starts later finds no task.
+    """
+    threads, counts = torch.get_num_threads(), cpu.new_task_counts()
+    for _ in range(threads - 1):
+        _helpers.submit(kernel, threads, counts)
+    kernel(threads, counts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stitch_server.huge_pages import HugePageArena
+from stitch_server.devices import HugePageArena
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from stitch_server.cpu import Activations, Floats, Layers, Matrix, PagedKV, Pass, run_layers
-from stitch_server.devices import as_bits, as_float32
-from stitch_server.huge_pages import HugePageArena
+from stitch_server.devices import HugePageArena, as_bits, as_float32, run_on_thread_pool
 from stitch_server.model.compiled_linear import (
     CompiledLinear,
     instructions_for,
@@ -27,7 +26,6 @@ from stitch_server.model.compiled_linear import (
 from stitch_server.model.llama import NativeLayer, RotaryAngles
 from stitch_server.model.quantized import quantize
 from stitch_server.model.weights import WeightFormat
-from stitch_server.thread_pool import run_on_thread_pool
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,9 @@ from stitch_server.cpu import (
     Numbers,
     matmul_shared,
 )
-from stitch_server.devices import as_bits, as_float32
-from stitch_server.huge_pages import HugePageArena
+from stitch_server.devices import HugePageArena, as_bits, as_float32, run_on_thread_pool
 from stitch_server.model.quantized import quantize
 from stitch_server.model.weights import WeightFormat
-from stitch_server.thread_pool import run_on_thread_pool
 
 # For more tokens oneDNN has instructions for bfloat16, and for int8 without AMX, that the kernels don't use.
 MAX_TOKENS_OF_NARROW_WEIGHTS = 16

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from stitch_server.huge_pages import HugePageArena
+from stitch_server.devices import HugePageArena
 from stitch_server.model import hf_layers, llama
 from stitch_server.model.description import read_config
 from stitch_server.model.linear import Linear, linear
