@@ -1,19 +1,23 @@
-"""Loads what one shard holds of a pair, and allocates its KV cache.
+"""Loads what one shard holds of a pair, and wires it for forward passes.
 
 `load_stage` reads a shard's own layers, stitches and adapters from the models' folders, and refuses files that do not
-fit the cluster file. `allocate_kv_cache` gives the loaded layers a KV cache of the size and form that suit the device.
+fit the cluster file. `allocate_kv_cache` gives the loaded layers a KV cache of the size and form that suit the device,
+and `build_runner` wires both into the shard's `ModelRunner`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from stitch.cluster import ClusterConfig, ComputeConfig, RouteConfig, ShardConfig
 from stitch.environment import cache_folder
+from stitch.thresholds import FixedThresholds, ReloadingThresholds, ThresholdSource
 from stitch.v1 import inference_pb2
 from stitch_server.attention import AttentionBackend, backend_for
 from stitch_server.attention.flash import PAGE_TOKENS, varlen_kernel_for
@@ -31,6 +35,9 @@ from stitch_server.model.tokenizer_hash import token_count, tokenizer_hash
 from stitch_server.model.weights import WeightFormat
 from stitch_server.sources.resolve import resolve
 from stitch_server.worker.cuda_graphs import DecodeGraphs, capture_for
+from stitch_server.worker.model_runner import ModelRunner
+from stitch_server.worker.parallelism import ParallelismTuner
+from stitch_server.worker.route_probe import RouteProbe
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +146,38 @@ def allocate_kv_cache(
         return KVCache(pool, store, attention, None)
     max_blocks = min(pool.blocks, blocks_for(context_length, block_tokens))
     return KVCache(pool, store, attention, DecodeGraphs(decoder, store, kernel, max_blocks, capture))
+
+
+def build_runner(
+    cluster: ClusterConfig, config: ShardConfig, loaded: LoadedStage, kv_cache: KVCache, device: torch.device
+) -> ModelRunner:
+    """The runner of a loaded stage. Raises InvalidRequest if the cluster's thresholds are those of another probe."""
+    threads = cluster.compute.threads or len(os.sched_getaffinity(0))
+    return ModelRunner(
+        decoder=loaded.decoder,
+        attention=kv_cache.attention,
+        device=device,
+        tuner=ParallelismTuner(threads, cluster.compute.threads_while_pipelined or threads),
+        embed=loaded.embedding,
+        stage=f"{config.role}_prefill",
+        stitches={route: stitch for route, stitch in loaded.stitches.items() if stitch is not None},
+        adapters=loaded.adapters,
+        head=loaded.head,
+        probe=_route_probe(cluster, loaded.probe),
+        layer_ranges=loaded.layer_ranges,
+        graphs=kv_cache.graphs,
+        synchronize=partial(torch.cuda.synchronize, device) if device.type == "cuda" else None,
+    )
+
+
+def _route_probe(cluster: ClusterConfig, probe: Probe | None) -> RouteProbe | None:
+    if probe is None:
+        return None
+    file = cluster.probe_thresholds_file
+    thresholds: ThresholdSource = FixedThresholds(probe.thresholds)
+    if file is not None:
+        thresholds = ReloadingThresholds(file, probe.fingerprint, len(probe.binding.routes))
+    return RouteProbe(probe, thresholds, cluster.gateway.fallback_route)
 
 
 def layer_range_of(route: RouteConfig, config: ShardConfig) -> LayerRange | None:

@@ -6,10 +6,8 @@ in one direction: the links put their events into the engine's inbox, the engine
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +15,9 @@ from torch import Tensor
 
 from stitch.cluster import BatchingConfig, ClusterConfig, ShardConfig
 from stitch.process import InFlightTracker
-from stitch.thresholds import FixedThresholds, ReloadingThresholds, ThresholdSource
 from stitch.tls import is_loopback
 from stitch.v1 import inference_pb2, shard_pb2
-from stitch_server.build import LoadedStage, allocate_kv_cache
+from stitch_server.build import LoadedStage, allocate_kv_cache, build_runner
 from stitch_server.engine.first_stage import FirstStage
 from stitch_server.engine.in_flight import Downstream, StepsInFlight
 from stitch_server.engine.loop import Engine, Inbox
@@ -32,8 +29,6 @@ from stitch_server.metrics import Metrics, PassObserver
 from stitch_server.model.probe import MAX_PROBE_TOKENS
 from stitch_server.rpc.tensors import DTYPES, Packed, unpack
 from stitch_server.worker.model_runner import ModelRunner
-from stitch_server.worker.parallelism import ParallelismTuner
-from stitch_server.worker.route_probe import RouteProbe
 
 # Sessions that may decode in one step, in addition to its prompt tokens.
 MAX_DECODING = 4096
@@ -125,23 +120,7 @@ def build_shard(
     compute = cluster.compute
     kv_cache = allocate_kv_cache(compute, loaded.decoder, loaded.model.context_length, device)
     pool = kv_cache.pool
-    cores = len(os.sched_getaffinity(0))
-    alone = compute.threads or cores
-    runner = ModelRunner(
-        decoder=loaded.decoder,
-        attention=kv_cache.attention,
-        device=device,
-        tuner=ParallelismTuner(alone, compute.threads_while_pipelined or alone),
-        embed=loaded.embedding,
-        stage=f"{config.role}_prefill",
-        stitches={route: stitch for route, stitch in loaded.stitches.items() if stitch is not None},
-        adapters=loaded.adapters,
-        head=loaded.head,
-        probe=_route_probe(cluster, loaded),
-        layer_ranges=loaded.layer_ranges,
-        graphs=kv_cache.graphs,
-        synchronize=partial(torch.cuda.synchronize, device) if device.type == "cuda" else None,
-    )
+    runner = build_runner(cluster, config, loaded, kv_cache, device)
     identity, inbox = _identity(cluster, config, loaded, pool, device), Inbox()
     links = open_links(identity, inbox.put)
     batching = resolved_batching(cluster, device)
@@ -174,17 +153,6 @@ def build_shard(
     )
     _register_metrics(metrics, shard, runner)
     return shard
-
-
-def _route_probe(cluster: ClusterConfig, loaded: LoadedStage) -> RouteProbe | None:
-    """Raises InvalidRequest where the thresholds are another probe's."""
-    probe, file = loaded.probe, cluster.probe_thresholds_file
-    if probe is None:
-        return None
-    thresholds: ThresholdSource = FixedThresholds(probe.thresholds)
-    if file is not None:
-        thresholds = ReloadingThresholds(file, probe.fingerprint, len(probe.binding.routes))
-    return RouteProbe(probe, thresholds, cluster.gateway.fallback_route)
 
 
 def _first_stage(
