@@ -30,7 +30,7 @@ from stitch_server.cpu.tasks import first_task, next_task, wait_for
 class Layers(NamedTuple):
     """Decoder layers of one shape; every array, those of matrices too, has a leading axis for the layer."""
 
-    # The index of the first one in the whole model.
+    # The index of the first layer in the whole model.
     first: int
     attention_norm: Floats
     query_key_value: Matrix
@@ -143,20 +143,20 @@ def _project_qkv(
 ) -> None:
     """Projects heads [first, end) of queries, keys and values, applies norms and RoPE, and caches keys and values."""
     paged, qkv = states.paged, states.activations.qkv
-    head_dim, kept = paged.kv.shape[3], paged.kv.shape[2]
+    head_dim, cached_heads = paged.kv.shape[3], paged.kv.shape[2]
     all_heads = qkv.shape[1] // head_dim
     begin = first * head_dim
     matmul(normed, _of_layer(layers.query_key_value, layer), begin, end * head_dim, workspace, qkv, begin, REPLACE)
     kv = paged.kv[layers.first + layer - paged.first]
     for head in range(first, end):
         for token in range(len(qkv)):
-            one = qkv[token, head * head_dim : (head + 1) * head_dim]
-            if head < all_heads - kept // 2:
+            vector = qkv[token, head * head_dim : (head + 1) * head_dim]
+            if head < all_heads - cached_heads // 2:
                 if layers.query_key_norm.shape[1] > 0:
-                    _rms_norm(one, layers.query_key_norm[layer, head], epsilon, one)
-                _rotate(one, states.rotations[paged.ends[token] - paged.begins[token] - 1])
-            if head >= all_heads - kept:
-                store_kv(one, token, head - (all_heads - kept), kv, paged)
+                    _rms_norm(vector, layers.query_key_norm[layer, head], epsilon, vector)
+                _rotate(vector, states.rotations[paged.ends[token] - paged.begins[token] - 1])
+            if head >= all_heads - cached_heads:
+                store_kv(vector, token, head - (all_heads - cached_heads), kv, paged)
 
 
 @compiled()

@@ -129,8 +129,8 @@ def _generate_configure(context: Any, builder: ir.IRBuilder, signature: Any, arg
     for register in range(REGISTERS):
         palette[16 + 2 * register] = TILE_ROW_BYTES
         palette[48 + register] = TILE_SIDE
-    kept = alloca_once_value(builder, ir.Constant(ir.ArrayType(INT8, len(palette)), palette))  # type: ignore[no-untyped-call]
-    instruct(builder, "ldtilecfg", builder.bitcast(kept, INT8.as_pointer()))
+    configuration = alloca_once_value(builder, ir.Constant(ir.ArrayType(INT8, len(palette)), palette))  # type: ignore[no-untyped-call]
+    instruct(builder, "ldtilecfg", builder.bitcast(configuration, INT8.as_pointer()))
     return context.get_dummy_value()
 
 

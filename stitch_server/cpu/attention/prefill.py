@@ -55,11 +55,11 @@ def attend_prefill(
     strip = np.empty((TILE_SIDE, STRIP), np.float32)
     dimensions = np.arange(head_dim)
     for begin in range(0, visible.size, KEY_TILE):
-        key_tile, later = visible[begin : begin + KEY_TILE], visible[begin + KEY_TILE : begin + 2 * KEY_TILE]
+        key_tile, next_slots = visible[begin : begin + KEY_TILE], visible[begin + KEY_TILE : begin + 2 * KEY_TILE]
         for kv_head in range(first, end):
             keys, values = kv[:, kv_head], kv[:, kv_heads + kv_head]
-            prefetch_rows(keys, later)
-            prefetch_rows(values, later)
+            prefetch_rows(keys, next_slots)
+            prefetch_rows(values, next_slots)
             _score(queries[kv_head], count, keys, key_tile, transposed, dimensions, scores)
             for q in range(count):
                 length = lengths[q // group] - begin

@@ -78,10 +78,10 @@ weighted_sums: Callable[[Numbers, Indices, int, Floats, int, Floats], None] = ca
 def _generate_dots(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
     weight, output, x, row = unpack_arrays(context, builder, signature, arguments)
     length = builder.extract_value(weight.shape, 1)
-    factors, values = _split_view(builder, weight, output), _split_view(builder, x, row)
-    later = _split_view(builder, weight, builder.add(output, INT64(AHEAD)))
+    factors, values = _row_addresses(builder, weight, output), _row_addresses(builder, x, row)
+    prefetched = _row_addresses(builder, weight, builder.add(output, INT64(AHEAD)))
     with _summing(builder, length, LANES) as (index, sums, accumulate):
-        for address in later:
+        for address in prefetched:
             prefetch(builder, builder.gep(address, [index]))
         # All four rows of one operand and one at a time of the other: twenty-one registers with the sums.
         wide = [load_as_float32(builder, builder.gep(address, [index]), LANES) for address in factors]
@@ -97,23 +97,23 @@ def _generate_weighted_sums(
     values, rows, at, weights, first, attended = unpack_arrays(context, builder, signature, arguments)
     count = builder.extract_value(rows.shape, 0)
     last = builder.sub(count, INT64(1))
-    heads, vectors = _split_view(builder, weights, first), [INT64(number * LANES) for number in range(TILE_SIDE)]
+    heads, vectors = _row_addresses(builder, weights, first), [INT64(number * LANES) for number in range(TILE_SIDE)]
 
     def strip(index: ir.Value) -> ir.Value:
         row = builder.load(builder.gep(rows.data, [index]))
         return builder.gep(row_of(builder, values, row), [at])
 
     with _summing(builder, count, 1) as (index, sums, accumulate):
-        later = builder.add(index, INT64(AHEAD))
-        later = strip(builder.select(builder.icmp_signed("<", later, last), later, last))
+        prefetched = builder.add(index, INT64(AHEAD))
+        prefetched = strip(builder.select(builder.icmp_signed("<", prefetched, last), prefetched, last))
         now = strip(index)
         for vector in vectors:
-            prefetch(builder, builder.gep(later, [vector]))
+            prefetch(builder, builder.gep(prefetched, [vector]))
         wide = [load_as_float32(builder, builder.gep(now, [vector]), LANES) for vector in vectors]
         for line, head in enumerate(heads):
             share = broadcast(builder, builder.load(builder.gep(head, [index])), LANES)
             accumulate += [(TILE_SIDE * line + column, share, value) for column, value in enumerate(wide)]
-    for number, address in enumerate(_split_view(builder, attended, INT64(0))):
+    for number, address in enumerate(_row_addresses(builder, attended, INT64(0))):
         for column, vector in enumerate(vectors):
             target = builder.bitcast(builder.gep(address, [vector]), _FLOATS.as_pointer())
             builder.store(sums[TILE_SIDE * number + column], target, align=4)
@@ -128,7 +128,7 @@ def _generate_prefetch_element(
     return context.get_dummy_value()
 
 
-def _split_view(builder: ir.IRBuilder, array: Any, first: ir.Value) -> list[ir.Value]:
+def _row_addresses(builder: ir.IRBuilder, array: Any, first: ir.Value) -> list[ir.Value]:
     """Returns the addresses of TILE_SIDE rows."""
     return [row_of(builder, array, builder.add(first, INT64(number))) for number in range(TILE_SIDE)]
 
@@ -155,9 +155,9 @@ def _summing(
     following = builder.add(index, INT64(stride))
     index.add_incoming(INT64(0), before)
     index.add_incoming(following, body)
-    for total, later in zip(running, sums, strict=True):
+    for total, prefetched in zip(running, sums, strict=True):
         total.add_incoming(_FLOATS([0.0] * LANES), before)
-        total.add_incoming(later, body)
+        total.add_incoming(prefetched, body)
     builder.cbranch(builder.icmp_signed("<", following, end), body, end_block)
     builder.position_at_end(end_block)
 

@@ -23,9 +23,9 @@ _FLOATS = float_vector(LANES)
 @compiled()
 def largest(scores: Floats, previous: Any) -> Any:
     """Returns the maximum of `scores` and of `previous`, the maximum of earlier scores."""
-    whole = scores.size - scores.size % LANES
-    found = max(previous, _largest(scores, whole))
-    for index in range(whole, scores.size):
+    vector_end = scores.size - scores.size % LANES
+    found = max(previous, _largest(scores, vector_end))
+    for index in range(vector_end, scores.size):
         found = max(found, scores[index])
     return found
 
@@ -33,9 +33,9 @@ def largest(scores: Floats, previous: Any) -> Any:
 @compiled()
 def exponentiate(scores: Floats, limit: Any) -> Any:
     """Replaces each score, none of which is above `limit`, by exp(score - limit); returns their sum."""
-    whole = scores.size - scores.size % LANES
-    total = _exponentiate(scores, whole, np.float32(limit))
-    for index in range(whole, scores.size):
+    vector_end = scores.size - scores.size % LANES
+    total = _exponentiate(scores, vector_end, np.float32(limit))
+    for index in range(vector_end, scores.size):
         scores[index] = exponential(scores[index] - limit)
         total += scores[index]
     return total
@@ -98,9 +98,9 @@ def exponentials(builder: ir.IRBuilder, values: ir.Value) -> ir.Value:
     for term in SERIES[1:]:
         series = scaled(series, rest, of(term))
     series = scaled(builder.fmul(series, rest), rest, builder.fadd(rest, of(1.0)))
-    whole = ir.VectorType(INT32, LANES)
-    exponent = builder.add(builder.fptosi(power, whole), whole([127] * LANES))
-    powers = builder.fmul(series, builder.bitcast(builder.shl(exponent, whole([23] * LANES)), _FLOATS))
+    integers = ir.VectorType(INT32, LANES)
+    exponent = builder.add(builder.fptosi(power, integers), integers([127] * LANES))
+    powers = builder.fmul(series, builder.bitcast(builder.shl(exponent, integers([23] * LANES)), _FLOATS))
     return builder.select(builder.fcmp_ordered("<", values, of(-87.0)), of(0.0), powers)
 
 

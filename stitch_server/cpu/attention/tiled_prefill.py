@@ -59,8 +59,8 @@ def _typed_transpose(typing: Any, source: Any, rows: Any, begin: Any, index: Any
     After the end of `rows` its last one is repeated. Both arrays have contiguous rows; the source's are float32 or the
     bits of bfloat16.
     """
-    whole = types.int64
-    return types.void(source, rows, whole, whole, target, whole), _generate_transpose
+    int64 = types.int64
+    return types.void(source, rows, int64, int64, target, int64), _generate_transpose
 
 
 def _typed_mask(
@@ -70,8 +70,8 @@ def _typed_mask(
 
     Column c belongs to query `q` + c - `column`, row n to the token `begin` + n; a query attends to [low, high).
     """
-    whole = types.int64
-    return types.void(scores, whole, whole, whole, whole, lows, highs, whole), _generate_mask
+    int64 = types.int64
+    return types.void(scores, int64, int64, int64, int64, lows, highs, int64), _generate_mask
 
 
 def _typed_online_softmax(
@@ -90,8 +90,8 @@ def _typed_online_softmax(
     The columns are the queries from `q` on. Writes the weights, split into bfloat16, to `terms`. Updates `row_maxima`
     and `row_sums`, and sets `corrections` to the factors by which earlier sums are to be multiplied.
     """
-    whole = types.int64
-    return types.void(scores, whole, whole, row_maxima, row_sums, corrections, whole, terms), _generate_online_softmax
+    int64 = types.int64
+    return types.void(scores, int64, int64, row_maxima, row_sums, corrections, int64, terms), _generate_online_softmax
 
 
 transpose: Callable[[Numbers, Indices, int, int, Floats, int], None] = cast(Any, intrinsic(_typed_transpose))
@@ -115,10 +115,10 @@ def _generate_transpose(context: Any, builder: ir.IRBuilder, signature: Any, arg
     while stride := stride // 2:
         for upper in (number for number in range(TILE_SIDE) if not number & stride):
             pair = numbers[upper], numbers[upper + stride]
-            kept = [lane if not lane & stride else TILE_SIDE + lane - stride for lane in range(TILE_SIDE)]
-            moved = [lane + stride if not lane & stride else TILE_SIDE + lane for lane in range(TILE_SIDE)]
+            upper_lanes = [lane if not lane & stride else TILE_SIDE + lane - stride for lane in range(TILE_SIDE)]
+            lower_lanes = [lane + stride if not lane & stride else TILE_SIDE + lane for lane in range(TILE_SIDE)]
             numbers[upper], numbers[upper + stride] = (
-                builder.shuffle_vector(*pair, _WHOLE(lanes)) for lanes in (kept, moved)
+                builder.shuffle_vector(*pair, _WHOLE(lanes)) for lanes in (upper_lanes, lower_lanes)
             )
     for number, vector in enumerate(numbers):
         address = row_of(builder, target, builder.add(line, INT64(number)))
@@ -250,9 +250,9 @@ def attend_prefill_amx(
             rows[q] = token * all_heads + kv_head * group + head
         _start(queries, rows, scale, transposed, strips)
         for begin in range(0, visible.size, KEY_TILE):
-            slots, later = visible[begin : begin + KEY_TILE], visible[begin + KEY_TILE : begin + 2 * KEY_TILE]
-            prefetch_rows(kv[:, kv_head], later)
-            prefetch_rows(kv[:, kv_heads + kv_head], later)
+            slots, next_slots = visible[begin : begin + KEY_TILE], visible[begin + KEY_TILE : begin + 2 * KEY_TILE]
+            prefetch_rows(kv[:, kv_head], next_slots)
+            prefetch_rows(kv[:, kv_heads + kv_head], next_slots)
             _split_keys(kv[:, kv_head], slots, key_tile.keys)
             _split_values(kv[:, kv_heads + kv_head], slots, transposed, key_tile.values)
             for strip in range(filled // STRIP_QUERIES):

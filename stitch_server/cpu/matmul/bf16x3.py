@@ -60,20 +60,20 @@ _UPPER, _HALF, _SIXTEEN = (_BITS([number] * TILE_SIDE) for number in (0xFFFF0000
 def split_rows(x: Floats, terms: Bf16) -> None:
     """Splits `[rows, inputs]` into `[tiles of rows, tiles of inputs, TERMS, TILE_SIDE, BF16_TILE_INPUTS]`, padded."""
     rows, inputs = x.shape
-    whole = inputs // BF16_TILE_INPUTS
+    full_tiles = inputs // BF16_TILE_INPUTS
     padded = np.zeros((TILE_SIDE, BF16_TILE_INPUTS), np.float32)
     for tile in range(terms.shape[0]):
         lines = min(TILE_SIDE, rows - tile * TILE_SIDE)
         if lines < TILE_SIDE:
             terms[tile] = 0
-        for k_tile in range(whole):
+        for k_tile in range(full_tiles):
             for line in range(lines):
                 split_line(x, tile * TILE_SIDE + line, k_tile * BF16_TILE_INPUTS, terms, tile, k_tile, line)
-        if whole < terms.shape[1]:
+        if full_tiles < terms.shape[1]:
             for line in range(lines):
-                for column in range(whole * BF16_TILE_INPUTS, inputs):
-                    padded[line, column - whole * BF16_TILE_INPUTS] = x[tile * TILE_SIDE + line, column]
-                split_line(padded, line, 0, terms, tile, whole, line)
+                for column in range(full_tiles * BF16_TILE_INPUTS, inputs):
+                    padded[line, column - full_tiles * BF16_TILE_INPUTS] = x[tile * TILE_SIDE + line, column]
+                split_line(padded, line, 0, terms, tile, full_tiles, line)
 
 
 @compiled()
@@ -100,14 +100,14 @@ def _typed_split_line(
     typing: Any, x: Any, row: Any, column: Any, terms: Any, tile: Any, k_tile: Any, line: Any
 ) -> Intrinsic:
     """Splits x[row, column : column + BF16_TILE_INPUTS] into a line of a tile of `terms`, which is contiguous."""
-    whole = types.int64
-    return types.void(x, whole, whole, terms, whole, whole, whole), _generate_split_line
+    int64 = types.int64
+    return types.void(x, int64, int64, terms, int64, int64, int64), _generate_split_line
 
 
 def _typed_split_pair(typing: Any, panel: Any, column: Any, terms: Any, k_tile: Any, pair: Any) -> Intrinsic:
     """Splits panel[column] and panel[column + TILE_SIDE] into a line of a tile of `terms`; both are contiguous."""
-    whole = types.int64
-    return types.void(panel, whole, terms, whole, whole), _generate_split_pair
+    int64 = types.int64
+    return types.void(panel, int64, terms, int64, int64), _generate_split_pair
 
 
 split_line: Callable[[Floats, int, int, Bf16, int, int, int], None] = cast(Any, intrinsic(_typed_split_line))
@@ -194,8 +194,8 @@ def _typed_matmul_tiles(
     `[any, BLOCK_TILES * TILE_SIDE]`, all contiguous. With each tile of inputs it prefetches `prefetched` cache lines of
     weight[panel, column:] and of the next panel.
     """
-    whole = types.int64
-    kind = types.void(rows, whole, whole, whole, terms, whole, sums, next_panel, whole, whole, whole)
+    int64 = types.int64
+    kind = types.void(rows, int64, int64, int64, terms, int64, sums, next_panel, int64, int64, int64)
     return kind, _generate_matmul_tiles
 
 
@@ -213,19 +213,19 @@ def _typed_split_and_matmul_tiles(
     column: Any,
     prefetched: Any,
     strip: Any,
-    whole: Any,
-    kept: Any,
+    full_tiles: Any,
+    ring_tiles: Any,
 ) -> Intrinsic:
     """Does the same, and splits weight[strip:] meanwhile: while one tile is multiplied, vectors split the next.
 
-    It splits the first `whole` tiles of inputs from `k_tile` on, at least one; later ones are in `terms` already. Tile
-    n goes to terms[n modulo `kept`], a power of two.
+    It splits the first `full_tiles` tiles of inputs from `k_tile` on, at least one; later ones are in `terms` already.
+    Tile n goes to terms[n modulo `ring_tiles`], a power of two.
     """
     kind, _ = _typed_matmul_tiles(
         typing, rows, tile, tiles, k_tile, terms, count, sums, next_panel, panel, column, prefetched
     )
-    whole = types.int64
-    return types.void(*kind.args, whole, whole, whole), _generate_matmul_tiles
+    int64 = types.int64
+    return types.void(*kind.args, int64, int64, int64), _generate_matmul_tiles
 
 
 _MatmulTiles = Callable[[Bf16 | Bf16Pairs, int, int, int, Bf16Pairs, int, Floats, Numbers, int, int, int], None]
@@ -256,7 +256,7 @@ def _generate_matmul_tiles(
     first = builder.add(
         builder.mul(panel, following), builder.mul(column, builder.extract_value(next_panel.strides, 1))
     )
-    later = [
+    prefetch_addresses = [
         byte_offset(builder, next_panel.data, builder.add(first, builder.mul(following, INT64(n))))
         for n in range(BLOCK_TILES)
     ]
@@ -264,7 +264,7 @@ def _generate_matmul_tiles(
     if splitting is not None:
         splitting.split(builder, INT64(0), range(splitting.pairs))
     for number in switch_cases(builder, tiles, BLOCK_TILES):
-        _sum(builder, lines[:number], panels, count, later, prefetched, splitting)
+        _sum(builder, lines[:number], panels, count, prefetch_addresses, prefetched, splitting)
         for line in range(number):
             for panel in range(BLOCK_TILES):
                 target = byte_offset(
@@ -298,10 +298,10 @@ class _Splitting:
         k_tile: ir.Value,
         targets: Sequence[ir.Value],
         strip: ir.Value,
-        whole: ir.Value,
-        kept: ir.Value,
+        full_tiles: ir.Value,
+        ring_tiles: ir.Value,
     ) -> _Splitting:
-        """Splits `whole` tiles of inputs from `k_tile` on; where there are fewer panels, the last one is repeated."""
+        """Splits `full_tiles` tiles of inputs from `k_tile` on; if there are fewer panels, the last one is repeated."""
         end = builder.sub(builder.extract_value(weight.shape, 0), INT64(1))
         begin = builder.mul(k_tile, INT64(BF16_TILE_INPUTS * TILE_SIDE))
         sources = []
@@ -311,7 +311,7 @@ class _Splitting:
             sources.append(builder.gep(row_of(builder, weight, panel), [begin]))
         lines = ir.VectorType(INT32, TILE_SIDE).as_pointer()
         targets = [builder.bitcast(target, lines) for target in targets]
-        return cls(sources, targets, builder.sub(whole, INT64(1)), builder.sub(kept, INT64(1)))
+        return cls(sources, targets, builder.sub(full_tiles, INT64(1)), builder.sub(ring_tiles, INT64(1)))
 
     def slot(self, builder: ir.IRBuilder, k_tile: ir.Value) -> ir.Value:
         """Returns the slot of a tile's terms."""
@@ -333,8 +333,8 @@ class _Splitting:
             panel, pair = divmod(number, TILE_SIDE)
             first = builder.gep(self.sources[panel], [builder.add(column, INT64(pair * TILE_SIDE))])
             second = builder.gep(first, [INT64(TILE_SIDE * TILE_SIDE)])
-            for one in (first, second):
-                prefetch(builder, byte_offset(builder, one, INT64(PREFETCH_BYTES)))
+            for address in (first, second):
+                prefetch(builder, byte_offset(builder, address, INT64(PREFETCH_BYTES)))
             put_pair_at(builder, first, second, builder.gep(self.targets[panel], [builder.add(line, INT64(pair))]))
 
 
@@ -343,7 +343,7 @@ def _sum(
     lines: Sequence[ir.Value],
     panels: Sequence[ir.Value],
     count: ir.Value,
-    later: Sequence[ir.Value],
+    prefetch_addresses: Sequence[ir.Value],
     prefetched: ir.Value,
     splitting: _Splitting | None,
 ) -> None:
@@ -382,5 +382,5 @@ def _sum(
                 splitting.split(builder, builder.add(step.index, INT64(1)), share)
         with for_range(builder, prefetched) as line:
             offset = builder.mul(builder.add(builder.mul(step.index, prefetched), line.index), INT64(TILE_ROW_BYTES))
-            for address in later:
+            for address in prefetch_addresses:
                 prefetch(builder, builder.gep(address, [offset]))

@@ -92,42 +92,42 @@ def matmul_strip_amx(
     share = -(-BF16_TILE_INPUTS // (line_inputs * -(-tiles // BLOCK_TILES)))
     for step in range(steps):
         begin, block_end = step * k_tiles // steps, (step + 1) * k_tiles // steps
-        count, whole = block_end - begin, min(block_end, weight.shape[1] // BF16_TILE_INPUTS) - begin
+        depth, full_tiles = block_end - begin, min(block_end, weight.shape[1] // BF16_TILE_INPUTS) - begin
         for number in range(BLOCK_TILES):
             source = weight[min(panel + number, len(weight) - 1)]
-            split_weights(source, (begin + whole) * BF16_TILE_INPUTS, buffers.weights[number, whole:count])
-        later, column = (panel, block_end * BF16_TILE_INPUTS) if step + 1 < steps else (next_panel, 0)
+            split_weights(source, (begin + full_tiles) * BF16_TILE_INPUTS, buffers.weights[number, full_tiles:depth])
+        fetched, column = (panel, block_end * BF16_TILE_INPUTS) if step + 1 < steps else (next_panel, 0)
         # A few rows are done sooner than a prefetch of the next strip: splitting prefetches its own input.
-        prefetched = share if later + BLOCK_TILES <= len(weight) and tiles > BLOCK_TILES else 0
+        prefetched = share if fetched + BLOCK_TILES <= len(weight) and tiles > BLOCK_TILES else 0
         # Where split weights are used once, a ring of two tiles of inputs stays in the L1 cache.
-        kept = 2 if tiles <= BLOCK_TILES and whole == count else WHOLE_RING
+        ring_tiles = 2 if tiles <= BLOCK_TILES and full_tiles == depth else WHOLE_RING
         for tile in range(0, tiles, BLOCK_TILES):
-            here = min(BLOCK_TILES, tiles - tile)
-            target = sums[tile * TILE_SIDE : (tile + here) * TILE_SIDE]
-            fresh = target if step == 0 else buffers.sums
+            height = min(BLOCK_TILES, tiles - tile)
+            target = sums[tile * TILE_SIDE : (tile + height) * TILE_SIDE]
+            product = target if step == 0 else buffers.sums
             row_tile = first + tile
-            if tile == 0 and whole > 0:
+            if tile == 0 and full_tiles > 0:
                 split_and_matmul_tiles(
                     terms,
                     row_tile,
-                    here,
+                    height,
                     begin,
                     buffers.weights,
-                    count,
-                    fresh,
+                    depth,
+                    product,
                     weight,
-                    later,
+                    fetched,
                     column,
                     prefetched,
                     panel,
-                    whole,
-                    kept,
+                    full_tiles,
+                    ring_tiles,
                 )
             else:
                 matmul_tiles(
-                    terms, row_tile, here, begin, buffers.weights, count, fresh, weight, later, column, prefetched
+                    terms, row_tile, height, begin, buffers.weights, depth, product, weight, fetched, column, prefetched
                 )
-            column += prefetched * count * line_inputs
+            column += prefetched * depth * line_inputs
             if step > 0:
                 _add(buffers.sums, target)
 
@@ -212,8 +212,8 @@ def matmul_float(
     for top in range(0, len(x), at_once):
         rows = min(at_once, len(x) - top)
         for output in range(first, end, width):
-            later = output + width if output + width < end else first + workspace.threads * (end - first)
-            matmul_strip(x, top, rows, matrix.weight, output // PANEL_OUTPUTS, later // PANEL_OUTPUTS, workspace)
+            next_output = output + width if output + width < end else first + workspace.threads * (end - first)
+            matmul_strip(x, top, rows, matrix.weight, output // PANEL_OUTPUTS, next_output // PANEL_OUTPUTS, workspace)
             count = min(width, end - output)
             write_strip(workspace.sums, rows, matrix, output, count, result, top, column + output - first, accumulate)
 
@@ -251,8 +251,8 @@ def _matmul_strip_vectors(x: Floats, top: int, rows: int, weight: Numbers, panel
     for begin in range(0, inputs, at_once):
         block_end = min(begin + at_once, inputs)
         for group in range(groups):
-            row, later = group * rows // groups, (group + 1) * rows // groups
-            fma_panels(weight, panel, x, top + row, later - row, begin, block_end, sums[row:])
+            row, row_end = group * rows // groups, (group + 1) * rows // groups
+            fma_panels(weight, panel, x, top + row, row_end - row, begin, block_end, sums[row:])
 
 
 @compiled(forceinline=True)

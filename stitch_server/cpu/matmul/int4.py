@@ -70,17 +70,17 @@ def dequantize(weight: Int4Words, panel: int, next_panel: int, wide: Floats) -> 
     """
     last = len(weight) - 1
     for number in range(len(wide)):
-        now, later = min(panel + number, last), min(next_panel + number, last)
+        this, following = min(panel + number, last), min(next_panel + number, last)
         for group in range(wide.shape[1] // INT4_GROUP):
-            _dequantize(weight, now, later, group, wide, number)
+            _dequantize(weight, this, following, group, wide, number)
 
 
 def _typed_dequantize(
     typing: Any, weight: Any, panel: Any, next_panel: Any, group: Any, wide: Any, number: Any
 ) -> Intrinsic:
     """Dequantizes one group of weight[panel] to wide[number]; both arrays are contiguous."""
-    whole = types.int64
-    return types.void(weight, whole, whole, whole, wide, whole), _generate_dequantize
+    int64 = types.int64
+    return types.void(weight, int64, int64, int64, wide, int64), _generate_dequantize
 
 
 _dequantize: Callable[[Int4Words, int, int, int, Floats, int], None] = cast(Any, intrinsic(_typed_dequantize))
@@ -114,13 +114,13 @@ def panel_at(builder: ir.IRBuilder, weight: Any, number: ir.Value) -> ir.Value:
 
 
 def loaded_group(
-    builder: ir.IRBuilder, panel: ir.Value, later: ir.Value, group: ir.Value
+    builder: ir.IRBuilder, panel: ir.Value, next_panel: ir.Value, group: ir.Value
 ) -> tuple[list[ir.Value], ir.Value, ir.Value]:
-    """Returns words, step and least weight of a panel's group; prefetches those of a later panel."""
+    """Returns words, step and least weight of a panel's group; prefetches those of the next panel."""
     begin = builder.mul(group, INT64(INT4_WORDS * PANEL_OUTPUTS))
     offsets = [builder.add(begin, INT64(number * PANEL_OUTPUTS)) for number in range(INT4_WORDS)]
     for offset in offsets:
-        prefetch(builder, builder.gep(later, [offset]))
+        prefetch(builder, builder.gep(next_panel, [offset]))
     *words, pair = (
         builder.load(builder.bitcast(builder.gep(panel, [offset]), _WORDS.as_pointer()), align=4) for offset in offsets
     )
@@ -166,8 +166,8 @@ dot_int4_panels_one_row: _FmaPanels = cast(Any, intrinsic(_typed_dot_int4_panels
 
 
 def _signature(weight: Any, digits: Any, totals: Any, sums: Any) -> Any:
-    whole = types.int64
-    return types.void(weight, whole, whole, digits, totals, whole, whole, sums)
+    int64 = types.int64
+    return types.void(weight, int64, int64, digits, totals, int64, int64, sums)
 
 
 def _generate_dot_int4_panels(
@@ -179,12 +179,12 @@ def _generate_dot_int4_panels(
     weight, panel, next_panel, digits, totals, row, rows, sums = unpack_arrays(context, builder, signature, arguments)
     last = builder.sub(builder.extract_value(weight.shape, 0), INT64(1))
 
-    def some_panels(first: ir.Value) -> list[ir.Value]:
+    def panel_addresses(first: ir.Value) -> list[ir.Value]:
         numbers = [builder.add(first, INT64(number)) for number in range(panels)]
-        some = [builder.select(builder.icmp_signed("<", number, last), number, last) for number in numbers]
-        return [panel_at(builder, weight, number) for number in some]
+        clamped = [builder.select(builder.icmp_signed("<", number, last), number, last) for number in numbers]
+        return [panel_at(builder, weight, number) for number in clamped]
 
-    strips = list(zip(some_panels(panel), some_panels(next_panel), strict=True))
+    strips = list(zip(panel_addresses(panel), panel_addresses(next_panel), strict=True))
     groups = builder.extract_value(totals.shape, 1)
     for count in switch_cases(builder, rows, most_rows):
         numbers = [builder.add(row, INT64(number)) for number in range(count)]
@@ -207,11 +207,11 @@ def _sum(
     builder.position_at_end(body)
     group = builder.phi(INT64)
     running = [builder.phi(_FLOATS) for _ in lines for _ in strips]
-    opened_groups = [loaded_group(builder, panel, later, group) for panel, later in strips]
+    opened_groups = [loaded_group(builder, panel, next_panel, group) for panel, next_panel in strips]
     steps = [_steps(builder, words) for words, _, _ in opened_groups]
     tile, half = builder.udiv(group, INT64(2)), builder.urem(group, INT64(2))
     offset = builder.add(builder.mul(tile, INT64(TILE_SIDE * INT8_TILE_INPUTS)), builder.mul(half, INT64(INT4_GROUP)))
-    grown: list[ir.Value] = []
+    next_sums: list[ir.Value] = []
     for row, total in zip(lines, totals, strict=True):
         wholes = [[_WORDS([0] * PANEL_OUTPUTS) for _ in strips] for _ in range(DIGITS)]
         for quad in range(INT4_GROUP // 4):
@@ -224,17 +224,17 @@ def _sum(
         all_inputs = broadcast(builder, builder.load(builder.gep(total, [group])), PANEL_OUTPUTS)
         for number, (_, step, least) in enumerate(opened_groups):
             products = _joined(builder, [digit[number] for digit in wholes])
-            products = _multiplied(builder, products, step, running[len(grown)])
-            grown.append(_multiplied(builder, all_inputs, least, products))
+            products = _multiplied(builder, products, step, running[len(next_sums)])
+            next_sums.append(_multiplied(builder, all_inputs, least, products))
     following = builder.add(group, INT64(1))
     group.add_incoming(INT64(0), before)
     group.add_incoming(following, body)
-    for earlier, later in zip(running, grown, strict=True):
-        earlier.add_incoming(_FLOATS([0.0] * PANEL_OUTPUTS), before)
-        earlier.add_incoming(later, body)
+    for running_sum, sum_now in zip(running, next_sums, strict=True):
+        running_sum.add_incoming(_FLOATS([0.0] * PANEL_OUTPUTS), before)
+        running_sum.add_incoming(sum_now, body)
     builder.cbranch(builder.icmp_signed("<", following, groups), body, end_block)
     builder.position_at_end(end_block)
-    for number, total in enumerate(grown):
+    for number, total in enumerate(next_sums):
         target = builder.gep(sums, [INT64(number * PANEL_OUTPUTS)])
         builder.store(total, builder.bitcast(target, _FLOATS.as_pointer()), align=4)
 
@@ -311,14 +311,14 @@ def new_int4_workspace(rows: int, inputs: int, instructions: Instructions, threa
         rows if instructions.vnni and not instructions.amx else 0,
     )
     wide = floats.sums.shape[1] * _groups(inputs) * INT4_GROUP if split == 0 else 0
-    some, width = (1, ONE_ROW_PANELS * PANEL_OUTPUTS) if rows == 1 else (MAX_ROWS, PANELS * PANEL_OUTPUTS)
+    at_once, width = (1, ONE_ROW_PANELS * PANEL_OUTPUTS) if rows == 1 else (MAX_ROWS, PANELS * PANEL_OUTPUTS)
     return Int4Workspace(
         floats,
         cache_aligned(4 * wide).view(np.float32),
         cache_aligned(_tiles(split) * -(-inputs // INT8_TILE_INPUTS) * TILE_SIDE * INT8_TILE_INPUTS).view(np.int8),
         np.empty(split, np.float32),
         np.empty(split * _groups(inputs), np.float32),
-        cache_aligned(4 * some * width).view(np.float32).reshape(some, width),
+        cache_aligned(4 * at_once * width).view(np.float32).reshape(at_once, width),
     )
 
 
@@ -360,8 +360,8 @@ def matmul_int4(
     digits, totals = _digits(workspace, len(x), x.shape[1]), _totals(workspace, len(x), x.shape[1])
     at_once, width = workspace.sums.shape
     for output in range(first, end, width):
-        later = output + width if output + width < end else first + workspace.floats.threads * (end - first)
-        panel, next_panel, count = output // PANEL_OUTPUTS, later // PANEL_OUTPUTS, min(width, end - output)
+        next_output = output + width if output + width < end else first + workspace.floats.threads * (end - first)
+        panel, next_panel, count = output // PANEL_OUTPUTS, next_output // PANEL_OUTPUTS, min(width, end - output)
         for top in range(0, len(x), at_once):
             rows = min(at_once, len(x) - top)
             if at_once == 1:
@@ -390,8 +390,8 @@ def _matmul_dequantized(
     panels, filled = width // PANEL_OUTPUTS, _groups(x.shape[1]) * INT4_GROUP
     wide = workspace.wide[: width * filled].reshape(panels, filled, PANEL_OUTPUTS)
     for output in range(first, end, width):
-        later = output + width if output + width < end else first + floats.threads * (end - first)
-        dequantize(matrix.weight, output // PANEL_OUTPUTS, later // PANEL_OUTPUTS, wide)
+        next_output = output + width if output + width < end else first + floats.threads * (end - first)
+        dequantize(matrix.weight, output // PANEL_OUTPUTS, next_output // PANEL_OUTPUTS, wide)
         count = min(width, end - output)
         for top in range(0, len(x), at_once):
             rows = min(at_once, len(x) - top)
@@ -405,10 +405,10 @@ def _total(digits: Digits, line: int, group: int) -> np.int32:
     begin, total = group * INT4_GROUP % INT8_TILE_INPUTS, np.int32(0)
     for digit in range(DIGITS - 1, -1, -1):
         tile, within = divmod(line + digit, TILE_SIDE)
-        some = np.int32(0)
-        for one in digits[tile, group * INT4_GROUP // INT8_TILE_INPUTS, within, begin : begin + INT4_GROUP]:
-            some += np.int32(one)
-        total = np.int32(256) * total + some
+        digit_sum = np.int32(0)
+        for value in digits[tile, group * INT4_GROUP // INT8_TILE_INPUTS, within, begin : begin + INT4_GROUP]:
+            digit_sum += np.int32(value)
+        total = np.int32(256) * total + digit_sum
     return total
 
 

@@ -73,20 +73,20 @@ def split_into_digits(x: Floats, digits: Digits, scales: Floats) -> None:
     non-finite number.
     """
     inputs = x.shape[1]
-    whole = inputs // INT8_TILE_INPUTS
+    full_tiles = inputs // INT8_TILE_INPUTS
     padded = np.zeros((1, INT8_TILE_INPUTS), np.float32)
     for row in range(len(x)):
-        for column in range(whole * INT8_TILE_INPUTS, inputs):
-            padded[0, column - whole * INT8_TILE_INPUTS] = x[row, column]
+        for column in range(full_tiles * INT8_TILE_INPUTS, inputs):
+            padded[0, column - full_tiles * INT8_TILE_INPUTS] = x[row, column]
         # Without their signs, floats are ordered as their bits are; infinities and NaN come last.
-        bits = max(_largest(x, row, whole * INT8_TILE_INPUTS), _largest(padded, 0, INT8_TILE_INPUTS))
+        bits = max(_largest(x, row, full_tiles * INT8_TILE_INPUTS), _largest(padded, 0, INT8_TILE_INPUTS))
         size = np.int32(bits).view(np.float32)
         factor = _MAX_INTEGER / size if _MIN_MAGNITUDE < size < np.inf else np.float32(0)
         scales[row] = size / _MAX_INTEGER if size < np.inf else np.float32(np.nan)
-        for k_tile in range(whole):
+        for k_tile in range(full_tiles):
             _split(x, row, k_tile * INT8_TILE_INPUTS, factor, digits, k_tile, DIGITS * row)
-        if whole < digits.shape[1]:
-            _split(padded, 0, 0, factor, digits, whole, DIGITS * row)
+        if full_tiles < digits.shape[1]:
+            _split(padded, 0, 0, factor, digits, full_tiles, DIGITS * row)
 
 
 def _typed_largest(typing: Any, x: Any, row: Any, end: Any) -> Intrinsic:
@@ -98,8 +98,8 @@ def _typed_split(
     typing: Any, x: Any, row: Any, column: Any, factor: Any, digits: Any, k_tile: Any, line: Any
 ) -> Intrinsic:
     """Writes digits of factor · x[row, column : column + INT8_TILE_INPUTS] to lines from `line` on of `digits`."""
-    whole = types.int64
-    return types.void(x, whole, whole, types.float32, digits, whole, whole), _generate_split
+    int64 = types.int64
+    return types.void(x, int64, int64, types.float32, digits, int64, int64), _generate_split
 
 
 _largest: Callable[[Floats, int, int], int] = cast(Any, intrinsic(_typed_largest))
@@ -139,8 +139,8 @@ def _generate_split(context: Any, builder: ir.IRBuilder, signature: Any, argumen
         values = builder.fmul(load_as_float32(builder, builder.gep(source, [INT64(begin)]), TILE_SIDE), factors)
         left = builder.fptosi(builder.call(nearest, [values]), _WHOLES)
         for target in targets:
-            here = builder.bitcast(builder.gep(target, [INT64(begin)]), _BYTES.as_pointer())
-            builder.store(builder.trunc(left, _BYTES), here, align=1)
+            address = builder.bitcast(builder.gep(target, [INT64(begin)]), _BYTES.as_pointer())
+            builder.store(builder.trunc(left, _BYTES), address, align=1)
             # Rounds, since the digit may be negative.
             left = builder.ashr(builder.add(left, _WHOLES([128] * TILE_SIDE)), _WHOLES([8] * TILE_SIDE))
     return context.get_dummy_value()
@@ -169,8 +169,8 @@ def _typed_matmul_int8_tiles(
     `[panels, TILE_SIDE * tiles of inputs, TILE_SIDE]`, `sums` `[any, panels * TILE_SIDE]`, all contiguous. Prefetches
     as many panels from `next_panel` on: of each of their tiles `prefetched` lines from `line` on.
     """
-    whole = types.int64
-    return types.void(rows, whole, whole, weight, whole, sums, whole, whole, whole), _generate_matmul_int8_tiles
+    int64 = types.int64
+    return types.void(rows, int64, int64, weight, int64, sums, int64, int64, int64), _generate_matmul_int8_tiles
 
 
 _MatmulInt8Tiles = Callable[[Digits, int, int, Int8Quads, int, Int32s, int, int, int], None]
@@ -197,8 +197,10 @@ def _generate_matmul_int8_tiles(
             for n in range(number)
         ]
         places = [_panel(builder, weight, builder.add(panel, INT64(n)), last, stride) for n in range(panels)]
-        later = [_panel(builder, weight, builder.add(next_panel, INT64(n)), last, stride) for n in range(panels)]
-        _emit_k_loop(builder, lines, places, k_tiles, later, first, prefetched)
+        prefetch_addresses = [
+            _panel(builder, weight, builder.add(next_panel, INT64(n)), last, stride) for n in range(panels)
+        ]
+        _emit_k_loop(builder, lines, places, k_tiles, prefetch_addresses, first, prefetched)
         for register in range(ACCUMULATORS):
             line, column = divmod(register, panels)
             target = byte_offset(builder, sums.data, INT64((line * TILE_SIDE * panels + column) * TILE_ROW_BYTES))
@@ -217,7 +219,7 @@ def _emit_k_loop(
     lines: Sequence[ir.Value],
     panels: Sequence[ir.Value],
     count: ir.Value,
-    later: Sequence[ir.Value],
+    prefetch_addresses: Sequence[ir.Value],
     first: ir.Value,
     prefetched: ir.Value,
 ) -> None:
@@ -241,9 +243,9 @@ def _emit_k_loop(
             for row in range(len(lines)):
                 instruct(builder, "tdpbssd", *map(INT8, (len(panels) * row + number, ACCUMULATORS + row, register)))
         with for_range(builder, prefetched) as line:
-            here = builder.add(offset, builder.mul(builder.add(first, line.index), INT64(TILE_ROW_BYTES)))
-            for address in later:
-                prefetch(builder, builder.gep(address, [here]))
+            line_offset = builder.add(offset, builder.mul(builder.add(first, line.index), INT64(TILE_ROW_BYTES)))
+            for address in prefetch_addresses:
+                prefetch(builder, builder.gep(address, [line_offset]))
 
 
 # Digits that fit into the L2 cache beside weights.
@@ -304,17 +306,19 @@ def matmul_int8(
     for top in range(0, len(x), at_once):
         rows = min(at_once, len(x) - top)
         for output in range(first, end, width):
-            later = output + width if output + width < end else first + workspace.threads * (end - first)
-            _sum(x, top, rows, matrix.weight, output, later, workspace)
+            next_output = output + width if output + width < end else first + workspace.threads * (end - first)
+            _sum(x, top, rows, matrix.weight, output, next_output, workspace)
             count = min(width, end - output)
             _put(workspace, top, rows, matrix, output, count, result, column + output - first, accumulate)
 
 
 @compiled(forceinline=True)
-def _sum(x: Floats, top: int, rows: int, weight: Int8Quads, output: int, later: int, workspace: Int8Workspace) -> None:
+def _sum(
+    x: Floats, top: int, rows: int, weight: Int8Quads, output: int, next_output: int, workspace: Int8Workspace
+) -> None:
     """Multiplies the digits of `rows` rows by the panels from `output` on; `top` begins a pair of tiles.
 
-    The panels from output `later` on are prefetched meanwhile.
+    The panels from output `next_output` on are prefetched meanwhile.
     """
     digits, first = _digits(workspace, len(x), x.shape[1]), DIGITS * top // TILE_SIDE
     at_once = min(len(digits), BLOCK_TILES)
@@ -325,7 +329,7 @@ def _sum(x: Floats, top: int, rows: int, weight: Int8Quads, output: int, later: 
         sums, line = workspace.sums[tile * TILE_SIDE :], tile // at_once * share
         prefetched = max(0, min(share, TILE_SIDE - line))
         matmul_int8_tiles(
-            digits, first + tile, at_once, weight, output // TILE_SIDE, sums, later // TILE_SIDE, line, prefetched
+            digits, first + tile, at_once, weight, output // TILE_SIDE, sums, next_output // TILE_SIDE, line, prefetched
         )
 
 
@@ -351,9 +355,9 @@ def _put(
             workspace.sums[DIGITS * row + 2],
         )
         for number in range(count):
-            whole = np.float32(low[number]) + np.float32(256) * np.float32(middle[number])
-            whole += np.float32(65536) * np.float32(high[number])
-            product = whole * (scale * scales[number]) + bias[number]
+            integer = np.float32(low[number]) + np.float32(256) * np.float32(middle[number])
+            integer += np.float32(65536) * np.float32(high[number])
+            product = integer * (scale * scales[number]) + bias[number]
             target[number] = target[number] + product if accumulate else product
 
 

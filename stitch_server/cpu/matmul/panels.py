@@ -87,8 +87,8 @@ fma_panels_few: _FmaPanels = cast(Any, intrinsic(_typed_fma_panels_few))
 
 
 def _signature(weight: Any, x: Any, sums: Any) -> Any:
-    whole = types.int64
-    return types.void(weight, whole, x, whole, whole, whole, whole, sums)
+    int64 = types.int64
+    return types.void(weight, int64, x, int64, int64, int64, int64, sums)
 
 
 def _generate_fma_panels(
@@ -99,9 +99,9 @@ def _generate_fma_panels(
     last = builder.sub(builder.extract_value(weight.shape, 0), INT64(1))
     begins = []
     for number in range(panels):
-        one = builder.add(panel, INT64(number))
-        one = builder.select(builder.icmp_signed("<", one, last), one, last)
-        begins.append(builder.gep(weight.data, [builder.mul(one, size)]))
+        index = builder.add(panel, INT64(number))
+        index = builder.select(builder.icmp_signed("<", index, last), index, last)
+        begins.append(builder.gep(weight.data, [builder.mul(index, size)]))
     for count in switch_cases(builder, rows, most_rows):
         values = [row_of(builder, x, builder.add(row, INT64(number))) for number in range(count)]
         _sum(builder, begins, values, first, end, sums.data)
@@ -117,32 +117,36 @@ def _sum(
     sums: ir.Value,
 ) -> None:
     """Emits the loop over inputs, for these panels and rows."""
-    kept = [
+    addresses = [
         builder.bitcast(builder.gep(sums, [INT64(number * PANEL_OUTPUTS)]), _FLOATS.as_pointer())
         for number in range(len(rows) * len(panels))
     ]
     fresh = builder.icmp_signed("==", first, INT64(0))
-    begun = [builder.select(fresh, _FLOATS([0.0] * PANEL_OUTPUTS), builder.load(column, align=4)) for column in kept]
+    initial_sums = [
+        builder.select(fresh, _FLOATS([0.0] * PANEL_OUTPUTS), builder.load(address, align=4)) for address in addresses
+    ]
     before, body, end_block = builder.block, builder.append_basic_block("input"), builder.append_basic_block("summed")
     builder.branch(body)
     builder.position_at_end(body)
     column = builder.phi(INT64)
-    running = [builder.phi(_FLOATS) for _ in kept]
+    running = [builder.phi(_FLOATS) for _ in addresses]
     byte_offset = builder.mul(column, INT64(PANEL_OUTPUTS))
     factors = [_fetching(builder, builder.gep(panel, [byte_offset])) for panel in panels]
-    grown: list[ir.Value] = []
+    next_sums: list[ir.Value] = []
     for row in rows:
         value = broadcast(builder, builder.load(builder.gep(row, [column])), PANEL_OUTPUTS)
-        grown += [_add(builder, factor, value, running[len(grown) + number]) for number, factor in enumerate(factors)]
+        next_sums += [
+            _add(builder, factor, value, running[len(next_sums) + number]) for number, factor in enumerate(factors)
+        ]
     following = builder.add(column, INT64(1))
     column.add_incoming(first, before)
     column.add_incoming(following, body)
-    for total, earlier, later in zip(running, begun, grown, strict=True):
+    for total, earlier, later in zip(running, initial_sums, next_sums, strict=True):
         total.add_incoming(earlier, before)
         total.add_incoming(later, body)
     builder.cbranch(builder.icmp_signed("<", following, end), body, end_block)
     builder.position_at_end(end_block)
-    for total, target in zip(grown, kept, strict=True):
+    for total, target in zip(next_sums, addresses, strict=True):
         builder.store(total, target, align=4)
 
 
