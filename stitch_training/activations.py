@@ -33,7 +33,7 @@ from stitch_training.trace import Teacher, Trace, TraceShape
 
 BATCH_SEQUENCES = 4
 CHECKPOINT_BATCHES = 8
-CHECKPOINT = "collected.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
 HELD_OUT, TRAINING = "held-out", "training"
 
 # (task, units done, units in all)
@@ -236,7 +236,7 @@ class Passes:
     held_out: PassResult
 
 
-def reusable_cuts(
+def choose_cuts(
     cuts: tuple[CutPoint, ...], run_dir: Path, suffices: Callable[[tuple[CutPoint, ...]], bool]
 ) -> tuple[CutPoint, ...]:
     """Returns the cut points of the earlier pass in `run_dir` where that one `suffices`, else `cuts`."""

@@ -18,7 +18,7 @@ from stitch.cluster import ClusterConfig, RouteConfig
 from stitch.errors import InvalidRequest
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.stitch import Stitch, StitchBinding
-from stitch_training.activations import HELD_OUT, Passes, Progress, reusable_cuts, run_passes
+from stitch_training.activations import HELD_OUT, Passes, Progress, choose_cuts, run_passes
 from stitch_training.data import Corpus, DataSettings
 from stitch_training.distill import (
     Aim,
@@ -172,7 +172,7 @@ def passes_for(
     """Runs or resumes both passes over the data for these cuts, or for those of an earlier pass if they suffice."""
     corpus = Corpus(data.files, loaded.encoder, data.sequence_tokens, seed=data.seed, shares=data.shares)
     models = (loaded.bottom.revision, loaded.top.revision)
-    cuts = reusable_cuts(cuts, run_dir, suffices or (lambda found: set(cuts) <= set(found)))
+    cuts = choose_cuts(cuts, run_dir, suffices or (lambda found: set(cuts) <= set(found)))
     return run_passes(loaded.pair, cuts, corpus, data, data.describe(models, dtype), run_dir, progress, reuse)
 
 

@@ -15,14 +15,13 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stitch.errors import InvalidRequest
-
-Qualities: TypeAlias = NDArray[np.float64]
+from stitch_training.recovery import Float64Array
 
 PAIR = ("weak", "strong")
 _NO_WORD = re.compile(r"\W+")
@@ -38,7 +37,7 @@ class LabelledSet:
     # `name/task`, or `name` where a row has no task. A target in training, never an input of a route decision.
     topics: list[str]
     # [rows, routes], higher is better.
-    qualities: Qualities
+    qualities: Float64Array
     # SHA-256 of the file's text.
     fingerprint: str
     # Number of rows that leave out a route.
@@ -116,13 +115,13 @@ def _row(line: str, location: str) -> dict[str, Any]:
 def _qualities(row: Mapping[str, Any], location: str) -> dict[str, float]:
     for field in ("routes", "scores"):
         if field in row:
-            return _numbers(row[field], f"{location}.{field}")
+            return _finite_numbers(row[field], f"{location}.{field}")
     if all(field in row for field in PAIR):
-        return _numbers({field: row[field] for field in PAIR}, location)
+        return _finite_numbers({field: row[field] for field in PAIR}, location)
     raise InvalidRequest(location, sorted(row), "a row must have routes, scores, or strong and weak")
 
 
-def _numbers(values: object, location: str) -> dict[str, float]:
+def _finite_numbers(values: object, location: str) -> dict[str, float]:
     if not isinstance(values, dict):
         raise InvalidRequest(location, values, "it must map names to numbers")
     for name, value in values.items():

@@ -19,7 +19,7 @@ from torch import Tensor
 from stitch_training.models import LOGIT_TOKENS, FrozenModel
 from stitch_training.trace import Teacher
 
-_LEAST = 1e-6
+_MIN_PROBABILITY = 1e-6
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ def token_losses(logits: Tensor, following: Tensor, teacher: Teacher, teacher_sh
     `following` `[tokens]` are the next tokens; the teacher's entries are `[tokens, kept]`.
     """
     logprobs = logits.sub_(logits.logsumexp(-1, keepdim=True))
-    of_following = logprobs.gather(1, following[:, None])
-    of_kept, wanted = logprobs.gather(1, teacher.ids), teacher.logprobs.exp()
-    kept = of_kept.exp()
-    wanted_rest = (1 - wanted.sum(1, keepdim=True)).clamp(min=_LEAST)
-    rest = (1 - kept.sum(1, keepdim=True)).clamp(min=_LEAST)
-    divergence = (wanted * (teacher.logprobs - of_kept)).sum(1) + (wanted_rest * (wanted_rest / rest).log())[:, 0]
-    gradient = logprobs.exp_().mul_(1 - teacher_share * wanted_rest / rest)
-    gradient.scatter_add_(1, teacher.ids, teacher_share * (wanted_rest / rest * kept - wanted))
-    gradient.scatter_add_(1, following[:, None], torch.full_like(of_following, teacher_share - 1))
-    return teacher_share * divergence - (1 - teacher_share) * of_following[:, 0], gradient
+    following_logprobs = logprobs.gather(1, following[:, None])
+    kept_logprobs, target = logprobs.gather(1, teacher.ids), teacher.logprobs.exp()
+    kept = kept_logprobs.exp()
+    target_rest = (1 - target.sum(1, keepdim=True)).clamp(min=_MIN_PROBABILITY)
+    rest = (1 - kept.sum(1, keepdim=True)).clamp(min=_MIN_PROBABILITY)
+    divergence = (target * (teacher.logprobs - kept_logprobs)).sum(1) + (target_rest * (target_rest / rest).log())[:, 0]
+    gradient = logprobs.exp_().mul_(1 - teacher_share * target_rest / rest)
+    gradient.scatter_add_(1, teacher.ids, teacher_share * (target_rest / rest * kept - target))
+    gradient.scatter_add_(1, following[:, None], torch.full_like(following_logprobs, teacher_share - 1))
+    return teacher_share * divergence - (1 - teacher_share) * following_logprobs[:, 0], gradient
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from stitch_training.labels import LabelledSet, Qualities
+from stitch_training.labels import LabelledSet
 from stitch_training.recovery import STEPS, Estimate, Float64Array, Recovery, recovery
 
 # The recovery of a router and of every baseline, by name.
@@ -74,7 +74,7 @@ def rank(gain: Float64Array, prompts: Sequence[str], weak: Float64Array, strong:
 
 
 def rank_pairs(
-    routes: Sequence[str], gains: Float64Array, prompts: Sequence[str], qualities: Qualities
+    routes: Sequence[str], gains: Float64Array, prompts: Sequence[str], qualities: Float64Array
 ) -> dict[str, Rankings]:
     """Compares every costlier route with the cheapest, by `cheapest → costlier`; arrays are [prompts, routes]."""
     return {

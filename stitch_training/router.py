@@ -25,7 +25,7 @@ from router_gateway.routing.learned.model import FloatArray, LearnedModel
 from stitch.errors import InvalidRequest
 from stitch.thresholds import choose_routes
 from stitch_training.calibration import calibrate, percentiles, relative_costs
-from stitch_training.labels import LabelledSet, Qualities, folds, prompt_key, read_labels
+from stitch_training.labels import LabelledSet, folds, prompt_key, read_labels
 from stitch_training.recovery import Float64Array
 from stitch_training.report import (
     Rankings,
@@ -63,7 +63,7 @@ class Examples:
     topics: list[str]
     keys: list[str]
     # [rows, routes]
-    qualities: Qualities
+    qualities: Float64Array
 
     def __getitem__(self, rows: NDArray[np.bool_]) -> Examples:
         indices = np.flatnonzero(rows).tolist()

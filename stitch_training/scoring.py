@@ -28,7 +28,7 @@ Mapping = Callable[[Tensor], Tensor]
 PackedMapping = Callable[[Tensor, Sequence[int]], Tensor]
 BATCH_SEQUENCES = 4
 RESAMPLES = 1000
-WHOLE_LOSSES = "alone.safetensors"
+WHOLE_LOSSES = "whole-losses.safetensors"
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ ALLOWED = {
     ("stitch_server/cpu/", "lanes"),
     ("router_gateway/", "turns"),  # of a conversation
     ("stitch_training/", "turns"),
+    ("stitch_training/", "agreement"),  # top-1 agreement of a stitched with the bottom model
     ("router_gateway/routing/", "deferred"),  # DeferredDecision
 }
 # What no text in the code may say: log lines, errors, metric help texts, docstrings, comments.

@@ -147,7 +147,7 @@ def test_fit_reuses_the_run_directory_of_a_sweep(workbench: Workbench) -> None:
         "--run-dir",
         workbench.folder / "run",
     )
-    checkpoint = workbench.folder / "run" / "training" / "collected.safetensors"
+    checkpoint = workbench.folder / "run" / "training" / "checkpoint.safetensors"
     left = contents(checkpoint)
     shared, own = workbench.fit("a.safetensors", "--run-dir", workbench.folder / "run"), workbench.fit("b.safetensors")
     assert contents(checkpoint) == left
