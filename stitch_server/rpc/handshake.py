@@ -1,4 +1,7 @@
-"""Whether two neighbours belong together. Knows no stream; every refusal names both sides."""
+"""The handshake of a link: whether two shards compute the same models, routes and formats.
+
+In: the identities of both sides. Out: nothing, or Incompatible with a sentence that names both sides.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ Identity = shard_pb2.ShardIdentity
 CheckStitch = Callable[[str, inference_pb2.Model], None]
 
 
-def check_neighbour(hello: shard_pb2.Hello, own: Identity, check_stitch: CheckStitch) -> None:
-    """The receiver's check of a caller. Raises Incompatible."""
+def check_hello(hello: shard_pb2.Hello, own: Identity, check_stitch: CheckStitch) -> None:
+    """The receiver's check of the caller. Raises Incompatible."""
     caller = hello.identity
     if hello.protocol_version != PROTOCOL_VERSION:
         raise _differ("protocol version", caller, hello.protocol_version, own, PROTOCOL_VERSION)
@@ -23,12 +26,12 @@ def check_neighbour(hello: shard_pb2.Hello, own: Identity, check_stitch: CheckSt
         if of(caller) != of(own):
             raise _differ(name, caller, of(caller), own, of(own))
     if (caller.role, own.role) == ("top", "bottom"):
-        raise Incompatible(f"{_named(caller)} is a top shard and can't stand before {_named(own)}, a bottom shard")
+        raise Incompatible(f"{_named(caller)} is a top shard and cannot be upstream of {_named(own)}, a bottom shard")
     _check_routes(caller, own, check_stitch)
 
 
 def check_welcome(welcome: shard_pb2.Welcome, own: Identity) -> None:
-    """The caller's check of the receiver: what the receiver could not see. Raises Incompatible."""
+    """The caller's check of the receiver; the receiver has checked the rest. Raises Incompatible."""
     for name, of in _COMPARED.items():
         if of(welcome.identity) != of(own):
             raise _differ(name, welcome.identity, of(welcome.identity), own, of(own))
@@ -48,7 +51,7 @@ def _check_routes(caller: Identity, own: Identity, check_stitch: CheckStitch) ->
         _check_same_model(caller, _model(caller), own, _model(own))
         if caller.end_layer != own.first_layer:
             raise Incompatible(
-                f"{_named(caller)} holds layers before {caller.end_layer}, "
+                f"{_named(caller)} ends before layer {caller.end_layer}, "
                 f"but {_named(own)} begins with layer {own.first_layer}"
             )
         return
@@ -58,9 +61,9 @@ def _check_routes(caller: Identity, own: Identity, check_stitch: CheckStitch) ->
         # A route that enters the top model on another shard does not come from this caller.
         if other is None or not own.first_layer <= route.top_from < own.end_layer:
             continue
-        cuts = (other.bottom_layers, other.top_from), (route.bottom_layers, route.top_from)
-        if cuts[0] != cuts[1]:
-            raise _differ(f"cut of route {route.name}", caller, cuts[0], own, cuts[1])
+        cut_points = (other.bottom_layers, other.top_from), (route.bottom_layers, route.top_from)
+        if cut_points[0] != cut_points[1]:
+            raise _differ(f"cut point of route {route.name}", caller, cut_points[0], own, cut_points[1])
         if route.stitch:
             check_stitch(route.name, caller.bottom)
         else:

@@ -18,7 +18,7 @@ from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.engine.request import Request, RequestOutput
 from stitch_server.engine.types import RouteDecision
 from stitch_server.rpc.frames import StepAssembler, stage_messages, token_message
-from stitch_server.rpc.handshake import check_neighbour
+from stitch_server.rpc.handshake import check_hello
 from stitch_server.rpc.link_server import UpstreamLink, decoded
 from stitch_server.worker.route_probe import fallback_decision
 
@@ -68,7 +68,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             first = await anext(frames, None)
             if first is None or first.WhichOneof("frame") != "hello":
                 raise Incompatible("the first frame of a link must be a hello")
-            check_neighbour(first.hello, shard.identity, shard.check_stitch)
+            check_hello(first.hello, shard.identity, shard.check_stitch)
             yield shard_pb2.LinkResponse(welcome=shard_pb2.Welcome(identity=shard.identity))
             assembler = StepAssembler(
                 shard.incoming_width(first.hello.identity.role),

@@ -99,7 +99,10 @@ async def test_another_cut_of_a_route_is_refused(stranger: Neighbour) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stranger.greet()
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert caught.value.details() == "the cut of route weak of shard bottom-0 is (1, 2), that of shard top-0 is (3, 2)"
+    assert (
+        caught.value.details()
+        == "the cut point of route weak of shard bottom-0 is (1, 2), that of shard top-0 is (3, 2)"
+    )
 
 
 def with_hidden(step: Any, **changes: Any) -> Any:
@@ -115,7 +118,7 @@ def with_hidden(step: Any, **changes: Any) -> Any:
         ({"data": b"\0" * 100}, "hidden.data is '100 bytes', but the shape [3, 48] takes 576"),
         ({"data": b""}, "hidden.data is '0 bytes', but the shape [3, 48] takes 576"),
         ({"tokens": 4_000_000_000}, "hidden.data is '576 bytes', but the shape [4000000000, 48] takes 768000000000"),
-        ({"hidden_size": 64}, "hidden.hidden_size is 64, but the receiver takes 48"),
+        ({"hidden_size": 64}, "hidden.hidden_size is 64, but the receiver expects 48"),
         ({"dtype": shard_pb2.DTYPE_FLOAT16}, "hidden.dtype is 'DTYPE_FLOAT16', but this link carries DTYPE_FLOAT32"),
         ({"dtype": 99}, "hidden.dtype is '99', but this link carries DTYPE_FLOAT32"),
         ({"scales": b"\0" * 12}, "hidden.scales is '12 bytes', but 3 tokens take 0"),
@@ -213,7 +216,7 @@ async def test_a_session_must_name_the_shards_behind_it(greeted: Neighbour) -> N
     step.segments[0].new_session.chain.append("127.0.0.1:1")
     failures = (await greeted.ask(step)).failures
     assert [one.cause for one in failures] == [shard_pb2.FAILURE_CAUSE_PRECONDITION]
-    assert failures[0].message == "the session names 1 shards behind this one, which is the last of its chain"
+    assert failures[0].message == "the session names 1 shards after this one, which is the last of its chain"
 
 
 async def test_no_shard_stands_before_the_first(tiny_cluster: Cluster) -> None:
@@ -222,4 +225,4 @@ async def test_no_shard_stands_before_the_first(tiny_cluster: Cluster) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await link.greet()
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert caught.value.details() == "shard bottom-0 is the first of its chain: no shard stands before it"
+    assert caught.value.details() == "shard bottom-0 is the first of its chain: it has no upstream shard"

@@ -90,7 +90,7 @@ def test_a_refused_request_of_a_batch_disturbs_no_other(tiny_cluster: Cluster) -
         ({"token_ids": [TOKENS]}, "token_ids", f"token_ids is {TOKENS}, but the vocabulary has {TOKENS} tokens"),
         ({"prompt_tokens": 2}, "prompt_tokens", "prompt_tokens is 2, but it must be 1 to 1"),
         ({"route": "sideways"}, "route", "route is 'sideways', but this cluster has: weak, strong, auto"),
-        ({"chain": []}, "chain", "chain is [], but a chain has at least one shard behind the first"),
+        ({"chain": []}, "chain", "chain is [], but a chain has at least one shard after the first"),
         (
             {"sampling": inference_pb2.Sampling(temperature=math.nan)},
             "sampling.temperature",

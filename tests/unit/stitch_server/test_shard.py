@@ -1,4 +1,4 @@
-"""Each shard of a tiny cluster says what it is, and two of them together are the models."""
+"""The shards of a tiny cluster: what each describes, and the answers of their chains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.metrics import Metrics
 from stitch_server.model.description import ParameterCount
 from stitch_server.model.stitch import Stitch
-from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_neighbour, check_welcome
+from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_hello, check_welcome
 from stitch_server.rpc.tensors import pack
 from stitch_server.shard import Shard, build_shard, resolved_batching
 from tests.support.engine_fakes import FakeDownstream
@@ -60,7 +60,7 @@ class TestShards:
         }
         assert resolved_batching(cluster.model_copy(update=fields), CPU).num_micro_batches == expected
 
-    def test_a_shard_says_what_it_is(self, cluster: ClusterConfig) -> None:
+    def test_identity_describes_shard(self, cluster: ClusterConfig) -> None:
         shard = new_shard(cluster, "top-0")
         said = shard.identity
         assert (said.shard, said.role, said.first_layer, said.end_layer) == ("top-0", "top", 2, 4)
@@ -73,7 +73,7 @@ class TestShards:
         ]
         assert shard.kv_free_tokens == 8192
 
-    def test_a_route_names_its_stitch_where_it_is_held(self, cluster: ClusterConfig) -> None:
+    def test_route_names_stitch_on_shard_that_holds_it(self, cluster: ClusterConfig) -> None:
         bottom, top = (new_shard(cluster, name).identity for name in ("bottom-0", "top-0"))
         held = {
             route.name: Stitch.load(cluster.stitch_file(route) or Path(), CPU, torch.float32).fingerprint
@@ -82,13 +82,13 @@ class TestShards:
         assert {route.name: route.stitch for route in top.routes} == held
         assert {route.stitch for route in bottom.routes} == {""}
 
-    def test_a_route_names_its_stitch_wherever_that_adapts_layers(self, deep: ClusterConfig) -> None:
+    def test_route_names_stitch_on_shards_with_its_adapters(self, deep: ClusterConfig) -> None:
         top_0, top_1 = (new_shard(deep, name).identity for name in ("top-0", "top-1"))
         stated = [{route.name: route.stitch for route in one.routes} for one in (top_0, top_1)]
         assert stated[0]["weak"] == stated[1]["weak"] != ""
         assert stated[1]["strong"] not in ("", stated[1]["weak"])
 
-    def test_parameters_of_all_shards_are_those_of_the_route(self, cluster: ClusterConfig, deep: ClusterConfig) -> None:
+    def test_parameters_of_all_shards_add_up_to_route(self, cluster: ClusterConfig, deep: ClusterConfig) -> None:
         def total(of: ClusterConfig, route: str) -> int:
             identities = [new_shard(of, place.name).identity for place in of.shards]
             return sum(one.parameters for identity in identities for one in identity.routes if one.name == route)
@@ -100,34 +100,34 @@ class TestShards:
         assert total(cluster, "strong") == total(deep, "strong")
         assert 0 < total(cluster, "weak") != total(cluster, "strong")
 
-    def test_what_arrives_is_as_wide_as_its_model(self, deep: ClusterConfig) -> None:
+    def test_incoming_width_is_that_of_senders_model(self, deep: ClusterConfig) -> None:
         widths = [
             [new_shard(deep, name).incoming_width(role) for role in ("bottom", "top")]
             for name in ("bottom-1", "top-0", "top-1")
         ]
         assert widths == [[48, 48], [48, 32], [48, 32]]
 
-    def test_what_arrives_is_computed_with_in_its_own_dtype(self, deep: ClusterConfig) -> None:
+    def test_unpack_converts_to_compute_dtype(self, deep: ClusterConfig) -> None:
         rows = torch.ones(2, 48)
         arrived = new_shard(deep, "bottom-1").unpack(pack(rows, shard_pb2.DTYPE_INT8))
         assert arrived.dtype is torch.float32
         assert torch.equal(arrived, rows)
 
-    def test_a_stitch_knows_its_bottom(self, cluster: ClusterConfig) -> None:
+    def test_stitch_for_another_bottom_is_refused(self, cluster: ClusterConfig) -> None:
         shard = new_shard(cluster, "top-0")
         shard.check_stitch("weak", new_shard(cluster, "bottom-0").identity.bottom)
         shard.check_stitch("medium", inference_pb2.Model())
         with pytest.raises(Incompatible, match="made for the bottom model bottom"):
             shard.check_stitch("weak", inference_pb2.Model(id="other", revision="1"))
 
-    def test_neighbours_of_one_cluster_fit(self, deep: ClusterConfig) -> None:
+    def test_handshake_accepts_shards_of_one_cluster(self, deep: ClusterConfig) -> None:
         shards = [new_shard(deep, place.name) for place in deep.shards]
         for caller, receiver in ((0, 1), (1, 2), (1, 3), (2, 3)):
             hello = shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=shards[caller].identity)
-            check_neighbour(hello, shards[receiver].identity, shards[receiver].check_stitch)
+            check_hello(hello, shards[receiver].identity, shards[receiver].check_stitch)
             check_welcome(shard_pb2.Welcome(identity=shards[receiver].identity), shards[caller].identity)
 
-    def test_its_metrics_are_read_from_it(self, cluster: ClusterConfig) -> None:
+    def test_metrics_are_read_from_shard(self, cluster: ClusterConfig) -> None:
         shard = new_shard(cluster, "bottom-0")
         shard.pool.begin(1, [], 0)
         shard.pool.grow(1, 2048)
@@ -137,7 +137,7 @@ class TestShards:
         assert 'stitch_kv_cache_usage_ratio{shard="bottom-0"} 0.25' in said
         assert 'stitch_prefix_tokens_asked_total{shard="bottom-0"} 0.0' in said
 
-    def test_the_tokenizer_files_are_those_that_there_are(self, cluster: ClusterConfig) -> None:
+    def test_tokenizer_files_are_existing_ones(self, cluster: ClusterConfig) -> None:
         names = [path.name for path in new_shard(cluster, "bottom-0").tokenizer_files]
         assert names == ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"]
 
@@ -153,7 +153,7 @@ class TestChains:
     @pytest.mark.parametrize(
         ("route", "chain"), [("weak", ("bottom-1", "top-0", "top-1")), ("strong", ("bottom-1", "top-1"))]
     )
-    def test_a_chain_says_what_the_models_say(
+    def test_chain_generates_tokens_of_reference(
         self, chained: ChainInProcess, tmp_path: Path, route: str, chain: tuple[str, ...]
     ) -> None:
         cluster = chained.cluster
@@ -167,7 +167,7 @@ class TestChains:
         assert chained.generate(prompt, route, chain, 6) == expected
         assert chained.idle
 
-    def test_a_beginning_that_all_shards_know_is_reused(self, chained: ChainInProcess) -> None:
+    def test_prefix_cached_on_all_shards_is_reused(self, chained: ChainInProcess) -> None:
         chain, prompt = ("bottom-1", "top-1"), list(range(5, 60))
         first = chained.generate(prompt, "strong", chain, 4)
         before = [shard.pool.reused_tokens for shard in chained.shards.values()]
@@ -175,7 +175,7 @@ class TestChains:
         reused = [shard.pool.reused_tokens - one for shard, one in zip(chained.shards.values(), before, strict=True)]
         assert reused == [48, 48, 0, 48]
 
-    def test_a_chain_of_the_wrong_shards_is_refused(self, chained: ChainInProcess) -> None:
+    def test_chain_of_wrong_shards_is_refused(self, chained: ChainInProcess) -> None:
         with pytest.raises(StitchError, match="not the last of its chain"):
             chained.generate([5, 6, 7], "weak", ("bottom-1", "top-0"), 4)
         assert chained.idle

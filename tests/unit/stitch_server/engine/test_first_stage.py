@@ -1,4 +1,4 @@
-"""What a client hears of its session, and what is left of it afterwards: nothing."""
+"""The outputs that a client of the first stage receives; and a finished request leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def harness() -> FirstStageHarness:
 
 
 class TestGenerating:
-    def test_tokens_go_round_until_there_are_enough(self, harness: FirstStageHarness) -> None:
+    def test_tokens_are_fed_back_until_max_tokens(self, harness: FirstStageHarness) -> None:
         session, outputs = harness.admit(20, max_tokens=3)
         for token in (50, 51, 52):
             harness.reply(harness.compute(), token)
@@ -36,14 +36,14 @@ class TestGenerating:
         assert harness.downstream.closed == [("top:1", session.id)]
         assert harness.idle
 
-    def test_a_stop_token_ends_it(self, harness: FirstStageHarness) -> None:
+    def test_stop_token_finishes_request(self, harness: FirstStageHarness) -> None:
         _, outputs = harness.admit(stop_token_ids=(60,))
         harness.reply(harness.compute(), 60)
         assert outputs[0].finish_reason == FINISH_REASON_STOP
         assert token_ids(outputs) == [60]
         assert harness.idle
 
-    def test_a_prompt_in_chunks_is_answered_once(self) -> None:
+    def test_prompt_in_chunks_yields_one_token(self) -> None:
         harness = FirstStageHarness(max_prefill_chunk=8)
         _, outputs = harness.admit(12)
         harness.reply(harness.compute())
@@ -51,13 +51,13 @@ class TestGenerating:
         harness.reply(harness.compute())
         assert token_ids(outputs) == [TOKEN_ID]
 
-    def test_routes_share_a_batch(self, harness: FirstStageHarness) -> None:
+    def test_requests_of_two_routes_share_batch(self, harness: FirstStageHarness) -> None:
         harness.admit(5, route="weak")
         harness.admit(6, route="strong")
         batch = harness.next_batch()
         assert [one.layers.end for one in batch.segments] == [4, 3]
 
-    def test_nothing_is_composed_beyond_the_window(self) -> None:
+    def test_full_window_yields_no_batch(self) -> None:
         harness = FirstStageHarness(max_prefill_chunk=4)
         harness.admit(20)
         assert not harness.next_batch().pipelined
@@ -72,17 +72,17 @@ class TestGenerating:
         harness.reply(first)
         assert harness.stage.next_batch() is not None
 
-    def test_without_sessions_there_is_no_batch(self, harness: FirstStageHarness) -> None:
+    def test_first_stage_without_requests_yields_no_batch(self, harness: FirstStageHarness) -> None:
         assert harness.stage.next_batch() is None
 
-    def test_what_is_computed_is_shared(self, harness: FirstStageHarness) -> None:
+    def test_computed_prefix_is_shared(self, harness: FirstStageHarness) -> None:
         harness.admit(2 * BLOCK_TOKENS + 3)
         harness.compute()
         session, _ = harness.admit(2 * BLOCK_TOKENS + 3)
         step = harness.compute()
         assert (step.segments[0].position, session.reused) == (2 * BLOCK_TOKENS, 2 * BLOCK_TOKENS)
 
-    def test_a_session_that_can_not_be_taken_hears_why(self) -> None:
+    def test_refused_request_receives_error(self) -> None:
         harness = FirstStageHarness(blocks=2)
         _, outputs = harness.admit(100)
         assert isinstance(error_of(outputs), Exhausted)
@@ -90,7 +90,7 @@ class TestGenerating:
 
 
 class TestStages:
-    def test_they_add_up_to_the_time_to_the_first_token(self) -> None:
+    def test_stages_add_up_to_time_to_first_token(self) -> None:
         harness = FirstStageHarness(max_prefill_chunk=8)
         _, outputs = harness.admit(12)
         harness.clock.advance(1.0)
@@ -111,19 +111,19 @@ class TestStages:
         }
         assert sum(outputs[0].stages.values()) == pytest.approx(16.0)
 
-    def test_only_the_first_token_has_them(self, harness: FirstStageHarness) -> None:
+    def test_only_first_token_has_stages(self, harness: FirstStageHarness) -> None:
         _, outputs = harness.admit()
         harness.reply(harness.compute(), sample=1.0)
         harness.reply(harness.compute(), sample=1.0)
         assert outputs[0].stages
         assert outputs[1].stages == {}
 
-    def test_the_wire_takes_no_negative_time(self, harness: FirstStageHarness) -> None:
+    def test_wire_stage_is_never_negative(self, harness: FirstStageHarness) -> None:
         _, outputs = harness.admit()
         harness.reply(harness.compute(), top_prefill=5.0)
         assert outputs[0].stages["wire"] == 0.0
 
-    def test_layers_of_one_model_on_two_shards_count_together(self, harness: FirstStageHarness) -> None:
+    def test_prefill_of_two_bottom_shards_is_one_stage(self, harness: FirstStageHarness) -> None:
         _, outputs = harness.admit()
         batch = harness.next_batch()
         harness.clock.advance(2.0)
@@ -132,15 +132,15 @@ class TestStages:
         assert outputs[0].stages["bottom_prefill"] == pytest.approx(5.0)
 
 
-class TestAbandoning:
-    def test_while_it_waits(self) -> None:
+class TestAbandon:
+    def test_waiting_request_is_removed(self) -> None:
         harness = FirstStageHarness(max_prefill_chunk=20)
         harness.admit(20)
         session, outputs = harness.admit(20)
         harness.stage.abandon(session)
         assert (outputs, harness.downstream.closed, harness.stage.waiting_sessions) == ([], [], 1)
 
-    def test_while_it_is_under_way(self, harness: FirstStageHarness) -> None:
+    def test_running_request_is_closed_downstream(self, harness: FirstStageHarness) -> None:
         session, outputs = harness.admit()
         step = harness.compute()
         harness.stage.abandon(session)
@@ -150,11 +150,11 @@ class TestAbandoning:
         assert outputs == []
         assert harness.idle
 
-    def test_one_that_was_never_admitted(self, harness: FirstStageHarness) -> None:
+    def test_unknown_request_has_no_effect(self, harness: FirstStageHarness) -> None:
         harness.stage.abandon(new_request())
         assert harness.idle
 
-    def test_others_go_on(self, harness: FirstStageHarness) -> None:
+    def test_other_requests_continue(self, harness: FirstStageHarness) -> None:
         gone, _ = harness.admit()
         _, outputs = harness.admit(first_token=100)
         step = harness.compute()
@@ -163,8 +163,8 @@ class TestAbandoning:
         assert token_ids(outputs) == [TOKEN_ID]
 
 
-class TestVerdicts:
-    """A session that came with candidates takes the route that its first pass decides."""
+class TestRouteDecision:
+    """A request with candidates takes the route that the probe selects in its first pass."""
 
     @staticmethod
     def decided(harness: FirstStageHarness, decision: RouteDecision) -> OutgoingStep:
@@ -175,7 +175,7 @@ class TestVerdicts:
     def admit(self, harness: FirstStageHarness) -> tuple[Request, list[RequestOutput]]:
         return harness.admit(route="", chain=(), candidates={"weak": ("top:1",), "strong": ("top:2",)})
 
-    def test_its_rows_go_where_the_verdict_says(self) -> None:
+    def test_hidden_states_go_to_selected_chain(self) -> None:
         harness = FirstStageHarness()
         session, outputs = self.admit(harness)
         decision = RouteDecision("strong", 0.8, (0.0, 0.5), (0.2,))
@@ -186,13 +186,13 @@ class TestVerdicts:
         harness.reply(step)
         assert outputs[-1].token is not None
 
-    def test_a_lost_shard_does_not_touch_the_undecided(self) -> None:
+    def test_lost_link_spares_request_without_route(self) -> None:
         harness = FirstStageHarness()
         _, outputs = self.admit(harness)
         harness.stage.on_link_lost("top:1", Unavailable("gone"))
         assert outputs == []
 
-    def test_it_can_be_abandoned_before_and_after(self) -> None:
+    def test_request_is_abandoned_before_and_after_its_decision(self) -> None:
         harness = FirstStageHarness()
         session, _ = self.admit(harness)
         harness.stage.abandon(session)
@@ -203,7 +203,7 @@ class TestVerdicts:
         assert harness.idle
         assert harness.downstream.closed == [("top:1", session.id)]
 
-    def test_a_pass_that_fails_ends_it(self) -> None:
+    def test_failed_pass_ends_request_without_route(self) -> None:
         harness = FirstStageHarness()
         _, outputs = self.admit(harness)
         harness.stage.fail(harness.next_batch(), ZeroDivisionError("no"))

@@ -1,4 +1,4 @@
-"""What becomes of sessions where shards behind have no room, fail or are lost."""
+"""Requests whose next shards have no free block, fail, or are lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def harness() -> FirstStageHarness:
 
 
 class TestFailures:
-    def test_without_room_behind_it_comes_back_later(self, harness: FirstStageHarness) -> None:
+    def test_kv_exhausted_downstream_preempts_request(self, harness: FirstStageHarness) -> None:
         session, outputs = harness.admit()
         harness.admit(first_token=100)
         harness.refuse(harness.compute(), session, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED)
@@ -36,7 +36,7 @@ class TestFailures:
         harness.reply(step)
         assert token_ids(outputs) == [TOKEN_ID]
 
-    def test_what_it_had_said_is_not_said_again(self, harness: FirstStageHarness) -> None:
+    def test_preempted_request_repeats_no_token(self, harness: FirstStageHarness) -> None:
         session, outputs = harness.admit()
         harness.admit(first_token=100, max_tokens=1)
         harness.reply(harness.compute(), 50)
@@ -48,12 +48,12 @@ class TestFailures:
         harness.reply(step, 51)
         assert token_ids(outputs) == [50, 51]
 
-    def test_alone_here_it_may_still_wait_for_sessions_of_another_first_shard(self, harness: FirstStageHarness) -> None:
+    def test_request_alone_is_preempted_for_sessions_of_another_first_shard(self, harness: FirstStageHarness) -> None:
         session, outputs = harness.admit()
         harness.refuse(harness.compute(), session, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED)
         assert (outputs, harness.stage.waiting_sessions) == ([], 1)
 
-    def test_it_hears_that_it_never_fits(self, harness: FirstStageHarness) -> None:
+    def test_too_long_downstream_ends_request_as_exhausted(self, harness: FirstStageHarness) -> None:
         session, outputs = harness.admit()
         harness.refuse(harness.compute(), session, shard_pb2.FAILURE_CAUSE_TOO_LONG)
         error = error_of(outputs)
@@ -61,7 +61,7 @@ class TestFailures:
         assert error.retry_after_seconds == 60.0
         assert harness.idle
 
-    def test_where_its_beginning_is_gone_it_computes_everything(self, harness: FirstStageHarness) -> None:
+    def test_missing_prefix_is_recomputed(self, harness: FirstStageHarness) -> None:
         harness.admit(40)
         harness.compute()
         session, outputs = harness.admit(40)
@@ -74,7 +74,7 @@ class TestFailures:
         harness.reply(step)
         assert token_ids(outputs) == [TOKEN_ID]
 
-    def test_a_shard_that_is_gone_tells_how_far_it_came(self, harness: FirstStageHarness) -> None:
+    def test_unavailable_reports_number_of_generated_tokens(self, harness: FirstStageHarness) -> None:
         session, outputs = harness.admit()
         harness.reply(harness.compute())
         harness.reply(harness.compute())
@@ -85,14 +85,14 @@ class TestFailures:
         assert harness.idle
 
     @pytest.mark.parametrize("cause", [shard_pb2.FAILURE_CAUSE_PRECONDITION, shard_pb2.FAILURE_CAUSE_UNSPECIFIED])
-    def test_a_contradiction_ends_it(self, harness: FirstStageHarness, cause: FailureCause) -> None:
+    def test_precondition_failure_ends_request(self, harness: FirstStageHarness, cause: FailureCause) -> None:
         session, outputs = harness.admit()
         harness.refuse(harness.compute(), session, cause)
         assert isinstance(error_of(outputs), OutOfStep)
         assert harness.downstream.closed == [("top:1", session.id)]
         assert harness.idle
 
-    def test_what_belongs_to_an_earlier_epoch_is_void(self, harness: FirstStageHarness) -> None:
+    def test_reply_of_earlier_epoch_is_discarded(self, harness: FirstStageHarness) -> None:
         session, outputs = harness.admit()
         harness.admit(first_token=100)
         step = harness.compute()
@@ -103,13 +103,13 @@ class TestFailures:
         assert outputs == []
         assert session.epoch == 1
 
-    def test_a_batch_that_can_not_be_computed_ends_its_sessions(self, harness: FirstStageHarness) -> None:
+    def test_failed_batch_ends_its_requests(self, harness: FirstStageHarness) -> None:
         _, outputs = harness.admit()
         harness.stage.fail(harness.next_batch(), RuntimeError("out of paper"))
         assert "out of paper" in str(error_of(outputs))
         assert harness.idle
 
-    def test_other_sessions_are_not_in_that_batch(self) -> None:
+    def test_failed_batch_spares_other_requests(self) -> None:
         harness = FirstStageHarness(max_prefill_chunk=20)
         harness.admit(20)
         _, outputs = harness.admit(20, first_token=100)
@@ -118,8 +118,8 @@ class TestFailures:
         assert token_ids(outputs) == [TOKEN_ID]
 
 
-class TestLoss:
-    def test_sessions_on_the_lost_shard_end(self, harness: FirstStageHarness) -> None:
+class TestLinkLost:
+    def test_requests_of_lost_link_end(self, harness: FirstStageHarness) -> None:
         _, outputs = harness.admit(chain=("a:1",))
         _, other = harness.admit(chain=("b:1",), first_token=100)
         harness.compute()
@@ -130,13 +130,13 @@ class TestLoss:
         harness.reply(harness.downstream.last)
         assert token_ids(other) == [TOKEN_ID]
 
-    def test_a_refusal_stays_what_it_is(self, harness: FirstStageHarness) -> None:
+    def test_refused_link_ends_requests_with_its_error(self, harness: FirstStageHarness) -> None:
         _, outputs = harness.admit()
         harness.compute()
         harness.stage.on_link_lost("top:1", Incompatible("another tokenizer"))
         assert isinstance(error_of(outputs), Incompatible)
 
-    def test_steps_to_it_are_no_longer_awaited(self, harness: FirstStageHarness) -> None:
+    def test_steps_of_lost_link_are_settled(self, harness: FirstStageHarness) -> None:
         for index in range(2):
             harness.admit(first_token=100 * index)
             harness.compute()
@@ -145,14 +145,14 @@ class TestLoss:
         harness.admit(first_token=500)
         assert harness.stage.next_batch() is not None
 
-    def test_between_two_steps_as_well(self, harness: FirstStageHarness) -> None:
+    def test_request_without_step_in_flight_ends_too(self, harness: FirstStageHarness) -> None:
         _, outputs = harness.admit()
         harness.reply(harness.compute())
         harness.stage.on_link_lost("top:1", Unavailable("gone"))
         assert isinstance(error_of(outputs), Unavailable)
         assert harness.idle
 
-    def test_who_was_never_there_goes_on(self) -> None:
+    def test_request_not_yet_sent_continues(self) -> None:
         harness = FirstStageHarness(max_prefill_chunk=20)
         harness.admit(20)
         _, outputs = harness.admit(20, first_token=100)
@@ -161,7 +161,7 @@ class TestLoss:
         harness.reply(harness.compute())
         assert token_ids(outputs) == [TOKEN_ID]
 
-    def test_what_reached_it_over_a_new_link_meanwhile_is_closed(self, harness: FirstStageHarness) -> None:
+    def test_session_reopened_over_new_link_is_closed(self, harness: FirstStageHarness) -> None:
         session, _ = harness.admit()
         harness.compute()
         harness.stage.on_link_lost("top:1", Unavailable("gone"))

@@ -1,4 +1,4 @@
-"""Steps of several links share a batch, and the chain's last shard answers every one exactly once."""
+"""The chain's last shard: steps of several links share a batch, and each step is answered exactly once."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from tests.support.next_stage_harness import BLOCKS, LAYER_RANGES, NextStageHarn
 
 
 class TestLast:
-    """The chain's last shard answers by itself."""
+    """A next stage without next shards."""
 
     @pytest.fixture
     def harness(self) -> NextStageHarness:
         return NextStageHarness(last=True)
 
-    def test_nothing_waits_at_first(self, harness: NextStageHarness) -> None:
+    def test_next_stage_without_steps_yields_no_batch(self, harness: NextStageHarness) -> None:
         assert harness.stage.next_batch() is None
         assert (harness.stage.running_sessions, harness.stage.waiting_sessions) == (0, 0)
 
-    def test_a_step_is_computed_and_answered(self, harness: NextStageHarness) -> None:
+    def test_step_is_computed_and_answered(self, harness: NextStageHarness) -> None:
         step = harness.receive(segment(5), segment(6, wants_token=False))
         batch = harness.compute(top_prefill=0.5)
         assert [one.length for one in batch.segments] == [4, 4]
@@ -32,14 +32,14 @@ class TestLast:
         assert harness.up.last.stages == {"queue": 0.0, "top_prefill": 0.5}
         assert harness.stage.running_sessions == 2
 
-    def test_a_segment_has_the_rows_that_were_sent_for_it(self, harness: NextStageHarness) -> None:
+    def test_segment_holds_its_rows(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5, 3, route="strong"), segment(6, 2))
         batch = harness.next_batch()
         assert [one.layers for one in batch.segments] == [LAYER_RANGES["weak"], LAYER_RANGES["strong"]]
         rows = [one.hidden for one in batch.segments]
         assert [None if one is None else one[:, 0].tolist() for one in rows] == [[0.0, 1.0], [0.0, 1.0, 2.0]]
 
-    def test_steps_that_wait_are_merged(self, harness: NextStageHarness) -> None:
+    def test_waiting_steps_are_merged(self, harness: NextStageHarness) -> None:
         other = FakeUpstream()
         first, second = harness.receive(segment(5)), harness.receive(segment(5), upstream=other)
         harness.clock.advance(2.0)
@@ -48,69 +48,69 @@ class TestLast:
         assert [reply.step for reply in harness.up.replies + other.replies] == [first, second]
         assert harness.up.last.stages["queue"] == pytest.approx(2.0)
 
-    def test_a_batch_ends_where_it_would_be_too_large(self, harness: NextStageHarness) -> None:
+    def test_merged_steps_keep_below_max_merged_tokens(self, harness: NextStageHarness) -> None:
         for session in (5, 6, 7):
             harness.receive(segment(session, 8))
         assert [harness.compute().num_tokens, harness.compute().num_tokens] == [16, 8]
         assert harness.stage.next_batch() is None
 
-    def test_one_large_step_is_computed_whole(self, harness: NextStageHarness) -> None:
+    def test_step_above_max_merged_tokens_is_computed_whole(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5, 40))
         harness.receive(segment(6, 1))
         assert harness.compute().num_tokens == 40
 
-    def test_two_chunks_of_a_session_keep_their_order(self, harness: NextStageHarness) -> None:
+    def test_chunks_of_session_keep_their_order(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5, 8, wants_token=False))
         harness.receive(segment(5, 4, position=8))
         assert [one.position for one in harness.compute().segments] == [0, 8]
         assert [len(reply.tokens) for reply in harness.up.replies] == [0, 1]
 
-    def test_it_is_pipelined_where_any_step_is(self, harness: NextStageHarness) -> None:
+    def test_batch_is_pipelined_if_any_step_is(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5, 1))
         harness.receive(segment(6, 1), pipelined=True)
         assert harness.compute().pipelined
         harness.receive(segment(7, 1))
         assert not harness.compute().pipelined
 
-    def test_a_sampled_token_becomes_part_of_the_sequence(self, harness: NextStageHarness) -> None:
+    def test_sampled_token_is_appended_to_session(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5))
         sequence = harness.compute().segments[0].session
         assert sequence.token_ids == [*range(40), 7]
 
-    def test_computed_beginnings_are_shared(self, harness: NextStageHarness) -> None:
+    def test_computed_prefix_is_shared(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5, 40))
         harness.compute()
         harness.receive(segment(6, 8, position=32, reused=32))
         harness.compute()
         assert harness.up.last.tokens == (SessionToken(6, 0, Token(7, 40)),)
 
-    def test_a_refused_segment_disturbs_no_other(self, harness: NextStageHarness) -> None:
+    def test_refused_segment_spares_other_segments(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5), segment(6, 2, position=3), segment(7))
         batch = harness.compute()
         assert [one.hidden[:, 0].tolist() for one in batch.segments if one.hidden is not None] == [[0, 1, 2, 3]] * 2
         assert [one.session_id for one in harness.up.last.tokens] == [5, 7]
         assert causes(harness.up.last) == [(6, "PRECONDITION")]
 
-    def test_a_step_of_refused_segments_is_answered_at_once(self, harness: NextStageHarness) -> None:
+    def test_step_of_refused_segments_is_answered_at_once(self, harness: NextStageHarness) -> None:
         step = harness.receive(segment(5, position=3), segment(6, route="medium"))
         assert harness.stage.next_batch() is None
         assert harness.up.last.step == step
         assert causes(harness.up.last) == [(5, "PRECONDITION"), (6, "PRECONDITION")]
         assert harness.idle
 
-    def test_behind_a_step_that_is_refused_others_go_on(self, harness: NextStageHarness) -> None:
+    def test_step_after_refused_one_is_computed(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5, position=3))
         harness.receive(segment(6))
         assert harness.compute().num_tokens == 4
         assert len(harness.up.replies) == 2
 
-    def test_without_room_a_session_is_told_so(self, harness: NextStageHarness) -> None:
+    def test_segment_without_free_block_fails_as_kv_exhausted(self, harness: NextStageHarness) -> None:
         harness.receive(replace(segment(5), length=BLOCKS * 16 + 1))
         assert harness.stage.next_batch() is None
         assert causes(harness.up.last) == [(5, "TOO_LONG")]
         assert harness.idle
 
-    def test_without_room_for_its_second_chunk_the_first_is_taken_back(self) -> None:
+    def test_refused_second_chunk_withdraws_first_chunk(self) -> None:
         harness, other = NextStageHarness(last=True, max_merged_tokens=10_000), FakeUpstream()
         harness.receive(segment(5, 40, wants_token=False), segment(6))
         harness.receive(replace(segment(5, position=40), length=BLOCKS * 16))
@@ -125,31 +125,31 @@ class TestLast:
         assert len(other.last.tokens) == 1
         assert harness.stage.running_sessions == 2
 
-    def test_a_beginning_that_is_gone_is_told(self, harness: NextStageHarness) -> None:
+    def test_missing_prefix_fails_session(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5, position=32, reused=32))
         assert harness.stage.next_batch() is None
         assert causes(harness.up.last) == [(5, "PREFIX_MISSING")]
 
-    def test_a_closed_session_is_freed(self, harness: NextStageHarness) -> None:
+    def test_closed_session_is_freed(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5))
         harness.compute()
         harness.stage.close(harness.up, [5, 99])
         assert harness.idle
 
-    def test_a_session_that_was_closed_while_it_waited_is_not_opened(self, harness: NextStageHarness) -> None:
+    def test_session_closed_while_queued_is_not_opened(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5), segment(6))
         harness.stage.close(harness.up, [5])
         harness.compute()
         assert causes(harness.up.last) == [(5, "PRECONDITION")]
         assert harness.stage.running_sessions == 1
 
-    def test_the_same_session_of_another_link_is(self, harness: NextStageHarness) -> None:
+    def test_close_spares_session_id_of_another_link(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5), upstream=FakeUpstream())
         harness.stage.close(harness.up, [5])
         harness.compute()
         assert harness.stage.running_sessions == 1
 
-    def test_after_its_end_a_session_may_begin_anew(self, harness: NextStageHarness) -> None:
+    def test_closed_session_may_reopen_in_later_epoch(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5))
         harness.stage.close(harness.up, [5])
         harness.receive(segment(5, epoch=1))
@@ -157,7 +157,7 @@ class TestLast:
         assert harness.up.replies[0].failures
         assert harness.up.replies[1].tokens == (SessionToken(5, 1, Token(7, 4)),)
 
-    def test_a_link_that_ended_leaves_nothing(self, harness: NextStageHarness) -> None:
+    def test_end_of_link_frees_its_sessions(self, harness: NextStageHarness) -> None:
         other = FakeUpstream()
         harness.receive(segment(5))
         harness.compute()
@@ -170,7 +170,7 @@ class TestLast:
         harness.stage.on_upstream_lost(other)
         assert harness.idle
 
-    def test_a_spoilt_segment_ends_its_session_alone(self, harness: NextStageHarness) -> None:
+    def test_non_finite_segment_fails_its_session_alone(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5), segment(6))
         harness.compute(non_finite=(0,))
         assert causes(harness.up.last) == [(5, "PRECONDITION")]
@@ -178,7 +178,7 @@ class TestLast:
         assert [one.session_id for one in harness.up.last.tokens] == [6]
         assert harness.stage.running_sessions == 1
 
-    def test_what_follows_a_spoilt_chunk_is_answered_too(self, harness: NextStageHarness) -> None:
+    def test_chunk_after_non_finite_one_is_answered(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5, 8, wants_token=False))
         harness.receive(segment(5, 4, position=8))
         harness.compute(non_finite=(0,))
@@ -186,21 +186,21 @@ class TestLast:
         assert causes(harness.up.replies[0]) == [(5, "PRECONDITION")]
         assert harness.idle
 
-    def test_spoilt_tokens_are_not_shared(self, harness: NextStageHarness) -> None:
+    def test_non_finite_prefix_is_not_shared(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5, 40))
         harness.compute(non_finite=(0,))
         harness.receive(segment(6, 8, position=32, reused=32))
         assert harness.stage.next_batch() is None
         assert causes(harness.up.last) == [(6, "PREFIX_MISSING")]
 
-    def test_a_batch_that_fails_ends_its_sessions(self, harness: NextStageHarness) -> None:
+    def test_failed_batch_fails_its_sessions(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5), segment(6, position=9))
         harness.stage.fail(harness.next_batch(), RuntimeError("out of paper"))
         assert causes(harness.up.last) == [(6, "PRECONDITION"), (5, "UNAVAILABLE")]
         assert "out of paper" in harness.up.last.failures[1].message
         assert harness.idle
 
-    def test_it_waits_for_nobody(self, harness: NextStageHarness) -> None:
+    def test_next_stage_has_no_waiting_sessions(self, harness: NextStageHarness) -> None:
         harness.stage.on_reply(StepReply(1))
         harness.stage.on_link_lost("end:1", Unavailable("gone"))
         assert harness.up.replies == []

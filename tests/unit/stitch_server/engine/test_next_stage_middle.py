@@ -1,4 +1,4 @@
-"""A shard between two others answers for those behind it, whatever becomes of them."""
+"""A shard in the middle of a chain: results and failures of the next shards reach the steps that they belong to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.next_stage_harness import BLOCKS, NextStageHarness, causes, s
 
 
 class TestMiddle:
-    """A shard between two others passes on what it computes, and what it hears."""
+    """A next stage with next shards."""
 
     @pytest.fixture
     def harness(self) -> NextStageHarness:
@@ -25,7 +25,7 @@ class TestMiddle:
     def middle(self, session: int, *where: int, address: str = "end:1", **fields: int) -> IncomingSegment:
         return segment(session, *where, chain=(address,), **fields)  # type: ignore[arg-type]
 
-    def test_a_step_is_passed_on_and_its_answer_back(self, harness: NextStageHarness) -> None:
+    def test_step_is_sent_downstream_and_its_reply_upstream(self, harness: NextStageHarness) -> None:
         step = harness.receive(self.middle(5), self.middle(6))
         harness.compute(top_prefill=0.5)
         assert harness.up.replies == []
@@ -35,7 +35,7 @@ class TestMiddle:
         assert harness.up.last.step == step
         assert harness.up.last.tokens == (SessionToken(5, 0, Token(7, 4)), SessionToken(6, 0, Token(7, 4)))
 
-    def test_times_add_up(self, harness: NextStageHarness) -> None:
+    def test_stages_of_reply_add_up(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5))
         harness.clock.advance(1.0)
         harness.compute(top_prefill=0.5)
@@ -44,7 +44,7 @@ class TestMiddle:
         harness.stage.on_reply(replace(answer, stages={"top_prefill": 0.75, "sample": 0.25}))
         assert harness.up.last.stages == {"queue": 1.0, "top_prefill": 1.25, "sample": 0.25, "wire": 2.0}
 
-    def test_one_step_may_go_to_two_shards(self, harness: NextStageHarness) -> None:
+    def test_step_is_split_over_two_next_shards(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5, address="a:1"), self.middle(6, address="b:1"))
         harness.compute()
         (_, to_a), (_, to_b) = harness.downstream.sent
@@ -53,7 +53,7 @@ class TestMiddle:
         harness.stage.on_reply(harness.downstream.answer(to_a, token_id=9))
         assert harness.up.last.tokens == (SessionToken(6, 0, Token(8, 4)), SessionToken(5, 0, Token(9, 4)))
 
-    def test_two_steps_that_were_merged_are_answered_apart(self, harness: NextStageHarness) -> None:
+    def test_merged_steps_are_answered_separately(self, harness: NextStageHarness) -> None:
         other = FakeUpstream()
         steps = harness.receive(self.middle(5)), harness.receive(self.middle(5), upstream=other)
         harness.compute()
@@ -62,14 +62,14 @@ class TestMiddle:
         assert (harness.up.last.step, other.last.step) == steps
         assert [len(link.last.tokens) for link in (harness.up, other)] == [1, 1]
 
-    def test_the_token_of_two_chunks_belongs_to_the_later(self, harness: NextStageHarness) -> None:
+    def test_token_of_two_chunks_belongs_to_later_step(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5, 8, wants_token=False))
         harness.receive(self.middle(5, 4, 8))
         harness.compute()
         harness.stage.on_reply(harness.downstream.answer(harness.downstream.last))
         assert [reply.tokens for reply in harness.up.replies] == [(), (SessionToken(5, 0, Token(7, 12)),)]
 
-    def test_it_takes_no_more_than_the_window(self, harness: NextStageHarness) -> None:
+    def test_full_window_yields_no_batch(self, harness: NextStageHarness) -> None:
         for session in range(5):
             harness.receive(self.middle(session, 16))
             if session < 4:
@@ -78,7 +78,7 @@ class TestMiddle:
         harness.stage.on_reply(harness.downstream.answer(harness.downstream.last))
         assert harness.stage.next_batch() is not None
 
-    def test_a_failure_behind_ends_the_session_here(self, harness: NextStageHarness) -> None:
+    def test_failure_downstream_ends_session_here(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5), self.middle(6))
         harness.compute()
         sent = harness.downstream.last
@@ -88,7 +88,7 @@ class TestMiddle:
         assert harness.up.last.failures == (replace(failure, session_id=5),)
         assert harness.stage.running_sessions == 1
 
-    def test_a_late_failure_spares_a_session_that_began_anew(self, harness: NextStageHarness) -> None:
+    def test_failure_of_earlier_epoch_spares_session(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5))
         harness.compute()
         sent = harness.downstream.last
@@ -101,7 +101,7 @@ class TestMiddle:
         assert harness.up.last.failures[0].epoch == 0
         assert harness.stage.running_sessions == 1
 
-    def test_a_refusal_here_frees_the_session_behind(self, harness: NextStageHarness) -> None:
+    def test_refused_session_is_closed_downstream(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5))
         harness.compute()
         number = harness.downstream.last.segments[0].session.id
@@ -110,7 +110,7 @@ class TestMiddle:
         assert causes(harness.up.last) == [(5, "TOO_LONG")]
         assert harness.downstream.closed == [("end:1", number)]
 
-    def test_what_was_taken_back_is_not_opened_behind(self) -> None:
+    def test_withdrawn_session_is_not_opened_downstream(self) -> None:
         harness = NextStageHarness(last=False, max_merged_tokens=10_000)
         harness.receive(self.middle(5, 8, wants_token=False))
         harness.receive(replace(self.middle(5, 4, 8), length=BLOCKS * 16))
@@ -119,7 +119,7 @@ class TestMiddle:
         assert harness.downstream.sent == []
         assert harness.idle
 
-    def test_a_reason_that_is_told_behind_is_told_before(self, harness: NextStageHarness) -> None:
+    def test_cause_of_downstream_failure_reaches_upstream(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5, 8, wants_token=False))
         harness.compute()
         sent = harness.downstream.last
@@ -130,7 +130,7 @@ class TestMiddle:
         harness.stage.on_reply(StepReply(sent.number, failures=(failure,)))
         assert [causes(reply) for reply in harness.up.replies] == [[(5, "TOO_LONG")]] * 2
 
-    def test_a_spoilt_chunk_closes_what_its_batch_has_opened_behind(self, harness: NextStageHarness) -> None:
+    def test_non_finite_chunk_closes_session_opened_by_its_batch(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5, 8, wants_token=False))
         harness.receive(self.middle(5, 4, 8))
         batch = harness.compute(non_finite=(1,))
@@ -138,14 +138,14 @@ class TestMiddle:
         assert harness.downstream.closed == [("end:1", batch.segments[0].session.id)]
         assert causes(harness.up.last) == [(5, "PRECONDITION")]
 
-    def test_a_closed_session_is_closed_behind(self, harness: NextStageHarness) -> None:
+    def test_closed_session_is_closed_downstream(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5))
         harness.compute()
         harness.stage.close(harness.up, [5])
         assert harness.downstream.closed == [("end:1", harness.downstream.last.segments[0].session.id)]
         assert harness.idle
 
-    def test_a_link_that_ended_closes_its_sessions_behind(self, harness: NextStageHarness) -> None:
+    def test_end_of_upstream_link_closes_its_sessions_downstream(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5), self.middle(6))
         harness.compute()
         harness.stage.on_upstream_lost(harness.up)
@@ -153,7 +153,7 @@ class TestMiddle:
         harness.stage.on_reply(harness.downstream.answer(harness.downstream.last))
         assert harness.idle
 
-    def test_a_lost_shard_fails_the_steps_under_way(self, harness: NextStageHarness) -> None:
+    def test_lost_next_shard_fails_steps_in_flight(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5, address="a:1"), self.middle(6, address="b:1"))
         harness.compute()
         harness.stage.on_link_lost("a:1", Unavailable("a:1 is gone"))
@@ -163,14 +163,14 @@ class TestMiddle:
         assert harness.up.last.failures[0].message == "a:1 is gone"
         assert [one.session_id for one in harness.up.last.tokens] == [6]
 
-    def test_a_shard_that_refuses_the_link_is_no_shard_that_is_gone(self, harness: NextStageHarness) -> None:
+    def test_refused_link_fails_steps_as_precondition(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5))
         harness.compute()
         harness.stage.on_link_lost("end:1", Incompatible("another tokenizer"))
         assert causes(harness.up.last) == [(5, "PRECONDITION")]
         assert harness.up.last.failures[0].message == "another tokenizer"
 
-    def test_a_lost_shard_fails_what_comes_next_of_the_others(self, harness: NextStageHarness) -> None:
+    def test_lost_next_shard_refuses_next_segments_of_idle_sessions(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5))
         harness.compute()
         harness.stage.on_reply(harness.downstream.answer(harness.downstream.last))
@@ -180,7 +180,7 @@ class TestMiddle:
         assert causes(harness.up.last) == [(5, "UNAVAILABLE")]
         assert harness.idle
 
-    def test_a_batch_that_fails_closes_its_sessions_behind(self, harness: NextStageHarness) -> None:
+    def test_failed_batch_closes_its_sessions_downstream(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5))
         harness.compute()
         harness.receive(self.middle(5, 1, 4))
@@ -188,12 +188,12 @@ class TestMiddle:
         assert causes(harness.up.last) == [(5, "UNAVAILABLE")]
         assert len(harness.downstream.closed) == 1
 
-    def test_a_spoilt_batch_sends_nothing(self, harness: NextStageHarness) -> None:
+    def test_batch_of_non_finite_segments_sends_no_step(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5))
         harness.stage.deliver(harness.next_batch(), StepOutput(hidden=torch.zeros(4, WIDTH), non_finite=frozenset({0})))
         assert harness.downstream.sent == []
         assert causes(harness.up.last) == [(5, "PRECONDITION")]
 
-    def test_an_answer_that_nobody_waits_for_is_ignored(self, harness: NextStageHarness) -> None:
+    def test_reply_to_unknown_step_is_ignored(self, harness: NextStageHarness) -> None:
         harness.stage.on_reply(StepReply(99, tokens=(SessionToken(1, 0, Token(7, 4)),)))
         assert harness.up.replies == []

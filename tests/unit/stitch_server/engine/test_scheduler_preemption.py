@@ -1,4 +1,4 @@
-"""The youngest makes room, comes back later, and finds what others have left."""
+"""Preemption of the youngest request, its recomputation, and the prefix cache."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from tests.support.engine_fakes import new_request
 from tests.support.scheduler_harness import SchedulerHarness
 
 
-class TestMakingRoom:
-    def test_the_youngest_goes(self) -> None:
+class TestPreemptionForBlocks:
+    def test_youngest_request_is_preempted(self) -> None:
         harness = SchedulerHarness(blocks=4, num_micro_batches=1)
         old, young = harness.decoding(30, 30)
         for _ in range(2):
@@ -20,7 +20,7 @@ class TestMakingRoom:
         assert (young.epoch, young.cached, list(harness.scheduler.waiting)) == (1, 0, [young])
         assert len(young.token_ids) == 33
 
-    def test_the_youngest_goes_even_if_it_asks_itself(self) -> None:
+    def test_youngest_request_preempts_itself(self) -> None:
         harness = SchedulerHarness(blocks=3, num_micro_batches=2)
         old, young = harness.decoding(16, 16)
         harness.next_pass()
@@ -29,7 +29,7 @@ class TestMakingRoom:
         assert harness.closed_downstream == [young]
         assert old.id in harness.scheduler.running
 
-    def test_what_is_already_in_this_pass_goes_with_its_session(self) -> None:
+    def test_segment_of_preempted_request_leaves_pass(self) -> None:
         harness = SchedulerHarness(blocks=4, num_micro_batches=1)
         old, young = harness.decoding(30, 20)
         for _ in range(2):
@@ -40,7 +40,7 @@ class TestMakingRoom:
         assert harness.next_pass() == [(old, 32, 1)]
         assert harness.closed_downstream == [young]
 
-    def test_who_lost_its_room_comes_back_first(self) -> None:
+    def test_preempted_request_is_admitted_before_waiting_ones(self) -> None:
         harness = SchedulerHarness(blocks=4, num_micro_batches=1)
         old, young = harness.decoding(30, 30)
         later = new_request(3, first_token=900)
@@ -55,7 +55,7 @@ class TestMakingRoom:
         harness.clock.advance(BACKOFF_SECONDS)
         assert harness.next_pass()[0][0] is young
 
-    def test_it_computes_again_what_it_knows(self) -> None:
+    def test_preempted_request_recomputes_prompt_and_generated_tokens(self) -> None:
         harness = SchedulerHarness(max_prefill_chunk=100, prefill_budget_while_decoding=100)
         (session,) = harness.decoding(20)
         harness.answer(session)
@@ -65,8 +65,8 @@ class TestMakingRoom:
         assert (segment.position, segment.length, segment.wants_token) == (0, 22, True)
 
 
-class TestPostponing:
-    def test_a_session_stays_away_for_a_while(self) -> None:
+class TestBackoff:
+    def test_preempted_request_waits_for_backoff(self) -> None:
         harness, session = SchedulerHarness(), new_request()
         harness.add(session)
         harness.next_pass()
@@ -79,7 +79,7 @@ class TestPostponing:
         harness.clock.advance(BACKOFF_SECONDS * 0.2)
         assert harness.next_pass() == [(session, 0, 20)]
 
-    def test_the_last_to_be_postponed_stands_in_front(self) -> None:
+    def test_last_preempted_request_is_first_in_queue(self) -> None:
         harness, first, second = SchedulerHarness(), new_request(), new_request(first_token=50)
         harness.add(first, second)
         harness.next_pass()
@@ -88,31 +88,31 @@ class TestPostponing:
         assert list(harness.scheduler.waiting) == [second, first]
 
 
-class TestReuse:
+class TestPrefixCache:
     PROMPT = 3 * BLOCK_TOKENS + 5
 
     def warm(self, harness: SchedulerHarness, route: str = "weak") -> None:
-        """One session computed this prompt and is gone."""
+        """One request computes this prompt and ends."""
         session = new_request(self.PROMPT, route=route)
         harness.add(session)
         harness.next_pass()
         harness.pool.publish(session.id, session.cached)
         harness.scheduler.remove(session)
 
-    def test_a_known_beginning_is_not_computed_again(self) -> None:
+    def test_cached_prefix_is_not_recomputed(self) -> None:
         harness, session = SchedulerHarness(), new_request(self.PROMPT)
         self.warm(harness)
         harness.add(session)
         assert harness.next_pass() == [(session, 3 * BLOCK_TOKENS, 5)]
         assert session.reused == 3 * BLOCK_TOKENS
 
-    def test_another_route_knows_nothing_of_it(self) -> None:
+    def test_prefix_of_another_route_is_not_reused(self) -> None:
         harness, session = SchedulerHarness(), new_request(self.PROMPT, route="strong")
         self.warm(harness)
         harness.add(session)
         assert harness.next_pass() == [(session, 0, self.PROMPT)]
 
-    def test_who_can_not_count_on_it_computes_everything(self) -> None:
+    def test_skip_prefix_cache_recomputes_prefix(self) -> None:
         harness, session = SchedulerHarness(), new_request(self.PROMPT)
         self.warm(harness)
         session.skip_prefix_cache = True
@@ -120,7 +120,7 @@ class TestReuse:
         assert harness.next_pass() == [(session, 0, self.PROMPT)]
         assert session.reused == 0
 
-    def test_an_earlier_answer_is_computed_again(self) -> None:
+    def test_generated_tokens_are_not_reused(self) -> None:
         harness = SchedulerHarness()
         self.warm(harness)
         session = new_request(self.PROMPT + 40, prompt_tokens=self.PROMPT)

@@ -1,4 +1,4 @@
-"""Sessions whose route is read of their first tokens; and whatever comes, everybody ends."""
+"""Requests whose route the probe selects in their first pass; and a simulation in which every request ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.scheduler_harness import LAYER_RANGES, SchedulerHarness, requ
 
 
 class Simulation:
-    """A scheduler under random load, whose chain answers late, and sometimes has no room itself."""
+    """A scheduler under random load, whose chain answers late and sometimes has no free block."""
 
     def __init__(self, seed: int) -> None:
         self.draw = random.Random(seed)
@@ -52,7 +52,7 @@ class Simulation:
                 self.pending.append((session, session.epoch))
 
     def check(self, segments: list[Segment]) -> None:
-        """What must hold of every pass."""
+        """The invariants of every pass."""
         scheduler, pool = self.harness.scheduler, self.harness.pool
         assert len({one.session.id for one in segments}) == len(segments)
         for segment in segments:
@@ -94,7 +94,7 @@ class Simulation:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_whatever_comes_everybody_ends_and_nothing_stays(seed: int) -> None:
+def test_every_request_ends_and_frees_its_blocks(seed: int) -> None:
     simulation = Simulation(seed)
     for _ in range(200):
         simulation.turn(arrivals=True)
@@ -109,8 +109,8 @@ def test_whatever_comes_everybody_ends_and_nothing_stays(seed: int) -> None:
     assert not simulation.harness.scheduler.waiting
 
 
-class TestUndecided:
-    """Sessions whose route the probe reads of their first tokens, in one pass."""
+class TestRequestsWithoutRoute:
+    """Requests whose route the probe selects from the hidden states of their first tokens, in one pass."""
 
     @staticmethod
     def new(tokens: int = 20) -> Request:
@@ -121,7 +121,7 @@ class TestUndecided:
         session.take_route(RouteDecision(route))
         harness.scheduler.share_prefix(session)
 
-    def test_its_window_comes_in_one_pass_beyond_every_budget(self) -> None:
+    def test_probe_tokens_are_scheduled_in_one_pass_beyond_budget(self) -> None:
         harness = SchedulerHarness(max_prefill_chunk=4, probe_tokens=12)
         session = self.new(20)
         harness.add(session)
@@ -129,20 +129,20 @@ class TestUndecided:
         self.settled(harness, session)
         assert harness.next_pass() == [(session, 12, 4)]
 
-    def test_a_prompt_shorter_than_the_window_comes_whole(self) -> None:
+    def test_prompt_shorter_than_probe_tokens_is_scheduled_whole(self) -> None:
         harness = SchedulerHarness(max_prefill_chunk=4, probe_tokens=12)
         session = self.new(7)
         harness.add(session)
         (segment,) = harness.scheduler.next_segments()
         assert (segment.length, segment.wants_token, segment.candidates) == (7, True, ("weak", "strong"))
 
-    def test_a_larger_budget_is_used(self) -> None:
+    def test_budget_above_probe_tokens_is_used(self) -> None:
         harness = SchedulerHarness(max_prefill_chunk=16, probe_tokens=12)
         session = self.new(20)
         harness.add(session)
         assert harness.next_pass() == [(session, 0, 16)]
 
-    def test_it_passes_what_all_routes_do(self) -> None:
+    def test_request_without_route_gets_common_layers(self) -> None:
         harness = SchedulerHarness(probe_tokens=12)
         session = self.new()
         harness.add(session)
@@ -151,7 +151,7 @@ class TestUndecided:
         self.settled(harness, session, "weak")
         assert (session.route, session.chain, session.awaits_route) == ("weak", ("top:1",), False)
 
-    def test_beside_decoding_sessions_it_comes_all_the_same(self) -> None:
+    def test_one_request_without_route_per_pass_while_decoding(self) -> None:
         harness = SchedulerHarness(prefill_budget_while_decoding=4, probe_tokens=12, num_micro_batches=1)
         (decoding,) = harness.decoding(3)
         session, other = self.new(), self.new()
@@ -162,14 +162,14 @@ class TestUndecided:
         harness.answer(decoding)
         assert harness.next_pass() == [(decoding, 4, 1), (session, 12, 8)]
 
-    def test_it_waits_where_its_window_no_longer_fits_the_pass(self) -> None:
+    def test_request_without_route_waits_for_pass_with_enough_budget(self) -> None:
         harness = SchedulerHarness(max_prefill_chunk=16, probe_tokens=12)
         first, session = new_request(10), self.new()
         harness.add(first, session)
         assert harness.next_pass() == [(first, 0, 10)]
         assert harness.next_pass() == [(session, 0, 16)]
 
-    def test_it_reuses_no_beginning_and_leaves_its_own_to_its_route(self) -> None:
+    def test_request_without_route_reuses_no_prefix_and_shares_its_own(self) -> None:
         harness = SchedulerHarness(probe_tokens=12)
         prompt = 3 * BLOCK_TOKENS
         first, second = self.new(prompt), self.new(prompt)
@@ -182,7 +182,7 @@ class TestUndecided:
         harness.add(weak, strong)
         assert harness.next_pass() == [(weak, 0, prompt), (strong, 2 * BLOCK_TOKENS, BLOCK_TOKENS)]
 
-    def test_one_that_makes_room_before_its_verdict_is_judged_later(self) -> None:
+    def test_request_preempted_before_its_decision_is_decided_later(self) -> None:
         harness = SchedulerHarness(probe_tokens=12)
         session = self.new()
         harness.add(session)
@@ -192,7 +192,7 @@ class TestUndecided:
         assert session.awaits_route
         assert harness.next_pass() == [(session, 0, 20)]
 
-    def test_one_that_makes_room_after_its_verdict_keeps_its_route(self) -> None:
+    def test_request_preempted_after_its_decision_keeps_route(self) -> None:
         harness = SchedulerHarness(probe_tokens=12)
         session = self.new()
         harness.add(session)

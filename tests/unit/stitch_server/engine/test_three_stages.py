@@ -1,4 +1,4 @@
-"""Three shards under random load, with frames that are late: everybody ends, nothing is said twice, nothing stays."""
+"""Three stages under random load and late frames: every request ends once, no token repeats, no block leaks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LAYER_RANGES = {"weak": LayerRange(0, 2), "strong": LayerRange(0, 3)}
 
 @dataclass(eq=False)
 class LateLink:
-    """One link: frames arrive in their order, but urgent ones pass the others; replies arrive in theirs."""
+    """A link that delays frames: urgent ones overtake the others, replies keep their order."""
 
     forward: deque[tuple[bool, Callable[[], None]]] = field(default_factory=deque)
     backward: deque[Callable[[], None]] = field(default_factory=deque)
@@ -60,7 +60,7 @@ class LateLink:
         self.backward.append(partial(self.on_reply, reply))
 
     def carry(self, draw: random.Random) -> None:
-        """One frame arrives, in either direction."""
+        """Delivers one frame, in either direction."""
         if self.backward and draw.random() < 0.5:
             self.backward.popleft()()
         elif self.forward:
@@ -71,7 +71,7 @@ class LateLink:
 
 
 class Simulation:
-    """An origin, a middle shard and a last one, each with little room."""
+    """A first, a middle and a last stage, each with few KV blocks."""
 
     def __init__(self, seed: int) -> None:
         self.draw, self.clock = random.Random(seed), ManualClock()
@@ -114,7 +114,7 @@ class Simulation:
         self.first.admit(session)
 
     def compute(self) -> None:
-        """One shard takes a pass, if it can; the others are busy."""
+        """One stage computes its next batch, if it has one."""
         stages: list[BatchSource] = [self.first, self.middle, self.last]
         stage = self.draw.choice(stages)
         batch = stage.next_batch()
@@ -146,7 +146,7 @@ class Simulation:
                 del self.live[number]
 
     def check(self, session: Request, outputs: list[RequestOutput]) -> None:
-        """A session is told every token once and in order, and at last how it ended."""
+        """A client receives every token once, in order, and at last one finish reason or error."""
         positions = [one.token.position for one in outputs if one.token is not None]
         assert positions == list(range(session.prompt_tokens, session.prompt_tokens + len(positions)))
         assert all(one.finish_reason is None and one.error is None for one in outputs[:-1])
@@ -162,7 +162,7 @@ class Simulation:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_everybody_ends_and_nothing_stays(seed: int) -> None:
+def test_every_request_ends_and_frees_its_blocks(seed: int) -> None:
     simulation = Simulation(seed)
     for _ in range(1500):
         simulation.turn(load=True)
@@ -170,7 +170,7 @@ def test_everybody_ends_and_nothing_stays(seed: int) -> None:
     while not simulation.quiet:
         simulation.turn(load=False)
         turns += 1
-        assert turns < 50_000, "somebody waits for ever"
+        assert turns < 50_000, "a request never ends"
     assert simulation.outcomes.count("finished") > 5
     stages = simulation.first, simulation.middle, simulation.last
     assert [(stage.running_sessions, stage.waiting_sessions) for stage in stages] == [(0, 0)] * 3

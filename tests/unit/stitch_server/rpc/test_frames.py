@@ -1,4 +1,4 @@
-"""Steps and replies survive their frames, and frames that are none are refused before anything is kept."""
+"""Steps and replies survive a round trip through frames; invalid frames are refused before anything is kept."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def new_step(
 
 
 def frames_of(step: OutgoingStep, dtype: str = "float32") -> list[shard_pb2.Step]:
-    """The frames as they come out of the socket."""
+    """The step's frames, serialized and parsed."""
     sent = [frame.SerializeToString() for frame in step_frames(step, pack(step.hidden, DTYPES[dtype][0]))]
     assert all(len(frame) <= MAX_FRAME_BYTES for frame in sent)
     return [shard_pb2.LinkRequest.FromString(frame).step for frame in sent]
@@ -82,7 +82,7 @@ def only(frames: list[shard_pb2.Step], into: StepAssembler) -> IncomingStep:
 class TestSteps:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("lengths", [(1,), (1, 1, 1), (64,), (65,), (1, 300, 2), (1000,)])
-    def test_a_step_arrives_as_it_was_sent(self, lengths: tuple[int, ...], dtype: str) -> None:
+    def test_step_survives_round_trip(self, lengths: tuple[int, ...], dtype: str) -> None:
         step = new_step(*lengths, pipelined=True)
         arrived = only(frames_of(step, dtype), assembler(dtype))
         assert (arrived.number, arrived.pipelined) == (1, True)
@@ -93,22 +93,22 @@ class TestSteps:
         assert [one.wants_token for one in arrived.segments] == [one.wants_token for one in step.segments]
         assert all(one.new_session is None for one in arrived.segments)
 
-    def test_frames_are_cut_between_rows(self) -> None:
+    def test_step_is_split_between_rows(self) -> None:
         frames = frames_of(new_step(100))
         assert [frame.hidden.tokens for frame in frames] == [64, 36]
         assert [frame.tokens_to_come for frame in frames] == [36, 0]
         assert all(len(frame.hidden.data) <= FRAME_BYTES for frame in frames)
 
-    def test_a_row_larger_than_a_frame_travels_alone(self) -> None:
+    def test_row_larger_than_frame_gets_own_frame(self) -> None:
         step = new_step(2)
         wide = torch.zeros(2, FRAME_BYTES // 4 + 1)
         step = OutgoingStep(1, step.segments, step.opens, wide, pipelined=False, urgent=False)
         assert [frame.hidden.tokens for frame in frames_of(step)] == [1, 1]
 
-    def test_only_the_first_frame_carries_the_segments(self) -> None:
+    def test_only_first_frame_carries_segments(self) -> None:
         assert [len(frame.segments) for frame in frames_of(new_step(100, 50))] == [2, 0, 0]
 
-    def test_an_opening_says_all_that_the_next_shard_must_know(self) -> None:
+    def test_new_session_carries_route_chain_sampling_and_tokens(self) -> None:
         sampling = Sampling(temperature=0.5, top_k=3, seed=9, max_tokens=7, stop_token_ids=(1, 2), logprobs=2)
         session = new_request(5, "strong", chain=("a:1", "b:1", "c:1"), prompt_tokens=4)
         session.sampling, session.reused = sampling, 16
@@ -121,7 +121,7 @@ class TestSteps:
         assert (opened.cached, opened.epoch) == (16, session.epoch)
 
     @pytest.mark.parametrize("seed", range(5))
-    def test_frames_of_several_steps_may_mix(self, seed: int) -> None:
+    def test_frames_of_several_steps_may_interleave(self, seed: int) -> None:
         steps = {number: new_step(number * 90, 2, number=number) for number in range(1, 5)}
         queues = [frames_of(step) for step in steps.values()]
         draw, into, arrived = random.Random(seed), assembler(), list[IncomingStep]()
@@ -133,7 +133,7 @@ class TestSteps:
         assert sorted(step.number for step in arrived) == [1, 2, 3, 4]
         assert all(torch.equal(step.hidden(), steps[step.number].hidden) for step in arrived)
 
-    def test_a_number_may_come_again_once_it_is_done(self) -> None:
+    def test_step_number_may_repeat_after_completion(self) -> None:
         into = assembler()
         for _ in range(2):
             assert only(frames_of(new_step(100)), into).hidden().shape == (100, WIDTH)
@@ -152,31 +152,31 @@ class TestRefusals:
     def frame(self, *lengths: int) -> shard_pb2.Step:
         return frames_of(new_step(*lengths))[0]
 
-    def test_an_empty_step(self) -> None:
+    def test_step_without_tokens_is_refused(self) -> None:
         assert self.refused(shard_pb2.Step(step=1)).field == "hidden.dtype"
         empty = shard_pb2.HiddenStates(dtype=DTYPES["float32"][0], hidden_size=WIDTH)
         error = self.refused(shard_pb2.Step(step=1, hidden=empty))
         assert (error.field, error.value) == ("step.hidden.tokens", 0)
 
-    def test_an_empty_frame_in_the_middle(self) -> None:
+    def test_frame_without_tokens_is_refused(self) -> None:
         first, second = frames_of(new_step(100))
         second.hidden.tokens, second.hidden.data, second.tokens_to_come = 0, b"", 36
         assert self.refused(first, second).field == "step.hidden.tokens"
 
-    def test_bytes_that_do_not_fit_their_shape(self) -> None:
+    def test_bytes_that_contradict_shape_are_refused(self) -> None:
         frame = self.frame(5)
         frame.hidden.data = frame.hidden.data[:-1]
         assert self.refused(frame).field == "hidden.data"
 
-    def test_another_dtype(self) -> None:
+    def test_other_dtype_is_refused(self) -> None:
         assert self.refused(self.frame(5), into=assembler("int8")).field == "hidden.dtype"
 
-    def test_another_width(self) -> None:
+    def test_other_hidden_size_is_refused(self) -> None:
         frame = self.frame(5)
         frame.hidden.hidden_size = 7
         assert self.refused(frame).field == "hidden.hidden_size"
 
-    def test_more_tokens_than_a_step_may_hold(self) -> None:
+    def test_step_above_max_tokens_is_refused(self) -> None:
         frame = self.frame(100)
         frame.tokens_to_come = LIMIT
         error = self.refused(frame)
@@ -184,34 +184,34 @@ class TestRefusals:
         assert str(LIMIT) in error.limit
 
     @pytest.mark.parametrize("length", [4, 6])
-    def test_segments_that_are_not_the_rows(self, length: int) -> None:
+    def test_segments_that_contradict_rows_are_refused(self, length: int) -> None:
         frame = self.frame(5)
         frame.segments[0].length = length
         error = self.refused(frame)
         assert (error.field, error.value) == ("step.segments", f"{length} tokens")
 
-    def test_a_segment_without_tokens(self) -> None:
+    def test_segment_without_tokens_is_refused(self) -> None:
         frame = self.frame(5)
         frame.segments.add(session=9)
         assert self.refused(frame).field == "step.segments.length"
 
-    def test_a_continuation_without_its_beginning(self) -> None:
+    def test_later_frame_without_first_one_is_refused(self) -> None:
         assert self.refused(frames_of(new_step(100))[1]).field == "step.segments"
 
-    def test_sampling_out_of_its_limits(self) -> None:
+    def test_sampling_outside_limits_is_refused(self) -> None:
         frame = frames_of(new_step(5, opens=True))[0]
         frame.segments[0].new_session.sampling.temperature = -1.0
         assert self.refused(frame).field == "sampling.temperature"
 
     @pytest.mark.parametrize("to_come", [35, 37, 0])
-    def test_frames_that_do_not_follow_each_other(self, to_come: int) -> None:
+    def test_frame_with_wrong_tokens_to_come_is_refused(self, to_come: int) -> None:
         into, frames = assembler(), frames_of(new_step(164))
         into.add(frames[0])
         frames[1].tokens_to_come = to_come
         with pytest.raises(OutOfStep, match=f"step 1 has 100 tokens to come, .* 64 and announces {to_come} more"):
             into.add(frames[1])
 
-    def test_steps_that_are_begun_and_never_ended(self) -> None:
+    def test_too_many_incomplete_steps_are_refused(self) -> None:
         into, (first, *_) = assembler(), frames_of(new_step(100))
         for number in range(MAX_INCOMPLETE_STEPS):
             first.step = number
@@ -222,7 +222,7 @@ class TestRefusals:
         ):
             into.add(first)
 
-    def test_a_frame_that_comes_twice(self) -> None:
+    def test_repeated_frame_is_refused(self) -> None:
         into, (first, *_) = assembler(), frames_of(new_step(100))
         into.add(first)
         with pytest.raises(OutOfStep):
@@ -234,10 +234,10 @@ class TestReplies:
         sent = reply_frame(reply).SerializeToString()
         return reply_of(shard_pb2.LinkResponse.FromString(sent).reply)
 
-    def test_an_empty_one(self) -> None:
+    def test_empty_reply_survives_round_trip(self) -> None:
         assert self.roundtrip(StepReply(3)) == StepReply(3)
 
-    def test_one_with_everything(self) -> None:
+    def test_full_reply_survives_round_trip(self) -> None:
         logprobs = TokenLogprobs(-0.5, ((7, -0.5), (9, -1.25)))
         reply = StepReply(
             step=4,
@@ -247,6 +247,6 @@ class TestReplies:
         )
         assert self.roundtrip(reply) == reply
 
-    def test_logprobs_without_alternatives_stay(self) -> None:
+    def test_logprobs_without_alternatives_survive_round_trip(self) -> None:
         reply = StepReply(4, tokens=(SessionToken(1, 0, Token(7, 20, TokenLogprobs(0.0, ()))),))
         assert self.roundtrip(reply) == reply

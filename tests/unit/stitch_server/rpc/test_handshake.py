@@ -1,4 +1,4 @@
-"""Neighbours that would say something else together than apart are refused, and both are named."""
+"""The handshake refuses shards that do not belong together, with a sentence that names both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from stitch.errors import Incompatible
 from stitch.v1 import inference_pb2, shard_pb2
-from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_neighbour, check_welcome
+from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_hello, check_welcome
 
 Identity = shard_pb2.ShardIdentity
 Change = Callable[[Identity], object]
@@ -47,32 +47,32 @@ def top() -> Identity:
 
 
 def no_check(route: str, bottom: inference_pb2.Model) -> None:
-    """Every stitch fits."""
+    """Accepts every stitch."""
 
 
 def refused(caller: Identity, own: Identity, version: int = PROTOCOL_VERSION) -> str:
     """The sentence of the refusal, which names both sides."""
     with pytest.raises(Incompatible) as caught:
-        check_neighbour(shard_pb2.Hello(protocol_version=version, identity=caller), own, no_check)
+        check_hello(shard_pb2.Hello(protocol_version=version, identity=caller), own, no_check)
     assert f"shard {caller.shard}" in str(caught.value)
     assert f"shard {own.shard}" in str(caught.value)
     return str(caught.value)
 
 
 def accepted(caller: Identity, own: Identity) -> None:
-    check_neighbour(shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=caller), own, no_check)
+    check_hello(shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=caller), own, no_check)
 
 
-def test_neighbours_that_fit_are_accepted() -> None:
+def test_matching_shards_are_accepted() -> None:
     accepted(bottom(), top())
 
 
-def test_layers_of_one_model_may_follow_each_other() -> None:
+def test_consecutive_layers_of_one_model_are_accepted() -> None:
     accepted(identity("bottom-0", "bottom", (0, 2)), identity("bottom-1", "bottom", (2, 4)))
     accepted(identity("top-0", "top", (2, 3)), identity("top-1", "top", (3, 4)))
 
 
-def test_another_protocol_version_is_refused() -> None:
+def test_other_protocol_version_is_refused() -> None:
     said = refused(bottom(), top(), version=PROTOCOL_VERSION + 1)
     assert said == "the protocol version of shard bottom-0 is 2, that of shard top-0 is 1"
 
@@ -107,14 +107,14 @@ COMPARED: list[tuple[Change, str]] = [
 
 
 @pytest.mark.parametrize(("change", "said"), COMPARED)
-def test_what_must_be_the_same_is_compared(change: Change, said: str) -> None:
+def test_receiver_refuses_differing_field(change: Change, said: str) -> None:
     caller = bottom()
     change(caller)
     assert refused(caller, top()) == said
 
 
 @pytest.mark.parametrize(("change", "said"), COMPARED)
-def test_the_caller_compares_it_too(change: Change, said: str) -> None:
+def test_caller_refuses_differing_field(change: Change, said: str) -> None:
     receiver = top()
     change(receiver)
     with pytest.raises(Incompatible) as caught:
@@ -123,22 +123,22 @@ def test_the_caller_compares_it_too(change: Change, said: str) -> None:
     assert str(caught.value) == swapped
 
 
-def test_a_welcome_that_fits_is_accepted() -> None:
+def test_matching_welcome_is_accepted() -> None:
     check_welcome(shard_pb2.Welcome(identity=top()), bottom())
 
 
-def test_the_top_can_not_come_before_the_bottom() -> None:
+def test_top_shard_upstream_of_bottom_shard_is_refused() -> None:
     said = refused(top(), bottom())
-    assert said == "shard top-0 is a top shard and can't stand before shard bottom-0, a bottom shard"
+    assert said == "shard top-0 is a top shard and cannot be upstream of shard bottom-0, a bottom shard"
 
 
 @pytest.mark.parametrize("layers", [(0, 3), (0, 1), (0, 4)])
-def test_layers_that_are_left_out_or_repeated_are_refused(layers: tuple[int, int]) -> None:
+def test_layers_with_gap_or_overlap_are_refused(layers: tuple[int, int]) -> None:
     said = refused(identity("bottom-0", "bottom", layers), identity("bottom-1", "bottom", (2, 4)))
-    assert said == f"shard bottom-0 holds layers before {layers[1]}, but shard bottom-1 begins with layer 2"
+    assert said == f"shard bottom-0 ends before layer {layers[1]}, but shard bottom-1 begins with layer 2"
 
 
-def test_another_revision_of_one_model_is_refused() -> None:
+def test_other_revision_of_model_is_refused() -> None:
     caller = identity("bottom-0", "bottom", (0, 2))
     caller.bottom.revision = "big-2"
     said = refused(caller, identity("bottom-1", "bottom", (2, 4)))
@@ -146,48 +146,48 @@ def test_another_revision_of_one_model_is_refused() -> None:
     assert "big revision big-1 of width 8" in said
 
 
-def test_another_width_of_one_model_is_refused() -> None:
+def test_other_hidden_size_of_model_is_refused() -> None:
     caller = identity("top-0", "top", (2, 3))
     caller.top.hidden_size = 5
     assert "of width 5" in refused(caller, identity("top-1", "top", (3, 4)))
 
 
-def test_another_cut_of_a_route_is_refused() -> None:
+def test_other_cut_point_of_route_is_refused() -> None:
     caller = bottom()
     caller.routes[1].bottom_layers = 2
     said = refused(caller, top())
-    assert said == "the cut of route strong of shard bottom-0 is (2, 3), that of shard top-0 is (4, 3)"
+    assert said == "the cut point of route strong of shard bottom-0 is (2, 3), that of shard top-0 is (4, 3)"
 
 
-def test_a_route_that_only_one_knows_does_no_harm() -> None:
+def test_route_of_one_side_alone_is_accepted() -> None:
     caller = bottom()
     caller.routes.add(name="other", bottom_layers=1, top_from=2)
     del caller.routes[0]
     accepted(caller, top())
 
 
-def test_a_route_that_enters_elsewhere_is_not_compared() -> None:
+def test_route_that_enters_top_on_another_shard_is_not_compared() -> None:
     caller = bottom()
     caller.routes[0].bottom_layers = 1
     accepted(caller, identity("top-1", "top", (3, 4)))
 
 
-def test_every_stitch_is_asked_whether_it_knows_the_bottom() -> None:
+def test_every_stitch_is_checked_against_bottom() -> None:
     asked: list[tuple[str, str]] = []
     hello = shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=bottom())
-    check_neighbour(hello, top(), lambda route, model: asked.append((route, model.revision)))
+    check_hello(hello, top(), lambda route, model: asked.append((route, model.revision)))
     assert asked == [("weak", "big-1"), ("strong", "big-1")]
 
 
-def test_a_stitch_that_was_made_for_another_bottom_refuses() -> None:
+def test_stitch_for_another_bottom_is_refused() -> None:
     def check(route: str, model: inference_pb2.Model) -> None:
         raise Incompatible(f"the stitch of {route} is not for {model.id}")
 
     with pytest.raises(Incompatible, match="the stitch of weak is not for big"):
-        check_neighbour(shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=bottom()), top(), check)
+        check_hello(shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=bottom()), top(), check)
 
 
-def test_without_a_stitch_both_must_be_one_model() -> None:
+def test_route_without_stitch_requires_one_model() -> None:
     own = top()
     own.routes[0].stitch = ""
     said = refused(bottom(), own)
@@ -196,6 +196,6 @@ def test_without_a_stitch_both_must_be_one_model() -> None:
     accepted(bottom(), own)
 
 
-def test_a_caller_that_says_nothing_is_refused() -> None:
+def test_empty_identity_is_refused() -> None:
     with pytest.raises(Incompatible, match=r"shard \? is 0, that of shard top-0 is 1"):
-        check_neighbour(shard_pb2.Hello(), top(), no_check)
+        check_hello(shard_pb2.Hello(), top(), no_check)

@@ -35,7 +35,7 @@ END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 
 class FakeCall:
-    """The calling end of one stream, with the other end in a test's hands."""
+    """The calling end of one stream; a test provides the other end."""
 
     def __init__(self, welcome: shard_pb2.LinkResponse) -> None:
         self.written: list[shard_pb2.LinkRequest] = []
@@ -93,7 +93,7 @@ class LinkClientHarness:
         self.links.send(address, OutgoingStep(number, (segment,), (True,), rows, pipelined=False, urgent=urgent))
 
     async def connected(self) -> FakeCall:
-        """A link over which a first step went."""
+        """A link that has sent its first step."""
         self.send(1)
         await eventually(lambda: self.calls and self.calls[-1].steps)
         return self.calls[-1]
@@ -126,7 +126,7 @@ async def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
     await harness.links.aclose()
 
 
-async def test_the_first_step_opens_a_link(harness: LinkClientHarness) -> None:
+async def test_first_step_opens_link(harness: LinkClientHarness) -> None:
     call = await harness.connected()
     hello = call.written[0].hello
     assert (hello.identity.shard, hello.caller, hello.protocol_version) == ("bottom-0", "top:1", 1)
@@ -134,7 +134,7 @@ async def test_the_first_step_opens_a_link(harness: LinkClientHarness) -> None:
     assert harness.sent_bytes == [WIDTH * 4]
 
 
-async def test_all_steps_to_one_address_share_it(harness: LinkClientHarness) -> None:
+async def test_steps_to_one_address_share_link(harness: LinkClientHarness) -> None:
     call = await harness.connected()
     harness.send(2)
     harness.send(3, address="top:2")
@@ -142,13 +142,13 @@ async def test_all_steps_to_one_address_share_it(harness: LinkClientHarness) -> 
     await eventually(lambda: harness.calls[1].steps == [3])
 
 
-async def test_replies_reach_the_front(harness: LinkClientHarness) -> None:
+async def test_reply_becomes_link_event(harness: LinkClientHarness) -> None:
     call, reply = await harness.connected(), StepReply(1, tokens=(SessionToken(5, 0, Token(7, 3)),))
     call.say(reply_frame(reply))
     await eventually(lambda: harness.events == [reply])
 
 
-async def test_a_decode_step_passes_those_that_still_wait(harness: LinkClientHarness) -> None:
+async def test_urgent_step_overtakes_queued_frames(harness: LinkClientHarness) -> None:
     call = await harness.connected()
     call.may_write.clear()
     harness.send(2)
@@ -161,7 +161,7 @@ async def test_a_decode_step_passes_those_that_still_wait(harness: LinkClientHar
     assert call.steps == [1, 2, 4, 3]
 
 
-async def test_the_end_of_a_session_comes_behind_its_steps(harness: LinkClientHarness) -> None:
+async def test_close_follows_steps_of_session(harness: LinkClientHarness) -> None:
     call = await harness.connected()
     harness.send(2)
     harness.links.close("top:1", [5, 6])
@@ -169,7 +169,7 @@ async def test_the_end_of_a_session_comes_behind_its_steps(harness: LinkClientHa
     assert call.written[-2].step.step == 2
 
 
-async def test_the_end_of_a_session_opens_no_link(harness: LinkClientHarness) -> None:
+async def test_close_opens_no_link(harness: LinkClientHarness) -> None:
     harness.links.close("top:1", [5])
     call = await harness.connected()
     assert (len(harness.calls), call.closed) == (1, [])
@@ -189,7 +189,7 @@ def broken(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
         (KeyError("what"), Unavailable, "the link to top:1 broke: 'what'"),
     ],
 )
-async def test_a_link_that_ends_says_why(
+async def test_ended_link_reports_reason(
     harness: LinkClientHarness, end: object, kind: type[StitchError], said: str
 ) -> None:
     call = await harness.connected()
@@ -199,14 +199,14 @@ async def test_a_link_that_ends_says_why(
     assert harness.losses[0].address == "top:1"
 
 
-async def test_after_a_loss_the_next_step_opens_another(harness: LinkClientHarness) -> None:
+async def test_step_after_loss_opens_new_link(harness: LinkClientHarness) -> None:
     (await harness.connected()).say(END)
     await harness.loss()
     harness.send(9)
     await eventually(lambda: len(harness.calls) == 2 and harness.calls[1].steps == [9])
 
 
-async def test_a_receiver_that_does_not_fit_is_refused(harness: LinkClientHarness) -> None:
+async def test_receiver_with_other_identity_is_refused(harness: LinkClientHarness) -> None:
     harness.welcome.welcome.identity.tokenizer = "another"
     harness.send(1)
     error = await harness.loss()
@@ -216,9 +216,7 @@ async def test_a_receiver_that_does_not_fit_is_refused(harness: LinkClientHarnes
 
 
 @pytest.mark.parametrize("answer", [shard_pb2.LinkResponse(), reply_frame(StepReply(1))])
-async def test_a_receiver_that_does_not_welcome_is_refused(
-    harness: LinkClientHarness, answer: shard_pb2.LinkResponse
-) -> None:
+async def test_receiver_without_welcome_is_refused(harness: LinkClientHarness, answer: shard_pb2.LinkResponse) -> None:
     harness.welcome = answer
     harness.send(1)
     error = await harness.loss()
@@ -226,9 +224,7 @@ async def test_a_receiver_that_does_not_welcome_is_refused(
     assert "top:1 answered the handshake with" in str(error)
 
 
-async def test_a_receiver_that_says_nothing_is_given_up(
-    harness: LinkClientHarness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_silent_receiver_times_out(harness: LinkClientHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links_module, "HANDSHAKE_SECONDS", 0.0)
     unanswered: Callable[[FakeCall], Any] = lambda call: asyncio.Event().wait()  # noqa: E731
     monkeypatch.setattr(FakeCall, "read", unanswered)
@@ -236,7 +232,7 @@ async def test_a_receiver_that_says_nothing_is_given_up(
     assert str(await harness.loss()) == "top:1 did not answer in 0 s"
 
 
-async def test_links_that_are_ended_are_not_lost(harness: LinkClientHarness) -> None:
+async def test_closed_client_reports_no_loss(harness: LinkClientHarness) -> None:
     await harness.connected()
     await harness.links.aclose()
     assert harness.losses == []

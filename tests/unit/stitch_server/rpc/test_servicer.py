@@ -1,4 +1,4 @@
-"""Requests become sessions and steps, refusals become statuses, and whoever leaves leaves nothing behind."""
+"""The Shard service: requests reach the engine, errors become statuses, and ended calls leave no session."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def generate(
 
 
 async def refused(shard: WeightlessShard, asked: shard_pb2.ShardGenerateRequest) -> Aborted:
-    """How the call ended without an answer."""
+    """The status of a call that is refused."""
     with pytest.raises(Aborted) as caught:
         await anext(generate(shard, asked))
     assert shard.idle
@@ -67,24 +67,24 @@ def last() -> WeightlessShard:
 
 
 class TestGenerate:
-    async def test_tokens_stream_until_the_end(self, first: WeightlessShard) -> None:
+    async def test_tokens_stream_until_finish_reason(self, first: WeightlessShard) -> None:
         responses = [response async for response in generate(first, request())]
         tokens = [(one.id, one.position) for response in responses for one in response.tokens]
         assert tokens == [(TOKEN_ID, 5), (TOKEN_ID, 6), (TOKEN_ID, 7)]
         assert [one.finish_reason for one in responses] == [0, 0, inference_pb2.FINISH_REASON_LENGTH]
         assert first.idle
 
-    async def test_the_first_token_says_where_the_time_went(self, first: WeightlessShard) -> None:
+    async def test_first_token_has_stages(self, first: WeightlessShard) -> None:
         responses = [response async for response in generate(first, request())]
         assert {stage.name for stage in responses[0].stages} == {"queue", "bottom_prefill", "wire"}
         assert not responses[1].stages
 
-    async def test_what_an_earlier_try_said_counts(self, first: WeightlessShard) -> None:
+    async def test_tokens_of_earlier_attempt_count(self, first: WeightlessShard) -> None:
         responses = [response async for response in generate(first, request(7, prompt_tokens=5))]
         assert len(responses) == 1
         assert responses[0].tokens[0].position == 7
 
-    async def test_a_client_that_leaves_leaves_nothing(self, first: WeightlessShard) -> None:
+    async def test_cancelled_waiting_call_leaves_nothing(self, first: WeightlessShard) -> None:
         first.engine.computes = False
         responses = generate(first, request())
         waiting = asyncio.ensure_future(anext(responses))
@@ -94,12 +94,12 @@ class TestGenerate:
         await asyncio.gather(waiting, return_exceptions=True)
         assert first.idle
 
-    async def test_a_client_that_leaves_between_two_tokens_leaves_nothing(self, first: WeightlessShard) -> None:
+    async def test_cancelled_running_call_leaves_nothing(self, first: WeightlessShard) -> None:
         async with aclosing(generate(first, request(sampling=inference_pb2.Sampling(max_tokens=30)))) as responses:
             await anext(responses)
         assert first.idle
 
-    async def test_no_chain_begins_without_the_embedding(self, last: WeightlessShard) -> None:
+    async def test_shard_without_embedding_refuses_generate(self, last: WeightlessShard) -> None:
         error = await refused(last, request())
         assert error.code is grpc.StatusCode.FAILED_PRECONDITION
         assert "shard top-0 holds top layers without the embedding" in error.details
@@ -121,14 +121,14 @@ class TestGenerate:
             ({"sampling": inference_pb2.Sampling(max_tokens=0)}, "sampling.max_tokens is 0"),
         ],
     )
-    async def test_a_bad_request_is_told_what_is_wrong(
+    async def test_invalid_request_is_refused_by_field(
         self, first: WeightlessShard, fields: dict[str, Any], said: str
     ) -> None:
         error = await refused(first, request(**fields))
         assert error.code is grpc.StatusCode.INVALID_ARGUMENT
         assert said in error.details
 
-    async def test_a_full_queue_is_told(self, first: WeightlessShard) -> None:
+    async def test_full_queue_is_resource_exhausted(self, first: WeightlessShard) -> None:
         first.engine.computes = False
         waiting = [asyncio.ensure_future(anext(generate(first, request()))) for _ in range(2)]
         await asyncio.sleep(0)
@@ -173,12 +173,12 @@ def link(
 
 
 async def talk(shard: WeightlessShard, *frames: shard_pb2.LinkRequest) -> list[shard_pb2.LinkResponse]:
-    """All that the shard says to these frames."""
+    """All responses to these frames."""
     return [response async for response in link(shard, stream(frames))]
 
 
 async def ended(shard: WeightlessShard, frames: Sequence[shard_pb2.LinkRequest]) -> Aborted:
-    """How the link ended; the shard keeps nothing of it."""
+    """The status with which the link ended; the shard keeps no session of it."""
     with pytest.raises(Aborted) as caught:
         await talk(shard, *frames)
     assert shard.idle
@@ -186,7 +186,7 @@ async def ended(shard: WeightlessShard, frames: Sequence[shard_pb2.LinkRequest])
 
 
 class TestLink:
-    async def test_a_neighbour_is_welcomed(self, last: WeightlessShard) -> None:
+    async def test_matching_shard_is_welcomed(self, last: WeightlessShard) -> None:
         (welcome,) = await talk(last, hello())
         assert welcome.welcome.identity == last.identity
 
@@ -198,7 +198,7 @@ class TestLink:
         assert (first.reply.step, second.reply.step) == (1, 2)
         assert last.received_bytes == [3 * WIDTH * 4] * 2
 
-    async def test_the_end_of_a_link_frees_its_sessions(self, last: WeightlessShard) -> None:
+    async def test_end_of_link_frees_its_sessions(self, last: WeightlessShard) -> None:
         end = asyncio.Event()
         async with aclosing(link(last, stream([hello(), step(5)], end))) as responses:
             await anext(responses)
@@ -208,7 +208,7 @@ class TestLink:
             assert await anext(responses, None) is None
         assert last.idle
 
-    async def test_a_closed_session_is_freed(self, last: WeightlessShard) -> None:
+    async def test_closed_session_is_freed(self, last: WeightlessShard) -> None:
         close = shard_pb2.LinkRequest(close=shard_pb2.CloseSessions(sessions=[5]))
         running = list[int]()
 
@@ -220,30 +220,32 @@ class TestLink:
         assert [one async for one in link(last, frames())]
         assert running == [1]
 
-    async def test_no_shard_stands_before_the_first(self, first: WeightlessShard) -> None:
+    async def test_first_shard_refuses_link(self, first: WeightlessShard) -> None:
         error = await ended(first, [hello()])
         assert error.code is grpc.StatusCode.FAILED_PRECONDITION
         assert error.details == "shard bottom-0 is the first of its chain: it has no upstream shard"
 
     @pytest.mark.parametrize("frames", [[], [step(5)], [shard_pb2.LinkRequest()]])
-    async def test_a_link_begins_with_a_hello(self, last: WeightlessShard, frames: list[shard_pb2.LinkRequest]) -> None:
+    async def test_link_without_hello_is_refused(
+        self, last: WeightlessShard, frames: list[shard_pb2.LinkRequest]
+    ) -> None:
         error = await ended(last, frames)
         assert error.code is grpc.StatusCode.FAILED_PRECONDITION
         assert error.details == "the first frame of a link must be a hello"
 
-    async def test_a_neighbour_that_does_not_fit_is_refused(self, last: WeightlessShard) -> None:
+    async def test_other_protocol_version_is_refused(self, last: WeightlessShard) -> None:
         error = await ended(last, [hello(version=9), step(5)])
         assert error.code is grpc.StatusCode.FAILED_PRECONDITION
         assert "protocol version" in error.details
 
-    async def test_bytes_that_are_no_step_end_the_link(self, last: WeightlessShard) -> None:
+    async def test_invalid_step_ends_link(self, last: WeightlessShard) -> None:
         broken = step(6, number=2)
         broken.step.hidden.data = b"abc"
         error = await ended(last, [hello(), step(5), broken])
         assert error.code is grpc.StatusCode.INVALID_ARGUMENT
         assert error.details.startswith("hidden.data is '3 bytes'")
 
-    async def test_frames_that_do_not_fit_together_end_the_link(self, last: WeightlessShard) -> None:
+    async def test_contradicting_frames_end_link(self, last: WeightlessShard) -> None:
         begun, other = step(5), step(5)
         begun.step.tokens_to_come = other.step.tokens_to_come = 1
         begun.step.segments[0].length += 1
@@ -251,12 +253,12 @@ class TestLink:
         assert error.code is grpc.StatusCode.FAILED_PRECONDITION
 
     @pytest.mark.parametrize("frame", [hello(), shard_pb2.LinkRequest()])
-    async def test_anything_else_ends_the_link(self, last: WeightlessShard, frame: shard_pb2.LinkRequest) -> None:
+    async def test_unexpected_frame_ends_link(self, last: WeightlessShard, frame: shard_pb2.LinkRequest) -> None:
         error = await ended(last, [hello(), step(5), frame])
         assert error.code is grpc.StatusCode.FAILED_PRECONDITION
         assert error.details.endswith("came in the middle of a link")
 
-    async def test_one_link_ends_for_itself(self, last: WeightlessShard) -> None:
+    async def test_end_of_one_link_spares_another(self, last: WeightlessShard) -> None:
         async with aclosing(link(last, stream([hello(), step(5)], asyncio.Event()))) as responses:
             await anext(responses)
             await anext(responses)
@@ -266,7 +268,7 @@ class TestLink:
 
 
 class TestDescribe:
-    async def test_it_says_what_is_free(self, first: WeightlessShard) -> None:
+    async def test_describe_reports_free_tokens_and_sessions(self, first: WeightlessShard) -> None:
         first.engine.computes = False
         waiting = asyncio.ensure_future(anext(generate(first, request())))
         await asyncio.sleep(0)
@@ -331,7 +333,7 @@ class TestDraining:
 
 
 class TestTokenizer:
-    async def test_files_come_in_pieces(self, first: WeightlessShard, tmp_path: Path) -> None:
+    async def test_tokenizer_files_are_sent_in_pieces(self, first: WeightlessShard, tmp_path: Path) -> None:
         contents = {"tokenizer.json": bytes(range(256)) * 2048, "config.json": b"{}", "empty.json": b""}
         for name, content in contents.items():
             (tmp_path / name).write_bytes(content)
