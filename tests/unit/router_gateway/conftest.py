@@ -27,7 +27,7 @@ QUICK = {
 
 @dataclass
 class Reached:
-    """A gateway with what a test needs to use it and to look into it."""
+    """A gateway with a channel to it and its cluster."""
 
     gateway: Gateway
     channel: grpc.aio.Channel
@@ -35,7 +35,7 @@ class Reached:
     cluster: ClusterConfig
 
     async def generate(self, prompt: str = "hello", **fields: Any) -> list[inference_pb2.GenerateResponse]:
-        """All events of one answer."""
+        """All messages of one answer."""
         request = inference_pb2.GenerateRequest(**({"prompt": prompt} | fields))
         return [event async for event in self.stub.Generate(request)]
 
@@ -48,13 +48,13 @@ Reach = Callable[..., AbstractAsyncContextManager[Reached]]
 
 @pytest.fixture(autouse=True)
 def _metrics_stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The metrics' HTTP server looks every half second whether it shall stop; no test is about that.
+    # The metrics' HTTP server checks only every half second whether it was stopped.
     monkeypatch.setattr(BaseServer.serve_forever, "__defaults__", (0.01,))
 
 
 @pytest.fixture
 def reach() -> Reach:
-    """Opens a gateway in front of these shards and waits until it serves."""
+    """Opens a gateway over these shards and waits until it serves."""
 
     @asynccontextmanager
     async def opened(

@@ -1,4 +1,4 @@
-"""A budget is kept in production: trained on some prompts, calibrated on others, live on 2,000 that are new.
+"""Tests that a calibrated router keeps its budget: trained, calibrated and live on different prompts.
 
 Where $STITCH_ROUTING_DATA names a folder with the public labels that docs/routing.md has figures of, those are taken,
 else made-up ones.
@@ -34,7 +34,7 @@ TASKS_PAIR = {"weak": "qwen2.5-7b-instruct", "strong": "llama-3.1-nemotron-51b-i
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Mixed rows for training (a half), calibration and live use, none of them twice, and a router."""
+    """Disjoint rows for training (one half), calibration and live use, and a router trained on the first."""
     folder = tmp_path_factory.mktemp("live-share")
     labelled = _public(Path(PUBLIC)) if PUBLIC else rows(MADE_UP)
     random.Random(0).shuffle(labelled)

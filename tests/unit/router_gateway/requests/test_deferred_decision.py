@@ -41,7 +41,7 @@ class TestStream:
         first, second = bottoms(2)
         first.free_kv_tokens += 1
         first.faults[before_token] = aborts(UNAVAILABLE)
-        # Asked again it would decide otherwise.
+        # The second shard would decide differently.
         second.decision = shard_pb2.ProbeDecision(route="strong", gains=[0.0, 1.0], thresholds=[0.5])
         async with streaming(first, second, top()) as stream:
             steps = await stream.all(UNDECIDED)

@@ -89,7 +89,7 @@ def test_client_that_leaves_after_the_finish_is_not_cancelled(bench: Bench) -> N
         (False, 101.0, "client"),
         (True, 101.0, "shutdown"),
         (True, 111.0, "deadline"),
-        # The client's clock was a little earlier.
+        # The client's clock ended the call slightly before the deadline.
         (False, 109.9, "deadline"),
         (False, 109.8, "client"),
     ],

@@ -142,7 +142,7 @@ def test_drift_is_logged_once_when_it_begins_and_ends(caplog: pytest.LogCaptureF
     for _ in range(WINDOW):
         bench.decide("small", draw.random())
     assert bench.value("drift") < DRIFT_LIMIT
-    # Random scores may stray among the first few hundred; from here on they don't.
+    # Drift of a few hundred random scores may exceed the limit; from here on it does not.
     caplog.clear()
     bench.decide("large", 0.95, times=WINDOW // 2)
     assert bench.value("drift") > DRIFT_LIMIT

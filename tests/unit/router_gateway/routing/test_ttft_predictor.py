@@ -57,7 +57,7 @@ def test_bound_follows_a_route_that_became_slower() -> None:
     for index in range(2 * WINDOW):
         tokens = 10.0 + 97 * index % 500
         line.observe(tokens, 4 * seconds_of(tokens), 1.0)
-        # While old and new are mixed, nothing is promised that the new predictor doesn't keep, but for the first two.
+        # With old and new samples mixed, the bound covers the new speed from the third new sample on.
         assert index < 2 or (line.bound(100, 1.0) or 0) >= 0.99 * 4 * seconds_of(100)
     assert line.bound(100, 1.0) == pytest.approx(4 * seconds_of(100))
 
@@ -119,7 +119,7 @@ TOKEN_SECONDS = 0.01
 
 
 class Gateway:
-    """Computes prompts one after the other, on a clock that only this moves."""
+    """Computes prompts one after another; the clock moves only here."""
 
     def __init__(self, first_shards: int = 1) -> None:
         self.now = 0.0
@@ -189,7 +189,7 @@ def test_prediction_subtracts_prefill_already_done(gateway: Gateway) -> None:
     first, second = gateway.predictor.track(300, "weak"), gateway.predictor.track(100, "weak")
     gateway.now += 1.0
     assert gateway.predictor.predict_seconds("weak", 200) == pytest.approx(5.0)
-    # It takes longer than its route's predictor, but the second one has not begun.
+    # The first prompt takes longer than predicted, and the second one has not started.
     gateway.now += 3.0
     assert gateway.predictor.predict_seconds("weak", 200) == pytest.approx(3.0)
     first.prompt_computed()
@@ -207,24 +207,24 @@ LEARNING, ASKED = 100, 3_000
 
 @dataclass
 class Shards:
-    """Prompts wait in line; `pace` is a factor on all times at a moment."""
+    """Shards that compute one prompt after another; `slowdown` is a factor on all durations at a time."""
 
     draw: random.Random
-    pace: Callable[[float], float]
+    slowdown: Callable[[float], float]
     now: float = 0.0
     free_at: float = 0.0
-    # Moments at which a first text leaves, and whose.
+    # Times of first texts, and their requests.
     due: list[tuple[float, TrackedRequest]] = field(default_factory=list)
 
     def compute(self, run: TrackedRequest, route: str, tokens: int) -> float:
-        """The moment of the first text."""
-        seconds = tokens * ROUTE_TOKEN_SECONDS[route] * self.pace(self.now) * self.draw.lognormvariate(0, NOISE)
+        """The time of the first text."""
+        seconds = tokens * ROUTE_TOKEN_SECONDS[route] * self.slowdown(self.now) * self.draw.lognormvariate(0, NOISE)
         self.free_at = max(self.now, self.free_at) + seconds
         self.due.append((self.free_at + OVERHEAD_SECONDS, run))
         return self.due[-1][0]
 
     def pass_time(self, until: float) -> None:
-        """Everything that is due by then happens."""
+        """Delivers every first text that is due by then."""
         while self.due and self.due[0][0] <= until:
             self.now, run = self.due.pop(0)
             run.prompt_computed()
@@ -237,14 +237,14 @@ class Kept:
     taken: int = 0
     met: int = 0
     refused: int = 0
-    # Refused, though the cheapest route would have been in time, had nothing strayed.
+    # Refused although the cheapest route, without noise, would have met the objective.
     wrongly: int = 0
 
 
-def promised(pace: Callable[[float], float], mean_gap: float, seed: int = 1) -> Kept:
-    """Requests at random moments, with objectives from below the time of an idle cluster to far above it."""
+def simulate(slowdown: Callable[[float], float], mean_gap: float, seed: int = 1) -> Kept:
+    """Simulates requests at random times, with objectives from below to far above the TTFT of an idle cluster."""
     draw, kept = random.Random(seed), Kept()
-    shards = Shards(draw, pace)
+    shards = Shards(draw, slowdown)
     predictor = TtftPredictor(ROUTE_TOKEN_SECONDS, lambda: 1, lambda: shards.now)
     for index in range(LEARNING + ASKED):
         shards.pass_time(shards.now + draw.expovariate(1 / mean_gap))
@@ -264,7 +264,9 @@ def promised(pace: Callable[[float], float], mean_gap: float, seed: int = 1) -> 
         except ObjectivesUnmet:
             kept.refused += 1
             waited = max(shards.free_at - shards.now, 0)
-            kept.wrongly += waited + tokens * ROUTE_TOKEN_SECONDS["weak"] * pace(shards.now) + OVERHEAD_SECONDS <= limit
+            kept.wrongly += (
+                waited + tokens * ROUTE_TOKEN_SECONDS["weak"] * slowdown(shards.now) + OVERHEAD_SECONDS <= limit
+            )
             continue
         began = shards.now
         done = shards.compute(predictor.track(tokens, decision.route), decision.route, tokens)
@@ -275,12 +277,12 @@ def promised(pace: Callable[[float], float], mean_gap: float, seed: int = 1) -> 
 
 @pytest.mark.parametrize("mean_gap", [5.0, 0.6, 0.3, 0.15])
 def test_predictions_hold_at_any_load(mean_gap: float) -> None:
-    kept = promised(lambda now: 1.0, mean_gap)
+    kept = simulate(lambda now: 1.0, mean_gap)
     assert kept.met / kept.taken >= 0.95
     assert kept.wrongly / (kept.wrongly + kept.taken) <= 0.3
 
 
 @pytest.mark.parametrize("seconds", [60.0, 300.0])
 def test_predictions_hold_when_shards_change_speed(seconds: float) -> None:
-    kept = promised(lambda now: 1.0 if int(now / seconds) % 2 else 2.0, 0.6)
+    kept = simulate(lambda now: 1.0 if int(now / seconds) % 2 else 2.0, 0.6)
     assert kept.met / kept.taken >= 0.95

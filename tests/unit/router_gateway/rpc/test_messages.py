@@ -100,7 +100,7 @@ BAD = b"caf\xe9!"
 
 
 def broken(message: Message) -> bytes:
-    """The message on the wire, with `caf??` turned into bytes that are no UTF-8."""
+    """The message on the wire, with bytes that are not UTF-8 in place of `caf??`."""
     return message.SerializeToString().replace(b"caf??", BAD)
 
 

@@ -422,7 +422,7 @@ async def test_defect_is_logged_and_its_text_is_not_sent(
 
 
 async def raw(reach: Reach, method: str, data: bytes) -> None:
-    """Sends bytes as they are."""
+    """Calls a method with these bytes as its request."""
     async with reach(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as gateway:
         path = f"/stitch.v1.Inference/{method}"
         if method.startswith("Generate"):

@@ -62,7 +62,7 @@ async def test_context_is_limited_by_the_smallest_kv() -> None:
 
 async def test_routes_are_ordered_by_parameters_once_all_are_known() -> None:
     bottom = FakeShard("bottom-0", "bottom")
-    # A route that leaves earlier may read more, if it enters the other model earlier, too.
+    # A route with fewer bottom layers may read more parameters if it has more top layers.
     bottom.parameters = {"weak": 1_000, "strong": 900}
     async with registry_of(bottom, FakeShard("top-0", "top")) as (cluster, registry):
         models = ModelRegistry(cluster, registry)

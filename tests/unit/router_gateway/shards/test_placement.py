@@ -72,7 +72,7 @@ async def test_draining_replica_is_never_chosen() -> None:
     async with registry_of(*fakes) as (cluster, registry):
         placement = Placement(cluster, registry)
         await registry.refresh()
-        # Neither by its free KV nor because the other one failed.
+        # Neither for its free KV nor because the other replica failed.
         assert chosen(placement) == ("bottom-1", "top-0")
         assert chosen(placement, Counter({"bottom-1": 9})) == ("bottom-1", "top-0")
         candidates = placement.choose_candidates(("weak", "strong"), NO_FAILURES)

@@ -50,7 +50,7 @@ def test_text_comes_with_the_token_that_completes_it() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_random_tokens_decode_as_at_once(seed: int) -> None:
     draw = random.Random(seed)
-    # Mostly bytes that are no characters, as a model with random weights says.
+    # Mostly invalid bytes, as from a model with random weights.
     ids = [draw.randrange(3, 200 if seed % 2 else 350) for _ in range(400)]
     detokenizer = Detokenizer(byte_tokenizer().decode)
     assert "".join(pieces(detokenizer, ids)) == byte_tokenizer().decode(ids)
