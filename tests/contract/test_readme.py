@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import router_gateway.cli
 import stitch.cli.main
 import stitch_server.cli
 import stitch_training.cli
+from stitch.cluster import BatchingConfig, ComputeConfig
+from stitch.settings import Settings
+from stitch.tls import TlsFiles
 from tests.support.fake_gateway import FakeGateway, serving
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +29,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "router-gateway": router_gateway.cli.build_parser,
     "stitch-train": stitch_training.cli.build_parser,
 }
+SECTIONS: dict[str, type[Settings]] = {"compute": ComputeConfig, "batching": BatchingConfig, "tls": TlsFiles}
 
 
 @pytest.fixture(params=PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -34,8 +39,8 @@ def page(request: pytest.FixtureRequest) -> Path:
 
 
 def test_make_targets_exist(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = {word for words in _commands(page, "make") for word in words[1:] if re.fullmatch("[a-z]+", word)}
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {word for words in _commands(page, "make") for word in words[1:] if re.fullmatch("[a-z-]+", word)}
     assert named <= targets
 
 
@@ -58,6 +63,14 @@ def test_the_readme_shows_the_two_commands() -> None:
 
 def test_readme_stays_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_settings_in_the_configuration_page_exist() -> None:
+    page = (ROOT / "docs/configuration.md").read_text()
+    sections = tomllib.loads("\n".join(re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)))
+    assert set(sections) == {"compute", "batching", "tls"}
+    for name, fields in sections.items():
+        assert set(fields) <= set(SECTIONS[name].model_fields)
 
 
 def test_architecture_stays_short() -> None:
