@@ -1,4 +1,4 @@
-"""Attention over one sequence's whole past, written out as the formula says. Knows no blocks and no kernels."""
+"""Attention over one sequence's context, written out as the formula says, without blocks or kernels."""
 
 from __future__ import annotations
 

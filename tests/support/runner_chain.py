@@ -1,4 +1,4 @@
-"""Two runners one behind the other, and what they must compute together."""
+"""Two runners in a chain, bottom and top, and the reference that they must equal together."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 from stitch.sampling import Sampling
 from stitch_server.attention import backend_for
 from stitch_server.attention.flash import PAGE_TOKENS
-from stitch_server.engine.types import Batch, LayerRange, Segment, StepOutput, in_layer_order
-from stitch_server.engine.types import Session as Kept
+from stitch_server.engine.types import Batch, LayerRange, Segment, Session, StepOutput, in_layer_order
 from stitch_server.kv_cache.block_pool import blocks_for
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.decoder import DecoderLayers
@@ -38,7 +37,7 @@ TOP_FIRST = 1
 
 @dataclass(frozen=True)
 class Halves:
-    """Both shards of a pair, and what they must equal together."""
+    """The runners of both shards of a pair, and the references by route."""
 
     bottom: ModelRunner
     top: ModelRunner
@@ -91,25 +90,25 @@ def load(pair: TinyPair, folder: Path, as_on_a_gpu: bool = False, weight_format:
 
 @dataclass
 class Chain:
-    """Two runners one behind the other, with sequences whose blocks lie apart."""
+    """Two runners in a chain, and sessions whose blocks are not adjacent."""
 
     halves: Halves
     free: list[int] = field(default_factory=lambda: list(range(BLOCKS)))
     blocks: dict[int, list[int]] = field(default_factory=dict)
 
-    def session(self, route: str, token_ids: Sequence[int], **sampling: object) -> Kept:
-        kept = Kept(route, (), Sampling(**sampling), list(token_ids), len(token_ids))  # type: ignore[arg-type]
+    def session(self, route: str, token_ids: Sequence[int], **sampling: object) -> Session:
+        session = Session(route, (), Sampling(**sampling), list(token_ids), len(token_ids))  # type: ignore[arg-type]
         # Every second block, from the end.
-        self.blocks[kept.id] = [self.free.pop(-1 - index % 2) for index in range(8)]
-        return kept
+        self.blocks[session.id] = [self.free.pop(-1 - index % 2) for index in range(8)]
+        return session
 
-    def segment(self, kept: Kept, length: int | None = None, wants_token: bool = True) -> Segment:
-        """The next tokens of a sequence: all that are left, or `length`."""
-        position = kept.cached
-        length = len(kept.token_ids) - position if length is None else length
-        kept.cached += length
-        blocks = self.blocks[kept.id][: blocks_for(kept.cached)]
-        return Segment(kept, LayerRange(0, ROUTES[kept.route][0]), position, length, wants_token, blocks)
+    def segment(self, session: Session, length: int | None = None, wants_token: bool = True) -> Segment:
+        """The next `length` tokens of a session; by default all that are left."""
+        position = session.cached
+        length = len(session.token_ids) - position if length is None else length
+        session.cached += length
+        blocks = self.blocks[session.id][: blocks_for(session.cached)]
+        return Segment(session, LayerRange(0, ROUTES[session.route][0]), position, length, wants_token, blocks)
 
     def bottom(self, *segments: Segment, pipelined: bool = False) -> tuple[Batch, StepOutput]:
         batch = Batch(in_layer_order(segments), pipelined)
@@ -133,14 +132,14 @@ class Chain:
         return arrived, self.halves.top.run(arrived)
 
     def run(self, *segments: Segment) -> dict[int, int]:
-        """Sampled ids by the number of their sequence."""
+        """Sampled token ids by session id."""
         batch, output = self.bottom(*segments)
         arrived, answer = self.top(batch, rows_of(batch, output))
         return {arrived.segments[index].session.id: token.id for index, token in answer.tokens.items()}
 
-    def expected(self, kept: Kept) -> int:
-        """What `transformers` says comes next."""
-        return int(self.halves.references[kept.route].logits(kept.token_ids)[-1, :TOKENS].argmax())
+    def expected(self, session: Session) -> int:
+        """The most likely next token by `transformers`."""
+        return int(self.halves.references[session.route].logits(session.token_ids)[-1, :TOKENS].argmax())
 
 
 def rows_of(batch: Batch, output: StepOutput) -> tuple[Tensor, ...]:

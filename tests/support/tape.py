@@ -1,7 +1,7 @@
-"""Captures a function's operators on a processor as a CUDA graph does on a GPU. Knows no model.
+"""Captures a function's operators on a CPU as a CUDA graph does on a GPU.
 
-A replay runs the same operators over the same memory, with the numbers that the host had when they were recorded. What
-a graph can't hold, because the host would have to wait for the device or send it something, is refused.
+A replay runs the same operators over the same memory, with the host's values at the time of the capture. Operators that
+a graph can't hold, because the host would wait for the device or send it data, raise HostSynchronized.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch.utils._pytree import tree_leaves
 from stitch_server.worker.cuda_graphs import Replay
 
 _ATEN = torch.ops.aten
-# Numbers that go to the host, tensors whose size depends on values, and tensors made of the host's numbers.
+# They return values to the host, tensors whose size depends on values, or tensors made of the host's values.
 REFUSED = {
     _ATEN._local_scalar_dense.default,
     _ATEN.nonzero.default,
     _ATEN.equal.default,
     _ATEN.lift_fresh.default,
 }
-# By a mask, the size of what they read or write depends on values, too.
+# With a mask, the number of elements that they read or write depends on values, too.
 INDEXING = {_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default}
 
 
 class HostSynchronized(Exception):
-    """In the middle of a captured function."""
+    """A captured function made the host wait for the device, or send it data."""
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -48,11 +48,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass
 class Tape:
-    """A `Capture`; counts."""
+    """A `Capture` that counts its captures and replays."""
 
     captured: int = 0
     replayed: int = 0
-    # Operators of each captured function.
+    # The number of operators of each captured function.
     lengths: list[int] = field(default_factory=list)
 
     def __call__(self, compute: Callable[[], Tensor]) -> Replay:
@@ -76,7 +76,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _overwrite(kept: Iterable[Tensor], anew: Iterable[Tensor]) -> None:
-    """Results go to where they went when they were recorded; views and what is changed in place are there already."""
+    """Copies the results to the memory of the recorded ones; views and in-place results are there already."""
     for old, new in zip(kept, anew, strict=True):
         if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
             old.copy_(new)

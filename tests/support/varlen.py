@@ -1,6 +1,6 @@
-"""PyTorch's `varlen_attn` on a processor: written out as the formula says, and as strict as its kernel for GPUs.
+"""PyTorch's `varlen_attn` on a CPU: the formula written out, with the checks of PyTorch's kernel for GPUs.
 
-One operator for PyTorch, so that who records operators sees one, as on a GPU. Knows no store.
+It is one custom operator, so a recorder of operators sees one call, as on a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def varlen(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> Tensor:
-    """Over pages alone; the arguments are those of `torch.nn.attention.varlen.varlen_attn`."""
+    """Over paged KV only; the arguments are those of `torch.nn.attention.varlen.varlen_attn`."""
     assert scale is not None
     assert seqused_k is not None
     assert block_table is not None
@@ -66,7 +66,7 @@ def _varlen(
 
 
 def _attended(query: Tensor, keys: Tensor, values: Tensor, scale: float, window_size: list[int]) -> Tensor:
-    """Of one sequence whose last tokens ask."""
+    """Attention of one sequence, whose last tokens have queries."""
     group = query.shape[1] // keys.shape[1]
     scores = torch.einsum("qhd,khd->hqk", query, keys.repeat_interleave(group, 1)) * scale
     positions = torch.arange(len(keys))
@@ -87,7 +87,7 @@ def _check(
     seqused_k: Tensor,
     block_table: Tensor,
 ) -> None:
-    """What `mha_varlen_fwd` of PyTorch 2.13 checks, and that what it is told twice agrees."""
+    """The checks of `mha_varlen_fwd` in PyTorch 2.13, and that redundant arguments agree."""
     sequences, head_dim = len(seqused_k), query.shape[2]
     for ints in (cu_seq_q, cu_seq_k, seqused_k, block_table):
         assert ints.dtype is torch.int32

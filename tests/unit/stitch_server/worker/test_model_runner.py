@@ -17,16 +17,16 @@ from tests.support.tiny_model import TOKENS, write_tiny_pair
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_next_token_equals_that_of_transformers(chain: Chain, route: str) -> None:
-    kept = chain.session(route, prompt(21))
-    assert chain.run(chain.segment(kept)) == {kept.id: chain.expected(kept)}
+    session = chain.session(route, prompt(21))
+    assert chain.run(chain.segment(session)) == {session.id: chain.expected(session)}
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 20])
 def test_chunked_prefill_gives_the_same_token(chain: Chain, chunk: int) -> None:
-    kept = chain.session("weak", prompt(40))
-    while len(kept.token_ids) - kept.cached > chunk:
-        assert chain.run(chain.segment(kept, chunk, wants_token=False)) == {}
-    assert chain.run(chain.segment(kept)) == {kept.id: chain.expected(kept)}
+    session = chain.session("weak", prompt(40))
+    while len(session.token_ids) - session.cached > chunk:
+        assert chain.run(chain.segment(session, chunk, wants_token=False)) == {}
+    assert chain.run(chain.segment(session)) == {session.id: chain.expected(session)}
 
 
 def test_routes_of_different_depths_share_batches(chain: Chain) -> None:
@@ -34,16 +34,16 @@ def test_routes_of_different_depths_share_batches(chain: Chain) -> None:
     chain.run(chain.segment(weak, 10, wants_token=False))
     for _ in range(4):
         answers = chain.run(chain.segment(weak), chain.segment(strong))
-        for kept in (weak, strong):
-            assert answers[kept.id] == chain.expected(kept)
-            kept.token_ids.append(answers[kept.id])
+        for session in (weak, strong):
+            assert answers[session.id] == chain.expected(session)
+            session.token_ids.append(answers[session.id])
 
 
 def test_two_chunks_of_one_session_in_one_batch(chain: Chain) -> None:
-    kept, other = chain.session("weak", prompt(30)), chain.session("strong", prompt(5, 1))
-    segments = [chain.segment(kept, 12, wants_token=False), chain.segment(other), chain.segment(kept)]
+    session, other = chain.session("weak", prompt(30)), chain.session("strong", prompt(5, 1))
+    segments = [chain.segment(session, 12, wants_token=False), chain.segment(other), chain.segment(session)]
     answers = chain.run(*segments)
-    assert answers == {kept.id: chain.expected(kept), other.id: chain.expected(other)}
+    assert answers == {session.id: chain.expected(session), other.id: chain.expected(other)}
 
 
 def test_segment_of_a_shallow_route_keeps_the_output_of_its_last_layer(chain: Chain) -> None:
@@ -65,11 +65,11 @@ def test_only_segments_that_want_a_token_are_sampled(chain: Chain) -> None:
 
 
 def test_token_has_its_position_and_logprobs(chain: Chain) -> None:
-    kept = chain.session("strong", prompt(6), logprobs=2)
-    batch, output = chain.bottom(chain.segment(kept))
+    session = chain.session("strong", prompt(6), logprobs=2)
+    batch, output = chain.bottom(chain.segment(session))
     _, answer = chain.top(batch, rows_of(batch, output))
     token = answer.tokens[0]
-    expected = chain.halves.references["strong"].logits(kept.token_ids)[-1, :TOKENS].log_softmax(0)
+    expected = chain.halves.references["strong"].logits(session.token_ids)[-1, :TOKENS].log_softmax(0)
     assert (token.id, token.position) == (int(expected.argmax()), 6)
     assert token.logprobs is not None
     assert token.logprobs.logprob == pytest.approx(float(expected.max()), abs=1e-3)
@@ -77,8 +77,8 @@ def test_token_has_its_position_and_logprobs(chain: Chain) -> None:
 
 
 def test_penalties_count_all_tokens_of_the_session(chain: Chain) -> None:
-    kept = chain.session("weak", prompt(6))
-    favourite = chain.expected(kept)
+    session = chain.session("weak", prompt(6))
+    favourite = chain.expected(session)
     shy = chain.session("weak", [*prompt(5), favourite], repetition_penalty=10.0)
     logits = chain.halves.references["weak"].logits(shy.token_ids)[-1].clone()
     seen = torch.tensor(shy.token_ids)
@@ -89,8 +89,8 @@ def test_penalties_count_all_tokens_of_the_session(chain: Chain) -> None:
 class TestNonFinite:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     def test_only_the_segment_with_the_value_is_reported(self, chain: Chain, value: float) -> None:
-        kept = [chain.session(route, prompt(5, seed)) for seed, route in enumerate(("weak", "strong", "weak"))]
-        batch, output = chain.bottom(*(chain.segment(one) for one in kept))
+        sessions = [chain.session(route, prompt(5, seed)) for seed, route in enumerate(("weak", "strong", "weak"))]
+        batch, output = chain.bottom(*(chain.segment(one) for one in sessions))
         hidden = [rows.clone() for rows in rows_of(batch, output)]
         victim = batch.segments[1].session
         hidden[1][2, 3] = value
@@ -110,11 +110,11 @@ class TestNonFinite:
         assert (answer.non_finite, answer.tokens) == (frozenset({0}), {})
 
     def test_its_blocks_are_usable_afterwards(self, chain: Chain) -> None:
-        kept = chain.session("weak", prompt(5))
-        batch, output = chain.bottom(chain.segment(kept))
+        session = chain.session("weak", prompt(5))
+        batch, output = chain.bottom(chain.segment(session))
         chain.top(batch, [rows * float("nan") for rows in rows_of(batch, output)])
-        kept.cached = 0
-        assert chain.run(chain.segment(kept)) == {kept.id: chain.expected(kept)}
+        session.cached = 0
+        assert chain.run(chain.segment(session)) == {session.id: chain.expected(session)}
 
 
 class TestAsOnAGpu:
@@ -137,13 +137,13 @@ class TestAsOnAGpu:
 
     def decode(self, chain: Chain, *routes: str, steps: int = 3) -> tuple[int, int]:
         """Replays of one step on the bottom and on the top, of sessions whose tokens are checked."""
-        kept = [chain.session(route, prompt(5 + seed, seed)) for seed, route in enumerate(routes)]
+        sessions = [chain.session(route, prompt(5 + seed, seed)) for seed, route in enumerate(routes)]
         halves = chain.halves.bottom, chain.halves.top
         for step in range(steps + 1):
             if step == 1:
                 before = [self.replays(half) for half in halves]
-            answers = chain.run(*(chain.segment(one) for one in kept))
-            for one in kept:
+            answers = chain.run(*(chain.segment(one) for one in sessions))
+            for one in sessions:
                 assert answers[one.id] == chain.expected(one)
                 one.token_ids.append(answers[one.id])
         bottom, top = (self.replays(half) - count for half, count in zip(halves, before, strict=True))
@@ -172,8 +172,8 @@ class TestAsOnAGpu:
         waited: list[ModelRunner] = []
         for half in (chain.halves.bottom, chain.halves.top):
             monkeypatch.setattr(half, "synchronize", partial(waited.append, half))
-        kept = chain.session("weak", prompt(tokens))
-        chain.run(chain.segment(kept))
+        session = chain.session("weak", prompt(tokens))
+        chain.run(chain.segment(session))
         assert [waited.count(half) for half in (chain.halves.bottom, chain.halves.top)] == waits
 
 
@@ -201,13 +201,13 @@ class TestMeasurements:
         monkeypatch.setattr(torch, "get_num_threads", lambda: wanted[-1])
         monkeypatch.setattr(torch, "set_num_threads", wanted.append)
         monkeypatch.setattr(chain.halves.bottom, "tuner", ParallelismTuner(7, threads_while_pipelined=5))
-        kept = chain.session("weak", prompt(20))
+        session = chain.session("weak", prompt(20))
         for pipelined in (False, True, False):
-            chain.bottom(chain.segment(kept, 5), pipelined=pipelined)
+            chain.bottom(chain.segment(session, 5), pipelined=pipelined)
         # The third is the trial of one thread.
         assert wanted[1:] == [7, 5, 1]
 
     def test_segment_without_hidden_states_is_refused(self, chain: Chain) -> None:
-        kept = chain.session("weak", prompt(5))
+        session = chain.session("weak", prompt(5))
         with pytest.raises(ValueError, match="without hidden states"):
-            chain.halves.top.run(Batch((chain.segment(kept),)))
+            chain.halves.top.run(Batch((chain.segment(session),)))

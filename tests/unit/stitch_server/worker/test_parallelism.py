@@ -171,9 +171,9 @@ def test_one_thread_leaves_one_candidate(splittable: bool) -> None:
     assert set(chosen(ParallelismTuner(1, 1), 200, slower, PassShape(64, splittable=splittable))) == {Parallelism(1, 1)}
 
 
-def segment(length: int, position: int = 0, sequence: Session | None = None) -> Segment:
-    sequence = sequence or Session("strong", (), Sampling(), [], 0)
-    return Segment(sequence, LayerRange(0, 4), position, length, wants_token=True, blocks=())
+def segment(length: int, position: int = 0, session: Session | None = None) -> Segment:
+    session = session or Session("strong", (), Sampling(), [], 0)
+    return Segment(session, LayerRange(0, 4), position, length, wants_token=True, blocks=())
 
 
 class TestSplit:
@@ -210,14 +210,14 @@ class TestSplit:
 
     def test_chunks_of_one_sequence_share_a_micro_batch(self) -> None:
         first, other = segment(4), segment(8)
-        later = segment(4, position=4, sequence=first.session)
+        later = segment(4, position=4, session=first.session)
         assert [one.segments for one in split([first, other, later], 2)] == [[first, later], [other]]
 
     def test_micro_batches_depend_on_each_other_only_by_a_shared_sequence(self) -> None:
         twice, other = segment(4), segment(4)
         assert not share_a_sequence(split([twice, other], 2))
         assert share_a_sequence(split([twice, segment(2)], 2))
-        later = segment(4, position=4, sequence=twice.session)
+        later = segment(4, position=4, session=twice.session)
         assert share_a_sequence(split([twice, other, later], 3))
 
 
@@ -323,15 +323,15 @@ class TestSplitPasses:
         self, chain: Chain, splits: list[list[int]], route: str
     ) -> None:
         for seed in range(10):
-            kept = chain.session(route, prompt(40, seed))
-            assert chain.run(chain.segment(kept)) == {kept.id: chain.expected(kept)}
-            chain.free.extend(chain.blocks[kept.id])
+            session = chain.session(route, prompt(40, seed))
+            assert chain.run(chain.segment(session)) == {session.id: chain.expected(session)}
+            chain.free.extend(chain.blocks[session.id])
         assert splits == [[20, 20]] * 20
 
     def test_micro_batches_hold_segments_of_all_routes(self, chain: Chain, splits: list[list[int]]) -> None:
-        kept = [chain.session("weak" if seed % 2 else "strong", prompt(9 + seed, seed)) for seed in range(6)]
-        answers = chain.run(*(chain.segment(one) for one in kept))
-        assert answers == {one.id: chain.expected(one) for one in kept}
+        sessions = [chain.session("weak" if seed % 2 else "strong", prompt(9 + seed, seed)) for seed in range(6)]
+        answers = chain.run(*(chain.segment(one) for one in sessions))
+        assert answers == {one.id: chain.expected(one) for one in sessions}
         assert splits == [[35, 34]] * 2
 
     def test_prefill_and_decode_share_a_split_pass(self, chain: Chain, splits: list[list[int]]) -> None:
@@ -348,9 +348,9 @@ class TestSplitPasses:
         assert [sum(rows) for rows in splits] == [27, 27, 37, 37]
 
     def test_two_chunks_of_one_sequence_are_split_from_others(self, chain: Chain, splits: list[list[int]]) -> None:
-        kept, other = (chain.session("weak", prompt(tokens, tokens)) for tokens in (30, 12))
-        first, between, last = chain.segment(kept, 16), chain.segment(other), chain.segment(kept)
-        assert chain.run(first, between, last)[kept.id] == chain.expected(kept)
+        session, other = (chain.session("weak", prompt(tokens, tokens)) for tokens in (30, 12))
+        first, between, last = chain.segment(session, 16), chain.segment(other), chain.segment(session)
+        assert chain.run(first, between, last)[session.id] == chain.expected(session)
         assert splits == [[21, 21]] * 2
 
     @pytest.mark.parametrize(
@@ -369,23 +369,23 @@ class TestSplitPasses:
         for repetition in range(3):
             splits.clear()
             routes = ["weak", "strong", "weak"]
-            kept = [
+            sessions = [
                 compiled.session(*one)
                 for one in zip(routes, [prompt(n, repetition + n) for n in lengths], strict=False)
             ]
-            answers = compiled.run(*(compiled.segment(one) for one in kept))
-            assert answers == {one.id: compiled.expected(one) for one in kept}
+            answers = compiled.run(*(compiled.segment(one) for one in sessions))
+            assert answers == {one.id: compiled.expected(one) for one in sessions}
             assert splits == [rows] * 2 * bool(rows)
-            for one in kept:
+            for one in sessions:
                 compiled.free.extend(compiled.blocks[one.id])
 
     def test_decode_step_is_not_split(self, chain: Chain, splits: list[list[int]]) -> None:
-        kept = [chain.session("weak", prompt(1, seed)) for seed in range(7)]
-        chain.run(*(chain.segment(one) for one in kept))
+        sessions = [chain.session("weak", prompt(1, seed)) for seed in range(7)]
+        chain.run(*(chain.segment(one) for one in sessions))
         assert splits == []
 
     def test_failed_micro_batch_fails_its_pass_alone(self, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-        kept = chain.session("weak", prompt(40))
+        session = chain.session("weak", prompt(40))
         run_micro_batch = ModelRunner._run_micro_batch
 
         def failing(self: ModelRunner, segments: Any, hidden: Tensor, *barriers: Any) -> Tensor:
@@ -396,6 +396,6 @@ class TestSplitPasses:
         with monkeypatch.context() as broken:
             broken.setattr(ModelRunner, "_run_micro_batch", failing)
             with pytest.raises(RuntimeError, match="no memory"):
-                chain.bottom(chain.segment(kept))
-        kept.cached = 0
-        assert chain.run(chain.segment(kept)) == {kept.id: chain.expected(kept)}
+                chain.bottom(chain.segment(session))
+        session.cached = 0
+        assert chain.run(chain.segment(session)) == {session.id: chain.expected(session)}
