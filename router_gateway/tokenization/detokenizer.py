@@ -35,9 +35,9 @@ class Detokenizer:
         self._decode = decode
         self._silent = silent
         self._window: list[int] = []
-        # Tokens of the window whose text was returned, and characters of the window's text that were returned.
+        # Tokens at the window's start that are context, and the window's text that was returned, theirs included.
         self._context_tokens = 0
-        self._returned = 0
+        self._returned = ""
 
     def push(self, token_id: int) -> str:
         """The text that is final now; empty within a character."""
@@ -45,9 +45,14 @@ class Detokenizer:
             return ""
         self._window.append(token_id)
         text = self._decode(self._window)
+        if not text.startswith(self._returned):
+            # The new byte may be the start of a character that makes the run of bytes valid again.
+            if text.endswith(REPLACEMENT) and len(self._window) <= MAX_WINDOW_TOKENS:
+                return ""
+            text = self._drop_context()
         piece = self._advance(text, len(text) - _open_characters(text))
         if not text.endswith(REPLACEMENT):
-            self._drop(self._context_tokens)
+            self._keep_as_context()
         elif len(self._window) > MAX_WINDOW_TOKENS:
             self._drop_invalid(text)
         return piece
@@ -55,27 +60,35 @@ class Detokenizer:
     def finish(self) -> str:
         """The text that was held back, incomplete characters as replacements; ends the answer."""
         text = self._decode(self._window)
+        if not text.startswith(self._returned):
+            text = self._drop_context()
         return self._advance(text, len(text))
 
     def _advance(self, text: str, end: int) -> str:
-        piece = text[self._returned : end]
-        self._returned = max(self._returned, end)
+        piece = text[len(self._returned) : end]
+        self._returned += piece
         return piece
 
-    def _drop(self, tokens: int) -> None:
-        """Drops the window's first tokens and keeps the others, whose text was returned, as context."""
-        self._window = self._window[tokens:]
+    def _keep_as_context(self) -> None:
+        """Drops the old context; the other tokens, whose text was returned, become the context of the next ones."""
+        self._window = self._window[self._context_tokens :]
         self._context_tokens = len(self._window)
-        self._returned = len(self._decode(self._window))
+        self._returned = self._decode(self._window)
+
+    def _drop_context(self) -> str:
+        """Drops a context that would be invalid together with the tokens after it, and decodes those alone."""
+        self._window = self._window[self._context_tokens :]
+        self._context_tokens, self._returned = 0, ""
+        return self._decode(self._window)
 
     def _drop_invalid(self, text: str) -> None:
         """Drops a prefix of a window full of invalid bytes, up to where no character spans the end of the prefix."""
         for end in range(len(self._window) - MAX_OPEN_BYTES - 1, 0, -1):
             dropped, kept = self._decode(self._window[:end]), self._decode(self._window[end:])
-            if dropped + kept == text and len(dropped) <= self._returned:
+            if dropped + kept == text and len(dropped) <= len(self._returned):
                 self._window = self._window[end:]
                 self._context_tokens = 0
-                self._returned -= len(dropped)
+                self._returned = self._returned[len(dropped) :]
                 return
 
 
