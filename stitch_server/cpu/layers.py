@@ -85,23 +85,23 @@ def run_layers(
     attended = activations.attended.reshape(tokens, heads, head_dim)
     scale = np.float32(1) / np.sqrt(np.float32(head_dim))
     plan, scratch = divide(paged, heads, threads, instructions.amx), new_scratch(paged, heads, head_dim)
-    heads_at_once = _heads_at_once(head_dim)
-    gates_at_once = outputs_per_task(hidden.shape[1])
+    heads_per_task = _heads_per_task(head_dim)
+    gates_per_task = outputs_per_task(hidden.shape[1])
     normed = np.empty_like(hidden)
-    gate_up = np.empty((tokens, 2 * gates_at_once), np.float32)
+    gate_up = np.empty((tokens, 2 * gates_per_task), np.float32)
     widest = max(hidden.shape[1], activations.attended.shape[1], inner)
     workspace = new_workspace(tokens, widest, layers.down.weight[0], instructions, threads)
     task, done = first_task(counts), 0
     for layer in range(first - layers.first, end - layers.first):
         kv = paged.kv[layers.first + layer - paged.first]
-        stage_end = done + -(-all_heads // heads_at_once)
+        stage_end = done + -(-all_heads // heads_per_task)
         if task < stage_end:
             wait_for(counts, done)
             _rms_norm_rows(hidden, layers.attention_norm[layer], epsilon, normed)
             prepare_input(normed, workspace)
         while task < stage_end:
-            head = (task - done) * heads_at_once
-            last = min(head + heads_at_once, all_heads)
+            head = (task - done) * heads_per_task
+            last = min(head + heads_per_task, all_heads)
             _project_qkv(normed, layers, layer, head, last, epsilon, workspace, states)
             task = next_task(counts)
         done, stage_end = stage_end, stage_end + task_count(plan)
@@ -112,15 +112,15 @@ def run_layers(
             task = next_task(counts)
         matrix = _of_layer(layers.attention_output, layer)
         done, task = _add_linear(activations.attended, matrix, workspace, hidden, stage_end, task, counts)
-        stage_end = done + -(-inner // gates_at_once)
+        stage_end = done + -(-inner // gates_per_task)
         if task < stage_end:
             wait_for(counts, done)
             _rms_norm_rows(hidden, layers.feed_forward_norm[layer], epsilon, normed)
             prepare_input(normed, workspace)
         matrix = _of_layer(layers.gate_up, layer)
         while task < stage_end:
-            gate = (task - done) * gates_at_once
-            _swiglu(normed, matrix, gate, min(gate + gates_at_once, inner), workspace, gate_up, activations.gated)
+            gate = (task - done) * gates_per_task
+            _swiglu(normed, matrix, gate, min(gate + gates_per_task, inner), workspace, gate_up, activations.gated)
             task = next_task(counts)
         matrix = _of_layer(layers.down, layer)
         done, task = _add_linear(activations.gated, matrix, workspace, hidden, stage_end, task, counts)
@@ -129,7 +129,7 @@ def run_layers(
 
 
 @compiled()
-def _heads_at_once(head_dim: int) -> int:
+def _heads_per_task(head_dim: int) -> int:
     """The smallest number of heads that fill whole panels."""
     heads = 1
     while heads * head_dim % PANEL_OUTPUTS != 0:

@@ -170,7 +170,7 @@ def _summed(builder: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
 
 def _folded(builder: ir.IRBuilder, vector: ir.Value, half: int) -> ir.Value:
     low, high = (
-        builder.shuffle_vector(vector, vector.type(ir.Undefined), ir.VectorType(INT32, half)(list(places)))
-        for places in (range(half), range(half, 2 * half))
+        builder.shuffle_vector(vector, vector.type(ir.Undefined), ir.VectorType(INT32, half)(list(lanes)))
+        for lanes in (range(half), range(half, 2 * half))
     )
     return builder.fadd(low, high, flags=_FLAGS)

@@ -54,7 +54,7 @@ _NOTHING = _FLOATS([float("-inf")] * TILE_SIDE)
 
 
 def _typed_transpose(typing: Any, source: Any, rows: Any, begin: Any, index: Any, target: Any, line: Any) -> Intrinsic:
-    """target[line + d, n] = source[rows[begin + n], place + d] for d and n below TILE_SIDE.
+    """target[line + d, n] = source[rows[begin + n], index + d] for d and n below TILE_SIDE.
 
     After the end of `rows` its last one is repeated. Both arrays have contiguous rows; the source's are float32 or the
     bits of bfloat16.

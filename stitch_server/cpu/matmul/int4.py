@@ -290,7 +290,8 @@ def _multiplied(builder: ir.IRBuilder, factor: ir.Value, value: ir.Value, total:
 class Int4Workspace(NamedTuple):
     """One thread's buffers."""
 
-    floats: FloatWorkspace
+    # Of the matmul by dequantized weights.
+    buffers: FloatWorkspace
     # The dequantized weights of a strip.
     wide: Floats
     # The digits of all rows, where VNNI multiplies; reshaped for each number of inputs.
@@ -306,18 +307,18 @@ class Int4Workspace(NamedTuple):
 @compiled()
 def new_int4_workspace(rows: int, inputs: int, instructions: Instructions, threads: int) -> Int4Workspace:
     """Allocates buffers for `rows` rows of up to `inputs` inputs."""
-    floats, split = (
+    buffers, split = (
         new_float_workspace(rows, inputs, instructions.amx, threads),
         rows if instructions.vnni and not instructions.amx else 0,
     )
-    wide = floats.sums.shape[1] * _groups(inputs) * INT4_GROUP if split == 0 else 0
+    wide = buffers.sums.shape[1] * _group_count(inputs) * INT4_GROUP if split == 0 else 0
     at_once, width = (1, ONE_ROW_PANELS * PANEL_OUTPUTS) if rows == 1 else (MAX_ROWS, PANELS * PANEL_OUTPUTS)
     return Int4Workspace(
-        floats,
+        buffers,
         cache_aligned(4 * wide).view(np.float32),
         cache_aligned(_tiles(split) * -(-inputs // INT8_TILE_INPUTS) * TILE_SIDE * INT8_TILE_INPUTS).view(np.int8),
         np.empty(split, np.float32),
-        np.empty(split * _groups(inputs), np.float32),
+        np.empty(split * _group_count(inputs), np.float32),
         cache_aligned(4 * at_once * width).view(np.float32).reshape(at_once, width),
     )
 
@@ -325,20 +326,20 @@ def new_int4_workspace(rows: int, inputs: int, instructions: Instructions, threa
 @compiled()
 def release_int4(workspace: Int4Workspace) -> None:
     """See `dispatch.release_workspace`."""
-    release_float(workspace.floats)
+    release_float(workspace.buffers)
 
 
 @compiled()
 def prepare_int4(x: Floats, workspace: Int4Workspace) -> None:
     """See `dispatch.prepare_input`."""
     if workspace.digits.size == 0:
-        prepare_float(x, workspace.floats)
+        prepare_float(x, workspace.buffers)
         return
     rows, inputs = x.shape
     digits, totals = _digits(workspace, rows, inputs), _totals(workspace, rows, inputs)
     split_into_digits(x, digits, workspace.scales)
     for row in range(rows):
-        for group in range(_groups(inputs)):
+        for group in range(_group_count(inputs)):
             totals[row, group] = _total(digits, DIGITS * row, group)
 
 
@@ -360,7 +361,7 @@ def matmul_int4(
     digits, totals = _digits(workspace, len(x), x.shape[1]), _totals(workspace, len(x), x.shape[1])
     at_once, width = workspace.sums.shape
     for output in range(first, end, width):
-        next_output = output + width if output + width < end else first + workspace.floats.threads * (end - first)
+        next_output = output + width if output + width < end else first + workspace.buffers.threads * (end - first)
         panel, next_panel, count = output // PANEL_OUTPUTS, next_output // PANEL_OUTPUTS, min(width, end - output)
         for top in range(0, len(x), at_once):
             rows = min(at_once, len(x) - top)
@@ -385,18 +386,18 @@ def _matmul_dequantized(
     column: int | np.int64,
     accumulate: np.bool_,
 ) -> None:
-    floats = workspace.floats
-    width, at_once = floats.sums.shape[1], block_rows(len(x), x.shape[1], floats)
-    panels, filled = width // PANEL_OUTPUTS, _groups(x.shape[1]) * INT4_GROUP
+    buffers = workspace.buffers
+    width, at_once = buffers.sums.shape[1], block_rows(len(x), x.shape[1], buffers)
+    panels, filled = width // PANEL_OUTPUTS, _group_count(x.shape[1]) * INT4_GROUP
     wide = workspace.wide[: width * filled].reshape(panels, filled, PANEL_OUTPUTS)
     for output in range(first, end, width):
-        next_output = output + width if output + width < end else first + floats.threads * (end - first)
+        next_output = output + width if output + width < end else first + buffers.threads * (end - first)
         dequantize(matrix.weight, output // PANEL_OUTPUTS, next_output // PANEL_OUTPUTS, wide)
         count = min(width, end - output)
         for top in range(0, len(x), at_once):
             rows = min(at_once, len(x) - top)
-            matmul_strip(x, top, rows, wide, 0, panels, floats)
-            write_strip(floats.sums, rows, matrix, output, count, result, top, column + output - first, accumulate)
+            matmul_strip(x, top, rows, wide, 0, panels, buffers)
+            write_strip(buffers.sums, rows, matrix, output, count, result, top, column + output - first, accumulate)
 
 
 @compiled()
@@ -429,10 +430,10 @@ def _digits(workspace: Int4Workspace, rows: int, inputs: int) -> Digits:
 
 @compiled(forceinline=True)
 def _totals(workspace: Int4Workspace, rows: int, inputs: int) -> Floats:
-    return workspace.totals[: rows * _groups(inputs)].reshape(rows, _groups(inputs))
+    return workspace.totals[: rows * _group_count(inputs)].reshape(rows, _group_count(inputs))
 
 
 @compiled()
-def _groups(inputs: int) -> int:
+def _group_count(inputs: int) -> int:
     """Returns the groups of `inputs` inputs; the last one may be padded."""
     return -(-inputs // INT4_GROUP)

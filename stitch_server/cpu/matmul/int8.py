@@ -196,11 +196,11 @@ def _generate_matmul_int8_tiles(
             byte_offset(builder, rows.data, builder.add(begin, builder.mul(tile_row_stride, INT64(n))))
             for n in range(number)
         ]
-        places = [_panel(builder, weight, builder.add(panel, INT64(n)), last, stride) for n in range(panels)]
+        panel_addresses = [_panel(builder, weight, builder.add(panel, INT64(n)), last, stride) for n in range(panels)]
         prefetch_addresses = [
             _panel(builder, weight, builder.add(next_panel, INT64(n)), last, stride) for n in range(panels)
         ]
-        _emit_k_loop(builder, lines, places, k_tiles, prefetch_addresses, first, prefetched)
+        _emit_k_loop(builder, lines, panel_addresses, k_tiles, prefetch_addresses, first, prefetched)
         for register in range(ACCUMULATORS):
             line, column = divmod(register, panels)
             target = byte_offset(builder, sums.data, INT64((line * TILE_SIDE * panels + column) * TILE_ROW_BYTES))
