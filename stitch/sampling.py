@@ -1,4 +1,4 @@
-"""The sampling parameters of a request: their defaults, their limits, and their proto message."""
+"""The sampling parameters of a request, their defaults and limits, and the token that a shard samples by them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,24 @@ MAX_LOGPROBS = 20
 DEFAULT_MAX_TOKENS = 1024
 
 _REPEATED = ("stop_token_ids", "forced_token_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The log-probability of a sampled token, and the most likely tokens at its position as `(id, logprob)`."""
+
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A sampled token."""
+
+    id: int
+    # In the sequence; the prompt's first token has position 0.
+    position: int
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

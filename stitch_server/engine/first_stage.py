@@ -11,19 +11,12 @@ import time
 from collections.abc import Callable
 
 from stitch.errors import Exhausted, OutOfStep, StitchError, Unavailable
+from stitch.sampling import Token
 from stitch.v1 import shard_pb2
 from stitch_server.engine.in_flight import StepsInFlight
 from stitch_server.engine.request import Request, RequestOutput, RequestStatus
 from stitch_server.engine.scheduler import TOO_LARGE_RETRY_SECONDS, Scheduler
-from stitch_server.engine.types import (
-    Batch,
-    Segment,
-    SessionFailure,
-    StepOutput,
-    StepReply,
-    Token,
-    in_layer_order,
-)
+from stitch_server.engine.types import Batch, Segment, SessionFailure, StepOutput, StepReply, in_layer_order
 from stitch_server.kv_cache.block_pool import BlockPool
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from stitch.errors import Incompatible, OutOfStep, StitchError
+from stitch.sampling import Token
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
 from stitch_server.engine.in_flight import StepsInFlight
@@ -30,7 +31,6 @@ from stitch_server.engine.types import (
     SessionToken,
     StepOutput,
     StepReply,
-    Token,
     in_layer_order,
 )
 from stitch_server.kv_cache.block_pool import BlockPool

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from stitch.errors import StitchError
+from stitch.sampling import Token
 from stitch.v1.inference_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, FinishReason
-from stitch_server.engine.types import RouteDecision, Session, Token
+from stitch_server.engine.types import RouteDecision, Session
 
 
 class RequestStatus(Enum):

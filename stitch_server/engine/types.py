@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from stitch.errors import StitchError
-from stitch.sampling import Sampling
+from stitch.sampling import Sampling, Token
 from stitch.v1.shard_pb2 import FailureCause
 
 if TYPE_CHECKING:
@@ -92,24 +92,6 @@ def in_layer_order(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     """Sorts segments by first layer, then by descending end, so that the tokens of any layer are the leading rows."""
     key = lambda segment: (segment.layers.first, -segment.layers.end, segment.session.route)  # noqa: E731
     return tuple(sorted(segments, key=key))
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """The log-probability of a sampled token, and the most likely tokens at its position as `(id, logprob)`."""
-
-    logprob: float
-    alternatives: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A sampled token."""
-
-    id: int
-    # In the session; the prompt's first token has position 0.
-    position: int
-    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

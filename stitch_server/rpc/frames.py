@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from stitch.errors import InvalidRequest, OutOfStep
-from stitch.sampling import Sampling
+from stitch.sampling import Sampling, Token, TokenLogprobs
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.engine.types import (
     IncomingSegment,
@@ -23,8 +23,6 @@ from stitch_server.engine.types import (
     SessionFailure,
     SessionToken,
     StepReply,
-    Token,
-    TokenLogprobs,
 )
 from stitch_server.rpc.tensors import Packed
 

@@ -19,13 +19,14 @@ from itertools import accumulate, groupby, pairwise
 import torch
 from torch import Tensor
 
+from stitch.sampling import Token
 from stitch_server.attention import AttentionBackend, BatchAttention, Rotary, leading
 from stitch_server.devices import to_device_async
-from stitch_server.engine.types import Batch, LayerRange, RouteDecision, Segment, StepOutput, Token, TokenLogprobs
+from stitch_server.engine.types import Batch, LayerRange, RouteDecision, Segment, StepOutput
 from stitch_server.kv_cache.span import Span
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
-from stitch_server.model.sampler import SampledToken, SampleRequest, sample
+from stitch_server.model.sampler import SampleRequest, sample
 from stitch_server.worker.cuda_graphs import DecodeGraphs
 from stitch_server.worker.parallelism import (
     LayerBarrier,
@@ -194,7 +195,7 @@ class ModelRunner:
         logits = head(hidden[to_device_async(last_rows, hidden.device)])
         sampled = sample(logits, [_sample_request(segments[index]) for index in wanting])
         stages["sample"] = time.perf_counter() - started
-        return {index: _token(segments[index], drawn) for index, drawn in zip(wanting, sampled, strict=True)}
+        return dict(zip(wanting, sampled, strict=True))
 
 
 class _LayerInputs:
@@ -260,8 +261,3 @@ def _sample_request(segment: Segment) -> SampleRequest:
         history=session.token_ids,
         prompt_tokens=session.prompt_tokens,
     )
-
-
-def _token(segment: Segment, drawn: SampledToken) -> Token:
-    logprobs = None if drawn.logprob is None else TokenLogprobs(drawn.logprob, tuple(drawn.alternatives))
-    return Token(drawn.id, segment.position + segment.length, logprobs)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from stitch.sampling import Sampling
+from stitch.sampling import Sampling, Token
 from stitch_server.engine.request import Request, RequestOutput
-from stitch_server.engine.types import Batch, OutgoingStep, SessionToken, StepOutput, StepReply, Token
+from stitch_server.engine.types import Batch, OutgoingStep, SessionToken, StepOutput, StepReply
 
 WIDTH = 4
 # The token that every fake chain samples.

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from stitch.errors import Unavailable
-from stitch_server.engine.types import SessionToken, StepReply, Token
+from stitch.sampling import Token
+from stitch_server.engine.types import SessionToken, StepReply
 from tests.support.engine_fakes import FakeUpstream
 from tests.support.next_stage_harness import BLOCKS, LAYER_RANGES, NextStageHarness, causes, segment
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from stitch.sampling import Token
 from stitch.v1.inference_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
 from stitch_server.engine.request import Request
-from stitch_server.engine.types import Token
 from tests.support.engine_fakes import new_request
 
 

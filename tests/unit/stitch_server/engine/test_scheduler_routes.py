@@ -6,9 +6,10 @@ import random
 
 import pytest
 
+from stitch.sampling import Token
 from stitch_server.engine.request import Request
 from stitch_server.engine.scheduler import BACKOFF_SECONDS
-from stitch_server.engine.types import RouteDecision, Segment, Token
+from stitch_server.engine.types import RouteDecision, Segment
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.engine_fakes import TOKEN_ID, new_request
 from tests.support.scheduler_harness import LAYER_RANGES, SchedulerHarness, request_of

@@ -58,7 +58,8 @@ class TestForced:
     def test_forced_token_has_the_log_probability_of_the_model(self) -> None:
         row = logits()
         (token,) = sample(row, [request(position=3, forced_token_ids=(9,), logprobs=0)])
-        assert token.logprob == pytest.approx(float(row.log_softmax(1)[0, 9]))
+        assert token.logprobs is not None
+        assert token.logprobs.logprob == pytest.approx(float(row.log_softmax(1)[0, 9]))
 
     def test_other_rows_are_sampled_as_without(self) -> None:
         rows = logits(2)
@@ -195,17 +196,19 @@ class TestDraw:
 class TestLogprobs:
     def test_none_unless_requested(self) -> None:
         plain, asked = sample(logits(2), [request(), request(logprobs=0)])
-        assert (plain.logprob, plain.alternatives) == (None, ())
-        assert (asked.logprob is None, asked.alternatives) == (False, ())
+        assert plain.logprobs is None
+        assert asked.logprobs is not None
+        assert asked.logprobs.alternatives == ()
 
     def test_are_those_of_the_unchanged_logits(self) -> None:
         rows = logits()
         token = sample(rows, [request(temperature=0.5, repetition_penalty=5.0, top_k=2, logprobs=3)])[0]
         expected = rows[0].log_softmax(0)
-        assert token.logprob == pytest.approx(float(expected[token.id]))
+        assert token.logprobs is not None
+        assert token.logprobs.logprob == pytest.approx(float(expected[token.id]))
         values, ids = expected.topk(3)
-        assert [at for at, _ in token.alternatives] == ids.tolist()
-        assert [value for _, value in token.alternatives] == pytest.approx(values.tolist())
+        assert [at for at, _ in token.logprobs.alternatives] == ids.tolist()
+        assert [value for _, value in token.logprobs.alternatives] == pytest.approx(values.tolist())
 
 
 def test_padding_id_in_the_history_is_ignored() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stitch.channels import MAX_FRAME_BYTES
 from stitch.errors import InvalidRequest, OutOfStep
-from stitch.sampling import Sampling
+from stitch.sampling import Sampling, Token, TokenLogprobs
 from stitch.v1 import shard_pb2
 from stitch_server.engine.request import Request
 from stitch_server.engine.types import (
@@ -21,8 +21,6 @@ from stitch_server.engine.types import (
     SessionFailure,
     SessionToken,
     StepReply,
-    Token,
-    TokenLogprobs,
 )
 from stitch_server.rpc.frames import (
     FRAME_BYTES,

@@ -12,17 +12,9 @@ import pytest
 import torch
 
 from stitch.errors import Incompatible, StitchError, Unavailable
+from stitch.sampling import Token
 from stitch.v1 import shard_pb2, shard_pb2_grpc
-from stitch_server.engine.types import (
-    LayerRange,
-    LinkEvent,
-    LinkLost,
-    OutgoingStep,
-    Segment,
-    SessionToken,
-    StepReply,
-    Token,
-)
+from stitch_server.engine.types import LayerRange, LinkEvent, LinkLost, OutgoingStep, Segment, SessionToken, StepReply
 from stitch_server.rpc import link_client as links_module
 from stitch_server.rpc.frames import reply_frame
 from stitch_server.rpc.link_client import LinkClient
