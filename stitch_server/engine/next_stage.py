@@ -12,11 +12,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from stitch.errors import Incompatible, OutOfStep, StitchError
-from stitch.sampling import Token
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
 from stitch_server.engine.in_flight import StepsInFlight
@@ -25,32 +24,21 @@ from stitch_server.engine.types import (
     IncomingSegment,
     IncomingStep,
     LayerRange,
+    PendingReply,
+    ReplySlot,
     Segment,
     Session,
     SessionFailure,
-    SessionToken,
+    SessionRefused,
     StepOutput,
     StepReply,
+    Upstream,
     in_layer_order,
 )
 from stitch_server.kv_cache.block_pool import BlockPool
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-class Upstream(Protocol):
-    """The link that a step came from; `reply` is called in the engine's thread."""
-
-    def reply(self, reply: StepReply) -> None: ...
-
-
-class SessionRefused(Exception):
-    """A segment that cannot be computed; its session is closed on this shard."""
-
-    def __init__(self, cause: FailureCause, message: str) -> None:
-        super().__init__(message)
-        self.cause = cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,50 +182,6 @@ class SessionTable:
         self._pool.release(session.id)
         if self._in_flight is not None:
             self._in_flight.close_session(session)
-
-
-@dataclass(slots=True, eq=False)
-class PendingReply:
-    """The reply to one step, while the results of its segments are gathered."""
-
-    upstream: Upstream
-    step: IncomingStep
-    received_at: float
-    # Segments that are neither sampled, nor answered downstream, nor refused.
-    unresolved: int
-    tokens: list[SessionToken] = field(default_factory=list)
-    failures: list[SessionFailure] = field(default_factory=list)
-    # Seconds by stage.
-    stages: dict[str, float] = field(default_factory=dict)
-    # Sessions that the upstream shard closed while the step was queued.
-    closed: set[int] = field(default_factory=set)
-
-    def add_seconds(self, stages: Mapping[str, float]) -> None:
-        for stage, seconds in stages.items():
-            self.stages[stage] = self.stages.get(stage, 0.0) + seconds
-
-    def send(self) -> None:
-        reply = StepReply(self.step.number, tuple(self.tokens), tuple(self.failures), dict(self.stages))
-        self.upstream.reply(reply)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ReplySlot:
-    """The place of one received segment in its step's reply."""
-
-    pending: PendingReply
-    segment: IncomingSegment
-
-    def resolve(self) -> None:
-        """Counts the segment as resolved; its token or failure is added before."""
-        self.pending.unresolved -= 1
-
-    def add_token(self, epoch: int, token: Token) -> None:
-        self.pending.tokens.append(SessionToken(self.segment.session_id, epoch, token))
-
-    def add_failure(self, reason: SessionRefused) -> None:
-        session_id, epoch = self.segment.session_id, self.segment.epoch
-        self.pending.failures.append(SessionFailure(session_id, epoch, reason.cause, str(reason)))
 
 
 class NextStage:
@@ -433,8 +377,8 @@ class NextStage:
 
 
 def _slot_of(segment: Segment) -> ReplySlot:
-    if not isinstance(segment.reply_slot, ReplySlot):
-        raise ValueError("a segment without a reply slot came to a next stage")
+    if segment.reply_slot is None:
+        raise ValueError("a segment without a reply slot reached a shard that is not the first of its chain")
     return segment.reply_slot
 
 

@@ -7,9 +7,9 @@ and only the engine's thread changes it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from stitch.errors import StitchError
 from stitch.sampling import Sampling, Token
@@ -68,7 +68,7 @@ class Segment:
     # The hidden states that the upstream shard sent, [length, hidden]; None on the first shard, which embeds token ids.
     hidden: Tensor | None = None
     # Where the result goes: the reply to the upstream shard's step; None on the first shard.
-    reply_slot: object = None
+    reply_slot: ReplySlot | None = None
     # The routes, cheapest first, of which this pass selects one for the session; empty where the route is known.
     # `layers` is then the range of the earliest cut, and the segment holds all tokens that the route probe reads.
     candidates: tuple[str, ...] = ()
@@ -195,6 +195,64 @@ class StepReply:
     failures: tuple[SessionFailure, ...] = ()
     # Seconds that the step spent downstream, by stage.
     stages: dict[str, float] = field(default_factory=dict)
+
+
+class Upstream(Protocol):
+    """The link that a step came from; `reply` is called in the engine's thread."""
+
+    def reply(self, reply: StepReply) -> None: ...
+
+
+class SessionRefused(Exception):
+    """A segment that cannot be computed; its session is closed on this shard."""
+
+    def __init__(self, cause: FailureCause, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+@dataclass(slots=True, eq=False)
+class PendingReply:
+    """The reply to one step, while the results of its segments are gathered."""
+
+    upstream: Upstream
+    step: IncomingStep
+    received_at: float
+    # Segments that are neither sampled, nor answered downstream, nor refused.
+    unresolved: int
+    tokens: list[SessionToken] = field(default_factory=list)
+    failures: list[SessionFailure] = field(default_factory=list)
+    # Seconds by stage.
+    stages: dict[str, float] = field(default_factory=dict)
+    # Sessions that the upstream shard closed while the step was queued.
+    closed: set[int] = field(default_factory=set)
+
+    def add_seconds(self, stages: Mapping[str, float]) -> None:
+        for stage, seconds in stages.items():
+            self.stages[stage] = self.stages.get(stage, 0.0) + seconds
+
+    def send(self) -> None:
+        reply = StepReply(self.step.number, tuple(self.tokens), tuple(self.failures), dict(self.stages))
+        self.upstream.reply(reply)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReplySlot:
+    """The place of one received segment in its step's reply."""
+
+    pending: PendingReply
+    segment: IncomingSegment
+
+    def resolve(self) -> None:
+        """Counts the segment as resolved; its token or failure is added before."""
+        self.pending.unresolved -= 1
+
+    def add_token(self, epoch: int, token: Token) -> None:
+        self.pending.tokens.append(SessionToken(self.segment.session_id, epoch, token))
+
+    def add_failure(self, reason: SessionRefused) -> None:
+        session_id, epoch = self.segment.session_id, self.segment.epoch
+        self.pending.failures.append(SessionFailure(session_id, epoch, reason.cause, str(reason)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,7 @@ import torch
 from stitch.errors import Incompatible, Unavailable
 from stitch.sampling import Token
 from stitch.v1 import shard_pb2
-from stitch_server.engine.next_stage import IncomingSegment
-from stitch_server.engine.types import SessionFailure, SessionToken, StepOutput, StepReply
+from stitch_server.engine.types import IncomingSegment, SessionFailure, SessionToken, StepOutput, StepReply
 from tests.support.engine_fakes import WIDTH, FakeUpstream
 from tests.support.next_stage_harness import BLOCKS, NextStageHarness, causes, segment
 

@@ -9,8 +9,8 @@ import pytest
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2
 from stitch_server.engine.in_flight import StepsInFlight
-from stitch_server.engine.next_stage import SessionRefused, SessionTable
-from stitch_server.engine.types import IncomingSegment, LayerRange, Session
+from stitch_server.engine.next_stage import SessionTable
+from stitch_server.engine.types import IncomingSegment, LayerRange, Session, SessionRefused
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
 from tests.support.engine_fakes import FakeDownstream, FakeUpstream
 
