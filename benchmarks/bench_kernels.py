@@ -1,36 +1,142 @@
-"""What do compiled kernels give? Two shards with and without them, in alternation."""
+"""What does each kernel of this project give on a CPU? Whole passes in one process, by kernels and by libraries.
+
+Two models in four formats. All ways of computing take turns; shards and their links are left out, so that nothing but
+passes is compared, and attention can be taken from its kernel, which no cluster file does.
+"""
 
 from __future__ import annotations
 
-from benchmarks.clusters import first_shard, preset, prompt, run, running
-from benchmarks.report import Options, options, ratio, write
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
-DTYPES = ("float32", "bfloat16")
+from benchmarks.clusters import preset, prompt, run
+from benchmarks.pairs_of_kernels import ATTENTION, CALLS, INT8, LAYERS, LIBRARIES, SESSIONS, WIDENED, Pair, pairs
+from benchmarks.report import Options, options, ratio, write
+from stitch.cluster import Cluster
+from stitch.local.running import import_models
+from stitch_server.processor import has_tiles, knows_dots
+
+FORMATS: Mapping[str, Mapping[str, str]] = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"quantization": "int8"},
+    "int4": {"quantization": "int4"},
+}
+PAST_TOKENS, PROMPT_TOKENS = 128, 512
+# What is divided by what: a path's own gain is that over the way which is the same but for it.
+COMPARED = (
+    (LAYERS, LIBRARIES),
+    (LAYERS, CALLS),
+    (CALLS, ATTENTION),
+    (LAYERS, ATTENTION),
+    (ATTENTION, LIBRARIES),
+    (LAYERS, WIDENED),
+    (LAYERS, INT8),
+)
+# Ways that are so slow that a few samples have to do.
+SLOW = (WIDENED,)
+SLOW_ROUNDS = 2
+# A model in one format is measured for so many seconds, and at least and at most in so many rounds.
+SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 100.0, 4, 24
+# The first rounds don't count: runners try how passes are best spread over threads.
+WARM_UP = 2
 
 
 async def measure(options: Options) -> None:
-    """Time per token of one stream, in both dtypes."""
+    """Samples are kept after each model and format, in case that a run ends early."""
     samples: dict[str, list[float]] = {}
-    ratios = {}
-    for dtype in DTYPES:
-        without, compiled = await _token_ms(dtype, *((1, 8) if options.tiny else (8, 96)))
-        samples |= {f"{dtype}, libraries, ms a token": without, f"{dtype}, kernels, ms a token": compiled}
-        ratios[f"{dtype}, kernels / libraries"] = ratio(compiled, without)
-    write(options, samples, ratios)
+    ratios: dict[str, float] = {}
+    for model in ("smollm2",) if options.tiny else ("smollm2", "qwen2.5-coder"):
+        cluster = preset(model)
+        if not _is_here(cluster):
+            print(f"  {model} is left out: its files are not on this machine")
+            continue
+        import_models(cluster, lambda name, folder: None)
+        for name, fields in FORMATS.items():
+            found = _measured(pairs(preset(model, **fields)), options.tiny)
+            samples |= {f"{model}, {name}, {key}": values for key, values in found.items()}
+            ratios |= {f"{model}, {name}, {key}": value for key, value in _ratios(found).items()}
+            print(f"== {model} in {name}, and all before", flush=True)
+            write(options, samples, ratios, cpu=_cpu(), amx=has_tiles(), vnni=knows_dots())
 
 
-async def _token_ms(dtype: str, rounds: int, decoded: int) -> tuple[list[float], list[float]]:
-    """Without and with kernels, round by round."""
-    without, compiled = (preset(dtype=dtype, kernels=kernels) for kernels in (False, True))
-    samples: tuple[list[float], list[float]] = [], []
-    with running(without) as first, running(compiled) as second:
-        async with first_shard(first) as one, first_shard(second) as other:
-            for index in range(rounds + 1):
-                for shard, values in zip((one, other), samples, strict=True):
-                    timed = await shard.generate(prompt(64, index), decoded)
-                    # In the first round, shards try how many threads are best.
-                    values.extend([timed.token_ms] if index else [])
-    return samples
+def _is_here(cluster: Cluster) -> bool:
+    """Whether its files are on this machine, or can be had from a package index."""
+    sources = [cluster.model_source(role) for role in ("bottom", "top")]
+    return all(source.startswith("pypi:") or Path(source).expanduser().exists() for source in sources)
+
+
+def _measured(ways: Mapping[str, Pair], tiny: bool) -> dict[str, list[float]]:
+    """By workload and way of computing, in ms."""
+    samples: dict[str, list[float]] = {}
+    warm_up, most, seconds = (1, 1, 0.0) if tiny else (WARM_UP, MOST_ROUNDS, SECONDS)
+    started = time.perf_counter()
+    for index in range(-warm_up, most):
+        if index == 0:
+            started = time.perf_counter()
+        if index >= min(FEWEST_ROUNDS, most) and time.perf_counter() - started > seconds:
+            break
+        for way, pair in _in_turns(ways, index):
+            for workload, milliseconds in _sample(pair, index, tiny or way in SLOW).items():
+                samples.setdefault(f"{workload}, {way}, ms", []).extend([milliseconds] if index >= 0 else [])
+    return {name: values for name, values in samples.items() if values}
+
+
+def _in_turns(ways: Mapping[str, Pair], index: int) -> list[tuple[str, Pair]]:
+    """Each round begins with another one; slow ones are in the first rounds alone."""
+    found = [(way, pair) for way, pair in ways.items() if way not in SLOW or -1 <= index < SLOW_ROUNDS]
+    begin = index % len(found)
+    return found[begin:] + found[:begin]
+
+
+def _sample(pair: Pair, index: int, short: bool) -> dict[str, float]:
+    # While it warms up, more passes of the same kind let threads be tried.
+    steps = 2 if short else 16 if index < 0 else 8
+    return {
+        "1 session, a token": _token_ms(pair, 1, steps, index),
+        f"{SESSIONS} sessions, a step": _token_ms(pair, SESSIONS, steps, index),
+        f"TTFT at {PROMPT_TOKENS}": _ttft_ms(pair, index),
+    }
+
+
+def _token_ms(pair: Pair, sessions: int, steps: int, index: int) -> float:
+    """Mean time of a step in which each session gets a token, behind tokens that nobody has computed."""
+    crowd = [pair.session(prompt(PAST_TOKENS + 1, index * SESSIONS + one), PAST_TOKENS) for one in range(sessions)]
+    return _milliseconds(lambda: [pair.step(crowd, 1) for _ in range(steps)]) / steps
+
+
+def _ttft_ms(pair: Pair, index: int) -> float:
+    """In passes as large as those of a shard."""
+    session, chunk = pair.session(prompt(PROMPT_TOKENS, index)), preset().compute.prefill_tokens
+    ends = range(chunk, PROMPT_TOKENS + 1, chunk)
+    return _milliseconds(lambda: [pair.step([session], chunk, end == PROMPT_TOKENS) for end in ends])
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return (time.perf_counter() - started) * 1e3
+
+
+def _ratios(samples: Mapping[str, list[float]]) -> dict[str, float]:
+    """Of all pairs of ways that were measured, in each workload."""
+    workloads = dict.fromkeys(name.rsplit(", ", 2)[0] for name in samples)
+    return {
+        f"{workload}, {candidate} / {baseline}": ratio(
+            samples[f"{workload}, {candidate}, ms"], samples[f"{workload}, {baseline}, ms"]
+        )
+        for workload in workloads
+        for candidate, baseline in COMPARED
+        if f"{workload}, {baseline}, ms" in samples
+    }
+
+
+def _cpu() -> str:
+    """The model's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":
