@@ -1,7 +1,8 @@
 """What does each kernel of this project give on a CPU? Whole passes in one process, by kernels and by libraries.
 
 Two models in four formats. All ways of computing take turns; shards and their links are left out, so that nothing but
-passes is compared, and attention can be taken from its kernel, which no cluster file does.
+passes is compared, and attention can be taken from its kernel, which no cluster file does. Beside the time of each
+sample stands the CPU time of all threads, which hardly depends on who else uses the cores.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from stitch.cluster import Cluster
 from stitch.local.running import import_models
 from stitch_server.processor import has_tiles, knows_dots
 
+# The longest one is last.
 FORMATS: Mapping[str, Mapping[str, str]] = {
-    "float32": {},
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"quantization": "int8"},
     "int4": {"quantization": "int4"},
+    "float32": {},
 }
 PAST_TOKENS, PROMPT_TOKENS = 128, 512
+UNITS = ("ms", "CPU ms")
 # What is divided by what: a path's own gain is that over the way which is the same but for it.
 COMPARED = (
     (LAYERS, LIBRARIES),
@@ -38,7 +41,7 @@ COMPARED = (
 SLOW = (WIDENED,)
 SLOW_ROUNDS = 2
 # A model in one format is measured for so many seconds, and at least and at most in so many rounds.
-SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 100.0, 4, 24
+SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 60.0, 4, 24
 # The first rounds don't count: runners try how passes are best spread over threads.
 WARM_UP = 2
 
@@ -68,7 +71,7 @@ def _is_here(cluster: Cluster) -> bool:
 
 
 def _measured(ways: Mapping[str, Pair], tiny: bool) -> dict[str, list[float]]:
-    """By workload and way of computing, in ms."""
+    """By workload and way of computing, time and CPU time in ms."""
     samples: dict[str, list[float]] = {}
     warm_up, most, seconds = (1, 1, 0.0) if tiny else (WARM_UP, MOST_ROUNDS, SECONDS)
     started = time.perf_counter()
@@ -78,57 +81,61 @@ def _measured(ways: Mapping[str, Pair], tiny: bool) -> dict[str, list[float]]:
         if index >= min(FEWEST_ROUNDS, most) and time.perf_counter() - started > seconds:
             break
         for way, pair in _in_turns(ways, index):
-            for workload, milliseconds in _sample(pair, index, tiny or way in SLOW).items():
-                samples.setdefault(f"{workload}, {way}, ms", []).extend([milliseconds] if index >= 0 else [])
-    return {name: values for name, values in samples.items() if values}
+            for workload, spent in _sample(pair, index, tiny or way in SLOW).items():
+                for unit, milliseconds in zip(UNITS, spent, strict=True) if index >= 0 else ():
+                    samples.setdefault(f"{workload}, {way}, {unit}", []).append(milliseconds)
+    return samples
 
 
 def _in_turns(ways: Mapping[str, Pair], index: int) -> list[tuple[str, Pair]]:
     """Each round begins with another one; slow ones are in the first rounds alone."""
-    found = [(way, pair) for way, pair in ways.items() if way not in SLOW or -1 <= index < SLOW_ROUNDS]
+    found = [(way, pair) for way, pair in ways.items() if way not in SLOW or 0 <= index < SLOW_ROUNDS]
     begin = index % len(found)
     return found[begin:] + found[:begin]
 
 
-def _sample(pair: Pair, index: int, short: bool) -> dict[str, float]:
+def _sample(pair: Pair, index: int, short: bool) -> dict[str, tuple[float, float]]:
     # While it warms up, more passes of the same kind let threads be tried.
-    steps = 2 if short else 16 if index < 0 else 8
+    steps = 2 if short else 12 if index < 0 else 8
     return {
-        "1 session, a token": _token_ms(pair, 1, steps, index),
-        f"{SESSIONS} sessions, a step": _token_ms(pair, SESSIONS, steps, index),
-        f"TTFT at {PROMPT_TOKENS}": _ttft_ms(pair, index),
+        "1 session, a token": _decode(pair, 1, steps, index),
+        f"{SESSIONS} sessions, a step": _decode(pair, SESSIONS, steps, index),
+        f"TTFT at {PROMPT_TOKENS}": _prefill(pair, index),
     }
 
 
-def _token_ms(pair: Pair, sessions: int, steps: int, index: int) -> float:
-    """Mean time of a step in which each session gets a token, behind tokens that nobody has computed."""
+def _decode(pair: Pair, sessions: int, steps: int, index: int) -> tuple[float, float]:
+    """Of a step in which each session gets a token, behind tokens that nobody has computed; the mean of some steps."""
     crowd = [pair.session(prompt(PAST_TOKENS + 1, index * SESSIONS + one), PAST_TOKENS) for one in range(sessions)]
-    return _milliseconds(lambda: [pair.step(crowd, 1) for _ in range(steps)]) / steps
+    taken, used = _milliseconds(lambda: [pair.step(crowd, 1) for _ in range(steps)])
+    return taken / steps, used / steps
 
 
-def _ttft_ms(pair: Pair, index: int) -> float:
-    """In passes as large as those of a shard."""
+def _prefill(pair: Pair, index: int) -> tuple[float, float]:
+    """Of a prompt, in passes as large as those of a shard."""
     session, chunk = pair.session(prompt(PROMPT_TOKENS, index)), preset().compute.prefill_tokens
     ends = range(chunk, PROMPT_TOKENS + 1, chunk)
     return _milliseconds(lambda: [pair.step([session], chunk, end == PROMPT_TOKENS) for end in ends])
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def _milliseconds(call: Callable[[], object]) -> tuple[float, float]:
+    """How long it takes, and how much of the CPU all threads take for it."""
+    started, used = time.perf_counter(), time.process_time()
     call()
-    return (time.perf_counter() - started) * 1e3
+    return (time.perf_counter() - started) * 1e3, (time.process_time() - used) * 1e3
 
 
 def _ratios(samples: Mapping[str, list[float]]) -> dict[str, float]:
     """Of all pairs of ways that were measured, in each workload."""
     workloads = dict.fromkeys(name.rsplit(", ", 2)[0] for name in samples)
     return {
-        f"{workload}, {candidate} / {baseline}": ratio(
-            samples[f"{workload}, {candidate}, ms"], samples[f"{workload}, {baseline}, ms"]
+        f"{workload}, {candidate} / {baseline}, {unit}": ratio(
+            samples[f"{workload}, {candidate}, {unit}"], samples[f"{workload}, {baseline}, {unit}"]
         )
         for workload in workloads
         for candidate, baseline in COMPARED
-        if f"{workload}, {baseline}, ms" in samples
+        for unit in UNITS
+        if f"{workload}, {baseline}, {unit}" in samples
     }
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from stitch.cluster import Cluster, Quantization
 from stitch.sampling import Sampling
-from stitch_server.cache.pool import BLOCK_TOKENS
 from stitch_server.cache.store import KVStore
 from stitch_server.engine.batch import Batch, Cut, Segment, StepOutput
 from stitch_server.engine.runner import Runner
