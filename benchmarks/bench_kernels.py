@@ -18,6 +18,7 @@ from stitch.cluster import Cluster
 from stitch.local.running import import_models
 from stitch_server.processor import has_tiles, knows_dots
 
+MODELS = ("smollm2", "qwen2.5-coder")
 # The longest one is last.
 FORMATS: Mapping[str, Mapping[str, str]] = {
     "bfloat16": {"dtype": "bfloat16"},
@@ -50,7 +51,7 @@ async def measure(options: Options) -> None:
     """Samples are kept after each model and format, in case that a run ends early."""
     samples: dict[str, list[float]] = {}
     ratios: dict[str, float] = {}
-    for model in ("smollm2",) if options.tiny else ("smollm2", "qwen2.5-coder"):
+    for model in MODELS[:1] if options.tiny else MODELS:
         cluster = preset(model)
         if not _is_here(cluster):
             print(f"  {model} is left out: its files are not on this machine")
