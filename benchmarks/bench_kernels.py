@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 
-from benchmarks.clusters import preset, prompt, run
+from benchmarks.clusters import preset, prompt
 from benchmarks.pairs_of_kernels import ATTENTION, CALLS, INT8, LAYERS, LIBRARIES, SESSIONS, WIDENED, Pair, pairs
 from benchmarks.report import Options, options, ratio, write
 from stitch.cluster import Cluster
@@ -19,14 +20,15 @@ from stitch.local.running import import_models
 from stitch_server.processor import has_tiles, knows_dots
 
 MODELS = ("smollm2", "qwen2.5-coder")
-# The longest one is last.
 FORMATS: Mapping[str, Mapping[str, str]] = {
-    "bfloat16": {"dtype": "bfloat16"},
     "int8": {"quantization": "int8"},
     "int4": {"quantization": "int4"},
+    "bfloat16": {"dtype": "bfloat16"},
     "float32": {},
 }
-PAST_TOKENS, PROMPT_TOKENS = 128, 512
+# Enough to see that it runs.
+TINY_FORMATS = ("int8", "int4")
+CONTEXT_TOKENS, PROMPT_TOKENS = 128, 512
 UNITS = ("ms", "CPU ms")
 # What is divided by what: a path's own gain is that over the way which is the same but for it.
 COMPARED = (
@@ -47,22 +49,24 @@ SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 60.0, 4, 24
 WARM_UP = 2
 
 
-async def measure(options: Options) -> None:
+def measure(options: Options) -> None:
     """Samples are kept after each model and format, in case that a run ends early."""
     samples: dict[str, list[float]] = {}
     ratios: dict[str, float] = {}
+    machine = {"cpu": _cpu(), "amx": has_tiles(), "vnni": knows_dots()}
     for model in MODELS[:1] if options.tiny else MODELS:
-        cluster = preset(model)
-        if not _is_here(cluster):
+        if not _is_here(preset(model)):
             print(f"  {model} is left out: its files are not on this machine")
             continue
-        import_models(cluster, lambda name, folder: None)
-        for name, fields in FORMATS.items():
-            found = _measured(pairs(preset(model, **fields)), options.tiny)
+        import_models(preset(model), lambda name, folder: None)
+        for name in TINY_FORMATS if options.tiny else FORMATS:
+            found = _measured(pairs(preset(model, **FORMATS[name])), options.tiny)
             samples |= {f"{model}, {name}, {key}": values for key, values in found.items()}
             ratios |= {f"{model}, {name}, {key}": value for key, value in _ratios(found).items()}
-            print(f"== {model} in {name}, and all before", flush=True)
-            write(options, samples, ratios, cpu=_cpu(), amx=has_tiles(), vnni=knows_dots())
+            with redirect_stdout(None):
+                write(options, samples, ratios, **machine)
+            print(f"  {model} in {name} is measured", flush=True)
+    write(options, samples, ratios, **machine)
 
 
 def _is_here(cluster: Cluster) -> bool:
@@ -106,20 +110,21 @@ def _sample(pair: Pair, index: int, short: bool) -> dict[str, tuple[float, float
 
 
 def _decode(pair: Pair, sessions: int, steps: int, index: int) -> tuple[float, float]:
-    """Of a step in which each session gets a token, behind tokens that nobody has computed; the mean of some steps."""
-    crowd = [pair.session(prompt(PAST_TOKENS + 1, index * SESSIONS + one), PAST_TOKENS) for one in range(sessions)]
-    taken, used = _milliseconds(lambda: [pair.step(crowd, 1) for _ in range(steps)])
+    """Of a step in which each session gets a token, after a context of noise; the mean of some steps."""
+    crowd = [
+        pair.session(prompt(CONTEXT_TOKENS + 1, index * SESSIONS + one), CONTEXT_TOKENS) for one in range(sessions)
+    ]
+    taken, used = _milliseconds(lambda: pair.decode(crowd, steps))
     return taken / steps, used / steps
 
 
 def _prefill(pair: Pair, index: int) -> tuple[float, float]:
     """Of a prompt, in passes as large as those of a shard."""
     session, chunk = pair.session(prompt(PROMPT_TOKENS, index)), preset().compute.prefill_tokens
-    ends = range(chunk, PROMPT_TOKENS + 1, chunk)
-    return _milliseconds(lambda: [pair.step([session], chunk, end == PROMPT_TOKENS) for end in ends])
+    return _milliseconds(lambda: pair.prefill(session, chunk))
 
 
-def _milliseconds(call: Callable[[], object]) -> tuple[float, float]:
+def _milliseconds(call: Callable[[], None]) -> tuple[float, float]:
     """How long it takes, and how much of the CPU all threads take for it."""
     started, used = time.perf_counter(), time.process_time()
     call()
@@ -148,4 +153,4 @@ def _cpu() -> str:
 
 
 if __name__ == "__main__":
-    run(measure(options(__doc__ or "")))
+    measure(options(__doc__ or ""))

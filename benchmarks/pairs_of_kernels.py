@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,11 +53,24 @@ class Pair:
         """One whose first tokens count as computed."""
         return Session(self.route, (), Sampling(), list(token_ids), len(token_ids), cached=cached)
 
-    def step(self, sessions: Sequence[Session], length: int, wants: bool = True) -> None:
+    def decode(self, sessions: Sequence[Session], steps: int) -> None:
+        """Each session gets so many tokens."""
+        for _ in range(steps):
+            self._step(sessions, 1, wants=True)
+
+    def prefill(self, session: Session, chunk: int) -> None:
+        """Computes a prompt, `chunk` tokens a pass, and its first token."""
+        tokens = len(session.token_ids)
+        while session.cached < tokens:
+            length = min(chunk, tokens - session.cached)
+            self._step([session], length, wants=session.cached + length == tokens)
+
+    def _step(self, sessions: Sequence[Session], length: int, wants: bool) -> None:
         """Takes the next `length` tokens of every session through all layers; where it `wants`, each gets a token."""
         output = StepOutput()
         for runner, cut in zip(self.runners, self.cuts, strict=True):
-            rows = [None] * len(sessions) if output.hidden is None else output.hidden.split(length)
+            hidden_states = output.hidden
+            rows = [None] * len(sessions) if hidden_states is None else torch.split(hidden_states, length)
             segments = [
                 Segment(one, cut, one.cached, length, wants, _blocks(index), hidden)
                 for index, (one, hidden) in enumerate(zip(sessions, rows, strict=True))
@@ -103,7 +116,7 @@ def _parts(cluster: Cluster, kernels: bool, quantization: Quantization | None = 
 
 
 def _store(cluster: Cluster, decoder: DecoderLayers) -> KVStore:
-    """Filled with noise, so that sessions may begin behind tokens that nobody has computed."""
+    """Filled with noise, so that sessions may begin after tokens that nobody has computed."""
     dtype: torch.dtype = getattr(torch, cluster.compute.dtype)
     blocks = SESSIONS * SESSION_BLOCKS
     store = KVStore(decoder.first, decoder.end, blocks, decoder.kv_heads, decoder.head_dim, CPU, dtype)
@@ -154,10 +167,10 @@ def _in_calls(part: Part) -> Part:
 
 def _converted(part: Part, convert: Callable[[int, str, Linear], Linear]) -> Part:
     """With other linear layers, in calls of their own; `convert` is told a layer's place here and the name in it."""
-    layers = [
-        replace(layer, **{name: convert(place, name, getattr(layer, name)) for name in MATRICES})
-        for place, layer in enumerate(cast(Sequence[LeanLayer], part.decoder._layers))
-    ]
+    layers = []
+    for place, layer in enumerate(cast(Sequence[LeanLayer], part.decoder._layers)):
+        linears: dict[str, Any] = {name: convert(place, name, getattr(layer, name)) for name in MATRICES}
+        layers.append(replace(layer, **linears))
     return replace(part, decoder=replace(part.decoder, _layers=layers, _compiled=None))
 
 
@@ -187,7 +200,7 @@ class Int4OfTorch:
     def __call__(self, x: Tensor) -> Tensor:
         """`[rows, inputs]` to `[rows, outputs]`; inputs fill whole groups."""
         rows = x.bfloat16().contiguous()
-        result = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scales).to(x.dtype)
+        result: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scales).to(x.dtype)
         return result if self.bias is None else result.add_(self.bias)
 
 
