@@ -21,7 +21,7 @@ from stitch.environment import cache_folder
 from stitch.errors import InvalidRequest
 from stitch_server.sources import Progress, report_nothing
 from stitch_server.sources.downloads import WHEEL_PREFIX, WheelMember, download_from_hub, is_hub_id
-from stitch_server.sources.gguf_import import import_gguf
+from stitch_server.sources.gguf import import_gguf
 
 # Incremented when an import writes something else, so that no folder of an older version is used.
 IMPORT_VERSION = 1

@@ -18,8 +18,9 @@ from transformers import AutoTokenizer
 from stitch.errors import Incompatible
 from stitch_server.model.description import ModelDescription, eos_token_ids, read_config
 from stitch_server.model.tokenizer_hash import token_count, tokenizer_hash
-from stitch_server.sources import gguf_import, report_nothing
-from stitch_server.sources.gguf_import import import_gguf, tensors_per_file
+from stitch_server.sources import gguf as gguf_source
+from stitch_server.sources import report_nothing
+from stitch_server.sources.gguf import import_gguf, tensors_per_file
 from tests.support.byte_tokenizer import CHAT_TEMPLATE
 from tests.support.tiny_gguf import write_tiny_gguf
 from tests.support.tiny_model import TOKENS, write_tiny_model
@@ -67,7 +68,7 @@ class TestWeights:
         torch.testing.assert_close(their_logits(folder), their_logits(model))
 
     def test_may_fill_several_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gguf_import, "FILE_BYTES", 60_000)
+        monkeypatch.setattr(gguf_source, "FILE_BYTES", 60_000)
         model, folder = round_trip(tmp_path)
         assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
         torch.testing.assert_close(their_logits(folder), their_logits(model))
