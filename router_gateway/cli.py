@@ -9,9 +9,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from stitch.environment import prepare_program
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0; 2 for an invalid argument or cluster; 1 where a port is in use or a file is missing."""
+    prepare_program()
     parsed = build_parser().parse_args(arguments)
     from stitch.errors import StitchError
 

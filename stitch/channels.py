@@ -7,6 +7,9 @@ from typing import Any
 
 import grpc
 
+from stitch.environment import PROXY_VARIABLES, proxy_variable
+from stitch.errors import InvalidRequest
+
 Options = Sequence[tuple[str, int | str]]
 
 # A larger step is split into several frames.
@@ -39,18 +42,37 @@ _SERVER: Options = (
 )
 
 
-def open_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
-    """A channel to `host:port`, which connects and reconnects by itself; without credentials it is not encrypted."""
+def open_channel(
+    address: str, credentials: grpc.ChannelCredentials | None = None, proxy: bool = False
+) -> grpc.aio.Channel:
+    """A channel to `host:port`, which connects and reconnects by itself; without credentials it is not encrypted.
+
+    It is direct, whatever proxy the environment names; with `proxy` it goes through that one, and InvalidRequest is
+    raised where the environment names none that gRPC can use.
+    """
     if credentials is None:
-        return grpc.aio.insecure_channel(address, options=list(_CLIENT))
-    return grpc.aio.secure_channel(address, credentials, options=list(_CLIENT))
+        return grpc.aio.insecure_channel(address, options=_client_options(proxy))
+    return grpc.aio.secure_channel(address, credentials, options=_client_options(proxy))
 
 
-def open_sync_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
+def open_sync_channel(
+    address: str, credentials: grpc.ChannelCredentials | None = None, proxy: bool = False
+) -> grpc.Channel:
     """A channel like `open_channel`'s, for callers without an event loop."""
     if credentials is None:
-        return grpc.insecure_channel(address, options=list(_CLIENT))
-    return grpc.secure_channel(address, credentials, options=list(_CLIENT))
+        return grpc.insecure_channel(address, options=_client_options(proxy))
+    return grpc.secure_channel(address, credentials, options=_client_options(proxy))
+
+
+def _client_options(proxy: bool) -> list[tuple[str, int | str]]:
+    if not proxy:
+        return [*_CLIENT, ("grpc.enable_http_proxy", 0)]
+    found = proxy_variable()
+    if found is None:
+        raise InvalidRequest("proxy", proxy, f"none of {', '.join(PROXY_VARIABLES)} names one")
+    if not found[1].startswith("http://"):
+        raise InvalidRequest(*found, "the URL of a proxy must start with http://")
+    return [*_CLIENT, ("grpc.http_proxy", found[1])]
 
 
 def open_server(interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = ()) -> grpc.aio.Server:

@@ -107,7 +107,7 @@ class ComputeConfig(Settings):
     kv_block_tokens: int = Field(default=0, ge=0, le=4096)
     # On a GPU with the flash-attention kernel: decode steps replay a captured CUDA graph.
     captured_decode: bool = True
-    # CPU threads of one shard; 0: all cores.
+    # CPU threads of one shard; 0: as many as CPUs that it may use, by affinity and the quota of its container.
     threads: int = Field(default=0, ge=0)
     # CPU threads while another shard of this machine computes at the same time; 0: `threads`.
     threads_while_pipelined: int = Field(default=0, ge=0)
@@ -269,7 +269,8 @@ def load_cluster(name_or_path: str) -> ClusterConfig:
     """
     path = _cluster_path(name_or_path)
     try:
-        fields = json.loads(path.read_text()) if path.suffix == ".json" else tomllib.loads(path.read_text())
+        text = path.read_text(encoding="utf-8-sig")
+        fields = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
         return ClusterConfig.model_validate({**fields, "folder": path.parent})
     except (TypeError, ValueError) as error:
         raise _invalid(path, error) from error

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import math
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -26,6 +30,63 @@ def step_log_folder() -> Path | None:
     """The folder in which shards log every step that they compute: `$STITCH_STEP_LOG`; None: they log none."""
     configured = os.environ.get("STITCH_STEP_LOG")
     return Path(configured) if configured else None
+
+
+# In gRPC's order, which itself reads the first, second and fourth.
+PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
+
+
+def proxy_variable() -> tuple[str, str] | None:
+    """The name and the value of the variable that names the proxy of clients; None where none does."""
+    set_ones = ((name, os.environ[name]) for name in PROXY_VARIABLES if os.environ.get(name))
+    return next(set_ones, None)
+
+
+def available_cpus(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """The CPUs that this process may use: those of its affinity, or fewer by the quota of a container; at least 1."""
+    quotas = (_cpu_quota(folder) for folder in _cgroup_folders(cgroups, own))
+    return max(1, int(min(len(os.sched_getaffinity(0)), *quotas, math.inf)))
+
+
+def _cgroup_folders(cgroups: Path, own: Path) -> Iterator[Path]:
+    """The folders of this process's groups and of all groups around them; a container may show the mount's root alone.
+
+    A line of `own` is `0::/path` (version 2) or `4:cpu,cpuacct:/path` (version 1).
+    """
+    lines = own.read_text().splitlines() if own.exists() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        mount = cgroups / "cpu" if "cpu" in controllers.split(",") else cgroups
+        group = mount / path.lstrip("/")
+        if not controllers or mount != cgroups:
+            yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(mount))
+
+
+def _cpu_quota(group: Path) -> float:
+    """CPUs that the scheduler allows one group, such as 1.5; infinite where it has no limit."""
+    try:
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        return int(quota) / int(period) if quota not in ("max", "-1") else math.inf
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
+
+
+def prepare_program() -> None:
+    """Adapts a program to its terminal and its CPU quota; call it first, before importing torch.
+
+    Output escapes characters that the terminal's encoding lacks. Input from a file or a pipe is UTF-8, with or without
+    a byte order mark, whatever the locale; bytes that are not become surrogates, which no request may have.
+    """
+    if available_cpus() < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(available_cpus()))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        encoding = None if sys.stdin.isatty() else "utf-8-sig"
+        sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
 
 
 def share_cores() -> None:

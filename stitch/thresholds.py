@@ -159,7 +159,7 @@ class ReloadingThresholds:
 def read_thresholds(path: Path) -> Thresholds:
     """Raises InvalidRequest, which names the field, where the file holds no thresholds."""
     try:
-        return Thresholds.model_validate(json.loads(path.read_text()))
+        return Thresholds.model_validate(json.loads(path.read_text(encoding="utf-8-sig")))
     except (OSError, ValueError) as error:
         if isinstance(error, ValidationError):
             first = error.errors()[0]

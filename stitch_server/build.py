@@ -7,7 +7,6 @@ and `build_runner` wires both into the shard's `ModelRunner`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 from stitch.cluster import ClusterConfig, ComputeConfig, RouteConfig, ShardConfig
-from stitch.environment import cache_folder
+from stitch.environment import available_cpus, cache_folder
 from stitch.thresholds import FixedThresholds, ReloadingThresholds, ThresholdSource
 from stitch.v1 import inference_pb2
 from stitch_server.attention import AttentionBackend, backend_for
@@ -152,7 +151,7 @@ def build_runner(
     cluster: ClusterConfig, config: ShardConfig, loaded: LoadedStage, kv_cache: KVCache, device: torch.device
 ) -> ModelRunner:
     """The runner of a loaded stage. Raises InvalidRequest if the cluster's thresholds are those of another probe."""
-    threads = cluster.compute.threads or len(os.sched_getaffinity(0))
+    threads = cluster.compute.threads or available_cpus()
     return ModelRunner(
         decoder=loaded.decoder,
         attention=kv_cache.attention,

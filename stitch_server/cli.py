@@ -10,9 +10,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from stitch.environment import prepare_program
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb. The exit status is 0; 2 for an invalid request or files that do not fit; 1 for a port in use."""
+    prepare_program()
     parsed = build_parser().parse_args(arguments)
     from stitch.errors import StitchError
 
@@ -130,8 +133,8 @@ def _plan(parsed: argparse.Namespace) -> None:
     cluster = load_cluster(parsed.cluster)
     if parsed.memory_gb is None:
         print(table(plan(cluster, pick_device(cluster.compute.device))))
-    elif parsed.memory_gb <= 0:
-        raise InvalidRequest("memory_gb", parsed.memory_gb, "it must be over 0")
+    elif not 0 < parsed.memory_gb < 1e9:
+        raise InvalidRequest("memory_gb", parsed.memory_gb, "it must be over 0 and below 1e9")
     else:
         wanted = cluster.compute.device
         device = pick_device(wanted) if wanted == "auto" else torch.device(wanted)

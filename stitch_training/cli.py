@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from stitch.environment import prepare_program
+
 if TYPE_CHECKING:
     from stitch_training.data import DataSettings
     from stitch_training.distill import TrainingSettings
@@ -29,6 +31,7 @@ _RANGES = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 where the input is invalid, 1 where the cluster, a file or a prompt fails."""
+    prepare_program()
     parsed = build_parser().parse_args(arguments)
     # Imported after parsing, so that --help is instant.
     from stitch.errors import Incompatible, InvalidRequest, StitchError
@@ -132,12 +135,12 @@ def _add_probe(verbs: Verbs) -> None:
 
 
 def _add_label(verbs: Verbs) -> None:
-    from stitch.cli.arguments import add_authority
+    from stitch.cli.arguments import add_connection
 
     purpose = "run prompts through the routes of a running cluster and record how good each answer is"
     verb = _add_verb(verbs, "label", purpose, _label)
     verb.add_argument("--gateway", metavar="HOST:PORT", required=True, help="of a running cluster")
-    add_authority(verb)
+    add_connection(verb)
     verb.add_argument(
         "--data", metavar="FILE", type=Path, required=True, help="JSON lines with prompt; answer or reference if known"
     )
@@ -326,6 +329,7 @@ def _label(parsed: argparse.Namespace) -> int:
     settings = LabellingSettings(
         gateway=parsed.gateway,
         authority=parsed.authority,
+        proxy=parsed.proxy,
         data=parsed.data,
         out=parsed.out,
         routes=tuple(parsed.routes.split(",")) if parsed.routes else (),

@@ -72,8 +72,8 @@ def read_documents(path: Path) -> Iterator[Document]:
 
 def _open_text(path: Path) -> TextIO:
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
 
 
 def _read_rows(path: Path, lines: TextIO) -> Iterator[Document]:

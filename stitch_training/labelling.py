@@ -139,6 +139,8 @@ class LabellingSettings:
     gateway: str
     # PEM file of the authority that signed the gateway's certificate; None: no TLS.
     authority: Path | None
+    # Whether to reach the gateway through the proxy that the environment names.
+    proxy: bool
     data: Path
     out: Path
     # Cheapest first; empty: all routes of the cluster.
@@ -151,7 +153,7 @@ class LabellingSettings:
 async def label_file(settings: LabellingSettings) -> LabellingProgress:
     """Labels the prompts of a file that the output doesn't have yet."""
     rows = remaining_rows(read_rows(settings.data), settings.out)
-    async with AsyncClient(settings.gateway, settings.authority) as client:
+    async with AsyncClient(settings.gateway, settings.authority, settings.proxy) as client:
         names = settings.routes or [route.name for route in (await client.describe()).routes]
         routes = ClusterRoutes(client, settings.max_tokens, settings.is_plain)
         with open_for_append(settings.out) as out:

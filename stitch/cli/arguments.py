@@ -42,7 +42,9 @@ def add_generation(verb: argparse.ArgumentParser) -> None:
     group = verb.add_argument_group("generation")
     for name, kind, metavar, explanation in _SAMPLING:
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=explanation)
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    group.add_argument(
+        "--stop", action="append", type=utf8, metavar="TEXT", help="end before this text; may be repeated"
+    )
     group.add_argument(
         "--stop-token-id", dest="stop_token_ids", action="append", type=int, metavar="ID", help="end at this token"
     )
@@ -54,7 +56,9 @@ def add_generation(verb: argparse.ArgumentParser) -> None:
         metavar="ID",
         help="begin with this token; may be repeated",
     )
-    group.add_argument("--forced-answer", metavar="TEXT", help="return this text (with --logprobs: how likely it is)")
+    group.add_argument(
+        "--forced-answer", type=utf8, metavar="TEXT", help="return this text (with --logprobs: how likely it is)"
+    )
     group.add_argument("--ignore-eos", action="store_true", default=None, help="generate past the model's end token")
 
 
@@ -67,27 +71,46 @@ def request_fields(parsed: argparse.Namespace) -> dict[str, Any]:
 
 def add_gateway(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--gateway", metavar="HOST:PORT", help="default: the cluster that runs on this machine")
-    add_authority(verb)
+    add_connection(verb)
 
 
-def add_authority(verb: argparse.ArgumentParser) -> None:
-    """The flag of the authority that must have signed the gateway's certificate."""
+def add_connection(verb: argparse.ArgumentParser) -> None:
+    """The flags of how to reach the gateway: its authority, which must have signed its certificate, and a proxy."""
     verb.add_argument(
         "--authority", type=Path, metavar="FILE", help="connect by TLS and trust the authority in this PEM file"
     )
+    verb.add_argument(
+        "--proxy", action="store_true", help="connect through the HTTP proxy that $https_proxy or $http_proxy names"
+    )
 
 
-def gateway_endpoint(parsed: argparse.Namespace) -> tuple[str, Path | None]:
-    """What a client takes: `--gateway` and `--authority`, by default those of the cluster that runs on this machine.
+def gateway_endpoint(parsed: argparse.Namespace) -> tuple[str, Path | None, bool]:
+    """What a client takes: `--gateway`, `--authority` and `--proxy`, by default of the cluster on this machine.
 
     Raises Unavailable where no cluster runs.
     """
     if parsed.gateway:
-        return parsed.gateway, parsed.authority
+        return parsed.gateway, parsed.authority, parsed.proxy
     from stitch.local.run_folder import only_running_cluster
 
     address, authority = only_running_cluster().cluster().gateway_endpoint
-    return address, parsed.authority or authority
+    return address, parsed.authority or authority, parsed.proxy
+
+
+def utf8(text: str) -> str:
+    """A text argument, for argparse: Python decodes no UTF-8 where the locale is of ASCII alone."""
+    try:
+        return text.encode(errors="surrogateescape").decode()
+    except UnicodeError:
+        return text
+
+
+def duration(text: str) -> float:
+    """Seconds above 0, for argparse; `inf` is allowed, and no limit."""
+    seconds = float(text)
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0 seconds")
+    return seconds
 
 
 def positive(text: str) -> int:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
 from stitch.cli.arguments import gateway_endpoint, request_fields
-from stitch.cli.output import show_stream
+from stitch.cli.output import print_json, show_stream
 from stitch.client import Client, Stream
 from stitch.errors import InvalidRequest
 
@@ -30,6 +29,8 @@ def _input(parsed: argparse.Namespace) -> dict[str, Any]:
         if parsed.system:
             raise InvalidRequest("--system", parsed.system, "--plain sends no conversation")
         return {"prompt": question}
+    if not question.strip():
+        raise InvalidRequest("prompt", question, "it must not be empty")
     system = [{"role": "system", "content": parsed.system}] if parsed.system else []
     return {"messages": [*system, {"role": "user", "content": question}]}
 
@@ -37,7 +38,7 @@ def _input(parsed: argparse.Namespace) -> dict[str, Any]:
 def _print_json(stream: Stream) -> None:
     for _ in stream:
         pass
-    print(json.dumps(stream.answer.as_json(), ensure_ascii=False))
+    print_json(stream.answer.as_json())
 
 
 def _show(stream: Stream) -> None:

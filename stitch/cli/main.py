@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-from stitch.cli.arguments import add_gateway, add_generation, lengths, positive
+from stitch.cli.arguments import add_gateway, add_generation, duration, lengths, positive, utf8
+from stitch.environment import prepare_program
 
 INTERRUPTED = 130
 DEFAULT_CLUSTER = "smollm2"
@@ -16,6 +17,7 @@ DEFAULT_CLUSTER = "smollm2"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns its exit code: 0, 1 for a failure, 2 for bad usage, 130 for Ctrl-C."""
+    prepare_program()
     parsed = parser().parse_args(arguments)
     try:
         return _VERBS[parsed.verb].run(parsed)
@@ -55,17 +57,17 @@ def _down(verb: argparse.ArgumentParser) -> None:
 
 
 def _ask(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("prompt", metavar="PROMPT", help="the question; `-` reads it from standard input")
+    verb.add_argument("prompt", type=utf8, metavar="PROMPT", help="the question; `-` reads it from standard input")
     verb.add_argument("--plain", action="store_true", help="send the prompt as it is, without the chat template")
-    verb.add_argument("--system", metavar="TEXT", help="the system message before the question")
+    verb.add_argument("--system", type=utf8, metavar="TEXT", help="the system message before the question")
     verb.add_argument("--json", action="store_true", help="print one JSON object when the answer is complete")
-    verb.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this time")
+    verb.add_argument("--timeout", type=duration, metavar="SECONDS", help="give up after this time")
     add_generation(verb)
     add_gateway(verb)
 
 
 def _chat(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--system", metavar="TEXT", help="the system message before the conversation")
+    verb.add_argument("--system", type=utf8, metavar="TEXT", help="the system message before the conversation")
     add_generation(verb)
     add_gateway(verb)
 

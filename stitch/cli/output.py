@@ -5,6 +5,8 @@ Rich is imported where something is drawn, so that failures and JSON need the cl
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,9 @@ from stitch.errors import StitchError
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
+
+
+_SEPARATORS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
 def decision_line(decision: RouteDecision | Answer) -> str:
@@ -92,6 +97,17 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], rig
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
     return Group(Text(title, style="bold"), drawn)
+
+
+def json_line(value: object) -> str:
+    """`value` as one line of JSON, also for readers that end a line at U+0085, U+2028 or U+2029."""
+    return json.dumps(value, ensure_ascii=False).translate(_SEPARATORS)
+
+
+def print_json(value: object) -> None:
+    """Prints one line of JSON; in ASCII where the terminal isn't UTF-8."""
+    unicode = "utf" in (sys.stdout.encoding or "").lower()
+    print(json_line(value) if unicode else json.dumps(value))
 
 
 def sentence(error: Exception) -> str:

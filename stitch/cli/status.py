@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console, Group
 
 from stitch.cli.arguments import gateway_endpoint
-from stitch.cli.output import millions, table
+from stitch.cli.output import millions, print_json, table
 from stitch.client import Client
 from stitch.v1 import inference_pb2
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Prints the gateway's description."""
-    address, authority = gateway_endpoint(parsed)
-    with Client(address, authority) as client:
+    endpoint = gateway_endpoint(parsed)
+    with Client(*endpoint) as client:
         found = client.describe()
     if parsed.json:
         fields = MessageToDict(found, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-        print(json.dumps({"gateway": address, **fields}, ensure_ascii=False))
+        print_json({"gateway": endpoint[0], **fields})
     else:
         console = Console()
-        console.print(f"{found.cluster} at {address}", style="bold", highlight=False, markup=False)
+        console.print(f"{found.cluster} at {endpoint[0]}", style="bold", highlight=False, markup=False)
         show_description(console, found)
     return 0
 

@@ -61,7 +61,10 @@ def bring_up(console: Console, name_or_path: str) -> LocalCluster:
         cluster = prepared(described, folder)
         import_models(cluster.cluster, lambda name, model_folder: _show(console, name, model_folder))
         with console.status(f"starting {', '.join(cluster.names)}"):
-            cluster.start_all(lambda name, seconds: _show_serving(console, cluster, name, seconds))
+            cluster.start_all(
+                lambda name, seconds: _show_serving(console, cluster, name, seconds),
+                on_waiting=lambda name, seconds, line: _show_waiting(console, cluster, name, seconds, line),
+            )
     return cluster
 
 
@@ -101,6 +104,11 @@ def _show_serving(console: Console, cluster: LocalCluster, name: str, seconds: f
         shard = cluster.cluster.shard(name)
         layers = f"{shard.role} layers {shard.layers[0]}–{shard.layers[1] - 1}"
     _show(console, f"{name:<12} {layers:<22} {cluster.address(name):<22}", f"{seconds:5.1f} s")
+
+
+def _show_waiting(console: Console, cluster: LocalCluster, name: str, seconds: float, line: str) -> None:
+    waiting = f"… {name:<12} doesn't serve yet after {seconds:.0f} s at {cluster.address(name)}: "
+    console.print(Text.assemble(waiting, (line or "its log is empty", "dim")), soft_wrap=True)
 
 
 def _show(console: Console, what: str, detail: str) -> None:

@@ -21,6 +21,7 @@ from stitch.client.messages import (
     RequestFields,
     RouteDecision,
     RouteFields,
+    deadline,
     decision_of,
     generate_request,
     route_request,
@@ -68,12 +69,13 @@ class AsyncStream:
 class AsyncClient:
     """One connection to a gateway at `host:port`; to be created in a running event loop.
 
-    `authority` is the PEM file of the authority that must have signed the gateway's certificate; None: no TLS. Every
-    call raises a StitchError where the gateway refuses or fails; `timeout` is in seconds.
+    `authority` is the PEM file of the authority that must have signed the gateway's certificate; None: no TLS. The
+    connection is direct; with `proxy` it goes through the proxy that the environment names. Every call raises a
+    StitchError where the gateway refuses or fails; `timeout` is in seconds.
     """
 
-    def __init__(self, address: str, authority: Path | None = None) -> None:
-        self._channel = open_channel(address, gateway_credentials(authority))
+    def __init__(self, address: str, authority: Path | None = None, proxy: bool = False) -> None:
+        self._channel = open_channel(address, gateway_credentials(authority), proxy)
         self._stub = InferenceStub(self._channel)
 
     async def generate(
@@ -89,7 +91,7 @@ class AsyncClient:
         self, prompt: str | None = None, *, timeout: float | None = None, **fields: Unpack[RequestFields]
     ) -> AsyncStream:
         """The stream of one answer, which yields it while it is generated."""
-        request = generate_request({"prompt": prompt, **fields})
+        request, timeout = generate_request({"prompt": prompt, **fields}), deadline(timeout)
         return AsyncStream(lambda: self._stub.Generate(request, timeout=timeout))
 
     async def batch(
@@ -98,14 +100,22 @@ class AsyncClient:
         """One outcome per request, in the order of the requests: an Answer, or the error of that request.
 
         A request is a prompt, or a mapping with `prompt` or `messages` and any of RequestFields.
+        Requests that exceed the size of one message travel in several calls.
         """
-        batch = Batch(requests)
+        batch, timeout = Batch(requests), deadline(timeout)
+        # All calls begin together, so that `timeout` holds for the whole.
+        calls = [self._stub.GenerateBatch(message, timeout=timeout) for message in batch.messages]
         try:
-            with translated_rpc_errors():
-                async for response in self._stub.GenerateBatch(batch.message, timeout=timeout):
-                    batch.add(response)
-        except Exception as error:
-            return batch.outcomes(error)
+            for index, call in enumerate(calls):
+                try:
+                    with translated_rpc_errors():
+                        async for response in call:
+                            batch.add(response, index)
+                except Exception as error:
+                    batch.fail(error, index)
+        finally:
+            for call in calls:
+                call.cancel()
         return batch.outcomes()
 
     async def route(
@@ -114,12 +124,12 @@ class AsyncClient:
         """The route decision of a query, without an answer."""
         request = route_request({"prompt": prompt, **fields})
         with translated_rpc_errors():
-            return decision_of(await self._stub.Route(request, timeout=timeout))
+            return decision_of(await self._stub.Route(request, timeout=deadline(timeout)))
 
     async def describe(self, *, timeout: float | None = None) -> inference_pb2.DescribeResponse:
         """The models, routes and shards that the gateway serves."""
         with translated_rpc_errors():
-            return await self._stub.Describe(inference_pb2.DescribeRequest(), timeout=timeout)
+            return await self._stub.Describe(inference_pb2.DescribeRequest(), timeout=deadline(timeout))
 
     async def close(self) -> None:
         """Ends the connection and every call on it."""

@@ -1,10 +1,11 @@
-"""The requests of one GenerateBatch call, and the outcome of each in the order in which the caller gave them."""
+"""The requests of a batch as GenerateBatch calls, and the outcome of each in the order of the caller's requests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from stitch.channels import MAX_MESSAGE_BYTES
 from stitch.client.messages import Answer, Collector, generate_request
 from stitch.errors import InvalidRequest, Unavailable, from_code
 from stitch.v1 import inference_pb2
@@ -12,40 +13,61 @@ from stitch.v1 import inference_pb2
 Outcome = Answer | Exception
 """An answer, or the error in its place."""
 
+# The tag and the length in front of each request of a message.
+REQUEST_HEADER_BYTES = 6
+
 
 class Batch:
-    """One outcome per request, whether other requests or the call itself fail."""
+    """One outcome per request, whether other requests or a call fail; `messages` has one message for each call."""
 
-    def __init__(self, requests: Iterable[str | Mapping[str, Any]]) -> None:
-        self.message = inference_pb2.GenerateBatchRequest()
+    def __init__(self, requests: Iterable[str | Mapping[str, Any]], max_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        self.messages: list[inference_pb2.GenerateBatchRequest] = []
+        self._max_bytes, self._bytes = max_bytes, max_bytes
+        # The answers, and the indices among the caller's requests, some of which are invalid: both by the index of the
+        # call and by the request's index in its message.
+        self._collectors: list[list[Collector]] = []
+        self._indices: list[list[int]] = []
         self._outcomes: list[Outcome | None] = []
-        # By the request's index in the message: its index among the caller's requests, some of which are invalid.
-        self._indices: list[int] = []
         for request in requests:
             self._append(request)
-        self._collectors = [Collector() for _ in self._indices]
 
     def _append(self, request: str | Mapping[str, Any]) -> None:
         try:
-            self.message.requests.append(generate_request(_fields(request)))
+            message = generate_request(_fields(request))
         except InvalidRequest as error:
             self._outcomes.append(error)
-        else:
-            self._indices.append(len(self._outcomes))
-            self._outcomes.append(None)
+            return
+        self._bytes += message.ByteSize() + REQUEST_HEADER_BYTES
+        if self._bytes > self._max_bytes:
+            self.messages.append(inference_pb2.GenerateBatchRequest())
+            self._collectors.append([])
+            self._indices.append([])
+            self._bytes = message.ByteSize() + REQUEST_HEADER_BYTES
+        self.messages[-1].requests.append(message)
+        self._collectors[-1].append(Collector())
+        self._indices[-1].append(len(self._outcomes))
+        self._outcomes.append(None)
 
-    def add(self, response: inference_pb2.GenerateBatchResponse) -> None:
-        """Adds one event to the request that it names."""
+    def add(self, response: inference_pb2.GenerateBatchResponse, call: int = 0) -> None:
+        """Adds one event of a call to the request that it names."""
         if response.WhichOneof("outcome") == "error":
-            self._outcomes[self._indices[response.index]] = from_code(response.error.code, response.error.message)
+            error = from_code(response.error.code, response.error.message)
+            self._outcomes[self._indices[call][response.index]] = error
         else:
-            self._collectors[response.index].add(response.response)
+            self._collectors[call][response.index].add(response.response)
 
-    def outcomes(self, failure: Exception | None = None) -> list[Outcome]:
-        """The outcome of every request; `failure` is the error that ended the call, if one did."""
-        for index, collector in zip(self._indices, self._collectors, strict=True):
-            if self._outcomes[index] is None:
-                self._outcomes[index] = _outcome(collector, failure)
+    def fail(self, failure: Exception, call: int = 0) -> None:
+        """Makes the error that ended a call the outcome of those of its requests that have no whole answer."""
+        for index, collector in zip(self._indices[call], self._collectors[call], strict=True):
+            if self._outcomes[index] is None and collector.finished is None:
+                self._outcomes[index] = failure
+
+    def outcomes(self) -> list[Outcome]:
+        """The outcome of every request, after all calls have ended."""
+        for indices, collectors in zip(self._indices, self._collectors, strict=True):
+            for index, collector in zip(indices, collectors, strict=True):
+                if self._outcomes[index] is None:
+                    self._outcomes[index] = _outcome(collector)
         return [outcome for outcome in self._outcomes if outcome is not None]
 
 
@@ -57,8 +79,8 @@ def _fields(request: object) -> Mapping[str, Any]:
     return request
 
 
-def _outcome(collector: Collector, failure: Exception | None) -> Outcome:
+def _outcome(collector: Collector) -> Outcome:
     try:
         return collector.answer()
     except Unavailable as incomplete:
-        return failure or incomplete
+        return incomplete

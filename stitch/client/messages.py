@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message as ProtoMessage
 
+from stitch.channels import MAX_MESSAGE_BYTES
 from stitch.errors import InvalidRequest, Unavailable
 from stitch.v1 import inference_pb2
 
@@ -66,6 +67,9 @@ _PLAIN = ("stop", "route", "request_id", "conversation_id", "forced_answer")
 _ROUTE_FIELDS = frozenset((*_OBJECTIVES, "conversation_id"))
 _INPUT = ("prompt", "messages")
 
+# gRPC's clock overflows at larger ones.
+MAX_TIMEOUT_SECONDS = 1e9
+
 _KINDS = {
     FieldDescriptor.CPPTYPE_STRING: "text in valid Unicode",
     FieldDescriptor.CPPTYPE_DOUBLE: "a number",
@@ -86,7 +90,20 @@ def generate_request(fields: Mapping[str, Any]) -> inference_pb2.GenerateRequest
     for name, value in fields.items():
         if name not in _INPUT and value is not None:
             _assign(_owner(request, name, value), name, value)
+    _check_size(request)
     return request
+
+
+def deadline(timeout: float | None) -> float | None:
+    """A caller's timeout in seconds as gRPC takes it: None for none, also where it is infinite or over 30 years.
+
+    Raises InvalidRequest where it is no number above 0.
+    """
+    if timeout is None:
+        return None
+    if not timeout > 0:
+        raise InvalidRequest("timeout", timeout, "it must be more than 0 seconds")
+    return timeout if timeout < MAX_TIMEOUT_SECONDS else None
 
 
 def route_request(fields: Mapping[str, Any]) -> inference_pb2.RouteRequest:
@@ -102,7 +119,14 @@ def route_request(fields: Mapping[str, Any]) -> inference_pb2.RouteRequest:
                 known = [*_INPUT, *sorted(_ROUTE_FIELDS)]
                 raise InvalidRequest(name, value, f"a route request has: {', '.join(known)}")
             _assign(request.objectives if name in _OBJECTIVES else request, name, value)
+    _check_size(request)
     return request
+
+
+def _check_size(request: ProtoMessage) -> None:
+    # Room for what encloses the request in a message of a batch.
+    if (size := request.ByteSize()) > MAX_MESSAGE_BYTES - 16:
+        raise InvalidRequest("the request's size", size, f"it must be at most {MAX_MESSAGE_BYTES - 16} bytes")
 
 
 def _owner(request: inference_pb2.GenerateRequest, name: str, value: object) -> ProtoMessage:

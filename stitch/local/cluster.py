@@ -22,11 +22,16 @@ GATEWAY = "gateway"
 POLL_SECONDS = 0.1
 # Long enough for a large model from a slow disk.
 START_SECONDS = 600.0
+# Between two reports of the processes that don't serve yet.
+WAITING_SECONDS = 10.0
 # Longer than the 30 s in which a gateway drains.
 GRACE_SECONDS = 40.0
 
 Serving = Callable[[str, float], None]
 """Called with the name of each process when it serves, and the seconds since the start."""
+
+Waiting = Callable[[str, float, str], None]
+"""Called now and then with each process that doesn't serve yet, the seconds since the start, its log's last line."""
 
 Endpoint = TypeVar("Endpoint", ShardConfig, GatewayConfig)
 
@@ -64,19 +69,27 @@ class LocalCluster:
         self.processes[name] = spawn(name, module, arguments, self.folder.log(name))
         self.folder.record(self.processes.values())
 
-    def start_all(self, on_serving: Serving, timeout_seconds: float = START_SECONDS) -> None:
+    def start_all(
+        self, on_serving: Serving, timeout_seconds: float = START_SECONDS, on_waiting: Waiting | None = None
+    ) -> None:
         """Starts every process and waits until all serve; stops all where one doesn't."""
         try:
             for name in self.names:
                 self.start(name)
-            self.wait_until_serving(self.names, on_serving, timeout_seconds)
+            self.wait_until_serving(self.names, on_serving, timeout_seconds, on_waiting)
         except BaseException:
             self.stop(grace_seconds=1.0)
             raise
 
-    def wait_until_serving(self, names: list[str], on_serving: Serving, timeout_seconds: float = START_SECONDS) -> None:
+    def wait_until_serving(
+        self,
+        names: list[str],
+        on_serving: Serving,
+        timeout_seconds: float = START_SECONDS,
+        on_waiting: Waiting | None = None,
+    ) -> None:
         """Waits until those processes serve; raises Unavailable where one ends instead, or the time is over."""
-        begin = time.monotonic()
+        begin = reported = time.monotonic()
         tls = load_tls(self.cluster.tls, self.cluster.folder)
         credentials = tls.client() if tls else None
         waiting = list(names)
@@ -86,9 +99,18 @@ class LocalCluster:
                 if serves(self.address(name), credentials):
                     waiting.remove(name)
                     on_serving(name, time.monotonic() - begin)
-            if waiting and time.monotonic() - begin > timeout_seconds:
-                raise Unavailable(f"{', '.join(waiting)} did not serve within {timeout_seconds:g} s")
+            now = time.monotonic()
+            if waiting and now - begin > timeout_seconds:
+                raise self._not_serving(waiting, timeout_seconds)
+            if on_waiting and now - reported >= WAITING_SECONDS:
+                reported = now
+                for name in waiting:
+                    on_waiting(name, now - begin, self.folder.last_lines(name, 1))
             time.sleep(POLL_SECONDS)
+
+    def _not_serving(self, names: list[str], timeout_seconds: float) -> Unavailable:
+        logs = "".join(f"\n{name}: {self.folder.last_lines(name, 1) or 'its log is empty'}" for name in names)
+        return Unavailable(f"{', '.join(names)} did not serve within {timeout_seconds:g} s; their logs end:{logs}")
 
     def check_running(self, name: str) -> None:
         """Raises Unavailable with the end of the log where that process has ended."""

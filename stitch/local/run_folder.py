@@ -42,7 +42,9 @@ class RunFolder:
     def last_lines(self, process: str, count: int = 12) -> str:
         """The end of that process's log."""
         log = self.log(process)
-        return "\n".join(log.read_text(errors="replace").splitlines()[-count:]) if log.exists() else ""
+        return (
+            "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]) if log.exists() else ""
+        )
 
     def begin(self, cluster: ClusterConfig) -> None:
         """Writes the cluster file that every process is started with, and deletes the logs of the previous run."""

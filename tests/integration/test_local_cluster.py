@@ -13,7 +13,7 @@ from stitch.local.cluster import GATEWAY, LocalCluster, attached, import_models,
 from stitch.local.health import serves
 from stitch.local.processes import LocalProcess
 from stitch.local.run_folder import run_folder, running_clusters
-from tests.support.fake_programs import DYING, STUBBORN
+from tests.support.fake_programs import DYING, LOADING, STUBBORN
 
 pytestmark = pytest.mark.usefixtures("programs")
 START_SECONDS = 60.0
@@ -83,9 +83,40 @@ def test_a_process_that_ends_early_is_reported_with_its_last_words(monkeypatch: 
 
 def test_a_process_that_never_serves_is_named() -> None:
     cluster = local()
-    with pytest.raises(Unavailable, match=r"bottom-0, top-0, gateway did not serve within 0 s"):
+    with pytest.raises(Unavailable, match=r"bottom-0, top-0, gateway did not serve within 0 s; their logs end:"):
         cluster.start_all(ignore, timeout_seconds=0)
     assert running_clusters() == []
+
+
+def test_processes_that_do_not_serve_yet_are_reported_with_the_last_line_of_their_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(LOADING, "top-0")
+    monkeypatch.setattr("stitch.local.cluster.WAITING_SECONDS", 1.0)
+    reports: list[tuple[str, str]] = []
+
+    def on_waiting(name: str, seconds: float, line: str) -> None:
+        assert seconds >= 1.0
+        reports.append((name, line))
+
+    with pytest.raises(Unavailable, match=r"top-0 did not serve within 8 s; their logs end:\ntop-0: weights: 3 of 7 ü"):
+        local().start_all(ignore, 8.0, on_waiting)
+    assert reports[-1] == ("top-0", "weights: 3 of 7 ü")
+    assert running_clusters() == []
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
+def test_a_cluster_comes_up_where_a_proxy_is_set(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "http://127.0.0.1:1")
+    cluster = local()
+    cluster.start_all(ignore, START_SECONDS)
+    try:
+        with Client(cluster.gateway) as client:
+            assert client.generate("hi").text == "echo: hi"
+    finally:
+        cluster.stop()
 
 
 def test_one_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from stitch.cli.main import main
 from stitch.cluster import load_cluster
 from stitch.local.cluster import attached
 from stitch.local.run_folder import run_folder, running_clusters
-from tests.support.fake_programs import DYING
+from tests.support.fake_programs import DYING, LOADING
 
 pytestmark = pytest.mark.usefixtures("programs")
 END_SECONDS = 60.0
@@ -157,3 +157,14 @@ def test_the_demonstration_shows_everything_once(tmp_path: Path, capfd: pytest.C
 def test_the_demonstration_leaves_a_running_cluster_alone(tmp_path: Path) -> None:
     assert main(["demo", "--out", str(tmp_path / "ttft.png")]) == 0
     assert [folder.name for folder in running_clusters()] == ["smollm2"]
+
+
+def test_up_names_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv(LOADING, "bottom-0")
+    monkeypatch.setattr("stitch.local.cluster.WAITING_SECONDS", 0.5)
+    monkeypatch.setattr("stitch.local.cluster.LocalCluster.start_all.__defaults__", (6.0, None))
+    assert main(["up", "--detach"]) == 1
+    shown = capfd.readouterr()
+    assert "… bottom-0     doesn't serve yet after " in shown.out
+    assert ": weights: 3 of 7 ü\n" in shown.out
+    assert "bottom-0 did not serve within 6 s; their logs end:\nbottom-0: weights: 3 of 7 ü\n" in shown.err

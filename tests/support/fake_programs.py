@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from tests.support.fake_gateway import FakeGateway
 DYING = "FAKE_PROGRAM_DYING"
 # Names the one process that ignores SIGTERM.
 STUBBORN = "FAKE_PROGRAM_STUBBORN"
+# Names the one process that loads for ever.
+LOADING = "FAKE_PROGRAM_LOADING"
 
 _PROGRAM = """
 from tests.support.fake_programs import main
@@ -54,6 +57,9 @@ def _run(cluster_file: str, name: str) -> None:
     if os.environ.get(DYING) == name:
         print("there is no room for my weights", flush=True)
         sys.exit(3)
+    if os.environ.get(LOADING) == name:
+        print("weights: 3 of 7 ü", flush=True)
+        threading.Event().wait()
     if os.environ.get(STUBBORN) == name:
         import signal
 

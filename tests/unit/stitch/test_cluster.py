@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,8 @@ import pytest
 
 from stitch.cluster import ClusterConfig, load_cluster, presets
 from stitch.errors import InvalidRequest
+
+ROOT = Path(__file__).parents[3]
 
 
 def fields(**changes: Any) -> dict[str, Any]:
@@ -53,6 +59,22 @@ def test_toml_and_json_load_equal_clusters(tmp_path: Path) -> None:
     path = tmp_path / "copy.json"
     path.write_text(json.dumps(preset.model_dump(mode="json", exclude={"folder"})))
     assert load_cluster(str(path)) == preset.model_copy(update={"folder": tmp_path})
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_cluster_file_is_utf_8_with_or_without_byte_order_mark(tmp_path: Path, ending: str) -> None:
+    toml = (resources.files("stitch") / "presets" / "smollm2.toml").read_text(encoding="utf-8")
+    text = "# ü → \u2028\n" + toml.replace('id = "HuggingFaceTB/', 'id = "Ünï/')
+    (tmp_path / "pair.toml").write_bytes(text.replace("\n", ending).encode("utf-8-sig"))
+    (tmp_path / "pair.json").write_bytes(json.dumps(fields(), ensure_ascii=False).encode("utf-8-sig"))
+    script = (
+        f"from stitch.cluster import *; print(ascii(load_cluster({str(tmp_path / 'pair.toml')!r}).models.bottom.id))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == ascii(load_cluster(str(tmp_path / "pair.toml")).models.bottom.id) + "\n"
+    assert "Ünï" in load_cluster(str(tmp_path / "pair.toml")).models.bottom.id
+    assert load_cluster(str(tmp_path / "pair.json")).name == "pair"
 
 
 def test_missing_sections_have_defaults(tmp_path: Path) -> None:

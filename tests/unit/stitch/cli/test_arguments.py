@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from stitch.cli.arguments import add_generation, lengths, positive, request_fields
+from stitch.cli.arguments import add_generation, duration, lengths, positive, request_fields
 from stitch.client.messages import generate_request
 from stitch.v1 import inference_pb2
 
@@ -59,3 +59,13 @@ def test_positive_refuses_zero() -> None:
     assert positive("1") == 1
     with pytest.raises(argparse.ArgumentTypeError, match="0 is not at least 1"):
         positive("0")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "-inf", "soon"])
+def test_duration_refuses_what_is_not_above_0(text: str) -> None:
+    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+        duration(text)
+
+
+def test_duration_may_be_infinite() -> None:
+    assert (duration("0.5"), duration("inf")) == (0.5, float("inf"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,20 +14,36 @@ from typing import Any
 import pytest
 
 from stitch.cli import batch
-from stitch.cli.batch import MAX_ATTEMPTS, Outcomes, answered_lines, outcome_lines, read_lines
+from stitch.cli.batch import (
+    MAX_ATTEMPTS,
+    Line,
+    Outcomes,
+    Record,
+    Target,
+    changed_settings,
+    digest,
+    kept_answers,
+    outcome_records,
+    output_target,
+    read_lines,
+)
 from stitch.client import AsyncClient
-from stitch.errors import Exhausted, StitchError
+from stitch.errors import Exhausted, InvalidRequest, StitchError
 from stitch.v1 import inference_pb2
 from tests.support.fake_gateway import FakeGateway
 
 
 async def outcomes(
-    gateway: FakeGateway, *lines: object, kept: Mapping[int, str] | None = None, **defaults: Any
-) -> list[dict[str, Any]]:
-    written = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    gateway: FakeGateway, *lines: object, kept: Mapping[int, Record] | None = None, **defaults: Any
+) -> list[Record]:
     async with AsyncClient(gateway.address) as client:
-        found = outcome_lines(client, written, kept or {}, defaults, concurrency=4)
-        return [json.loads(line) async for line in found]
+        found = outcome_records(client, numbered(*lines), kept or {}, defaults, concurrency=4)
+        return [record async for record in found]
+
+
+def numbered(*lines: object) -> list[Line]:
+    written = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    return [Line(number, line) for number, line in enumerate(written, start=1)]
 
 
 async def test_outcomes_are_in_order_with_line_and_id(gateway: FakeGateway) -> None:
@@ -134,24 +152,24 @@ async def test_requests_in_flight_stay_within_concurrency(gateway: FakeGateway) 
                 running -= 1
 
     async with Client(gateway.address) as client:
-        lines = [b'{"prompt": "a"}'] * 10
-        assert len([line async for line in outcome_lines(client, lines, {}, {}, concurrency=3)]) == 10
+        lines = numbered(*[{"prompt": "a"}] * 10)
+        assert len([record async for record in outcome_records(client, lines, {}, {}, concurrency=3)]) == 10
     assert (asked, most) == (10, 3)
 
 
 async def test_kept_answers_are_not_requested(gateway: FakeGateway) -> None:
-    found = await outcomes(gateway, {"prompt": "a"}, {"prompt": "b"}, kept={1: '{"line": 1, "text": "kept"}'})
+    found = await outcomes(gateway, {"prompt": "a"}, {"prompt": "b"}, kept={1: {"line": 1, "text": "kept"}})
     assert [one["text"] for one in found] == ["kept", "echo: b"]
     assert [request.prompt for request in gateway.requests] == ["b"]
 
 
-async def test_closing_outcome_lines_cancels_requests(gateway: FakeGateway) -> None:
+async def test_closing_outcome_records_cancels_requests(gateway: FakeGateway) -> None:
     def first_is_free(request: inference_pb2.GenerateRequest) -> StitchError | None:
         gateway.stall_before_word = 0
         return None
 
     async with AsyncClient(gateway.address) as client:
-        found = outcome_lines(client, [b"{", b'{"prompt": "a"}'], {}, {}, concurrency=2)
+        found = outcome_records(client, numbered(b"{", {"prompt": "a"}), {}, {}, concurrency=2)
         gateway.failure = first_is_free
         async for _ in found:
             break
@@ -161,52 +179,214 @@ async def test_closing_outcome_lines_cancels_requests(gateway: FakeGateway) -> N
         assert all(task.cancelled() for task in others)
 
 
-def test_read_lines_returns_raw_bytes(tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "a"}\r\n\n\xff\nlast')
-    assert read_lines(tmp_path / "in.jsonl") == [b'{"prompt": "a"}', b"", b"\xff", b"last"]
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        (b'{"a": 1}\r\n\n\xff\nlast', [(1, b'{"a": 1}'), (3, b"\xff"), (4, b"last")]),
+        (b"\n \t\r\n", []),
+        (b"", []),
+        (b"\xef\xbb\xbfa\n\xef\xbb\xbfb\n\xef\xbb\xbf\n", [(1, b"a"), (2, b"b")]),
+        ("é\nb\n".encode("utf-16"), [(1, "é".encode()), (2, b"b")]),
+        ("é\nb\n".encode("utf-32"), [(1, "é".encode()), (2, b"b")]),
+        ("a\u2028b\x0bc\x85d\re\n".encode(), [(1, "a\u2028b\x0bc\x85d\re".encode())]),
+    ],
+    ids=["crlf", "blank", "empty", "byte-order-marks", "utf-16", "utf-32", "separators"],
+)
+def test_read_lines_splits_at_newline_alone(tmp_path: Path, content: bytes, lines: list[tuple[int, bytes]]) -> None:
+    (tmp_path / "in.jsonl").write_bytes(content)
+    assert read_lines(tmp_path / "in.jsonl") == lines
 
 
-def write(out: Path, kept: Mapping[int, str], *lines: str) -> None:
-    with Outcomes(out, kept) as outcomes:
-        for line in lines:
-            outcomes.write(line)
+def test_read_lines_refuses_broken_utf_16(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b"\xff\xfea")
+    with pytest.raises(InvalidRequest, match=r"but its byte order mark is of utf-16"):
+        read_lines(tmp_path / "in.jsonl")
+
+
+def answer(text: str, **fields: Any) -> Record:
+    return {"text": text, "request": digest(fields)}
+
+
+def test_kept_answers_follow_their_requests() -> None:
+    earlier = [answer("A", prompt="a"), answer("B", prompt="b", id=2), answer("gone", prompt="c")]
+    lines = numbered({"prompt": "new"}, b'{"id":2,  "prompt":"b"}', b"{", b"[1]", {"prompt": "a"})
+    kept, others = kept_answers(lines, earlier)
+    assert {number: record["text"] for number, record in kept.items()} == {2: "B", 5: "A"}
+    assert [record["text"] for record in others] == ["gone"]
+
+
+def test_kept_answer_is_of_same_id_and_same_fields() -> None:
+    lines = numbered({"prompt": "b", "id": 1}, {"prompt": "a", "id": 2}, {"prompt": "a"})
+    kept, others = kept_answers(lines, [answer("A", prompt="a", id=1)])
+    assert (kept, len(others)) == ({}, 1)
+
+
+def test_equal_requests_keep_one_answer_each() -> None:
+    lines = numbered({"prompt": "a"}, {"prompt": "a"}, {"prompt": "a"})
+    kept, others = kept_answers(lines, [answer("first", prompt="a"), answer("second", prompt="a")])
+    assert {number: record["text"] for number, record in kept.items()} == {1: "first", 2: "second"}
+    assert others == []
+
+
+def test_answer_without_digest_is_kept_by_id_alone() -> None:
+    lines = numbered({"prompt": "a", "id": "x"}, {"prompt": "b"}, {"prompt": "c", "id": None})
+    kept, others = kept_answers(lines, [{"text": "X", "id": "x"}, {"text": "none"}])
+    assert list(kept) == [1]
+    assert others == [{"text": "none"}]
+
+
+def test_changed_settings_are_those_that_lines_leave_open() -> None:
+    lines = numbered({"prompt": "a"}, {"prompt": "b", "route": "weak"}, {"prompt": "c"})
+    kept: dict[int, Record] = {1: {"settings": {"route": "weak", "stop": ["x"]}}, 2: {"settings": {"stop": ["x"]}}}
+    assert changed_settings(lines, kept, {"route": "strong", "stop": ["x"], "seed": 0}) == {
+        "route 'weak', not 'strong'": 1,
+        "seed unset, not 0": 2,
+    }
+
+
+def outcomes_file(out: Path) -> Outcomes:
+    return Outcomes(Target(out, is_plain=True))
 
 
 def test_outcomes_replace_output_at_end(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("old")
-    with Outcomes(out, {}) as outcomes:
-        outcomes.write("1")
+    out.chmod(0o600)
+    with outcomes_file(out) as written:
+        written.begin({})
+        written.write({"line": 1})
         assert out.read_text() == "old"
-    assert out.read_text() == "1\n"
+    assert out.read_text() == '{"line": 1}\n'
+    assert out.stat().st_mode & 0o777 == 0o600
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_outcomes_not_begun_leave_files_as_they_were(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("old")
+    with outcomes_file(out):
+        pass
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("out.jsonl", "old")]
 
 
 def test_interrupted_outcomes_keep_written_and_kept_lines(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    with suppress(KeyboardInterrupt), Outcomes(out, {1: "kept 1", 3: "kept 3"}) as outcomes:
-        outcomes.write("kept 1")
-        outcomes.write("new 2")
+    kept: dict[int, Record] = {1: {"line": 1}, 3: {"line": 3}}
+    with suppress(KeyboardInterrupt), outcomes_file(out) as written:
+        written.begin(kept)
+        written.write({"line": 1})
+        written.write({"line": 2})
         raise KeyboardInterrupt
-    assert out.read_text() == "kept 1\nnew 2\nkept 3\n"
+    assert out.read_text() == '{"line": 1}\n{"line": 2}\n{"line": 3}\n'
 
 
-def test_outcomes_escape_lone_surrogate(tmp_path: Path) -> None:
+def test_outcomes_escape_separators_and_lone_surrogates(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    write(out, {}, json.dumps({"id": "ü\ud800"}, ensure_ascii=False))
-    assert json.loads(out.read_text()) == {"id": "ü\ud800"}
+    record = {"line": 1, "id": "ü\ud800", "text": "a\u2028b\u2029c\x85d\x1ee\x0bf"}
+    with outcomes_file(out) as written:
+        written.begin({})
+        written.write(record)
+    text = out.read_bytes().decode()
+    assert "ü" in text
+    assert [json.loads(line) for line in text.splitlines()] == [record]
 
 
-def test_answered_lines_omits_errors_and_incomplete_lines(tmp_path: Path) -> None:
+def test_earlier_answers_are_of_output_and_draft_without_errors(tmp_path: Path) -> None:
+    out, draft = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    both = '{"line": 1, "text": "a\u2028"}\n'
+    out.write_text(both + '{"line": 2, "error": {}}\n[3]\n{"line": 5, "text": "b"}\n', encoding="utf-8")
+    draft.write_text(both + '{"line": 3, "text": "c"}\n{"line": 4, "te', encoding="utf-8")
+    with outcomes_file(out) as written:
+        assert [record["text"] for record in written.earlier_answers()] == ["a\u2028", "b", "c"]
+    assert draft.exists()
+
+
+def test_keep_saves_answers_before_draft_is_emptied(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    out.write_text('{"line": 1, "text": "a"}\n{"line": 2, "error": {}}\n[3]\n{"line": 4, "te')
-    assert answered_lines(out) == {1: '{"line": 1, "text": "a"}'}
+    (tmp_path / "out.jsonl.part").write_text('{"line": 1, "text": "a"}\n')
+    with suppress(KeyboardInterrupt), outcomes_file(out) as written:
+        written.keep({7: {"line": 7, "text": "a"}}, [{"text": "b"}])
+        raise KeyboardInterrupt
+    assert out.read_text() == '{"line": 7, "text": "a"}\n'
+    assert (tmp_path / "out.jsonl.old").read_text() == '{"text": "b"}\n'
 
 
-def test_answered_lines_reads_draft_of_killed_run(tmp_path: Path) -> None:
-    (tmp_path / "out.jsonl.part").write_text('{"line": 2, "text": "b"}\n')
-    assert list(answered_lines(tmp_path / "out.jsonl")) == [2]
+def test_second_run_on_one_output_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with outcomes_file(out) as written:
+        written.begin({})
+        written.write({"line": 1})
+        with pytest.raises(InvalidRequest, match="another run is writing it"), outcomes_file(out):
+            pass
+    assert out.read_text() == '{"line": 1}\n'
 
 
-def test_answered_lines_is_empty_without_files(tmp_path: Path) -> None:
-    assert answered_lines(tmp_path / "out.jsonl") == {}
+def test_output_of_several_names_is_written_in_place(tmp_path: Path) -> None:
+    out, other = tmp_path / "out.jsonl", tmp_path / "other.jsonl"
+    out.write_text("old")
+    other.hardlink_to(out)
+    with outcomes_file(out) as written:
+        written.begin({})
+        written.write({"line": 1})
+    assert other.read_text() == '{"line": 1}\n'
+    assert other.samefile(out)
+
+
+class TestTarget:
+    """What `--out` may name."""
+
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        (tmp_path / "in.jsonl").write_text("{}")
+        return tmp_path / "in.jsonl"
+
+    @pytest.mark.parametrize("exists", [True, False])
+    def test_symbolic_link_is_followed(self, tmp_path: Path, file: Path, exists: bool) -> None:
+        real, link = tmp_path / "real.jsonl", tmp_path / "link.jsonl"
+        link.symlink_to(real)
+        if exists:
+            real.touch()
+        assert output_target(str(link), file, resume=True) == (real, True)
+
+    def test_pipe_and_device_stream(self, tmp_path: Path, file: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        for out in (str(tmp_path / "pipe"), "/dev/null", "/dev/stdout"):
+            assert output_target(out, file, resume=False) == (Path(out), False)
+
+    @pytest.mark.parametrize(
+        ("out", "reason"),
+        [
+            ("", "it is a folder"),
+            ("folder", "it is a folder"),
+            ("link-to-folder", "it is a folder"),
+            ("new/", "it is a folder"),
+            ("missing/out.jsonl", "the folder .*missing doesn't exist"),
+            ("in.jsonl", "the input .*in.jsonl would be overwritten"),
+            ("link-to-input", "the input .*in.jsonl would be overwritten"),
+            ("name-of-input", "the input .*in.jsonl would be overwritten"),
+            ("loop", "it is no file, pipe or terminal"),
+            ("socket", "it is no file, pipe or terminal"),
+        ],
+    )
+    def test_other_targets_are_refused(
+        self, tmp_path: Path, file: Path, out: str, reason: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("folder").mkdir()
+        Path("link-to-folder").symlink_to("folder")
+        Path("link-to-input").symlink_to("in.jsonl")
+        Path("name-of-input").hardlink_to(file)
+        Path("loop").symlink_to("loop")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind("socket")
+            with pytest.raises(InvalidRequest, match=f"--out is '{out}', but {reason}"):
+                output_target(out, file, resume=False)
+
+    def test_draft_that_is_input_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "out.jsonl.part").touch()
+        with pytest.raises(InvalidRequest, match="would be overwritten"):
+            output_target(str(tmp_path / "out.jsonl"), tmp_path / "out.jsonl.part", resume=False)
+
+    def test_resume_from_pipe_is_refused(self, file: Path) -> None:
+        with pytest.raises(InvalidRequest, match="--resume is '/dev/null', but only a plain file"):
+            output_target("/dev/null", file, resume=True)

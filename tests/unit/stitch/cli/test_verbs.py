@@ -7,13 +7,16 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from stitch.cli.batch import digest
 from stitch.cli.chat import Conversation
 from stitch.cli.main import main
 from stitch.client import Client
@@ -22,6 +25,7 @@ from tests.support.fake_gateway import STAGES, WAIT_SECONDS, FakeGateway
 from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[4]
+PROGRAM = (sys.executable, "-m", "stitch.cli.main")
 
 
 def ask(gateway: FakeGateway, *arguments: str) -> int:
@@ -75,6 +79,49 @@ def test_ask_reads_question_from_standard_input(gateway: FakeGateway, monkeypatc
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nthere"))
     assert ask(gateway, "-") == 0
     assert gateway.requests[0].chat.messages[0].content == "hi\nthere"
+
+
+@pytest.mark.parametrize("question", ["", " \n", "-"])
+def test_ask_refuses_blank_question(
+    gateway: FakeGateway, question: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert ask(gateway, question, "--system", "Be brief.") == 1
+    assert "but it must not be empty" in capsys.readouterr().err
+    assert gateway.requests == []
+
+
+@pytest.mark.parametrize(
+    ("content", "question"),
+    [(b"\xef\xbb\xbfhi \xe2\x86\x92\r\n", "hi →\r\n"), (b"caf\xe9", None)],
+    ids=["byte-order-mark", "latin-1"],
+)
+def test_ask_reads_utf_8_from_pipe_in_any_locale(gateway: FakeGateway, content: bytes, question: str | None) -> None:
+    done = in_ascii("ask", "-", "--gateway", gateway.address, stdin=content)
+    assert b"Traceback" not in done.stderr
+    asked = [request.chat.messages[0].content for request in gateway.requests]
+    if question is None:
+        assert b"but it must be text in valid Unicode" in done.stderr
+        assert (done.returncode, asked) == (1, [])
+    else:
+        assert (done.returncode, asked) == (0, [question])
+        assert rb"echo: hi \u2192" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["status", "--json"], ["ask", "naïve 👋", "--json"], ["chat"]])
+def test_verbs_print_in_ascii_without_traceback(gateway: FakeGateway, arguments: list[str]) -> None:
+    done = in_ascii(*arguments, "--gateway", gateway.address, stdin="→ 👋\n".encode())
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.isascii()
+    if "--json" in arguments:
+        assert isinstance(json.loads(done.stdout), dict)
+
+
+def in_ascii(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Runs the command where locale and terminals know ASCII alone."""
+    ascii_alone = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **ascii_alone}
+    return subprocess.run([*PROGRAM, *arguments], input=stdin, capture_output=True, env=environment, check=False)
 
 
 def test_ask_sends_flags(gateway: FakeGateway) -> None:
@@ -217,17 +264,93 @@ class TestBatch:
 
     def test_batch_resume_requests_missing_lines(self, gateway: FakeGateway, tmp_path: Path) -> None:
         (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"}\n')
-        (tmp_path / "out.jsonl").write_text('{"line": 1, "text": "kept"}\n{"line": 2, "error": {}}\n')
+        kept = {"line": 1, "text": "kept", "request": digest({"prompt": "a"})}
+        (tmp_path / "out.jsonl").write_text(json.dumps(kept) + '\n{"line": 2, "error": {}}\n')
         assert self.batch(gateway, tmp_path, "--resume") == 0
         assert [line["text"] for line in self.written(tmp_path)] == ["kept", "echo: b", "echo: c"]
+
+    def test_batch_resume_with_line_in_front_keeps_answers_of_their_requests(
+        self, gateway: FakeGateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "id": 7}\n{"prompt": "gone"}\n')
+        assert self.batch(gateway, tmp_path, "--max-tokens", "1") == 0
+        gateway.requests.clear()
+        (tmp_path / "in.jsonl").write_text('{"prompt": "new"}\n\n{"prompt": "a"}\n{"id": 7, "prompt": "b"}\n')
+        assert self.batch(gateway, tmp_path, "--resume", "--max-tokens", "2") == 0
+        assert [request.prompt for request in gateway.requests] == ["new"]
+        assert [(line["line"], line["text"]) for line in self.written(tmp_path)] == [
+            (1, "echo: new"),
+            (3, "echo:"),
+            (4, "echo:"),
+        ]
+        old = json.loads((tmp_path / "out.jsonl.old").read_text())
+        assert (old["request"], old["text"]) == (digest({"prompt": "gone"}), "echo:")
+        told = capsys.readouterr().err
+        assert f"1 of 3 answers belong to no line and are in {tmp_path / 'out.jsonl.old'}\n" in told
+        assert "2 kept answers were made with max_tokens 1, not 2\n" in told
+
+    def test_batch_in_other_locale_is_utf_8(self, gateway: FakeGateway, tmp_path: Path) -> None:
+        (tmp_path / "in.jsonl").write_text('\ufeff{"prompt": "é\u2028→"}\n', encoding="utf-8")
+        files = [str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"), "--gateway", gateway.address]
+        for _ in range(2):
+            done = in_ascii("batch", *files, "--resume")
+            assert (done.returncode, b"Traceback" in done.stderr) == (0, False)
+        (line,) = (tmp_path / "out.jsonl").read_bytes().decode().splitlines()
+        assert json.loads(line)["text"] == "echo: é →"
+        assert len(gateway.requests) == 1
+
+    def test_batch_on_full_disk_leaves_output_and_resumes(self, gateway: FakeGateway, tmp_path: Path) -> None:
+        (tmp_path / "in.jsonl").write_text("".join(f'{{"prompt": "{number}"}}\n' for number in range(20)))
+        (tmp_path / "out.jsonl").write_text("old\n")
+        files = [str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"), "--gateway", gateway.address]
+        limited = ["bash", "-c", 'ulimit -f 2; exec "$@"', "-", *PROGRAM, "batch", *files]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(limited, capture_output=True, env=environment, check=False)
+        assert done.returncode == 1
+        assert done.stderr.decode() == f"stitch: [Errno 27] File too large: '{tmp_path / 'out.jsonl.part'}'\n"
+        assert (tmp_path / "out.jsonl").read_text() == "old\n"
+        gateway.requests.clear()
+        assert self.batch(gateway, tmp_path, "--resume") == 0
+        assert [line["text"] for line in self.written(tmp_path)] == [f"echo: {number}" for number in range(20)]
+        assert 10 < len(gateway.requests) < 20
+
+    def test_batch_to_pipe_streams(self, gateway: FakeGateway, tmp_path: Path) -> None:
+        (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+        os.mkfifo(tmp_path / "out.jsonl")
+        with ThreadPoolExecutor(1) as pool:
+            read = pool.submit((tmp_path / "out.jsonl").read_text)
+            assert self.batch(gateway, tmp_path) == 0
+            assert [json.loads(line)["line"] for line in read.result(WAIT_SECONDS).splitlines()] == [1, 2]
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+    def test_batch_to_standard_output_appends_to_redirection(self, gateway: FakeGateway, tmp_path: Path) -> None:
+        (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+        command = [*PROGRAM, "batch", str(tmp_path / "in.jsonl"), "--out", "/dev/stdout", "--gateway", gateway.address]
+        with (tmp_path / "redirected").open("w") as redirected:
+            redirected.write("before\n")
+            redirected.flush()
+            subprocess.run(command, stdout=redirected, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+            redirected.write("after\n")
+        first, answer, last = (tmp_path / "redirected").read_text().splitlines()
+        assert (first, json.loads(answer)["line"], last) == ("before", 1, "after")
+
+    def test_batch_onto_its_input_asks_nothing(
+        self, gateway: FakeGateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+        (tmp_path / "out.jsonl").symlink_to("in.jsonl")
+        assert self.batch(gateway, tmp_path) == 1
+        assert "would be overwritten" in capsys.readouterr().err
+        assert gateway.requests == []
+        assert (tmp_path / "in.jsonl").read_text() == '{"prompt": "a"}\n'
 
     async def test_ctrl_c_keeps_finished_answers(self, gateway: FakeGateway, tmp_path: Path) -> None:
         gateway.stall_before_word = 2
         out, draft = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
         (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b c d"}\n{"prompt": "e"}\n')
-        out.write_text('{"line": 3, "text": "kept"}\n')
+        out.write_text(json.dumps({"line": 3, "text": "kept", "request": digest({"prompt": "e"})}) + "\n")
         arguments = [str(tmp_path / "in.jsonl"), "--out", str(out), "--resume", "--gateway", gateway.address]
-        command = [sys.executable, "-m", "stitch.cli.main", "batch", *arguments]
+        command = [*PROGRAM, "batch", *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         process = await asyncio.create_subprocess_exec(*command, env=environment)
         await eventually(lambda: draft.exists() and draft.read_text(), WAIT_SECONDS)

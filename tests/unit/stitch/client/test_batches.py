@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from stitch.client.batches import Batch
 from stitch.client.messages import Answer
 from stitch.errors import Expired, InvalidRequest, StitchError, Unavailable
@@ -27,7 +29,9 @@ def answer_events(index: int, text: str) -> list[GenerateBatchResponse]:
 
 
 def texts(batch: Batch, failure: Exception | None = None) -> list[object]:
-    return [outcome.text if isinstance(outcome, Answer) else type(outcome) for outcome in batch.outcomes(failure)]
+    if failure is not None:
+        batch.fail(failure)
+    return [outcome.text if isinstance(outcome, Answer) else type(outcome) for outcome in batch.outcomes()]
 
 
 def test_outcomes_are_in_request_order() -> None:
@@ -47,7 +51,7 @@ def test_batch_separates_interleaved_answers() -> None:
 
 def test_malformed_request_is_not_sent_and_keeps_its_index() -> None:
     batch = Batch(["a", {"prompt": 7}, 3, {"prompt": "d", "max_tokens": 2}])  # type: ignore[list-item]
-    assert [request.prompt for request in batch.message.requests] == ["a", "d"]
+    assert [request.prompt for request in batch.messages[0].requests] == ["a", "d"]
     for event in answer_events(1, "D") + answer_events(0, "A"):
         batch.add(event)
     assert texts(batch) == ["A", InvalidRequest, InvalidRequest, "D"]
@@ -83,5 +87,29 @@ def test_error_with_unmapped_code_is_stitch_error() -> None:
     assert str(outcome) == "internal error"
 
 
-def test_empty_batch_has_no_outcomes() -> None:
-    assert Batch([]).outcomes() == []
+def test_empty_batch_has_no_calls_and_no_outcomes() -> None:
+    assert (Batch([]).messages, Batch([]).outcomes()) == ([], [])
+
+
+def test_requests_over_size_of_message_travel_in_several_calls() -> None:
+    requests = ["a" * (10 + index) for index in range(20)]
+    batch = Batch(requests, max_bytes=100)
+    assert [one.prompt for message in batch.messages for one in message.requests] == requests
+    assert len(batch.messages) > 1
+    assert all(message.ByteSize() <= 100 for message in batch.messages)
+    assert all(
+        first.ByteSize() + second.requests[0].ByteSize() > 80 for first, second in itertools.pairwise(batch.messages)
+    )
+    for call, message in enumerate(batch.messages):
+        for index, request in enumerate(message.requests):
+            for event in answer_events(index, request.prompt):
+                batch.add(event, call)
+    assert texts(batch) == requests
+
+
+def test_failed_call_leaves_requests_of_other_calls() -> None:
+    batch = Batch(["a", "b"], max_bytes=1)
+    for event in answer_events(0, "A"):
+        batch.add(event, call=0)
+    batch.fail(Expired("too late"), call=1)
+    assert texts(batch) == ["A", Expired]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import grpc
 import pytest
 
+from stitch.channels import MAX_MESSAGE_BYTES
 from stitch.client import Answer, Client, Delta, RouteDecision
+from stitch.client.batches import Batch
 from stitch.errors import Exhausted, Expired, Incompatible, InvalidRequest, StitchError, Unavailable
 from tests.support.fake_gateway import STAGES, WAIT_SECONDS, FakeGateway
 
@@ -98,6 +102,52 @@ def test_deadline_ends_call(gateway: FakeGateway) -> None:
     with Client(gateway.address) as client, pytest.raises(Expired):
         client.generate("a b c", timeout=0.2)
     assert gateway.cancelled.wait(WAIT_SECONDS)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, -0.5, math.nan, -math.inf])
+def test_timeout_that_is_not_above_0_is_refused(gateway: FakeGateway, timeout: float) -> None:
+    with Client(gateway.address) as client:
+        for call in (client.generate, client.stream, client.route):
+            with pytest.raises(InvalidRequest, match=f"timeout is {timeout}, but it must be more than 0 seconds"):
+                call("a", timeout=timeout)
+        with pytest.raises(InvalidRequest, match=f"timeout is {timeout}"):
+            client.batch(["a"], timeout=timeout)
+        with pytest.raises(InvalidRequest, match=f"timeout is {timeout}"):
+            client.describe(timeout=timeout)
+    assert gateway.requests == []
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e300, 1e18, 10**400, 1e9, 1e8])
+def test_very_long_timeout_is_none(gateway: FakeGateway, timeout: float) -> None:
+    with Client(gateway.address) as client:
+        assert client.generate("a", timeout=timeout).text == "echo: a"
+        assert client.describe(timeout=timeout).cluster == "fake"
+
+
+def test_request_over_size_of_message_is_refused_by_its_size() -> None:
+    with Client("127.0.0.1:1") as client:
+        prompt = "a" * MAX_MESSAGE_BYTES
+        for call in (client.generate, client.route):
+            with pytest.raises(
+                InvalidRequest, match=r"the request's size is 335544\d\d, but it must be at most 33554416"
+            ):
+                call(prompt)
+        (outcome,) = client.batch([prompt])
+        assert isinstance(outcome, InvalidRequest)
+
+
+def test_batch_over_size_of_message_is_answered(gateway: FakeGateway) -> None:
+    # The fake gateway has gRPC's own limit of 4 MiB for what it receives.
+    def calls(requests: list[str], max_bytes: int = 1 << 20) -> Batch:
+        return Batch(requests, max_bytes)
+
+    with pytest.MonkeyPatch.context() as patch, Client(gateway.address) as client:
+        patch.setattr("stitch.client.blocking.Batch", calls)
+        outcomes = client.batch([f"{number} {'x' * 300_000}" for number in range(20)], timeout=60)
+    assert [outcome.token_ids[1:] for outcome in outcomes if isinstance(outcome, Answer)] == [
+        (len(str(number)), 300_000) for number in range(20)
+    ]
+    assert len(gateway.requests) == 7
 
 
 @pytest.mark.parametrize(
