@@ -16,8 +16,7 @@ from stitch.cluster import Quantization
 from stitch.environment import cache_folder
 from stitch_server.attention import backend_for
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
-from stitch_server.kv_cache.span import Span
-from stitch_server.kv_cache.store import KVStore
+from stitch_server.kv_cache.store import KVStore, Span
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import read_config
 from stitch_server.model.embedding_and_head import Embedding, Head

@@ -18,8 +18,7 @@ from torch import Tensor
 from stitch.cluster import ClusterConfig, RouteConfig
 from stitch.errors import InvalidRequest
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
-from stitch_server.kv_cache.span import Span
-from stitch_server.kv_cache.store import KVStore
+from stitch_server.kv_cache.store import KVStore, Span
 from stitch_training.activations import Progress
 from stitch_training.cost_ladder import BOTTOM, TOP, Ladder, Rung, parameters_of, whole_parameters
 from stitch_training.data import Corpus, DataSettings

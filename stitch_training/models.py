@@ -19,8 +19,7 @@ from stitch.cluster import ROLES, ClusterConfig
 from stitch.environment import cache_folder
 from stitch.errors import Incompatible
 from stitch_server.attention import backend_for
-from stitch_server.kv_cache.span import Span
-from stitch_server.kv_cache.store import KVStore
+from stitch_server.kv_cache.store import KVStore, Span
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import ModelDescription, ParameterCount, read_config

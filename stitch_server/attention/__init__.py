@@ -17,8 +17,7 @@ from torch import Tensor
 
 from stitch_server.attention.flash import FlashAttention, VarlenKernel
 from stitch_server.attention.sdpa import SdpaAttention
-from stitch_server.kv_cache.span import Span
-from stitch_server.kv_cache.store import KVStore
+from stitch_server.kv_cache.store import KVStore, Span
 
 if TYPE_CHECKING:
     from stitch_server.cpu import PagedKV

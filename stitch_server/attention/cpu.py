@@ -15,8 +15,7 @@ from torch import Tensor
 
 from stitch_server.cpu import Numbers, PagedKV, attend_shared, has_amx, slot_mapping, store_all_kv
 from stitch_server.devices import as_bits, as_float32, run_on_thread_pool
-from stitch_server.kv_cache.span import Span
-from stitch_server.kv_cache.store import KVStore
+from stitch_server.kv_cache.store import KVStore, Span
 
 
 class CompiledAttention:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from stitch_server.devices import to_device_async
 from stitch_server.kv_cache.block_pool import blocks_for
-from stitch_server.kv_cache.span import Span
-from stitch_server.kv_cache.store import KVStore
+from stitch_server.kv_cache.store import KVStore, Span
 
 # What flash attention 2 in PyTorch 2.13 requires: `mha_varlen_fwd` in its flash_api.cpp.
 PAGE_TOKENS = 256

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stitch_server.kv_cache.span import Span, slots_of
-from stitch_server.kv_cache.store import KVStore
+from stitch_server.kv_cache.store import KVStore, Span, slots_of
 
 # A sequence joins a padded decode group if its context exceeds the group's shortest by at most this factor and these
 # tokens.

@@ -1,4 +1,4 @@
-"""The KV tensors of one shard's layers, in blocks of `block_tokens` slots.
+"""The KV tensors of one shard's layers, in blocks of `block_tokens` slots, and the `Span` of a sequence in them.
 
 Takes slots (`block * block_tokens + offset`) and returns or writes their keys and values. Which sequence holds a block
 is the `BlockPool`'s business, and which slots a batch reads is that of the attention back end.
@@ -6,11 +6,34 @@ is the `BlockPool`'s business, and which slots a batch reads is that of the atte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from stitch_server.devices import HugePageArena
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`length` new tokens of a sequence after its `position` cached ones; `blocks` have room for all of them."""
+
+    position: int
+    length: int
+    blocks: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        """The KV length of the sequence once the new tokens are written."""
+        return self.position + self.length
+
+
+def slots_of(span: Span, block_tokens: int, device: torch.device) -> Tensor:
+    """The slots of a sequence's tokens, cached and new, `[position + length]`."""
+    blocks = torch.tensor(span.blocks, device=device)
+    return (blocks[:, None] * block_tokens + torch.arange(block_tokens, device=device)).view(-1)[: span.end]
 
 
 class KVStore:

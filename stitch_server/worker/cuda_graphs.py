@@ -18,8 +18,7 @@ from torch import Tensor
 from stitch_server.attention import Rotary
 from stitch_server.attention.flash import FlashAttention, FlashMetadata, VarlenKernel, pack_metadata
 from stitch_server.devices import to_device_async
-from stitch_server.kv_cache.span import Span
-from stitch_server.kv_cache.store import KVStore
+from stitch_server.kv_cache.store import KVStore, Span
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 

@@ -23,7 +23,7 @@ from stitch.sampling import Token
 from stitch_server.attention import AttentionBackend, BatchAttention, Rotary, leading
 from stitch_server.devices import to_device_async
 from stitch_server.engine.types import Batch, LayerRange, RouteDecision, Segment, StepOutput
-from stitch_server.kv_cache.span import Span
+from stitch_server.kv_cache.store import Span
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.sampler import SampleRequest, sample

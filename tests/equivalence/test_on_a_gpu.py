@@ -10,8 +10,7 @@ from torch import Tensor
 
 from stitch_server.attention import backend_for
 from stitch_server.attention.flash import PAGE_TOKENS, VarlenKernel, varlen_kernel_for
-from stitch_server.kv_cache.span import Span
-from stitch_server.kv_cache.store import KVStore
+from stitch_server.kv_cache.store import KVStore, Span
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.worker.cuda_graphs import DecodeGraphs, capture_for
 from tests.support.tiny_model import write_tiny_model

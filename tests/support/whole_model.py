@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from stitch_server.attention import backend_for
-from stitch_server.kv_cache.span import Span
-from stitch_server.kv_cache.store import KVStore
+from stitch_server.kv_cache.store import KVStore, Span
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.embedding_and_head import Embedding, Head
 from stitch_server.model.weights import AS_STORED, WeightFormat

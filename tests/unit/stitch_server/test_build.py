@@ -18,7 +18,7 @@ from stitch_server.attention.flash import PAGE_TOKENS, FlashAttention
 from stitch_server.build import KVCache, allocate_kv_cache, layer_range_of, load_stage
 from stitch_server.engine.types import LayerRange
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
-from stitch_server.kv_cache.span import Span
+from stitch_server.kv_cache.store import Span
 from stitch_server.model.decoder import DecoderLayers
 from tests.support.tape import Tape
 from tests.support.tiny_cluster import Layers

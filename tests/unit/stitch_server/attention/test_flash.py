@@ -16,8 +16,7 @@ from stitch_server.attention import backend_for
 from stitch_server.attention.flash import PAGE_TOKENS, FlashAttention, VarlenKernel, pack_metadata, varlen_kernel_for
 from stitch_server.attention.sdpa import SdpaAttention
 from stitch_server.kv_cache.block_pool import blocks_for
-from stitch_server.kv_cache.span import Span
-from stitch_server.kv_cache.store import KVStore
+from stitch_server.kv_cache.store import KVStore, Span
 from tests.support.varlen import varlen
 
 KV_HEADS, HEAD_DIM = 2, 8

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stitch_server.kv_cache.span import Span, slots_of
-from stitch_server.kv_cache.store import KVStore
+from stitch_server.kv_cache.store import KVStore, Span, slots_of
 
 CPU = torch.device("cpu")
 KV_HEADS, HEAD_DIM = 2, 3

@@ -11,8 +11,7 @@ import torch
 from stitch.cluster import Quantization
 from stitch.errors import Incompatible
 from stitch_server.attention import backend_for
-from stitch_server.kv_cache.span import Span
-from stitch_server.kv_cache.store import KVStore
+from stitch_server.kv_cache.store import KVStore, Span
 from stitch_server.model import compiled_layers, hf_layers, llama, llama_loader
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import Adapted, DecoderLayers

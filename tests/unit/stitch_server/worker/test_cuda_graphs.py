@@ -8,8 +8,7 @@ from torch import Tensor
 
 from stitch_server.attention import backend_for
 from stitch_server.attention.flash import PAGE_TOKENS
-from stitch_server.kv_cache.span import Span
-from stitch_server.kv_cache.store import KVStore
+from stitch_server.kv_cache.store import KVStore, Span
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.worker.cuda_graphs import DecodeGraphs, capture_for
