@@ -81,6 +81,9 @@ def prepare_program() -> None:
     """
     if available_cpus() < len(os.sched_getaffinity(0)):
         os.environ.setdefault("OMP_NUM_THREADS", str(available_cpus()))
+    if sys.stdin is None:
+        # Closed by the caller, as `<&-` does.
+        sys.stdin = open(os.devnull)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

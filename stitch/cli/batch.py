@@ -57,8 +57,9 @@ class Line(NamedTuple):
 
 def run(parsed: argparse.Namespace) -> int:
     """Answers every line; returns 1 where a line has an error."""
-    target = output_target(parsed.out, Path(parsed.file), parsed.resume)
-    lines, defaults = read_lines(Path(parsed.file)), request_fields(parsed)
+    file = Path("/dev/stdin" if parsed.file == "-" else parsed.file)
+    target = output_target("/dev/stdout" if parsed.out == "-" else parsed.out, file, parsed.resume)
+    lines, defaults = read_lines(file), request_fields(parsed)
     with Outcomes(target) as outcomes:
         kept: dict[int, Record] = {}
         if parsed.resume:

@@ -73,8 +73,17 @@ def _chat(verb: argparse.ArgumentParser) -> None:
 
 
 def _batch(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("file", metavar="FILE.jsonl", help='one request per line: {"prompt": …} or {"messages": […]}, …')
-    verb.add_argument("--out", required=True, metavar="FILE.jsonl", help="one answer or error per line, in order")
+    verb.add_argument(
+        "file",
+        metavar="FILE.jsonl",
+        help='one request per line: {"prompt": …} or {"messages": […]}, …; `-`: standard input',
+    )
+    verb.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE.jsonl",
+        help="one answer or error per line, in order; `-`: standard output",
+    )
     verb.add_argument("--resume", action="store_true", help="keep the answers in --out and request only the others")
     verb.add_argument("--concurrency", type=positive, default=16, metavar="N", help="requests at once (16)")
     add_generation(verb)

@@ -106,7 +106,7 @@ def json_line(value: object) -> str:
 
 def print_json(value: object) -> None:
     """Prints one line of JSON; in ASCII where the terminal isn't UTF-8."""
-    unicode = "utf" in (sys.stdout.encoding or "").lower()
+    unicode = sys.stdout is not None and "utf" in (sys.stdout.encoding or "").lower()
     print(json_line(value) if unicode else json.dumps(value))
 
 

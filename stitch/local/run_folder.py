@@ -64,7 +64,7 @@ class RunFolder:
         """The recorded processes that still run, in the order of their start."""
         if not self._processes_file.exists():
             return []
-        recorded = [LocalProcess(**fields) for fields in json.loads(self._processes_file.read_text())]
+        recorded = [LocalProcess(**fields) for fields in json.loads(self._processes_file.read_bytes())]
         return [process for process in recorded if process.running()]
 
     def end(self) -> None:

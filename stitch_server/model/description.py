@@ -131,7 +131,7 @@ def _samples(path: Path) -> dict[str, bytes]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    fields: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return fields
 
 

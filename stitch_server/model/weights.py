@@ -71,7 +71,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Returns the folder's safetensors files by name. Raises Incompatible if there are none."""
     index = folder / INDEX_FILE
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         files = [folder / name for name in names]
     else:
         files = sorted(folder.glob("*.safetensors"))

@@ -205,7 +205,7 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
     write_json(folder / "generation_config.json", _generation_config(file, tokens))
     template = file.value("tokenizer.chat_template")
     if template is not None:
-        (folder / "chat_template.jinja").write_text(template)
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:

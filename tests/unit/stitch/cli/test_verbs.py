@@ -117,6 +117,23 @@ def test_verbs_print_in_ascii_without_traceback(gateway: FakeGateway, arguments:
         assert isinstance(json.loads(done.stdout), dict)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "closed", "error"),
+    [
+        ("ask -", "<&-", "stitch: prompt is '', but it must not be empty\n"),
+        ("chat", "<&-", ""),
+        ("ask hi", ">&-", ""),
+        ("ask hi --json", ">&-", ""),
+        ("ask hi", ">/dev/full", "stitch: [Errno 28] No space left on device\n"),
+    ],
+)
+def test_closed_streams_give_no_traceback(gateway: FakeGateway, arguments: str, closed: str, error: str) -> None:
+    script = f"{' '.join(PROGRAM)} {arguments} --gateway {gateway.address} {closed}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (1 if error else 0, error)
+
+
 def in_ascii(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     """Runs the command where locale and terminals know ASCII alone."""
     ascii_alone = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
@@ -333,6 +350,13 @@ class TestBatch:
             redirected.write("after\n")
         first, answer, last = (tmp_path / "redirected").read_text().splitlines()
         assert (first, json.loads(answer)["line"], last) == ("before", 1, "after")
+
+    def test_batch_of_standard_streams(self, gateway: FakeGateway, tmp_path: Path) -> None:
+        done = in_ascii(
+            "batch", "-", "--out", "-", "--gateway", gateway.address, stdin=b'\xef\xbb\xbf{"prompt": "a"}\n\n'
+        )
+        assert (done.returncode, done.stderr) == (0, b"1 answered, 0 failed: -\n")
+        assert json.loads(done.stdout)["text"] == "echo: a"
 
     def test_batch_onto_its_input_asks_nothing(
         self, gateway: FakeGateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
