@@ -18,7 +18,7 @@ import shutil
 import stat
 import sys
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -61,33 +61,29 @@ def run(parsed: argparse.Namespace) -> int:
     target = output_target("/dev/stdout" if parsed.out == "-" else parsed.out, file, parsed.resume)
     lines, defaults = read_lines(file), request_fields(parsed)
     with Outcomes(target) as outcomes:
-        kept: dict[int, Record] = {}
-        if parsed.resume:
-            kept, others = kept_answers(lines, outcomes.earlier_answers())
-            outcomes.keep(kept, others)
-            _tell(target.path, kept, others, changed_settings(lines, kept, defaults))
-        failed = asyncio.run(_answer(lines, kept, outcomes, defaults, parsed))
+        kept, others = kept_answers(lines, outcomes.earlier_answers()) if parsed.resume else ({}, [])
+        _tell(target.path, kept, others, changed_settings(lines, kept, defaults))
+        remaining = [line for line in lines if line.number not in kept]
+        outcomes.begin([line.number for line in lines], kept, others)
+        failed = asyncio.run(_answer(remaining, outcomes, defaults, parsed))
     print(f"{len(lines) - failed} answered, {failed} failed: {parsed.out}", file=sys.stderr)
     return 1 if failed else 0
 
 
 async def _answer(
-    lines: Sequence[Line],
-    kept: Mapping[int, Record],
-    outcomes: Outcomes,
-    defaults: Mapping[str, Any],
-    parsed: argparse.Namespace,
+    lines: Sequence[Line], outcomes: Outcomes, defaults: Mapping[str, Any], parsed: argparse.Namespace
 ) -> int:
-    """Writes the outcome of every line; returns the number of errors."""
+    """Adds the outcome of every line; returns the number of errors."""
     failed = 0
     async with AsyncClient(*gateway_endpoint(parsed)) as client:
+        found = outcome_records(client, lines, defaults, parsed.concurrency)
         with _progress() as progress:
-            outcomes.begin(kept)
             task = progress.add_task("answering", total=len(lines))
-            async for record in outcome_records(client, lines, kept, defaults, parsed.concurrency):
-                outcomes.write(record)
-                failed += "error" in record
-                progress.advance(task)
+            async with contextlib.aclosing(found):
+                async for record in found:
+                    outcomes.add(record)
+                    failed += "error" in record
+                    progress.advance(task)
     return failed
 
 
@@ -102,7 +98,7 @@ def _tell(out: Path, kept: Mapping[int, Record], others: Sequence[Record], chang
     if others:
         where = _beside(out, "old")
         print(
-            f"{len(others)} of {len(kept) + len(others)} answers belong to no line and are in {where}", file=sys.stderr
+            f"{len(others)} of {len(kept) + len(others)} answers belong to no line and go to {where}", file=sys.stderr
         )
     for change, count in changes.items():
         print(f"{count} kept answers were made with {change}", file=sys.stderr)
@@ -195,23 +191,27 @@ def output_target(out: str, file: Path, resume: bool) -> Target:
         raise InvalidRequest("--out", out, "it can't be written")
     if resume and not is_plain:
         raise InvalidRequest("--resume", out, "only a plain file has answers to keep")
-    for written in (path, _beside(path, "part"), _beside(path, "old")):
+    for written in (path, *(_beside(path, suffix) for suffix in ("part", "new", "old"))):
         if not stat.S_ISCHR(mode or 0) and written.exists() and file.exists() and written.samefile(file):
             raise InvalidRequest("--out", out, f"the input {file} would be overwritten")
     return Target(path, is_plain)
 
 
 class Outcomes:
-    """Writes outcomes in order to a draft, which becomes the output at the end or at an interruption.
+    """Collects outcomes as they come: a draft holds them until the end or an interruption, then the output, in order.
 
-    A run that is killed, or that can't write, leaves the output as it was, and its answers in the draft.
+    A run that is killed, or that can't write, leaves the output as it was, and its answers in the draft. A pipe or a
+    device has no draft: it gets every outcome as soon as those before it are there.
     """
 
     def __init__(self, target: Target) -> None:
         self._out, self._is_plain = target
         self._draft = _beside(self._out, "part") if self._is_plain else self._out
-        self._kept: Mapping[int, Record] = {}
-        self._written, self._begun, self._failed = 0, False, False
+        self._done: dict[int, Record] = {}
+        self._others: Sequence[Record] = ()
+        # The numbers of the lines whose outcomes have not been written to a pipe or a device yet.
+        self._next: deque[int] = deque()
+        self._begun, self._failed = False, False
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> Self:
@@ -230,62 +230,82 @@ class Outcomes:
 
     def earlier_answers(self) -> list[Record]:
         """The answers of earlier runs, without their line numbers; errors and incomplete lines are left out."""
-        # A draft repeats what its run has kept from the output.
+        # A draft that outlived the end of its run repeats the output.
         found = _answers(self._out) | _answers(self._draft)
         return [json.loads(text) for text in found.elements()]
 
-    def keep(self, kept: Mapping[int, Record], others: Sequence[Record]) -> None:
-        """Saves what earlier runs have answered before their draft is overwritten, `others` in a file of their own."""
-        if others:
-            with _beside(self._out, "old").open("ab") as old:
-                old.writelines(_encoded(record) for record in others)
-        if others or self._draft.stat().st_size:
-            fresh = _beside(self._out, "kept")
-            fresh.write_bytes(b"".join(_encoded(kept[number]) for number in sorted(kept)))
-            self._replace_output(fresh)
+    def begin(self, numbers: Iterable[int], kept: Mapping[int, Record], others: Sequence[Record]) -> None:
+        """Starts a run over these lines. `kept` are their earlier answers; `others` go to a file of their own.
 
-    def begin(self, kept: Mapping[int, Record]) -> None:
-        """Empties the draft; `kept` are the answers that an interruption must not lose."""
-        self._kept, self._begun = kept, True
+        Empties the draft where neither are given: then nobody has asked for what is in it.
+        """
+        self._done, self._others, self._next, self._begun = dict(kept), others, deque(numbers), True
         if self._is_plain and self._file is not None:
-            self._file.truncate(0)
+            if not kept and not others:
+                self._file.truncate(0)
+            # A killed run may have left an incomplete line.
+            self._write(b"\n" if self._draft.stat().st_size else b"")
 
-    def write(self, record: Record) -> None:
-        """Writes the outcome of the input's next line."""
-        if self._file is None or self._failed:
-            return
-        self._written = record["line"]
-        try:
-            self._file.write(_encoded(record))
-            self._file.flush()
-        except OSError as error:
-            self._failed = True
-            raise OSError(error.errno, error.strerror, str(self._draft)) from error
+    def add(self, record: Record) -> None:
+        """Adds the outcome of a line; lines may come in any order."""
+        self._done[record["line"]] = record
+        if self._is_plain:
+            self._write(_encoded(record))
+        while not self._is_plain and self._next and self._next[0] in self._done:
+            self._write(_encoded(self._done.pop(self._next.popleft())))
+
+    def _write(self, content: bytes) -> None:
+        if self._file is not None:
+            try:
+                with _naming(self._draft):
+                    self._file.write(content)
+                    self._file.flush()
+            except OSError:
+                self._failed = True
+                raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._begun and self._is_plain:
-            for number in sorted(number for number in self._kept if number > self._written):
-                self.write(self._kept[number])
-        if self._file is not None:
-            # What could not be written is not written now either.
+        try:
+            if self._is_plain and self._begun and not self._failed:
+                self._finish()
+            elif self._is_plain and self._draft.stat().st_size == 0:
+                self._draft.unlink()
+        finally:
+            # Closing tries once more to write what could not be written.
             with contextlib.suppress(OSError):
-                self._file.close()
-        if self._is_plain and self._begun and not self._failed:
-            self._replace_output(self._draft)
-        elif self._is_plain and self._draft.stat().st_size == 0:
-            self._draft.unlink()
+                if self._file is not None:
+                    self._file.close()
 
-    def _replace_output(self, fresh: Path) -> None:
-        """Makes `fresh` the output, with the mode of the old one; a file of several names is written in place."""
+    def _finish(self) -> None:
+        """Makes all outcomes the output, in order, with the mode of the old one."""
+        fresh = _beside(self._out, "new")
+        with _naming(fresh), fresh.open("wb") as file:
+            file.writelines(_encoded(self._done[number]) for number in sorted(self._done))
+        if self._others:
+            old = _beside(self._out, "old")
+            with _naming(old), old.open("ab") as file:
+                file.writelines(_encoded(record) for record in self._others)
         if self._out.exists():
             shutil.copymode(self._out, fresh)
-            if self._out.stat().st_nlink > 1:
+        if self._out.exists() and self._out.stat().st_nlink > 1:
+            # The file keeps its other names.
+            with _naming(self._out):
                 shutil.copyfile(fresh, self._out)
-                fresh.unlink()
-                return
-        fresh.replace(self._out)
+            fresh.unlink()
+        else:
+            fresh.replace(self._out)
+        self._draft.unlink()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Adds the path to an OSError of writing, which has none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _answers(file: Path) -> Counter[str]:
@@ -317,28 +337,22 @@ def _beside(out: Path, suffix: str) -> Path:
 
 
 async def outcome_records(
-    client: AsyncClient,
-    lines: Sequence[Line],
-    kept: Mapping[int, Record],
-    defaults: Mapping[str, Any],
-    concurrency: int,
+    client: AsyncClient, lines: Sequence[Line], defaults: Mapping[str, Any], concurrency: int
 ) -> AsyncGenerator[Record, None]:
-    """The outcome of every line, in order; `defaults` holds for the fields that a line doesn't set."""
+    """The outcome of every line as soon as it is there; `defaults` holds for the fields that a line doesn't set."""
     slots = asyncio.Semaphore(concurrency)
 
     async def outcome(line: Line) -> Record:
-        if line.number in kept:
-            return kept[line.number]
         async with slots:
             return {"line": line.number, **await _outcome(client, line.content, defaults)}
 
     tasks = [asyncio.create_task(outcome(line)) for line in lines]
     try:
-        for task in tasks:
+        for task in asyncio.as_completed(tasks):
             yield await task
     finally:
-        for task in tasks:
-            task.cancel()
+        for one in tasks:
+            one.cancel()
 
 
 async def _outcome(client: AsyncClient, line: bytes, defaults: Mapping[str, Any]) -> Record:

@@ -303,8 +303,31 @@ class TestBatch:
         old = json.loads((tmp_path / "out.jsonl.old").read_text())
         assert (old["request"], old["text"]) == (digest({"prompt": "gone"}), "echo:")
         told = capsys.readouterr().err
-        assert f"1 of 3 answers belong to no line and are in {tmp_path / 'out.jsonl.old'}\n" in told
+        assert f"1 of 3 answers belong to no line and go to {tmp_path / 'out.jsonl.old'}\n" in told
         assert "2 kept answers were made with max_tokens 1, not 2\n" in told
+
+    async def test_killed_runs_lose_no_answer(self, gateway: FakeGateway, tmp_path: Path) -> None:
+        prompts = [f"{number}" if number % 4 else f"{number} and more words" for number in range(40)]
+        (tmp_path / "in.jsonl").write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts))
+        out, draft = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+        files = [str(tmp_path / "in.jsonl"), "--out", str(out), "--gateway", gateway.address, "--concurrency", "12"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        gateway.stall_before_word = 2
+        for _ in range(2):
+            command = [*PROGRAM, "batch", *files, "--resume"]
+            process = await asyncio.create_subprocess_exec(*command, env=environment)
+            await eventually(lambda: draft.exists() and draft.read_text().count("echo") > 0, WAIT_SECONDS)
+            process.send_signal(signal.SIGKILL)
+            await process.wait()
+            with draft.open("a") as file:
+                file.write('{"line": 1, "te')
+            written = draft.read_text().count("echo")
+        gateway.stall_before_word = None
+        gateway.requests.clear()
+        assert await asyncio.to_thread(self.batch, gateway, tmp_path, "--resume") == 0
+        assert len(gateway.requests) == len(prompts) - written
+        assert [line["text"] for line in self.written(tmp_path)] == [f"echo: {prompt}" for prompt in prompts]
+        assert not draft.exists()
 
     def test_batch_in_other_locale_is_utf_8(self, gateway: FakeGateway, tmp_path: Path) -> None:
         (tmp_path / "in.jsonl").write_text('\ufeff{"prompt": "é\u2028→"}\n', encoding="utf-8")
@@ -370,17 +393,18 @@ class TestBatch:
 
     async def test_ctrl_c_keeps_finished_answers(self, gateway: FakeGateway, tmp_path: Path) -> None:
         gateway.stall_before_word = 2
+        # The third is answered before the second.
         out, draft = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
-        (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b c d"}\n{"prompt": "e"}\n')
+        (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b c d"}\n{"prompt": "e"}\n{"prompt": "f"}\n')
         out.write_text(json.dumps({"line": 3, "text": "kept", "request": digest({"prompt": "e"})}) + "\n")
         arguments = [str(tmp_path / "in.jsonl"), "--out", str(out), "--resume", "--gateway", gateway.address]
         command = [*PROGRAM, "batch", *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         process = await asyncio.create_subprocess_exec(*command, env=environment)
-        await eventually(lambda: draft.exists() and draft.read_text(), WAIT_SECONDS)
+        await eventually(lambda: draft.exists() and draft.read_text().count("\n") == 2, WAIT_SECONDS)
         process.send_signal(signal.SIGINT)
         assert await process.wait() == 130
-        assert [line["text"] for line in self.written(tmp_path)] == ["echo: a", "kept"]
+        assert [line["text"] for line in self.written(tmp_path)] == ["echo: a", "kept", "echo: f"]
         assert await asyncio.to_thread(gateway.cancelled.wait, WAIT_SECONDS)
 
     def test_batch_prints_missing_file(
