@@ -6,6 +6,7 @@ Imports no library at the top, so that `--help` is instant.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,17 @@ def utf8(text: str) -> str:
         return text.encode(errors="surrogateescape").decode()
     except UnicodeError:
         return text
+
+
+def output_file(text: str) -> str:
+    """A path that can be written, for argparse: what takes minutes to measure must not be lost at the end."""
+    path = Path(text)
+    if path.is_dir() or text.endswith("/"):
+        raise argparse.ArgumentTypeError(f"{text} is a folder")
+    existing = path if path.exists() else next(parent for parent in path.absolute().parents if parent.exists())
+    if not os.access(existing, os.W_OK) or (existing != path and not existing.is_dir()):
+        raise argparse.ArgumentTypeError(f"{text} can't be written")
+    return text
 
 
 def duration(text: str) -> float:

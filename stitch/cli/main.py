@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-from stitch.cli.arguments import add_gateway, add_generation, duration, lengths, positive, utf8
+from stitch.cli.arguments import add_gateway, add_generation, duration, lengths, output_file, positive, utf8
 from stitch.environment import prepare_program
 
 INTERRUPTED = 130
@@ -100,14 +100,20 @@ def _ttft(verb: argparse.ArgumentParser) -> None:
         "--lengths", type=lengths, default=(32, 64, 128, 256, 512), metavar="N,N,…", help="prompt lengths in tokens"
     )
     verb.add_argument("--repeat", type=positive, default=3, metavar="N", help="measurements of each point (3)")
-    verb.add_argument("--out", metavar="FILE.png", help="draw the points and lines")
-    verb.add_argument("--json", metavar="FILE", help="write every sample and the lines")
+    verb.add_argument("--out", type=output_file, metavar="FILE.png", help="draw the points and lines")
+    verb.add_argument("--json", type=output_file, metavar="FILE", help="write every sample and the lines")
     add_gateway(verb)
 
 
 def _demo(verb: argparse.ArgumentParser) -> None:
     _cluster(verb)
-    verb.add_argument("--out", default="demo/ttft.png", metavar="FILE.png", help="where the plot goes (demo/ttft.png)")
+    verb.add_argument(
+        "--out",
+        type=output_file,
+        default="demo/ttft.png",
+        metavar="FILE.png",
+        help="where the plot goes (demo/ttft.png)",
+    )
 
 
 def _cluster(verb: argparse.ArgumentParser) -> None:

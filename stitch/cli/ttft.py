@@ -76,6 +76,7 @@ def run(parsed: argparse.Namespace) -> int:
     show_times(console, samples, routes)
     if parsed.json:
         written = {"cluster": found.cluster, **report(samples, routes)}
+        Path(parsed.json).parent.mkdir(parents=True, exist_ok=True)
         Path(parsed.json).write_text(json.dumps(written, indent=2) + "\n")
     if parsed.out:
         write_plot(console, samples, routes, found.cluster, Path(parsed.out))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 
-from stitch.cli.arguments import add_generation, duration, lengths, positive, request_fields
+from stitch.cli.arguments import add_generation, duration, lengths, output_file, positive, request_fields
 from stitch.client.messages import generate_request
 from stitch.v1 import inference_pb2
 
@@ -69,3 +70,16 @@ def test_duration_refuses_what_is_not_above_0(text: str) -> None:
 
 def test_duration_may_be_infinite() -> None:
     assert (duration("0.5"), duration("inf")) == (0.5, float("inf"))
+
+
+def test_output_file_may_be_new_in_new_folders_or_a_device(tmp_path: Path) -> None:
+    (tmp_path / "old").touch()
+    for text in (str(tmp_path / "old"), str(tmp_path / "new" / "folder" / "file"), "file", "/dev/stdout"):
+        assert output_file(text) == text
+
+
+@pytest.mark.parametrize(("name", "reason"), [("", "is a folder"), ("new/", "is a folder"), ("old/new", "can't be")])
+def test_output_file_that_can_not_be_written_is_refused(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "old").touch()
+    with pytest.raises(argparse.ArgumentTypeError, match=reason):
+        output_file(f"{tmp_path}/{name}")

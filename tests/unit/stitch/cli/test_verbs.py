@@ -81,6 +81,18 @@ def test_ask_reads_question_from_standard_input(gateway: FakeGateway, monkeypatc
     assert gateway.requests[0].chat.messages[0].content == "hi\nthere"
 
 
+def test_ask_uses_proxy_only_when_asked(
+    gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert ask(gateway, "hi") == 0
+    assert ask(gateway, "hi", "--proxy") == 1
+    assert "ipv4:127.0.0.1:1:" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("question", ["", " \n", "-"])
 def test_ask_refuses_blank_question(
     gateway: FakeGateway, question: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
