@@ -17,13 +17,13 @@ import pytest
 from stitch.cluster import load_cluster
 from stitch_server import build
 from stitch_server.attention.flash import PAGE_TOKENS
+from tests.support.cpu_capture import CpuCapture
 from tests.support.in_process import ChainInProcess
 from tests.support.loopback_shards import Shards, open_shards
+from tests.support.reference_varlen_kernel import reference_varlen
 from tests.support.stitched_reference import StitchedReference, reference
-from tests.support.tape import Tape
 from tests.support.tiny_cluster import CUTS, write_tiny_cluster
 from tests.support.tiny_model import TOKENS
-from tests.support.varlen import varlen
 
 ANSWER_TOKENS = 10
 WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
@@ -31,15 +31,15 @@ FAMILIES: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": WINDOW}
 
 
 @pytest.fixture(autouse=True)
-def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[CpuCapture]:
     """Of the shards that are made after this."""
-    made: list[Tape] = []
+    made: list[CpuCapture] = []
 
-    def capture_for(device: object) -> Tape:
-        made.append(Tape())
+    def capture_for(device: object) -> CpuCapture:
+        made.append(CpuCapture())
         return made[-1]
 
-    monkeypatch.setattr(build, "varlen_kernel_for", lambda device, dtype, head_dim: varlen)
+    monkeypatch.setattr(build, "varlen_kernel_for", lambda device, dtype, head_dim: reference_varlen)
     monkeypatch.setattr(build, "capture_for", capture_for)
     return made
 
@@ -68,7 +68,7 @@ async def check(shards: Shards, says: Callable[[str], StitchedReference], prompt
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_every_chain_says_what_the_whole_says(family: str, tmp_path: Path, tapes: list[Tape]) -> None:
+async def test_every_chain_says_what_the_whole_says(family: str, tmp_path: Path, captures: list[CpuCapture]) -> None:
     file = write(tmp_path, family, bottoms=[(0, 1), (1, 4)], tops=[(2, 3), (3, 4)], max_prefill_chunk=100)
     references = {route: whole(tmp_path, route) for route in CUTS}
     async with open_shards(file) as shards:
@@ -76,8 +76,8 @@ async def test_every_chain_says_what_the_whole_says(family: str, tmp_path: Path,
         # Answers that go over the border of a block, among others.
         await check(shards, references.__getitem__, [prompt(PAGE_TOKENS - 4, 1), prompt(300, 2), prompt(7, 3)])
         assert {shard.shard.pool.block_tokens for shard in shards.running.values()} == {PAGE_TOKENS}
-    assert all(tape.replayed > 3 * tape.captured > 0 for tape in tapes)
-    assert len(tapes) == 4
+    assert all(capture.replayed > 3 * capture.captured > 0 for capture in captures)
+    assert len(captures) == 4
 
 
 async def test_whole_blocks_of_a_beginning_are_shared(tmp_path: Path) -> None:
@@ -114,16 +114,16 @@ class TestBlocks:
         pool = ChainInProcess(load_cluster(str(write(tmp_path, kv_block_tokens=256)))).shards["top-0"].pool
         assert (pool.block_tokens, pool.tokens) == (256, 8192)
 
-    def test_others_than_the_kernel_wants_do_without_it(self, tmp_path: Path, tapes: list[Tape]) -> None:
+    def test_others_than_the_kernel_wants_do_without_it(self, tmp_path: Path, captures: list[CpuCapture]) -> None:
         chain = ChainInProcess(load_cluster(str(write(tmp_path, kv_block_tokens=32))))
         answer = chain.generate(prompt(40), "weak", ("top-0",), ANSWER_TOKENS)
         assert answer == whole(tmp_path, "weak").generate(prompt(40), ANSWER_TOKENS)
-        assert [tape.captured for tape in tapes] == [0, 0]
+        assert [capture.captured for capture in captures] == [0, 0]
 
     async def test_a_chain_has_blocks_of_one_size(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A chain over a processor and a GPU is refused, unless its file names a size."""
         # The last shard of a chain is made first.
-        kernels = iter([varlen, None])
+        kernels = iter([reference_varlen, None])
         monkeypatch.setattr(build, "varlen_kernel_for", lambda device, dtype, head_dim: next(kernels))
         async with open_shards(write(tmp_path)) as shards:
             refused = "the tokens of a KV block of shard bottom-0 is 16, that of shard top-0 is 256"
@@ -133,7 +133,7 @@ class TestBlocks:
 
 @pytest.mark.parametrize(("family", "fields"), [("granite", {}), ("llama", {"captured_decode": False})])
 def test_passes_that_are_not_to_be_captured_are_not(
-    family: str, fields: dict[str, Any], tmp_path: Path, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
+    family: str, fields: dict[str, Any], tmp_path: Path, captures: list[CpuCapture], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor are layers of `transformers`; both attend by the kernel all the same."""
     monkeypatch.setitem(FAMILIES, "granite", {"residual_multiplier": 0.7, "attention_multiplier": 0.3})
@@ -141,4 +141,4 @@ def test_passes_that_are_not_to_be_captured_are_not(
     assert chain.shards["bottom-0"].pool.block_tokens == PAGE_TOKENS
     answer = chain.generate(prompt(40), "strong", ("top-0",), ANSWER_TOKENS)
     assert answer == whole(tmp_path, "strong").generate(prompt(40), ANSWER_TOKENS)
-    assert [tape.captured for tape in tapes] == [0, 0]
+    assert [capture.captured for capture in captures] == [0, 0]

@@ -13,8 +13,8 @@ from stitch_server.attention.flash import PAGE_TOKENS, VarlenKernel, varlen_kern
 from stitch_server.kv_cache.store import KVStore, Span
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.worker.cuda_graphs import DecodeGraphs, capture_for
+from tests.support.reference_varlen_kernel import reference_varlen
 from tests.support.tiny_model import write_tiny_model
-from tests.support.varlen import varlen
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU that torch can use")
 
@@ -36,7 +36,7 @@ def kernel() -> VarlenKernel:
 def test_varlen_kernel_equals_the_reference(window: int | None) -> None:
     shape = 0, 1, PAGES, KV_HEADS, HEAD_DIM
     stores = [KVStore(*shape, GPU, DTYPE, PAGE_TOKENS), KVStore(*shape, CPU, DTYPE, PAGE_TOKENS)]
-    backends = [backend_for(store, each) for store, each in zip(stores, (kernel(), varlen), strict=True)]
+    backends = [backend_for(store, each) for store, each in zip(stores, (kernel(), reference_varlen), strict=True)]
     for store in stores:
         store.kv.fill_(float("nan"))
     batches = [[(0, 300), (0, 20)], [(300, 1), (20, 280)], [(301, 1), (300, 1)], [(302, 250), (301, 1)]]

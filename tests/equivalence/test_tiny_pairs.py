@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
+from tests.support.link_peer import open_link_peer, opening_step
 from tests.support.loopback_shards import Shards, open_shards
-from tests.support.neighbour import neighbour, opening_step
 from tests.support.stitched_reference import StitchedReference, reference
 from tests.support.tiny_cluster import BOTTOM, CUTS, TOP, write_tiny_cluster
 from tests.support.tiny_model import TOKENS
@@ -154,11 +154,11 @@ async def test_a_session_that_finds_no_room_behind_goes_on_as_before(tmp_path: P
     prompts = [drawn_prompt(seed, BLOCK_TOKENS + 1) for seed in (11, 12)]
     async with open_shards(file) as shards:
         bottom, top = shards.address("bottom-0"), shards.address("top-0")
-        async with neighbour(top, like=bottom) as other:
+        async with open_link_peer(top, like=bottom) as other:
             # Somebody else leaves two blocks: room for one of both sessions.
-            await other.greet()
+            await other.shake_hands()
             step = opening_step(1, "weak", 8 * BLOCK_TOKENS, other.identity.bottom.hidden_size)
-            assert len((await other.ask(step)).tokens) == 1
+            assert len((await other.run_step(step)).tokens) == 1
             answers = await asyncio.gather(*(shards.generate(prompt, "weak", ANSWER_TOKENS) for prompt in prompts))
         begun = shards.running["bottom-0"].shard.pool.queried_tokens
         assert begun > len(prompts) * BLOCK_TOKENS, "no session began anew"

@@ -11,7 +11,7 @@ import pytest
 
 from stitch.channels import open_channel
 from stitch.v1 import shard_pb2
-from tests.support.neighbour import Neighbour, hidden_states, neighbour, opening_step
+from tests.support.link_peer import LinkPeer, hidden_states, open_link_peer, opening_step
 from tests.support.processes import Cluster
 from tests.support.waiting import becomes_true
 
@@ -31,20 +31,20 @@ async def unharmed(tiny_cluster: Cluster) -> AsyncIterator[None]:
 
 
 @pytest.fixture
-async def stranger(tiny_cluster: Cluster) -> AsyncIterator[Neighbour]:
+async def stranger(tiny_cluster: Cluster) -> AsyncIterator[LinkPeer]:
     """A link to the top shard that nobody has greeted yet."""
-    async with neighbour(tiny_cluster.address("top-0"), like=tiny_cluster.address("bottom-0")) as found:
+    async with open_link_peer(tiny_cluster.address("top-0"), like=tiny_cluster.address("bottom-0")) as found:
         yield found
 
 
 @pytest.fixture
-async def greeted(stranger: Neighbour) -> Neighbour:
-    welcome = await stranger.greet()
+async def greeted(stranger: LinkPeer) -> LinkPeer:
+    welcome = await stranger.shake_hands()
     assert welcome.identity.shard == "top-0"
     return stranger
 
 
-async def test_a_step_before_the_hello_is_refused(stranger: Neighbour) -> None:
+async def test_a_step_before_the_hello_is_refused(stranger: LinkPeer) -> None:
     await stranger.send(step=opening_step(1, "weak", 3, WIDTH))
     assert await stranger.refusal() == (
         grpc.StatusCode.FAILED_PRECONDITION,
@@ -52,7 +52,7 @@ async def test_a_step_before_the_hello_is_refused(stranger: Neighbour) -> None:
     )
 
 
-async def test_a_second_hello_is_refused(greeted: Neighbour) -> None:
+async def test_a_second_hello_is_refused(greeted: LinkPeer) -> None:
     await greeted.send(hello=shard_pb2.Hello())
     code, message = await greeted.refusal()
     assert (code, message) == (
@@ -61,9 +61,9 @@ async def test_a_second_hello_is_refused(greeted: Neighbour) -> None:
     )
 
 
-async def test_another_protocol_is_refused(stranger: Neighbour) -> None:
+async def test_another_protocol_is_refused(stranger: LinkPeer) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stranger.greet(protocol_version=7)
+        await stranger.shake_hands(protocol_version=7)
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert caught.value.details() == "the protocol version of shard bottom-0 is 7, that of shard top-0 is 1"
 
@@ -76,28 +76,28 @@ async def test_another_protocol_is_refused(stranger: Neighbour) -> None:
         ({"role": "top"}, ["the model of shard bottom-0 is", "of width 0, that of shard top-0 is top revision"]),
     ],
 )
-async def test_another_identity_is_refused(stranger: Neighbour, change: dict[str, Any], sentences: list[str]) -> None:
+async def test_another_identity_is_refused(stranger: LinkPeer, change: dict[str, Any], sentences: list[str]) -> None:
     stranger.identity.MergeFrom(shard_pb2.ShardIdentity(**change))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stranger.greet()
+        await stranger.shake_hands()
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert all(sentence in (caught.value.details() or "") for sentence in sentences)
 
 
-async def test_a_bottom_model_that_the_stitch_was_not_made_for_is_refused(stranger: Neighbour) -> None:
+async def test_a_bottom_model_that_the_stitch_was_not_made_for_is_refused(stranger: LinkPeer) -> None:
     stranger.identity.bottom.revision = "0123456789abcdef"
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stranger.greet()
+        await stranger.shake_hands()
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     message = caught.value.details() or ""
     assert message.startswith("the stitch from layer 3 to 2 is made for the bottom model bottom revision ")
     assert message.endswith(", not for bottom revision 0123456789abcdef")
 
 
-async def test_another_cut_of_a_route_is_refused(stranger: Neighbour) -> None:
+async def test_another_cut_of_a_route_is_refused(stranger: LinkPeer) -> None:
     stranger.identity.routes[0].bottom_layers = 1
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stranger.greet()
+        await stranger.shake_hands()
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert (
         caught.value.details()
@@ -125,13 +125,13 @@ def with_hidden(step: Any, **changes: Any) -> Any:
     ],
 )
 async def test_bytes_that_do_not_fit_their_shape_are_refused(
-    greeted: Neighbour, changes: dict[str, Any], message: str
+    greeted: LinkPeer, changes: dict[str, Any], message: str
 ) -> None:
     await greeted.send(step=with_hidden(opening_step(1, "weak", 3, WIDTH), **changes))
     assert await greeted.refusal() == (grpc.StatusCode.INVALID_ARGUMENT, message)
 
 
-async def test_a_step_that_announces_more_than_a_shard_takes_is_refused(greeted: Neighbour) -> None:
+async def test_a_step_that_announces_more_than_a_shard_takes_is_refused(greeted: LinkPeer) -> None:
     step = opening_step(1, "weak", 3, WIDTH)
     step.tokens_to_come = 4_000_000_000
     await greeted.send(step=step)
@@ -140,7 +140,7 @@ async def test_a_step_that_announces_more_than_a_shard_takes_is_refused(greeted:
     assert message.startswith("step.hidden.tokens is 4000000003, but a step holds at most ")
 
 
-async def test_segments_that_do_not_fit_the_rows_are_refused(greeted: Neighbour) -> None:
+async def test_segments_that_do_not_fit_the_rows_are_refused(greeted: LinkPeer) -> None:
     await greeted.send(step=opening_step(1, "weak", 3, WIDTH, length=2))
     assert await greeted.refusal() == (
         grpc.StatusCode.INVALID_ARGUMENT,
@@ -148,7 +148,7 @@ async def test_segments_that_do_not_fit_the_rows_are_refused(greeted: Neighbour)
     )
 
 
-async def test_a_frame_of_no_kind_is_refused(greeted: Neighbour) -> None:
+async def test_a_frame_of_no_kind_is_refused(greeted: LinkPeer) -> None:
     await greeted.send()
     code, message = await greeted.refusal()
     assert (code, message) == (
@@ -158,7 +158,7 @@ async def test_a_frame_of_no_kind_is_refused(greeted: Neighbour) -> None:
 
 
 @pytest.mark.parametrize("greeting", [True, False])
-async def test_bytes_that_are_no_frame_end_the_link(tiny_cluster: Cluster, stranger: Neighbour, greeting: bool) -> None:
+async def test_bytes_that_are_no_frame_end_the_link(tiny_cluster: Cluster, stranger: LinkPeer, greeting: bool) -> None:
     hello = shard_pb2.LinkRequest(hello=shard_pb2.Hello(protocol_version=1, identity=stranger.identity))
     async with open_channel(tiny_cluster.address("top-0")) as channel:
         raw: Any = channel.stream_stream("/stitch.v1.Shard/Link", None, None)
@@ -167,7 +167,7 @@ async def test_bytes_that_are_no_frame_end_the_link(tiny_cluster: Cluster, stran
             await call.write(hello.SerializeToString())
             assert shard_pb2.LinkResponse.FromString(await call.read()).HasField("welcome")
         await call.write(b"\xff" * 64)
-        link = Neighbour(call, stranger.identity)
+        link = LinkPeer(call, stranger.identity)
         code, message = await link.refusal()
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert message.startswith("frame is ")
@@ -175,12 +175,12 @@ async def test_bytes_that_are_no_frame_end_the_link(tiny_cluster: Cluster, stran
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-async def test_values_that_are_not_finite_end_their_session_alone(greeted: Neighbour, value: float) -> None:
+async def test_values_that_are_not_finite_end_their_session_alone(greeted: LinkPeer, value: float) -> None:
     step = opening_step(1, "weak", 3, WIDTH, value=value)
     sound = opening_step(2, "weak", 3, WIDTH)
     step.segments.extend(sound.segments)
     step.hidden.CopyFrom(hidden_states([value] * 3 * WIDTH + [0.5] * 3 * WIDTH, 6))
-    reply = await greeted.ask(step)
+    reply = await greeted.run_step(step)
     assert [(one.session, one.cause) for one in reply.failures] == [(1, shard_pb2.FAILURE_CAUSE_PRECONDITION)]
     assert reply.failures[0].message == "hidden states of session 1 at position 0 are not finite"
     assert [(one.session, one.token.position) for one in reply.tokens] == [(2, 3)]
@@ -195,34 +195,34 @@ async def test_values_that_are_not_finite_end_their_session_alone(greeted: Neigh
     ],
 )
 async def test_a_wrong_position_ends_its_session_alone(
-    greeted: Neighbour, changes: dict[str, Any], message: str
+    greeted: LinkPeer, changes: dict[str, Any], message: str
 ) -> None:
-    assert len((await greeted.ask(opening_step(1, "weak", 3, WIDTH))).tokens) == 1
-    assert len((await greeted.ask(opening_step(2, "strong", 2, WIDTH))).tokens) == 1
+    assert len((await greeted.run_step(opening_step(1, "weak", 3, WIDTH))).tokens) == 1
+    assert len((await greeted.run_step(opening_step(2, "strong", 2, WIDTH))).tokens) == 1
     lost = shard_pb2.Step(
         step=3,
         segments=[shard_pb2.Segment(**{"session": 1, "length": 1, "wants_token": True, **changes})],
         hidden=hidden_states([0.5] * WIDTH, 1),
     )
-    failures = (await greeted.ask(lost)).failures
+    failures = (await greeted.run_step(lost)).failures
     assert [(one.cause, one.message) for one in failures] == [(shard_pb2.FAILURE_CAUSE_PRECONDITION, message)]
     going_on = shard_pb2.Segment(session=2, position=2, length=1, wants_token=True)
-    reply = await greeted.ask(shard_pb2.Step(step=4, segments=[going_on], hidden=hidden_states([0.5] * WIDTH, 1)))
+    reply = await greeted.run_step(shard_pb2.Step(step=4, segments=[going_on], hidden=hidden_states([0.5] * WIDTH, 1)))
     assert [(one.session, one.token.position) for one in reply.tokens] == [(2, 3)]
 
 
-async def test_a_session_must_name_the_shards_behind_it(greeted: Neighbour) -> None:
+async def test_a_session_must_name_the_shards_behind_it(greeted: LinkPeer) -> None:
     step = opening_step(1, "weak", 3, WIDTH)
     step.segments[0].new_session.chain.append("127.0.0.1:1")
-    failures = (await greeted.ask(step)).failures
+    failures = (await greeted.run_step(step)).failures
     assert [one.cause for one in failures] == [shard_pb2.FAILURE_CAUSE_PRECONDITION]
     assert failures[0].message == "the session names 1 shards after this one, which is the last of its chain"
 
 
 async def test_no_shard_stands_before_the_first(tiny_cluster: Cluster) -> None:
     bottom = tiny_cluster.address("bottom-0")
-    async with neighbour(bottom, like=bottom) as link:
+    async with open_link_peer(bottom, like=bottom) as link:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await link.greet()
+            await link.shake_hands()
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert caught.value.details() == "shard bottom-0 is the first of its chain: it has no upstream shard"

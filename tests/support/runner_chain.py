@@ -22,10 +22,10 @@ from stitch_server.model.weights import AS_STORED, WeightFormat
 from stitch_server.worker.cuda_graphs import DecodeGraphs
 from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.parallelism import ParallelismTuner
+from tests.support.cpu_capture import CpuCapture
+from tests.support.reference_varlen_kernel import reference_varlen
 from tests.support.stitched_reference import StitchedReference, reference
-from tests.support.tape import Tape
 from tests.support.tiny_model import TOKENS, TinyPair, write_random_stitch
-from tests.support.varlen import varlen
 
 CPU, DTYPE = torch.device("cpu"), torch.float32
 # Route to (bottom_layers, top_from).
@@ -59,8 +59,8 @@ def new_runner(
         attention = backend_for(KVStore(first, end, BLOCKS, *shape))
         return ModelRunner(decoder, attention, CPU, ParallelismTuner(1, 1), **parts)  # type: ignore[arg-type]
     store = KVStore(first, end, BLOCKS + 1, *shape, PAGE_TOKENS)
-    graphs = DecodeGraphs(decoder, store, varlen, 2, Tape())
-    attention = backend_for(store, varlen)
+    graphs = DecodeGraphs(decoder, store, reference_varlen, 2, CpuCapture())
+    attention = backend_for(store, reference_varlen)
     return ModelRunner(decoder, attention, CPU, ParallelismTuner(1, 1), graphs=graphs, **parts)  # type: ignore[arg-type]
 
 

@@ -15,7 +15,7 @@ from stitch_server.kv_cache.store import KVStore, Span
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.embedding_and_head import Embedding, Head
 from stitch_server.model.weights import AS_STORED, WeightFormat
-from tests.support.plain_attend import PlainAttend
+from tests.support.reference_attention import ReferenceAttention
 
 CPU = torch.device("cpu")
 PROMPT = [(17 * position + position**2) % 300 for position in range(40)]
@@ -35,7 +35,7 @@ def our_logits(
     """
     shards = [DecoderLayers.load(folder, first, end, CPU, dtype, weight_format) for first, end in pairwise(cuts)]
     embedding, head = Embedding.load(folder, CPU, dtype), Head.load(folder, CPU, dtype)
-    plain = PlainAttend()
+    plain = ReferenceAttention()
     stores = [KVStore(each.first, each.end, 4, each.kv_heads, each.head_dim, CPU, dtype) for each in shards]
     logits = []
     for begin, stop in pairwise(chunks):

@@ -20,10 +20,10 @@ from stitch_server.engine.types import LayerRange
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.kv_cache.store import Span
 from stitch_server.model.decoder import DecoderLayers
-from tests.support.tape import Tape
+from tests.support.cpu_capture import CpuCapture
+from tests.support.reference_varlen_kernel import reference_varlen
 from tests.support.tiny_cluster import Layers
 from tests.support.tiny_model import write_tiny_model
-from tests.support.varlen import varlen
 
 CPU = torch.device("cpu")
 CONTEXT, KV_TOKENS = 1000, 8192
@@ -153,10 +153,10 @@ class TestKVCacheOnGpu:
 
         def find_kernel(*arguments: Any) -> object:
             queries.append(arguments)
-            return varlen
+            return reference_varlen
 
         monkeypatch.setattr(build, "varlen_kernel_for", find_kernel)
-        monkeypatch.setattr(build, "capture_for", lambda device: Tape())
+        monkeypatch.setattr(build, "capture_for", lambda device: CpuCapture())
         return queries
 
     def test_kernel_is_looked_up_by_device_dtype_and_head_size(

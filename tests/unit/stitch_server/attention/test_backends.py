@@ -17,7 +17,7 @@ from stitch_server.attention.cpu import CompiledAttention
 from stitch_server.attention.sdpa import SdpaAttention, causal_mask, group_by_length
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, blocks_for
 from stitch_server.kv_cache.store import KVStore, Span
-from tests.support.covering import pairwise_cases
+from tests.support.pairwise_cases import pairwise_cases
 
 KV_HEADS, HEAD_DIM, BLOCKS = 2, 8, 24
 LAYER = 5

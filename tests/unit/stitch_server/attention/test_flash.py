@@ -17,7 +17,7 @@ from stitch_server.attention.flash import PAGE_TOKENS, FlashAttention, VarlenKer
 from stitch_server.attention.sdpa import SdpaAttention
 from stitch_server.kv_cache.block_pool import blocks_for
 from stitch_server.kv_cache.store import KVStore, Span
-from tests.support.varlen import varlen
+from tests.support.reference_varlen_kernel import reference_varlen
 
 KV_HEADS, HEAD_DIM = 2, 8
 FIRST, END = 3, 6
@@ -35,7 +35,7 @@ class BothBackends:
         for store in (self.paged, self.plain):
             # Uninitialized slots, and what a session with non-finite values left.
             store.kv.fill_(float("nan"))
-        self.kernel: Any = varlen
+        self.kernel: Any = reference_varlen
         self.heads = heads
         self.blocks = {store: self.scattered(store, sequences) for store in (self.paged, self.plain)}
         self.ends = [0] * sequences
@@ -96,7 +96,10 @@ def test_two_chunks_of_one_sequence_in_one_batch() -> None:
     both.check((1, 7))
     flash, plain = (
         backend([Span(0, 250, both.blocks[store][0]), Span(250, 9, both.blocks[store][0])])
-        for store, backend in ((both.paged, backend_for(both.paged, varlen)), (both.plain, backend_for(both.plain)))
+        for store, backend in (
+            (both.paged, backend_for(both.paged, reference_varlen)),
+            (both.plain, backend_for(both.plain)),
+        )
     )
     given = (FIRST, *both.qkv(259), 0.3, None)
     torch.testing.assert_close(flash(*given), plain(*given), rtol=1e-5, atol=1e-5)
@@ -125,8 +128,8 @@ def test_bfloat16_is_close_to_float32() -> None:
     store = KVStore(0, 1, PAGES, KV_HEADS, HEAD_DIM, CPU, torch.bfloat16, PAGE_TOKENS)
     exact = KVStore(0, 1, PAGES, KV_HEADS, HEAD_DIM, CPU, torch.float32, PAGE_TOKENS)
     rows = [torch.randn(300, heads, HEAD_DIM) for heads in (4, KV_HEADS, KV_HEADS)]
-    got = backend_for(store, varlen)([Span(0, 300, [3, 1])])(0, *(one.bfloat16() for one in rows), 0.3, None)
-    expected = backend_for(exact, varlen)([Span(0, 300, [3, 1])])(0, *rows, 0.3, None)
+    got = backend_for(store, reference_varlen)([Span(0, 300, [3, 1])])(0, *(one.bfloat16() for one in rows), 0.3, None)
+    expected = backend_for(exact, reference_varlen)([Span(0, 300, [3, 1])])(0, *rows, 0.3, None)
     assert got.dtype is torch.bfloat16
     torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)
 
@@ -152,7 +155,7 @@ class TestMetadata:
 
         def record(*given: Any, **named: Any) -> Tensor:
             queries.append((*given[3:5], named["seqused_k"], named["block_table"]))
-            return varlen(*given, **named)
+            return reference_varlen(*given, **named)
 
         both = BothBackends(2)
         both.kernel = record
@@ -203,7 +206,7 @@ class TestVarlenKernel:
         assert [(one.name, one.kind, one.default) for one in queries] == [
             (one.name, one.kind, one.default) for one in known
         ]
-        given = inspect.signature(varlen).parameters.values()
+        given = inspect.signature(reference_varlen).parameters.values()
         assert [(one.name, one.kind, one.default) for one in given] == [
             (one.name, one.kind, one.default) for one in known
         ]

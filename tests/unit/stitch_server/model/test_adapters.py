@@ -10,7 +10,7 @@ import torch
 from stitch.errors import Incompatible
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
-from tests.support.plain_attend import PlainAttend
+from tests.support.reference_attention import ReferenceAttention
 from tests.support.tiny_model import write_tiny_model
 from tests.support.whole_model import CPU
 
@@ -62,8 +62,8 @@ def test_adapters_add_only_to_their_tokens(tmp_path: Path, family: str) -> None:
     layers = DecoderLayers.load(write_tiny_model(tmp_path, family), 1, 4, CPU, torch.float32)
     hidden, rotary = torch.randn(6, HIDDEN), layers.rotary(torch.arange(6))
     before, adapters = hidden.clone(), some_adapters()
-    one = layers.run(hidden, rotary, PlainAttend(), 1, 2, [(slice(2, 4), adapters)])
-    expected = layers.run(hidden, rotary, PlainAttend(), 1, 2)
+    one = layers.run(hidden, rotary, ReferenceAttention(), 1, 2, [(slice(2, 4), adapters)])
+    expected = layers.run(hidden, rotary, ReferenceAttention(), 1, 2)
     expected[2:4] += adapters(1, hidden[2:4])
     torch.testing.assert_close(one, expected)
     assert torch.equal(hidden, before)

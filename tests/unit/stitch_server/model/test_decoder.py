@@ -19,7 +19,7 @@ from stitch_server.model.description import read_config
 from stitch_server.model.linear import PlainLinear
 from stitch_server.model.quantized import from_int4, to_int4, to_int8
 from stitch_server.model.weights import WeightFormat, Weights
-from tests.support.plain_attend import PlainAttend
+from tests.support.reference_attention import ReferenceAttention
 from tests.support.tiny_model import NATIVE_FAMILIES, write_tiny_model
 from tests.support.whole_model import CPU, PROMPT, our_logits, their_logits
 
@@ -224,7 +224,7 @@ def test_layers_leave_their_input_unchanged(tmp_path: Path, family: str) -> None
     given = torch.randn(5, 32)
     before = given.clone()
     with torch.inference_mode():
-        layers.run(given, layers.rotary(torch.arange(5)), PlainAttend(), 0, 4)
+        layers.run(given, layers.rotary(torch.arange(5)), ReferenceAttention(), 0, 4)
     assert torch.equal(given, before)
 
 
@@ -244,7 +244,7 @@ def test_gradients_reach_the_input(tmp_path: Path, family: str) -> None:
     direction = torch.randn(6, 32)
 
     def through(states: torch.Tensor) -> torch.Tensor:
-        return layers.run(states, rotary, PlainAttend(), 1, 3).sum()
+        return layers.run(states, rotary, ReferenceAttention(), 1, 3).sum()
 
     through(hidden).backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
@@ -278,7 +278,7 @@ def test_quantized_layers_come_close(tmp_path: Path, family: str, quantization: 
     folder = write_tiny_model(tmp_path, family)
     hidden = torch.randn(6, DecoderLayers.load(folder, 0, 1, CPU, torch.float32).hidden_size)
     exact, rough = (
-        layers.run(hidden, layers.rotary(torch.arange(6)), PlainAttend(), 0, 4)
+        layers.run(hidden, layers.rotary(torch.arange(6)), ReferenceAttention(), 0, 4)
         for layers in (
             DecoderLayers.load(folder, 0, 4, CPU, torch.float32),
             DecoderLayers.load(folder, 0, 4, CPU, torch.float32, WeightFormat(quantization)),

@@ -13,7 +13,7 @@ from stitch_server.model.compiled_linear import CompiledLinear, is_faster_for, p
 from stitch_server.model.linear import Linear, PackedLinear, PlainLinear, TwoLayoutLinear, linear
 from stitch_server.model.quantized import quantize, to_int8
 from stitch_server.model.weights import WeightFormat
-from tests.support.operands import operands
+from tests.support.linear_operands import linear_operands
 
 CPU = torch.device("cpu")
 KERNELS, INT8_KERNELS = WeightFormat(kernels=True), WeightFormat("int8", kernels=True)
@@ -40,7 +40,7 @@ def layouts(weight: Tensor, bias: Tensor | None) -> list[Linear]:
     ("tokens", "biased"), [(0, True), (1, True), (1, False), (2, False), (8, True), (33, False), (200, True)]
 )
 def test_linear_returns_the_matmul_in_both_library_layouts(tokens: int, biased: bool) -> None:
-    x, weight, bias = operands(tokens)
+    x, weight, bias = linear_operands(tokens)
     exact = x.double() @ weight.double().T + (bias.double() if biased else 0.0)
     for multiply in layouts(weight, bias if biased else None):
         torch.testing.assert_close(multiply(x).double(), exact, rtol=1e-5, atol=1e-5)
@@ -48,7 +48,7 @@ def test_linear_returns_the_matmul_in_both_library_layouts(tokens: int, biased: 
 
 def assert_multiplies_by_int8(tokens: int, inputs: int, biased: bool) -> None:
     """Only the weights are rounded, not the tokens' inputs."""
-    x, weight, bias = operands(tokens, inputs)
+    x, weight, bias = linear_operands(tokens, inputs)
     int8, scales = to_int8(weight)
     exact = x.double() @ (int8.double() * scales.double()[:, None]).T + (bias.double() if biased else 0.0)
     got = linear(weight, bias if biased else None, INT8_KERNELS)(x)
@@ -77,14 +77,14 @@ class TestKernels:
         ],
     )
     def test_float32_kernel_returns_the_matmul(self, tokens: int, inputs: int, biased: bool) -> None:
-        x, weight, bias = operands(tokens, inputs)
+        x, weight, bias = linear_operands(tokens, inputs)
         exact = x.double() @ weight.double().T + (bias.double() if biased else 0.0)
         compiled = linear(weight, bias if biased else None, KERNELS)
         torch.testing.assert_close(compiled(x).double(), exact, rtol=1e-5, atol=1e-4)
 
     @pytest.mark.parametrize("inputs", [ONE_BLOCK, TWO_BLOCKS, TILE_BLOCKS])
     def test_amx_is_as_exact_as_vectors(self, inputs: int, amx: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        x, weight, _ = operands(128, inputs)
+        x, weight, _ = linear_operands(128, inputs)
         exact = x.double() @ weight.double().T
         tiles = linear(weight, None, KERNELS)(x)
         monkeypatch.setattr(cpu, "has_amx", lambda: False)
@@ -94,7 +94,7 @@ class TestKernels:
 
     @pytest.mark.parametrize(("tokens", "inputs"), [(1, ONE_BLOCK), (4, TWO_BLOCKS), (6, TILE_BLOCKS)])
     def test_bfloat16_kernel_returns_the_matmul(self, tokens: int, inputs: int) -> None:
-        x, weight, bias = (one.bfloat16() for one in operands(tokens, inputs))
+        x, weight, bias = (one.bfloat16() for one in linear_operands(tokens, inputs))
         got = linear(weight, bias, KERNELS)(x)
         assert got.dtype is torch.bfloat16
         exact = x.double() @ weight.double().T + bias.double()
@@ -119,7 +119,7 @@ class TestKernels:
     def test_int8_error_is_relative_to_the_largest_input_of_a_token(
         self, inputs: int, largest: float, amx: None
     ) -> None:
-        x, weight, _ = operands(3, inputs)
+        x, weight, _ = linear_operands(3, inputs)
         x[1] *= largest / x[1].abs().max()
         x[2, 7] = largest
         int8, scales = to_int8(weight)
@@ -135,11 +135,11 @@ class TestKernels:
     @pytest.mark.parametrize(("tokens", "inputs"), [(17, ONE_BLOCK), (40, TWO_BLOCKS)])
     @pytest.mark.usefixtures("no_amx")
     def test_int8_without_amx_leaves_many_tokens_to_onednn(self, tokens: int, inputs: int) -> None:
-        x, weight, bias = operands(tokens, inputs)
+        x, weight, bias = linear_operands(tokens, inputs)
         assert torch.equal(linear(weight, bias, INT8_KERNELS)(x), linear(weight, bias, WeightFormat("int8"))(x))
 
     def test_int8_kernel_keeps_the_dtype_of_the_inputs(self) -> None:
-        x, weight, bias = (one.bfloat16() for one in operands(1))
+        x, weight, bias = (one.bfloat16() for one in linear_operands(1))
         assert linear(weight, bias, INT8_KERNELS)(x).dtype is torch.bfloat16
 
     @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ class TestKernels:
     )
     def test_output_of_a_token_does_not_depend_on_a_few_others(self, inputs: int, weight_format: WeightFormat) -> None:
         """To the last bit, so that an answer doesn't depend on the other requests."""
-        x, weight, bias = operands(16, inputs)
+        x, weight, bias = linear_operands(16, inputs)
         multiply = linear(weight, bias, weight_format)
         together = multiply(x)
         for first in range(16):
@@ -156,7 +156,7 @@ class TestKernels:
 
     @pytest.mark.parametrize(("weight_format", "tokens"), [(KERNELS, 2), (KERNELS, 50), (INT8_KERNELS, 6)])
     def test_one_thread_computes_the_same_as_three(self, weight_format: WeightFormat, tokens: int) -> None:
-        x, weight, bias = operands(tokens, TWO_BLOCKS)
+        x, weight, bias = linear_operands(tokens, TWO_BLOCKS)
         multiply = linear(weight, bias, weight_format)
         shared = multiply(x)
         torch.set_num_threads(1)
@@ -167,7 +167,7 @@ class TestKernels:
     def test_output_of_a_token_does_not_depend_on_many_others(
         self, inputs: int, weight_format: WeightFormat, fewest: int, amx: None
     ) -> None:
-        x, weight, bias = operands(200, inputs)
+        x, weight, bias = linear_operands(200, inputs)
         multiply = linear(weight, bias, weight_format)
         together = multiply(x)
         for first, end in ((0, fewest), (1, 1 + fewest), (7, 120), (100, 200), (150, 199)):
@@ -194,21 +194,21 @@ class TestKernels:
     def test_non_finite_input_makes_only_its_token_non_finite(
         self, value: float, weight_format: WeightFormat, tokens: int, inputs: int
     ) -> None:
-        x, weight, _ = operands(tokens, inputs)
+        x, weight, _ = linear_operands(tokens, inputs)
         x[1, 5] = value
         finite = linear(weight, None, weight_format)(x).isfinite()
         assert not bool(finite[1].any())
         assert bool(finite[[token for token in range(tokens) if token != 1]].all())
 
     def test_layer_with_kernels_leaves_inputs_with_gradients_to_onednn(self) -> None:
-        _, weight, bias = (one.bfloat16() for one in operands(1))
+        _, weight, bias = (one.bfloat16() for one in linear_operands(1))
         leaf = torch.ones(1, 37, requires_grad=True, dtype=torch.bfloat16)
         linear(weight, bias, KERNELS)(leaf).sum().backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
         torch.testing.assert_close(leaf.grad, weight.sum(0, keepdim=True), rtol=2**-6, atol=2**-6)
 
     def test_kernel_keeps_its_own_copy_of_the_weight(self) -> None:
-        x, weight, _ = operands(1)
+        x, weight, _ = linear_operands(1)
         multiply = linear(weight, None, KERNELS)
         before = multiply(x)
         weight.zero_()
@@ -264,14 +264,14 @@ def test_float16_stays_in_the_layout_of_pytorch() -> None:
 
 
 def test_linear_takes_strided_inputs() -> None:
-    x, weight, bias = operands(5)
+    x, weight, bias = linear_operands(5)
     wide = torch.cat([x, x], dim=1)
     for multiply in layouts(weight, bias):
         torch.testing.assert_close(multiply(wide[:, :37]), multiply(x))
 
 
 def test_packed_linear_keeps_its_own_copy_of_the_weight() -> None:
-    x, weight, _ = operands(3)
+    x, weight, _ = linear_operands(3)
     multiply = linear(weight)
     before = multiply(x)
     weight.zero_()
@@ -279,7 +279,7 @@ def test_packed_linear_keeps_its_own_copy_of_the_weight() -> None:
 
 
 def test_linear_passes_gradients_to_its_input() -> None:
-    x, weight, bias = operands(4)
+    x, weight, bias = linear_operands(4)
     direction = torch.randn(4, 53)
     for multiply in layouts(weight, bias):
         leaf = x.clone().requires_grad_()
@@ -289,7 +289,7 @@ def test_linear_passes_gradients_to_its_input() -> None:
 
 
 def test_linear_takes_weights_made_in_inference_mode() -> None:
-    x, weight, bias = operands(2)
+    x, weight, bias = linear_operands(2)
     with torch.inference_mode():
         made = linear(weight.clone(), bias.clone())(x)
     torch.testing.assert_close(made, x @ weight.T + bias)

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from stitch_server.model.linear import linear
 from stitch_server.model.quantized import PackedInt8Linear, PlainInt8Linear, from_int4, to_int4, to_int8
 from stitch_server.model.weights import WeightFormat
-from tests.support.operands import operands
+from tests.support.linear_operands import linear_operands
 
 
 class TestInt8:
     def test_weight_is_near_its_bytes_times_their_scale(self) -> None:
-        _, weight, _ = operands(1)
+        _, weight, _ = linear_operands(1)
         int8, scales = to_int8(weight)
         assert int8.dtype is torch.int8
         assert int(int8.abs().amax()) == 127
@@ -25,7 +25,7 @@ class TestInt8:
     @pytest.mark.parametrize("kind", [PackedInt8Linear, PlainInt8Linear])
     @pytest.mark.parametrize(("tokens", "biased"), [(0, True), (1, False), (2, True), (33, False), (200, True)])
     def test_linear_errs_by_at_most_two_percent(self, kind: type[PackedInt8Linear], tokens: int, biased: bool) -> None:
-        x, weight, bias = operands(tokens)
+        x, weight, bias = linear_operands(tokens)
         # Tokens of very different sizes do not share a scale.
         x = x * torch.logspace(-3, 3, tokens)[:, None]
         exact = F.linear(x, weight)
@@ -36,21 +36,21 @@ class TestInt8:
 
     @pytest.mark.parametrize("kind", [PackedInt8Linear, PlainInt8Linear])
     def test_token_of_zeros_returns_the_bias(self, kind: type[PackedInt8Linear]) -> None:
-        _, weight, bias = operands(1)
+        _, weight, bias = linear_operands(1)
         torch.testing.assert_close(kind.quantized(weight, bias)(torch.zeros(2, 37)), bias.expand(2, -1))
 
     def test_output_of_zero_weights_is_zero(self) -> None:
-        x, weight, _ = operands(3)
+        x, weight, _ = linear_operands(3)
         weight[5] = 0.0
         assert bool((linear(weight, None, WeightFormat("int8"))(x)[:, 5] == 0).all())
 
     def test_linear_takes_strided_inputs(self) -> None:
-        x, weight, bias = operands(5)
+        x, weight, bias = linear_operands(5)
         wide, multiply = torch.cat([x, x], dim=1), linear(weight, bias, WeightFormat("int8"))
         assert torch.equal(multiply(wide[:, :37]), multiply(x))
 
     def test_linear_keeps_the_dtype_of_its_input(self) -> None:
-        x, weight, bias = operands(5)
+        x, weight, bias = linear_operands(5)
         multiply = linear(weight.bfloat16(), bias.bfloat16(), WeightFormat("int8"))
         assert multiply(x.bfloat16()).dtype is torch.bfloat16
 
@@ -62,7 +62,7 @@ class TestInt8:
 class TestInt4:
     @pytest.mark.parametrize("inputs", [32, 37, 96])
     def test_weight_errs_by_at_most_half_a_step_of_its_group(self, inputs: int) -> None:
-        _, weight, _ = operands(1, inputs)
+        _, weight, _ = linear_operands(1, inputs)
         near = from_int4(to_int4(weight))[:, :inputs]
         for mine, theirs in zip(weight.split(32, dim=1), near.split(32, dim=1), strict=True):
             # A padded group has zeros, too. Steps and least weights are rounded to eleven bits.
@@ -70,22 +70,22 @@ class TestInt4:
             assert bool(((theirs - mine).abs() <= (most / 30 + most * 2**-9)[:, None]).all())
 
     def test_weights_of_q4_1_are_kept_exactly(self) -> None:
-        (_, weight, _), kind = operands(1, 256), GGMLQuantizationType.Q4_1
+        (_, weight, _), kind = linear_operands(1, 256), GGMLQuantizationType.Q4_1
         stored = torch.from_numpy(dequantize(quantize(weight.numpy(), kind), kind))
         assert torch.equal(from_int4(to_int4(stored)), stored)
 
     def test_group_of_zeros_stays_zero(self) -> None:
-        _, weight, _ = operands(1, 64)
+        _, weight, _ = linear_operands(1, 64)
         weight[3, 32:] = 0.0
         assert bool((from_int4(to_int4(weight))[3, 32:] == 0).all())
 
     @pytest.mark.parametrize("tokens", [0, 1, 50])
     def test_linear_without_kernels_returns_the_matmul(self, tokens: int) -> None:
-        x, weight, bias = operands(tokens)
+        x, weight, bias = linear_operands(tokens)
         near = from_int4(to_int4(weight))[:, :37]
         torch.testing.assert_close(linear(weight, bias, WeightFormat("int4"))(x), F.linear(x, near, bias))
 
     def test_linear_keeps_the_dtype_of_its_input(self) -> None:
-        x, weight, bias = (one.bfloat16() for one in operands(5))
+        x, weight, bias = (one.bfloat16() for one in linear_operands(5))
         for kernels in (False, True):
             assert linear(weight, bias, WeightFormat("int4", kernels))(x).dtype is torch.bfloat16

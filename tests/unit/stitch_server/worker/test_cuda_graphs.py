@@ -12,9 +12,9 @@ from stitch_server.kv_cache.store import KVStore, Span
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.worker.cuda_graphs import DecodeGraphs, capture_for
-from tests.support.tape import HostSynchronized, Tape
+from tests.support.cpu_capture import CpuCapture, HostSynchronized
+from tests.support.reference_varlen_kernel import reference_varlen
 from tests.support.tiny_model import write_tiny_model
-from tests.support.varlen import varlen
 
 CPU = torch.device("cpu")
 LAYERS, WIDTH = 3, 32
@@ -47,10 +47,10 @@ class GraphsAndEager:
 
     def __init__(self, decoder: DecoderLayers, batch_sizes: tuple[int, ...] = (1, 2, 4, 8)) -> None:
         shape = 0, LAYERS, BLOCKS, decoder.kv_heads, decoder.head_dim, CPU, torch.float32, PAGE_TOKENS
-        self.decoder, self.tape = decoder, Tape()
+        self.decoder, self.cpu_capture = decoder, CpuCapture()
         self.store, self.eager_store = KVStore(*shape), KVStore(*shape)
-        self.captured, self.eager = backend_for(self.store, varlen), backend_for(self.eager_store)
-        self.graphs = DecodeGraphs(decoder, self.store, varlen, PAGES_EACH, self.tape, batch_sizes)
+        self.captured, self.eager = backend_for(self.store, reference_varlen), backend_for(self.eager_store)
+        self.graphs = DecodeGraphs(decoder, self.store, reference_varlen, PAGES_EACH, self.cpu_capture, batch_sizes)
         self.ends = [0] * SEQUENCES
         self.draw = torch.Generator().manual_seed(0)
 
@@ -105,7 +105,7 @@ def test_batch_is_padded_to_the_next_batch_size(llama: DecoderLayers, rows: int)
     bench.prefill(*range(1, rows + 1))
     for _ in range(3):
         bench.step(list(range(rows)))
-    assert (bench.tape.captured, bench.tape.replayed) == (1, 3)
+    assert (bench.cpu_capture.captured, bench.cpu_capture.replayed) == (1, 3)
 
 
 def test_each_batch_size_is_captured_once(llama: DecoderLayers) -> None:
@@ -113,7 +113,7 @@ def test_each_batch_size_is_captured_once(llama: DecoderLayers) -> None:
     captured = []
     for rows in (1, 2, 3, 4, 5, 8, 7, 3, 1, 2):
         bench.step(list(range(rows)))
-        captured.append(bench.tape.captured)
+        captured.append(bench.cpu_capture.captured)
     assert captured == [1, 2, 3, 3, 4, 4, 4, 4, 4, 4]
 
 
@@ -123,9 +123,9 @@ def test_each_layer_range_is_captured_once(llama: DecoderLayers) -> None:
         for first, end in ((0, 2), (2, 3)):
             bench.step([0, 1], first, end)
             bench.ends = [0] * SEQUENCES
-    assert (bench.tape.captured, bench.tape.replayed) == (2, 4)
+    assert (bench.cpu_capture.captured, bench.cpu_capture.replayed) == (2, 4)
     # The same operators for each layer, beside those that unpack the batch.
-    longer, shorter = bench.tape.lengths
+    longer, shorter = bench.cpu_capture.lengths
     assert shorter < longer < 2 * shorter
 
 
@@ -133,7 +133,7 @@ def test_each_adapter_is_captured_once(llama: DecoderLayers) -> None:
     bench, kinds = GraphsAndEager(llama), (adapters(1), None, adapters(2))
     for _ in range(2):
         results = [bench.step([0, 1, 2], adapters=kind) for kind in kinds]
-    assert (bench.tape.captured, bench.tape.replayed) == (3, 6)
+    assert (bench.cpu_capture.captured, bench.cpu_capture.replayed) == (3, 6)
     assert not any(torch.allclose(results[one], results[other]) for one, other in ((0, 1), (1, 2), (0, 2)))
 
 
@@ -182,7 +182,7 @@ class TestEagerBatches:
     def test_batch_of_different_adapters_is_not_captured(self, llama: DecoderLayers, rows: list[slice]) -> None:
         bench = GraphsAndEager(llama)
         assert self.is_eager(bench, bench.spans([0, 1]), [(one, adapters(index)) for index, one in enumerate(rows)])
-        assert bench.tape.captured == 0
+        assert bench.cpu_capture.captured == 0
 
 
 class TestTape:
@@ -201,11 +201,11 @@ class TestTape:
     def test_capture_refuses_host_synchronization(self, asking: object) -> None:
         rows = torch.ones(3)
         with pytest.raises(HostSynchronized):
-            Tape()(lambda: asking(rows))  # type: ignore[operator]
+            CpuCapture()(lambda: asking(rows))  # type: ignore[operator]
 
     def test_replay_reads_tensors_and_not_host_values(self) -> None:
         rows, factor = torch.ones(3), [2.0]
-        replay = Tape()(lambda: (rows * factor[0]).add_(1).view(3, 1))
+        replay = CpuCapture()(lambda: (rows * factor[0]).add_(1).view(3, 1))
         rows.fill_(5)
         factor[0] = 100.0
         assert replay().flatten().tolist() == [11.0, 11.0, 11.0]

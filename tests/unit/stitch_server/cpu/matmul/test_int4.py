@@ -14,7 +14,7 @@ from stitch_server.model.compiled_linear import CompiledLinear, is_faster_for
 from stitch_server.model.linear import linear
 from stitch_server.model.quantized import from_int4, to_int4
 from stitch_server.model.weights import WeightFormat
-from tests.support.operands import operands
+from tests.support.linear_operands import linear_operands
 
 KERNELS, INT4_KERNELS = WeightFormat(kernels=True), WeightFormat("int4", kernels=True)
 GROUPS, OUTPUTS = 3, 2 * cpu.PANEL_OUTPUTS
@@ -70,7 +70,7 @@ def test_int4_matmul_matches_numpy(tokens: int, vnni: bool) -> None:
 )
 @pytest.mark.usefixtures("vnni")
 def test_int4_linear_returns_the_matmul(tokens: int, inputs: int, biased: bool) -> None:
-    x, weight, bias = operands(tokens, inputs)
+    x, weight, bias = linear_operands(tokens, inputs)
     exact = x.double() @ from_int4(to_int4(weight))[:, :inputs].double().T + (bias.double() if biased else 0.0)
     got = linear(weight, bias if biased else None, INT4_KERNELS)(x)
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
@@ -81,7 +81,7 @@ def test_int4_linear_returns_the_matmul(tokens: int, inputs: int, biased: bool) 
 )
 def test_int4_linear_equals_float32_linear_when_dequantized(tokens: int, inputs: int, vnni: bool) -> None:
     """To the last bit when dequantized; by VNNI as exact, of short sums nearly so."""
-    x, weight, bias = operands(tokens, inputs)
+    x, weight, bias = linear_operands(tokens, inputs)
     near = from_int4(to_int4(weight))[:, :inputs].contiguous()
     got, expected = linear(weight, bias, INT4_KERNELS)(x), linear(near, bias, KERNELS)(x)
     if not vnni or compiled_linear.instructions_for(tokens).amx:
@@ -94,7 +94,7 @@ def test_int4_linear_equals_float32_linear_when_dequantized(tokens: int, inputs:
 
 @pytest.mark.parametrize("inputs", [ONE_GROUP_PADDED, TILE_BLOCKS])
 def test_int4_output_of_a_token_does_not_depend_on_the_others(inputs: int) -> None:
-    x, weight, bias = operands(16, inputs)
+    x, weight, bias = linear_operands(16, inputs)
     multiply = linear(weight, bias, INT4_KERNELS)
     together = multiply(x)
     for first in range(16):
@@ -104,7 +104,7 @@ def test_int4_output_of_a_token_does_not_depend_on_the_others(inputs: int) -> No
 
 @pytest.mark.skipif(not cpu.has_amx(), reason="this CPU has no AMX")
 def test_int4_output_of_a_token_does_not_depend_on_many_others() -> None:
-    x, weight, bias = operands(200, TILE_BLOCKS)
+    x, weight, bias = linear_operands(200, TILE_BLOCKS)
     multiply = linear(weight, bias, INT4_KERNELS)
     together = multiply(x)
     for first, end in ((0, 24), (1, 25), (7, 120), (100, 200), (150, 199)):
@@ -113,7 +113,7 @@ def test_int4_output_of_a_token_does_not_depend_on_many_others() -> None:
 
 @pytest.mark.parametrize(("value", "tokens"), [(float("nan"), 2), (float("inf"), 6), (float("-inf"), 50)])
 def test_non_finite_input_makes_only_its_token_non_finite(value: float, tokens: int) -> None:
-    x, weight, _ = operands(tokens, SEVERAL_GROUPS)
+    x, weight, _ = linear_operands(tokens, SEVERAL_GROUPS)
     x[1, 5] = value
     finite = linear(weight, None, INT4_KERNELS)(x).isfinite()
     assert not bool(finite[1].any())

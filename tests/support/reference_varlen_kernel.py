@@ -1,4 +1,4 @@
-"""PyTorch's `varlen_attn` on a CPU: the formula written out, with the checks of PyTorch's kernel for GPUs.
+"""A reference for PyTorch's `varlen_attn` on a CPU: the textbook formula, and the argument checks of the GPU kernel.
 
 It is one custom operator, so a recorder of operators sees one call, as on a GPU.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from stitch_server.attention.flash import HEAD_DIM_STEP, MAX_HEAD_DIM, PAGE_TOKENS
 
 
-def varlen(
+def reference_varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -27,7 +27,7 @@ def varlen(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> Tensor:
-    """Over paged KV only; the arguments are those of `torch.nn.attention.varlen.varlen_attn`."""
+    """Attends over paged KV; takes the arguments of `torch.nn.attention.varlen.varlen_attn`."""
     assert scale is not None
     assert seqused_k is not None
     assert block_table is not None
@@ -66,7 +66,7 @@ def _varlen(
 
 
 def _attended(query: Tensor, keys: Tensor, values: Tensor, scale: float, window_size: list[int]) -> Tensor:
-    """Attention of one sequence, whose last tokens have queries."""
+    """Attention of one sequence; the queries belong to its last tokens."""
     group = query.shape[1] // keys.shape[1]
     scores = torch.einsum("qhd,khd->hqk", query, keys.repeat_interleave(group, 1)) * scale
     positions = torch.arange(len(keys))
@@ -87,7 +87,7 @@ def _check(
     seqused_k: Tensor,
     block_table: Tensor,
 ) -> None:
-    """The checks of `mha_varlen_fwd` in PyTorch 2.13, and that redundant arguments agree."""
+    """Repeats the checks of `mha_varlen_fwd` in PyTorch 2.13, and checks that redundant arguments agree."""
     sequences, head_dim = len(seqused_k), query.shape[2]
     for ints in (cu_seq_q, cu_seq_k, seqused_k, block_table):
         assert ints.dtype is torch.int32

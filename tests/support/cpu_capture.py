@@ -1,4 +1,4 @@
-"""Captures a function's operators on a CPU as a CUDA graph does on a GPU.
+"""Records a function's operators on a CPU, and replays them, as a CUDA graph does on a GPU.
 
 A replay runs the same operators over the same memory, with the host's values at the time of the capture. Operators that
 a graph can't hold, because the host would wait for the device or send it data, raise HostSynchronized.
@@ -18,14 +18,14 @@ from torch.utils._pytree import tree_leaves
 from stitch_server.worker.cuda_graphs import Replay
 
 _ATEN = torch.ops.aten
-# They return values to the host, tensors whose size depends on values, or tensors made of the host's values.
+# Operators that return values to the host, tensors whose size depends on values, or tensors made of host values.
 REFUSED = {
     _ATEN._local_scalar_dense.default,
     _ATEN.nonzero.default,
     _ATEN.equal.default,
     _ATEN.lift_fresh.default,
 }
-# With a mask, the number of elements that they read or write depends on values, too.
+# Refused with a boolean mask, because the number of elements then depends on values.
 INDEXING = {_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default}
 
 
@@ -47,7 +47,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @dataclass
-class Tape:
+class CpuCapture:
     """A `Capture` that counts its captures and replays."""
 
     captured: int = 0
@@ -75,8 +75,8 @@ def _tensors(result: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
-def _overwrite(kept: Iterable[Tensor], anew: Iterable[Tensor]) -> None:
-    """Copies the results to the memory of the recorded ones; views and in-place results are there already."""
-    for old, new in zip(kept, anew, strict=True):
+def _overwrite(recorded: Iterable[Tensor], recomputed: Iterable[Tensor]) -> None:
+    """Copies results to the memory of the recorded ones; views and in-place results share that memory already."""
+    for old, new in zip(recorded, recomputed, strict=True):
         if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
             old.copy_(new)

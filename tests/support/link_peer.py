@@ -1,4 +1,4 @@
-"""A shard's neighbour by hand: speaks the link frame by frame, also what no shard would send. Computes nothing."""
+"""The upstream end of a link to a shard, which a test drives frame by frame, also with frames that no shard sends."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ PROTOCOL_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Neighbour:
-    """One link to a shard, as the caller."""
+class LinkPeer:
+    """The calling end of one link to a shard."""
 
     call: Any
-    # What the caller says of itself.
+    # The identity that the caller sends in its hello.
     identity: shard_pb2.ShardIdentity
 
-    async def greet(self, protocol_version: int = PROTOCOL_VERSION) -> shard_pb2.Welcome:
-        """The handshake. Raises grpc.aio.AioRpcError where it is refused."""
+    async def shake_hands(self, protocol_version: int = PROTOCOL_VERSION) -> shard_pb2.Welcome:
+        """Sends a hello and returns the welcome. Raises grpc.aio.AioRpcError where the shard refuses it."""
         hello = shard_pb2.Hello(protocol_version=protocol_version, identity=self.identity, caller="test")
         await self.send(hello=hello)
         return (await self.receive()).welcome
 
     async def send(self, **frame: Any) -> None:
-        # Where the shard has refused the link already, the next read says why.
+        # Where the shard has refused the link already, the next read raises its status.
         with suppress(asyncio.InvalidStateError):
             await self.call.write(shard_pb2.LinkRequest(**frame))
 
@@ -43,13 +43,13 @@ class Neighbour:
             raise EOFError(f"the link has ended: {await self.call.code()}")
         return response
 
-    async def ask(self, step: shard_pb2.Step) -> shard_pb2.StepReply:
+    async def run_step(self, step: shard_pb2.Step) -> shard_pb2.StepReply:
         """Sends one step and returns its reply."""
         await self.send(step=step)
         return (await self.receive()).reply
 
     async def refusal(self) -> tuple[grpc.StatusCode, str]:
-        """How the shard ends the link."""
+        """Reads to the end of the link, and returns the status code and message with which the shard ended it."""
         while isinstance(await _read(self.call), shard_pb2.LinkResponse):
             pass
         return await self.call.code(), await self.call.details()
@@ -63,23 +63,23 @@ async def _read(call: Any) -> Any:
 
 
 @asynccontextmanager
-async def neighbour(address: str, like: str) -> AsyncIterator[Neighbour]:
-    """A link to the shard at `address` by someone who claims to be the shard at `like`; not yet greeted."""
+async def open_link_peer(address: str, like: str) -> AsyncIterator[LinkPeer]:
+    """Opens a link to the shard at `address` with the identity of the shard at `like`; no hello has been sent yet."""
     async with open_channel(address) as channel:
-        yield Neighbour(shard_pb2_grpc.ShardStub(channel).Link(None), (await describe(like)).identity)
+        yield LinkPeer(shard_pb2_grpc.ShardStub(channel).Link(None), (await describe(like)).identity)
 
 
 async def describe(address: str) -> shard_pb2.ShardDescribeResponse:
-    """What the shard at `address` says of itself."""
+    """The shard's reply to Describe."""
     async with open_channel(address) as channel:
         stub: shard_pb2_grpc.ShardAsyncStub = shard_pb2_grpc.ShardStub(channel)
         return await stub.Describe(shard_pb2.ShardDescribeRequest())
 
 
 def opening_step(number: int, route: str, tokens: int, width: int, value: float = 0.5, **changes: Any) -> Any:
-    """A step that opens session `number` with so many tokens and asks for the next; every value of them is `value`.
+    """A step that opens session `number` with `tokens` tokens and wants the next; every hidden value is `value`.
 
-    `changes` are fields of its one segment.
+    `changes` replaces fields of its one segment.
     """
     new_session = shard_pb2.NewSession(
         route=route,
@@ -93,7 +93,7 @@ def opening_step(number: int, route: str, tokens: int, width: int, value: float 
 
 
 def hidden_states(values: Sequence[float], tokens: int) -> shard_pb2.HiddenStates:
-    """Rows of float32, as many as `tokens`."""
+    """The values as float32 hidden states `[tokens, hidden_size]`."""
     return shard_pb2.HiddenStates(
         dtype=shard_pb2.DTYPE_FLOAT32,
         tokens=tokens,

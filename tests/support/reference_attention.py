@@ -1,4 +1,4 @@
-"""Attention over one sequence's context, written out as the formula says, without blocks or kernels."""
+"""Attention over one sequence by the textbook formula, without KV blocks or kernels."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-class PlainAttend:
-    """One sequence's keys and values, layer by layer; every pass extends them."""
+class ReferenceAttention:
+    """Keeps one sequence's keys and values by layer; every pass appends to them."""
 
     def __init__(self) -> None:
         self.keys: dict[int, Tensor] = {}
@@ -16,7 +16,7 @@ class PlainAttend:
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> Tensor:
-        """As `stitch_server.attention.Attend` says."""
+        """Implements `stitch_server.attention.Attend`."""
         keys = self.keys[layer] = _appended(self.keys, layer, key)
         values = self.values[layer] = _appended(self.values, layer, value)
         group = query.shape[1] // key.shape[1]
@@ -26,12 +26,12 @@ class PlainAttend:
         return torch.einsum("hqk,khd->qhd", scores.softmax(-1), repeated_values).flatten(1)
 
 
-def _appended(past: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
-    return torch.cat([past[layer], new]) if layer in past else new.clone()
+def _appended(cached: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
+    return torch.cat([cached[layer], new]) if layer in cached else new.clone()
 
 
 def _visible(new: int, length: int, window: int | None) -> Tensor:
-    """bool `[new, length]`: what each of the last `new` positions may look at."""
+    """bool `[new, length]`: the positions that each of the last `new` ones attends to."""
     positions = torch.arange(length)
     ages = positions[length - new :, None] - positions
     return (ages >= 0) & (ages < (window or length))
