@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import Qwen2Config
 
 from stitch.cluster import ClusterConfig, load_cluster
+from stitch.tokenizer_files import tokenizer_hash
 from stitch_server.model.description import ModelDescription, ParameterCount
 from stitch_server.model.stitch import Stitch, StitchBinding
-from stitch_server.model.tokenizer_hash import tokenizer_hash
 
 DTYPE = torch.bfloat16
 # Small enough that hidden states stay finite.

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 
+from stitch import tokenizer_files
 from stitch.cluster import ClusterConfig, ComputeConfig, RouteConfig, ShardConfig
 from stitch.environment import available_cpus, cache_folder
 from stitch.thresholds import FixedThresholds, ReloadingThresholds, ThresholdSource
+from stitch.tokenizer_files import token_count, tokenizer_hash
 from stitch.v1 import inference_pb2
 from stitch_server.attention import AttentionBackend, backend_for
 from stitch_server.attention.flash import PAGE_TOKENS, varlen_kernel_for
@@ -30,7 +32,6 @@ from stitch_server.model.description import ModelDescription, ParameterCount
 from stitch_server.model.embedding_and_head import Embedding, Head
 from stitch_server.model.probe import Probe
 from stitch_server.model.stitch import Stitch
-from stitch_server.model.tokenizer_hash import token_count, tokenizer_hash
 from stitch_server.model.weights import WeightFormat
 from stitch_server.sources.resolve import resolve
 from stitch_server.worker.cuda_graphs import DecodeGraphs, capture_for
@@ -83,6 +84,7 @@ def load_stage(cluster: ClusterConfig, config: ShardConfig, device: torch.device
     """Reads the tensors of one shard. Raises Incompatible if files do not fit the cluster file."""
     source = cluster.models.bottom if config.role == "bottom" else cluster.models.top
     folder = resolve(cluster.model_source(config.role), cache_folder())
+    tokenizer_files.check(folder)
     model = ModelDescription.read(folder, source.id)
     dtype, weight_format = getattr(torch, cluster.compute.dtype), WeightFormat.of(cluster.compute)
     first, end = config.layers

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stitch import tokenizer_files
 from stitch.cluster import BatchingConfig, ClusterConfig, ShardConfig
 from stitch.process import InFlightTracker
 from stitch.tls import is_loopback
@@ -32,14 +33,6 @@ from stitch_server.worker.model_runner import ModelRunner
 
 # Sessions that may decode in one step, in addition to its prompt tokens.
 MAX_DECODING = 4096
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "config.json",
-)
-
 
 # Opens this shard's links, for its identity and the receiver of their events.
 OpenLinks = Callable[[shard_pb2.ShardIdentity, Callable[[LinkEvent], None]], Downstream]
@@ -82,7 +75,7 @@ class Shard:
     @property
     def tokenizer_files(self) -> list[Path]:
         """The files from which a gateway makes its tokenizer."""
-        return [path for name in TOKENIZER_FILES if (path := self.loaded.folder / name).is_file()]
+        return tokenizer_files.paths(self.loaded.folder)
 
     def incoming_width(self, caller_role: str) -> int:
         """The hidden size that an upstream shard of this role sends."""

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from stitch.cluster import ROLES, ClusterConfig
 from stitch.environment import cache_folder
 from stitch.errors import Incompatible
+from stitch.tokenizer_files import tokenizer_hash
 from stitch_server.attention import backend_for
 from stitch_server.kv_cache.store import KVStore, Span
 from stitch_server.model.adapters import Adapters
@@ -25,7 +26,6 @@ from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import ModelDescription, ParameterCount, read_config
 from stitch_server.model.embedding_and_head import Embedding
 from stitch_server.model.stitch import Stitch
-from stitch_server.model.tokenizer_hash import tokenizer_hash
 from stitch_server.model.weights import EMBEDDING, Weights
 from stitch_server.sources.resolve import resolve
 from stitch_training.data import Turn

@@ -27,11 +27,11 @@ from stitch.cluster import ClusterConfig
 from stitch.environment import cache_folder
 from stitch.errors import Incompatible, InvalidRequest
 from stitch.thresholds import Thresholds
+from stitch.tokenizer_files import tokenizer_hash
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import ModelDescription, ParameterCount
 from stitch_server.model.embedding_and_head import Embedding
 from stitch_server.model.probe import MAX_PROBE_TOKENS, Probe, ProbeBinding, feature_count, pool
-from stitch_server.model.tokenizer_hash import tokenizer_hash
 from stitch_server.sources.resolve import resolve
 from stitch_training.activations import Progress
 from stitch_training.calibration import calibrate, percentiles, relative_costs, resolve_budget

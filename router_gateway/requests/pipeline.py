@@ -115,7 +115,7 @@ def tokenize(prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
         return vocabulary.encode(prompt)
     roles = ", ".join(turn.role for turn in prompt)
     if vocabulary.template is None:
-        raise InvalidRequest("chat", roles, "the model has no chat template, so it takes a prompt only")
+        raise InvalidRequest("chat", roles, f"{vocabulary.template_absence}, so it takes a prompt only")
     try:
         rendered = vocabulary.template.render(prompt)
     except TemplateRefusal as error:

@@ -2,9 +2,9 @@
 
 A byte-level token may end inside a character, and a decoder may treat the first token of a sequence differently. So
 the tokens of the last complete piece stay before the new ones as context, and their text is not repeated. Every push
-decodes one such window of bounded length, so a token costs O(1), amortized. All pieces joined equal the decoding of all
-ids at once, with one exception: a byte-fallback decoder turns a whole run of bytes into replacements because of one
-invalid byte, also characters before it, and text that was returned stays.
+decodes one such window of bounded length, so a token costs O(1), amortized. A byte-fallback decoder turns a whole run
+of bytes into replacements because of one invalid byte, so the text of a run is final with the token after it. All
+pieces joined equal the decoding of all ids at once, for any ids and wherever the answer ends.
 
 `tokenizers.decoders.DecodeStream` is not used: on such a run it raises, it has no end of stream that would return an
 incomplete character, and its window grows with a run of invalid bytes.
@@ -27,29 +27,33 @@ Decode = Callable[[Sequence[int]], str]
 class Detokenizer:
     """Decodes one answer.
 
-    `decode` decodes a list of ids at once; ids in `silent` (special tokens) have no text. The pieces that `push` and
-    `finish` return are, joined, `decode` of all other ids (see above).
+    `decode` decodes a list of ids at once; ids in `silent` (special tokens) have no text, and those in `byte_tokens`
+    are bytes of a byte-fallback decoder. The pieces that `push` and `finish` return are, joined, `decode` of all ids.
     """
 
-    def __init__(self, decode: Decode, silent: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, decode: Decode, silent: frozenset[int] = frozenset(), byte_tokens: frozenset[int] = frozenset()
+    ) -> None:
         self._decode = decode
         self._silent = silent
+        self._byte_tokens = byte_tokens
+        # The window, without the run of bytes that follows it.
         self._window: list[int] = []
-        # Tokens at the window's start that are context, and the window's text that was returned, theirs included.
+        self._run: list[int] = []
+        # Tokens at the window's start that are context, and characters of the window's text that were returned.
         self._context_tokens = 0
-        self._returned = ""
+        self._returned = 0
 
     def push(self, token_id: int) -> str:
-        """The text that is final now; empty within a character."""
+        """The text that is final now; empty within a character or a run of bytes."""
         if token_id in self._silent:
             return ""
-        self._window.append(token_id)
+        self._run.append(token_id)
+        if token_id in self._byte_tokens:
+            return ""
+        self._window += self._run
+        self._run = []
         text = self._decode(self._window)
-        if not text.startswith(self._returned):
-            # The new byte may be the start of a character that makes the run of bytes valid again.
-            if text.endswith(REPLACEMENT) and len(self._window) <= MAX_WINDOW_TOKENS:
-                return ""
-            text = self._drop_context()
         piece = self._advance(text, len(text) - _open_characters(text))
         if not text.endswith(REPLACEMENT):
             self._keep_as_context()
@@ -59,36 +63,32 @@ class Detokenizer:
 
     def finish(self) -> str:
         """The text that was held back, incomplete characters as replacements; ends the answer."""
-        text = self._decode(self._window)
-        if not text.startswith(self._returned):
-            text = self._drop_context()
+        text = self._decode([*self._window, *self._run])
         return self._advance(text, len(text))
 
     def _advance(self, text: str, end: int) -> str:
-        piece = text[len(self._returned) : end]
-        self._returned += piece
+        piece = text[self._returned : end]
+        self._returned = max(self._returned, end)
         return piece
 
     def _keep_as_context(self) -> None:
         """Drops the old context; the other tokens, whose text was returned, become the context of the next ones."""
-        self._window = self._window[self._context_tokens :]
-        self._context_tokens = len(self._window)
-        self._returned = self._decode(self._window)
-
-    def _drop_context(self) -> str:
-        """Drops a context that would be invalid together with the tokens after it, and decodes those alone."""
-        self._window = self._window[self._context_tokens :]
-        self._context_tokens, self._returned = 0, ""
-        return self._decode(self._window)
+        tokens = self._window[self._context_tokens :]
+        if text := self._decode(tokens):
+            self._window, self._context_tokens, self._returned = tokens, len(tokens), len(text)
+        elif len(tokens) > MAX_WINDOW_TOKENS:
+            # Without text they are no context: a decoder may strip the start of what follows.
+            self._window = self._window[: self._context_tokens]
+            self._returned = len(self._decode(self._window))
 
     def _drop_invalid(self, text: str) -> None:
         """Drops a prefix of a window full of invalid bytes, up to where no character spans the end of the prefix."""
         for end in range(len(self._window) - MAX_OPEN_BYTES - 1, 0, -1):
             dropped, kept = self._decode(self._window[:end]), self._decode(self._window[end:])
-            if dropped + kept == text and len(dropped) <= len(self._returned):
+            if dropped + kept == text and len(dropped) <= self._returned:
                 self._window = self._window[end:]
                 self._context_tokens = 0
-                self._returned = self._returned[len(dropped) :]
+                self._returned -= len(dropped)
                 return
 
 

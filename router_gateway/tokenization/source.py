@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import grpc
 
 from router_gateway.shards.replica import Replica
-from router_gateway.tokenization.vocabulary import FILES, Vocabulary
+from router_gateway.tokenization.vocabulary import Vocabulary
+from stitch import tokenizer_files
 from stitch.cluster import ClusterConfig
 from stitch.errors import Incompatible, Unavailable
 
@@ -61,7 +62,7 @@ async def fetch_files(replica: Replica) -> dict[str, bytes]:
     total = 0
     async for piece in replica.fetch_tokenizer(FETCH_TIMEOUT_SECONDS):
         total += len(piece.data)
-        if piece.file not in FILES or total > MAX_FILES_BYTES:
+        if piece.file not in tokenizer_files.NAMES or total > MAX_FILES_BYTES:
             raise Incompatible(f"{replica.config.name} sent {piece.file!r}, {total:,} bytes in total")
         pieces.setdefault(piece.file, []).append(piece.data)
     return {name: b"".join(data) for name, data in pieces.items()}

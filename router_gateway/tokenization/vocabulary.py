@@ -2,42 +2,59 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Sequence
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
-from router_gateway.tokenization.chat_template import ChatTemplate
+from router_gateway.tokenization.chat_template import ChatTemplate, TemplateRefusal, Turn
 from router_gateway.tokenization.detokenizer import Detokenizer
+from stitch import tokenizer_files
 from stitch.errors import Incompatible
+from stitch.tokenizer_files import CONFIG, Files
 
-# The files that a shard may send; only `tokenizer.json` is required.
-FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "config.json")
-
-# The variables by which chat templates refer to special tokens.
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# The byte that a token of this name stands for where the decoder has a step `ByteFallback`.
+_BYTE = re.compile("<0x[+0-9A-Fa-f][0-9A-Fa-f]>")
+# An answer that no template contains, with which its end-of-turn token is found.
+_ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}answer"
 
 
 class Vocabulary:
     """Encodes prompts and makes detokenizers; immutable and thread-safe."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, end_tokens: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        silent: frozenset[int],
+        template: ChatTemplate | None,
+        template_absence: str,
+        end_tokens: Sequence[int],
+    ) -> None:
         self._tokenizer = tokenizer
-        self._special = frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        self._silent = silent
+        self._bytes = _byte_tokens(tokenizer)
         self.template = template
+        # Why there is no template.
+        self.template_absence = template_absence
         # Ids with which the model ends an answer.
         self.end_tokens = tuple(end_tokens)
         # An upper bound of a token's UTF-8 bytes (byte-level vocabularies spell a byte with up to two bytes).
         self.max_token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
 
     @classmethod
-    def from_files(cls, files: Mapping[str, bytes]) -> Vocabulary:
-        """From the contents of FILES, by name. Raises Incompatible, which names the invalid file."""
+    def from_files(cls, files: Files) -> Vocabulary:
+        """From the contents of a model's tokenizer files, by name. Raises Incompatible, which names the invalid one."""
         tokenizer = _tokenizer(files)
-        config = _object(files, "tokenizer_config.json")
-        return cls(tokenizer, _chat_template(files, config), _end_tokens(files, config, tokenizer))
+        silent = _special(tokenizer) | _unused(tokenizer)
+        special = tokenizer_files.special_tokens(
+            files, tokenizer_files.json_object(files, "tokenizer.json")["added_tokens"]
+        )
+        tokenizer.add_tokens([AddedToken(**token) for token in special.added])
+        template, absence = _chat_template(files, special.named)
+        ends = _end_tokens(files, tokenizer, special.named.get("eos_token"), template)
+        # A token that was special once stays so for the decoder.
+        return cls(tokenizer, silent | _special(tokenizer), template, absence, ends)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the special tokens that the tokenizer adds, such as a first one."""
@@ -49,7 +66,7 @@ class Vocabulary:
 
     def detokenizer(self) -> Detokenizer:
         """A new detokenizer for one answer; special tokens have no text."""
-        return Detokenizer(self._tokenizer.decode, self._special)
+        return Detokenizer(self._tokenizer.decode, self._silent, self._bytes)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # The one encoding call that releases the GIL; 3 MB of text take a second.
@@ -57,7 +74,7 @@ class Vocabulary:
         return list(encodings[0].ids)
 
 
-def _tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
+def _tokenizer(files: Files) -> Tokenizer:
     if "tokenizer.json" not in files:
         raise Incompatible(f"the first shard sent no tokenizer.json, only: {', '.join(sorted(files)) or 'nothing'}")
     try:
@@ -67,43 +84,51 @@ def _tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
         raise Incompatible(f"tokenizer.json can't be read: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = tokenizer_files.json_object(files, CONFIG).get("split_special_tokens") is True
     return tokenizer
 
 
-def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    try:
-        content = json.loads(files.get(name, b"{}"))
-    except ValueError as error:
-        raise Incompatible(f"{name} can't be read: {error}") from error
-    if not isinstance(content, dict):
-        raise Incompatible(f"{name} holds no object, but {type(content).__name__}")
-    return content
+def _special(tokenizer: Tokenizer) -> frozenset[int]:
+    return frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
 
 
-def _chat_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> ChatTemplate | None:
-    given = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else config.get("chat_template")
-    if isinstance(given, list):
-        given = next((entry["template"] for entry in given if entry["name"] == "default"), None)
-    if given is None:
-        return None
-    tokens = {name: _content(config[name]) for name in _SPECIAL_TOKENS if config.get(name) is not None}
+def _unused(tokenizer: Tokenizer) -> frozenset[int]:
+    ids = frozenset(tokenizer.get_vocab().values())
+    return frozenset(range(max(ids, default=0))) - ids
+
+
+def _byte_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens of bytes that the decoder puts together to characters."""
+    if tokenizer.decoder is None or b'"ByteFallback"' not in tokenizer.decoder.__getstate__():
+        return frozenset()
+    return frozenset(id for token, id in tokenizer.get_vocab().items() if _BYTE.fullmatch(token))
+
+
+def _chat_template(files: Files, special: dict[str, str]) -> tuple[ChatTemplate | None, str]:
+    source, absence = tokenizer_files.chat_template(files)
     try:
-        return ChatTemplate(given, tokens)
-    except TemplateError as error:
+        return None if source is None else ChatTemplate(source, special), absence
+    # Jinja has limits of its own that it does not check, such as the depth of an expression.
+    except (TemplateError, RecursionError, ValueError) as error:
         raise Incompatible(f"the chat template can't be read: {error}") from error
 
 
-def _end_tokens(files: Mapping[str, bytes], config: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
-    """From the first file that states any, in the order of `transformers`."""
-    for name in ("generation_config.json", "config.json"):
-        given = _object(files, name).get("eos_token_id")
-        if given is not None:
-            return list(given) if isinstance(given, list) else [given]
-    named = config.get("eos_token")
-    found = None if named is None else tokenizer.token_to_id(_content(named))
-    return [] if found is None else [found]
+def _end_tokens(files: Files, tokenizer: Tokenizer, named: str | None, template: ChatTemplate | None) -> list[int]:
+    """Those that a configuration states, then the tokenizer's, then the one with which the template ends an answer."""
+    ids = tokenizer.get_vocab()
+    stated = tokenizer_files.end_tokens(files, max(ids.values()) + 1)
+    own = [ids[token] for token in (named, _end_of_turn(tokenizer, template)) if token in ids]
+    return list(dict.fromkeys([*stated, *own]))
 
 
-def _content(token: str | Mapping[str, str]) -> str:
-    """A special token is given as a string, or as an object with `content`."""
-    return token if isinstance(token, str) else token["content"]
+def _end_of_turn(tokenizer: Tokenizer, template: ChatTemplate | None) -> str | None:
+    """The added token that the template writes after an answer."""
+    if template is None:
+        return None
+    turns = [Turn("user", "question"), Turn("assistant", _ANSWER), Turn("user", "question")]
+    try:
+        _, _, after = template.render(turns).partition(_ANSWER)
+    except TemplateRefusal:
+        return None
+    added = (token.content for token in tokenizer.get_added_tokens_decoder().values())
+    return max((token for token in added if token and after.lstrip().startswith(token)), key=len, default=None)

@@ -12,7 +12,6 @@ from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -39,7 +38,6 @@ class ModelDescription:
     heads: int
     kv_heads: int
     head_dim: int
-    eos_token_ids: tuple[int, ...]
 
     @classmethod
     def read(cls, folder: Path, model_id: str) -> ModelDescription:
@@ -56,7 +54,6 @@ class ModelDescription:
             heads=config.num_attention_heads,
             kv_heads=kv_heads(config),
             head_dim=head_dim(config),
-            eos_token_ids=eos_token_ids(folder),
         )
 
     def to_proto(self) -> inference_pb2.Model:
@@ -92,15 +89,6 @@ def kv_heads(config: PretrainedConfig) -> int:
     return given or config.num_attention_heads
 
 
-def eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """Returns the tokens that end an answer: those of generation_config.json, else those of config.json."""
-    for name in ("generation_config.json", "config.json"):
-        given = _json(folder / name).get("eos_token_id")
-        if given is not None:
-            return tuple(given) if isinstance(given, list) else (given,)
-    return ()
-
-
 def revision(folder: Path) -> str:
     """Returns 16 hex digits over every tensor's name, dtype, shape and first 4 KiB."""
     samples: dict[str, bytes] = {}
@@ -128,11 +116,6 @@ def _samples(path: Path) -> dict[str, bytes]:
             sample = file.read(min(SAMPLE_BYTES, end - begin))
             samples[name] = json.dumps([name, entry["dtype"], entry["shape"]]).encode() + sample
     return samples
-
-
-def _json(path: Path) -> dict[str, Any]:
-    fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return fields
 
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from stitch.tokenizer_files import token_count
 from stitch_server.model.stitch import Stitch
-from stitch_server.model.tokenizer_hash import token_count
 
 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 

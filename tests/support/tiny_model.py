@@ -10,10 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from stitch.tokenizer_files import tokenizer_hash
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.description import ModelDescription
 from stitch_server.model.stitch import Stitch, StitchBinding
-from stitch_server.model.tokenizer_hash import tokenizer_hash
 from tests.support.byte_tokenizer import byte_tokenizer, tokenizer_files
 
 NATIVE_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")

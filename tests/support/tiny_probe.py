@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from stitch.cluster import load_cluster
+from stitch.tokenizer_files import tokenizer_hash
 from stitch_server.model.description import ModelDescription
 from stitch_server.model.probe import Probe, ProbeBinding, feature_count
-from stitch_server.model.tokenizer_hash import tokenizer_hash
 from stitch_training.probe import FeatureExtractor
 from tests.support.tiny_model import TOKENS
 

@@ -96,26 +96,6 @@ def test_any_ids_decode_as_at_once(ids: list[int]) -> None:
     assert joined == byte_tokenizer().decode([token_id for token_id in ids if token_id not in silent])
 
 
-@given(st.lists(st.integers(0, 5), max_size=60))
-@settings(max_examples=300, deadline=None)
-def test_byte_fallback_ids_decode_as_at_once_where_they_are_valid(ids: list[int]) -> None:
-    text = _byte_fallback().decode(ids)
-    joined = "".join(pieces(Detokenizer(_byte_fallback().decode), ids))
-    assert joined == text or REPLACEMENT in text
-
-
-def test_successive_byte_fallback_characters_are_kept() -> None:
-    first, second = [_ID["<0xE4>"], _ID["<0xBD>"], _ID["<0xA0>"]], [_ID["<0xE4>"], _ID["<0xBD>"], _ID["<0xBD>"]]
-    assert pieces(Detokenizer(_byte_fallback().decode), [*first, *second]) == ["", "", "你", "", "", "佽", ""]
-
-
-@pytest.mark.parametrize("invalid", [["<0xE4>"], ["<0xBD>", "<0xBD>"]])
-def test_invalid_bytes_after_a_byte_fallback_character_are_replacements(invalid: list[str]) -> None:
-    ids = [_ID[token] for token in ("<0xE4>", "<0xBD>", "<0xA0>", *invalid, "▁hello")]
-    shown = pieces(Detokenizer(_byte_fallback().decode), ids)
-    assert "".join(shown) == f"你{REPLACEMENT * len(invalid)} hello"
-
-
 _ID = {token: index for index, token in enumerate(["<unk>", "▁hello", "▁world", "<0xE4>", "<0xBD>", "<0xA0>"])}
 
 

@@ -10,7 +10,7 @@ from tokenizers import processors
 from router_gateway.tokenization.chat_template import Turn
 from router_gateway.tokenization.vocabulary import Vocabulary
 from stitch.errors import Incompatible
-from tests.support.byte_tokenizer import byte_tokenizer, tokenizer_files, tokens
+from tests.support.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer, tokenizer_files, tokens
 
 
 def vocabulary(**files: object) -> Vocabulary:
@@ -49,17 +49,38 @@ def test_encode_does_not_truncate() -> None:
     ("files", "end_tokens"),
     [
         ({"generation_config": {"eos_token_id": [2, 0]}, "config": {"eos_token_id": 1}}, (2, 0)),
-        ({"generation_config": {"eos_token_id": 0}}, (0,)),
-        ({"generation_config": {}, "config": {"eos_token_id": 1}}, (1,)),
+        ({"generation_config": {"eos_token_id": 0}}, (0, 2)),
+        ({"generation_config": {}, "config": {"eos_token_id": 1}}, (1, 2)),
         ({"generation_config": None}, (2,)),
         ({"generation_config": None, "tokenizer_config": {"eos_token": {"content": "<|endoftext|>"}}}, (0,)),
         ({"generation_config": None, "tokenizer_config": {}}, ()),
     ],
 )
-def test_end_tokens_come_from_the_first_file_that_has_any(
+def test_end_tokens_are_those_of_the_configuration_and_of_the_tokenizer(
     files: dict[str, object], end_tokens: tuple[int, ...]
 ) -> None:
     assert vocabulary(**files).end_tokens == end_tokens
+
+
+@pytest.mark.parametrize(
+    ("template", "end_tokens"),
+    [
+        (CHAT_TEMPLATE, (0, 2)),
+        ("{% for m in messages %}{{ m.content }}\n<|im_start|>{% endfor %}", (0, 1)),
+        ("{% for m in messages %}{{ m.content }} the{% endfor %}", (0,)),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", (0,)),
+        ("{{ raise_exception('no') }}", (0,)),
+    ],
+)
+def test_end_of_turn_of_the_template_is_an_end_token(template: str, end_tokens: tuple[int, ...]) -> None:
+    config = {"eos_token": "<|endoftext|>", "chat_template": template}
+    assert vocabulary(generation_config=None, tokenizer_config=config).end_tokens == end_tokens
+
+
+def test_template_absence_names_the_templates_that_there_are() -> None:
+    read = vocabulary(tokenizer_config={"chat_template": [{"name": "rag", "template": "x"}]})
+    assert read.template is None
+    assert read.template_absence == "none of its chat templates is named default: rag"
 
 
 def test_template_comes_from_its_file_or_the_configuration() -> None:
@@ -90,6 +111,8 @@ def test_max_token_bytes_bounds_every_token() -> None:
         (tokenizer_files() | {"tokenizer_config.json": b"{"}, "tokenizer_config.json"),
         (tokenizer_files() | {"generation_config.json": b"[]"}, "generation_config.json"),
         (tokenizer_files() | {"chat_template.jinja": b"{% for %}"}, "chat template"),
+        (tokenizer_files() | {"chat_template.jinja": b"{{" + b"(" * 100_000}, "chat template"),
+        (tokenizer_files() | {"chat_template.jinja": b"\xff"}, r"chat_template\.jinja"),
     ],
 )
 def test_invalid_file_is_named(files: dict[str, bytes], named: str) -> None:

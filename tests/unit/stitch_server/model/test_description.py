@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from stitch.errors import Incompatible
-from stitch_server.model.description import ModelDescription, ParameterCount, eos_token_ids, revision
+from stitch_server.model.description import ModelDescription, ParameterCount, revision
 from stitch_server.model.weights import INDEX_FILE
 from tests.support.tiny_model import CONTEXT_LENGTH, NATIVE_FAMILIES, TOKENS, write_tiny_model
 
@@ -51,21 +51,6 @@ def test_proto_has_the_same_fields(folder: Path) -> None:
 def test_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Incompatible, match=r"has no config\.json, so it is no model folder"):
         ModelDescription.read(tmp_path, "x")
-
-
-class TestEndTokens:
-    def test_generation_config_takes_precedence(self, folder: Path) -> None:
-        assert eos_token_ids(folder) == (2, 0)
-
-    @pytest.mark.parametrize(("given", "expected"), [(5, (5,)), ([5, 6], (5, 6)), (None, (2,))])
-    def test_one_several_or_those_of_the_config(
-        self, folder: Path, given: int | list[int] | None, expected: tuple[int, ...]
-    ) -> None:
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
-        assert eos_token_ids(folder) == expected
-
-    def test_none_without_any_config(self, tmp_path: Path) -> None:
-        assert eos_token_ids(tmp_path) == ()
 
 
 class TestRevision:

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from stitch.errors import Incompatible
-from stitch_server.model.description import ModelDescription, eos_token_ids, read_config
-from stitch_server.model.tokenizer_hash import token_count, tokenizer_hash
+from stitch.tokenizer_files import end_tokens, read, token_count, tokenizer_hash
+from stitch_server.model.description import ModelDescription, read_config
 from stitch_server.sources import gguf as gguf_source
 from stitch_server.sources import report_nothing
 from stitch_server.sources.gguf import import_gguf, tensors_per_file
@@ -139,7 +139,7 @@ class TestTokenizer:
         self, tmp_path: Path, metadata: dict[str, Any], ends: tuple[int, ...]
     ) -> None:
         _, folder = round_trip(tmp_path, metadata=metadata)
-        assert eos_token_ids(folder) == ends
+        assert end_tokens(read(folder), TOKENS) == list(ends)
 
 
 class TestImport:
