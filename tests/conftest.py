@@ -1,4 +1,4 @@
-"""What holds for all tests. Knows no test."""
+"""Restores the default handling of SIGINT for all tests."""
 
 from __future__ import annotations
 

@@ -12,11 +12,13 @@ import pytest
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.loopback_shards import Shards, open_shards
 from tests.support.tiny_cluster import BOTTOM, TOP, write_tiny_cluster
-from tests.support.tiny_probe import WINDOW, drawn, with_tiny_probe
+from tests.support.tiny_probe import WINDOW, random_prompt, with_tiny_probe
 from tests.support.waiting import eventually
 
 ANSWER_TOKENS = 10
-PROMPTS = [drawn(seed, length) for seed, length in enumerate((1, 5, WINDOW, WINDOW + 1, 45, 46, 60, 33, 21, 50))]
+PROMPTS = [
+    random_prompt(seed, length) for seed, length in enumerate((1, 5, WINDOW, WINDOW + 1, 45, 46, 60, 33, 21, 50))
+]
 
 LAYOUTS = {
     "two shards": ([BOTTOM], [TOP]),
@@ -32,7 +34,7 @@ def with_probe(folder: Path, layout: str = "two shards", **compute: Any) -> Path
 
 async def routes_of(shards: Shards, prompts: list[list[int]]) -> list[str]:
     """Asks all at once, checks each against its route by name, and returns the routes."""
-    asked = await asyncio.gather(*(shards.ask(prompt, ANSWER_TOKENS) for prompt in prompts))
+    asked = await asyncio.gather(*(shards.generate_with_probe(prompt, ANSWER_TOKENS) for prompt in prompts))
     routes = [judged.route for judged, _ in asked]
     assert [judged.failure for judged, _ in asked] == [""] * len(prompts)
     named = [await shards.generate(prompt, route, ANSWER_TOKENS) for prompt, route in zip(prompts, routes, strict=True)]
@@ -45,7 +47,7 @@ async def test_a_judged_session_says_what_its_route_says(layout: str, tmp_path: 
     async with open_shards(with_probe(tmp_path, layout, max_prefill_chunk=16)) as shards:
         routes = await routes_of(shards, PROMPTS)
         assert set(routes) == {"weak", "strong"}
-        await eventually(lambda: set(shards.used().values()) == {0.0})
+        await eventually(lambda: set(shards.kv_usage().values()) == {0.0})
 
 
 async def test_chunks_and_neighbours_decide_nothing(tmp_path: Path) -> None:
@@ -54,14 +56,14 @@ async def test_chunks_and_neighbours_decide_nothing(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         async with open_shards(with_probe(tmp_path / name, **compute)) as shards:
             together = await routes_of(shards, PROMPTS)
-            alone = [(await shards.ask(prompt, 1))[0].route for prompt in PROMPTS]
+            alone = [(await shards.generate_with_probe(prompt, 1))[0].route for prompt in PROMPTS]
             found += [together, alone]
     assert found[1:] == found[:1] * 3
 
 
 async def test_a_judgement_says_its_gains(tmp_path: Path) -> None:
     async with open_shards(with_probe(tmp_path)) as shards:
-        judged, _ = await shards.ask(PROMPTS[4], 1)
+        judged, _ = await shards.generate_with_probe(PROMPTS[4], 1)
         (free, gain), (threshold,) = judged.gains, judged.thresholds
         assert free == 0.0
         assert (judged.route == "strong") == (gain > threshold)
@@ -70,10 +72,10 @@ async def test_a_judgement_says_its_gains(tmp_path: Path) -> None:
 
 async def test_what_lies_behind_the_window_decides_nothing(tmp_path: Path) -> None:
     async with open_shards(with_probe(tmp_path)) as shards:
-        first, _ = await shards.ask(drawn(1, WINDOW) + drawn(2, 30), 1)
-        second, _ = await shards.ask(drawn(1, WINDOW) + drawn(3, 20), 1)
+        first, _ = await shards.generate_with_probe(random_prompt(1, WINDOW) + random_prompt(2, 30), 1)
+        second, _ = await shards.generate_with_probe(random_prompt(1, WINDOW) + random_prompt(3, 20), 1)
         assert list(second.gains) == pytest.approx(list(first.gains), rel=1e-4)
-        third, _ = await shards.ask(drawn(4, WINDOW) + drawn(2, 30), 1)
+        third, _ = await shards.generate_with_probe(random_prompt(4, WINDOW) + random_prompt(2, 30), 1)
         assert list(third.gains) != pytest.approx(list(first.gains), rel=1e-2)
 
 
@@ -81,16 +83,16 @@ async def test_a_session_that_loses_its_kv_keeps_its_route(tmp_path: Path) -> No
     # Three prompts fit at once, but not with their answers.
     async with open_shards(with_probe(tmp_path, kv_tokens=10 * BLOCK_TOKENS)) as shards:
         pool = shards.running["bottom-0"].shard.pool
-        await asyncio.gather(*(shards.ask(drawn(seed, 45), ANSWER_TOKENS) for seed in range(4)))
+        await asyncio.gather(*(shards.generate_with_probe(random_prompt(seed, 45), ANSWER_TOKENS) for seed in range(4)))
         assert pool.queried_tokens > 0, "no session began anew: undecided ones look nothing up"
-        await routes_of(shards, [drawn(seed, 45) for seed in range(10, 14)])
-        await eventually(lambda: set(shards.used().values()) == {0.0})
+        await routes_of(shards, [random_prompt(seed, 45) for seed in range(10, 14)])
+        await eventually(lambda: set(shards.kv_usage().values()) == {0.0})
 
 
 async def test_what_a_judged_session_leaves_behind_serves_its_route(tmp_path: Path) -> None:
     async with open_shards(with_probe(tmp_path)) as shards:
-        prompt = drawn(5, 45)
-        judged, tokens = await shards.ask(prompt, ANSWER_TOKENS)
+        prompt = random_prompt(5, 45)
+        judged, tokens = await shards.generate_with_probe(prompt, ANSWER_TOKENS)
         assert await shards.generate(prompt, judged.route, ANSWER_TOKENS) == tokens
         for name in ("bottom-0", "top-0"):
             assert shards.running[name].shard.pool.reused_tokens == 2 * BLOCK_TOKENS
@@ -99,13 +101,13 @@ async def test_what_a_judged_session_leaves_behind_serves_its_route(tmp_path: Pa
 async def test_a_sampled_answer_is_the_same(tmp_path: Path) -> None:
     async with open_shards(with_probe(tmp_path)) as shards:
         chosen: dict[str, Any] = {"temperature": 0.9, "repetition_penalty": 1.1, "seed": 3}
-        judged, tokens = await shards.ask(PROMPTS[5], ANSWER_TOKENS, **chosen)
+        judged, tokens = await shards.generate_with_probe(PROMPTS[5], ANSWER_TOKENS, **chosen)
         assert await shards.generate(PROMPTS[5], judged.route, ANSWER_TOKENS, **chosen) == tokens
 
 
 async def test_without_a_probe_the_fallback_is_taken(tmp_path: Path) -> None:
     async with open_shards(write_tiny_cluster(tmp_path)) as shards:
-        judged, tokens = await shards.ask(PROMPTS[4], ANSWER_TOKENS)
+        judged, tokens = await shards.generate_with_probe(PROMPTS[4], ANSWER_TOKENS)
         assert (judged.route, judged.failure) == ("strong", "the first shard has no probe")
         assert tokens == await shards.generate(PROMPTS[4], "strong", ANSWER_TOKENS)
 
@@ -130,6 +132,6 @@ async def test_candidates_that_do_not_fit_are_refused_by_name(tmp_path: Path, ch
 
         shards.stubs["bottom-0"] = Changed()  # type: ignore[assignment]
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await shards.ask(PROMPTS[4], 1)
+            await shards.generate_with_probe(PROMPTS[4], 1)
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert (raised.value.details() or "").startswith(f"{field} ")

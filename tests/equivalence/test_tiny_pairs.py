@@ -146,7 +146,7 @@ async def test_sessions_that_lose_their_kv_go_on_as_before(tmp_path: Path, refer
         assert await differences(shards, references, "llama", [drawn_prompt(9), drawn_prompt(10)]) == []
         begun = shards.running["bottom-0"].shard.pool.queried_tokens
         assert begun > 4 * 2 * BLOCK_TOKENS, "no session began anew"
-        assert set(shards.used().values()) == {0.0}
+        assert set(shards.kv_usage().values()) == {0.0}
 
 
 async def test_a_session_that_finds_no_room_behind_goes_on_as_before(tmp_path: Path, references: Any) -> None:

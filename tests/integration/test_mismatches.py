@@ -80,7 +80,7 @@ async def refusal(cluster_file: Path) -> tuple[grpc.StatusCode, str]:
     async with open_shards(cluster_file) as shards:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await shards.generate([1, 2, 3], "weak", 2)
-        assert set(shards.used().values()) == {0.0}
+        assert set(shards.kv_usage().values()) == {0.0}
     return caught.value.code(), caught.value.details() or ""
 
 

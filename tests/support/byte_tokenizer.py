@@ -1,4 +1,4 @@
-"""A real, small byte-level tokenizer with a chat template, made in milliseconds. Knows no model."""
+"""A small byte-level tokenizer with a chat template, trained in milliseconds on three sentences."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CORPUS = ["the quick brown fox jumps over the lazy dog", "Paris is the capital 
 
 @functools.cache
 def byte_tokenizer() -> Tokenizer:
-    """256 bytes, three special tokens, and about a hundred merges."""
+    """Trains a tokenizer of 256 bytes, three special tokens and about a hundred merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -37,7 +37,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def tokenizer_files() -> dict[str, bytes]:
-    """What a shard sends for it."""
+    """The tokenizer's files by name, as a shard sends them."""
     config = {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>", "chat_template": CHAT_TEMPLATE}
     return {
         "tokenizer.json": byte_tokenizer().to_str().encode(),

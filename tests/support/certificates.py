@@ -1,4 +1,4 @@
-"""Certificates of an authority that exists as long as a test."""
+"""Writes the certificates of a new authority for one test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import trustme
 
 
 def write_certificates(folder: Path, host: str = "127.0.0.1") -> dict[str, str]:
-    """A new authority, and a certificate for a host that it has signed; the `tls` section that names them."""
+    """Makes an authority and a certificate for `host`; returns the `tls` section with their files."""
     authority = trustme.CA()
     issued = authority.issue_cert(host)
     files = {name: folder / f"{name}.pem" for name in ("authority", "certificate", "key")}

@@ -1,4 +1,4 @@
-"""Fakes of what surrounds a shard's engine: a clock, links that record their calls, runners, and new requests."""
+"""Fakes of the engine's dependencies: a clock, links that record their calls, step outputs, and new requests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ManualClock:
 
 @dataclass
 class FakeDownstream:
-    """Links to the next shards, which record their calls."""
+    """Records the calls of the links to the next shards."""
 
     sent: list[tuple[str, OutgoingStep]] = field(default_factory=list)
     closed: list[tuple[str, int]] = field(default_factory=list)
@@ -50,7 +50,7 @@ class FakeDownstream:
         return self.sent[-1][1]
 
     def answer(self, step: OutgoingStep, token_id: int = TOKEN_ID) -> StepReply:
-        """A reply with one token for every segment that wants one."""
+        """A reply with one token for every segment that wants a token."""
         wanting = [segment for segment in step.segments if segment.wants_token]
         tokens = [
             SessionToken(one.session.id, one.session.epoch, Token(token_id, one.position + one.length))
@@ -61,7 +61,7 @@ class FakeDownstream:
 
 @dataclass(eq=False)
 class FakeUpstream:
-    """The link of an upstream shard, which records replies."""
+    """Records the replies to an upstream shard."""
 
     replies: list[StepReply] = field(default_factory=list)
 

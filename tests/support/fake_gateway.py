@@ -1,4 +1,4 @@
-"""A gateway without a model: echoes the query, word by word, so that clients can be watched. Knows no shard."""
+"""A gateway without shards or a model, which echoes the prompt word by word, for tests of clients."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ WAIT_SECONDS = 20.0
 
 @dataclass
 class FakeGateway(inference_pb2_grpc.InferenceServicer):
-    """Answers "echo: " and the words of the query; one word is one token, its id the word's length."""
+    """Answers "echo: " and the words of the prompt; each word is one token, whose id is the word's length."""
 
     address: str = ""
-    # What was asked, in the order of arrival.
+    # All requests, in the order of arrival.
     requests: list[Any] = field(default_factory=list)
-    # Why a request fails, or None.
+    # Returns the error with which a request fails, or None.
     failure: Callable[[inference_pb2.GenerateRequest], StitchError | None] = lambda request: None
-    # Streams stop in front of this word of the answer until they are cancelled.
+    # Streams pause before this word of the answer until they are cancelled.
     stall_before_word: int | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
-    # Seconds to the first token, from its route and its number of prompt tokens.
+    # Seconds to the first token, by route and number of prompt tokens.
     ttft_seconds: Callable[[str, int], float | None] = lambda route, tokens: 0.25
-    # Every stream ends without `finished`.
-    cuts_short: bool = False
+    # Whether every stream ends without `finished`.
+    omits_finished: bool = False
 
     def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> Iterator[Any]:
         self.requests.append(request)
@@ -67,7 +67,7 @@ class FakeGateway(inference_pb2_grpc.InferenceServicer):
     def Route(self, request: inference_pb2.RouteRequest, context: Any) -> inference_pb2.RouteResponse:
         self.requests.append(request)
         words = _words(request)
-        return inference_pb2.RouteResponse(decision=_judgement(words, ""), prompt_tokens=len(words))
+        return inference_pb2.RouteResponse(decision=_decision(words, ""), prompt_tokens=len(words))
 
     def Describe(self, request: inference_pb2.DescribeRequest, context: Any) -> inference_pb2.DescribeResponse:
         return description()
@@ -78,12 +78,12 @@ class FakeGateway(inference_pb2_grpc.InferenceServicer):
             raise failure
         sampling = Sampling.from_proto(request.sampling)
         words = _words(request)
-        decision = _judgement(words, request.route)
+        decision = _decision(words, request.route)
         started = inference_pb2.Started(decision=decision, prompt_tokens=len(words), request_id=request.request_id)
         yield inference_pb2.GenerateResponse(started=started)
         answer = ["echo:", *words][: sampling.max_tokens]
         yield from self._deltas(answer, sampling)
-        if not self.cuts_short:
+        if not self.omits_finished:
             finished = self._finished(decision.route, words, answer)
             yield inference_pb2.GenerateResponse(finished=finished)
 
@@ -98,14 +98,14 @@ class FakeGateway(inference_pb2_grpc.InferenceServicer):
             yield inference_pb2.GenerateResponse(delta=delta)
 
     def _watch(self, context: Any) -> threading.Event:
-        """Notes when the call is over before the event that is returned was set."""
+        """Sets `cancelled` if the call ends before the returned event is set."""
         ended = threading.Event()
 
         def over() -> None:
             if not ended.is_set():
                 self.cancelled.set()
 
-        # False: the call is over already.
+        # False means that the call has ended already.
         if not context.add_callback(over):
             over()
         return ended
@@ -142,7 +142,7 @@ def abort(context: Any, error: StitchError) -> NoReturn:
 
 
 def description() -> inference_pb2.DescribeResponse:
-    """A cluster of two models of different widths, with two routes and three shards, one of them away."""
+    """A cluster of two models of different widths, with two routes and three shards, one of which does not serve."""
     found = inference_pb2.DescribeResponse(cluster="fake")
     found.bottom.CopyFrom(_model("org/large", layers=28, hidden_size=1536))
     found.top.CopyFrom(_model("org/small", layers=24, hidden_size=896))
@@ -175,7 +175,7 @@ def _words(request: Any) -> list[str]:
     return str(text).split()
 
 
-def _judgement(words: list[str], route: str) -> inference_pb2.RouteDecision:
+def _decision(words: list[str], route: str) -> inference_pb2.RouteDecision:
     if route not in ("", "auto", *ROUTES):
         raise InvalidRequest("route", route, "this cluster has: weak, strong, auto")
     score = min(1.0, len(words) / 16)

@@ -1,6 +1,6 @@
-"""Stand-ins for `stitch-server` and `router-gateway`: they answer health checks, and echo. Knows no model.
+"""Programs that replace `stitch-server` and `router-gateway` in tests: they answer health checks, and echo prompts.
 
-`python -m` looks into the current folder first, so a test that changes into `installed(folder)` starts these.
+`python -m` searches the current folder first, so a test that changes into `installed(folder)` starts these programs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from stitch.cluster import load_cluster
 from stitch.v1 import inference_pb2_grpc
 from tests.support.fake_gateway import FakeGateway
 
-# Names the one process that ends at once, for the test of exactly that.
+# Environment variable with the name of the process that exits at its start.
 DYING = "FAKE_PROGRAM_DYING"
-# Names the one process that ignores SIGTERM.
+# Environment variable with the name of the process that ignores SIGTERM.
 STUBBORN = "FAKE_PROGRAM_STUBBORN"
-# Names the one process that loads for ever.
+# Environment variable with the name of the process that never finishes loading.
 LOADING = "FAKE_PROGRAM_LOADING"
 
 _PROGRAM = """
@@ -33,7 +33,7 @@ main()
 
 
 def installed(folder: Path) -> Path:
-    """The folder, with a module for each program in it."""
+    """Writes a module for each program into the folder, and returns the folder."""
     for package in ("stitch_server", "router_gateway"):
         (folder / package).mkdir(parents=True)
         (folder / package / "__init__.py").touch()
@@ -42,7 +42,7 @@ def installed(folder: Path) -> Path:
 
 
 def main() -> None:
-    """`import SOURCE`, `run CLUSTER --shard NAME` or `run CLUSTER`."""
+    """Runs `import SOURCE`, `run CLUSTER --shard NAME` or `run CLUSTER`."""
     verb, argument, *rest = sys.argv[1:]
     if verb == "import":
         print(f"importing {argument}", file=sys.stderr, flush=True)

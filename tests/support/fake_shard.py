@@ -1,4 +1,4 @@
-"""Shards without models: scripted tokens over real gRPC on loopback, and faults on command. Knows no tensor."""
+"""Shards without models, which send scripted tokens and scripted faults over gRPC on the loopback interface."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ ROUTES = (
 )
 
 
-class CutShort(Exception):
-    """The fake ends its stream without an end."""
+class StreamEndedEarly(Exception):
+    """The fake ends its stream without a finish reason."""
 
 
 class FakeShard(shard_pb2_grpc.ShardServicer):
-    """Says `script`, then the end token. A session that was begun elsewhere goes on where it was."""
+    """Generates `script` and then the end token. A replayed session continues after the tokens that it brings."""
 
     def __init__(self, name: str, role: str, script: Sequence[int] = ()) -> None:
         self.name = name
@@ -45,20 +45,20 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         self.tokenizer = "bytes"
         self.context_tokens = CONTEXT_TOKENS
         self.kv_capacity_tokens = self.free_kv_tokens = 10_000
-        # Parameters that this shard reads for a token, by route.
+        # Number of parameters that this shard reads for one token, by route.
         self.parameters = {"weak": 600, "strong": 900} if role == "bottom" else {"weak": 500, "strong": 500}
         self.stitches = {"weak": "s1"} if role == "top" else {}
-        # What to do before the n-th generated token, once.
+        # A fault by the index of the generated token before which it happens once.
         self.faults: dict[int, Fault] = {}
-        # Describe waits for it.
-        self.talks = asyncio.Event()
-        self.talks.set()
-        # Refuses new sessions and says so in Describe.
+        # Describe waits until this is set.
+        self.answers_describe = asyncio.Event()
+        self.answers_describe.set()
+        # Whether it refuses new sessions; Describe reports it.
         self.draining = False
         self.position_error = 0
-        self.forgets_the_end = False
+        self.omits_finish_reason = False
         self.logprob: float | None = None
-        # What its probe says where it is asked to decide; None: nothing.
+        # The decision of its probe for a request with candidates; None sends no decision.
         self.decision: shard_pb2.ProbeDecision | None = shard_pb2.ProbeDecision(
             route="weak", score=0.3, gains=[0.0, 0.25], thresholds=[0.5]
         )
@@ -76,14 +76,14 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         return ShardConfig(name=self.name, role=role, layers=LAYERS[self.role], address=address)
 
     async def start(self) -> None:
-        """Listens on the port of the last time, or any free one."""
+        """Listens on its previous port, or on any free port at the first start."""
         self._server = channels.open_server()
         shard_pb2_grpc.add_ShardServicer_to_server(self, self._server)
         self._port = channels.listen(self._server, f"127.0.0.1:{self._port}")
         await self._server.start()
 
     async def stop(self) -> None:
-        """Gone at once, as after a kill."""
+        """Closes all connections at once, as a killed process does."""
         if self._server is not None:
             await self._server.stop(None)
             self._server = None
@@ -98,11 +98,11 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
             async with translated_errors(context):
                 if self.draining:
                     raise Unavailable(f"{self.name} is shutting down")
-                await self._say(request, context)
+                await self._generate(request, context)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
-        except CutShort:
+        except StreamEndedEarly:
             return
         finally:
             self.running -= 1
@@ -110,7 +110,7 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
     async def Describe(
         self, request: shard_pb2.ShardDescribeRequest, context: Context
     ) -> shard_pb2.ShardDescribeResponse:
-        await self.talks.wait()
+        await self.answers_describe.wait()
         return shard_pb2.ShardDescribeResponse(
             identity=self._identity(), kv_free_tokens=self.free_kv_tokens, draining=self.draining
         )
@@ -126,7 +126,7 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
     def Link(self, request_iterator: Any, context: Context) -> Any:
         raise NotImplementedError
 
-    async def _say(self, request: shard_pb2.ShardGenerateRequest, context: Context) -> None:
+    async def _generate(self, request: shard_pb2.ShardGenerateRequest, context: Context) -> None:
         if request.candidates and self.decision is not None:
             await context.write(shard_pb2.ShardGenerateResponse(decision=self.decision))
         first = len(request.token_ids) - request.prompt_tokens
@@ -137,7 +137,7 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
             if index == first:
                 response.stages.add(name="bottom_prefill", seconds=0.25)
             finish = _finish(index, response.tokens[0].id, request)
-            if not self.forgets_the_end:
+            if not self.omits_finish_reason:
                 response.finish_reason = finish
             await context.write(response)
             if finish:
@@ -181,8 +181,8 @@ def aborts(code: grpc.StatusCode, message: str = "scripted") -> Fault:
     return fault
 
 
-def is_full(retry_after_seconds: float) -> Fault:
-    """The shard has no room."""
+def raises_exhausted(retry_after_seconds: float) -> Fault:
+    """The shard raises Exhausted."""
 
     async def fault(context: Context) -> None:
         raise Exhausted("no room", retry_after_seconds)
@@ -191,20 +191,20 @@ def is_full(retry_after_seconds: float) -> Fault:
 
 
 def waits_for(event: asyncio.Event) -> Fault:
-    """The shard says nothing more until then."""
+    """The shard sends nothing more until the event is set."""
     return lambda context: event.wait()
 
 
-async def cuts_short(context: Context) -> None:
-    """The shard closes the stream as if all were said."""
-    raise CutShort
+async def ends_stream_early(context: Context) -> None:
+    """The shard closes the stream without a finish reason."""
+    raise StreamEndedEarly
 
 
 @asynccontextmanager
 async def fake_cluster(*shards: FakeShard, **gateway: Any) -> AsyncIterator[ClusterConfig]:
-    """A cluster of these shards, which serve as long as the block lasts, with the routes `weak` and `strong`.
+    """Starts these shards, yields their cluster with the routes `weak` and `strong`, and stops them after the block.
 
-    `gateway`: fields of its place.
+    `gateway` is passed to `GatewayConfig`.
     """
     for shard in shards:
         await shard.start()

@@ -1,4 +1,4 @@
-"""A first stage whose next shards answer when a test says so, and the outputs that its clients receive."""
+"""A first stage whose next shards reply when a test asks for it, and the outputs that its clients receive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All shards of a cluster in one process and one thread; what travels between them are bytes. Opens no port."""
+"""All shards of a cluster in one process and one thread, linked by serialized frames instead of ports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small sets of labels whose gain can be predicted from words and numbers."""
+"""Small sets of labelled prompts whose gain can be predicted from their words."""
 
 from __future__ import annotations
 

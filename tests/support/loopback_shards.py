@@ -1,7 +1,4 @@
-"""The shards of a cluster in this process, with real gRPC between them on ports that the system chose.
-
-Knows no gateway: sessions begin at the first shard, with token ids.
-"""
+"""The shards of a cluster in this process, without a gateway, with gRPC between them on free loopback ports."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ ANY_PORT = "127.0.0.1:0"
 
 @dataclass(frozen=True)
 class Shards:
-    """Shards that listen, by name."""
+    """The running shards by name, and a stub for each."""
 
     cluster: ClusterConfig
     running: dict[str, RunningShard]
@@ -34,13 +31,13 @@ class Shards:
         return f"127.0.0.1:{self.running[name].port}"
 
     def chain(self, route: str) -> list[str]:
-        """The names of the shards that a route passes, the first of each stage's replicas."""
+        """The names of a route's shards: the first replica of each stage."""
         return [stage[0].name for stage in self.cluster.stages(self.cluster.route(route))]
 
     async def generate(
         self, token_ids: Sequence[int], route: str, count: int, chain: Sequence[str] | None = None, **sampling: Any
     ) -> list[int]:
-        """`count` tokens behind `token_ids`; end tokens end nothing. Raises grpc.aio.AioRpcError."""
+        """Returns the `count` tokens after `token_ids`, past any end token. Raises grpc.aio.AioRpcError."""
         first, *rest = chain or self.chain(route)
         request = shard_pb2.ShardGenerateRequest(
             token_ids=token_ids,
@@ -51,10 +48,10 @@ class Shards:
         )
         return [token.id async for response in self.stubs[first].Generate(request) for token in response.tokens]
 
-    async def ask(
+    async def generate_with_probe(
         self, token_ids: Sequence[int], count: int, **sampling: Any
     ) -> tuple[shard_pb2.ProbeDecision, list[int]]:
-        """The same where the first shard decides the route: what it decided, and the tokens."""
+        """Generates without naming a route; returns the decision of the first shard's probe, and the tokens."""
         request = shard_pb2.ShardGenerateRequest(
             token_ids=token_ids,
             prompt_tokens=len(token_ids),
@@ -64,25 +61,25 @@ class Shards:
             _, *rest = self.chain(route.name)
             request.candidates.add(route=route.name, chain=[self.address(name) for name in rest])
         responses = [response async for response in self.stubs[self.chain(route.name)[0]].Generate(request)]
-        (judged,) = (response.decision for response in responses if response.HasField("decision"))
-        return judged, [token.id for response in responses for token in response.tokens]
+        (decision,) = (response.decision for response in responses if response.HasField("decision"))
+        return decision, [token.id for response in responses for token in response.tokens]
 
-    def used(self) -> dict[str, float]:
+    def kv_usage(self) -> dict[str, float]:
         """The share of KV blocks that sessions hold, by shard."""
         return {name: shard.shard.pool.usage for name, shard in self.running.items()}
 
 
 @asynccontextmanager
 async def open_shards(cluster_file: Path) -> AsyncIterator[Shards]:
-    """All shards of a cluster file; they listen inside of the block."""
+    """Starts all shards of a cluster file, and stops them after the block."""
     cluster = load_cluster(str(cluster_file))
     async with AsyncExitStack() as stack:
         running: dict[str, RunningShard] = {}
         stubs: dict[str, shard_pb2_grpc.ShardAsyncStub] = {}
         # The first shard of a chain is stopped first.
-        for place in reversed(cluster.shards):
-            settings = ShardSettings(cluster=cluster, shard=place, listen=ANY_PORT, metrics_port=0)
-            running[place.name] = await stack.enter_async_context(open_shard(settings))
-            channel = await stack.enter_async_context(open_channel(f"127.0.0.1:{running[place.name].port}"))
-            stubs[place.name] = shard_pb2_grpc.ShardStub(channel)
+        for config in reversed(cluster.shards):
+            settings = ShardSettings(cluster=cluster, shard=config, listen=ANY_PORT, metrics_port=0)
+            running[config.name] = await stack.enter_async_context(open_shard(settings))
+            channel = await stack.enter_async_context(open_channel(f"127.0.0.1:{running[config.name].port}"))
+            stubs[config.name] = shard_pb2_grpc.ShardStub(channel)
         yield Shards(cluster, running, stubs)

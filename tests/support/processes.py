@@ -1,4 +1,4 @@
-"""A cluster of real processes, to be asked, watched and broken from outside. Knows no model."""
+"""A cluster of real processes, through which tests send requests, read metrics and logs, and send signals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POLL_SECONDS = 0.1
 
 
 class Cluster:
-    """A running cluster; its processes have the names of the shards, and `gateway`."""
+    """A running cluster. Each process has the name of its shard, or the name `gateway`."""
 
     def __init__(self, local: LocalCluster) -> None:
         self._local = local
@@ -58,7 +58,7 @@ class Cluster:
         self._local.processes[name].send(number)
 
     def wait_for_end(self, name: str, timeout_seconds: float = END_SECONDS) -> int | None:
-        """The exit code of a process that is ending; TimeoutError where it goes on."""
+        """Returns the exit code of a process that is ending. Raises TimeoutError where it keeps running."""
         process = self._local.processes[name]
         if not process.wait(timeout_seconds):
             raise TimeoutError(f"{name} still runs after {timeout_seconds:g} s")
@@ -68,16 +68,16 @@ class Cluster:
         return self._local.processes[name].running()
 
     def pause(self, name: str) -> None:
-        """The process keeps its connections and answers nothing."""
+        """Sends SIGSTOP: the process keeps its connections and does not reply."""
         self.signal(name, signal.SIGSTOP)
 
     def resume(self, name: str) -> None:
         self.signal(name, signal.SIGCONT)
 
     def restart(self, name: str) -> None:
-        """Kills the process where it still runs, and starts it anew at the same address.
+        """Kills the process where it still runs, and starts it again at the same address.
 
-        Returns once it serves, and the gateway knows.
+        Returns once it serves, and the gateway reaches it.
         """
         self.kill(name)
         self._local.start(name)
@@ -91,7 +91,7 @@ class Cluster:
             time.sleep(POLL_SECONDS)
 
     def all_serving(self) -> bool:
-        """Whether the gateway reaches every shard now whose process runs."""
+        """Whether the gateway reaches every shard whose process runs."""
         shards = self.client.describe(timeout=END_SECONDS).shards
         return all(shard.serving for shard in shards if self.running(shard.name))
 
@@ -111,7 +111,7 @@ class Cluster:
         return float(sum(found))
 
     def log(self, name: str) -> str:
-        """Everything that the process has written."""
+        """The whole log of the process."""
         return self._local.folder.log(name).read_text(errors="replace")
 
     def stop(self) -> None:
@@ -129,9 +129,9 @@ class Cluster:
 
 @contextmanager
 def running_cluster(name_or_path: str | Path, folder: Path) -> Iterator[Cluster]:
-    """A cluster of real processes on ports that the system chose, with its state and its logs in `folder`.
+    """Runs a cluster of real processes on free ports, with its state and its logs in `folder`.
 
-    Where the block fails, the end of every log is part of the failure.
+    Where the block fails, the last lines of every log are added to the error.
     """
     described = load_cluster(str(name_or_path))
     local = prepared(described, RunFolder(folder / described.name))
@@ -154,11 +154,11 @@ def _sample_name(name: str, labels: dict[str, str]) -> str:
 
 
 def _ignore(name: str, seconds: float) -> None:
-    """Nobody watches."""
+    """Reports nothing."""
 
 
 def _ignore_model(name: str, folder: str) -> None:
-    """Nobody watches."""
+    """Reports nothing."""
 
 
 __all__ = ["GATEWAY", "Cluster", "running_cluster"]

@@ -1,4 +1,4 @@
-"""Registries of fake shards that a test polls by `refresh`."""
+"""Shard registries over fake shards, which a test polls by `refresh`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two runners in a chain, bottom and top, and the reference that they must equal together."""
+"""Two model runners in a chain, bottom and top, and the references whose logits the chain must equal."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TOP_FIRST = 1
 
 @dataclass(frozen=True)
 class Halves:
-    """The runners of both shards of a pair, and the references by route."""
+    """The bottom and the top runner of a pair, and the references by route."""
 
     bottom: ModelRunner
     top: ModelRunner
@@ -103,7 +103,7 @@ class Chain:
         return session
 
     def segment(self, session: Session, length: int | None = None, wants_token: bool = True) -> Segment:
-        """The next `length` tokens of a session; by default all that are left."""
+        """The next `length` tokens of a session; by default all remaining ones."""
         position = session.cached
         length = len(session.token_ids) - position if length is None else length
         session.cached += length

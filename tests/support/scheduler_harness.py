@@ -1,4 +1,4 @@
-"""A scheduler over a block pool; tests answer its passes as the chain would."""
+"""A scheduler over a block pool; a test appends the tokens that the chain would sample."""
 
 from __future__ import annotations
 

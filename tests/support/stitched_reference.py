@@ -1,6 +1,6 @@
-"""A stitched pair in this process, out of `transformers` models alone: what every chain of shards must equal.
+"""A stitched pair in one process, computed by `transformers` models: the reference for every chain of shards.
 
-Nothing here comes from the layers, the cache or the engine that it is compared with.
+It uses none of the layers, caches or engines that are compared with it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class StitchedReference:
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
-        """Logits `[tokens, vocabulary]` of one sequence from its beginning."""
+        """Logits `[tokens, vocabulary]` of one whole sequence."""
         hidden = self._bottom.model(input_ids=torch.tensor([list(token_ids)]), use_cache=False).last_hidden_state
         if self._stitch is not None:
             hidden = self._stitch(hidden[0])[None]
@@ -49,7 +49,7 @@ class StitchedReference:
         return logits
 
     def generate(self, token_ids: Sequence[int], count: int) -> list[int]:
-        """The `count` likeliest tokens, one after the other; end tokens end nothing."""
+        """Returns `count` greedy tokens; generation continues past end tokens."""
         sequence = list(token_ids)
         for _ in range(count):
             sequence.append(int(self.logits(sequence)[-1, : self._tokens].argmax()))
@@ -67,8 +67,10 @@ def reference(bottom: Path, top: Path, stitch: Path | None, bottom_layers: int, 
     """The reference for two model folders and a stitch file; without one, bottom and top are the same model."""
     loaded = None if stitch is None else Stitch.load(stitch, torch.device("cpu"), torch.float32)
     affine = None if loaded is None else partial(_mapped, loaded)
-    beside = None if loaded is None else loaded.adapters
-    adapters = [] if beside is None else list(zip(beside.down, beside.up, strict=True))
+    adapters_of_stitch = None if loaded is None else loaded.adapters
+    adapters = (
+        [] if adapters_of_stitch is None else list(zip(adapters_of_stitch.down, adapters_of_stitch.up, strict=True))
+    )
     return StitchedReference(bottom, top, affine, bottom_layers, top_from, adapters)
 
 
@@ -78,7 +80,7 @@ def _mapped(stitch: Stitch, hidden: Tensor) -> Tensor:
 
 
 def _adapting(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A hook that adds `up silu(down x / rms(x))` of what a layer takes to what it gives."""
+    """A hook that adds `up silu(down x / rms(x))` of a layer's input to its output."""
 
     def hook(layer: nn.Module, taken: tuple[Tensor, ...], given: Tensor) -> Tensor:
         (x,) = taken
@@ -89,7 +91,7 @@ def _adapting(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple[Tensor, ..
 
 
 def _with_layers(folder: Path, first: int, end: int | None) -> PreTrainedModel:
-    """A model with a part of its layers; masks and rotations stay its own."""
+    """Loads a model with the layers [first, end) only; masks and rotary embeddings stay those of the model."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.model.layers = model.model.layers[first:end]
     model.config.num_hidden_layers = len(model.model.layers)

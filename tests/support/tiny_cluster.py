@@ -1,4 +1,4 @@
-"""Cluster files of tiny random pairs: two routes, two shards or more. Knows no process."""
+"""Writes cluster files of tiny random pairs with two routes and at least two shards."""
 
 from __future__ import annotations
 

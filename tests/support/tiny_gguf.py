@@ -1,4 +1,4 @@
-"""Writes a tiny model folder as a GGUF file, as llama.cpp's converter would. Knows nothing of reading one."""
+"""Writes a tiny model folder as a GGUF file, as llama.cpp's converter does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random-weight models of a few layers, written as model folders that `transformers` reads. Knows no shard."""
+"""Writes random-weight models of a few layers as model folders that `transformers` reads."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def write_tiny_model(
 
 @torch.no_grad()
 def _randomize_small_vectors(model: torch.nn.Module) -> None:
-    """Fresh norms are all ones and fresh biases all zeros, with which a layer that forgets them looks right."""
+    """Randomizes norms (ones at first) and biases (zeros at first), so that a layer that omits them fails."""
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -113,7 +113,7 @@ def write_random_stitch(
 ) -> Path:
     """A stitch of random values that is bound to these two models at this cut. Ids are the folders' names.
 
-    One with adapters also says what first tokens become.
+    A stitch with adapters also has a vector for the first token.
     """
     described = ModelDescription.read(bottom, bottom.name), ModelDescription.read(top, top.name)
     generator = torch.Generator().manual_seed(seed)
@@ -128,7 +128,7 @@ def write_random_stitch(
 
 
 def random_adapters(top: ModelDescription, first: int, rank: int, generator: torch.Generator) -> Adapters:
-    """Adapters whose effect is plain to see."""
+    """Random adapters, large enough to change the logits."""
     down = torch.randn(top.layers - first, rank, top.hidden_size, generator=generator) * top.hidden_size**-0.5
     up = torch.randn(top.layers - first, top.hidden_size, rank, generator=generator)
     return Adapters(first, down, up)

@@ -21,7 +21,7 @@ WINDOW = 12
 PROMPTS = 60
 
 
-def drawn(seed: int, tokens: int) -> list[int]:
+def random_prompt(seed: int, tokens: int) -> list[int]:
     """Random token ids."""
     return random.Random(seed).choices(range(TOKENS), k=tokens)
 
@@ -40,7 +40,9 @@ def save_tiny_probe(cluster_file: Path, out: Path, tokens: int = WINDOW) -> Prob
     cluster = load_cluster(str(cluster_file))
     folder = Path(cluster.model_source("bottom"))
     extractor = FeatureExtractor.load(folder, cluster.earliest_cut, tokens, torch.float32, is_chat=False)
-    rows = extractor.from_tokens([drawn(seed, tokens + seed % 5) for seed in range(PROMPTS)], lambda done, total: None)
+    rows = extractor.from_tokens(
+        [random_prompt(seed, tokens + seed % 5) for seed in range(PROMPTS)], lambda done, total: None
+    )
     bottom = ModelDescription.read(folder, cluster.models.bottom.id)
     weight = np.random.default_rng(1).standard_normal((1, feature_count(bottom.hidden_size)))
     gains = (rows @ weight.T)[:, 0]

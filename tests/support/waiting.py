@@ -1,4 +1,4 @@
-"""Waits for something that happens by itself. Knows not what."""
+"""Waits until a condition becomes true, with and without an event loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TRY_AGAIN_SECONDS = 0.005
 
 
 async def eventually(happened: Callable[[], object], timeout_seconds: float = 10.0) -> None:
-    """Returns as soon as `happened()` is true. Raises TimeoutError where it never is."""
+    """Returns as soon as `happened()` is true. Raises TimeoutError after `timeout_seconds`."""
     give_up = time.monotonic() + timeout_seconds
     while not happened():
         if time.monotonic() > give_up:
@@ -19,7 +19,7 @@ async def eventually(happened: Callable[[], object], timeout_seconds: float = 10
 
 
 def becomes_true(happened: Callable[[], bool], timeout_seconds: float) -> bool:
-    """Whether `happened()` within that time; for tests without an event loop."""
+    """Whether `happened()` becomes true within that time; for tests without an event loop."""
     give_up = time.monotonic() + timeout_seconds
     while not (result := happened()) and time.monotonic() < give_up:
         time.sleep(TRY_AGAIN_SECONDS)

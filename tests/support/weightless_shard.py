@@ -1,4 +1,4 @@
-"""A shard without a model behind the real servicer, and the calls of its clients without a network."""
+"""The real shard servicer over a shard without a model, called without a network."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Aborted(Exception):
 
 
 class FakeContext:
-    """A call's context, which only ends it."""
+    """A call's context, of which only `abort` works."""
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: object = ()) -> NoReturn:
         raise Aborted(code, details)
@@ -49,7 +49,7 @@ class FakeContext:
 
 @dataclass
 class InlineEngine:
-    """Runs commands at once and computes whatever there is to compute, unless `computes` is false."""
+    """Runs each command at once, and then every batch that is ready unless `computes` is false."""
 
     stage: FirstStage | NextStage
     downstream: FakeDownstream
@@ -67,7 +67,7 @@ class InlineEngine:
 
 @dataclass
 class WeightlessShard:
-    """What a servicer serves of the chain's first shard, or of its last one, without a model."""
+    """The attributes that a servicer reads of the first or the last shard of a chain, without a model."""
 
     first: bool
     tokenizer_files: list[Path] = field(default_factory=list)
@@ -142,7 +142,7 @@ class WeightlessShard:
 
 
 def new_identity(shard: str, role: str) -> shard_pb2.ShardIdentity:
-    """Of a shard with layers 0 to 3 of the bottom model, or 2 to 3 of the top model."""
+    """The identity of a shard with layers 0 to 3 of the bottom model, or 2 to 3 of the top model."""
     identity = shard_pb2.ShardIdentity(shard=shard, role=role, first_layer=0 if role == "bottom" else 2, end_layer=4)
     identity.routes.add(name="weak", bottom_layers=3, top_from=2, stitch="fingerprint")
     identity.wire_dtype = shard_pb2.DTYPE_FLOAT32
@@ -150,7 +150,7 @@ def new_identity(shard: str, role: str) -> shard_pb2.ShardIdentity:
 
 
 def call_context() -> Any:
-    """Typed as what a servicer takes."""
+    """A fake context, typed as the one that a servicer takes."""
     return FakeContext()
 
 

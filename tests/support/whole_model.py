@@ -1,4 +1,4 @@
-"""Whole tiny models run through our own layers, as the tests of layers compare them."""
+"""Logits of a whole tiny model through this project's layers, and through `transformers` for comparison."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def our_logits(
 ) -> Tensor:
     """Logits `[tokens, vocabulary]` of PROMPT: `cuts` bound the shards' layers, `chunks` the passes' positions.
 
-    Layers that kernels may take attend over a cache, which kernels read themselves; others over the formula.
+    Layers with kernels attend over a KV cache; the others by the reference attention.
     """
     shards = [DecoderLayers.load(folder, first, end, CPU, dtype, weight_format) for first, end in pairwise(cuts)]
     embedding, head = Embedding.load(folder, CPU, dtype), Head.load(folder, CPU, dtype)
-    plain = ReferenceAttention()
+    reference = ReferenceAttention()
     stores = [KVStore(each.first, each.end, 4, each.kv_heads, each.head_dim, CPU, dtype) for each in shards]
     logits = []
     for begin, stop in pairwise(chunks):
@@ -45,7 +45,7 @@ def our_logits(
             if cached.paged_kv is not None and shard.is_compiled(stop - begin):
                 hidden = shard.run_compiled(hidden, cached.paged_kv, shard.first, shard.end)
             else:
-                attend = cached if weight_format.kernels else plain
+                attend = cached if weight_format.kernels else reference
                 hidden = shard.run(hidden, shard.rotary(torch.arange(begin, stop)), attend, shard.first, shard.end)
         logits.append(head(hidden))
     return torch.cat(logits)
@@ -53,7 +53,7 @@ def our_logits(
 
 @torch.inference_mode()
 def their_logits(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The same by `transformers`."""
+    """The same logits by `transformers`."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     logits: Tensor = model(torch.tensor([PROMPT])).logits[0].float()
     return logits

@@ -1,4 +1,4 @@
-"""A hand-made text model that judges by single words, so that every figure can be worked out. Knows no training."""
+"""A learned model with hand-made weights for single words, so that tests can calculate every gain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def bucket_of(word: str) -> int:
 
 
 def word_model(gains: dict[str, float], routes: tuple[str, ...] = ("weak", "strong")) -> LearnedModel:
-    """One source, one topic; a text of one known word gains `gains[word]` on each dearer route, rung by rung."""
+    """One source, one topic; a text of one known word gains `gains[word]` more on each costlier route."""
     words = sorted(gains, key=bucket_of)
     rungs = np.arange(len(routes))
     weights = np.array([[0.0, 0.0, *(gains[word] * rungs)] for word in words], np.float16)

@@ -29,7 +29,7 @@ from tests.support.in_process import ChainInProcess
 from tests.support.runner_chain import CPU, new_runner
 from tests.support.tiny_cluster import write_tiny_cluster
 from tests.support.tiny_model import write_tiny_model
-from tests.support.tiny_probe import drawn
+from tests.support.tiny_probe import random_prompt
 
 
 def write_labels(path: Path, rows: int = 80, **names: str) -> Path:
@@ -179,7 +179,7 @@ def test_features_are_those_of_a_shard(model_folder: Path) -> None:
     from stitch_server.model.embedding_and_head import Embedding
 
     extractor = FeatureExtractor.load(model_folder, LAYER, 20, torch.float32, is_chat=False)
-    prompts = [drawn(seed, tokens) for seed, tokens in enumerate((1, 7, 20, 33, 7, 21))]
+    prompts = [random_prompt(seed, tokens) for seed, tokens in enumerate((1, 7, 20, 33, 7, 21))]
     rows = extractor.from_tokens(prompts, ignore)
     runner = new_runner(model_folder, 0, LAYER, embed=Embedding.load(model_folder, CPU, torch.float32))
     for row, prompt in zip(rows, prompts, strict=True):

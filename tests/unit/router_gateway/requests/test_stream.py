@@ -19,7 +19,7 @@ from router_gateway.shards.replica import Replica
 from stitch.errors import Exhausted, Expired, Incompatible, StitchError, Unavailable
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2
-from tests.support.fake_shard import END_TOKEN, FakeShard, Fault, aborts, cuts_short, is_full, waits_for
+from tests.support.fake_shard import END_TOKEN, FakeShard, Fault, aborts, ends_stream_early, raises_exhausted, waits_for
 from tests.support.registries import registry_of
 from tests.support.waiting import eventually
 
@@ -128,7 +128,7 @@ async def test_max_tokens_finish_with_length() -> None:
         (aborts(UNAVAILABLE), "unavailable"),
         (aborts(grpc.StatusCode.CANCELLED), "cancelled"),
         (aborts(grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2"), "unavailable"),
-        (cuts_short, "cut"),
+        (ends_stream_early, "cut"),
     ],
 )
 async def test_lost_chain_is_replaced_and_tokens_stay_the_same(before_token: int, fault: Fault, cause: str) -> None:
@@ -182,12 +182,12 @@ async def test_session_on_a_silent_shard_is_replayed_elsewhere() -> None:
     async with streaming(first, second, top()) as stream:
         answer = asyncio.create_task(stream.all())
         await eventually(lambda: first.running and not first.faults)
-        first.talks.clear()
+        first.answers_describe.clear()
         await stream.refresh()
         assert ids(await answer) == [*SCRIPT, END_TOKEN]
         assert stream.replays == {"unreachable": 1}
         await eventually(lambda: first.cancelled)
-        first.talks.set()
+        first.answers_describe.set()
 
 
 async def test_unavailable_has_the_number_of_generated_tokens() -> None:
@@ -246,7 +246,7 @@ async def test_token_clears_the_failure_record() -> None:
 @pytest.mark.parametrize(("max_tokens", "finish"), [(3, LENGTH), (50, STOP)])
 async def test_finish_is_known_when_its_message_was_lost(max_tokens: int, finish: int) -> None:
     [bottom] = bottoms(1)
-    bottom.forgets_the_end = True
+    bottom.omits_finish_reason = True
     async with streaming(bottom, top()) as stream:
         steps = await stream.all(stream_input(max_tokens=max_tokens))
     assert ids(steps) == [*SCRIPT, END_TOKEN][:max_tokens]
@@ -256,7 +256,7 @@ async def test_finish_is_known_when_its_message_was_lost(max_tokens: int, finish
 
 async def test_new_request_on_a_full_shard_is_exhausted() -> None:
     [bottom] = bottoms(1)
-    bottom.faults[0] = is_full(2.5)
+    bottom.faults[0] = raises_exhausted(2.5)
     async with streaming(bottom, top()) as stream:
         with pytest.raises(Exhausted) as caught:
             await stream.all()
@@ -268,7 +268,7 @@ async def test_begun_answer_waits_for_room() -> None:
     first, second = bottoms(2)
     first.free_kv_tokens += 1
     first.faults[2] = aborts(UNAVAILABLE)
-    second.faults[2] = is_full(9.0)
+    second.faults[2] = raises_exhausted(9.0)
     async with streaming(first, second, top()) as stream:
         assert ids(await stream.all()) == [*SCRIPT, END_TOKEN]
     assert stream.replays == {"unavailable": 1}
@@ -278,7 +278,7 @@ async def test_begun_answer_without_room_is_exhausted_after_max_failures() -> No
     first, second = bottoms(2)
     first.free_kv_tokens += 1
     first.faults[2] = aborts(UNAVAILABLE)
-    second.faults[2] = is_full(9.0)
+    second.faults[2] = raises_exhausted(9.0)
     async with streaming(first, second, top(), max_failures=1) as stream:
         with pytest.raises(Exhausted):
             await stream.all()

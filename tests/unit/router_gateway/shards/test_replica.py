@@ -88,12 +88,12 @@ async def test_silent_replica_is_gone_after_max_timeouts() -> None:
     async with registry_of(shard, FakeShard("top-0", "top"), max_timeouts=2) as (_, registry):
         replica = registry.replicas["bottom-0"]
         await replica.poll()
-        shard.talks.clear()
+        shard.answers_describe.clear()
         await replica.poll()
         assert replica.serving
         await replica.poll()
         assert not replica.serving
-        shard.talks.set()
+        shard.answers_describe.set()
 
 
 async def test_answer_resets_the_count_of_timeouts() -> None:
@@ -101,9 +101,9 @@ async def test_answer_resets_the_count_of_timeouts() -> None:
     async with registry_of(shard, FakeShard("top-0", "top"), max_timeouts=2) as (_, registry):
         replica = registry.replicas["bottom-0"]
         for _ in range(2):
-            shard.talks.clear()
+            shard.answers_describe.clear()
             await replica.poll()
-            shard.talks.set()
+            shard.answers_describe.set()
             await replica.poll()
         assert replica.serving
 

@@ -92,7 +92,7 @@ def test_answer_before_end_of_stream_is_unavailable(gateway: FakeGateway) -> Non
 
 
 def test_stream_without_finished_event_is_unavailable(gateway: FakeGateway) -> None:
-    gateway.cuts_short = True
+    gateway.omits_finished = True
     with Client(gateway.address) as client, pytest.raises(Unavailable, match="broke off after 2 tokens"):
         client.generate("a")
 

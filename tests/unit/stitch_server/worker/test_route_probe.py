@@ -19,7 +19,7 @@ from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.route_probe import RouteProbe, fallback_decision
 from tests.support.runner_chain import CPU, DTYPE, new_runner, rows_of
 from tests.support.tiny_model import write_tiny_model
-from tests.support.tiny_probe import drawn
+from tests.support.tiny_probe import random_prompt
 
 ROUTES = ("weak", "strong")
 
@@ -111,7 +111,7 @@ def runner(folder: Path) -> ModelRunner:
 
 def segment(route: str, tokens: int, slot: int, undecided: bool = False) -> Segment:
     """A prompt with four blocks of its own."""
-    session = Session("" if undecided else route, (), Sampling(), drawn(slot, tokens), tokens)
+    session = Session("" if undecided else route, (), Sampling(), random_prompt(slot, tokens), tokens)
     layers = LAYER_RANGES["weak"] if undecided else LAYER_RANGES[route]
     return Segment(
         session,
@@ -170,7 +170,7 @@ def test_probe_reads_the_hidden_states_after_its_layer(runner: ModelRunner, fold
 
 
 def test_later_chunks_attend_to_kv_of_the_decided_layers(runner: ModelRunner) -> None:
-    token_ids = drawn(9, 20)
+    token_ids = random_prompt(9, 20)
     whole = Session("strong", (), Sampling(), token_ids, 20)
     wanted = runner.run(Batch((Segment(whole, LAYER_RANGES["strong"], 0, 20, True, range(4)),))).hidden
     decided = Session("", (), Sampling(), token_ids, 20)
