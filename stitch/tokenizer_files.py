@@ -88,12 +88,16 @@ def _tokenizer(folder: Path, files: Files) -> dict[str, Any]:
 
 def _ids(files: Files, tokenizer: Mapping[str, Any]) -> dict[str, int]:
     """Returns all tokens with their ids, those included that only other files than tokenizer.json have."""
-    vocabulary = tokenizer["model"]["vocab"]
-    if isinstance(vocabulary, list):
-        # Unigram: token and score, in the order of their ids.
-        vocabulary = {token: token_id for token_id, (token, _) in enumerate(vocabulary)}
-    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    ids = {**vocabulary, **added}
+    try:
+        vocabulary = tokenizer["model"]["vocab"]
+        if isinstance(vocabulary, list):
+            # Unigram: token and score, in the order of their ids.
+            vocabulary = {token: token_id for token_id, (token, _) in enumerate(vocabulary)}
+        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+        ids = {**vocabulary, **added}
+        _ = max(ids.values()) + 1
+    except (KeyError, TypeError, ValueError) as error:
+        raise Incompatible(f"tokenizer.json is no tokenizer with tokens and ids: {shown(error)}") from error
     for token in special_tokens(files, tokenizer.get("added_tokens", [])).added:
         if content := token["content"]:
             # As `tokenizers` numbers new tokens.
@@ -186,7 +190,9 @@ def json_object(files: Files, name: str) -> dict[str, Any]:
     try:
         content = json.loads(files.get(name, b"{}"))
     except (ValueError, RecursionError) as error:
-        raise Incompatible(f"{name} can't be read: {error}") from error
+        pointer = files[name].startswith(b"version https://git-lfs")
+        reason = "it is a Git LFS pointer, and the file itself was not downloaded" if pointer else error
+        raise Incompatible(f"{name} can't be read: {reason}") from error
     if not isinstance(content, dict):
         raise Incompatible(f"{name} holds no object, but {type(content).__name__}")
     return content

@@ -26,13 +26,16 @@ class VocabularySource:
 
     def __init__(self, first_shards: Sequence[Replica]) -> None:
         self._first_shards = first_shards
+        # By shard whose tokenizer is invalid.
+        self._reasons: dict[str, str] = {}
         self.current: Vocabulary | None = None
 
     def require(self) -> Vocabulary:
         """The vocabulary. Raises Unavailable until a shard has sent it."""
         if self.current is None:
             names = ", ".join(replica.config.name for replica in self._first_shards)
-            raise Unavailable(f"no shard with the embedding has sent its tokenizer yet: {names}")
+            reasons = "".join(f"; {name}: {reason}" for name, reason in self._reasons.items())
+            raise Unavailable(f"no shard with the embedding has sent its tokenizer yet: {names}{reasons}")
         return self.current
 
     async def load(self, pause_seconds: float) -> Vocabulary:
@@ -45,10 +48,16 @@ class VocabularySource:
                 except grpc.aio.AioRpcError as error:
                     _log.debug("no tokenizer from %s: %s", replica.config.name, error.details())
                 except Incompatible as error:
-                    _log.error("no tokenizer from %s: %s", replica.config.name, error)
+                    self._record(replica.config.name, str(error))
                 else:
                     return self.current
             await asyncio.sleep(pause_seconds)
+
+    def _record(self, shard: str, reason: str) -> None:
+        """Logs why a shard's tokenizer is invalid, once."""
+        if self._reasons.get(shard) != reason:
+            _log.error("no tokenizer from %s: %s", shard, reason)
+            self._reasons[shard] = reason
 
 
 def first_shard_names(cluster: ClusterConfig) -> list[str]:

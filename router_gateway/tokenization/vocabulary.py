@@ -82,6 +82,8 @@ def _tokenizer(files: Files) -> Tokenizer:
     # The library raises instances of Exception itself.
     except Exception as error:
         raise Incompatible(f"tokenizer.json can't be read: {error}") from error
+    if not tokenizer.get_vocab_size():
+        raise Incompatible("tokenizer.json has no token")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = tokenizer_files.json_object(files, CONFIG).get("split_special_tokens") is True

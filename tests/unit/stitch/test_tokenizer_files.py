@@ -203,6 +203,22 @@ def test_check_names_the_file_that_is_no_json_object(tmp_path: Path, name: str, 
         check(folder)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"model": {}}, {"model": {"vocab": {}}}, {"model": {"vocab": {"a": "b"}}}, {"model": {"vocab": [1]}}],
+)
+def test_tokenizer_without_tokens_is_refused(tmp_path: Path, model: object) -> None:
+    with pytest.raises(Incompatible, match=r"tokenizer\.json is no tokenizer"):
+        check(write(tmp_path / "a", {"model": model}))
+
+
+def test_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", fields())
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(Incompatible, match=r"tokenizer\.json can't be read: it is a Git LFS pointer"):
+        check(folder)
+
+
 def test_check_names_a_template_that_is_no_text(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", fields())
     (folder / "chat_template.jinja").write_bytes(b"\xff")

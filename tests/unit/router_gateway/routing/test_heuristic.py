@@ -24,6 +24,19 @@ def values(*turns: str) -> dict[str, float]:
         ("maths", "What is 17 * 23?"),
         ("reasoning", "Why is the sky blue?"),
         ("reasoning", "ERKLÄRE mir das"),
+        ("reasoning", "Erkla\N{COMBINING DIAERESIS}re mir das"),
+        ("reasoning", "为什么天空是蓝色的？"),
+        ("reasoning", "왜 하늘은 파란가요?"),
+        ("reasoning", "なぜ空は青いのですか"),
+        ("reasoning", "ｗｈｙ is the sky blue?"),
+        ("numbers", "他有１２个苹果"),
+        ("maths", "１７×２３＝？"),
+        ("choice", "哪一个？\nＡ．红\nＢ．绿"),
+        ("choice", "哪一个？\n（A）红\n（B）绿"),
+        ("choice", "哪一个？\nA、红\nB、绿"),
+        ("constraints", "必须恰好有两行"),
+        ("constraints", "1、一\n2、二"),
+        ("constraints", "반드시 두 줄로"),
         ("choice", "Which one?\nA. red\nB. green\nC. blue"),
         ("constraints", "It must have exactly two verses"),
         ("constraints", "Do this:\n- one\n- two"),
@@ -83,7 +96,19 @@ def decide(*turns: str, routes: tuple[str, ...] = ROUTES) -> RouteDecision:
     return HeuristicRouter(Ladder()).decide(Query(turns, routes))
 
 
-@pytest.mark.parametrize("text", ["Hello", "What is the capital of France?", "Write a haiku about autumn."])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello",
+        "What is the capital of France?",
+        "Write a haiku about autumn.",
+        "你好",
+        "法国的首都是哪里？",
+        "フランスの首都はどこですか",
+        "프랑스의 수도는 어디인가요?",
+        "Какая столица у Франции?",
+    ],
+)
 def test_small_talk_takes_the_weak_route(text: str) -> None:
     assert decide(text).route == "weak"
 
@@ -92,6 +117,24 @@ def test_small_talk_takes_the_weak_route(text: str) -> None:
     "text", [DUCKS, "Refactor this so that it must handle None:\ndef f(x):\n    return x + 1", "x " * 3_000]
 )
 def test_hard_or_long_task_takes_the_strong_route(text: str) -> None:
+    assert decide(text).route == "strong"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Prove step by step that the square root of 2 is irrational.",
+        "请一步一步证明根号二是无理数。",
+        "請逐步證明根號二是無理數，並解釋每一步。",
+        "２の平方根が無理数であることを、段階的に証明してください。",
+        "2의 제곱근이 무리수임을 단계별로 증명하시오.",
+        "Докажи по шагам, что корень из 2 иррационален.",
+        "Demuestra paso a paso que la raíz de 2 es irracional.",
+        "Démontre étape par étape que la racine de 2 est irrationnelle.",
+        "Ｐｒｏｖｅ ｓｔｅｐ ｂｙ ｓｔｅｐ that the square root of ２ is irrational.",
+    ],
+)
+def test_proof_takes_the_strong_route_in_any_script(text: str) -> None:
     assert decide(text).route == "strong"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from router_gateway.tokenization import source as vocabulary_source
@@ -35,6 +37,18 @@ async def test_load_skips_a_shard_with_invalid_files() -> None:
     async with registry_of(broken, FakeShard("bottom-1", "bottom"), FakeShard("top-0", "top")) as (cluster, registry):
         source = VocabularySource([registry.replicas[name] for name in first_shard_names(cluster)])
         assert (await source.load(pause_seconds=0.0)).end_tokens == (2, 0)
+
+
+async def test_invalid_files_are_named_to_clients_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    broken = FakeShard("bottom-0", "bottom")
+    broken.files = tokenizer_files() | {"generation_config.json": b'{"eos_token_id": -1}'}
+    async with registry_of(broken, FakeShard("top-0", "top")) as (_, registry):
+        source = VocabularySource([registry.replicas["bottom-0"]])
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(source.load(pause_seconds=0.01), 0.3)
+        with pytest.raises(Unavailable, match=r"bottom-0: generation_config\.json: eos_token_id is -1, but"):
+            source.require()
+    assert sum("eos_token_id" in record.message for record in caplog.records) == 1
 
 
 async def test_fetch_files_limits_names_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
