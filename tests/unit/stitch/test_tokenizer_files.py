@@ -203,10 +203,7 @@ def test_check_names_the_file_that_is_no_json_object(tmp_path: Path, name: str, 
         check(folder)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [{}, {"model": {}}, {"model": {"vocab": {}}}, {"model": {"vocab": {"a": "b"}}}, {"model": {"vocab": [1]}}],
-)
+@pytest.mark.parametrize("model", [None, {}, {"vocab": {}}, {"vocab": {"a": "b"}}, {"vocab": [1]}])
 def test_tokenizer_without_tokens_is_refused(tmp_path: Path, model: object) -> None:
     with pytest.raises(Incompatible, match=r"tokenizer\.json is no tokenizer"):
         check(write(tmp_path / "a", {"model": model}))
