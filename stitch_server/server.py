@@ -46,6 +46,7 @@ async def serve(settings: ShardSettings) -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     signals = StopSignals()
     signals.install()
+    print(f"stitch-server: shard {settings.shard.name} loads; the first start here compiles its kernels", flush=True)
     async with open_shard(settings) as running:
         # What exists now lives as long as the process: no collection needs to visit it, least of all the one at exit.
         gc.freeze()
