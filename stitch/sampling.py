@@ -10,6 +10,8 @@ from stitch.v1 import inference_pb2
 
 MAX_LOGPROBS = 20
 DEFAULT_MAX_TOKENS = 1024
+# Below it sampling is greedy: float32 logits could not be divided by it, and no second token would have a share.
+MIN_TEMPERATURE = 1e-5
 
 _REPEATED = ("stop_token_ids", "forced_token_ids")
 
@@ -55,7 +57,7 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always chosen."""
-        return self.temperature == 0.0
+        return self.temperature < MIN_TEMPERATURE
 
     @property
     def penalizes(self) -> bool:

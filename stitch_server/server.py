@@ -31,7 +31,7 @@ from stitch_server.engine.loop import Engine
 from stitch_server.engine.types import LinkEvent
 from stitch_server.metrics import Metrics, StepLog
 from stitch_server.rpc.link_client import LinkClient
-from stitch_server.rpc.servicer import ShardServicer
+from stitch_server.rpc.servicer import LenientDecoding, ShardServicer
 from stitch_server.shard import Shard, build_shard
 
 # The event loop carries every token between two steps. Python's default lets it wait 5 ms for the engine's thread.
@@ -123,7 +123,7 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
 async def _listening(
     shard: Shard, health: HealthServicer, address: str, credentials: grpc.ServerCredentials | None
 ) -> tuple[grpc.aio.Server, int]:
-    server = channels.open_server()
+    server = channels.open_server([LenientDecoding()])
     shard_pb2_grpc.add_ShardServicer_to_server(ShardServicer(shard), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)

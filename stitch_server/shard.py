@@ -22,7 +22,7 @@ from stitch_server.build import LoadedStage, allocate_kv_cache, build_runner
 from stitch_server.engine.first_stage import FirstStage
 from stitch_server.engine.in_flight import Downstream, StepsInFlight
 from stitch_server.engine.loop import Engine, Inbox
-from stitch_server.engine.next_stage import NextStage
+from stitch_server.engine.next_stage import UNLIMITED, NextStage
 from stitch_server.engine.scheduler import Scheduler
 from stitch_server.engine.types import Batch, LinkEvent
 from stitch_server.kv_cache.block_pool import BlockPool
@@ -122,7 +122,8 @@ def build_shard(
         source = _first_stage(batching, loaded, pool, StepsInFlight(links))
     else:
         in_flight = None if loaded.head is not None else StepsInFlight(links)
-        source = NextStage(pool, loaded.layer_ranges, in_flight, batching.max_merged_tokens)
+        logits = UNLIMITED if loaded.head is None else loaded.head.vocabulary_size
+        source = NextStage(pool, loaded.layer_ranges, in_flight, batching.max_merged_tokens, vocabulary_size=logits)
 
     def observe(batch: Batch, started: float, ended: float) -> None:
         metrics.batch_tokens.observe(batch.num_tokens)

@@ -82,6 +82,13 @@ def check_tokens(field: str, ids: Iterable[int], vocabulary_size: int) -> None:
             raise InvalidRequest(f"sampling.{field}[{index}]", token_id, limit)
 
 
+def check_text_tokens(field: str, ids: Iterable[int], vocabulary_size: int) -> None:
+    """Refuses text with a token that the tokenizer has and a model has not."""
+    if (largest := max(ids, default=0)) >= vocabulary_size:
+        limit = f"the model's vocabulary ends at {vocabulary_size - 1:,}"
+        raise InvalidRequest(field, Amount(f"a text with token {largest:,}"), limit)
+
+
 def check_forced(answer: str, forced_token_ids: Sized, max_bytes: int) -> None:
     """Refuses a forced answer together with forced tokens, and one that can't fit, however it is tokenized."""
     if forced_token_ids:

@@ -78,8 +78,9 @@ class RequestPreparer:
             self._cluster.route(request.routing.route)
         limits.check_prompt(request.prompt)
         vocabulary = self._source.require()
+        smallest = min(self._models.vocabulary_size, vocabulary.size)
         for field in ("stop_token_ids", "forced_token_ids"):
-            limits.check_tokens(field, getattr(request.sampling, field), self._models.vocabulary_size)
+            limits.check_tokens(field, getattr(request.sampling, field), smallest)
         ids = await self._tokenize(request.prompt, vocabulary)
         sampling = request.sampling
         if request.forced_answer is not None:
@@ -93,6 +94,7 @@ class RequestPreparer:
         limits.check_size(prompt, context_tokens, vocabulary.max_token_bytes)
         ids = await self._encode(prompt, lambda: tokenize(prompt, vocabulary))
         limits.check_fits(prompt, len(ids), context_tokens)
+        limits.check_text_tokens(limits.field_of(prompt), ids, self._models.prompt_vocabulary_size)
         return ids
 
     async def _encode(self, text: Prompt, encode: Callable[[], list[int]]) -> list[int]:
@@ -106,6 +108,7 @@ class RequestPreparer:
         limits.check_forced(answer, sampling.forced_token_ids, context_tokens * vocabulary.max_token_bytes)
         ids = await self._encode(answer, lambda: vocabulary.encode_rendered(answer))
         limits.check_answer_fits(len(ids), context_tokens - prompt_tokens)
+        limits.check_text_tokens("forced_answer", ids, self._models.vocabulary_size)
         return replace(sampling, forced_token_ids=tuple(ids), max_tokens=min(sampling.max_tokens, len(ids)))
 
 

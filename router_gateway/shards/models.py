@@ -29,8 +29,13 @@ class ModelRegistry:
 
     @property
     def vocabulary_size(self) -> int:
-        """Token ids are below this. The models' vocabularies may be padded differently; the larger one counts."""
-        return max(self._stated("vocabulary_size"))
+        """Forced tokens are below this: they meet rows of both models, which may be padded differently."""
+        return min(self._stated("vocabulary_size"))
+
+    @property
+    def prompt_vocabulary_size(self) -> int:
+        """Tokens of a prompt are below this: they meet the bottom's embedding alone."""
+        return self._model("bottom", self._cluster.models.bottom).vocabulary_size or self.vocabulary_size
 
     def routes(self) -> list[str]:
         """Routes by name, cheapest first: by parameters read per token, or by bottom layers until all are known."""

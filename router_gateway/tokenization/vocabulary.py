@@ -41,6 +41,8 @@ class Vocabulary:
         self.end_tokens = tuple(end_tokens)
         # An upper bound of a token's UTF-8 bytes (byte-level vocabularies spell a byte with up to two bytes).
         self.max_token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
+        # Token ids are below this.
+        self.size = max(tokenizer.get_vocab().values()) + 1
 
     @classmethod
     def from_files(cls, files: Files) -> Vocabulary:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from stitch.errors import Exhausted, OutOfStep, StitchError, Unavailable
+from stitch.errors import Exhausted, Incompatible, OutOfStep, StitchError, Unavailable
 from stitch.sampling import Token
 from stitch.v1 import shard_pb2
 from stitch_server.engine.in_flight import StepsInFlight
@@ -88,8 +88,9 @@ class FirstStage:
 
     def fail(self, batch: Batch, error: Exception) -> None:
         """Ends the requests of a batch that could not be computed."""
+        failure = Unavailable(f"this shard failed to compute a step: {error}")
         for _, request, _ in _requests_of(batch):
-            self._finish(request, RequestOutput(error=StitchError(f"this shard failed to compute a step: {error}")))
+            self._finish(request, RequestOutput(error=_with_generated(failure, request)))
 
     def on_reply(self, reply: StepReply) -> None:
         """Applies the tokens and failures of one step."""
@@ -124,10 +125,13 @@ class FirstStage:
         request.token_ids.append(token.id)
         reason = request.finish_reason_at(token)
         output = RequestOutput(token, reason, stages)
-        if reason is None:
-            request.on_output(output)
-        else:
+        if reason is not None:
             self._finish(request, output)
+        elif token.id >= request.vocabulary_size:
+            rows = f"the embedding has {request.vocabulary_size} rows"
+            self._finish(request, RequestOutput(error=Incompatible(f"the chain chose token {token.id}, but {rows}")))
+        else:
+            request.on_output(output)
 
     def _apply_failure(self, request: Request, failure: SessionFailure) -> None:
         """Recomputes the request later where that helps, and ends it otherwise."""

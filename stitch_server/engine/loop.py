@@ -1,7 +1,8 @@
 """The engine's thread: take a batch, compute it, deliver its output.
 
-In: messages in one inbox, from any thread. Out: what the batch source sends and reports. Invariant: one thread alone
-touches sessions, KV cache and model, so none of them needs a lock; and no event loop ever computes.
+In: messages in one inbox, from any thread. Out: what the batch source sends and reports. Invariants: one thread alone
+touches sessions, KV cache and model, so none of them needs a lock; no event loop ever computes; and a session that
+cannot be computed ends alone.
 """
 
 from __future__ import annotations
@@ -57,17 +58,32 @@ class Engine:
         batch = self._source.next_batch()
         if batch is None:
             return False
+        self._compute(batch)
+        return True
+
+    def _compute(self, batch: Batch) -> None:
+        """Computes and delivers a batch; computes one that fails again, session by session.
+
+        What the failed pass has written is overwritten: the same tokens have the same places in the KV cache.
+        """
         started = time.perf_counter()
         try:
             output = self._runner.run(batch)
-            ended = time.perf_counter()
+        except Exception as error:
+            log.exception("a batch of %d tokens failed", batch.num_tokens)
+            if len(parts := batch.by_session()) == 1:
+                self._source.fail(batch, error)
+            for part in parts if len(parts) > 1 else ():
+                self._compute(part)
+            return
+        ended = time.perf_counter()
+        try:
             # A GPU's errors may surface only here, where its results are read.
             self._source.deliver(batch, output)
             self._observe(batch, started, ended)
-        except Exception as error:  # ends the sessions of this batch; the others and the process continue
-            log.exception("a batch of %d tokens failed", batch.num_tokens)
+        except Exception as error:  # ends the sessions of this batch, of which some may have been sent
+            log.exception("a batch of %d tokens was not delivered", batch.num_tokens)
             self._source.fail(batch, error)
-        return True
 
     def post(self, command: Command) -> None:
         """Runs `command` in the engine's thread, after all messages posted before; callable from any thread."""

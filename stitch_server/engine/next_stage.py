@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# Token ids are 32 bits wide.
+UNLIMITED = 1 << 32
+
+
 @dataclass(frozen=True, slots=True)
 class _Tombstone:
     """Why an epoch of a session failed; later segments of that epoch are refused for the same reason."""
@@ -57,12 +61,17 @@ class SessionTable:
     """
 
     def __init__(
-        self, pool: BlockPool, layer_ranges: Mapping[str, LayerRange], in_flight: StepsInFlight | None
+        self,
+        pool: BlockPool,
+        layer_ranges: Mapping[str, LayerRange],
+        in_flight: StepsInFlight | None,
+        vocabulary_size: int = UNLIMITED,
     ) -> None:
-        """`in_flight` is None on the chain's last shard."""
+        """`in_flight` is None on the chain's last shard, whose head has `vocabulary_size` logits."""
         self._pool = pool
         self._layer_ranges = layer_ranges
         self._in_flight = in_flight
+        self._vocabulary_size = vocabulary_size
         self._sessions: dict[Upstream, dict[int, Session]] = {}
         self._tombstones: dict[Upstream, dict[int, _Tombstone]] = {}
         # Whether new sessions are refused, because the shard is shutting down.
@@ -136,6 +145,8 @@ class SessionTable:
         if is_last != (not session.chain):
             side = "the last of its chain" if is_last else "not the last of its chain"
             raise _contradiction(f"the session names {len(session.chain)} shards after this one, which is {side}")
+        if is_last and (largest := max(session.sampling.forced_token_ids, default=0)) >= self._vocabulary_size:
+            raise _contradiction(f"token {largest} is forced, but the head has {self._vocabulary_size} logits")
         reused_blocks, rest = divmod(session.reused, self._pool.block_tokens)
         if rest:
             raise _contradiction(f"{session.reused} reused tokens are no whole blocks of {self._pool.block_tokens}")
@@ -194,10 +205,14 @@ class NextStage:
         in_flight: StepsInFlight | None,
         max_merged_tokens: int,
         clock: Callable[[], float] = time.perf_counter,
+        vocabulary_size: int = UNLIMITED,
     ) -> None:
-        """`in_flight` is None on the chain's last shard; `max_merged_tokens`: of several steps in one pass."""
+        """`in_flight` is None on the chain's last shard, whose head has `vocabulary_size` logits.
+
+        `max_merged_tokens`: of several steps in one pass.
+        """
         self._pool = pool
-        self._sessions = SessionTable(pool, layer_ranges, in_flight)
+        self._sessions = SessionTable(pool, layer_ranges, in_flight, vocabulary_size)
         self._in_flight = in_flight
         self._max_merged_tokens = max_merged_tokens
         self._clock = clock
@@ -264,8 +279,8 @@ class NextStage:
                 self._sent_at[step] = now
         # After the send: a session that this batch opened downstream and that fails here must be closed there.
         for index, (segment, slot) in enumerate(zip(batch.segments, slots, strict=True)):
-            if index in output.non_finite:
-                self._fail_non_finite(segment, slot)
+            if (values := output.non_finite.get(index)) is not None:
+                self._fail_non_finite(segment, slot, values)
             else:
                 self._pool.publish(segment.session.id, segment.position + segment.length)
         _send_complete(_pending_of(slots))
@@ -324,6 +339,9 @@ class NextStage:
                 slot.resolve()
                 touched += self._withdraw(pending.upstream, received.session_id, reason, segments)
             else:
+                if received.new_session is not None:
+                    again = _contradiction(f"session {received.session_id} was opened again")
+                    touched += self._withdraw(pending.upstream, received.session_id, again, segments)
                 segments.append(self._segment(session, rows, slot))
         _send_complete(touched)
 
@@ -364,9 +382,10 @@ class NextStage:
                 segment.session.token_ids.append(token.id)
                 slot.add_token(slot.segment.epoch, token)
 
-    def _fail_non_finite(self, segment: Segment, slot: ReplySlot) -> None:
+    def _fail_non_finite(self, segment: Segment, slot: ReplySlot, values: str) -> None:
+        """Ends the session for good: a replica has the same weights, and would compute the same values."""
         session_id = slot.segment.session_id
-        message = f"hidden states of session {session_id} at position {segment.position} are not finite"
+        message = f"{values} of session {session_id} at position {segment.position} are not finite"
         self._fail(slot, shard_pb2.FAILURE_CAUSE_PRECONDITION, message)
         slot.resolve()
 

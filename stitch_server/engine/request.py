@@ -46,6 +46,8 @@ class Request(Session):
     # are empty until then.
     candidates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     context_length: int
+    # The rows of this shard's embedding, which every token but the last one of an answer has to have.
+    vocabulary_size: int
     # Called in the engine's thread; must not block.
     on_output: Callable[[RequestOutput], None]
     status: RequestStatus = RequestStatus.WAITING

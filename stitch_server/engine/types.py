@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from stitch.errors import StitchError
@@ -87,6 +87,11 @@ class Batch:
         """The tokens of all segments, which are the rows of the pass."""
         return sum(segment.length for segment in self.segments)
 
+    def by_session(self) -> list[Batch]:
+        """One batch for each session, in layer order as this one."""
+        sessions = dict.fromkeys(segment.session for segment in self.segments)
+        return [replace(self, segments=tuple(one for one in self.segments if one.session is s)) for s in sessions]
+
 
 def in_layer_order(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     """Sorts segments by first layer, then by descending end, so that the tokens of any layer are the leading rows."""
@@ -118,8 +123,8 @@ class StepOutput:
     hidden: Tensor | None = None
     # By the index of the segment that wants a token.
     tokens: dict[int, Token] = field(default_factory=dict)
-    # Indices of segments whose incoming hidden states hold a non-finite value.
-    non_finite: frozenset[int] = frozenset()
+    # By index of the segment: which of its values are not finite, the incoming `hidden states` or the `logits`.
+    non_finite: dict[int, str] = field(default_factory=dict)
     # Seconds by stage of the time to first token.
     stages: dict[str, float] = field(default_factory=dict)
     # By the index of the segment that has candidates.

@@ -42,7 +42,11 @@ class Embedding:
 class Head:
     """The final norm and the language-model head."""
 
-    def __init__(self, norm: Callable[[Tensor], Tensor], to_logits: Linear, scale: float = 1.0) -> None:
+    def __init__(
+        self, norm: Callable[[Tensor], Tensor], to_logits: Linear, vocabulary_size: int, scale: float = 1.0
+    ) -> None:
+        # The number of logits.
+        self.vocabulary_size = vocabulary_size
         self._norm = norm
         self._to_logits = to_logits
         self._scale = scale
@@ -62,10 +66,10 @@ class Head:
         """
         config = read_config(folder)
         with Weights(folder, device, dtype) as weights:
-            rows = weights.read(EMBEDDING if config.tie_word_embeddings else "lm_head.weight")
+            rows = weights.read(EMBEDDING if config.tie_word_embeddings else "lm_head.weight")[:tokens]
             is_native = llama.supports(config)
             norm = llama.load_norm(config, "model.norm", weights) if is_native else hf_layers.load_norm(config, weights)
-            return cls(norm, linear(rows[:tokens], None, weight_format.for_head), _logit_scale(config))
+            return cls(norm, linear(rows, None, weight_format.for_head), len(rows), _logit_scale(config))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states `[n, hidden_size]` to logits float32 `[n, vocabulary]`."""

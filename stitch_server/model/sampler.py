@@ -36,7 +36,7 @@ class SampleRequest:
 def sample(logits: Tensor, requests: Sequence[SampleRequest]) -> list[Token]:
     """Chooses n tokens from logits float32 `[n, vocabulary]` by n requests.
 
-    The log-probabilities, if requested, are those of the logits before penalties and filters.
+    The logits are finite; the log-probabilities, if requested, are those before penalties and filters.
     """
     ids = _choose_ids(logits, requests)
     return [
@@ -69,8 +69,9 @@ def _logprobs(logits: Tensor, row: int, token: int, alternatives: int | None) ->
     """None where none are requested; the alternatives are the likeliest tokens, likeliest first."""
     if alternatives is None:
         return None
-    logprobs = logits[row].log_softmax(dim=0)
-    values, ids = logprobs.topk(alternatives)
+    # Of logits at both ends of float32 the difference overflows.
+    logprobs = logits[row].log_softmax(dim=0).clamp(min=torch.finfo(logits.dtype).min)
+    values, ids = logprobs.topk(min(alternatives, len(logprobs)))
     return TokenLogprobs(float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
@@ -87,19 +88,24 @@ def _choose(row: Tensor, request: SampleRequest) -> int:
 
 
 def apply_penalties(row: Tensor, request: SampleRequest) -> Tensor:
-    """Returns logits `[vocabulary]` with the penalties for earlier tokens, as a new tensor.
+    """Returns finite logits float64 `[vocabulary]` with the penalties for earlier tokens, as a new tensor.
 
     The repetition penalty counts prompt and answer, as in https://arxiv.org/abs/1909.05858; presence and frequency
     count the answer alone, as in https://platform.openai.com/docs/api-reference/completions.
     """
-    sampling = request.sampling
-    history = torch.as_tensor(request.history, device=row.device)
-    # A prompt may hold ids that only pad the vocabulary and have no logit here.
-    occurred = torch.bincount(history, minlength=len(row))[: len(row)] > 0
-    generated = torch.bincount(history[request.prompt_tokens :], minlength=len(row))[: len(row)]
-    repeated = torch.where(row > 0, row / sampling.repetition_penalty, row * sampling.repetition_penalty)
+    sampling, row = request.sampling, row.double()
+    history = torch.as_tensor(request.history, dtype=torch.int64, device=row.device)
+    occurred, generated = _count(history, len(row)) > 0, _count(history[request.prompt_tokens :], len(row))
+    # A tiny penalty overflows.
+    divided = (row / sampling.repetition_penalty).clamp(max=torch.finfo(row.dtype).max)
+    repeated = torch.where(row > 0, divided, row * sampling.repetition_penalty)
     row = torch.where(occurred, repeated, row)
-    return row - sampling.frequency_penalty * generated - sampling.presence_penalty * (generated > 0)
+    return row - sampling.frequency_penalty * generated.double() - sampling.presence_penalty * (generated > 0).double()
+
+
+def _count(ids: Tensor, vocabulary: int) -> Tensor:
+    """How often each token occurs, `[vocabulary]`; a prompt may hold ids that only pad it and have no logit here."""
+    return torch.bincount(ids[ids < vocabulary], minlength=vocabulary)
 
 
 def top_candidates(row: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

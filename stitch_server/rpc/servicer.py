@@ -6,11 +6,12 @@ Every request is validated here, before the engine sees it; every StitchError be
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from stitch.errors import Incompatible, InvalidRequest, translated_errors
 from stitch.sampling import Sampling
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from stitch_server.shard import Shard
 
 Context = grpc.aio.ServicerContext[Any, Any]
+# More than the gateway lets through with the model's own end tokens.
+MAX_STOP_TOKENS = 2_048
 # The size of the messages in which the tokenizer's files are sent.
 PIECE_BYTES = 256 << 10
 
@@ -37,7 +40,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         self._shard = shard
 
     async def Generate(
-        self, request: shard_pb2.ShardGenerateRequest, context: Context
+        self, request: shard_pb2.ShardGenerateRequest | None, context: Context
     ) -> AsyncIterator[shard_pb2.ShardGenerateResponse]:
         async with translated_errors(context):
             shard, first_stage = self._shard, self._shard.first_stage
@@ -101,9 +104,11 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             for start in range(0, max(1, len(content)), PIECE_BYTES):
                 yield shard_pb2.FetchTokenizerResponse(file=path.name, data=content[start : start + PIECE_BYTES])
 
-    def _request(self, message: shard_pb2.ShardGenerateRequest, outbox: asyncio.Queue[RequestOutput]) -> Request:
-        """The request of a message. Raises InvalidRequest for a field outside of its limits."""
+    def _request(self, message: shard_pb2.ShardGenerateRequest | None, outbox: asyncio.Queue[RequestOutput]) -> Request:
+        """The request of a message. Raises InvalidRequest for None, or for a field outside of its limits."""
         shard = self._shard
+        if message is None:
+            raise InvalidRequest("request", "these bytes", "it must be a stitch.v1.ShardGenerateRequest")
         model = shard.loaded.model
         _check(message, model.vocabulary_size, model.context_length)
         if message.candidates:
@@ -118,6 +123,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             token_ids=list(message.token_ids),
             prompt_tokens=message.prompt_tokens,
             context_length=model.context_length,
+            vocabulary_size=model.vocabulary_size,
             # Called in the engine's thread.
             on_output=lambda output: _put(loop, outbox, output),
         )
@@ -127,15 +133,43 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         return request
 
 
+class LenientDecoding(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone
+    """Gives the Shard's methods None for bytes that are no message, for which gRPC would end the call as a defect."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        # The stubs have only the handlers of threaded servers.
+        handler: Any = await continuation(handler_call_details)
+        own = handler_call_details.method.startswith("/stitch.v1.Shard/")
+        if own and handler is not None and not handler.request_streaming:
+            handler = handler._replace(request_deserializer=partial(_decode, handler.request_deserializer))
+        return handler  # type: ignore[no-any-return]
+
+
+def _decode(decode: Callable[[bytes], Any], data: bytes) -> Any:
+    try:
+        return decode(data)
+    except DecodeError:
+        return None
+
+
 def _check(request: shard_pb2.ShardGenerateRequest, vocabulary_size: int, context_length: int) -> None:
     tokens = len(request.token_ids)
     if not 1 <= tokens < context_length:
         raise InvalidRequest("token_ids", f"{tokens} tokens", f"there must be 1 to {context_length - 1}")
     if not 1 <= request.prompt_tokens <= tokens:
         raise InvalidRequest("prompt_tokens", request.prompt_tokens, f"it must be 1 to {tokens}")
-    largest = max(request.token_ids)
-    if largest >= vocabulary_size:
-        raise InvalidRequest("token_ids", largest, f"the vocabulary has {vocabulary_size} tokens")
+    forced, stop = request.sampling.forced_token_ids, request.sampling.stop_token_ids
+    for field, ids in ("token_ids", request.token_ids), ("sampling.forced_token_ids", forced):
+        if (largest := max(ids, default=0)) >= vocabulary_size:
+            raise InvalidRequest(field, largest, f"the vocabulary has {vocabulary_size} tokens")
+    # Both travel on the link, whose frames are limited.
+    for field, count, limit in ("forced", len(forced), context_length), ("stop", len(stop), MAX_STOP_TOKENS):
+        if count > limit:
+            raise InvalidRequest(f"sampling.{field}_token_ids", f"{count} ids", f"it holds at most {limit}")
     if not request.candidates and not request.chain:
         raise InvalidRequest("chain", [], "a chain has at least one shard after the first")
 

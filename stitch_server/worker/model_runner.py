@@ -90,23 +90,24 @@ class ModelRunner:
         self.busy_seconds += seconds
         return StepOutput(hidden if self.head is None else None, tokens, non_finite, stages, decisions)
 
-    def _embed_or_stitch(self, segments: Sequenced[Segment]) -> tuple[Tensor, frozenset[int]]:
-        """The first layers' input `[tokens, hidden]`, and the indices of segments with non-finite hidden states."""
+    def _embed_or_stitch(self, segments: Sequenced[Segment]) -> tuple[Tensor, dict[int, str]]:
+        """The first layers' input `[tokens, hidden]`, and the segments with non-finite hidden states."""
         if self.embed is not None:
             ids = [id_ for one in segments for id_ in one.session.token_ids[one.position : one.position + one.length]]
-            return self.embed(to_device_async(torch.tensor(ids), self.device)), frozenset()
+            return self.embed(to_device_async(torch.tensor(ids), self.device)), {}
         stitched: list[Tensor] = []
-        non_finite: set[int] = set()
+        non_finite: dict[int, str] = {}
         index = 0
         # One route at a time, since hidden states from different models have different widths.
         for route, group in groupby(segments, key=lambda segment: segment.session.route):
             members = list(group)
             received = _concatenate([_hidden_of(segment) for segment in members])
-            non_finite.update(index + offset for offset in _find_non_finite(received, members))
+            found = _find_non_finite(received, [one.length for one in members])
+            non_finite |= {index + offset: "hidden states" for offset in found}
             index += len(members)
             stitch = self.stitches.get(route)
             stitched.append(received if stitch is None else stitch(received, _first_token_rows(members)))
-        return _concatenate(stitched), frozenset(non_finite)
+        return _concatenate(stitched), non_finite
 
     def _run_layers(
         self, segments: Sequenced[Segment], hidden: Tensor, parallelism: Parallelism
@@ -182,10 +183,13 @@ class ModelRunner:
         head: Callable[[Tensor], Tensor],
         segments: Sequenced[Segment],
         hidden: Tensor,
-        non_finite: frozenset[int],
+        non_finite: dict[int, str],
         stages: dict[str, float],
     ) -> dict[int, Token]:
-        """The tokens by index of the segment that wants one; adds the sampling's seconds to `stages`."""
+        """The tokens by index of the segment that wants one.
+
+        Adds the sampling's seconds to `stages`, and segments without finite logits to `non_finite`.
+        """
         started = time.perf_counter()
         ends = list(accumulate(segment.length for segment in segments))
         wanting = [index for index, one in enumerate(segments) if one.wants_token and index not in non_finite]
@@ -193,6 +197,10 @@ class ModelRunner:
             return {}
         last_rows = torch.tensor([ends[index] - 1 for index in wanting])
         logits = head(hidden[to_device_async(last_rows, hidden.device)])
+        if broken := _find_non_finite(logits, [1] * len(wanting)):
+            non_finite |= {wanting[row]: "logits" for row in broken}
+            finite = [row for row in range(len(wanting)) if row not in broken]
+            logits, wanting = logits[finite], [wanting[row] for row in finite]
         sampled = sample(logits, [_sample_request(segments[index]) for index in wanting])
         stages["sample"] = time.perf_counter() - started
         return dict(zip(wanting, sampled, strict=True))
@@ -244,12 +252,12 @@ def _hidden_of(segment: Segment) -> Tensor:
     return segment.hidden
 
 
-def _find_non_finite(hidden: Tensor, segments: Sequenced[Segment]) -> list[int]:
-    """Indices of segments with a non-finite value. Others are not affected: no token attends to another segment's."""
+def _find_non_finite(values: Tensor, lengths: list[int]) -> list[int]:
+    """Indices of the segments of rows with a non-finite value. Others are not affected: no token attends to those."""
     # A sum is non-finite if any of its terms is, and takes one pass over the memory.
-    if math.isfinite(float(hidden.float().sum())):
+    if math.isfinite(float(values.float().sum())):
         return []
-    by_segment = torch.split(hidden, [segment.length for segment in segments])
+    by_segment = torch.split(values, lengths)
     return [index for index, rows in enumerate(by_segment) if not bool(torch.isfinite(rows).all())]
 
 

@@ -76,7 +76,7 @@ class FakeUpstream:
 def computed(batch: Batch, non_finite: Sequence[int] = (), stages: Mapping[str, float] = NO_STAGES) -> StepOutput:
     """The output of a shard before the last one: hidden states of zeros."""
     rows = torch.zeros(batch.num_tokens, WIDTH)
-    return StepOutput(hidden=rows, non_finite=frozenset(non_finite), stages=dict(stages))
+    return StepOutput(hidden=rows, non_finite=dict.fromkeys(non_finite, "hidden states"), stages=dict(stages))
 
 
 def sampled(batch: Batch, non_finite: Sequence[int] = (), stages: Mapping[str, float] = NO_STAGES) -> StepOutput:
@@ -86,7 +86,7 @@ def sampled(batch: Batch, non_finite: Sequence[int] = (), stages: Mapping[str, f
         for index, segment in enumerate(batch.segments)
         if segment.wants_token and index not in non_finite
     }
-    return StepOutput(tokens=tokens, non_finite=frozenset(non_finite), stages=dict(stages))
+    return StepOutput(tokens=tokens, non_finite=dict.fromkeys(non_finite, "hidden states"), stages=dict(stages))
 
 
 def new_request(
@@ -99,7 +99,11 @@ def new_request(
     **fields: Any,
 ) -> Request:
     """A request whose prompt counts upwards from `first_token`; fields of its sampling are given by name."""
-    own = {name: fields.pop(name) for name in ("context_length", "prompt_tokens", "candidates") if name in fields}
+    own = {
+        name: fields.pop(name)
+        for name in ("context_length", "vocabulary_size", "prompt_tokens", "candidates")
+        if name in fields
+    }
     outputs = [] if outputs is None else outputs
     return Request(
         route=route,
@@ -107,5 +111,5 @@ def new_request(
         sampling=Sampling(**fields),
         token_ids=list(range(first_token, first_token + tokens)),
         on_output=outputs.append,
-        **{"context_length": 10_000, "prompt_tokens": tokens, **own},
+        **{"context_length": 10_000, "vocabulary_size": 10_000, "prompt_tokens": tokens, **own},
     )

@@ -43,6 +43,7 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         self.script = list(script)
         self.files = tokenizer_files()
         self.tokenizer = "bytes"
+        self.vocabulary_size = VOCABULARY_SIZE
         self.context_tokens = CONTEXT_TOKENS
         self.kv_capacity_tokens = self.free_kv_tokens = 10_000
         # Number of parameters that this shard reads for one token, by route.
@@ -153,7 +154,7 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
     def _identity(self) -> shard_pb2.ShardIdentity:
         first, end = LAYERS[self.role]
         model = inference_pb2.Model(
-            id="fake", layers=8, vocabulary_size=VOCABULARY_SIZE, context_length=self.context_tokens
+            id="fake", layers=8, vocabulary_size=self.vocabulary_size, context_length=self.context_tokens
         )
         return shard_pb2.ShardIdentity(
             shard=self.name,

@@ -42,6 +42,13 @@ def test_check_tokens_refuses_ids_beyond_the_vocabulary() -> None:
     limits.check_tokens("forced_token_ids", [0, 399], 400)
 
 
+def test_check_text_tokens_refuses_tokens_that_the_model_has_not() -> None:
+    message = refused(lambda: limits.check_text_tokens("prompt", [1, 32_000], 32_000))
+    assert message == "prompt is a text with token 32,000, but the model's vocabulary ends at 31,999"
+    limits.check_text_tokens("prompt", [31_999], 32_000)
+    limits.check_text_tokens("prompt", [], 32_000)
+
+
 def test_check_answer_fits_needs_tokens_and_room() -> None:
     assert refused(lambda: limits.check_answer_fits(0, 5)).startswith("forced_answer is 0 tokens, but it must")
     assert refused(lambda: limits.check_answer_fits(6, 5)).endswith("after this prompt the context holds 5")

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -48,6 +49,7 @@ class SmallModel:
 
     context_tokens = 128
     vocabulary_size = 400
+    prompt_vocabulary_size = 410
 
     def routes(self) -> list[str]:
         return ["weak", "strong"]
@@ -261,3 +263,28 @@ def test_delta_has_the_log_probabilities_of_its_tokens() -> None:
     delta = output().push([GeneratedToken(id=first), GeneratedToken(id=ids[-1], logprobs=logprobs)])
     assert delta is not None
     assert list(delta.logprobs) == [logprobs]
+
+
+async def test_tokens_that_a_model_has_not_are_refused(preparer: RequestPreparer) -> None:
+    size = VOCABULARY.size
+    for bad, field in [
+        (request(sampling=Sampling(forced_token_ids=(1, size))), "sampling.forced_token_ids[1]"),
+        (request(sampling=Sampling(stop_token_ids=(size,))), "sampling.stop_token_ids[0]"),
+    ]:
+        with pytest.raises(InvalidRequest, match=f"the vocabulary ends at {size - 1}") as caught:
+            await preparer.prepare(bad)
+        assert caught.value.field == field
+
+
+async def test_text_with_a_token_that_the_bottom_has_not_is_refused(
+    preparer: RequestPreparer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SmallModel, "prompt_vocabulary_size", 200)
+    with pytest.raises(InvalidRequest) as caught:
+        await preparer.prepare(request("hello world"))
+    assert caught.value.field == "prompt"
+    monkeypatch.undo()
+    monkeypatch.setattr(SmallModel, "vocabulary_size", 200)
+    with pytest.raises(InvalidRequest) as caught:
+        await preparer.prepare(replace(request("x"), forced_answer="hello world"))
+    assert caught.value.field == "forced_answer"

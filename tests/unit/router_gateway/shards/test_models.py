@@ -89,3 +89,12 @@ async def test_costs_are_relative_to_the_costliest_route() -> None:
         assert models.costs() == {}
         await registry.refresh(["top-0"])
         assert models.costs() == {"weak": 1_100 / 1_400, "strong": 1.0}
+
+
+async def test_forced_tokens_are_limited_by_the_smaller_vocabulary_and_prompts_by_the_bottom() -> None:
+    bottom, top = FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")
+    bottom.vocabulary_size = VOCABULARY_SIZE + 8
+    async with registry_of(bottom, top) as (cluster, registry):
+        await registry.refresh()
+        models = ModelRegistry(cluster, registry)
+        assert (models.vocabulary_size, models.prompt_vocabulary_size) == (VOCABULARY_SIZE, VOCABULARY_SIZE + 8)

@@ -106,7 +106,18 @@ class TestFailures:
     def test_failed_batch_ends_its_requests(self, harness: FirstStageHarness) -> None:
         _, outputs = harness.admit()
         harness.stage.fail(harness.next_batch(), RuntimeError("out of paper"))
-        assert "out of paper" in str(error_of(outputs))
+        error = error_of(outputs)
+        assert isinstance(error, Unavailable)
+        assert "out of paper" in str(error)
+        assert harness.idle
+
+    def test_token_without_embedding_ends_its_request(self, harness: FirstStageHarness) -> None:
+        _, outputs = harness.admit(vocabulary_size=400)
+        _, stopped = harness.admit(vocabulary_size=400, first_token=100, stop_token_ids=(400,))
+        harness.reply(harness.compute(), 400)
+        assert isinstance(error_of(outputs), Incompatible)
+        assert str(error_of(outputs)) == "the chain chose token 400, but the embedding has 400 rows"
+        assert token_ids(stopped) == [400]
         assert harness.idle
 
     def test_failed_batch_spares_other_requests(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -118,6 +118,24 @@ class TestStep:
         engine = Engine(source, runner, Inbox())
         assert [engine.step(), engine.step(), engine.step()] == [True, True, False]
         assert (len(source.failed), len(source.delivered)) == (1, 1)
+
+    def test_failed_batch_of_several_sessions_is_computed_by_session(
+        self, source: FakeBatchSource, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, guilty, last = (new_batch(length).segments[0] for length in (3, 2, 1))
+        chunk = replace(first, position=3, length=2)
+        error = RuntimeError("out of paper")
+
+        def run(batch: Batch) -> StepOutput:
+            if guilty in batch.segments:
+                raise error
+            return runner.output
+
+        monkeypatch.setattr(runner, "run", run)
+        source.batches.append(Batch((first, guilty, chunk, last), pipelined=True))
+        assert Engine(source, runner, Inbox()).step()
+        assert [batch for batch, _ in source.failed] == [Batch((guilty,), pipelined=True)]
+        assert [batch.segments for batch, _ in source.delivered] == [(first, chunk), (last,)]
 
 
 class TestLoop:

@@ -9,7 +9,7 @@ import pytest
 from stitch.errors import Unavailable
 from stitch.sampling import Token
 from stitch_server.engine.types import SessionToken, StepReply
-from tests.support.engine_fakes import FakeUpstream
+from tests.support.engine_fakes import FakeUpstream, sampled
 from tests.support.next_stage_harness import BLOCKS, LAYER_RANGES, NextStageHarness, causes, segment
 
 
@@ -178,6 +178,22 @@ class TestLast:
         assert "session 5 at position 0 are not finite" in harness.up.last.failures[0].message
         assert [one.session_id for one in harness.up.last.tokens] == [6]
         assert harness.stage.running_sessions == 1
+
+    def test_session_without_finite_logits_fails_alone(self, harness: NextStageHarness) -> None:
+        harness.receive(segment(5), segment(6))
+        batch = harness.next_batch()
+        harness.stage.deliver(batch, replace(sampled(batch, [1]), non_finite={1: "logits"}))
+        assert causes(harness.up.last) == [(6, "PRECONDITION")]
+        assert harness.up.last.failures[0].message == "logits of session 6 at position 0 are not finite"
+        assert [one.session_id for one in harness.up.last.tokens] == [5]
+
+    def test_session_opened_twice_in_a_batch_is_computed_once(self, harness: NextStageHarness) -> None:
+        harness.receive(segment(5), segment(5, 8), segment(6))
+        batch = harness.compute()
+        assert [one.length for one in batch.segments] == [8, 4]
+        assert causes(harness.up.last) == [(5, "PRECONDITION")]
+        assert [one.session_id for one in harness.up.last.tokens] == [5, 6]
+        assert harness.stage.running_sessions == 2
 
     def test_chunk_after_non_finite_one_is_answered(self, harness: NextStageHarness) -> None:
         harness.receive(segment(5, 8, wants_token=False))

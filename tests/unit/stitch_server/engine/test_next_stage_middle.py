@@ -190,7 +190,9 @@ class TestMiddle:
 
     def test_batch_of_non_finite_segments_sends_no_step(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5))
-        harness.stage.deliver(harness.next_batch(), StepOutput(hidden=torch.zeros(4, WIDTH), non_finite=frozenset({0})))
+        harness.stage.deliver(
+            harness.next_batch(), StepOutput(hidden=torch.zeros(4, WIDTH), non_finite={0: "hidden states"})
+        )
         assert harness.downstream.sent == []
         assert causes(harness.up.last) == [(5, "PRECONDITION")]
 

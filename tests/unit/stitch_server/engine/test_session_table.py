@@ -328,3 +328,13 @@ class TestDraining:
         table.is_draining = True
         assert refusal(table, upstream, first(6))[0] == "UNAVAILABLE"
         assert table.accept(upstream, NEXT) is session
+
+
+def test_forced_token_beyond_the_head_is_refused(pool: BlockPool, upstream: FakeUpstream) -> None:
+    table = SessionTable(pool, LAYER_RANGES, None, vocabulary_size=300)
+    segment = first()
+    assert segment.new_session is not None
+    segment.new_session.sampling = Sampling(forced_token_ids=(299, 300))
+    assert refusal(table, upstream, segment) == ("PRECONDITION", "token 300 is forced, but the head has 300 logits")
+    segment.new_session.sampling = Sampling(forced_token_ids=(299,))
+    assert table.accept(upstream, segment).sampling.forced_token_ids == (299,)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
@@ -135,7 +138,7 @@ class TestPenalties:
     def test_repetition_counts_prompt_and_answer(self, penalty: float) -> None:
         row = logits()[0]
         expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([HISTORY]), row[None].clone())[0]
-        torch.testing.assert_close(apply_penalties(row, request(repetition_penalty=penalty)), expected)
+        torch.testing.assert_close(apply_penalties(row, request(repetition_penalty=penalty)).float(), expected)
 
     def test_presence_counts_the_answer_once(self) -> None:
         change = apply_penalties(torch.zeros(VOCABULARY), request(presence_penalty=0.5))
@@ -217,3 +220,68 @@ def test_padding_id_in_the_history_is_ignored() -> None:
     assert changed.shape == (VOCABULARY,)
     assert changed[1] == 0.5
     assert bool((changed[2:] == 1.0).all())
+
+
+# Sampling of any kind within the limits of `stitch.sampling`.
+SAMPLINGS = st.builds(
+    Sampling,
+    temperature=st.floats(0, 100) | st.sampled_from([1e-300, 1e-45, 1e-7, 1e-5]),
+    top_k=st.integers(0, 2**32 - 1) | st.integers(0, 12),
+    top_p=st.floats(0, 1, exclude_min=True),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0, 10, exclude_min=True) | st.sampled_from([1e-39, 1e-300]),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    seed=st.integers(0, 2**64 - 1),
+    logprobs=st.none() | st.integers(0, 20),
+)
+LARGEST = torch.finfo(torch.float32).max
+LOGITS = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_from([0.0, LARGEST, -LARGEST, 1e-45])
+HISTORIES = st.lists(st.integers(0, 14) | st.just(2**32 - 1), max_size=8)
+
+
+class TestEveryInput:
+    @settings(max_examples=500, deadline=None)
+    @given(st.lists(LOGITS, min_size=1, max_size=12), SAMPLINGS, HISTORIES, st.integers(0, 9), st.integers(0, 2**31))
+    def test_valid_sampling_of_finite_logits_chooses_one_of_them(
+        self, row: list[float], sampling: Sampling, history: list[int], prompt_tokens: int, position: int
+    ) -> None:
+        (token,) = sample(torch.tensor([row]), [SampleRequest(sampling, position, history, prompt_tokens)])
+        assert 0 <= token.id < len(row)
+        if sampling.greedy and not sampling.penalizes:
+            assert row[token.id] == max(row)
+        if sampling.logprobs is not None:
+            reported = [logprob for _, logprob in token.alternatives]
+            assert reported == sorted(reported, reverse=True)
+            assert len(reported) == min(sampling.logprobs, len(row))
+            assert all(math.isfinite(value) and value <= 0 for value in [token.logprob, *reported])
+
+    @settings(max_examples=500, deadline=None)
+    @given(st.lists(LOGITS, min_size=1, max_size=12), SAMPLINGS, HISTORIES)
+    def test_candidates_of_penalized_logits_have_shares(
+        self, row: list[float], sampling: Sampling, history: list[int]
+    ) -> None:
+        penalized = apply_penalties(torch.tensor(row), SampleRequest(sampling, 0, history, 2))
+        assert bool(penalized.isfinite().all())
+        if not sampling.greedy:
+            probabilities, ids = top_candidates(penalized, sampling)
+            assert len(probabilities) == len(ids) > 0
+            assert float(probabilities.max()) > 0
+            assert float(probabilities.sum()) <= 1 + 1e-9
+
+    @pytest.mark.parametrize("temperature", [1e-300, 1e-45, 5e-324])
+    def test_tiny_temperature_is_greedy(self, temperature: float) -> None:
+        rows = logits()
+        (token,) = sample(rows, [request(temperature=temperature, min_p=0.1, top_p=0.9)])
+        assert token.id == int(rows[0].argmax())
+
+    @pytest.mark.parametrize("penalty", [1e-39, 1e-300, 5e-324])
+    def test_tiny_repetition_penalty_repeats(self, penalty: float) -> None:
+        row = torch.tensor([[-1.0, 2.0, 5.0, 1.0]])
+        repeating = SampleRequest(Sampling(temperature=1.0, repetition_penalty=penalty), 2, (0, 3), 1)
+        assert sample(row, [repeating])[0].id == 3
+
+    def test_history_without_logits_is_not_counted(self) -> None:
+        wide = SampleRequest(Sampling(frequency_penalty=2.0), 2, (2**32 - 1, 1), 0)
+        assert apply_penalties(torch.ones(3), wide).tolist() == [1.0, -1.0, 1.0]
+        assert apply_penalties(torch.ones(3), replace(wide, history=())).tolist() == [1.0] * 3

@@ -113,6 +113,15 @@ class TestGenerate:
             ),
             ({"token_ids": range(CONTEXT_LENGTH)}, f"token_ids is '{CONTEXT_LENGTH} tokens', but there must be 1 to"),
             ({"token_ids": [1, VOCABULARY_SIZE], "prompt_tokens": 1}, f"the vocabulary has {VOCABULARY_SIZE} tokens"),
+            (
+                {"sampling": inference_pb2.Sampling(forced_token_ids=[1, VOCABULARY_SIZE])},
+                f"sampling.forced_token_ids is {VOCABULARY_SIZE}, but the vocabulary has {VOCABULARY_SIZE} tokens",
+            ),
+            (
+                {"sampling": inference_pb2.Sampling(forced_token_ids=[1] * (CONTEXT_LENGTH + 1))},
+                f"but it holds at most {CONTEXT_LENGTH}",
+            ),
+            ({"sampling": inference_pb2.Sampling(stop_token_ids=[1] * 2_049)}, "but it holds at most 2048"),
             ({"prompt_tokens": 0}, "prompt_tokens is 0, but it must be 1 to 5"),
             ({"prompt_tokens": 6}, "prompt_tokens is 6, but it must be 1 to 5"),
             ({"chain": []}, "chain is [], but a chain has at least one shard after the first"),
@@ -127,6 +136,11 @@ class TestGenerate:
         error = await refused(first, request(**fields))
         assert error.code is grpc.StatusCode.INVALID_ARGUMENT
         assert said in error.details
+
+    async def test_bytes_that_are_no_message_are_refused(self, first: WeightlessShard) -> None:
+        with pytest.raises(Aborted) as caught:
+            await anext(aiter(first.servicer.Generate(None, call_context())))
+        assert caught.value.details == "request is 'these bytes', but it must be a stitch.v1.ShardGenerateRequest"
 
     async def test_full_queue_is_resource_exhausted(self, first: WeightlessShard) -> None:
         first.engine.computes = False

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from stitch_server.engine.types import Batch, Session
 from stitch_server.worker.model_runner import ModelRunner
@@ -107,7 +108,46 @@ class TestNonFinite:
     def test_all_segments_may_be_non_finite(self, chain: Chain) -> None:
         batch, output = chain.bottom(chain.segment(chain.session("weak", prompt(5))))
         _, answer = chain.top(batch, [rows * float("nan") for rows in rows_of(batch, output)])
-        assert (answer.non_finite, answer.tokens) == (frozenset({0}), {})
+        assert (answer.non_finite, answer.tokens) == ({0: "hidden states"}, {})
+
+    def test_only_the_segment_without_finite_logits_is_reported(
+        self, chain: Chain, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sessions = [chain.session("weak", prompt(5, seed), logprobs=2) for seed in range(3)]
+        head = chain.halves.top.head
+        assert head is not None
+
+        def broken(hidden: Tensor) -> Tensor:
+            logits = head(hidden)
+            logits[1, 7] = float("nan")
+            return logits
+
+        monkeypatch.setattr(chain.halves.top, "head", broken)
+        batch, output = chain.bottom(*(chain.segment(one) for one in sessions))
+        arrived, answer = chain.top(batch, rows_of(batch, output))
+        assert answer.non_finite == {1: "logits"}
+        assert {index: token.id for index, token in answer.tokens.items()} == {
+            index: chain.expected(self.of(arrived, index)) for index in (0, 2)
+        }
+
+    def test_pass_that_failed_is_computed_again_by_session(self, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+        sessions = [chain.session(route, prompt(9, seed)) for seed, route in enumerate(("weak", "strong", "weak"))]
+        batch, output = chain.bottom(*(chain.segment(one) for one in sessions))
+        hidden = rows_of(batch, output)
+        top, head = chain.halves.top, chain.halves.top.head
+
+        def broken(hidden: Tensor) -> Tensor:
+            raise ZeroDivisionError("after all layers have written their KV")
+
+        monkeypatch.setattr(top, "head", broken)
+        with pytest.raises(ZeroDivisionError):
+            chain.top(batch, hidden)
+        monkeypatch.setattr(top, "head", head)
+        for one, rows in zip(batch.segments, hidden, strict=True):
+            _, answer = chain.top(Batch((one,)), [rows])
+            assert answer.tokens[0].id == chain.expected(one.session)
+            one.session.token_ids.append(answer.tokens[0].id)
+        assert chain.run(*map(chain.segment, sessions)) == {one.id: chain.expected(one) for one in sessions}
 
     def test_its_blocks_are_usable_afterwards(self, chain: Chain) -> None:
         session = chain.session("weak", prompt(5))
