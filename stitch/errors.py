@@ -13,7 +13,7 @@ StitchError
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, ClassVar
 
 import grpc
@@ -129,7 +129,9 @@ async def translated_errors(context: grpc.aio.ServicerContext[Any, Any]) -> Asyn
         yield
     except StitchError as error:
         status = rpc_status.to_status(to_status(error))
-        await context.abort(error.code, str(error), tuple(status.trailing_metadata or ()))
+        # It can't be sent to a caller whose deadline passes at this moment.
+        with suppress(grpc.aio.InternalError):
+            await context.abort(error.code, str(error), tuple(status.trailing_metadata or ()))
 
 
 @contextmanager

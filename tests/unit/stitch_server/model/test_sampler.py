@@ -250,11 +250,12 @@ class TestEveryInput:
         assert 0 <= token.id < len(row)
         if sampling.greedy and not sampling.penalizes:
             assert row[token.id] == max(row)
-        if sampling.logprobs is not None:
-            reported = [logprob for _, logprob in token.alternatives]
+        assert (token.logprobs is None) == (sampling.logprobs is None)
+        if token.logprobs is not None and sampling.logprobs is not None:
+            reported = [logprob for _, logprob in token.logprobs.alternatives]
             assert reported == sorted(reported, reverse=True)
             assert len(reported) == min(sampling.logprobs, len(row))
-            assert all(math.isfinite(value) and value <= 0 for value in [token.logprob, *reported])
+            assert all(math.isfinite(value) and value <= 0 for value in [token.logprobs.logprob, *reported])
 
     @settings(max_examples=500, deadline=None)
     @given(st.lists(LOGITS, min_size=1, max_size=12), SAMPLINGS, HISTORIES)
