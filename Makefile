@@ -2,14 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Each file stays in one process, with its fixtures.
+PARALLEL := --numprocesses auto --dist loadfile
 TYPED := stitch stitch_server router_gateway stitch_training tests/support tests/contract benchmarks
 
-.PHONY: help demo up test check bench protos breaking lock install
+.PHONY: help demo up test test-fast check bench protos breaking lock install
 
 help:
 	@echo 'make demo      the whole demonstration on this machine'
 	@echo 'make up        a cluster on this machine, until Ctrl-C'
 	@echo 'make test      every test'
+	@echo 'make test-fast unit and contract tests that compile nothing and start no process'
 	@echo 'make check     format, types, import contracts, protos'
 	@echo 'make bench     the benchmarks in their tiny form'
 	@echo 'make protos    generate the stubs in stitch/v1'
@@ -31,7 +34,10 @@ up: $(INSTALLED)
 	$(BIN)/stitch up
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow' tests/unit tests/contract
 
 check: $(INSTALLED)
 	$(BIN)/buf lint

@@ -15,6 +15,8 @@ from router_gateway.routing.drift import DRIFT_LIMIT
 from tests.support.processes import Cluster, running_cluster
 from tests.support.tiny_cluster import write_tiny_cluster
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/stitch.json").read_text())
 EXPRESSIONS = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from benchmarks.random_pair import DTYPE, QWEN, ROUTE, TINY, bytes_per_token, write_pair
 from tests.support.in_process import ChainInProcess
+
+pytestmark = pytest.mark.slow
 
 
 def test_bytes_per_token_match_shards_parameters(tmp_path: Path) -> None:

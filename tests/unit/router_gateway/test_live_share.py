@@ -24,6 +24,8 @@ from tests.support.fake_shard import FakeShard
 from tests.support.labelled_prompts import rows, write
 from tests.unit.router_gateway.conftest import Reach, Reached
 
+pytestmark = pytest.mark.slow
+
 ROUTES = ("weak", "strong")
 JUDGED = 2_000
 AT_ONCE = 16

@@ -208,6 +208,7 @@ def live_tensor_bytes() -> int:
     return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
+@pytest.mark.slow
 def test_pass_memory_does_not_grow_with_its_tokens(pair: Pair, tmp_path: Path) -> None:
     measured: list[int] = []
 

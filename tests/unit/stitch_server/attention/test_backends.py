@@ -19,6 +19,8 @@ from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, blocks_for
 from stitch_server.kv_cache.store import KVStore, Span
 from tests.support.pairwise_cases import pairwise_cases
 
+pytestmark = pytest.mark.slow
+
 KV_HEADS, HEAD_DIM, BLOCKS = 2, 8, 24
 LAYER = 5
 CPU = torch.device("cpu")

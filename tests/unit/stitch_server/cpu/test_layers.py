@@ -18,6 +18,8 @@ from stitch_server.cpu import (
     run_layers,
 )
 
+pytestmark = pytest.mark.slow
+
 Array = NDArray[np.float32]
 HEADS, KV_HEADS, HEAD_DIM, TOKENS = 4, 2, PANEL_OUTPUTS, 5
 HIDDEN, INNER, EPSILON = HEADS * HEAD_DIM, 3 * PANEL_OUTPUTS, 1e-5

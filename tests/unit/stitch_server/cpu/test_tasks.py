@@ -11,6 +11,8 @@ from stitch_server.cpu import Indices
 from stitch_server.cpu.compiling import compiled
 from stitch_server.cpu.tasks import first_task, new_task_counts, next_task, wait_for
 
+pytestmark = pytest.mark.slow
+
 STAGES, TASKS = 400, 7
 
 

@@ -25,6 +25,8 @@ from stitch_server.rpc.tensors import pack, unpack
 from tests.support.engine_fakes import WIDTH, ManualClock, computed, new_request, sampled
 from tests.support.scheduler_harness import new_batching
 
+pytestmark = pytest.mark.slow
+
 CHAIN = ("middle:1", "last:1")
 LAYER_RANGES = {"weak": LayerRange(0, 2), "strong": LayerRange(0, 3)}
 

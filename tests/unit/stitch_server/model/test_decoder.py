@@ -23,6 +23,8 @@ from tests.support.reference_attention import ReferenceAttention
 from tests.support.tiny_model import NATIVE_FAMILIES, write_tiny_model
 from tests.support.whole_model import CPU, PROMPT, our_logits, their_logits
 
+pytestmark = pytest.mark.slow
+
 WHOLE = (0, len(PROMPT))
 LLAMA3_ROPE = {
     "rope_type": "llama3",

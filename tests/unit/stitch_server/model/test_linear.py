@@ -55,6 +55,7 @@ def assert_multiplies_by_int8(tokens: int, inputs: int, biased: bool) -> None:
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_three_threads")
 class TestKernels:
     # No token, one register tile and its borders, and what AMX takes where the CPU has it.

@@ -13,6 +13,8 @@ from stitch_server.model import compiled_layers
 from tests.support.in_process import ChainInProcess
 from tests.support.tiny_cluster import write_tiny_cluster
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("fields", "tiles", "few", "many"),

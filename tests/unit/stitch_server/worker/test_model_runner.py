@@ -15,6 +15,8 @@ from stitch_server.worker.parallelism import ParallelismTuner
 from tests.support.runner_chain import ROUTES, Chain, Halves, load, prompt, rows_of
 from tests.support.tiny_model import TOKENS, write_tiny_pair
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_next_token_equals_that_of_transformers(chain: Chain, route: str) -> None:

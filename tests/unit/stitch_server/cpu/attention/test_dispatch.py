@@ -14,6 +14,8 @@ from stitch_server.cpu import Indices, PagedKV, attend_shared, has_amx, new_task
 from stitch_server.cpu.attention.prefill import KEY_TILE
 from stitch_server.devices import as_bits
 
+pytestmark = pytest.mark.slow
+
 # Some are half-way between two bfloat16, some round up to infinity, and one is denormal.
 VALUES = torch.tensor(
     [0.0, -0.0, 1.0, 1.00390625, 1.01171875, -1.00390625, 3.4e38, -3.4e38, 1e-40, float("inf"), -float("inf")]

@@ -7,6 +7,8 @@ import pytest
 
 from stitch_server.cpu.attention.softmax import exponentiate, largest
 
+pytestmark = pytest.mark.slow
+
 # Less than a vector, whole vectors, and vectors with a remainder.
 SIZES = [1, 15, 16, 17, 47, 64]
 

@@ -16,6 +16,8 @@ from stitch_server.model.quantized import from_int4, to_int4
 from stitch_server.model.weights import WeightFormat
 from tests.support.linear_operands import linear_operands
 
+pytestmark = pytest.mark.slow
+
 KERNELS, INT4_KERNELS = WeightFormat(kernels=True), WeightFormat("int4", kernels=True)
 GROUPS, OUTPUTS = 3, 2 * cpu.PANEL_OUTPUTS
 ONE_GROUP_PADDED, SEVERAL_GROUPS, TILE_BLOCKS = 37, 400, 1200

@@ -17,6 +17,8 @@ from stitch_server.cpu import (
     new_task_counts,
 )
 
+pytestmark = pytest.mark.slow
+
 OUTPUTS, INPUTS = 53, 70
 VECTORS, AMX = Instructions(amx=False, vnni=False), Instructions(amx=True, vnni=False)
 needs_amx = pytest.mark.skipif(not has_amx(), reason="this CPU has no AMX")
