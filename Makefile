@@ -37,7 +37,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow' tests/unit tests/contract
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not full' tests/unit tests/contract
 
 check: $(INSTALLED)
 	$(BIN)/buf lint

@@ -16,6 +16,7 @@ Options = Sequence[tuple[str, int | str]]
 MAX_FRAME_BYTES = 1 << 20
 # The gateway refuses a prompt that is too long with a reason, so it must be able to receive one of megabytes.
 MAX_MESSAGE_BYTES = 32 << 20
+HEALTH_CHECK_SECONDS = 1.0
 
 _CLIENT: Options = (
     ("grpc.keepalive_time_ms", 30_000),
@@ -95,3 +96,17 @@ def listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCreden
     if port == 0:
         raise OSError(f"can't listen on {address}")
     return port
+
+
+def serves(address: str, credentials: grpc.ChannelCredentials | None = None) -> bool:
+    """Whether the process at `host:port` reports SERVING now, by grpc.health.v1."""
+    # Clients that check no health need no stubs for it.
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with open_sync_channel(address, credentials) as channel:
+        try:
+            health = health_pb2_grpc.HealthStub(channel)
+            reply = health.Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_CHECK_SECONDS)
+        except grpc.RpcError:
+            return False
+    return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)

@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from stitch.channels import serves
 from stitch.cluster import ClusterConfig, GatewayConfig, ShardConfig
 from stitch.errors import InvalidRequest, Unavailable
-from stitch.local.health import serves
 from stitch.local.processes import LocalProcess, spawn, stop
 from stitch.local.run_folder import RunFolder
 from stitch.tls import load_tls

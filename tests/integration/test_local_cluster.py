@@ -6,11 +6,11 @@ import signal
 
 import pytest
 
+from stitch.channels import serves
 from stitch.client import Client
 from stitch.cluster import load_cluster
 from stitch.errors import Unavailable
 from stitch.local.cluster import GATEWAY, LocalCluster, attached, import_models, prepared
-from stitch.local.health import serves
 from stitch.local.processes import LocalProcess
 from stitch.local.run_folder import run_folder, running_clusters
 from tests.support.fake_programs import DYING, LOADING, STUBBORN

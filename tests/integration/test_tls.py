@@ -10,10 +10,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from stitch.channels import serves
 from stitch.cli.main import main
 from stitch.client import Client
 from stitch.errors import Unavailable
-from stitch.local.health import serves
 from stitch.tls import Tls, TlsFiles, load_tls
 from tests.support.certificates import write_certificates
 from tests.support.processes import Cluster, running_cluster

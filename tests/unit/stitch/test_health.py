@@ -9,7 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from stitch.local.health import serves
+from stitch.channels import serves
 from tests.support.fake_gateway import FakeGateway
 
 
