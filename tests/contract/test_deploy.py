@@ -1,4 +1,4 @@
-"""Every flag, port, path and name in deploy/ exists in the programs and the cluster files. Starts no container."""
+"""Every flag, port, path and name in deploy/ exists in the programs and the cluster files."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def test_commands_parse(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_a_process_listens_where_the_cluster_file_says(name: str, cluster: ClusterConfig) -> None:
+def test_process_listens_on_the_address_of_the_cluster_file(name: str, cluster: ClusterConfig) -> None:
     parsed = _parsed(name)
-    place = cluster.gateway if name == "gateway" else cluster.shard(parsed.shard)
-    host, _, port = place.address.rpartition(":")
+    config = cluster.gateway if name == "gateway" else cluster.shard(parsed.shard)
+    host, _, port = config.address.rpartition(":")
     assert host == name
     assert parsed.listen == f"0.0.0.0:{port}"
     assert parsed.insecure
@@ -52,7 +52,7 @@ def test_every_shard_of_the_cluster_has_a_service(cluster: ClusterConfig) -> Non
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_health_is_asked_where_the_process_listens(name: str) -> None:
+def test_health_check_uses_the_port_of_the_process(name: str) -> None:
     program = SERVICES[name]["healthcheck"]["test"]
     assert program[:3] == ["CMD", "python", "-c"]
     compile(program[3], name, "exec")
@@ -61,11 +61,11 @@ def test_health_is_asked_where_the_process_listens(name: str) -> None:
     assert re.findall(r":(\d+)'", program[3]) == [_parsed(name).listen.rpartition(":")[2]]
 
 
-def test_what_is_imported_is_what_the_cluster_loads(cluster: ClusterConfig) -> None:
+def test_import_service_imports_the_models_of_the_cluster(cluster: ClusterConfig) -> None:
     assert {_parsed("import").source} == {cluster.models.bottom.source, cluster.models.top.source}
 
 
-def test_stitches_of_the_cluster_are_in_the_tree(cluster: ClusterConfig) -> None:
+def test_stitches_of_the_cluster_exist(cluster: ClusterConfig) -> None:
     stitches = [path for route in cluster.routes if (path := cluster.stitch_file(route)) is not None]
     assert stitches
     assert all(path.is_file() for path in stitches)
@@ -74,11 +74,11 @@ def test_stitches_of_the_cluster_are_in_the_tree(cluster: ClusterConfig) -> None
 def test_prometheus_scrapes_every_process(cluster: ClusterConfig) -> None:
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     scraped = [target for job in config["scrape_configs"] for one in job["static_configs"] for target in one["targets"]]
-    places: list[GatewayConfig | ShardConfig] = [cluster.gateway, *cluster.shards]
-    assert sorted(scraped) == sorted(f"{one.address.rpartition(':')[0]}:{one.metrics_port}" for one in places)
+    configs: list[GatewayConfig | ShardConfig] = [cluster.gateway, *cluster.shards]
+    assert sorted(scraped) == sorted(f"{one.address.rpartition(':')[0]}:{one.metrics_port}" for one in configs)
 
 
-def test_prometheus_finds_its_alerts() -> None:
+def test_prometheus_mounts_its_alert_rules() -> None:
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     mounted = {Path(target).name for mount in SERVICES["prometheus"]["volumes"] for target in mount.split(":")[1:2]}
     assert set(config["rule_files"]) <= mounted
@@ -86,12 +86,12 @@ def test_prometheus_finds_its_alerts() -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_a_container_may_drain_before_it_is_killed(name: str) -> None:
+def test_stop_grace_period_is_longer_than_draining(name: str) -> None:
     assert _seconds(SERVICES[name]["stop_grace_period"]) > DRAIN_SECONDS
 
 
 @pytest.mark.parametrize("unit", sorted(DEPLOY.glob("systemd/*.service")), ids=lambda path: path.name)
-def test_a_unit_starts_a_program_and_lets_it_drain(unit: Path) -> None:
+def test_systemd_unit_starts_a_program_and_lets_it_drain(unit: Path) -> None:
     settings = dict(re.findall(r"^(\w+)=(.+)$", unit.read_text(), re.MULTILINE))
     program, *arguments = settings["ExecStart"].split()
     parsed = _parser(Path(program).name).parse_args(arguments)
@@ -99,14 +99,14 @@ def test_a_unit_starts_a_program_and_lets_it_drain(unit: Path) -> None:
     assert float(settings["TimeoutStopSec"]) > DRAIN_SECONDS
 
 
-def test_only_this_machine_reaches_a_published_port() -> None:
+def test_published_ports_are_on_the_loopback_interface() -> None:
     published = [port for service in SERVICES.values() for port in service.get("ports", [])]
     assert published
     assert all(port.startswith("127.0.0.1:") for port in published)
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_images_are_built_from_files_of_the_tree(name: str) -> None:
+def test_images_are_built_from_existing_files(name: str) -> None:
     build = SERVICES[name]["build"]
     assert (DEPLOY / build["context"]).resolve() == ROOT
     dockerfile = (ROOT / build["dockerfile"]).read_text()
@@ -136,7 +136,7 @@ def test_grafana_finds_the_dashboard_and_its_data() -> None:
     assert used == {source["uid"]}
 
 
-def test_the_two_server_file_describes_two_servers() -> None:
+def test_two_servers_file_describes_two_hosts() -> None:
     cluster = load_cluster(str(DEPLOY / "two-servers.toml"))
     hosts = {shard.role: shard.address.rpartition(":")[0] for shard in cluster.shards}
     assert hosts["bottom"] != hosts["top"]
@@ -147,7 +147,7 @@ def test_the_two_server_file_describes_two_servers() -> None:
 
 
 def _parsed(name: str) -> argparse.Namespace:
-    """A service's command, read by the program that its image starts."""
+    """A service's command, parsed by the program that its image starts."""
     dockerfile = (ROOT / SERVICES[name]["build"]["dockerfile"]).read_text()
     (program,) = json.loads(re.findall(r"^ENTRYPOINT (.+)$", dockerfile, re.MULTILINE)[0])
     return _parser(program).parse_args(SERVICES[name]["command"])

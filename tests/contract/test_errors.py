@@ -1,4 +1,4 @@
-"""Every error has a status, and comes out at the other end as what it was. Knows no call that raises it."""
+"""Every error class has a gRPC status, and keeps its class and fields over an RPC."""
 
 from __future__ import annotations
 
@@ -23,50 +23,50 @@ EXAMPLES: dict[type[StitchError], StitchError] = {
 }
 
 
-def test_every_error_has_an_example_here() -> None:
+def test_every_error_class_has_an_example() -> None:
     assert set(_subclasses(StitchError)) == set(EXAMPLES)
 
 
 @pytest.mark.parametrize("error", EXAMPLES.values(), ids=lambda error: type(error).__name__)
-def test_has_a_status_of_its_own_choice(error: StitchError) -> None:
+def test_error_class_has_a_specific_status(error: StitchError) -> None:
     assert "code" in vars(type(error))
     assert error.code not in (grpc.StatusCode.OK, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
 
 
 @pytest.mark.parametrize("error", EXAMPLES.values(), ids=lambda error: type(error).__name__)
-def test_survives_the_wire(error: StitchError) -> None:
-    received = from_rpc_error(_sent(error))
+def test_error_keeps_class_status_and_message_over_rpc(error: StitchError) -> None:
+    received = from_rpc_error(_rpc_error_of(error))
     assert isinstance(received, StitchError)
     assert received.code is error.code
     assert str(received) == str(error)
 
 
-def test_a_violation_keeps_its_field() -> None:
-    received = from_rpc_error(_sent(EXAMPLES[errors.InvalidRequest]))
+def test_invalid_request_keeps_its_field_over_rpc() -> None:
+    received = from_rpc_error(_rpc_error_of(EXAMPLES[errors.InvalidRequest]))
     assert isinstance(received, errors.InvalidRequest)
     assert received.field == "sampling.top_p"
     assert str(received) == "sampling.top_p is 2.0, but it must be at most 1"
 
 
-def test_a_refusal_keeps_when_to_come_back() -> None:
-    received = from_rpc_error(_sent(EXAMPLES[errors.Exhausted]))
+def test_exhausted_keeps_its_retry_after_over_rpc() -> None:
+    received = from_rpc_error(_rpc_error_of(EXAMPLES[errors.Exhausted]))
     assert isinstance(received, errors.Exhausted)
     assert received.retry_after_seconds == 2.5
 
 
-def test_a_loss_keeps_how_far_it_came() -> None:
-    received = from_rpc_error(_sent(EXAMPLES[errors.Unavailable]))
+def test_unavailable_keeps_its_generated_tokens_over_rpc() -> None:
+    received = from_rpc_error(_rpc_error_of(EXAMPLES[errors.Unavailable]))
     assert isinstance(received, errors.Unavailable)
     assert received.generated_tokens == 17
 
 
-def test_a_foreign_failure_stays_what_it_is() -> None:
+def test_rpc_error_without_details_is_returned_unchanged() -> None:
     foreign = AioRpcError(grpc.StatusCode.UNIMPLEMENTED, Metadata(), Metadata(), "no such method", None)
     assert from_rpc_error(foreign) is foreign
 
 
-def _sent(error: StitchError) -> AioRpcError:
-    """The failure as a client of grpc.aio meets it."""
+def _rpc_error_of(error: StitchError) -> AioRpcError:
+    """The error as a client of grpc.aio receives it."""
     status = rpc_status.to_status(to_status(error))
     return AioRpcError(status.code, Metadata(), Metadata(*status.trailing_metadata), status.details, None)
 

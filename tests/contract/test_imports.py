@@ -1,4 +1,4 @@
-"""Who may import whom, what is loaded when, and which extra carries which dependency."""
+"""Import contracts, deferred imports, and the extra that provides each dependency."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SERVING = {
     "grpc_health",
     "grpc_reflection",
 }
-# Imports a module and all below it in a process where some packages are as good as not installed.
+# Imports a module and all below it in a process where the named packages cannot be imported.
 IMPORT_WITHOUT = """
 import importlib, pkgutil, sys
 
@@ -53,7 +53,7 @@ for module in pkgutil.walk_packages(getattr(root, "__path__", ()), f"{sys.argv[1
 """
 
 
-def test_layers_hold() -> None:
+def test_import_contracts_hold() -> None:
     lint = Path(sysconfig.get_path("scripts"), "lint-imports")
     done = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
@@ -68,27 +68,29 @@ def test_layers_hold() -> None:
         ("stitch.client", HEAVY | TRAINING | SERVING),
     ],
 )
-def test_imports_without(module: str, absent: set[str]) -> None:
+def test_module_imports_without_absent_packages(module: str, absent: set[str]) -> None:
     python = [sys.executable, "-W", "error", "-c", IMPORT_WITHOUT, module, *absent]
     done = subprocess.run(python, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_every_import_is_a_dependency(package: str) -> None:
-    carried = set(PACKAGES) | sys.stdlib_module_names | _carried_by(EXTRAS[package])
-    strangers = {name for name in _imported(package) if name.partition(".")[0] not in carried and name not in carried}
-    assert strangers == set()
+def test_every_import_is_a_declared_dependency(package: str) -> None:
+    available = set(PACKAGES) | sys.stdlib_module_names | _provided_by(EXTRAS[package])
+    undeclared = {
+        name for name in _imported(package) if name.partition(".")[0] not in available and name not in available
+    }
+    assert undeclared == set()
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_no_package_has_an_import_circle(package: str) -> None:
+def test_package_has_no_import_cycle(package: str) -> None:
     """Imports inside functions and for type checkers count as well."""
     imports = _imports_within(package)
-    # Every module of a circle imports another one of it, so removing modules without imports leaves the circles.
+    # Every module of a cycle imports another one of it, so removing modules without imports leaves the cycles.
     while leaves := {name for name, targets in imports.items() if not targets}:
         imports = {name: targets - leaves for name, targets in imports.items() if name not in leaves}
-    # And every module of a circle is imported by another one of it.
+    # And every module of a cycle is imported by another one of it.
     while roots := imports.keys() - {target for targets in imports.values() for target in targets}:
         imports = {name: targets for name, targets in imports.items() if name not in roots}
     assert imports == {}
@@ -113,11 +115,11 @@ def test_kernels_are_loaded_on_first_use(module: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_every_public_name_of_the_kernels_can_be_loaded() -> None:
+def test_every_public_name_of_the_kernels_exists() -> None:
     assert [name for name in cpu.__all__ if not hasattr(cpu, name)] == []
 
 
-def test_the_lock_pins_every_dependency() -> None:
+def test_lock_file_pins_every_dependency() -> None:
     lock = (ROOT / "requirements.lock").read_text().splitlines()
     assert all(line.count("==") == 1 and not line.startswith("-") for line in lock)
     pinned = {_normal(line.partition("==")[0]) for line in lock}
@@ -153,8 +155,8 @@ def _imports_within(package: str) -> dict[str, set[str]]:
     return imports
 
 
-def _carried_by(extras: tuple[str, ...]) -> set[str]:
-    """Import names that the distributions of these extras bring, and of the base."""
+def _provided_by(extras: tuple[str, ...]) -> set[str]:
+    """Import names of the distributions of these extras and of the base dependencies."""
     wanted = _distributions(extras)
     tops = {name for name, owners in metadata.packages_distributions().items() if wanted & set(map(_normal, owners))}
     return (tops - {"google"}) | {"google.protobuf", "google.rpc"}
@@ -170,7 +172,7 @@ def _distributions(extras: tuple[str, ...]) -> set[str]:
 
 
 def _normal(requirement: str) -> str:
-    """The distribution's name in a requirement, as indexes spell it."""
+    """The distribution's normalized name in a requirement."""
     name = requirement
     for end in "[<>=!~; ":
         name = name.partition(end)[0]

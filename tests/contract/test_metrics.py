@@ -23,7 +23,7 @@ EXPRESSIONS = [target["expr"] for panel in DASHBOARD["panels"] for target in pan
 ALERTS = [
     rule for group in yaml.safe_load((ROOT / "deploy/alerts.yml").read_text())["groups"] for rule in group["rules"]
 ]
-# Labels that are not the processes': a histogram's bound, and what Prometheus adds to every scrape.
+# Labels that the processes do not set: a histogram's bound, and those that Prometheus adds to every scrape.
 FOREIGN_LABELS = {"le", "instance", "job"}
 Labels = dict[str, dict[str, set[str]]]
 
@@ -39,7 +39,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Labels]:
 
 
 @pytest.mark.parametrize("expression", [*EXPRESSIONS, *(rule["expr"] for rule in ALERTS)])
-def test_a_panel_or_an_alert_asks_for_what_is_served(expression: str, served: Labels) -> None:
+def test_panels_and_alerts_query_served_metrics(expression: str, served: Labels) -> None:
     for name, matchers in re.findall(r"(stitch_\w+)(?:\{([^}]*)\})?", expression):
         assert name in served
         for label, value in re.findall(r'(\w+)="([^"]*)"', matchers):
@@ -48,7 +48,7 @@ def test_a_panel_or_an_alert_asks_for_what_is_served(expression: str, served: La
         assert grouped - FOREIGN_LABELS <= set(served[name])
 
 
-def test_legends_show_labels_that_the_query_keeps() -> None:
+def test_legends_use_labels_of_their_query() -> None:
     for panel in DASHBOARD["panels"]:
         for target in panel.get("targets", []):
             shown = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
@@ -66,22 +66,24 @@ def test_documented_metrics_are_served(served: Labels) -> None:
 
 
 def test_dashboard_shows_all_documented_metrics() -> None:
-    asked = {re.sub("_(bucket|sum|count)$", "", name) for one in EXPRESSIONS for name in re.findall(r"stitch_\w+", one)}
-    assert {name for name, _ in _documented()} == asked
+    queried = {
+        re.sub("_(bucket|sum|count)$", "", name) for one in EXPRESSIONS for name in re.findall(r"stitch_\w+", one)
+    }
+    assert {name for name, _ in _documented()} == queried
 
 
-def test_an_alert_says_what_to_do() -> None:
+def test_alerts_have_summary_and_description() -> None:
     for rule in ALERTS:
         assert set(rule) == {"alert", "expr", "for", "annotations"}
         assert set(rule["annotations"]) == {"summary", "description"}
 
 
-def test_the_alert_for_drift_has_the_gateway_s_limit() -> None:
+def test_drift_alert_uses_the_limit_of_the_gateway() -> None:
     [expression] = [rule["expr"] for rule in ALERTS if rule["alert"] == "RouterDrift"]
     assert expression == f"stitch_route_drift > {DRIFT_LIMIT}"
 
 
-def test_nothing_is_asked_twice() -> None:
+def test_dashboard_has_no_duplicate_query() -> None:
     assert len(set(EXPRESSIONS)) == len(EXPRESSIONS)
 
 

@@ -1,4 +1,4 @@
-"""What a user installs is all that the programs need. Builds no wheel."""
+"""The installed package contains every file that the programs need."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def test_every_folder_of_modules_is_a_package() -> None:
     assert {str(path) for path in modules if not (path.parent / "__init__.py").is_file()} == set()
 
 
-def test_every_program_has_its_function() -> None:
+def test_every_console_script_loads() -> None:
     for name in PROJECT["project"]["scripts"]:
         (entry,) = metadata.entry_points(group="console_scripts", name=name)
         assert callable(entry.load())
 
 
-def test_the_changelog_has_a_place_for_the_next_change() -> None:
+def test_changelog_has_an_unreleased_section() -> None:
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
 
 

@@ -1,4 +1,4 @@
-"""The cluster files that come with the package describe clusters. Starts none of them."""
+"""The cluster files that the package ships are valid, complete clusters."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def preset(request: pytest.FixtureRequest) -> ClusterConfig:
     return load_cluster(request.param)
 
 
-def test_the_default_is_among_them() -> None:
+def test_default_cluster_is_a_preset() -> None:
     assert "smollm2" in presets()
 
 
-def test_every_route_has_a_shard_for_every_layer_it_passes(preset: ClusterConfig) -> None:
+def test_every_route_has_shards_for_all_its_layers(preset: ClusterConfig) -> None:
     for route in preset.routes:
         stages = preset.stages(route)
         assert all(stages)
@@ -31,7 +31,7 @@ def test_every_stitch_is_shipped(preset: ClusterConfig) -> None:
     assert missing == []
 
 
-def test_the_default_runs_on_one_machine() -> None:
+def test_default_cluster_uses_loopback_addresses() -> None:
     default = load_cluster("smollm2")
     addresses = [default.gateway.address, *(shard.address for shard in default.shards)]
     assert all(address.startswith("127.0.0.1:") for address in addresses)

@@ -1,4 +1,4 @@
-"""What the README and its pages tell a reader to type exists, and their links lead somewhere. Runs none of it."""
+"""The commands, settings, files and links in README, docs and benchmarks exist, and the commands parse."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ def test_command_lines_parse(page: Path, program: str) -> None:
         PARSERS[program]().parse_args(words[1:])
 
 
-def test_links_lead_to_files(page: Path) -> None:
+def test_links_point_to_existing_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert missing == []
 
 
-def test_the_readme_shows_the_two_commands() -> None:
+def test_readme_shows_make_demo_and_make_test() -> None:
     shown = {tuple(words[:2]) for words in _commands(ROOT / "README.md", "make")}
     assert {("make", "demo"), ("make", "test")} <= shown
 
 
-def test_readme_stays_short() -> None:
+def test_readme_has_at_most_120_lines() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
@@ -73,20 +73,20 @@ def test_settings_in_the_configuration_page_exist() -> None:
         assert set(fields) <= set(SECTIONS[name].model_fields)
 
 
-def test_architecture_stays_short() -> None:
+def test_architecture_has_at_most_150_lines_of_120_characters() -> None:
     lines = (ROOT / "docs/architecture.md").read_text().splitlines()
     assert len(lines) <= 150
     assert max(map(len, lines)) <= 120
 
 
-def test_architecture_names_files_that_exist() -> None:
+def test_files_named_in_the_architecture_exist() -> None:
     named = set(re.findall(r"`([a-z_/]+\.(?:py|proto))`", (ROOT / "docs/architecture.md").read_text()))
     files = [f"/{path.relative_to(ROOT)}" for folder in SOURCES for path in (ROOT / folder).rglob("*.*")]
     assert named
     assert {name for name in named if not any(file.endswith(f"/{name}") for file in files)} == set()
 
 
-def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     with serving(FakeGateway()) as gateway:
         exec(example.replace("127.0.0.1:7000", gateway.address), {})

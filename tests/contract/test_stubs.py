@@ -1,4 +1,4 @@
-"""The committed stubs are those of the protos, judged by their descriptors. Knows no service's behaviour."""
+"""The committed stubs have the same descriptors as the protos."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMITTED: dict[str, FileDescriptor] = {
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, descriptor_pb2.FileDescriptorProto]:
-    """What protoc makes of the protos now, by their path."""
+    """Descriptors that protoc compiles from the protos, by path."""
     out = tmp_path_factory.mktemp("descriptors") / "set.bin"
     protoc = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTOS}", f"--descriptor_set_out={out}", *COMMITTED]
     subprocess.run(protoc, check=True, timeout=60)
@@ -36,7 +36,9 @@ def test_every_proto_has_stubs() -> None:
 
 
 @pytest.mark.parametrize("path", COMMITTED)
-def test_descriptors_are_equal(path: str, compiled: dict[str, descriptor_pb2.FileDescriptorProto]) -> None:
+def test_stub_descriptors_equal_the_compiled_protos(
+    path: str, compiled: dict[str, descriptor_pb2.FileDescriptorProto]
+) -> None:
     committed = descriptor_pb2.FileDescriptorProto()
     COMMITTED[path].CopyToProto(committed)
     expected = compiled[path]

@@ -1,4 +1,4 @@
-"""No tracked file names one machine or one package index. Knows no file's purpose."""
+"""No tracked file names a folder of one machine or a package index."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def texts() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("what", FORBIDDEN)
-def test_names_none(what: str, texts: dict[str, str]) -> None:
+def test_tracked_files_contain_no_forbidden_name(what: str, texts: dict[str, str]) -> None:
     found = [
         f"{name}:{number}: {line.strip()[:100]}"
         for name, text in texts.items()
@@ -39,7 +39,7 @@ def test_names_none(what: str, texts: dict[str, str]) -> None:
     assert found == []
 
 
-def test_the_patterns_find_what_they_are_for() -> None:
+def test_forbidden_patterns_match_their_samples() -> None:
     samples = ("cd /home/" + "ada/src", "from /" + "work/main", "--index-" + "url https://example", "'/tmp" + "/model'")
     for sample in samples:
         assert any(pattern.search(sample) for pattern in FORBIDDEN.values()), sample

@@ -141,7 +141,7 @@ def is_allowed(place: str, word: str) -> bool:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_names_are_the_fields_words(folder: str) -> None:
+def test_names_contain_no_forbidden_word(folder: str) -> None:
     found = []
     for path in sources():
         place = str(path.relative_to(ROOT))
@@ -158,7 +158,7 @@ def test_names_are_the_fields_words(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", [*FOLDERS, "protos", "deploy"])
-def test_texts_are_the_fields_words(folder: str) -> None:
+def test_texts_contain_no_forbidden_phrase(folder: str) -> None:
     found = []
     for path in sources():
         place = str(path.relative_to(ROOT))
@@ -171,6 +171,6 @@ def test_texts_are_the_fields_words(folder: str) -> None:
     assert not found, "\n".join(found)
 
 
-def test_a_name_is_split_into_its_words() -> None:
+def test_name_is_split_into_its_words() -> None:
     assert words_of("TTFTPredictor_of2") == ["TTFT", "Predictor", "of", "2"]
     assert words_of("max_num_batched_tokens") == ["max", "num", "batched", "tokens"]

@@ -1,7 +1,7 @@
-"""Chains whose shards compute as on a GPU say what the whole says.
+"""Chains that compute on a CPU as on a GPU give the tokens of the whole stitched model.
 
-Large blocks, one kernel for the attention of a batch, captured passes: all but the device, whose kernel and graphs are
-written out in Python.
+They use large blocks, one attention kernel for a whole batch, and captured passes. The kernel and the graphs of the
+GPU are replaced by references in Python.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": WINDOW}
 
 @pytest.fixture(autouse=True)
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[CpuCapture]:
-    """Of the shards that are made after this."""
+    """The captures of the shards that are built after this; also installs the reference kernel."""
     made: list[CpuCapture] = []
 
     def capture_for(device: object) -> CpuCapture:
@@ -45,11 +45,11 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[CpuCapture]:
 
 
 def write(folder: Path, family: str = "llama", **fields: Any) -> Path:
-    """A GPU has no kernels of a processor."""
+    """Writes a tiny cluster without CPU kernels."""
     return write_tiny_cluster(folder, family, model=FAMILIES[family], kernels=False, **fields)
 
 
-def whole(folder: Path, route: str) -> StitchedReference:
+def reference_for(folder: Path, route: str) -> StitchedReference:
     stitch = folder / ("stitch.safetensors" if route == "weak" else "strong.safetensors")
     return reference(folder / "bottom", folder / "top", stitch, *CUTS[route])
 
@@ -58,40 +58,40 @@ def prompt(tokens: int, seed: int = 0) -> list[int]:
     return [3 + (seed * 101 + 37 * index * index) % (TOKENS - 3) for index in range(tokens)]
 
 
-async def check(shards: Shards, says: Callable[[str], StitchedReference], prompts: list[list[int]]) -> None:
-    """Every prompt on both routes, all at once."""
-    asked = [(route, one) for one in prompts for route in CUTS]
-    answers = await asyncio.gather(*(shards.generate(one, route, ANSWER_TOKENS) for route, one in asked))
-    for (route, one), answer in zip(asked, answers, strict=True):
-        logits = says(route).logits([*one, *answer])[len(one) - 1 : -1, :TOKENS]
+async def check(shards: Shards, reference_of: Callable[[str], StitchedReference], prompts: list[list[int]]) -> None:
+    """Generates for every prompt on both routes at once, and compares with the references."""
+    requests = [(route, one) for one in prompts for route in CUTS]
+    answers = await asyncio.gather(*(shards.generate(one, route, ANSWER_TOKENS) for route, one in requests))
+    for (route, one), answer in zip(requests, answers, strict=True):
+        logits = reference_of(route).logits([*one, *answer])[len(one) - 1 : -1, :TOKENS]
         assert answer == logits.argmax(1).tolist(), f"{route}, {len(one)} tokens"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_every_chain_says_what_the_whole_says(family: str, tmp_path: Path, captures: list[CpuCapture]) -> None:
+async def test_gpu_style_chain_equals_the_reference(family: str, tmp_path: Path, captures: list[CpuCapture]) -> None:
     file = write(tmp_path, family, bottoms=[(0, 1), (1, 4)], tops=[(2, 3), (3, 4)], max_prefill_chunk=100)
-    references = {route: whole(tmp_path, route) for route in CUTS}
+    references = {route: reference_for(tmp_path, route) for route in CUTS}
     async with open_shards(file) as shards:
         await check(shards, references.__getitem__, [prompt(20)])
-        # Answers that go over the border of a block, among others.
+        # One of these answers crosses a block boundary.
         await check(shards, references.__getitem__, [prompt(PAGE_TOKENS - 4, 1), prompt(300, 2), prompt(7, 3)])
         assert {shard.shard.pool.block_tokens for shard in shards.running.values()} == {PAGE_TOKENS}
     assert all(capture.replayed > 3 * capture.captured > 0 for capture in captures)
     assert len(captures) == 4
 
 
-async def test_whole_blocks_of_a_beginning_are_shared(tmp_path: Path) -> None:
-    file, beginning = write(tmp_path), prompt(2 * PAGE_TOKENS + 20)
-    references = {route: whole(tmp_path, route) for route in CUTS}
+async def test_full_blocks_of_a_common_prefix_are_reused(tmp_path: Path) -> None:
+    file, prefix = write(tmp_path), prompt(2 * PAGE_TOKENS + 20)
+    references = {route: reference_for(tmp_path, route) for route in CUTS}
     async with open_shards(file) as shards:
-        await check(shards, references.__getitem__, [beginning])
-        await check(shards, references.__getitem__, [[*beginning, *prompt(9, 4)]])
+        await check(shards, references.__getitem__, [prefix])
+        await check(shards, references.__getitem__, [[*prefix, *prompt(9, 4)]])
         for running in shards.running.values():
             assert running.shard.pool.reused_tokens == 2 * PAGE_TOKENS * len(CUTS)
 
 
-async def test_sessions_that_lose_their_blocks_begin_anew(tmp_path: Path) -> None:
-    """Both prompts fit and are computed in one pass; their answers don't fit."""
+async def test_preempted_sessions_equal_the_reference(tmp_path: Path) -> None:
+    """Both prompts fit into the KV cache and are computed in one pass; their answers do not fit."""
     file = write(
         tmp_path,
         kv_tokens=4 * PAGE_TOKENS,
@@ -99,30 +99,34 @@ async def test_sessions_that_lose_their_blocks_begin_anew(tmp_path: Path) -> Non
         prefill_budget_while_decoding=512,
         max_num_batched_tokens=1024,
     )
-    references = {route: whole(tmp_path, route) for route in CUTS}
+    references = {route: reference_for(tmp_path, route) for route in CUTS}
     async with open_shards(file) as shards:
         await check(shards, references.__getitem__, [prompt(2 * PAGE_TOKENS - 5)])
-        begun = shards.running["bottom-0"].shard.pool.queried_tokens
-        assert begun > len(CUTS) * PAGE_TOKENS, "no session began anew"
+        queried = shards.running["bottom-0"].shard.pool.queried_tokens
+        assert queried > len(CUTS) * PAGE_TOKENS, "no session was preempted"
 
 
-class TestBlocks:
-    """How large they are, and what follows."""
+class TestBlockSize:
+    """The number of tokens in a KV block."""
 
-    def test_those_of_a_processor_may_be_as_large(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_cpu_accepts_a_large_block_size(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         pool = ChainInProcess(load_cluster(str(write(tmp_path, kv_block_tokens=256)))).shards["top-0"].pool
         assert (pool.block_tokens, pool.tokens) == (256, 8192)
 
-    def test_others_than_the_kernel_wants_do_without_it(self, tmp_path: Path, captures: list[CpuCapture]) -> None:
+    def test_unsupported_block_size_computes_without_the_kernel(
+        self, tmp_path: Path, captures: list[CpuCapture]
+    ) -> None:
         chain = ChainInProcess(load_cluster(str(write(tmp_path, kv_block_tokens=32))))
         answer = chain.generate(prompt(40), "weak", ("top-0",), ANSWER_TOKENS)
-        assert answer == whole(tmp_path, "weak").generate(prompt(40), ANSWER_TOKENS)
+        assert answer == reference_for(tmp_path, "weak").generate(prompt(40), ANSWER_TOKENS)
         assert [capture.captured for capture in captures] == [0, 0]
 
-    async def test_a_chain_has_blocks_of_one_size(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A chain over a processor and a GPU is refused, unless its file names a size."""
-        # The last shard of a chain is made first.
+    async def test_shards_with_different_block_sizes_refuse_each_other(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A chain over a CPU and a GPU is refused, unless the cluster file sets a block size."""
+        # The last shard of a chain is built first.
         kernels = iter([reference_varlen, None])
         monkeypatch.setattr(build, "varlen_kernel_for", lambda device, dtype, head_dim: next(kernels))
         async with open_shards(write(tmp_path)) as shards:
@@ -132,13 +136,13 @@ class TestBlocks:
 
 
 @pytest.mark.parametrize(("family", "fields"), [("granite", {}), ("llama", {"captured_decode": False})])
-def test_passes_that_are_not_to_be_captured_are_not(
+def test_passes_are_not_captured_where_the_model_or_the_config_excludes_it(
     family: str, fields: dict[str, Any], tmp_path: Path, captures: list[CpuCapture], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor are layers of `transformers`; both attend by the kernel all the same."""
+    """Layers of `transformers` and `captured_decode = false` exclude capturing; both still use the attention kernel."""
     monkeypatch.setitem(FAMILIES, "granite", {"residual_multiplier": 0.7, "attention_multiplier": 0.3})
     chain = ChainInProcess(load_cluster(str(write(tmp_path, family, **fields))))
     assert chain.shards["bottom-0"].pool.block_tokens == PAGE_TOKENS
     answer = chain.generate(prompt(40), "strong", ("top-0",), ANSWER_TOKENS)
-    assert answer == whole(tmp_path, "strong").generate(prompt(40), ANSWER_TOKENS)
+    assert answer == reference_for(tmp_path, "strong").generate(prompt(40), ANSWER_TOKENS)
     assert [capture.captured for capture in captures] == [0, 0]

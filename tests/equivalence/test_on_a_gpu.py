@@ -1,4 +1,4 @@
-"""On a GPU, PyTorch's kernel and CUDA's graphs give what their stand-ins give. Skipped where there is none."""
+"""PyTorch's varlen kernel and CUDA graphs equal their references. Skipped on machines without a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this mach
 CPU, GPU, DTYPE = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
 HEADS, KV_HEADS, HEAD_DIM, PAGES = 6, 2, 64, 8
 LAYERS, WIDTH = 3, 384
-# Some pages of two sequences, between each other.
+# The pages of two sequences, interleaved.
 BLOCKS = [[5, 2, 0], [1, 6, 3]]
 CLOSE = {"rtol": 0.03, "atol": 0.03}
 
@@ -59,7 +59,7 @@ def test_replayed_graph_equals_the_eager_pass(rows: int, tmp_path: Path) -> None
     assert capture is not None
     graphs = DecodeGraphs(decoder, stores[0], kernel(), 3, capture)
     with torch.inference_mode():
-        # Over the border of a page.
+        # Crosses a page boundary.
         for position in range(PAGE_TOKENS + 3):
             spans = [Span(position, 1, BLOCKS[row]) for row in range(rows)]
             hidden = torch.randn(rows, WIDTH, device=GPU).to(DTYPE)

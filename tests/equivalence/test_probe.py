@@ -1,4 +1,4 @@
-"""A session that the probe sends down a route says what it says where that route is named."""
+"""A session whose route the probe decides generates the same tokens as one that names this route."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROMPTS = [
 LAYOUTS = {
     "two shards": ([BOTTOM], [TOP]),
     "the first shard ends at the earliest cut": ([(0, 3), (3, 4)], [TOP]),
-    "tops in two": ([BOTTOM], [(2, 3), (3, 4)]),
+    "two top shards": ([BOTTOM], [(2, 3), (3, 4)]),
 }
 
 
@@ -33,24 +33,24 @@ def with_probe(folder: Path, layout: str = "two shards", **compute: Any) -> Path
 
 
 async def routes_of(shards: Shards, prompts: list[list[int]]) -> list[str]:
-    """Asks all at once, checks each against its route by name, and returns the routes."""
-    asked = await asyncio.gather(*(shards.generate_with_probe(prompt, ANSWER_TOKENS) for prompt in prompts))
-    routes = [judged.route for judged, _ in asked]
-    assert [judged.failure for judged, _ in asked] == [""] * len(prompts)
+    """Generates for all prompts at once, compares each with its named route, and returns the routes."""
+    answers = await asyncio.gather(*(shards.generate_with_probe(prompt, ANSWER_TOKENS) for prompt in prompts))
+    routes = [decision.route for decision, _ in answers]
+    assert [decision.failure for decision, _ in answers] == [""] * len(prompts)
     named = [await shards.generate(prompt, route, ANSWER_TOKENS) for prompt, route in zip(prompts, routes, strict=True)]
-    assert [tokens for _, tokens in asked] == named
+    assert [tokens for _, tokens in answers] == named
     return routes
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-async def test_a_judged_session_says_what_its_route_says(layout: str, tmp_path: Path) -> None:
+async def test_probe_routed_session_equals_the_named_route(layout: str, tmp_path: Path) -> None:
     async with open_shards(with_probe(tmp_path, layout, max_prefill_chunk=16)) as shards:
         routes = await routes_of(shards, PROMPTS)
         assert set(routes) == {"weak", "strong"}
         await eventually(lambda: set(shards.kv_usage().values()) == {0.0})
 
 
-async def test_chunks_and_neighbours_decide_nothing(tmp_path: Path) -> None:
+async def test_probe_route_is_independent_of_chunks_and_batching(tmp_path: Path) -> None:
     found = []
     for name, compute in {"small": {"max_prefill_chunk": 5}, "large": {"max_prefill_chunk": 256}}.items():
         (tmp_path / name).mkdir()
@@ -61,16 +61,16 @@ async def test_chunks_and_neighbours_decide_nothing(tmp_path: Path) -> None:
     assert found[1:] == found[:1] * 3
 
 
-async def test_a_judgement_says_its_gains(tmp_path: Path) -> None:
+async def test_probe_decision_reports_gains_and_score(tmp_path: Path) -> None:
     async with open_shards(with_probe(tmp_path)) as shards:
-        judged, _ = await shards.generate_with_probe(PROMPTS[4], 1)
-        (free, gain), (threshold,) = judged.gains, judged.thresholds
+        decision, _ = await shards.generate_with_probe(PROMPTS[4], 1)
+        (free, gain), (threshold,) = decision.gains, decision.thresholds
         assert free == 0.0
-        assert (judged.route == "strong") == (gain > threshold)
-        assert 0 <= judged.score <= 1
+        assert (decision.route == "strong") == (gain > threshold)
+        assert 0 <= decision.score <= 1
 
 
-async def test_what_lies_behind_the_window_decides_nothing(tmp_path: Path) -> None:
+async def test_probe_gain_is_independent_of_tokens_after_the_window(tmp_path: Path) -> None:
     async with open_shards(with_probe(tmp_path)) as shards:
         first, _ = await shards.generate_with_probe(random_prompt(1, WINDOW) + random_prompt(2, 30), 1)
         second, _ = await shards.generate_with_probe(random_prompt(1, WINDOW) + random_prompt(3, 20), 1)
@@ -79,36 +79,36 @@ async def test_what_lies_behind_the_window_decides_nothing(tmp_path: Path) -> No
         assert list(third.gains) != pytest.approx(list(first.gains), rel=1e-2)
 
 
-async def test_a_session_that_loses_its_kv_keeps_its_route(tmp_path: Path) -> None:
+async def test_preempted_session_keeps_its_route(tmp_path: Path) -> None:
     # Three prompts fit at once, but not with their answers.
     async with open_shards(with_probe(tmp_path, kv_tokens=10 * BLOCK_TOKENS)) as shards:
         pool = shards.running["bottom-0"].shard.pool
         await asyncio.gather(*(shards.generate_with_probe(random_prompt(seed, 45), ANSWER_TOKENS) for seed in range(4)))
-        assert pool.queried_tokens > 0, "no session began anew: undecided ones look nothing up"
+        assert pool.queried_tokens > 0, "no session was preempted: undecided ones query no prefix"
         await routes_of(shards, [random_prompt(seed, 45) for seed in range(10, 14)])
         await eventually(lambda: set(shards.kv_usage().values()) == {0.0})
 
 
-async def test_what_a_judged_session_leaves_behind_serves_its_route(tmp_path: Path) -> None:
+async def test_prefix_of_probe_routed_session_is_reused_by_its_route(tmp_path: Path) -> None:
     async with open_shards(with_probe(tmp_path)) as shards:
         prompt = random_prompt(5, 45)
-        judged, tokens = await shards.generate_with_probe(prompt, ANSWER_TOKENS)
-        assert await shards.generate(prompt, judged.route, ANSWER_TOKENS) == tokens
+        decision, tokens = await shards.generate_with_probe(prompt, ANSWER_TOKENS)
+        assert await shards.generate(prompt, decision.route, ANSWER_TOKENS) == tokens
         for name in ("bottom-0", "top-0"):
             assert shards.running[name].shard.pool.reused_tokens == 2 * BLOCK_TOKENS
 
 
-async def test_a_sampled_answer_is_the_same(tmp_path: Path) -> None:
+async def test_sampled_answer_of_probe_route_equals_the_named_route(tmp_path: Path) -> None:
     async with open_shards(with_probe(tmp_path)) as shards:
         chosen: dict[str, Any] = {"temperature": 0.9, "repetition_penalty": 1.1, "seed": 3}
-        judged, tokens = await shards.generate_with_probe(PROMPTS[5], ANSWER_TOKENS, **chosen)
-        assert await shards.generate(PROMPTS[5], judged.route, ANSWER_TOKENS, **chosen) == tokens
+        decision, tokens = await shards.generate_with_probe(PROMPTS[5], ANSWER_TOKENS, **chosen)
+        assert await shards.generate(PROMPTS[5], decision.route, ANSWER_TOKENS, **chosen) == tokens
 
 
-async def test_without_a_probe_the_fallback_is_taken(tmp_path: Path) -> None:
+async def test_shard_without_probe_decides_for_the_fallback_route(tmp_path: Path) -> None:
     async with open_shards(write_tiny_cluster(tmp_path)) as shards:
-        judged, tokens = await shards.generate_with_probe(PROMPTS[4], ANSWER_TOKENS)
-        assert (judged.route, judged.failure) == ("strong", "the first shard has no probe")
+        decision, tokens = await shards.generate_with_probe(PROMPTS[4], ANSWER_TOKENS)
+        assert (decision.route, decision.failure) == ("strong", "the first shard has no probe")
         assert tokens == await shards.generate(PROMPTS[4], "strong", ANSWER_TOKENS)
 
 
@@ -121,7 +121,7 @@ async def test_without_a_probe_the_fallback_is_taken(tmp_path: Path) -> None:
         (lambda request: setattr(request.candidates[0], "route", "strong"), "candidates.route"),
     ],
 )
-async def test_candidates_that_do_not_fit_are_refused_by_name(tmp_path: Path, change: Any, field: str) -> None:
+async def test_invalid_candidates_are_refused_with_their_field(tmp_path: Path, change: Any, field: str) -> None:
     async with open_shards(with_probe(tmp_path)) as shards:
         stub = shards.stubs["bottom-0"]
 

@@ -1,4 +1,4 @@
-"""SmolLM2 cut in two says, token for token, what `transformers` says with the whole model. Knows no internals."""
+"""SmolLM2, split over two shards, generates the same tokens as the whole model in `transformers`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PROMPTS = (
     "1 + 1 = 2, 2 + 2 = 4, 3 + 3 =",
     "The difference between a virus and a bacterium is that",
 )
-# Through `generate` itself, which takes as long as an answer; the others by one pass over prompt and answer.
+# Compared with `generate`, which is slow; the other answers are compared by one pass over prompt and answer.
 GENERATED = PROMPTS[:2]
 LONG_TOKENS = 1_500
 
@@ -54,7 +54,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def folder() -> str:
-    """Where the whole model lies."""
+    """The folder of the whole model."""
     return str(resolve(load_cluster(PRESET).models.bottom.source, cache_folder()))
 
 
@@ -81,18 +81,18 @@ def strong(cluster: Cluster, prompt: str) -> Answer:
 
 @torch.inference_mode()
 def greedy(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
-    """What the whole model would say at every position of the answer.
+    """The whole model's greedy token at every position of the answer.
 
     One pass over prompt and answer; equal to the answer exactly if greedy `generate` gives that answer.
     """
     logits = model(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0]
-    likeliest: list[int] = logits[len(prompt) - 1 : -1].argmax(dim=1).tolist()
-    return likeliest
+    predicted: list[int] = logits[len(prompt) - 1 : -1].argmax(dim=1).tolist()
+    return predicted
 
 
 @torch.inference_mode()
 def generated(model: PreTrainedModel, prompt: Sequence[int], count: int, end: int | None = None) -> list[int]:
-    """The answer of greedy `generate`; the token `end` ends it."""
+    """The answer of greedy `generate`, which stops at the token `end`."""
     ids = torch.tensor([list(prompt)])
     model.generation_config.eos_token_id = end
     found: torch.Tensor = model.generate(  # type: ignore[operator]
@@ -102,23 +102,23 @@ def generated(model: PreTrainedModel, prompt: Sequence[int], count: int, end: in
     return answer
 
 
-def test_twenty_answers_are_those_of_the_whole_model(
-    alone: dict[str, Answer], tokenizer: Any, whole: PreTrainedModel
-) -> None:
+def test_twenty_answers_equal_the_whole_model(alone: dict[str, Answer], tokenizer: Any, whole: PreTrainedModel) -> None:
     for prompt, answer in alone.items():
         ids = tokenizer(prompt)["input_ids"]
         assert (answer.route, answer.prompt_tokens, len(answer.token_ids)) == ("strong", len(ids), ANSWER_TOKENS)
         assert list(answer.token_ids) == greedy(whole, ids, answer.token_ids), prompt
 
 
-def test_generate_itself_says_the_same(alone: dict[str, Answer], tokenizer: Any, whole: PreTrainedModel) -> None:
+def test_answers_equal_transformers_generate(alone: dict[str, Answer], tokenizer: Any, whole: PreTrainedModel) -> None:
     for prompt in GENERATED:
         wanted = generated(whole, tokenizer(prompt)["input_ids"], ANSWER_TOKENS)
         assert list(alone[prompt].token_ids) == wanted
         assert alone[prompt].text == tokenizer.decode(wanted, skip_special_tokens=True)
 
 
-def test_a_conversation_ends_where_generate_ends(cluster: Cluster, tokenizer: Any, whole: PreTrainedModel) -> None:
+def test_chat_answer_stops_where_transformers_generate_stops(
+    cluster: Cluster, tokenizer: Any, whole: PreTrainedModel
+) -> None:
     messages = [{"role": "user", "content": "What is 2 + 2? Answer in one short sentence."}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     answer = cluster.generate(messages=messages, route="strong", max_tokens=ANSWER_TOKENS)
@@ -127,7 +127,9 @@ def test_a_conversation_ends_where_generate_ends(cluster: Cluster, tokenizer: An
     assert list(answer.token_ids) == generated(whole, ids, ANSWER_TOKENS, end=tokenizer.eos_token_id)
 
 
-def test_a_long_prompt_has_the_whole_model_s_answer(cluster: Cluster, tokenizer: Any, whole: PreTrainedModel) -> None:
+def test_answer_to_a_long_prompt_equals_the_whole_model(
+    cluster: Cluster, tokenizer: Any, whole: PreTrainedModel
+) -> None:
     prompt = tokenizer.decode(tokenizer(" ".join(PROMPTS) * 8)["input_ids"][:LONG_TOKENS])
     ids = tokenizer(prompt)["input_ids"]
     answer = strong(cluster, prompt)
@@ -136,14 +138,14 @@ def test_a_long_prompt_has_the_whole_model_s_answer(cluster: Cluster, tokenizer:
     assert list(answer.token_ids) == greedy(whole, ids, answer.token_ids)
 
 
-def test_eight_at_once_say_the_same(cluster: Cluster, alone: dict[str, Answer]) -> None:
+def test_batch_of_eight_equals_single_answers(cluster: Cluster, alone: dict[str, Answer]) -> None:
     prompts = PROMPTS[:8]
     fields = {"route": "strong", "max_tokens": ANSWER_TOKENS, "ignore_eos": True}
     outcomes = cluster.client.batch([{"prompt": prompt, **fields} for prompt in prompts])
     assert tokens_of(outcomes) == [alone[prompt].token_ids for prompt in prompts]
 
 
-def test_both_routes_at_once_say_the_same(cluster: Cluster, alone: dict[str, Answer]) -> None:
+def test_batch_over_both_routes_equals_single_answers(cluster: Cluster, alone: dict[str, Answer]) -> None:
     prompts = PROMPTS[8:12]
     fields = {"max_tokens": ANSWER_TOKENS, "ignore_eos": True}
     requests = [{"prompt": prompt, "route": route, **fields} for prompt in prompts for route in ("weak", "strong")]
@@ -155,7 +157,7 @@ def test_both_routes_at_once_say_the_same(cluster: Cluster, alone: dict[str, Ans
 
 
 def tokens_of(outcomes: Sequence[Any]) -> list[tuple[int, ...]]:
-    """The answers' tokens; the errors among them are raised."""
+    """The tokens of the answers. Raises the first error among them."""
     for outcome in outcomes:
         if isinstance(outcome, BaseException):
             raise outcome

@@ -1,4 +1,4 @@
-"""Chains of shards say what the same stitched pair says in one process: families, cuts, chunks, crowds."""
+"""Chains of shards equal the stitched reference over model families, layer ranges, chunks, batches and preemption."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # Bottom shards and top shards.
 LAYOUTS: dict[str, tuple[Ranges, Ranges]] = {
     "two shards": ([BOTTOM], [TOP]),
-    "bottom in two": ([(0, 2), (2, 4)], [TOP]),
+    "two bottom shards": ([(0, 2), (2, 4)], [TOP]),
     "weak leaves before the second bottom shard": ([(0, 3), (3, 4)], [TOP]),
-    "strong joins behind the first top shard": ([BOTTOM], [(2, 3), (3, 4)]),
-    "both in two": ([(0, 1), (1, 4)], [(2, 3), (3, 4)]),
+    "strong joins after the first top shard": ([BOTTOM], [(2, 3), (3, 4)]),
+    "two bottom and two top shards": ([(0, 1), (1, 4)], [(2, 3), (3, 4)]),
 }
 PROMPT_TOKENS = 45
 ANSWER_TOKENS = 12
@@ -63,26 +63,26 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def greedy(model: StitchedReference, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
-    """What the reference would say at every position of the answer.
+    """The reference's greedy token at every position of the answer.
 
     One pass over prompt and answer; equal to the answer exactly if the reference generates that answer. Rows that
-    only pad the top's vocabulary stand for no token.
+    pad the top's vocabulary are excluded.
     """
     logits = model.logits([*prompt, *answer])[len(prompt) - 1 : -1, :TOKENS]
     return torch.argmax(logits, dim=1).tolist()
 
 
 CASES = [("llama", layout) for layout in LAYOUTS] + [
-    (family, "both in two") for family in FAMILIES if family != "llama"
+    (family, "two bottom and two top shards") for family in FAMILIES if family != "llama"
 ]
 
 
 async def differences(shards: Shards, references: Any, family: str, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """All prompts on both routes at once: the routes, with prompt and answer, where the reference says otherwise."""
-    asked = [(route, prompt) for prompt in prompts for route in CUTS]
-    answers = await asyncio.gather(*(shards.generate(prompt, route, ANSWER_TOKENS) for route, prompt in asked))
-    assert [len(answer) for answer in answers] == [ANSWER_TOKENS] * len(asked)
-    pairs = zip(asked, answers, strict=True)
+    """Generates for all prompts on both routes at once; returns a line for each answer unlike the reference."""
+    requests = [(route, prompt) for prompt in prompts for route in CUTS]
+    answers = await asyncio.gather(*(shards.generate(prompt, route, ANSWER_TOKENS) for route, prompt in requests))
+    assert [len(answer) for answer in answers] == [ANSWER_TOKENS] * len(requests)
+    pairs = zip(requests, answers, strict=True)
     wanted = [
         (route, prompt, answer, greedy(references(family, route), prompt, answer)) for (route, prompt), answer in pairs
     ]
@@ -90,13 +90,13 @@ async def differences(shards: Shards, references: Any, family: str, prompts: Seq
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
-async def test_every_chain_says_what_the_whole_says(family: str, layout: str, tmp_path: Path, references: Any) -> None:
+async def test_chain_equals_the_reference(family: str, layout: str, tmp_path: Path, references: Any) -> None:
     bottoms, tops = LAYOUTS[layout]
     file = write_tiny_cluster(
         tmp_path, family, bottoms=bottoms, tops=tops, model=FAMILIES[family], max_prefill_chunk=16
     )
     async with open_shards(file) as shards:
-        # Alone, then several sessions of both routes at once.
+        # One prompt, then several prompts on both routes at once.
         assert await differences(shards, references, family, [drawn_prompt(1)]) == []
         assert (
             await differences(shards, references, family, [drawn_prompt(seed, 10 * seed) for seed in (2, 3, 4)]) == []
@@ -104,29 +104,31 @@ async def test_every_chain_says_what_the_whole_says(family: str, layout: str, tm
 
 
 @pytest.mark.parametrize("max_prefill_chunk", [1, 7, 64])
-async def test_one_chunk_or_many_make_no_difference(max_prefill_chunk: int, tmp_path: Path, references: Any) -> None:
+async def test_answer_is_independent_of_the_prefill_chunk_size(
+    max_prefill_chunk: int, tmp_path: Path, references: Any
+) -> None:
     file = write_tiny_cluster(tmp_path, "llama", max_prefill_chunk=max_prefill_chunk)
     async with open_shards(file) as shards:
         assert await differences(shards, references, "llama", [drawn_prompt(5)]) == []
 
 
-async def test_a_seeded_answer_is_the_same_alone_and_in_a_crowd(tmp_path: Path) -> None:
+async def test_seeded_answer_is_the_same_alone_and_in_a_batch(tmp_path: Path) -> None:
     async with open_shards(write_tiny_cluster(tmp_path, bottoms=[(0, 2), (2, 4)], max_prefill_chunk=16)) as shards:
 
-        async def ask(seed: int) -> list[int]:
+        async def generate(seed: int) -> list[int]:
             route = ("weak", "strong")[seed % 2]
             chosen: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1, "seed": seed}
             return await shards.generate(drawn_prompt(seed), route, ANSWER_TOKENS, **chosen)
 
-        alone = [await ask(seed) for seed in range(6)]
-        assert await asyncio.gather(*map(ask, range(6))) == alone
+        alone = [await generate(seed) for seed in range(6)]
+        assert await asyncio.gather(*map(generate, range(6))) == alone
         assert len({tuple(answer) for answer in alone}) == 6
         # Sampled, not greedy.
         assert await shards.generate(drawn_prompt(0), "weak", ANSWER_TOKENS) != alone[0]
 
 
-async def test_a_reused_beginning_makes_no_difference(tmp_path: Path, references: Any) -> None:
-    bottoms, tops = LAYOUTS["both in two"]
+async def test_answer_with_reused_prefix_equals_the_reference(tmp_path: Path, references: Any) -> None:
+    bottoms, tops = LAYOUTS["two bottom and two top shards"]
     prompt = drawn_prompt(6)
     others = [prompt[:40] + drawn_prompt(7, 9), prompt[:16] + drawn_prompt(8, 30)]
     async with open_shards(write_tiny_cluster(tmp_path, bottoms=bottoms, tops=tops)) as shards:
@@ -140,27 +142,27 @@ async def test_a_reused_beginning_makes_no_difference(tmp_path: Path, references
             assert pool.reused_tokens == (2 + 2 + 1) * BLOCK_TOKENS * len(routes)
 
 
-async def test_sessions_that_lose_their_kv_go_on_as_before(tmp_path: Path, references: Any) -> None:
+async def test_preempted_sessions_equal_the_reference(tmp_path: Path, references: Any) -> None:
     # Three prompts fit at once, but not with their answers.
     async with open_shards(write_tiny_cluster(tmp_path, kv_tokens=10 * BLOCK_TOKENS)) as shards:
         assert await differences(shards, references, "llama", [drawn_prompt(9), drawn_prompt(10)]) == []
-        begun = shards.running["bottom-0"].shard.pool.queried_tokens
-        assert begun > 4 * 2 * BLOCK_TOKENS, "no session began anew"
+        queried = shards.running["bottom-0"].shard.pool.queried_tokens
+        assert queried > 4 * 2 * BLOCK_TOKENS, "no session was preempted"
         assert set(shards.kv_usage().values()) == {0.0}
 
 
-async def test_a_session_that_finds_no_room_behind_goes_on_as_before(tmp_path: Path, references: Any) -> None:
+async def test_session_refused_by_a_full_next_shard_equals_the_reference(tmp_path: Path, references: Any) -> None:
     file = write_tiny_cluster(tmp_path, kv_tokens=10 * BLOCK_TOKENS)
     prompts = [drawn_prompt(seed, BLOCK_TOKENS + 1) for seed in (11, 12)]
     async with open_shards(file) as shards:
         bottom, top = shards.address("bottom-0"), shards.address("top-0")
         async with open_link_peer(top, like=bottom) as other:
-            # Somebody else leaves two blocks: room for one of both sessions.
+            # Another upstream shard leaves two free blocks, enough for one of the two sessions.
             await other.shake_hands()
             step = opening_step(1, "weak", 8 * BLOCK_TOKENS, other.identity.bottom.hidden_size)
             assert len((await other.run_step(step)).tokens) == 1
             answers = await asyncio.gather(*(shards.generate(prompt, "weak", ANSWER_TOKENS) for prompt in prompts))
-        begun = shards.running["bottom-0"].shard.pool.queried_tokens
-        assert begun > len(prompts) * BLOCK_TOKENS, "no session began anew"
+        queried = shards.running["bottom-0"].shard.pool.queried_tokens
+        assert queried > len(prompts) * BLOCK_TOKENS, "no session was preempted"
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer == greedy(references("llama", "weak"), prompt, answer)

@@ -1,4 +1,4 @@
-"""Clusters of real processes, and programs that stand in for them. Knows no test."""
+"""Fixtures: shared clusters of real processes, and fake programs that replace the servers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`python -m stitch_server.cli` and `python -m router_gateway.cli` are stand-ins; the cache is the test's own."""
+    """Replaces `stitch_server.cli` and `router_gateway.cli` by fake programs, and gives the test its own cache."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("STITCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(installed(tmp_path / "programs"))
@@ -23,7 +23,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A tiny random pair on one bottom and one top shard. Leave it as you find it: all tests share it."""
+    """A tiny random pair on one bottom and one top shard, shared by all tests, which leave it running and idle."""
     from tests.support.tiny_cluster import write_tiny_cluster
 
     file = write_tiny_cluster(tmp_path_factory.mktemp("tiny-pair"))
@@ -33,6 +33,6 @@ def tiny_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def smollm2_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """The preset `smollm2` with its real weights; for tests with the marker `smollm2`. All of them share it."""
+    """The preset `smollm2` with its real weights, shared by the tests with the marker `smollm2`."""
     with running_cluster("smollm2", tmp_path_factory.mktemp("smollm2-run")) as cluster:
         yield cluster

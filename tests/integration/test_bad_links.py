@@ -1,4 +1,4 @@
-"""What no shard would send on a link is refused: the link ends, the process and everybody else go on."""
+"""Invalid frames on a link end the link or their session; the shard and all other sessions continue."""
 
 from __future__ import annotations
 
@@ -20,50 +20,50 @@ RELEASE_SECONDS = 10.0
 
 
 @pytest.fixture(autouse=True)
-async def unharmed(tiny_cluster: Cluster) -> AsyncIterator[None]:
-    """Both shards hold nothing and answer after every test."""
+async def healthy_cluster(tiny_cluster: Cluster) -> AsyncIterator[None]:
+    """After every test all processes run, answer a request and hold no KV."""
     yield
     answer = tiny_cluster.generate("stitch", route="weak", max_tokens=3, ignore_eos=True)
     assert answer.generated_tokens == 3
     assert [tiny_cluster.running(name) for name in tiny_cluster.names] == [True] * 3
-    # The end of that answer comes to the gateway before it comes to the top shard.
+    # The gateway receives the end of that answer before the top shard does.
     assert becomes_true(lambda: tiny_cluster.metric("top-0", "stitch_kv_cache_usage_ratio") == 0, RELEASE_SECONDS)
 
 
 @pytest.fixture
-async def stranger(tiny_cluster: Cluster) -> AsyncIterator[LinkPeer]:
-    """A link to the top shard that nobody has greeted yet."""
-    async with open_link_peer(tiny_cluster.address("top-0"), like=tiny_cluster.address("bottom-0")) as found:
-        yield found
+async def link(tiny_cluster: Cluster) -> AsyncIterator[LinkPeer]:
+    """A link to the top shard on which no hello has been sent."""
+    async with open_link_peer(tiny_cluster.address("top-0"), like=tiny_cluster.address("bottom-0")) as opened:
+        yield opened
 
 
 @pytest.fixture
-async def greeted(stranger: LinkPeer) -> LinkPeer:
-    welcome = await stranger.shake_hands()
+async def welcomed_link(link: LinkPeer) -> LinkPeer:
+    welcome = await link.shake_hands()
     assert welcome.identity.shard == "top-0"
-    return stranger
+    return link
 
 
-async def test_a_step_before_the_hello_is_refused(stranger: LinkPeer) -> None:
-    await stranger.send(step=opening_step(1, "weak", 3, WIDTH))
-    assert await stranger.refusal() == (
+async def test_step_before_hello_is_refused(link: LinkPeer) -> None:
+    await link.send(step=opening_step(1, "weak", 3, WIDTH))
+    assert await link.refusal() == (
         grpc.StatusCode.FAILED_PRECONDITION,
         "the first frame of a link must be a hello",
     )
 
 
-async def test_a_second_hello_is_refused(greeted: LinkPeer) -> None:
-    await greeted.send(hello=shard_pb2.Hello())
-    code, message = await greeted.refusal()
+async def test_second_hello_is_refused(welcomed_link: LinkPeer) -> None:
+    await welcomed_link.send(hello=shard_pb2.Hello())
+    code, message = await welcomed_link.refusal()
     assert (code, message) == (
         grpc.StatusCode.FAILED_PRECONDITION,
         "a frame of kind hello came in the middle of a link",
     )
 
 
-async def test_another_protocol_is_refused(stranger: LinkPeer) -> None:
+async def test_hello_with_other_protocol_version_is_refused(link: LinkPeer) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stranger.shake_hands(protocol_version=7)
+        await link.shake_hands(protocol_version=7)
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert caught.value.details() == "the protocol version of shard bottom-0 is 7, that of shard top-0 is 1"
 
@@ -76,28 +76,30 @@ async def test_another_protocol_is_refused(stranger: LinkPeer) -> None:
         ({"role": "top"}, ["the model of shard bottom-0 is", "of width 0, that of shard top-0 is top revision"]),
     ],
 )
-async def test_another_identity_is_refused(stranger: LinkPeer, change: dict[str, Any], sentences: list[str]) -> None:
-    stranger.identity.MergeFrom(shard_pb2.ShardIdentity(**change))
+async def test_hello_with_incompatible_identity_is_refused(
+    link: LinkPeer, change: dict[str, Any], sentences: list[str]
+) -> None:
+    link.identity.MergeFrom(shard_pb2.ShardIdentity(**change))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stranger.shake_hands()
+        await link.shake_hands()
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert all(sentence in (caught.value.details() or "") for sentence in sentences)
 
 
-async def test_a_bottom_model_that_the_stitch_was_not_made_for_is_refused(stranger: LinkPeer) -> None:
-    stranger.identity.bottom.revision = "0123456789abcdef"
+async def test_hello_with_bottom_model_other_than_the_stitch_is_for_is_refused(link: LinkPeer) -> None:
+    link.identity.bottom.revision = "0123456789abcdef"
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stranger.shake_hands()
+        await link.shake_hands()
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     message = caught.value.details() or ""
     assert message.startswith("the stitch from layer 3 to 2 is made for the bottom model bottom revision ")
     assert message.endswith(", not for bottom revision 0123456789abcdef")
 
 
-async def test_another_cut_of_a_route_is_refused(stranger: LinkPeer) -> None:
-    stranger.identity.routes[0].bottom_layers = 1
+async def test_hello_with_other_cut_point_of_a_route_is_refused(link: LinkPeer) -> None:
+    link.identity.routes[0].bottom_layers = 1
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stranger.shake_hands()
+        await link.shake_hands()
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert (
         caught.value.details()
@@ -106,7 +108,7 @@ async def test_another_cut_of_a_route_is_refused(stranger: LinkPeer) -> None:
 
 
 def with_hidden(step: Any, **changes: Any) -> Any:
-    """The step with other hidden states."""
+    """The step with changed fields of its hidden states."""
     for name, value in changes.items():
         setattr(step.hidden, name, value)
     return step
@@ -124,63 +126,63 @@ def with_hidden(step: Any, **changes: Any) -> Any:
         ({"scales": b"\0" * 12}, "hidden.scales is '12 bytes', but 3 tokens take 0"),
     ],
 )
-async def test_bytes_that_do_not_fit_their_shape_are_refused(
-    greeted: LinkPeer, changes: dict[str, Any], message: str
+async def test_hidden_states_that_do_not_fit_their_shape_are_refused(
+    welcomed_link: LinkPeer, changes: dict[str, Any], message: str
 ) -> None:
-    await greeted.send(step=with_hidden(opening_step(1, "weak", 3, WIDTH), **changes))
-    assert await greeted.refusal() == (grpc.StatusCode.INVALID_ARGUMENT, message)
+    await welcomed_link.send(step=with_hidden(opening_step(1, "weak", 3, WIDTH), **changes))
+    assert await welcomed_link.refusal() == (grpc.StatusCode.INVALID_ARGUMENT, message)
 
 
-async def test_a_step_that_announces_more_than_a_shard_takes_is_refused(greeted: LinkPeer) -> None:
+async def test_step_that_announces_too_many_tokens_is_refused(welcomed_link: LinkPeer) -> None:
     step = opening_step(1, "weak", 3, WIDTH)
     step.tokens_to_come = 4_000_000_000
-    await greeted.send(step=step)
-    code, message = await greeted.refusal()
+    await welcomed_link.send(step=step)
+    code, message = await welcomed_link.refusal()
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert message.startswith("step.hidden.tokens is 4000000003, but a step holds at most ")
 
 
-async def test_segments_that_do_not_fit_the_rows_are_refused(greeted: LinkPeer) -> None:
-    await greeted.send(step=opening_step(1, "weak", 3, WIDTH, length=2))
-    assert await greeted.refusal() == (
+async def test_segments_with_other_token_count_than_hidden_states_are_refused(welcomed_link: LinkPeer) -> None:
+    await welcomed_link.send(step=opening_step(1, "weak", 3, WIDTH, length=2))
+    assert await welcomed_link.refusal() == (
         grpc.StatusCode.INVALID_ARGUMENT,
         "step.segments is '2 tokens', but the step's hidden states are 3",
     )
 
 
-async def test_a_frame_of_no_kind_is_refused(greeted: LinkPeer) -> None:
-    await greeted.send()
-    code, message = await greeted.refusal()
+async def test_frame_without_kind_is_refused(welcomed_link: LinkPeer) -> None:
+    await welcomed_link.send()
+    code, message = await welcomed_link.refusal()
     assert (code, message) == (
         grpc.StatusCode.FAILED_PRECONDITION,
         "a frame of kind unknown came in the middle of a link",
     )
 
 
-@pytest.mark.parametrize("greeting", [True, False])
-async def test_bytes_that_are_no_frame_end_the_link(tiny_cluster: Cluster, stranger: LinkPeer, greeting: bool) -> None:
-    hello = shard_pb2.LinkRequest(hello=shard_pb2.Hello(protocol_version=1, identity=stranger.identity))
+@pytest.mark.parametrize("says_hello", [True, False])
+async def test_undecodable_bytes_end_the_link(tiny_cluster: Cluster, link: LinkPeer, says_hello: bool) -> None:
+    hello = shard_pb2.LinkRequest(hello=shard_pb2.Hello(protocol_version=1, identity=link.identity))
     async with open_channel(tiny_cluster.address("top-0")) as channel:
         raw: Any = channel.stream_stream("/stitch.v1.Shard/Link", None, None)
         call = raw()
-        if greeting:
+        if says_hello:
             await call.write(hello.SerializeToString())
             assert shard_pb2.LinkResponse.FromString(await call.read()).HasField("welcome")
         await call.write(b"\xff" * 64)
-        link = LinkPeer(call, stranger.identity)
-        code, message = await link.refusal()
+        raw_link = LinkPeer(call, link.identity)
+        code, message = await raw_link.refusal()
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert message.startswith("frame is ")
         assert message.endswith("but it must be a stitch.v1.LinkRequest")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-async def test_values_that_are_not_finite_end_their_session_alone(greeted: LinkPeer, value: float) -> None:
+async def test_non_finite_hidden_states_fail_only_their_session(welcomed_link: LinkPeer, value: float) -> None:
     step = opening_step(1, "weak", 3, WIDTH, value=value)
-    sound = opening_step(2, "weak", 3, WIDTH)
-    step.segments.extend(sound.segments)
+    finite = opening_step(2, "weak", 3, WIDTH)
+    step.segments.extend(finite.segments)
     step.hidden.CopyFrom(hidden_states([value] * 3 * WIDTH + [0.5] * 3 * WIDTH, 6))
-    reply = await greeted.run_step(step)
+    reply = await welcomed_link.run_step(step)
     assert [(one.session, one.cause) for one in reply.failures] == [(1, shard_pb2.FAILURE_CAUSE_PRECONDITION)]
     assert reply.failures[0].message == "hidden states of session 1 at position 0 are not finite"
     assert [(one.session, one.token.position) for one in reply.tokens] == [(2, 3)]
@@ -194,32 +196,34 @@ async def test_values_that_are_not_finite_end_their_session_alone(greeted: LinkP
         ({"session": 9, "position": 3}, "session 9 is not open here"),
     ],
 )
-async def test_a_wrong_position_ends_its_session_alone(
-    greeted: LinkPeer, changes: dict[str, Any], message: str
+async def test_wrong_position_fails_only_its_session(
+    welcomed_link: LinkPeer, changes: dict[str, Any], message: str
 ) -> None:
-    assert len((await greeted.run_step(opening_step(1, "weak", 3, WIDTH))).tokens) == 1
-    assert len((await greeted.run_step(opening_step(2, "strong", 2, WIDTH))).tokens) == 1
-    lost = shard_pb2.Step(
+    assert len((await welcomed_link.run_step(opening_step(1, "weak", 3, WIDTH))).tokens) == 1
+    assert len((await welcomed_link.run_step(opening_step(2, "strong", 2, WIDTH))).tokens) == 1
+    misplaced = shard_pb2.Step(
         step=3,
         segments=[shard_pb2.Segment(**{"session": 1, "length": 1, "wants_token": True, **changes})],
         hidden=hidden_states([0.5] * WIDTH, 1),
     )
-    failures = (await greeted.run_step(lost)).failures
+    failures = (await welcomed_link.run_step(misplaced)).failures
     assert [(one.cause, one.message) for one in failures] == [(shard_pb2.FAILURE_CAUSE_PRECONDITION, message)]
-    going_on = shard_pb2.Segment(session=2, position=2, length=1, wants_token=True)
-    reply = await greeted.run_step(shard_pb2.Step(step=4, segments=[going_on], hidden=hidden_states([0.5] * WIDTH, 1)))
+    continued = shard_pb2.Segment(session=2, position=2, length=1, wants_token=True)
+    reply = await welcomed_link.run_step(
+        shard_pb2.Step(step=4, segments=[continued], hidden=hidden_states([0.5] * WIDTH, 1))
+    )
     assert [(one.session, one.token.position) for one in reply.tokens] == [(2, 3)]
 
 
-async def test_a_session_must_name_the_shards_behind_it(greeted: LinkPeer) -> None:
+async def test_session_with_wrong_chain_length_fails(welcomed_link: LinkPeer) -> None:
     step = opening_step(1, "weak", 3, WIDTH)
     step.segments[0].new_session.chain.append("127.0.0.1:1")
-    failures = (await greeted.run_step(step)).failures
+    failures = (await welcomed_link.run_step(step)).failures
     assert [one.cause for one in failures] == [shard_pb2.FAILURE_CAUSE_PRECONDITION]
     assert failures[0].message == "the session names 1 shards after this one, which is the last of its chain"
 
 
-async def test_no_shard_stands_before_the_first(tiny_cluster: Cluster) -> None:
+async def test_first_shard_refuses_an_upstream_link(tiny_cluster: Cluster) -> None:
     bottom = tiny_cluster.address("bottom-0")
     async with open_link_peer(bottom, like=bottom) as link:
         with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -1,4 +1,4 @@
-"""Requests that can't be met are refused with field, value and limit; nothing is allocated, nobody is disturbed."""
+"""Invalid requests are refused with field, value and limit, allocate nothing, and affect no other request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.processes import Cluster
 from tests.support.tiny_model import CONTEXT_LENGTH, TOKENS
 
 MEGABYTE = 1 << 20
-# Fields of the request, the field at fault, its value as the message shows it, and its limit.
+# Fields of the request, the invalid field, its value as the message shows it, and its limit.
 REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
     ({"prompt": ""}, "prompt", "''", "it must not be empty"),
     ({"messages": []}, "chat.messages", "empty", "a conversation has at least one"),
@@ -33,12 +33,12 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
 
 
 def refused(cluster: Cluster) -> float:
-    """Requests that the gateway has refused so far."""
+    """The number of requests that the gateway has refused."""
     return cluster.metric("gateway", "stitch_request_duration_seconds_count", outcome="invalid")
 
 
 @pytest.mark.parametrize(("fields", "field", "value", "limit"), REFUSED, ids=[f"{row[1]}={row[2]}" for row in REFUSED])
-def test_a_refusal_names_field_value_and_limit(
+def test_invalid_request_is_refused_with_field_value_and_limit(
     tiny_cluster: Cluster, fields: dict[str, Any], field: str, value: str, limit: str
 ) -> None:
     before = refused(tiny_cluster)
@@ -63,9 +63,7 @@ def test_a_refusal_names_field_value_and_limit(
         (b"\x0a\x7fx", "request", "request is 3 bytes, but they are no stitch.v1.GenerateRequest"),
     ],
 )
-def test_bytes_that_are_no_request_are_refused(
-    tiny_cluster: Cluster, request_bytes: bytes, field: str, message: str
-) -> None:
+def test_undecodable_request_is_refused(tiny_cluster: Cluster, request_bytes: bytes, field: str, message: str) -> None:
     with grpc.insecure_channel(tiny_cluster.gateway) as channel, pytest.raises(grpc.RpcError) as caught:
         list(channel.unary_stream("/stitch.v1.Inference/Generate", None, None)(request_bytes))
     error = from_rpc_error(caught.value)
@@ -73,7 +71,7 @@ def test_bytes_that_are_no_request_are_refused(
     assert (error.field, str(error)) == (field, message)
 
 
-def test_a_refused_request_of_a_batch_disturbs_no_other(tiny_cluster: Cluster) -> None:
+def test_invalid_request_of_a_batch_fails_alone(tiny_cluster: Cluster) -> None:
     requests = [{"prompt": "stitch", "max_tokens": 4, "ignore_eos": True}, {"prompt": "stitch", "top_p": 2.0}]
     answer, error = tiny_cluster.client.batch(requests)
     assert not isinstance(answer, Exception)
@@ -98,7 +96,9 @@ def test_a_refused_request_of_a_batch_disturbs_no_other(tiny_cluster: Cluster) -
         ),
     ],
 )
-def test_a_shard_trusts_no_gateway(tiny_cluster: Cluster, changes: dict[str, Any], field: str, message: str) -> None:
+def test_shard_refuses_invalid_request_of_a_gateway(
+    tiny_cluster: Cluster, changes: dict[str, Any], field: str, message: str
+) -> None:
     whole: dict[str, Any] = {"token_ids": [1], "prompt_tokens": 1, "route": "weak", "chain": ["127.0.0.1:1"]}
     request = shard_pb2.ShardGenerateRequest(**{**whole, **changes})
     with grpc.insecure_channel(tiny_cluster.address("bottom-0")) as channel, pytest.raises(grpc.RpcError) as caught:
@@ -108,7 +108,7 @@ def test_a_shard_trusts_no_gateway(tiny_cluster: Cluster, changes: dict[str, Any
     assert (error.field, str(error)) == (field, message)
 
 
-def test_no_chain_begins_behind_the_first_shard(tiny_cluster: Cluster) -> None:
+def test_later_shard_refuses_to_start_a_chain(tiny_cluster: Cluster) -> None:
     request = shard_pb2.ShardGenerateRequest(token_ids=[1], prompt_tokens=1, route="weak", chain=["127.0.0.1:1"])
     with grpc.insecure_channel(tiny_cluster.address("top-0")) as channel, pytest.raises(grpc.RpcError) as caught:
         list(shard_pb2_grpc.ShardStub(channel).Generate(request))
@@ -116,7 +116,7 @@ def test_no_chain_begins_behind_the_first_shard(tiny_cluster: Cluster) -> None:
     assert caught.value.details() == "shard top-0 holds top layers without the embedding: no chain begins here"
 
 
-def test_text_at_the_edge_of_the_context_is_answered(tiny_cluster: Cluster) -> None:
+def test_prompt_that_almost_fills_the_context_is_answered(tiny_cluster: Cluster) -> None:
     with Client(tiny_cluster.gateway) as client:
         answer = client.generate("é" * (CONTEXT_LENGTH // 2 - 1), route="weak", max_tokens=100, ignore_eos=True)
     assert (answer.prompt_tokens, answer.generated_tokens, answer.finish_reason) == (CONTEXT_LENGTH - 2, 2, "length")

@@ -1,4 +1,4 @@
-"""A shard drains under 16 streams while a replica serves: its sessions end there, and new ones go elsewhere."""
+"""A shard drains under 16 streams: its own sessions finish there, and new ones go to its replica."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.waiting import becomes_true
 STREAMS = 16
 ANSWER_TOKENS = 200
 START_SECONDS = 60.0
-# The limit of `--drain-seconds`: a shard that ends by itself ends earlier, by far.
+# The limit of `--drain-seconds`; a shard whose sessions finish exits much earlier.
 DRAIN_SECONDS = 30.0
 
 
@@ -32,13 +32,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def fields(stream: int) -> dict[str, Any]:
-    """The request of one stream; every stream samples with a seed of its own."""
+    """The request of one stream; every stream has its own seed."""
     route = ("weak", "strong")[stream % 2]
     return {"route": route, "max_tokens": ANSWER_TOKENS, "ignore_eos": True, "temperature": 0.7, "seed": stream}
 
 
 class Streams:
-    """Clients that ask the gateway again and again, each for the same answer."""
+    """Clients that each repeat one request until they are stopped."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -46,8 +46,8 @@ class Streams:
         self.expected = [cluster.generate("stitch", **fields(stream)).token_ids for stream in range(STREAMS)]
         self.answers: list[list[tuple[int, ...]]] = [[] for _ in range(STREAMS)]
 
-    def ask(self, stream: int) -> None:
-        """Raises what the client raises: an answer that is cut ends the test."""
+    def repeat_request(self, stream: int) -> None:
+        """Raises the client's errors, so that an interrupted answer fails the test."""
         with Client(self._cluster.gateway) as client:
             while not self._stopping.is_set():
                 self.answers[stream].append(tuple(client.generate("stitch", **fields(stream)).token_ids))
@@ -56,8 +56,8 @@ class Streams:
         self._stopping.set()
 
 
-def sessions_until_the_end(cluster: Cluster, name: str) -> list[int]:
-    """The running sessions of a shard, again and again, until its process has ended."""
+def running_sessions_until_exit(cluster: Cluster, name: str) -> list[int]:
+    """Samples of the number of running sessions of a shard until its process has ended."""
     found = []
     while cluster.running(name):
         try:
@@ -68,20 +68,20 @@ def sessions_until_the_end(cluster: Cluster, name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["top-0", "bottom-0"])
-def test_draining_shard_ends_its_sessions_and_gets_no_new_one(cluster: Cluster, name: str) -> None:
+def test_draining_shard_finishes_its_sessions_and_gets_no_new_ones(cluster: Cluster, name: str) -> None:
     streams = Streams(cluster)
     replays = cluster.metric(GATEWAY, "stitch_replays_total")
     with ThreadPoolExecutor(STREAMS) as threads:
-        asking = [threads.submit(streams.ask, stream) for stream in range(STREAMS)]
+        clients = [threads.submit(streams.repeat_request, stream) for stream in range(STREAMS)]
         try:
             running = lambda: cluster.metric(name, "stitch_sessions_running") >= STREAMS // 4  # noqa: E731
             assert becomes_true(running, START_SECONDS)
             cluster.signal(name, signal.SIGTERM)
-            running_sessions = sessions_until_the_end(cluster, name)
+            running_sessions = running_sessions_until_exit(cluster, name)
             assert cluster.wait_for_end(name, DRAIN_SECONDS / 2) == 0
         finally:
             streams.stop()
-        for done in asking:
+        for done in clients:
             done.result()
     # The first sample may be older than the signal's arrival.
     assert running_sessions[1:] == sorted(running_sessions[1:], reverse=True)

@@ -1,4 +1,4 @@
-"""The histogram of the time to the first token counts exactly the answers that had text."""
+"""The TTFT histogram counts exactly the answers that had text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PROMPT = "stitch"
 
 
 def counted(cluster: Cluster) -> dict[str, float]:
-    """Times to the first token so far, by route."""
+    """The number of recorded TTFTs by route."""
     return {route: cluster.metric(GATEWAY, COUNT, route=route) for route in ("weak", "strong")}
 
 
-def test_every_answer_with_text_counts_once(tiny_cluster: Cluster) -> None:
+def test_ttft_histogram_counts_each_answer_with_text_once(tiny_cluster: Cluster) -> None:
     before, by_prompt = counted(tiny_cluster), tiny_cluster.metric(GATEWAY, BY_PROMPT)
     for route, number in (("weak", 2), ("strong", 3)):
         for _ in range(number):
@@ -30,7 +30,7 @@ def test_every_answer_with_text_counts_once(tiny_cluster: Cluster) -> None:
     assert tiny_cluster.metric(GATEWAY, BY_PROMPT) == by_prompt + 9
 
 
-def test_an_answer_without_text_has_no_time(tiny_cluster: Cluster) -> None:
+def test_ttft_histogram_skips_answer_without_text(tiny_cluster: Cluster) -> None:
     text = tiny_cluster.generate(PROMPT, route="weak", max_tokens=12, ignore_eos=True).text
     before = counted(tiny_cluster)
     stopped = tiny_cluster.generate(PROMPT, route="weak", max_tokens=12, ignore_eos=True, stop=text[0])
@@ -38,7 +38,7 @@ def test_an_answer_without_text_has_no_time(tiny_cluster: Cluster) -> None:
     assert counted(tiny_cluster) == before
 
 
-def test_what_was_refused_has_no_time(tiny_cluster: Cluster) -> None:
+def test_ttft_histogram_skips_refused_request_and_route_query(tiny_cluster: Cluster) -> None:
     before = counted(tiny_cluster)
     with pytest.raises(InvalidRequest):
         tiny_cluster.generate("", route="weak")
@@ -46,7 +46,7 @@ def test_what_was_refused_has_no_time(tiny_cluster: Cluster) -> None:
     assert counted(tiny_cluster) == before
 
 
-def test_the_time_that_is_told_is_the_time_that_is_counted(tiny_cluster: Cluster) -> None:
+def test_ttft_histogram_records_the_ttft_of_the_answer(tiny_cluster: Cluster) -> None:
     name = "stitch_time_to_first_token_seconds_sum"
     before = tiny_cluster.metric(GATEWAY, name, route="strong")
     answer = tiny_cluster.generate(PROMPT, route="strong", max_tokens=12, ignore_eos=True)

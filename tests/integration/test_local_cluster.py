@@ -1,4 +1,4 @@
-"""A cluster of stand-in programs comes up and goes down. Knows no model."""
+"""`LocalCluster` starts, watches and stops fake programs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ignore(name: str, seconds: float) -> None:
     pass
 
 
-def test_a_cluster_comes_up_answers_and_goes_down() -> None:
+def test_local_cluster_starts_answers_and_stops() -> None:
     cluster = local()
     served: list[str] = []
     cluster.start_all(lambda name, seconds: served.append(name), START_SECONDS)
@@ -43,7 +43,7 @@ def test_a_cluster_comes_up_answers_and_goes_down() -> None:
     assert not serves(cluster.gateway)
 
 
-def test_a_later_command_finds_and_stops_it() -> None:
+def test_attached_cluster_can_be_stopped() -> None:
     cluster = local()
     cluster.start_all(ignore, START_SECONDS)
     later = attached(run_folder("smollm2"))
@@ -53,7 +53,7 @@ def test_a_later_command_finds_and_stops_it() -> None:
     assert running_clusters() == []
 
 
-def test_a_cluster_that_runs_is_not_started_twice() -> None:
+def test_running_cluster_is_not_prepared_again() -> None:
     cluster = local()
     cluster.start_all(ignore, START_SECONDS)
     try:
@@ -64,14 +64,14 @@ def test_a_cluster_that_runs_is_not_started_twice() -> None:
         cluster.stop()
 
 
-def test_stale_state_is_no_hindrance() -> None:
+def test_stale_run_folder_does_not_prevent_a_start() -> None:
     cluster = local()
     cluster.folder.record([LocalProcess(GATEWAY, pid=2**22 + 1, start_seconds=1.0)])
     local().start_all(ignore, START_SECONDS)
     attached(run_folder("smollm2")).stop()
 
 
-def test_a_process_that_ends_early_is_reported_with_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_exit_is_reported_with_last_log_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DYING, "top-0")
     cluster = local()
     with pytest.raises(Unavailable, match="top-0 has ended with exit code 3") as caught:
@@ -81,14 +81,14 @@ def test_a_process_that_ends_early_is_reported_with_its_last_words(monkeypatch: 
     assert running_clusters() == []
 
 
-def test_a_process_that_never_serves_is_named() -> None:
+def test_start_timeout_names_the_processes_that_do_not_serve() -> None:
     cluster = local()
     with pytest.raises(Unavailable, match=r"bottom-0, top-0, gateway did not serve within 0 s; their logs end:"):
         cluster.start_all(ignore, timeout_seconds=0)
     assert running_clusters() == []
 
 
-def test_processes_that_do_not_serve_yet_are_reported_with_the_last_line_of_their_log(
+def test_slow_start_is_reported_with_last_log_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(LOADING, "top-0")
@@ -106,7 +106,7 @@ def test_processes_that_do_not_serve_yet_are_reported_with_the_last_line_of_thei
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
-def test_a_cluster_comes_up_where_a_proxy_is_set(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+def test_local_cluster_starts_with_a_proxy_in_the_environment(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     for name in ("no_proxy", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "http://127.0.0.1:1")
@@ -119,7 +119,7 @@ def test_a_cluster_comes_up_where_a_proxy_is_set(monkeypatch: pytest.MonkeyPatch
         cluster.stop()
 
 
-def test_one_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(STUBBORN, "bottom-0")
     cluster = local()
     cluster.start_all(ignore, START_SECONDS)
@@ -129,7 +129,7 @@ def test_one_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> 
     assert "not now" in cluster.folder.last_lines("bottom-0")
 
 
-def test_one_process_can_be_killed_and_started_again() -> None:
+def test_killed_process_can_be_started_again() -> None:
     cluster = local()
     cluster.start_all(ignore, START_SECONDS)
     try:
@@ -148,14 +148,14 @@ def test_one_process_can_be_killed_and_started_again() -> None:
         cluster.stop()
 
 
-def test_every_process_has_an_address_and_a_metrics_port() -> None:
+def test_every_process_has_its_own_address_and_metrics_port() -> None:
     cluster = local()
     addresses = {cluster.address(name) for name in cluster.names}
     assert len(addresses) == 3
     assert len({cluster.metrics_port(name) for name in cluster.names} - {0}) == 3
 
 
-def test_every_distinct_model_is_imported_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_each_distinct_model_is_imported_once(capfd: pytest.CaptureFixture[str]) -> None:
     preset = load_cluster("smollm2")
     other = preset.models.top.model_copy(update={"id": "org/other", "source": "other"})
     found: list[tuple[str, str]] = []
@@ -168,7 +168,7 @@ def test_every_distinct_model_is_imported_once(capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr().err.splitlines()[-1] == "importing other"
 
 
-def test_a_model_that_cannot_be_had_is_named() -> None:
+def test_failed_import_names_the_model() -> None:
     preset = load_cluster("smollm2")
     nowhere = preset.models.top.model_copy(update={"source": "nowhere"})
     models = preset.models.model_copy(update={"bottom": nowhere, "top": nowhere})

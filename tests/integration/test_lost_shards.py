@@ -1,4 +1,4 @@
-"""A shard dies or stops in the middle of an answer. One pair on one bottom and two equal top shards."""
+"""Shards that are killed or stopped during an answer, in a cluster of one bottom shard and two top replicas."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster) -> Answer:
-    """The answer without a fault."""
+def expected_answer(cluster: Cluster) -> Answer:
+    """The answer of the same request without a fault."""
     return cluster.generate("stitch", **FIELDS)
 
 
 @pytest.fixture(autouse=True)
-def repaired(cluster: Cluster) -> Iterator[None]:
-    """Every process runs again after each test."""
+def restarted_processes(cluster: Cluster) -> Iterator[None]:
+    """Restarts every ended process after each test."""
     yield
     for name in cluster.names:
         if not cluster.running(name):
@@ -49,14 +49,14 @@ def repaired(cluster: Cluster) -> Iterator[None]:
 
 
 @pytest.fixture
-def listening(cluster: Cluster, undisturbed: Answer) -> Iterator[Listening]:
-    """A client in the middle of an answer."""
+def running_answer(cluster: Cluster, expected_answer: Answer) -> Iterator[RunningAnswer]:
+    """An answer that is being generated."""
     with Client(cluster.gateway) as client:
-        yield Listening(client)
+        yield RunningAnswer(client)
 
 
-class Listening:
-    """An answer of which the first text has come."""
+class RunningAnswer:
+    """An answer whose first text has arrived."""
 
     def __init__(self, client: Client) -> None:
         self._stream = client.stream("stitch", **FIELDS)
@@ -65,70 +65,74 @@ class Listening:
             pass
 
     def answer(self) -> Answer:
-        """Reads the rest."""
+        """Reads the stream to its end, and returns the answer."""
         for _ in self._events:
             pass
         return self._stream.answer
 
 
-def busy(cluster: Cluster) -> list[str]:
+def busy_top_shards(cluster: Cluster) -> list[str]:
     """The top shards that hold a session."""
     return [name for name in TOPS if cluster.metric(name, "stitch_kv_cache_usage_ratio") > 0]
 
 
-def idle(cluster: Cluster) -> bool:
+def is_idle(cluster: Cluster) -> bool:
     names = ("bottom-0", *TOPS)
     return all(cluster.metric(name, "stitch_kv_cache_usage_ratio") == 0 for name in names if cluster.running(name))
 
 
-def test_with_a_replica_the_text_is_the_same(cluster: Cluster, undisturbed: Answer, listening: Listening) -> None:
+def test_killed_shard_with_replica_leaves_text_unchanged(
+    cluster: Cluster, expected_answer: Answer, running_answer: RunningAnswer
+) -> None:
     before = cluster.metric(GATEWAY, "stitch_replays_total")
-    (used,) = busy(cluster)
+    (used,) = busy_top_shards(cluster)
     cluster.kill(used)
-    answer = listening.answer()
-    assert (answer.text, answer.token_ids) == (undisturbed.text, undisturbed.token_ids)
+    answer = running_answer.answer()
+    assert (answer.text, answer.token_ids) == (expected_answer.text, expected_answer.token_ids)
     assert cluster.metric(GATEWAY, "stitch_replays_total") == before + 1
-    assert becomes_true(lambda: idle(cluster), RECOVERY_SECONDS)
+    assert becomes_true(lambda: is_idle(cluster), RECOVERY_SECONDS)
 
 
-def test_without_a_replica_the_client_hears_how_far_it_came(
-    cluster: Cluster, undisturbed: Answer, listening: Listening
+def test_killed_shard_without_replica_reports_generated_tokens(
+    cluster: Cluster, expected_answer: Answer, running_answer: RunningAnswer
 ) -> None:
     for name in TOPS:
         cluster.kill(name)
     with pytest.raises(Unavailable, match="no chain of route weak can continue") as caught:
-        listening.answer()
+        running_answer.answer()
     assert 0 < caught.value.generated_tokens < ANSWER_TOKENS
     assert f"after {caught.value.generated_tokens} tokens" in str(caught.value)
-    assert becomes_true(lambda: idle(cluster), RECOVERY_SECONDS)
+    assert becomes_true(lambda: is_idle(cluster), RECOVERY_SECONDS)
     with pytest.raises(Unavailable):
         cluster.generate("stitch", **FIELDS)
     cluster.restart("top-0")
-    assert cluster.generate("stitch", **FIELDS).token_ids == undisturbed.token_ids
+    assert cluster.generate("stitch", **FIELDS).token_ids == expected_answer.token_ids
 
 
-def test_the_gateway_recovers_when_the_first_shard_returns(
-    cluster: Cluster, undisturbed: Answer, listening: Listening
+def test_gateway_serves_again_after_the_first_shard_restarts(
+    cluster: Cluster, expected_answer: Answer, running_answer: RunningAnswer
 ) -> None:
     cluster.kill("bottom-0")
     with pytest.raises(Unavailable, match="no chain of route weak can continue"):
-        listening.answer()
-    assert becomes_true(lambda: idle(cluster), RECOVERY_SECONDS)
+        running_answer.answer()
+    assert becomes_true(lambda: is_idle(cluster), RECOVERY_SECONDS)
     cluster.restart("bottom-0")
-    assert cluster.generate("stitch", **FIELDS).token_ids == undisturbed.token_ids
+    assert cluster.generate("stitch", **FIELDS).token_ids == expected_answer.token_ids
 
 
 @pytest.mark.parametrize("name", ["bottom-0", GATEWAY])
-def test_sigterm_lets_running_answers_finish(
-    cluster: Cluster, undisturbed: Answer, listening: Listening, name: str
+def test_sigterm_finishes_running_answers(
+    cluster: Cluster, expected_answer: Answer, running_answer: RunningAnswer, name: str
 ) -> None:
     cluster.signal(name, signal.SIGTERM)
-    assert listening.answer().token_ids == undisturbed.token_ids
+    assert running_answer.answer().token_ids == expected_answer.token_ids
     assert cluster.wait_for_end(name) == 0
 
 
-def test_sigterm_to_a_top_shard_disturbs_no_answer(cluster: Cluster, undisturbed: Answer, listening: Listening) -> None:
-    (used,) = busy(cluster)
+def test_sigterm_to_a_top_shard_finishes_running_answers(
+    cluster: Cluster, expected_answer: Answer, running_answer: RunningAnswer
+) -> None:
+    (used,) = busy_top_shards(cluster)
     cluster.signal(used, signal.SIGTERM)
-    assert listening.answer().token_ids == undisturbed.token_ids
+    assert running_answer.answer().token_ids == expected_answer.token_ids
     assert cluster.wait_for_end(used) == 0

@@ -1,4 +1,4 @@
-"""Models, stitches and tokenizers that do not belong together are refused, with both sides named."""
+"""Incompatible models, stitches and tokenizers are refused with an error that names both sides."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def other_stitch(folder: Path, bottom: Path, top: Path, cut: tuple[int, int] = C
 
 
 def change_tokenizer(model: Path) -> None:
-    """Two tokens change places."""
+    """Swaps the ids of two tokens."""
     file = model / "tokenizer.json"
     fields = json.loads(file.read_text())
     ids = fields["model"]["vocab"]
@@ -39,7 +39,7 @@ def change_tokenizer(model: Path) -> None:
     file.write_text(json.dumps(fields))
 
 
-def test_a_shard_does_not_start_with_a_stitch_for_another_top_model(tmp_path: Path) -> None:
+def test_shard_does_not_start_with_stitch_for_another_top_model(tmp_path: Path) -> None:
     file = write_tiny_cluster(tmp_path)
     another = write_tiny_model(tmp_path / "another", seed=9, padding_rows=8)
     other_stitch(tmp_path, tmp_path / "bottom", another)
@@ -49,34 +49,34 @@ def test_a_shard_does_not_start_with_a_stitch_for_another_top_model(tmp_path: Pa
     assert ", not for top revision " in message
 
 
-async def objection(cluster_file: Path) -> str:
-    """Why a shard of the cluster is not loaded."""
+async def load_error(cluster_file: Path) -> str:
+    """The error with which a shard of the cluster fails to load."""
     with pytest.raises(Incompatible) as caught:
         async with open_shards(cluster_file):
             pass
     return str(caught.value)
 
 
-async def test_a_stitch_for_another_cut_is_refused(tmp_path: Path) -> None:
+async def test_stitch_for_another_cut_point_is_refused(tmp_path: Path) -> None:
     file = write_tiny_cluster(tmp_path)
     other_stitch(tmp_path, tmp_path / "bottom", tmp_path / "top", CUTS["strong"])
-    assert await objection(file) == "the stitch from layer 4 to 3 can't serve a cut from layer 3 to 2"
+    assert await load_error(file) == "the stitch from layer 4 to 3 can't serve a cut from layer 3 to 2"
 
 
-async def test_a_stitch_for_another_tokenizer_is_refused(tmp_path: Path) -> None:
+async def test_stitch_for_another_tokenizer_is_refused(tmp_path: Path) -> None:
     file = write_tiny_cluster(tmp_path)
     change_tokenizer(tmp_path / "top")
-    assert (await objection(file)).startswith("the stitch from layer 3 to 2 is for tokenizer ")
+    assert (await load_error(file)).startswith("the stitch from layer 3 to 2 is for tokenizer ")
 
 
-async def test_a_file_that_is_no_stitch_is_refused(tmp_path: Path) -> None:
+async def test_file_that_is_no_stitch_is_refused(tmp_path: Path) -> None:
     file = write_tiny_cluster(tmp_path)
     (tmp_path / "stitch.safetensors").write_bytes(b"\0" * 64)
-    assert (await objection(file)).startswith(f"{tmp_path}/stitch.safetensors is no stitch: ")
+    assert (await load_error(file)).startswith(f"{tmp_path}/stitch.safetensors is no stitch: ")
 
 
-async def refusal(cluster_file: Path) -> tuple[grpc.StatusCode, str]:
-    """How a session ends whose two shards refuse each other."""
+async def session_error(cluster_file: Path) -> tuple[grpc.StatusCode, str]:
+    """The status of a session whose two shards refuse each other."""
     async with open_shards(cluster_file) as shards:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await shards.generate([1, 2, 3], "weak", 2)
@@ -84,20 +84,20 @@ async def refusal(cluster_file: Path) -> tuple[grpc.StatusCode, str]:
     return caught.value.code(), caught.value.details() or ""
 
 
-async def test_two_tokenizers_that_differ_are_refused_at_the_handshake(tmp_path: Path) -> None:
+async def test_handshake_refuses_different_tokenizers(tmp_path: Path) -> None:
     file = write_tiny_cluster(tmp_path)
     change_tokenizer(tmp_path / "bottom")
-    code, message = await refusal(file)
+    code, message = await session_error(file)
     assert code is grpc.StatusCode.FAILED_PRECONDITION
     assert message.startswith("the tokenizer of shard bottom-0 is ")
     assert ", that of shard top-0 is " in message
 
 
-async def test_a_stitch_for_another_bottom_model_is_refused_at_the_handshake(tmp_path: Path) -> None:
+async def test_handshake_refuses_stitch_for_another_bottom_model(tmp_path: Path) -> None:
     file = write_tiny_cluster(tmp_path)
     another = write_tiny_model(tmp_path / "another", layers=5, hidden_size=48, heads=6, seed=9)
     other_stitch(tmp_path, another, tmp_path / "top")
-    code, message = await refusal(file)
+    code, message = await session_error(file)
     assert code is grpc.StatusCode.FAILED_PRECONDITION
     assert message.startswith("the stitch from layer 3 to 2 is made for the bottom model another revision ")
     assert ", not for bottom revision " in message

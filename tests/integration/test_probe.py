@@ -1,4 +1,4 @@
-"""A cluster of real processes whose first shard decides routes."""
+"""A cluster of real processes whose first shard decides routes with a probe."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
-def test_the_probe_s_route_is_that_of_the_answer(cluster: Cluster) -> None:
+def test_probe_route_gives_the_same_answer_as_the_named_route(cluster: Cluster) -> None:
     routes = set()
     for prompt in PROMPTS:
-        judged = cluster.generate(prompt, max_tokens=6, ignore_eos=True)
-        named = cluster.generate(prompt, route=judged.route, max_tokens=6, ignore_eos=True)
-        assert judged.token_ids == named.token_ids
-        assert judged.reason.startswith("probe ")
-        routes.add(judged.route)
+        decided = cluster.generate(prompt, max_tokens=6, ignore_eos=True)
+        named = cluster.generate(prompt, route=decided.route, max_tokens=6, ignore_eos=True)
+        assert decided.token_ids == named.token_ids
+        assert decided.reason.startswith("probe ")
+        routes.add(decided.route)
     counts = [cluster.metric("gateway", "stitch_routed_total", route=route, reason="probe") for route in routes]
     assert sum(counts) == len(PROMPTS)
 
 
-def test_a_judgement_is_the_same_without_an_answer(cluster: Cluster) -> None:
+def test_route_query_equals_the_decision_of_the_answer(cluster: Cluster) -> None:
     for prompt in PROMPTS[:3]:
         answer = cluster.generate(prompt, max_tokens=1)
-        said = cluster.client.route(prompt)
-        assert (said.route, said.reason) == (answer.route, answer.reason)
+        query = cluster.client.route(prompt)
+        assert (query.route, query.reason) == (answer.route, answer.reason)
 
 
-def test_an_answer_outlives_the_shard_that_judged(cluster: Cluster) -> None:
+def test_killed_first_shard_with_replica_leaves_answer_unchanged(cluster: Cluster) -> None:
     prompt = PROMPTS[1]
     wanted = cluster.generate(prompt, max_tokens=8, ignore_eos=True)
     cluster.kill("bottom-0")
@@ -50,7 +50,7 @@ def test_an_answer_outlives_the_shard_that_judged(cluster: Cluster) -> None:
     cluster.restart("bottom-0")
 
 
-def test_a_probe_of_another_cut_keeps_its_shard_from_starting(tmp_path: Path) -> None:
+def test_shard_does_not_start_with_probe_for_another_cut(tmp_path: Path) -> None:
     file = with_tiny_probe(write_tiny_cluster(tmp_path))
     fields = json.loads(file.read_text())
     # Both routes leave after layer 4 now.

@@ -1,4 +1,4 @@
-"""The real pair, Qwen2.5-Coder 1.5B under 0.5B, through a stitch that is fitted here on a few tokens."""
+"""The real pair Qwen2.5-Coder 1.5B and 0.5B, joined by a stitch that this test fits on a few tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"the weights are not there: {', '.join(MISSING)}"),
 ]
 
-# Late in both models, where a stitch of few tokens does best.
+# Late in both models, where a stitch that is fitted on few tokens has the lowest loss.
 BOTTOM_LAYERS, TOP_FROM = 24, 17
 FITTED_TOKENS, HELD_OUT_TOKENS = 4_096, 512
 
@@ -57,7 +57,7 @@ def write_cluster(folder: Path) -> Path:
 
 
 def write_text(folder: Path) -> Path:
-    """Python that everyone has, and that no change of this project changes: modules of the standard library."""
+    """Writes modules of the standard library as text, which changes of this project do not affect."""
     file = folder / "sources.jsonl"
     texts = [inspect.getsource(module) for module in (argparse, contextlib, textwrap, tempfile)]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -76,7 +76,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield running
 
 
-def test_the_pair_is_what_its_files_say(cluster: Cluster) -> None:
+def test_describe_reports_the_sizes_of_both_models(cluster: Cluster) -> None:
     described = cluster.client.describe()
     assert (described.bottom.hidden_size, described.bottom.layers) == (1536, 28)
     assert (described.top.hidden_size, described.top.layers) == (896, 24)
@@ -84,7 +84,7 @@ def test_the_pair_is_what_its_files_say(cluster: Cluster) -> None:
     assert described.routes[0].stitch
 
 
-def test_it_answers_in_words(cluster: Cluster) -> None:
+def test_fitted_pair_answers_a_coding_question(cluster: Cluster) -> None:
     messages = [{"role": "user", "content": "Write a Python function that adds two numbers."}]
     answer = cluster.generate(messages=messages, max_tokens=48)
     print(answer.text)

@@ -1,4 +1,4 @@
-"""Nobody waits for an answer any more: its KV is free on every shard within a second."""
+"""An answer that is cancelled or expired frees its KV on every shard within a second."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stitch.errors import Expired
 from tests.support.processes import Cluster
 from tests.support.waiting import becomes_true
 
-# Takes seconds, so that it is far from its end when its client goes.
+# Takes seconds, so that it is still running when its client cancels.
 LONG: dict[str, Any] = {"max_tokens": 1_500, "ignore_eos": True}
 ROUTES = ("weak", "strong")
 SHARDS = ("bottom-0", "top-0")
@@ -41,13 +41,13 @@ def released(tiny_cluster: Cluster) -> Iterator[None]:
 
 
 def assert_released(cluster: Cluster, cause: str, before: float) -> None:
-    """The gateway knows that the client is gone; from then on it takes no second."""
+    """Asserts that all KV is free within a second after the gateway counts the cancellation."""
     assert becomes_true(lambda: cancelled(cluster, cause) > before, NOTICE_SECONDS)
     assert becomes_true(lambda: usage(cluster) == [0.0, 0.0], RELEASE_SECONDS)
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_a_cancelled_answer_holds_nothing(tiny_cluster: Cluster, route: str) -> None:
+def test_cancelled_answer_frees_its_kv(tiny_cluster: Cluster, route: str) -> None:
     before = cancelled(tiny_cluster, "client")
     stream = iter(tiny_cluster.client.stream("stitch", route=route, **LONG))
     while not isinstance(next(stream), Delta):
@@ -57,7 +57,7 @@ def test_a_cancelled_answer_holds_nothing(tiny_cluster: Cluster, route: str) -> 
     assert_released(tiny_cluster, "client", before)
 
 
-def test_an_answer_cancelled_before_its_first_token_holds_nothing(tiny_cluster: Cluster) -> None:
+def test_answer_cancelled_before_first_token_frees_its_kv(tiny_cluster: Cluster) -> None:
     before = cancelled(tiny_cluster, "client")
     stream = iter(tiny_cluster.client.stream("é" * 900, route="strong", **LONG))
     assert not isinstance(next(stream), Delta)
@@ -65,7 +65,7 @@ def test_an_answer_cancelled_before_its_first_token_holds_nothing(tiny_cluster: 
     assert_released(tiny_cluster, "client", before)
 
 
-async def test_a_cancelled_task_holds_nothing(tiny_cluster: Cluster) -> None:
+async def test_cancelled_asyncio_task_frees_its_kv(tiny_cluster: Cluster) -> None:
     before = cancelled(tiny_cluster, "client")
     async with AsyncClient(tiny_cluster.gateway) as client:
         tasks = [asyncio.create_task(client.generate("stitch", route=route, **LONG)) for route in ROUTES]
@@ -77,14 +77,14 @@ async def test_a_cancelled_task_holds_nothing(tiny_cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_an_expired_answer_holds_nothing(tiny_cluster: Cluster, route: str) -> None:
+def test_expired_answer_frees_its_kv(tiny_cluster: Cluster, route: str) -> None:
     before = cancelled(tiny_cluster, "deadline")
     with pytest.raises(Expired):
         tiny_cluster.generate("stitch", route=route, timeout=1.0, **LONG)
     assert_released(tiny_cluster, "deadline", before)
 
 
-def test_a_killed_client_s_answers_hold_nothing(tiny_cluster: Cluster) -> None:
+def test_killed_client_frees_the_kv_of_its_answers(tiny_cluster: Cluster) -> None:
     before = cancelled(tiny_cluster, "client")
     command = [sys.executable, "-m", "stitch.cli.main", "ask", "stitch", "--gateway", tiny_cluster.gateway]
     flags = ["--max-tokens", str(LONG["max_tokens"]), "--ignore-eos", "--route"]

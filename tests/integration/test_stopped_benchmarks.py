@@ -1,18 +1,18 @@
-"""A benchmark that is told to end stops what it has started."""
+"""A benchmark that receives SIGTERM leaves its context managers in order."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-# A block that, like that of a cluster, must be left in order.
+# The `finally` block stands for that of a cluster, which stops its processes.
 BENCHMARK = """
 import asyncio
 from benchmarks.clusters import run
 
 async def measure():
     try:
-        print("begun", flush=True)
+        print("started", flush=True)
         await asyncio.Event().wait()
     finally:
         print("stopped", flush=True)
@@ -21,10 +21,10 @@ run(measure())
 """
 
 
-def test_sigterm_leaves_its_blocks() -> None:
+def test_sigterm_runs_the_cleanup_of_a_benchmark() -> None:
     with subprocess.Popen([sys.executable, "-c", BENCHMARK], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "begun\n"
+        assert process.stdout.readline() == "started\n"
         process.terminate()
         assert process.stdout.read() == "stopped\n"
         assert process.wait() != 0

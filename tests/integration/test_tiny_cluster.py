@@ -1,4 +1,4 @@
-"""A tiny pair on real processes, asked with everything a user has. Exactness has its own tests."""
+"""A tiny pair on real processes, used through the clients, the command line and the metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.processes import Cluster, running_cluster
 from tests.support.tiny_cluster import write_tiny_cluster
 
 
-def test_an_answer_has_its_tokens_times_and_stages(tiny_cluster: Cluster) -> None:
+def test_answer_has_tokens_times_and_stages(tiny_cluster: Cluster) -> None:
     answer = tiny_cluster.generate("stitch", route="weak", max_tokens=8, ignore_eos=True)
     assert (answer.route, len(answer.token_ids), answer.generated_tokens) == ("weak", 8, 8)
     assert answer.finish_reason == "length"
@@ -24,23 +24,27 @@ def test_an_answer_has_its_tokens_times_and_stages(tiny_cluster: Cluster) -> Non
     assert list(answer.stages) == ["route", "queue", "bottom_prefill", "wire", "stitch", "top_prefill", "sample"]
 
 
-def test_the_same_question_has_the_same_answer(tiny_cluster: Cluster) -> None:
+def test_repeated_prompt_has_the_same_answer(tiny_cluster: Cluster) -> None:
     first, second = (tiny_cluster.generate("stitch", route="strong", max_tokens=8) for _ in range(2))
     assert first.token_ids == second.token_ids
 
 
-def test_a_forced_answer_is_the_answer_and_as_likely_as_when_it_was_sampled(tiny_cluster: Cluster) -> None:
-    said = tiny_cluster.generate("stitch", route="weak", max_tokens=6, ignore_eos=True, logprobs=0)
-    asked = {"ignore_eos": True, "logprobs": 0}
-    begun = tiny_cluster.generate("stitch", route="weak", max_tokens=6, forced_token_ids=said.token_ids[:3], **asked)
-    assert begun.token_ids == said.token_ids
-    assert [one.logprob for one in begun.logprobs] == pytest.approx([one.logprob for one in said.logprobs], rel=1e-4)
-    forced = tiny_cluster.generate("stitch", route="strong", forced_answer="another text", **asked)
+def test_forced_answer_has_the_logprobs_of_the_sampled_answer(tiny_cluster: Cluster) -> None:
+    sampled = tiny_cluster.generate("stitch", route="weak", max_tokens=6, ignore_eos=True, logprobs=0)
+    options = {"ignore_eos": True, "logprobs": 0}
+    partly_forced = tiny_cluster.generate(
+        "stitch", route="weak", max_tokens=6, forced_token_ids=sampled.token_ids[:3], **options
+    )
+    assert partly_forced.token_ids == sampled.token_ids
+    assert [one.logprob for one in partly_forced.logprobs] == pytest.approx(
+        [one.logprob for one in sampled.logprobs], rel=1e-4
+    )
+    forced = tiny_cluster.generate("stitch", route="strong", forced_answer="another text", **options)
     assert (forced.text, forced.finish_reason) == ("another text", "length")
     assert len(forced.logprobs) == forced.generated_tokens > 1
 
 
-def test_routes_answer_differently(tiny_cluster: Cluster) -> None:
+def test_routes_give_different_answers(tiny_cluster: Cluster) -> None:
     answers = {
         tiny_cluster.generate("stitch", route=route, max_tokens=8, ignore_eos=True).token_ids
         for route in ("weak", "strong")
@@ -48,7 +52,7 @@ def test_routes_answer_differently(tiny_cluster: Cluster) -> None:
     assert len(answers) == 2
 
 
-def test_a_batch_has_the_answers_of_its_requests(tiny_cluster: Cluster) -> None:
+def test_batch_gives_the_answers_of_single_requests(tiny_cluster: Cluster) -> None:
     prompts = ["one", "two", "three"]
     requests = [{"prompt": prompt, "route": "weak", "max_tokens": 5, "ignore_eos": True} for prompt in prompts]
     outcomes = tiny_cluster.client.batch([*requests, {"prompt": "", "max_tokens": 1}])
@@ -58,13 +62,13 @@ def test_a_batch_has_the_answers_of_its_requests(tiny_cluster: Cluster) -> None:
     assert isinstance(outcomes[-1], InvalidRequest)
 
 
-async def test_asyncio_has_the_same_answer(tiny_cluster: Cluster) -> None:
+async def test_async_client_gives_the_answer_of_the_blocking_client(tiny_cluster: Cluster) -> None:
     async with AsyncClient(tiny_cluster.gateway) as client:
         answer = await client.generate("stitch", route="weak", max_tokens=6, ignore_eos=True)
     assert answer.token_ids == tiny_cluster.generate("stitch", route="weak", max_tokens=6, ignore_eos=True).token_ids
 
 
-def test_the_commands_reach_it(tiny_cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_reach_a_running_cluster(tiny_cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--gateway", tiny_cluster.gateway]
     assert main(["status", *flags]) == 0
     assert "48 → 32" in capsys.readouterr().out
@@ -74,7 +78,7 @@ def test_the_commands_reach_it(tiny_cluster: Cluster, capsys: pytest.CaptureFixt
     assert "ms per token" in capsys.readouterr().out
 
 
-def test_every_process_counts(tiny_cluster: Cluster) -> None:
+def test_every_process_serves_its_metrics(tiny_cluster: Cluster) -> None:
     before = tiny_cluster.metric("gateway", "stitch_generated_tokens_total", route="weak")
     tiny_cluster.generate("stitch", route="weak", max_tokens=4, ignore_eos=True)
     assert tiny_cluster.metric("gateway", "stitch_generated_tokens_total", route="weak") == before + 4
@@ -82,12 +86,12 @@ def test_every_process_counts(tiny_cluster: Cluster) -> None:
         assert f'stitch_kv_cache_usage_ratio{{shard="{shard}"}}' in tiny_cluster.metrics(shard)
 
 
-def test_a_metric_that_is_not_there_is_named(tiny_cluster: Cluster) -> None:
+def test_missing_metric_is_named(tiny_cluster: Cluster) -> None:
     with pytest.raises(KeyError, match="gateway has no stitch_nothing"):
         tiny_cluster.metric("gateway", "stitch_nothing")
 
 
-class TestBroken:
+class TestRestarts:
     """A cluster whose processes are killed, paused and started again."""
 
     @pytest.fixture(scope="class")
@@ -97,7 +101,7 @@ class TestBroken:
         with running_cluster(write_tiny_cluster(folder), folder / "run") as cluster:
             yield cluster
 
-    def test_a_shard_that_is_started_again_answers_as_before(self, cluster: Cluster) -> None:
+    def test_restarted_shard_gives_the_same_answer(self, cluster: Cluster) -> None:
         before = cluster.generate("stitch", route="weak", max_tokens=6, ignore_eos=True)
         first = cluster.pid("top-0")
         cluster.kill("top-0")
@@ -107,12 +111,12 @@ class TestBroken:
         after = cluster.generate("stitch", route="weak", max_tokens=6, ignore_eos=True)
         assert after.token_ids == before.token_ids
 
-    def test_a_shard_that_is_paused_goes_on(self, cluster: Cluster) -> None:
+    def test_resumed_shard_answers(self, cluster: Cluster) -> None:
         cluster.pause("top-0")
         cluster.resume("top-0")
         assert len(cluster.generate("stitch", max_tokens=3, ignore_eos=True).token_ids) == 3
 
-    def test_a_process_that_is_asked_to_stop_does(self, cluster: Cluster) -> None:
+    def test_sigterm_stops_a_shard_with_exit_code_0(self, cluster: Cluster) -> None:
         cluster.signal("top-0", signal.SIGTERM)
         assert cluster.wait_for_end("top-0") == 0
         assert "top-0" in cluster.log("top-0")

@@ -1,4 +1,4 @@
-"""A cluster of real processes that believe one authority and nobody else."""
+"""A cluster of real processes that use TLS and trust only one certificate authority."""
 
 from __future__ import annotations
 
@@ -40,38 +40,40 @@ def loaded(files: dict[str, str]) -> Tls:
     return tls
 
 
-def test_an_answer_comes_over_both_hops(cluster: Cluster) -> None:
+def test_answer_passes_both_hops_over_tls(cluster: Cluster) -> None:
     answer = cluster.generate("stitch", route="strong", max_tokens=8, ignore_eos=True)
     assert len(answer.token_ids) == 8
 
 
-def test_a_command_takes_the_authority(
+def test_command_with_authority_reaches_the_gateway(
     cluster: Cluster, files: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    where = ["--gateway", cluster.gateway, "--authority", files["authority"]]
-    assert main(["ask", "--plain", "stitch", "--max-tokens", "2", "--json", *where]) == 0
+    flags = ["--gateway", cluster.gateway, "--authority", files["authority"]]
+    assert main(["ask", "--plain", "stitch", "--max-tokens", "2", "--json", *flags]) == 0
     assert json.loads(capsys.readouterr().out)["generated_tokens"] == 2
 
 
-def test_a_client_must_believe_the_authority(cluster: Cluster, tmp_path: Path) -> None:
+def test_client_without_the_authority_fails(cluster: Cluster, tmp_path: Path) -> None:
     others = write_certificates(tmp_path)
     for authority in (None, Path(others["authority"])):
         with Client(cluster.gateway, authority) as client, pytest.raises(Unavailable):
             client.generate("stitch", max_tokens=1, timeout=5)
 
 
-def test_a_shard_talks_to_its_like_alone(cluster: Cluster, files: dict[str, str], tmp_path: Path) -> None:
+def test_shard_refuses_client_without_a_certificate_of_the_authority(
+    cluster: Cluster, files: dict[str, str], tmp_path: Path
+) -> None:
     ours, others = loaded(files), loaded(write_certificates(tmp_path))
     anonymous = grpc.ssl_channel_credentials(ours.authority)
-    strange = grpc.ssl_channel_credentials(ours.authority, others.key, others.certificate)
+    foreign = grpc.ssl_channel_credentials(ours.authority, others.key, others.certificate)
     for name in ("bottom-0", "top-0"):
         assert serves(cluster.address(name), ours.client())
-        for credentials in (None, anonymous, strange):
+        for credentials in (None, anonymous, foreign):
             assert not serves(cluster.address(name), credentials)
 
 
-def test_a_gateway_s_client_needs_no_certificate(cluster: Cluster, files: dict[str, str]) -> None:
-    believing = grpc.ssl_channel_credentials(Path(files["authority"]).read_bytes())
-    with grpc.secure_channel(cluster.gateway, believing) as channel:
+def test_gateway_accepts_client_without_a_certificate(cluster: Cluster, files: dict[str, str]) -> None:
+    trusting = grpc.ssl_channel_credentials(Path(files["authority"]).read_bytes())
+    with grpc.secure_channel(cluster.gateway, trusting) as channel:
         reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
     assert reply.status == health_pb2.HealthCheckResponse.SERVING

