@@ -34,6 +34,15 @@ NAMES = (
 CONFIG = "tokenizer_config.json"
 # The special tokens that every tokenizer may have; others have names of their own that end in `_token`.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# What `transformers` takes for names that no file states, by `tokenizer_class`.
+DEFAULTS = {
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+}
+# The families whose `tokenizer_class` counts.
+DECLARING_FAMILIES = ("llama", "gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe", "smollm3")
 FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
@@ -125,6 +134,9 @@ def special_tokens(files: Files, listed: Sequence[Mapping[str, Any]]) -> Special
         by_id = _added(json_object(files, "added_tokens.json"), special)
         by_id |= {token["id"]: _token(token, "added_tokens", "tokenizer.json") for token in listed}
         extra = _joined(extra, given)
+    defaults = DEFAULTS.get(tokenizer_class(files), {})
+    known = _contents(listed)
+    config = {name: token for name, token in defaults.items() if token in known} | config
     named = _named(config, extra if isinstance(extra, dict) else {}, source)
     return SpecialTokens(
         {name: token["content"] for name, token in named.items()},
@@ -143,6 +155,15 @@ def _to_add(
 
 def _contents(tokens: Iterable[Mapping[str, Any]]) -> set[str]:
     return {token["content"] for token in tokens}
+
+
+def tokenizer_class(files: Files) -> str:
+    """Returns the class that `transformers.AutoTokenizer` takes, without `Fast`; empty for the general one."""
+    family = json_object(files, "config.json").get("model_type")
+    if family == "qwen2":
+        return "Qwen2Tokenizer"
+    declared = json_object(files, CONFIG).get("tokenizer_class")
+    return str(declared).removesuffix("Fast") if family in DECLARING_FAMILIES or family is None else ""
 
 
 def end_tokens(files: Files, tokens: int) -> list[int]:

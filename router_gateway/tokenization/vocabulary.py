@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jinja2 import TemplateError
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 
 from router_gateway.tokenization.chat_template import ChatTemplate, TemplateRefusal, Turn
 from router_gateway.tokenization.detokenizer import Detokenizer
@@ -86,10 +87,25 @@ def _tokenizer(files: Files) -> Tokenizer:
         raise Incompatible(f"tokenizer.json can't be read: {error}") from error
     if not tokenizer.get_vocab_size():
         raise Incompatible("tokenizer.json has no token")
+    if tokenizer_files.tokenizer_class(files) == "LlamaTokenizer" and b'"ByteLevel"' not in files["tokenizer.json"]:
+        _split_as_llama(tokenizer, tokenizer_files.json_object(files, CONFIG))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = tokenizer_files.json_object(files, CONFIG).get("split_special_tokens") is True
     return tokenizer
+
+
+def _split_as_llama(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
+    """As `transformers.LlamaTokenizer`, which takes only tokens, merges and the post-processor of tokenizer.json."""
+    prefix = config.get("add_prefix_space")
+    spaced = prefix is None or bool(prefix)
+    scheme = ("always" if config.get("legacy") else "first") if spaced else "never"
+    strip = [decoders.Strip(" ", 1, 0)] if spaced else []
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
 
 
 def _special(tokenizer: Tokenizer) -> frozenset[int]:

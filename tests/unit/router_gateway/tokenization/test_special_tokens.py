@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoTokenizer
 
 from router_gateway.tokenization.chat_template import Turn
@@ -65,6 +66,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "added and map": {"added_tokens": {"<tool>": 360}, "special_tokens_map": {"bos_token": "<tool>"}},
     "added that the vocabulary has": {"added_tokens": {"he": 300}},
+    "defaults of GPT-2": {"tokenizer_config": {"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<|im_end|>"}},
+    "defaults of Qwen2": {"tokenizer_config": {"tokenizer_class": "Qwen2Tokenizer", "pad_token": "<|im_start|>"}},
     "split": {"tokenizer_config": {"split_special_tokens": True, "bos_token": "<s>"}},
     "first token off": {"tokenizer_config": {"add_bos_token": True, "add_eos_token": True, "bos_token": "<s>"}},
 }
@@ -129,6 +132,46 @@ def random_files(draw: random.Random) -> dict[str, Any]:
     if draw.random() < 0.5:
         files["added_tokens"] = {draw.choice(tokens): 360 + at for at in range(3)}
     return files
+
+
+def llama_tokenizer() -> Tokenizer:
+    """As tokenizer.json of Llama 2 has it."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "H", "i", "Hi", "▁Hi", "é"]
+    merges = [("H", "i"), ("▁", "Hi")]
+    ids = {token: at for at, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("config", [{}, {"legacy": True}, {"legacy": False}, {"add_prefix_space": False}])
+@pytest.mark.parametrize("declared", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "gemma"])
+def test_text_after_special_tokens_has_the_ids_of_transformers(
+    tmp_path: Path, family: str, declared: str, config: dict[str, Any]
+) -> None:
+    fields = config | {"tokenizer_class": declared, "chat_template": TEMPLATE}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    (tmp_path / "tokenizer.json").write_text(llama_tokenizer().to_str())
+    expected, vocabulary = (
+        AutoTokenizer.from_pretrained(tmp_path),
+        Vocabulary.from_files(tokenizer_files.read(tmp_path)),
+    )
+    for text in ("Hi", " Hi", "</s>Hi", "</s> Hi</s>  é 👋👋", "Hi  Hi\n<s>"):
+        ids, detokenizer = expected.encode(text), vocabulary.detokenizer()
+        assert vocabulary.encode(text) == ids
+        assert vocabulary.encode_rendered(text) == expected.encode(text, add_special_tokens=False)
+        shown = "".join(map(detokenizer.push, ids)) + detokenizer.finish()
+        assert shown == expected.decode(ids, skip_special_tokens=True)
+    turns = [Turn("user", "Hi")]
+    assert vocabulary.template is not None
+    rendered = expected.apply_chat_template([turn._asdict() for turn in turns], tokenize=False)
+    assert vocabulary.template.render(turns) == rendered
 
 
 def test_hash_counts_tokens_of_every_file(tmp_path: Path) -> None:
