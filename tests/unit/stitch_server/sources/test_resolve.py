@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 import zipfile
@@ -11,9 +12,9 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from stitch.errors import InvalidRequest, Unavailable
+from stitch.errors import Incompatible, InvalidRequest, Unavailable
 from stitch_server.model.description import ModelDescription
-from stitch_server.sources import downloads
+from stitch_server.sources import Progress, downloads
 from stitch_server.sources.downloads import WheelMember
 from stitch_server.sources.resolve import fill_once, import_model, resolve
 from tests.support.tiny_gguf import write_tiny_gguf
@@ -82,6 +83,34 @@ class TestGgufFile:
     def test_other_bytes_are_another_model(self, model: Path, gguf_file: Path, tmp_path: Path) -> None:
         other = write_tiny_gguf(tmp_path / gguf_file.name, write_tiny_model(tmp_path / "model", layers=1, seed=5))
         assert resolve(str(other), tmp_path) != resolve(str(gguf_file), tmp_path)
+
+    def test_changed_in_place_is_another_model_wherever_the_change_is(self, gguf_file: Path, tmp_path: Path) -> None:
+        changed = tmp_path / gguf_file.name
+        content = bytearray(gguf_file.read_bytes())
+        changed.write_bytes(content)
+        before, times = resolve(str(changed), tmp_path), changed.stat()
+        for at in (len(content) // 2 + 1, len(content) - 5):
+            content[at] ^= 1
+            changed.write_bytes(content)
+            os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+            after = resolve(str(changed), tmp_path)
+            assert after != before
+            assert (after / "model.safetensors").read_bytes() != (before / "model.safetensors").read_bytes()
+            before = after
+
+    def test_changed_during_its_import_is_refused(
+        self, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        changed = tmp_path / "x.gguf"
+        changed.write_bytes(gguf_file.read_bytes())
+
+        def change(path: Path, folder: Path, progress: Progress) -> None:
+            path.write_bytes(path.read_bytes() + b" ")
+
+        monkeypatch.setattr("stitch_server.sources.resolve.import_gguf", change)
+        with pytest.raises(Incompatible, match=r"x\.gguf changed while it was imported"):
+            resolve(str(changed), tmp_path)
+        assert [path for path in (tmp_path / "models").iterdir() if path.is_dir()] == []
 
 
 class TestPackage:
