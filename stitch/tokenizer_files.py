@@ -274,15 +274,17 @@ def _added(given: Mapping[str, Any], special: Collection[str]) -> dict[int, Toke
 
 
 def _is_token(given: Any) -> bool:
-    return isinstance(given["content"] if isinstance(given, dict) and "content" in given else given, str)
+    content = given["content"] if isinstance(given, dict) and "content" in given else given
+    # JSON can spell half of a surrogate pair, which is no text.
+    return isinstance(content, str) and not any("\ud800" <= character <= "\udfff" for character in content)
 
 
 def _token(given: Any, field: str, source: str, special: bool = True) -> Token:
     """Returns a token that is given as a string, or as an object with `content` and flags."""
-    if isinstance(given, str):
-        return {"content": given, "special": True}
     if not _is_token(given):
         raise _invalid(source, field, given, "it must be a string, or an object with content")
+    if isinstance(given, str):
+        return {"content": given, "special": True}
     flags = {name: bool(given[name]) for name in FLAGS if name in given}
     return {"content": given["content"], "special": special, **flags}
 

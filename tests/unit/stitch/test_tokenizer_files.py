@@ -173,6 +173,7 @@ def test_chat_template_of_its_own_file_takes_precedence() -> None:
         ({"chat_template": "x"}, "chat_template.json holds no object, but str"),
         ({"tokenizer_config": {"eos_token": ["</s>"]}}, "eos_token is ['</s>'], but it must be a string"),
         ({"tokenizer_config": {"bos_token": 1}}, "bos_token is 1, but"),
+        ({"tokenizer_config": {"bos_token": "\ud83d"}}, r"bos_token is '\ud83d', but"),
         ({"tokenizer_config": {"eos_token": {"content": None}}}, "eos_token is {'content': None}, but"),
         ({"tokenizer_config": {"additional_special_tokens": "<x>"}}, "additional_special_tokens is '<x>', but"),
         ({"tokenizer_config": {"extra_special_tokens": [1]}}, "additional_special_tokens is 1, but"),

@@ -27,6 +27,7 @@ MARK = {"content": "<tool>", "lstrip": True, "rstrip": True, "normalized": False
 CASES: dict[str, dict[str, Any]] = {
     "none": {},
     "named": {"tokenizer_config": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": None}},
+    "named by nothing": {"tokenizer_config": {"bos_token": "", "eos_token": None, "pad_token": " "}},
     "named as objects": {
         "tokenizer_config": {"bos_token": {"__type": "AddedToken", **MARK}, "eos_token": "<|im_end|>"}
     },
