@@ -13,12 +13,12 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from stitch.cluster import ROLES, ClusterConfig
 from stitch.environment import cache_folder
 from stitch.errors import Incompatible
-from stitch.tokenizer_files import tokenizer_hash
+from stitch.tokenizer_files import end_tokens, read, tokenizer_hash
 from stitch_server.attention import backend_for
 from stitch_server.kv_cache.store import KVStore, Span
 from stitch_server.model.adapters import Adapters
@@ -203,10 +203,9 @@ class FolderEncoder:
         if not separators and end is None:
             raise Incompatible(f"the tokenizer in {folder} has no token that ends a text")
         self.separator: int = separators[0] if separators else end
-        generation = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
-        ends = generation.eos_token_id if generation is not None else end
+        stated = end_tokens(read(folder), len(self._tokenizer))
         # Tokens that end an answer.
-        self.ends: frozenset[int] = frozenset(ends if isinstance(ends, list) else [ends] if ends is not None else [])
+        self.ends: frozenset[int] = frozenset(stated) | ({end} if end is not None else set())
 
     def encode(self, text: str) -> list[int]:
         """Encodes plain text without special tokens around it."""

@@ -139,6 +139,12 @@ def test_plain_text_is_encoded_without_special_tokens(tmp_path: Path) -> None:
     assert encoder.separator == byte_tokenizer().token_to_id("<|endoftext|>")
 
 
+def test_answers_end_at_the_tokens_of_the_configuration_and_of_the_tokenizer(tmp_path: Path) -> None:
+    write_cluster(tmp_path)
+    (tmp_path / "top" / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    assert FolderEncoder(tmp_path / "top").ends == {0, byte_tokenizer().token_to_id("<|im_end|>")}
+
+
 def test_conversation_is_encoded_through_the_template(tmp_path: Path) -> None:
     write_cluster(tmp_path)
     ids = FolderEncoder(tmp_path / "top").encode_chat([Turn("user", "hello"), Turn("assistant", "world")])
