@@ -19,6 +19,7 @@ from stitch.cluster import ClusterConfig, load_cluster
 from stitch.tokenizer_files import tokenizer_hash
 from stitch_server.model.description import ModelDescription, ParameterCount
 from stitch_server.model.stitch import Stitch, StitchBinding
+from stitch_server.model.weights import INDEX_FILE
 
 DTYPE = torch.bfloat16
 # Small enough that hidden states stay finite.
@@ -134,8 +135,15 @@ def _write_model(folder: Path, shape: Shape, first: int, end: int) -> None:
     drawn = torch.randn(DRAWN, generator=torch.Generator().manual_seed(0)).mul_(SPREAD).to(DTYPE)
     ends = {"model.embed_tokens.weight": (shape.tokens, shape.hidden), "model.norm.weight": (shape.hidden,)}
     _write_tensors(folder / "ends.safetensors", ends, drawn)
-    for index in range(first, end):
-        _write_tensors(folder / f"layer-{index}.safetensors", dict(_layer(shape, index)), drawn)
+    file_of = dict.fromkeys(ends, "ends.safetensors")
+    for index in range(shape.layers):
+        layer, name = dict(_layer(shape, index)), f"layer-{index}.safetensors"
+        file_of |= dict.fromkeys(layer, name)
+        if first <= index < end:
+            _write_tensors(folder / name, layer, drawn)
+        else:
+            _write_hole(folder / name, layer)
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": file_of}))
 
 
 def _layer(shape: Shape, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -149,6 +157,19 @@ def _layer(shape: Shape, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{at}.mlp.down_proj.weight", (shape.hidden, shape.intermediate)
     for name in ("input_layernorm", "post_attention_layernorm"):
         yield f"{at}.{name}.weight", (shape.hidden,)
+
+
+def _write_hole(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Writes tensors that nobody reads, as zeros that take no space on the disk."""
+    header: dict[str, Any] = {}
+    size = 0
+    for name, shape in shapes.items():
+        begin, size = size, size + torch.Size(shape).numel() * DTYPE.itemsize
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, size]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.truncate(8 + len(text) + size)
 
 
 def _write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], drawn: Tensor) -> None:

@@ -196,7 +196,7 @@ class FolderEncoder:
 
     def __init__(self, folder: Path) -> None:
         """Raises Incompatible where the tokenizer has no token that ends a text."""
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         vocabulary = self._tokenizer.get_vocab()
         separators = [vocabulary[token] for token in SEPARATORS if token in vocabulary]
         end = self._tokenizer.eos_token_id

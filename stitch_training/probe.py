@@ -239,7 +239,7 @@ def chat_encoder(folder: Path) -> Callable[[str], list[int]]:
 
     Raises Incompatible where the folder has no chat template.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise Incompatible(f"{folder} has no chat template, so prompts can't be conversations")
 

@@ -20,7 +20,7 @@ from stitch.errors import Incompatible
 from stitch_server.attention import Attend, Layer, Rotary
 from stitch_server.model import hf_layers, llama, llama_loader
 from stitch_server.model.adapters import Adapters
-from stitch_server.model.description import head_dim, kv_heads, read_config
+from stitch_server.model.description import check_tensors, head_dim, kv_heads, read_config
 from stitch_server.model.weights import AS_STORED, WeightFormat, Weights
 
 if TYPE_CHECKING:
@@ -57,12 +57,14 @@ class DecoderLayers:
     ) -> DecoderLayers:
         """Reads the weights of these layers only.
 
-        Raises Incompatible if the model has no such range, or its layers can't be quantized.
+        Raises Incompatible if the model has no such range, its tensors aren't those that its config.json describes, or
+        its layers can't be quantized.
         """
         config = read_config(folder)
         if not 0 <= first < end <= config.num_hidden_layers:
             raise Incompatible(f"layers {first} to {end} are no range of {folder}: it has {config.num_hidden_layers}")
         with Weights(folder, device, dtype, weight_format) as weights:
+            check_tensors(folder, config)
             layers, rotary, compiled = _load_family(config, first, end, weights)
         return cls(first, end, config.hidden_size, kv_heads(config), head_dim(config), layers, rotary, compiled)
 
@@ -147,7 +149,8 @@ def _load_family(
         return layers, rotary, compiled
     quantization = weights.weight_format.quantization
     if quantization != "none":
+        kind = f"{config.model_type} with hidden_act {config.hidden_act}"
         families = ", ".join(llama.FAMILIES)
-        raise Incompatible(f"layers of {config.model_type} can't be quantized to {quantization}, only: {families}")
+        raise Incompatible(f"layers of {kind} can't be quantized to {quantization}, only with silu: {families}")
     angles = hf_layers.TransformersAngles(config, weights.device, weights.dtype)
     return hf_layers.load_layers(config, first, end, weights), angles, None

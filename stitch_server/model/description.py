@@ -1,6 +1,7 @@
 """Describes a model from its folder: sizes, family, parameter counts, a fingerprint of its weights.
 
-Reads configuration files and the headers of the weights' files, and a sample of each tensor for the fingerprint.
+Reads configuration files and the headers of the weights' files, and a sample of each tensor for the fingerprint. A
+folder is refused by the name of the field or tensor for which its own family would compute something else, or nothing.
 """
 
 from __future__ import annotations
@@ -13,13 +14,26 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from stitch.errors import Incompatible
+from stitch.errors import Incompatible, shown
 from stitch.v1 import inference_pb2
-from stitch_server.model.weights import EMBEDDING, weight_files
+from stitch_server.model import hf_layers, llama
+from stitch_server.model.weights import EMBEDDING, HEAD, read_header, read_json, stored_tensors, weight_files
 
 SAMPLE_BYTES = 4096
+FAMILIES = sorted((*llama.FAMILIES, *hf_layers.FAMILIES))
+# What a tensor may be stored as; other types are those of quantized checkpoints.
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")
+# Fields of config.json that no layers here know, with what they mean where they are set.
+UNSERVED_FIELDS = {
+    "quantization_config": "quantized checkpoints are not served, but compute.quantization quantizes others",
+    "compression_config": "quantized checkpoints are not served, but compute.quantization quantizes others",
+    "transformers_weights": "weights of another name than model.safetensors are not read",
+    "use_bidirectional_attention": "attention to later tokens generates no text",
+}
+# Of old checkpoints; the values follow from config.json.
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +55,9 @@ class ModelDescription:
 
     @classmethod
     def read(cls, folder: Path, model_id: str) -> ModelDescription:
-        """Reads the folder. Raises Incompatible if it holds no model."""
+        """Reads the folder. Raises Incompatible, which names the field or the tensor, if it holds no model."""
         config = read_config(folder)
+        check_tensors(folder, config)
         return cls(
             id=model_id,
             revision=revision(folder),
@@ -50,7 +65,7 @@ class ModelDescription:
             layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
             vocabulary_size=config.vocab_size,
-            context_length=config.max_position_embeddings,
+            context_length=context_length(config),
             heads=config.num_attention_heads,
             kv_heads=kv_heads(config),
             head_dim=head_dim(config),
@@ -70,11 +85,77 @@ class ModelDescription:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """Reads the folder's config.json with its family's defaults. Raises Incompatible if there is none."""
-    if not (folder / "config.json").is_file():
+    """Reads the folder's config.json with its family's defaults; code in the folder is never run nor asked for.
+
+    Raises Incompatible, which names the field, for a model that no layers here compute as its family does.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
         raise Incompatible(f"{folder} has no config.json, so it is no model folder")
-    config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+    fields = read_json(path)
+    if (family := fields.get("model_type")) not in FAMILIES:
+        raise Incompatible(f"{path}: model_type is {shown(family)}, which is none of {', '.join(FAMILIES)}")
+    for name, reason in UNSERVED_FIELDS.items():
+        if fields.get(name):
+            raise Incompatible(f"{path}: {name} is {shown(fields[name])}: {reason}")
+    # Tensors are read as compute.dtype, whatever they were stored as. A head_dim of null is one that is not given.
+    ignored = ("dtype", "torch_dtype", *(["head_dim"] if fields.get("head_dim") is None else []))
+    fields = {name: value for name, value in fields.items() if name not in ignored}
+    try:
+        config: PretrainedConfig = CONFIG_MAPPING[family].from_dict(fields)
+        hf_layers.check_supported(config)
+    except Incompatible as error:
+        raise Incompatible(f"{path}: {error}") from error
+    except Exception as error:
+        # Each family checks its own fields, with errors of many types.
+        raise Incompatible(f"{path} is no configuration of the family {family}: {_one_line(error)}") from error
     return config
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def check_tensors(folder: Path, config: PretrainedConfig) -> None:
+    """Raises Incompatible, which names tensors, unless the files hold exactly those that config.json describes."""
+    stored = {name: one for name, one in stored_tensors(folder).items() if not _COMPUTED.search(name)}
+    try:
+        described = hf_layers.tensor_shapes(config)
+    except Exception as error:
+        given = f"a {config.model_type} with rope_parameters {config.rope_parameters}"
+        raise Incompatible(f"{folder / 'config.json'}: {given} can't be computed: {_one_line(error)}") from error
+    for name, one in stored.items():
+        if one.dtype not in STORED_DTYPES:
+            given = f"tensor {name} of {folder} is stored as {one.dtype}, not as {', '.join(STORED_DTYPES)}"
+            raise Incompatible(f"{given}: quantized checkpoints are not served")
+    if leftover := stored.keys() - described.keys():
+        family = f"a {config.model_type} with this config.json"
+        raise Incompatible(f"{folder} holds {_listed(leftover)}, which {family} does not read")
+    missing = described.keys() - stored.keys()
+    if config.tie_word_embeddings and len(missing & {EMBEDDING, HEAD}) == 1:
+        missing -= {EMBEDDING, HEAD}
+    if missing:
+        raise Incompatible(f"tensor {_listed(missing)} is not in {folder}")
+    for name, one in stored.items():
+        if one.shape != described[name]:
+            raise Incompatible(f"tensor {name} of {folder} is {one.shape}, but config.json means {described[name]}")
+
+
+def _listed(names: set[str]) -> str:
+    """Returns the first name, with the number of others."""
+    return min(names) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Returns the longest sequence in tokens.
+
+    That of YaRN is the original one times the factor, since Qwen's recipe leaves max_position_embeddings as it was:
+    https://huggingface.co/Qwen/Qwen2.5-7B-Instruct#processing-long-texts
+    """
+    rope = config.rope_parameters
+    if rope["rope_type"] == "yarn" and rope["factor"] is not None:
+        return int(rope["original_max_position_embeddings"] * rope["factor"])
+    return int(config.max_position_embeddings)
 
 
 def head_dim(config: PretrainedConfig) -> int:
@@ -101,20 +182,13 @@ def revision(folder: Path) -> str:
 
 
 def _samples(path: Path) -> dict[str, bytes]:
-    """Returns, for each tensor of a safetensors file, its entry in the header and its first bytes.
-
-    Layout: https://huggingface.co/docs/safetensors/index#format
-    """
+    """Returns, for each tensor of a safetensors file, its entry in the header and its first bytes."""
     samples = {}
     with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_bytes))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            file.seek(8 + header_bytes + begin)
-            sample = file.read(min(SAMPLE_BYTES, end - begin))
-            samples[name] = json.dumps([name, entry["dtype"], entry["shape"]]).encode() + sample
+        for name, stored in read_header(path).items():
+            file.seek(stored.begin)
+            sample = file.read(min(SAMPLE_BYTES, stored.end - stored.begin))
+            samples[name] = json.dumps([name, stored.dtype, stored.shape]).encode() + sample
     return samples
 
 
@@ -131,25 +205,15 @@ class ParameterCount:
 
     @classmethod
     def read(cls, folder: Path) -> ParameterCount:
-        shapes: dict[str, int] = {}
-        for path in weight_files(folder):
-            shapes.update(_sizes(path))
+        sizes = {name: prod(stored.shape) for name, stored in stored_tensors(folder).items()}
         config = read_config(folder)
         layers: Counter[int] = Counter()
-        for name, size in shapes.items():
+        for name, size in sizes.items():
             if found := _LAYER.match(name):
                 layers[int(found[1])] += size
-        head = shapes[EMBEDDING if config.tie_word_embeddings else "lm_head.weight"]
-        norm = shapes.get("model.norm.weight", 0)
-        return cls(tuple(layers[index] for index in range(config.num_hidden_layers)), head + norm)
+        head = sizes[HEAD if HEAD in sizes else EMBEDDING] + sizes.get("model.norm.weight", 0)
+        return cls(tuple(layers[index] for index in range(config.num_hidden_layers)), head)
 
     def between(self, first: int, end: int) -> int:
         """Returns the parameters of layers `[first, end)`."""
         return sum(self.layers[first:end])
-
-
-def _sizes(path: Path) -> dict[str, int]:
-    """Returns the size of every tensor of a safetensors file."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return {name: prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}

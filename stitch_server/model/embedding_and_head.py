@@ -14,7 +14,7 @@ from stitch_server.devices import HugePageArena
 from stitch_server.model import hf_layers, llama
 from stitch_server.model.description import read_config
 from stitch_server.model.linear import Linear, linear
-from stitch_server.model.weights import AS_STORED, EMBEDDING, WeightFormat, Weights
+from stitch_server.model.weights import AS_STORED, EMBEDDING, HEAD, WeightFormat, Weights
 
 
 class Embedding:
@@ -28,11 +28,14 @@ class Embedding:
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Embedding:
         """Reads the matrix. Raises Incompatible if the folder lacks it."""
         with Weights(folder, device, dtype) as weights:
-            rows = weights.read(EMBEDDING)
+            config = read_config(folder)
+            # A tied pair may be stored as the head alone.
+            is_stored = EMBEDDING in weights or not config.tie_word_embeddings
+            rows = weights.read(EMBEDDING if is_stored else HEAD)
         if device.type == "cpu":
             # Copied out of the file at once: mapping a row when a token first needs it takes that token some 250 µs.
             rows = HugePageArena().copy(rows)
-        return cls(rows, _embedding_scale(read_config(folder)))
+        return cls(rows, _embedding_scale(config))
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """Token ids int64 `[tokens]` to hidden states `[tokens, hidden_size]`."""
@@ -60,13 +63,13 @@ class Head:
         tokens: int | None = None,
         weight_format: WeightFormat = AS_STORED,
     ) -> Head:
-        """Reads norm and head; a tied head is the embedding. Raises Incompatible if either is missing.
+        """Reads norm and head; the embedding is a tied head that isn't stored. Raises Incompatible if one is missing.
 
         Rows from `tokens` on only pad the vocabulary; without them no padding token can be chosen.
         """
         config = read_config(folder)
         with Weights(folder, device, dtype) as weights:
-            rows = weights.read(EMBEDDING if config.tie_word_embeddings else "lm_head.weight")[:tokens]
+            rows = weights.read(weights.head_name(config.tie_word_embeddings))[:tokens]
             is_native = llama.supports(config)
             norm = llama.load_norm(config, "model.norm", weights) if is_native else hf_layers.load_norm(config, weights)
             return cls(norm, linear(rows, None, weight_format.for_head), len(rows), _logit_scale(config))
@@ -80,12 +83,14 @@ def _embedding_scale(config: PretrainedConfig) -> float:
     """Returns the factor of the embedding: Granite's multiplier, Gemma's root of the hidden size."""
     if config.model_type == "gemma":
         return float(config.hidden_size**0.5)
-    return float(getattr(config, "embedding_multiplier", 1.0))
+    return float(config.embedding_multiplier) if config.model_type == "granite" else 1.0
 
 
 def _logit_scale(config: PretrainedConfig) -> float:
     """Returns the factor of the logits: Cohere names a factor, Granite a divisor."""
-    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    if config.model_type == "granite":
+        return 1.0 / float(config.logits_scaling)
+    return float(config.logit_scale) if config.model_type in ("cohere", "cohere2") else 1.0
 
 
 def _scaled(values: Tensor, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Decoder layers and norms of `transformers`, for families without native layers: a range of layers at a time.
+"""Decoder layers and norms of `transformers`, where there are no native layers: a range of layers at a time.
 
 `FAMILIES` are those whose results the tests compare with the whole model's. To add one, put its name there and run the
 tests.
@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.initialization import no_init_weights
 
-from stitch.errors import Incompatible
+from stitch.errors import Incompatible, shown
 from stitch_server.attention import Attend, Layer, Rotary
 from stitch_server.model.llama import ROPE_TYPES
 from stitch_server.model.weights import Weights
@@ -38,15 +40,52 @@ FAMILIES = (
     "starcoder2",
 )
 ATTENTION = "stitch"
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def check_supported(config: PretrainedConfig) -> None:
-    """Raises Incompatible for a model that these layers would not compute as its own family does."""
-    rope_type = getattr(config, "rope_parameters", {}).get("rope_type")
-    if config.model_type not in FAMILIES:
-        raise Incompatible(f"the family {config.model_type} is none of {', '.join(FAMILIES)}")
+    """Raises Incompatible, which names the field, for a model that no layers here compute as its family does."""
+    rope_type = (config.rope_parameters or {}).get("rope_type")
+    heads, keys = config.num_attention_heads, config.num_key_value_heads
     if rope_type not in ROPE_TYPES:
-        raise Incompatible(f"the rotary embedding {rope_type} depends on the length of the sequence")
+        served = f"whose rotations depend on the position alone: {', '.join(ROPE_TYPES)}"
+        raise Incompatible(f"rope_parameters.rope_type is {shown(rope_type)}, which is none of those {served}")
+    if config.hidden_act not in ACT2FN:
+        raise Incompatible(f"hidden_act is {shown(config.hidden_act)}, which is no activation function")
+    if not getattr(config, "is_causal", True):
+        raise Incompatible("is_causal is false: attention to later tokens generates no text")
+    if keys is not None and (keys < 1 or heads % keys):
+        raise Incompatible(f"num_attention_heads is {heads}, which is no multiple of num_key_value_heads {keys}")
+    if config.max_position_embeddings < 1:
+        raise Incompatible(f"max_position_embeddings is {config.max_position_embeddings}; it must be at least 1")
+    _check_windows(config)
+
+
+def _check_windows(config: PretrainedConfig) -> None:
+    # Other families ignore these fields.
+    window = config.sliding_window if hasattr(type(config), "sliding_window") else None
+    types = set(config.layer_types) if hasattr(type(config), "layer_types") else set()
+    if unknown := types - LAYER_TYPES:
+        raise Incompatible(f"layer_types has {shown(min(unknown))}, which is none of {', '.join(sorted(LAYER_TYPES))}")
+    if window is None and "sliding_attention" in types:
+        raise Incompatible("layer_types has 'sliding_attention', but sliding_window is null")
+    if window is not None and window < 1:
+        raise Incompatible(f"sliding_window is {window}; it must be at least 1")
+
+
+def tensor_shapes(config: PretrainedConfig) -> dict[str, list[int]]:
+    """Returns the shape of every tensor of such a model by name.
+
+    Raises what its family raises for fields that do not fit each other.
+    """
+    model, position = _skeleton(config), torch.zeros(1)
+    rotary = TransformersAngles(config, position.device, position.dtype)(position)
+    hidden = torch.empty(1, config.hidden_size, device="meta")
+    with torch.inference_mode():
+        TransformersLayer(model.model.layers[0])(
+            hidden, tuple(angles.to("meta") for angles in rotary), lambda index, query, *_: query.flatten(1)
+        )
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def load_layers(config: PretrainedConfig, first: int, end: int, weights: Weights) -> list[Layer]:
@@ -110,11 +149,10 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """Builds the whole model without memory for its weights."""
-    check_supported(config)
-    with torch.device("meta"):
+    """Builds the whole model without memory for its weights, of the code in `transformers` alone."""
+    with torch.device("meta"), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, attn_implementation=ATTENTION
+            config, attn_implementation=ATTENTION, trust_remote_code=False
         )
     return model.eval()  # type: ignore[no-untyped-call, no-any-return]
 

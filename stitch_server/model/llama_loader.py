@@ -113,9 +113,12 @@ def _pairs_as_neighbours(rows: Tensor, heads: int) -> Tensor:
 
 
 def _window(config: PretrainedConfig, index: int) -> int | None:
-    """Returns the tokens that a token attends to, itself included; None: all."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and kinds[index] != "sliding_attention":
-        return None
-    window: int | None = getattr(config, "sliding_window", None)
+    """Returns the tokens that a token attends to, itself included; None: all.
+
+    Llama reads no window, Mistral reads one for all layers, and those of Qwen are of one of two types each.
+    """
+    has_window = config.model_type == "mistral" or (
+        config.model_type != "llama" and config.layer_types[index] == "sliding_attention"
+    )
+    window: int | None = config.sliding_window if has_window else None
     return window

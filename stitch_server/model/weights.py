@@ -1,4 +1,7 @@
-"""Reads single tensors of a model folder's safetensors files, and says in which format layers keep their weights."""
+"""Reads the files of a model folder, and says in which format layers keep their weights.
+
+A file that isn't what its name says is refused by name: a Git LFS pointer, an empty or a broken file.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,10 +17,17 @@ from torch import Tensor
 
 from stitch.cluster import ComputeConfig, Quantization
 from stitch.errors import Incompatible
+from stitch.tokenizer_files import json_object
 from stitch_server import cpu
 
+WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+# How a file begins that stands for another one: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+LFS_POINTER = b"version https://git-lfs"
+# The limit of safetensors itself.
+MAX_HEADER_BYTES = 100_000_000
 # What oneDNN and this project's kernels multiply by.
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -67,18 +77,67 @@ def has_onednn(device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and device.type == "cpu"  # type: ignore[no-untyped-call]
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the fields of a JSON file. Raises Incompatible, which names the file, if it holds none."""
+    try:
+        return json_object({path.name: path.read_bytes()}, path.name)
+    except Incompatible as error:
+        raise Incompatible(f"{path.parent}: {error}") from error
+
+
+class StoredTensor(NamedTuple):
+    """A tensor's entry in the header of a safetensors file, with its first byte and its end in the file."""
+
+    dtype: str
+    shape: list[int]
+    begin: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Returns the tensors of a safetensors file by name. Raises Incompatible, which says what the file is instead.
+
+    Layout: https://huggingface.co/docs/safetensors/index#format
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(start := file.read(8), "little")
+        text = file.read(min(length, MAX_HEADER_BYTES))
+    if (start + text).startswith(LFS_POINTER):
+        raise Incompatible(f"{path} is a Git LFS pointer, and the file itself was not downloaded")
+    if not start:
+        raise Incompatible(f"{path} is no whole safetensors file: it is empty")
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        return {
+            name: StoredTensor(entry["dtype"], entry["shape"], *(8 + length + at for at in entry["data_offsets"]))
+            for name, entry in header.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Incompatible(f"{path} is no whole safetensors file: its header is broken") from error
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the folder's safetensors files by name. Raises Incompatible if there are none."""
-    index = folder / INDEX_FILE
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
-        raise Incompatible(f"{folder} lacks {', '.join(missing) or 'safetensors files'}")
+    """Returns the safetensors files that `transformers` reads: model.safetensors, else those of the index.
+
+    Raises Incompatible if there are none. Other files in the folder are not of the model.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    if not (folder / INDEX_FILE).is_file():
+        raise Incompatible(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; weights of other files are not read")
+    file_of = read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(file_of, dict) or not file_of or not all(isinstance(name, str) for name in file_of.values()):
+        raise Incompatible(f"{folder / INDEX_FILE}: weight_map must give every tensor's file")
+    files = [folder / name for name in sorted(set(file_of.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise Incompatible(f"{folder} lacks {', '.join(missing)}, which {INDEX_FILE} names")
     return files
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Returns all tensors of the model by name, from the headers of its files."""
+    return {name: stored for path in weight_files(folder) for name, stored in read_header(path).items()}
 
 
 class Weights:
@@ -95,6 +154,7 @@ class Weights:
         # safetensors' files have no types of their own.
         self._file_of: dict[str, Any] = {}
         for path in weight_files(folder):
+            read_header(path)
             try:
                 file: Any = safe_open(path, framework="pt")
             except SafetensorError as error:
@@ -109,6 +169,10 @@ class Weights:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    def head_name(self, tied: bool) -> str:
+        """Returns the head's matrix: a file that has one means it, although it may be configured as tied."""
+        return EMBEDDING if tied and HEAD not in self else HEAD
 
     def read(self, name: str) -> Tensor:
         """Returns the tensor of that name on the device in the dtype. Raises Incompatible if the folder lacks it."""

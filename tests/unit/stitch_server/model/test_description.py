@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from stitch.errors import Incompatible
-from stitch_server.model.description import ModelDescription, ParameterCount, revision
+from stitch_server.model.description import ModelDescription, ParameterCount, read_config, revision
 from stitch_server.model.weights import INDEX_FILE
 from tests.support.tiny_model import CONTEXT_LENGTH, NATIVE_FAMILIES, TOKENS, write_tiny_model
 
@@ -51,6 +52,129 @@ def test_proto_has_the_same_fields(folder: Path) -> None:
 def test_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Incompatible, match=r"has no config\.json, so it is no model folder"):
         ModelDescription.read(tmp_path, "x")
+
+
+def changed(folder: Path, **fields: Any) -> Path:
+    """Changes fields of the folder's config.json; a field that becomes ... is left out."""
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+    return folder
+
+
+def changed_tensors(folder: Path, **tensors: Tensor | None) -> Path:
+    """Replaces tensors by their names with _ for dots; None leaves one out."""
+    file = folder / "model.safetensors"
+    new = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    kept = {**load_file(file), **new}
+    save_file({name: tensor for name, tensor in kept.items() if tensor is not None}, file)
+    return folder
+
+
+QWEN_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": CONTEXT_LENGTH}
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        (QWEN_YARN, 4 * CONTEXT_LENGTH),
+        (QWEN_YARN | {"original_max_position_embeddings": 512, "factor": 2.5}, 1280),
+        ({"type": "yarn", "factor": 2.0}, 2 * CONTEXT_LENGTH),
+        ({"rope_type": "linear", "factor": 4.0}, CONTEXT_LENGTH),
+        (None, CONTEXT_LENGTH),
+    ],
+)
+def test_context_of_yarn_is_the_original_one_times_the_factor(
+    folder: Path, rope: dict[str, Any] | None, expected: int
+) -> None:
+    changed(folder, rope_parameters=..., rope_theta=1e6, rope_scaling=rope)
+    assert ModelDescription.read(folder, "x").context_length == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2', which is none of arcee, "),
+        ({"model_type": "olmo3"}, "model_type is 'olmo3', which is none of arcee, "),
+        ({"model_type": None}, "model_type is None, which is none of arcee, "),
+        ({"model_type": ["llama"]}, "model_type is ['llama'], which is none of arcee, "),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is {'quant_method': 'fp8'}: quantized"),
+        ({"compression_config": {"a": 1}}, "compression_config is {'a': 1}: quantized"),
+        ({"transformers_weights": "x.safetensors"}, "transformers_weights is 'x.safetensors': weights of another name"),
+        ({"is_causal": False}, "is_causal is false"),
+        ({"hidden_act": "gulu"}, "hidden_act is 'gulu'"),
+        ({"num_key_value_heads": 4}, "num_attention_heads is 6, which is no multiple of num_key_value_heads 4"),
+        ({"num_key_value_heads": 0}, "num_attention_heads is 6, which is no multiple of num_key_value_heads 0"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0; it must be at least 1"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types has 'sliding_attention', but sliding_window is null"),
+        ({"layer_types": ["linear_attention"] * 3}, "layer_types has 'linear_attention', which is none of"),
+        ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0; it must be at least 1"),
+        ({"hidden_size": "48"}, "Validation error for field 'hidden_size'"),
+        ({"hidden_size": -48}, "a qwen3 with rope_parameters "),
+        ({"num_hidden_layers": None}, "Validation error for field 'num_hidden_layers'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": "4"}}, "rope_parameters "),
+        ({"rope_parameters": QWEN_YARN | {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ],
+    ids=str,
+)
+def test_field_that_no_layers_compute_is_refused_by_name(folder: Path, fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Incompatible) as refused:
+        ModelDescription.read(changed(folder, **fields), "x")
+    assert str(refused.value).startswith(f"{folder / 'config.json'}")
+    assert reason in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({"lm_head__weight": None}, "tensor lm_head.weight is not in "),
+        ({"model__norm__weight": torch.ones(47)}, "tensor model.norm.weight of "),
+        (
+            {"lm_head__weight": torch.ones(TOKENS + 4, 48)},
+            f"is [{TOKENS + 4}, 48], but config.json means [",
+        ),
+        ({"model__norm__bias": torch.ones(48)}, "holds model.norm.bias, which a qwen3 with this config.json does not"),
+        ({"lm_head__weight_scale": torch.ones(1), "lm_head__zero": torch.ones(1)}, "lm_head.weight_scale and 1 more"),
+        ({"lm_head__qweight": torch.ones(3, dtype=torch.int32)}, "lm_head.qweight of "),
+        ({"lm_head__weight": torch.ones(TOKENS + 5, 48).to(torch.float8_e5m2)}, "is stored as F8_E5M2, not as F64, "),
+        ({"lm_head__weight": torch.ones(TOKENS + 5, 48, dtype=torch.uint8)}, "is stored as U8, not as F64, "),
+    ],
+)
+def test_tensor_that_the_config_does_not_describe_is_refused_by_name(
+    folder: Path, tensors: dict[str, Tensor | None], reason: str
+) -> None:
+    with pytest.raises(Incompatible) as refused:
+        ModelDescription.read(changed_tensors(folder, **tensors), "x")
+    assert reason in str(refused.value)
+
+
+def test_rotations_of_old_checkpoints_are_ignored_as_transformers_does(folder: Path) -> None:
+    changed_tensors(folder, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))
+    assert ModelDescription.read(folder, "x").layers == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "custom"])
+def test_code_of_the_folder_is_neither_asked_for_nor_run(
+    folder: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object) -> str:
+        raise AssertionError("a question at the terminal")
+
+    monkeypatch.setattr("builtins.input", asked)
+    write_tiny_model(folder, layers=1)
+    (folder / "code.py").write_text(f"open({str(folder / 'was-run')!r}, 'w')\n")
+    changed(folder, model_type=family, auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})
+    if family == "llama":
+        assert ModelDescription.read(folder, "x").layers == 1
+    else:
+        with pytest.raises(Incompatible, match="model_type is 'custom'"):
+            ModelDescription.read(folder, "x")
+    assert not (folder / "was-run").exists()
+
+
+def test_dtype_of_the_config_has_no_meaning(folder: Path) -> None:
+    assert read_config(changed(folder, dtype="no such type")).hidden_size == 48
 
 
 class TestRevision:

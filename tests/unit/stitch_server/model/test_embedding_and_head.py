@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stitch.errors import Incompatible
+from stitch_server.model.description import ParameterCount
 from stitch_server.model.embedding_and_head import Embedding, Head
 from stitch_server.model.weights import EMBEDDING, WeightFormat
 from tests.support.tiny_model import TOKENS, write_tiny_model
-from tests.support.whole_model import CPU
+from tests.support.whole_model import CPU, PROMPT, our_logits, their_logits
 
 
 def without(folder: Path, name: str) -> Path:
@@ -38,6 +40,18 @@ def test_head_multiplies_by_its_own_matrix_or_the_tied_embedding(tmp_path: Path,
     logits = Head.load(folder, CPU, torch.float32)(hidden)
     assert ("lm_head.weight" in stored) is not tied
     torch.testing.assert_close(logits, normed @ stored[EMBEDDING if tied else "lm_head.weight"].T)
+
+
+@pytest.mark.parametrize("stored", ["both", "embedding", "head"])
+def test_tied_embeddings_are_those_that_transformers_reads(tmp_path: Path, stored: str) -> None:
+    folder = write_tiny_model(tmp_path, layers=1, tie_word_embeddings=False)
+    if stored != "both":
+        without(folder, EMBEDDING if stored == "head" else "lm_head.weight")
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    ours = our_logits(folder, (0, 1), (0, len(PROMPT)))
+    torch.testing.assert_close(ours, their_logits(folder), rtol=1e-4, atol=1e-4)
+    assert ParameterCount.read(folder).head == (TOKENS + 1) * 32
 
 
 def test_head_leaves_out_padding_tokens_on_request(tmp_path: Path) -> None:

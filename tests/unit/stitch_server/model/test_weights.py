@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from stitch.errors import Incompatible
-from stitch_server.model.weights import INDEX_FILE, Weights, weight_files
+from stitch_server.model.weights import INDEX_FILE, Weights, stored_tensors, weight_files
 from tests.support.whole_model import CPU
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
 
 @pytest.fixture
@@ -64,13 +66,74 @@ def test_tensors_outlive_the_files(split_model: Path) -> None:
 
 def test_missing_file_is_named(split_model: Path) -> None:
     (split_model / "model-2.safetensors").unlink()
-    with pytest.raises(Incompatible, match=r" lacks model-2\.safetensors$"):
+    with pytest.raises(Incompatible, match=r" lacks model-2\.safetensors, which .*index\.json names$"):
         weight_files(split_model)
 
 
-def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Incompatible, match=r" lacks safetensors files$"):
+@pytest.mark.parametrize("stray", [(), ("pytorch_model.bin",), ("other.safetensors", "adapter_model.safetensors")])
+def test_folder_without_weights_of_transformers_is_refused(tmp_path: Path, stray: tuple[str, ...]) -> None:
+    for name in stray:
+        save_file({"a": torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(Incompatible, match=r" has neither model\.safetensors nor model\.safetensors\.index\.json"):
         weight_files(tmp_path)
+
+
+def test_stray_files_beside_the_single_file_are_not_read(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(3.0)}, tmp_path / "model.safetensors")
+    for name in ("a.safetensors", "model-00001-of-00002.safetensors", "z.safetensors"):
+        save_file({"a": torch.zeros(3), "b": torch.zeros(1)}, tmp_path / name)
+    with Weights(tmp_path, CPU, torch.float32) as weights:
+        assert "b" not in weights
+        assert torch.equal(weights.read("a"), torch.arange(3.0))
+
+
+def test_single_file_takes_precedence_over_a_stale_index(split_model: Path) -> None:
+    save_file({"a": torch.full((3,), 7.0)}, split_model / "model.safetensors")
+    assert weight_files(split_model) == [split_model / "model.safetensors"]
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
+def test_index_without_files_is_refused_by_its_field(tmp_path: Path, content: str) -> None:
+    (tmp_path / INDEX_FILE).write_text(content)
+    with pytest.raises(Incompatible, match=r"index\.json: weight_map must give every tensor's file"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (LFS_POINTER, "can't be read: it is a Git LFS pointer"),
+        ("", "can't be read: "),
+        ('{"weight_map": ', "can't be read: "),
+        ("[" * 100_000, "can't be read: "),
+        ("[1]", "holds no object, but list"),
+    ],
+    ids=["pointer", "empty", "cut", "nested", "list"],
+)
+def test_broken_index_is_refused_with_the_reason(tmp_path: Path, content: str, reason: str) -> None:
+    (tmp_path / INDEX_FILE).write_text(content)
+    with pytest.raises(Incompatible, match=rf"model\.safetensors\.index\.json {reason}"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (LFS_POINTER.encode(), "is a Git LFS pointer, and the file itself was not downloaded"),
+        (b"", "is no whole safetensors file: it is empty"),
+        (b"\x04", "is no whole safetensors file: its header is broken"),
+        (b"\xff" * 100, "is no whole safetensors file: its header is broken"),
+        (b"\x02" + bytes(7) + b"[]", "is no whole safetensors file: its header is broken"),
+        (b"\x08" + bytes(7) + b'{"a": 1}', "is no whole safetensors file: its header is broken"),
+        (b"<html>404 not found</html>", "is no whole safetensors file: its header is broken"),
+    ],
+)
+def test_file_that_is_no_safetensors_is_refused_with_the_reason(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(Incompatible, match=rf"model\.safetensors {reason}"):
+        Weights(tmp_path, CPU, torch.float32)
+    with pytest.raises(Incompatible, match=rf"model\.safetensors {reason}"):
+        stored_tensors(tmp_path)
 
 
 def test_truncated_file_is_named(split_model: Path) -> None:
