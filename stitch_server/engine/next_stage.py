@@ -141,6 +141,8 @@ class SessionTable:
             raise _contradiction(
                 f"route {session.route} does not pass this shard, only {', '.join(self._layer_ranges)}"
             )
+        if session.route not in upstream.routes:
+            raise _contradiction(f"route {session.route} does not come over this link, only {sorted(upstream.routes)}")
         is_last = self._in_flight is None
         if is_last != (not session.chain):
             side = "the last of its chain" if is_last else "not the last of its chain"

@@ -205,6 +205,10 @@ class StepReply:
 class Upstream(Protocol):
     """The link that a step came from; `reply` is called in the engine's thread."""
 
+    @property
+    def routes(self) -> frozenset[str]:
+        """Routes whose sessions go over this link."""
+
     def reply(self, reply: StepReply) -> None: ...
 
 

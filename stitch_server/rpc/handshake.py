@@ -37,6 +37,19 @@ def check_welcome(welcome: shard_pb2.Welcome, own: Identity) -> None:
             raise _differ(name, welcome.identity, of(welcome.identity), own, of(own))
 
 
+def routes_between(caller: Identity, own: Identity) -> frozenset[str]:
+    """The routes of which the caller has the layers just before this shard's."""
+
+    def precedes(route: inference_pb2.RouteDescription) -> bool:
+        enters = own.role == "top" and own.first_layer <= route.top_from
+        if caller.role == own.role:
+            return not enters
+        return enters and caller.first_layer < route.bottom_layers <= caller.end_layer
+
+    theirs = {route.name for route in caller.routes}
+    return frozenset(route.name for route in own.routes if route.name in theirs and precedes(route))
+
+
 _COMPARED: dict[str, Callable[[Identity], object]] = {
     "tokenizer": lambda identity: identity.tokenizer,
     "wire dtype": lambda identity: shard_pb2.Dtype.Name(identity.wire_dtype),

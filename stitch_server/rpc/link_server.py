@@ -26,9 +26,15 @@ class UpstreamLink:
     """The stream of one upstream shard."""
 
     def __init__(
-        self, engine: Engine, next_stage: NextStage, assembler: StepAssembler, in_flight: InFlightTracker
+        self,
+        engine: Engine,
+        next_stage: NextStage,
+        assembler: StepAssembler,
+        in_flight: InFlightTracker,
+        routes: frozenset[str],
     ) -> None:
         """`in_flight` counts the sessions that are open over this link, for the drain to wait for them."""
+        self.routes = routes
         self._engine = engine
         self._next_stage = next_stage
         self._assembler = assembler

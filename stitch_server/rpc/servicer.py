@@ -19,7 +19,7 @@ from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.engine.request import Request, RequestOutput
 from stitch_server.engine.types import RouteDecision
 from stitch_server.rpc.frames import StepAssembler, stage_messages, token_message
-from stitch_server.rpc.handshake import check_hello
+from stitch_server.rpc.handshake import check_hello, routes_between
 from stitch_server.rpc.link_server import UpstreamLink, decoded
 from stitch_server.worker.route_probe import fallback_decision
 
@@ -80,7 +80,8 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
                 shard.unpack,
                 shard.metrics.link_bytes_received.inc,
             )
-            link = UpstreamLink(shard.engine, next_stage, assembler, shard.in_flight)
+            routes = routes_between(first.hello.identity, shard.identity)
+            link = UpstreamLink(shard.engine, next_stage, assembler, shard.in_flight, routes)
             async for response in link.responses(frames):
                 yield response
 

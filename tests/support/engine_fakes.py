@@ -64,6 +64,7 @@ class FakeUpstream:
     """Records the replies to an upstream shard."""
 
     replies: list[StepReply] = field(default_factory=list)
+    routes: frozenset[str] = frozenset({"weak", "strong"})
 
     def reply(self, reply: StepReply) -> None:
         self.replies.append(reply)

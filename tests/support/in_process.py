@@ -14,6 +14,7 @@ from stitch_server.engine.request import RequestOutput
 from stitch_server.engine.types import LinkEvent, OutgoingStep, StepReply
 from stitch_server.metrics import Metrics
 from stitch_server.rpc.frames import StepAssembler, reply_frame, reply_of, step_frames
+from stitch_server.rpc.handshake import routes_between
 from stitch_server.rpc.tensors import pack
 from stitch_server.shard import Shard, build_shard
 from tests.support.engine_fakes import new_request
@@ -92,6 +93,7 @@ class LinkEnd:
     def __init__(self, sender: Shard, receiver: Shard) -> None:
         assert receiver.next_stage is not None
         self.stage = receiver.next_stage
+        self.routes = routes_between(sender.identity, receiver.identity)
         self._sender = sender
         width = receiver.incoming_width(sender.config.role)
         self._assembler = StepAssembler(width, receiver.identity.wire_dtype, receiver.max_step_tokens, receiver.unpack)

@@ -338,3 +338,9 @@ def test_forced_token_beyond_the_head_is_refused(pool: BlockPool, upstream: Fake
     assert refusal(table, upstream, segment) == ("PRECONDITION", "token 300 is forced, but the head has 300 logits")
     segment.new_session.sampling = Sampling(forced_token_ids=(299,))
     assert table.accept(upstream, segment).sampling.forced_token_ids == (299,)
+
+
+def test_route_that_does_not_come_over_the_link_is_refused(table: SessionTable) -> None:
+    upstream = FakeUpstream(routes=frozenset({"strong"}))
+    expected = "route weak does not come over this link, only ['strong']"
+    assert refusal(table, upstream, first()) == ("PRECONDITION", expected)

@@ -38,6 +38,7 @@ class LateLink:
     forward: deque[tuple[bool, Callable[[], None]]] = field(default_factory=deque)
     backward: deque[Callable[[], None]] = field(default_factory=deque)
     receiver: NextStage | None = None
+    routes: frozenset[str] = frozenset(LAYER_RANGES)
     assembler: StepAssembler = field(
         default_factory=lambda: StepAssembler(
             WIDTH, shard_pb2.DTYPE_FLOAT32, 10_000, lambda packed: unpack(packed, torch.device("cpu"), torch.float32)

@@ -8,7 +8,7 @@ import pytest
 
 from stitch.errors import Incompatible
 from stitch.v1 import inference_pb2, shard_pb2
-from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_hello, check_welcome
+from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_hello, check_welcome, routes_between
 
 Identity = shard_pb2.ShardIdentity
 Change = Callable[[Identity], object]
@@ -199,3 +199,15 @@ def test_route_without_stitch_requires_one_model() -> None:
 def test_empty_identity_is_refused() -> None:
     with pytest.raises(Incompatible, match=r"shard \? is 0, that of shard top-0 is 1"):
         check_hello(shard_pb2.Hello(), top(), no_check)
+
+
+def test_routes_between_shards_are_those_whose_layers_follow() -> None:
+    first, last = identity("top-0", "top", (2, 3)), identity("top-1", "top", (3, 4))
+    del first.routes[1]
+    both = frozenset({"weak", "strong"})
+    assert routes_between(bottom(), top()) == both
+    assert routes_between(bottom(), first) == {"weak"}
+    assert routes_between(bottom(), last) == {"strong"}
+    assert routes_between(first, last) == {"weak"}
+    assert routes_between(identity("bottom-0", "bottom", (0, 3)), top()) == {"weak"}
+    assert routes_between(identity("bottom-0", "bottom", (0, 2)), identity("bottom-1", "bottom", (2, 4))) == both
