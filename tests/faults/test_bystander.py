@@ -25,8 +25,10 @@ from tests.support.tiny_model import TOKENS
 from tests.support.waiting import becomes_true
 
 WIDTH = 48
-ROUTES = ("weak", "strong")
-# What others send meanwhile, in equal shares to the gateway, the first shard and the last one.
+# By route the shards after the first one; "weak" enters the top model on the middle shard, "strong" on the last one.
+CHAINS = {"weak": ("top-0", "top-1"), "strong": ("top-1",)}
+ROUTES = tuple(CHAINS)
+# What others send meanwhile, in equal shares to the gateway, the first shard, and the middle one with the last one.
 MESSAGES = 2_000
 ALL_MESSAGES = 20_000
 # Senders to each of gateway and first shard; each waits for its answers, at most this long.
@@ -52,7 +54,7 @@ DEFECTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    file = write_tiny_cluster(tmp_path_factory.mktemp("pair"))
+    file = write_tiny_cluster(tmp_path_factory.mktemp("pair"), tops=((2, 3), (3, 4)))
     with running_cluster(file, tmp_path_factory.mktemp("run")) as running:
         # The gateway may serve before it has asked every shard.
         assert becomes_true(running.all_serving, RELEASE_SECONDS)
@@ -70,23 +72,32 @@ class Crowd:
 
     def question(self) -> inference_pb2.GenerateRequest:
         draw = self._draw
-        message = inference_pb2.GenerateRequest(
+        return inference_pb2.GenerateRequest(
             prompt="".join(draw.choices("abc xyz<|é>", k=draw.randint(1, 40))),
             route=draw.choice(("", *ROUTES)),
             sampling=sampling(draw, TOKENS),
         )
-        return message
+
+    def batch(self) -> inference_pb2.GenerateBatchRequest:
+        return inference_pb2.GenerateBatchRequest(requests=[self.question() for _ in range(3)])
 
     def session(self) -> shard_pb2.ShardGenerateRequest:
         draw = self._draw
         ids = [draw.randrange(TOKENS) for _ in range(draw.randint(1, 40))]
-        return shard_pb2.ShardGenerateRequest(
-            token_ids=ids,
-            prompt_tokens=draw.randint(1, len(ids)),
-            route=draw.choice(ROUTES),
-            chain=[self._cluster.address("top-0")],
-            sampling=sampling(draw, TOKENS),
+        message = shard_pb2.ShardGenerateRequest(
+            token_ids=ids, prompt_tokens=draw.randint(1, len(ids)), sampling=sampling(draw, TOKENS)
         )
+        if draw.random() < 0.3:
+            for route in ROUTES:
+                message.candidates.add(route=route, chain=self._chain(route))
+        else:
+            message.route = draw.choice(ROUTES)
+            # Sometimes that of another route.
+            message.chain.extend(self._chain(message.route if draw.random() < 0.9 else draw.choice(ROUTES)))
+        return message
+
+    def _chain(self, route: str) -> list[str]:
+        return [self._cluster.address(name) for name in CHAINS[route]]
 
     def frame(self) -> shard_pb2.LinkRequest:
         """A step that opens or continues one of a few sessions, or the end of one."""
@@ -98,8 +109,10 @@ class Crowd:
             segment = shard_pb2.Segment(session=session, position=draw.randint(1, 8), length=1, wants_token=True)
             hidden = hidden_states([draw.uniform(-2, 2) for _ in range(WIDTH)], 1)
             return shard_pb2.LinkRequest(step=shard_pb2.Step(step=session, segments=[segment], hidden=hidden))
-        step = opening_step(session, draw.choice(ROUTES), draw.randint(1, 8), WIDTH, draw.choice((0.5, 1e38, -3.0)))
+        route = draw.choice(ROUTES)
+        step = opening_step(session, route, draw.randint(1, 8), WIDTH, draw.choice((0.5, 1e38, -3.0)))
         step.segments[0].new_session.sampling.CopyFrom(sampling(draw, TOKENS))
+        step.segments[0].new_session.chain.extend(self._chain(route)[1:])
         return shard_pb2.LinkRequest(step=step)
 
     def bytes_of(self, make: Callable[[], Any]) -> bytes:
@@ -117,8 +130,9 @@ class Crowd:
             for _ in range(count):
                 data = self.bytes_of(make)
                 call = stub(data, timeout=ANSWER_SECONDS)
-                while await _read(call) is not None:
-                    pass
+                while (response := await _read(call)) is not None:
+                    if method.endswith("Batch"):
+                        self._check(inference_pb2.GenerateBatchResponse.FromString(response).error, data)
                 self._end(await call.code(), await call.details(), data)
 
     def link(self, address: str, identity: shard_pb2.ShardIdentity, count: int) -> None:
@@ -147,6 +161,10 @@ class Crowd:
             yield sent[-1]
         time.sleep(REPLY_SECONDS)
 
+    def _check(self, error: inference_pb2.RequestError, data: bytes) -> None:
+        if error.code in [code.value[0] for code in DEFECTS]:
+            self.defects.append(f"{error.message}: {data[:200]!r}")
+
     def _end(self, code: grpc.StatusCode, details: str, data: bytes) -> None:
         self.ends[code] += 1
         if code in DEFECTS:
@@ -166,11 +184,12 @@ async def answers_beside(cluster: Cluster, crowd: Crowd, messages: int) -> list[
     """The bystander's answers, one after another, until the crowd has sent its messages."""
     share = messages // 3
     identity = (await describe(cluster.address("bottom-0"))).identity
-    top = cluster.address("top-0")
-    crowds: list[Any] = [asyncio.to_thread(crowd.link, top, identity, share // SENDERS) for _ in range(SENDERS)]
+    tops = [cluster.address(name) for name in CHAINS["weak"]] * (SENDERS // 2)
+    crowds: list[Any] = [asyncio.to_thread(crowd.link, top, identity, share // SENDERS) for top in tops]
     for _ in range(SENDERS):
         gateway, first = cluster.gateway, cluster.address("bottom-0")
-        crowds.append(crowd.call(gateway, "/stitch.v1.Inference/Generate", crowd.question, share // SENDERS))
+        crowds.append(crowd.call(gateway, "/stitch.v1.Inference/Generate", crowd.question, share // SENDERS // 2))
+        crowds.append(crowd.call(gateway, "/stitch.v1.Inference/GenerateBatch", crowd.batch, share // SENDERS // 2))
         crowds.append(crowd.call(first, "/stitch.v1.Shard/Generate", crowd.session, share // SENDERS))
     sending = asyncio.gather(*crowds)
     answers = []
@@ -201,6 +220,6 @@ async def test_answer_beside_random_requests_and_frames_is_what_it_is_alone(clus
     for name in cluster.names:
         assert cluster.running(name)
         assert traceback_in(cluster.log(name)) == ""
-    for name in ("bottom-0", "top-0"):
+    for name in ("bottom-0", "top-0", "top-1"):
         free = lambda: cluster.metric(name, "stitch_kv_cache_usage_ratio") == 0  # noqa: B023, E731
         assert becomes_true(free, RELEASE_SECONDS)
