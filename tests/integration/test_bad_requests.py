@@ -28,6 +28,8 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
     ({"top_p": 2.0}, "sampling.top_p", "2.0", "it must be more than 0 and at most 1"),
     ({"top_p": math.nan}, "sampling.top_p", "nan", "it must be more than 0 and at most 1"),
     ({"stop_token_ids": [TOKENS + 100]}, "sampling.stop_token_ids[0]", str(TOKENS + 100), "the vocabulary ends at"),
+    # The top has a row for it, the bottom and the tokenizer have none.
+    ({"forced_token_ids": [TOKENS]}, "sampling.forced_token_ids[0]", str(TOKENS), "the vocabulary ends at"),
     ({"route": "sideways"}, "route", "'sideways'", "this cluster has: weak, strong, auto"),
 ]
 
@@ -113,7 +115,7 @@ def test_later_shard_refuses_to_start_a_chain(tiny_cluster: Cluster) -> None:
     with grpc.insecure_channel(tiny_cluster.address("top-0")) as channel, pytest.raises(grpc.RpcError) as caught:
         list(shard_pb2_grpc.ShardStub(channel).Generate(request))
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert caught.value.details() == "shard top-0 holds top layers without the embedding: no chain begins here"
+    assert caught.value.details() == "shard top-0 holds top layers without the embedding: it is no first shard"
 
 
 def test_prompt_that_almost_fills_the_context_is_answered(tiny_cluster: Cluster) -> None:
