@@ -69,7 +69,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("qwen")
     file = write_cluster(folder)
     amounts = ["--tokens", str(FITTED_TOKENS), "--held-out-tokens", str(HELD_OUT_TOKENS), "--sequence-tokens", "256"]
-    command = [sys.executable, "-m", "stitch_server.cli", "fit", str(file), "--route", "strong", "--epochs", "0"]
+    command = [sys.executable, "-m", "stitch_training.cli", "fit", str(file), "--route", "strong", "--epochs", "0"]
     data = ["--data", str(write_text(folder)), "--out", str(folder / "strong.safetensors")]
     subprocess.run([*command, *data, *amounts], check=True)
     with running_cluster(file, folder / "run") as running:

@@ -13,7 +13,8 @@ import torch
 
 from router_gateway.requests.pipeline import tokenize
 from router_gateway.tokenization.chat_template import Turn
-from router_gateway.tokenization.vocabulary import FILES, Vocabulary
+from router_gateway.tokenization.vocabulary import Vocabulary
+from stitch import tokenizer_files
 from stitch.cluster import load_cluster
 from stitch.errors import Incompatible, InvalidRequest
 from stitch.sampling import Sampling
@@ -198,7 +199,9 @@ def test_feature_extraction_reports_progress_to_the_end(model_folder: Path) -> N
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_prompts_are_tokenized_as_by_the_gateway(model_folder: Path, text: str) -> None:
-    files = {name: (model_folder / name).read_bytes() for name in FILES if (model_folder / name).is_file()}
+    files = {
+        name: (model_folder / name).read_bytes() for name in tokenizer_files.NAMES if (model_folder / name).is_file()
+    }
     vocabulary = Vocabulary.from_files(files)
     assert plain_encoder(model_folder)(text) == tokenize(text, vocabulary)
     assert chat_encoder(model_folder)(text) == tokenize((Turn("user", text),), vocabulary)

@@ -20,7 +20,7 @@ from stitch_server.model.probe import MAX_PROBE_TOKENS, METADATA_KEY, Probe, Pro
 WIDTH = 4
 CPU = torch.device("cpu")
 BINDING = ProbeBinding("id", "revision", WIDTH, 3, 8, ("weak", "middle", "strong"), "f" * 64)
-BOTTOM = ModelDescription("elsewhere", "revision", "llama", 5, WIDTH, 99, 128, 2, 1, 2, (1,))
+BOTTOM = ModelDescription("elsewhere", "revision", "llama", 5, WIDTH, 99, 128, 2, 1, 2)
 
 
 def new_probe(**fields: Any) -> Probe:
