@@ -26,7 +26,7 @@ from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import ModelDescription, ParameterCount, read_config
 from stitch_server.model.embedding_and_head import Embedding
 from stitch_server.model.stitch import Stitch
-from stitch_server.model.weights import EMBEDDING, Weights
+from stitch_server.model.weights import Weights
 from stitch_server.sources.resolve import resolve
 from stitch_training.data import Turn
 from stitch_training.trace import TEACHER_TOKENS, Teacher
@@ -112,9 +112,9 @@ class DenseHead:
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> DenseHead:
         """Reads the head; a tied one is the embedding. Raises Incompatible where a tensor is missing."""
         config = read_config(folder)
-        name = EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
         with Weights(folder, device, dtype) as weights:
-            return cls(weights.read("model.norm.weight"), config.rms_norm_eps, weights.read(name))
+            matrix = weights.read(weights.head_name(config.tie_word_embeddings))
+            return cls(weights.read("model.norm.weight"), config.rms_norm_eps, matrix)
 
     def __call__(self, hidden: Tensor, token_ids: Tensor | None) -> Tensor:
         """Returns float32 `[tokens, vocabulary]`, or `[tokens, len(token_ids)]`, of states `[tokens, hidden]`."""
