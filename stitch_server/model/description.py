@@ -119,6 +119,8 @@ def _one_line(error: Exception) -> str:
 def check_tensors(folder: Path, config: PretrainedConfig) -> None:
     """Raises Incompatible, which names tensors, unless the files hold exactly those that config.json describes."""
     stored = {name: one for name, one in stored_tensors(folder).items() if not _COMPUTED.search(name)}
+    if not 1 <= (layers := config.num_hidden_layers) <= len(stored):
+        raise Incompatible(f"{folder / 'config.json'}: num_hidden_layers is {layers}, for {len(stored)} tensors in all")
     try:
         described = hf_layers.tensor_shapes(config)
     except Exception as error:

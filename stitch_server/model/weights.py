@@ -109,10 +109,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        return {
+        tensors = {
             name: StoredTensor(entry["dtype"], entry["shape"], *(8 + length + at for at in entry["data_offsets"]))
             for name, entry in header.items()
         }
+        if any(not 8 + length <= one.begin <= one.end < 1 << 63 for one in tensors.values()):
+            raise ValueError("a tensor has no place in the file")
+        return tensors
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Incompatible(f"{path} is no whole safetensors file: its header is broken") from error
 

@@ -111,6 +111,8 @@ def test_context_of_yarn_is_the_original_one_times_the_factor(
         ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0; it must be at least 1"),
         ({"hidden_size": "48"}, "Validation error for field 'hidden_size'"),
         ({"hidden_size": -48}, "a qwen3 with rope_parameters "),
+        ({"num_hidden_layers": 0, "layer_types": ...}, "num_hidden_layers is 0, for 36 tensors in all"),
+        ({"num_hidden_layers": 10**4, "layer_types": ...}, "num_hidden_layers is 10000, for 36 tensors in all"),
         ({"num_hidden_layers": None}, "Validation error for field 'num_hidden_layers'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": "4"}}, "rope_parameters "),
         ({"rope_parameters": QWEN_YARN | {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),

@@ -16,6 +16,12 @@ from tests.support.whole_model import CPU
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
 
+def header(**fields: object) -> bytes:
+    """A safetensors file of one tensor of which there is only the header."""
+    text = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | fields}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
 @pytest.fixture
 def split_model(tmp_path: Path) -> Path:
     """A model in two files with an index, beside a file that the index does not list."""
@@ -125,6 +131,9 @@ def test_broken_index_is_refused_with_the_reason(tmp_path: Path, content: str, r
         (b"\xff" * 100, "is no whole safetensors file: its header is broken"),
         (b"\x02" + bytes(7) + b"[]", "is no whole safetensors file: its header is broken"),
         (b"\x08" + bytes(7) + b'{"a": 1}', "is no whole safetensors file: its header is broken"),
+        (header(data_offsets=[-99, 4]), "is no whole safetensors file: its header is broken"),
+        (header(data_offsets=[0, 10**30]), "is no whole safetensors file: its header is broken"),
+        (header(data_offsets=["0", 4]), "is no whole safetensors file: its header is broken"),
         (b"<html>404 not found</html>", "is no whole safetensors file: its header is broken"),
     ],
 )
