@@ -17,7 +17,7 @@ from stitch import buckets
 NO_ROUTE = "none"
 OUTCOMES = ("stop", "length", "invalid", "unmet", "exhausted", "unavailable", "cancelled", "expired", "failed")
 STAGES = ("route", "queue", "bottom_prefill", "wire", "stitch", "top_prefill", "sample")
-REPLAY_CAUSES = ("unavailable", "cancelled", "unreachable", "cut", "out_of_step")
+REPLAY_CAUSES = ("unavailable", "draining", "cancelled", "unreachable", "cut", "out_of_step")
 CANCEL_CAUSES = ("client", "deadline", "shutdown")
 
 # Upper bounds in tokens of the prompt lengths by which the time to first token is split.

@@ -7,6 +7,7 @@ StitchError
 ├── Exhausted            RESOURCE_EXHAUSTED    no room now; carries when to retry
 ├── ObjectivesUnmet      OUT_OF_RANGE          no route is predicted to meet the request's objectives
 ├── Unavailable          UNAVAILABLE           a shard is gone; carries the number of tokens generated
+│   └── Draining         UNAVAILABLE           a process that shuts down takes no new call or session
 └── Expired              DEADLINE_EXCEEDED     the deadline passed
 """
 
@@ -100,6 +101,12 @@ class Unavailable(StitchError):
         yield error_details_pb2.ErrorInfo(reason=type(self).__name__, domain=DOMAIN, metadata=metadata)
 
 
+class Draining(Unavailable):
+    """A process that shuts down refuses a new call or session; another one may take it."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
 class Expired(StitchError):
     """The request's deadline has passed."""
 
@@ -155,8 +162,7 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "RetryInfo" in details:
         return Exhausted(message, details["RetryInfo"].retry_delay.ToNanoseconds() / 1e9)
     if code is grpc.StatusCode.UNAVAILABLE:
-        generated = details["ErrorInfo"].metadata.get("generated_tokens", "0") if "ErrorInfo" in details else "0"
-        return Unavailable(message, int(generated))
+        return _unavailable(message, details.get("ErrorInfo", error_details_pb2.ErrorInfo()))
     if code is grpc.StatusCode.FAILED_PRECONDITION:
         reason = details["ErrorInfo"].reason if "ErrorInfo" in details else ""
         return OutOfStep(message) if reason == OutOfStep.__name__ else Incompatible(message)
@@ -165,6 +171,11 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
     if code is grpc.StatusCode.OUT_OF_RANGE:
         return ObjectivesUnmet(message)
     return error
+
+
+def _unavailable(message: str, info: error_details_pb2.ErrorInfo) -> Unavailable:
+    kind = Draining if info.reason == Draining.__name__ else Unavailable
+    return kind(message, int(info.metadata.get("generated_tokens", "0")))
 
 
 def from_code(code: int, message: str) -> StitchError:

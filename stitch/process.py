@@ -16,7 +16,7 @@ from typing import Any
 
 from prometheus_client import Histogram
 
-from stitch.errors import Unavailable
+from stitch.errors import Draining
 
 _log = logging.getLogger(__name__)
 
@@ -65,9 +65,9 @@ class InFlightTracker:
 
     @contextmanager
     def admit(self) -> Iterator[None]:
-        """Counts a call for the length of the block. Raises Unavailable where the tracker is closed."""
+        """Counts a call for the length of the block. Raises Draining where the tracker is closed."""
         if self.closed:
-            raise Unavailable(f"{self._name} is shutting down")
+            raise Draining(f"{self._name} is shutting down")
         self._running += 1
         self._empty.clear()
         try:

@@ -97,6 +97,7 @@ class Failover:
         failures.since = self._dependencies.clock() if failures.since is None else failures.since
         if self._is_drain_refusal(chain, error, generated_tokens):
             self._dependencies.metrics.drain_refusals.inc()
+            failures.chains.add(chain.names)
             failures.last_error = Unavailable(str(error))
             return
         failures.last_error = error
@@ -119,8 +120,11 @@ class Failover:
         return chain
 
     def _is_drain_refusal(self, chain: Chain, error: ChainLost | Exhausted, generated_tokens: int) -> bool:
-        unavailable = isinstance(error, ChainLost) and error.cause == "unavailable"
-        return unavailable and chain.draining and generated_tokens == self._tokens_at_start
+        """A shard may also end before its answer is read; then the poll knows less than the error."""
+        refused = isinstance(error, ChainLost) and (
+            error.cause == "draining" or (error.cause == "unavailable" and chain.draining)
+        )
+        return refused and generated_tokens == self._tokens_at_start
 
     def _choose(self, allow_failed: bool) -> Chain | None:
         placement, by_shard = self._dependencies.placement, self._failures.by_shard

@@ -18,7 +18,7 @@ from router_gateway.requests.failover import ChainLost, Failover
 from router_gateway.routing.probe import from_probe
 from router_gateway.routing.router import DeferredDecision, RouteDecision
 from router_gateway.shards.placement import CandidateChains, Chain
-from stitch.errors import Exhausted, Expired, StitchError, from_rpc_error
+from stitch.errors import Draining, Exhausted, Expired, StitchError, from_rpc_error
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2, shard_pb2
 
@@ -190,7 +190,7 @@ def _session_error(error: grpc.aio.AioRpcError) -> Exception:
     code, message = error.code(), error.details() or ""
     # A process that is killed in the middle of a frame may leave only a reset stream.
     if code is grpc.StatusCode.UNAVAILABLE or (code is grpc.StatusCode.INTERNAL and "RST_STREAM" in message):
-        return ChainLost("unavailable", message)
+        return ChainLost("draining" if isinstance(from_rpc_error(error), Draining) else "unavailable", message)
     if code is grpc.StatusCode.CANCELLED:
         return ChainLost("cancelled", message)
     known = from_rpc_error(error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from stitch.errors import Exhausted, Incompatible, OutOfStep, StitchError, Unavailable
+from stitch.errors import Draining, Exhausted, Incompatible, OutOfStep, StitchError, Unavailable
 from stitch.sampling import Token
 from stitch.v1 import shard_pb2
 from stitch_server.engine.in_flight import StepsInFlight
@@ -144,7 +144,9 @@ class FirstStage:
             case shard_pb2.FAILURE_CAUSE_TOO_LONG:
                 self._finish(request, RequestOutput(error=Exhausted(failure.message, TOO_LARGE_RETRY_SECONDS)))
             case shard_pb2.FAILURE_CAUSE_UNAVAILABLE:
-                self._finish(request, RequestOutput(error=_with_generated(Unavailable(failure.message), request)))
+                self._finish(request, RequestOutput(error=Unavailable(failure.message, request.generated)))
+            case shard_pb2.FAILURE_CAUSE_DRAINING:
+                self._finish(request, RequestOutput(error=Draining(failure.message, request.generated)))
             case _:
                 self._finish(request, RequestOutput(error=OutOfStep(failure.message)))
 

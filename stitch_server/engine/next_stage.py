@@ -136,7 +136,7 @@ class SessionTable:
         """Adds a new session, in place of an earlier epoch; its first `reused` tokens must be cached."""
         if self.is_draining:
             message = "a shard of the chain is draining and takes no new sessions"
-            raise SessionRefused(shard_pb2.FAILURE_CAUSE_UNAVAILABLE, message)
+            raise SessionRefused(shard_pb2.FAILURE_CAUSE_DRAINING, message)
         if session.route not in self._layer_ranges:
             raise _contradiction(
                 f"route {session.route} does not pass this shard, only {', '.join(self._layer_ranges)}"

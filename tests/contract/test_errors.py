@@ -19,6 +19,7 @@ EXAMPLES: dict[type[StitchError], StitchError] = {
     errors.Exhausted: errors.Exhausted("256 sessions wait already", retry_after_seconds=2.5),
     errors.ObjectivesUnmet: errors.ObjectivesUnmet("no route keeps to ttft ≤ 0.5 s: weak has ttft 0.82 s"),
     errors.Unavailable: errors.Unavailable("top-0 is gone", generated_tokens=17),
+    errors.Draining: errors.Draining("shard top-0 is shutting down"),
     errors.Expired: errors.Expired("the deadline passed after 31 tokens"),
 }
 
@@ -37,6 +38,7 @@ def test_error_class_has_a_specific_status(error: StitchError) -> None:
 def test_error_keeps_class_status_and_message_over_rpc(error: StitchError) -> None:
     received = from_rpc_error(_rpc_error_of(error))
     assert isinstance(received, StitchError)
+    assert type(received) is type(error)
     assert received.code is error.code
     assert str(received) == str(error)
 

@@ -317,16 +317,16 @@ class TestClosingDownstream:
 class TestDraining:
     """A draining shard finishes its sessions and refuses new ones."""
 
-    def test_new_session_is_refused_as_unavailable(self, table: SessionTable, upstream: FakeUpstream) -> None:
+    def test_new_session_is_refused_as_draining(self, table: SessionTable, upstream: FakeUpstream) -> None:
         table.is_draining = True
-        assert refusal(table, upstream, first())[0] == "UNAVAILABLE"
-        assert refusal(table, upstream, NEXT)[0] == "UNAVAILABLE"
+        assert refusal(table, upstream, first())[0] == "DRAINING"
+        assert refusal(table, upstream, NEXT)[0] == "DRAINING"
         assert len(table) == 0
 
     def test_open_session_continues(self, table: SessionTable, upstream: FakeUpstream) -> None:
         session = table.accept(upstream, first())
         table.is_draining = True
-        assert refusal(table, upstream, first(6))[0] == "UNAVAILABLE"
+        assert refusal(table, upstream, first(6))[0] == "DRAINING"
         assert table.accept(upstream, NEXT) is session
 
 

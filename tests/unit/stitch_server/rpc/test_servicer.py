@@ -296,7 +296,7 @@ class TestDescribe:
 class TestDraining:
     """A draining shard refuses new sessions, finishes the running ones, and knows when they have ended."""
 
-    async def test_generate_is_refused_as_unavailable(self, first: WeightlessShard) -> None:
+    async def test_generate_is_refused_as_draining(self, first: WeightlessShard) -> None:
         first.start_draining()
         error = await refused(first, request())
         assert (error.code, error.details) == (grpc.StatusCode.UNAVAILABLE, "shard bottom-0 is shutting down")
@@ -325,7 +325,7 @@ class TestDraining:
             last.start_draining()
             frames.put_nowait(step(6, number=2))
             refusal = (await anext(responses)).reply
-            assert [(one.session, one.cause) for one in refusal.failures] == [(6, shard_pb2.FAILURE_CAUSE_UNAVAILABLE)]
+            assert [(one.session, one.cause) for one in refusal.failures] == [(6, shard_pb2.FAILURE_CAUSE_DRAINING)]
             frames.put_nowait(later_step(5, position=3, number=3))
             assert [one.session for one in (await anext(responses)).reply.tokens] == [5]
             waiting = asyncio.ensure_future(last.in_flight.wait_until_empty())
