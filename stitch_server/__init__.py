@@ -1,1 +1,1 @@
-"""One shard: a range of decoder layers, their KV cache, and the streams that feed them. Knows no gateway."""
+"""One shard: a range of decoder layers, their KV cache, and the streams that feed them."""

@@ -1,1 +1,1 @@
-"""What a shard computes next, and with what. Knows no network and, but for `runner`, no tensor."""
+"""What a shard computes next: requests, sessions, batches and replies, without a tensor of their own."""

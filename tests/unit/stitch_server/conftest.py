@@ -1,4 +1,4 @@
-"""What holds for all tests of a shard. Knows no test."""
+"""Fixtures that all unit tests of a shard share."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ STOP, LENGTH = inference_pb2.FINISH_REASON_STOP, inference_pb2.FINISH_REASON_LEN
 DECISION = RouteDecision("strong", 0.7, "why", "content")
 
 
-class Bench:
+class RecordersOnClock:
     """Recorders on a clock that a test moves."""
 
     def __init__(self) -> None:
@@ -40,8 +40,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench() -> Bench:
-    return Bench()
+def recorders() -> RecordersOnClock:
+    return RecordersOnClock()
 
 
 @pytest.mark.parametrize(
@@ -58,29 +58,29 @@ def bench() -> Bench:
         (ZeroDivisionError(), "failed"),
     ],
 )
-def test_error_is_counted_as_its_outcome(bench: Bench, error: BaseException, outcome: str) -> None:
-    with pytest.raises(type(error)), bench.record():
+def test_error_is_counted_as_its_outcome(recorders: RecordersOnClock, error: BaseException, outcome: str) -> None:
+    with pytest.raises(type(error)), recorders.record():
         raise error
-    assert bench.outcomes() == {outcome: 1}
+    assert recorders.outcomes() == {outcome: 1}
 
 
 @pytest.mark.parametrize(("reason", "outcome"), [(STOP, "stop"), (LENGTH, "length")])
-def test_finish_is_counted_by_route_with_its_duration(bench: Bench, reason: int, outcome: str) -> None:
-    with bench.record() as recorder:
+def test_finish_is_counted_by_route_with_its_duration(recorders: RecordersOnClock, reason: int, outcome: str) -> None:
+    with recorders.record() as recorder:
         recorder.record_prompt(100, None)
         recorder.record_decision(DECISION)
-        bench.now = 103.0
+        recorders.now = 103.0
         recorder.record_finish(reason)
-    assert bench.outcomes("strong") == {outcome: 1}
-    assert bench.value("stitch_request_duration_seconds_sum", route="strong", outcome=outcome) == 3.0
+    assert recorders.outcomes("strong") == {outcome: 1}
+    assert recorders.value("stitch_request_duration_seconds_sum", route="strong", outcome=outcome) == 3.0
 
 
-def test_client_that_leaves_after_the_finish_is_not_cancelled(bench: Bench) -> None:
-    recorder = bench.record()
+def test_client_that_leaves_after_the_finish_is_not_cancelled(recorders: RecordersOnClock) -> None:
+    recorder = recorders.record()
     recorder.record_finish(STOP)
     with pytest.raises(GeneratorExit), recorder:
         raise GeneratorExit
-    assert bench.outcomes() == {"stop": 1}
+    assert recorders.outcomes() == {"stop": 1}
 
 
 @pytest.mark.parametrize(
@@ -94,68 +94,68 @@ def test_client_that_leaves_after_the_finish_is_not_cancelled(bench: Bench) -> N
         (False, 109.8, "client"),
     ],
 )
-def test_cancellation_is_counted_by_cause(bench: Bench, aborting: bool, now: float, cause: str) -> None:
-    bench.aborting = aborting
+def test_cancellation_is_counted_by_cause(recorders: RecordersOnClock, aborting: bool, now: float, cause: str) -> None:
+    recorders.aborting = aborting
 
     def leave(deadline: float) -> None:
-        with bench.record(deadline):
-            bench.now = now
+        with recorders.record(deadline):
+            recorders.now = now
             raise asyncio.CancelledError
 
     with pytest.raises(asyncio.CancelledError):
         leave(110.0)
-    assert bench.value("stitch_cancelled_total", cause=cause) == 1
+    assert recorders.value("stitch_cancelled_total", cause=cause) == 1
 
 
-def test_only_the_first_text_sets_the_ttft(bench: Bench) -> None:
-    with bench.record() as recorder:
+def test_only_the_first_text_sets_the_ttft(recorders: RecordersOnClock) -> None:
+    with recorders.record() as recorder:
         recorder.record_prompt(100, None)
         recorder.record_decision(DECISION)
         assert recorder.ttft_seconds is None
-        bench.now = 100.5
+        recorders.now = 100.5
         recorder.record_text()
-        bench.now = 109.0
+        recorders.now = 109.0
         recorder.record_text()
     assert recorder.ttft_seconds == 0.5
-    assert bench.value("stitch_time_to_first_token_seconds_sum", route="strong") == 0.5
+    assert recorders.value("stitch_time_to_first_token_seconds_sum", route="strong") == 0.5
     by_prompt = "stitch_time_to_first_token_by_prompt_seconds_count"
-    assert bench.value(by_prompt, route="strong", prompt_bucket="le128") == 1
-    assert bench.value(by_prompt, route="strong", prompt_bucket="le64") == 0
+    assert recorders.value(by_prompt, route="strong", prompt_bucket="le128") == 1
+    assert recorders.value(by_prompt, route="strong", prompt_bucket="le64") == 0
 
 
-def test_tokens_of_one_step_share_its_latency(bench: Bench) -> None:
-    with bench.record() as recorder:
+def test_tokens_of_one_step_share_its_latency(recorders: RecordersOnClock) -> None:
+    with recorders.record() as recorder:
         recorder.record_prompt(100, None)
         recorder.record_decision(DECISION)
         recorder.record_tokens(1, [])
-        bench.now = 100.6
+        recorders.now = 100.6
         recorder.record_tokens(3, [])
         recorder.record_tokens(0, [])
-    assert bench.value("stitch_inter_token_latency_seconds_count", route="strong") == 3
-    assert bench.value("stitch_inter_token_latency_seconds_sum", route="strong") == pytest.approx(0.6)
-    assert bench.value("stitch_generated_tokens_total", route="strong") == 4
+    assert recorders.value("stitch_inter_token_latency_seconds_count", route="strong") == 3
+    assert recorders.value("stitch_inter_token_latency_seconds_sum", route="strong") == pytest.approx(0.6)
+    assert recorders.value("stitch_generated_tokens_total", route="strong") == 4
 
 
-def test_unknown_stage_is_kept_and_gets_no_label(bench: Bench) -> None:
-    bench.now = 100.25
-    with bench.record() as recorder:
+def test_unknown_stage_is_kept_and_gets_no_label(recorders: RecordersOnClock) -> None:
+    recorders.now = 100.25
+    with recorders.record() as recorder:
         recorder.record_placement()
         recorder.record_tokens(1, [Stage(name="queue", seconds=0.5), Stage(name="x" * 99, seconds=1.0)])
     assert recorder.stages[:2] == [Stage(name="route", seconds=0.25), Stage(name="queue", seconds=0.5)]
-    assert bench.value("stitch_ttft_stage_seconds_sum", stage="queue") == 0.5
-    assert b"xxx" not in generate_latest(bench.metrics.registry)
+    assert recorders.value("stitch_ttft_stage_seconds_sum", stage="queue") == 0.5
+    assert b"xxx" not in generate_latest(recorders.metrics.registry)
 
 
 @pytest.mark.parametrize(
     ("act", "waiting", "running"), [(lambda recorder: None, 1, 0), (lambda recorder: recorder.record_placement(), 0, 1)]
 )
 def test_request_is_counted_as_waiting_or_running(
-    bench: Bench, act: Callable[[Recorder], None], waiting: int, running: int
+    recorders: RecordersOnClock, act: Callable[[Recorder], None], waiting: int, running: int
 ) -> None:
     def places() -> tuple[float | None, float | None]:
-        return bench.value("stitch_requests_waiting"), bench.value("stitch_requests_running")
+        return recorders.value("stitch_requests_waiting"), recorders.value("stitch_requests_running")
 
-    with bench.record() as recorder:
+    with recorders.record() as recorder:
         act(recorder)
         assert places() == (waiting, running)
     assert places() == (0, 0)

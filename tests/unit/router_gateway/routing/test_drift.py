@@ -70,7 +70,7 @@ def thresholds(budget: float = 0.3, costs: tuple[float, ...] | None = None) -> T
     return Thresholds(routes=ROUTES, thresholds=(0.1, 0.2), router="f", budget=budget, costs=costs)
 
 
-class Bench:
+class ObservedMonitor:
     """A monitor whose calibration a test replaces."""
 
     def __init__(self, calibration: Thresholds | None, learned: bool = True) -> None:
@@ -92,64 +92,64 @@ class Bench:
 
 
 def test_gauges_exist_before_the_first_decision() -> None:
-    bench = Bench(None, learned=False)
-    assert bench.shares() == [0, 0, 0]
-    assert math.isnan(bench.value("budget"))
-    assert math.isnan(bench.value("drift"))
+    observed = ObservedMonitor(None, learned=False)
+    assert observed.shares() == [0, 0, 0]
+    assert math.isnan(observed.value("budget"))
+    assert math.isnan(observed.value("drift"))
 
 
 def test_gauges_show_shares_cost_and_budget() -> None:
-    bench = Bench(thresholds(0.3, costs=(0.0, 0.2, 1.0)))
+    observed = ObservedMonitor(thresholds(0.3, costs=(0.0, 0.2, 1.0)))
     for route, times in (("small", 5), ("middle", 3), ("large", 2)):
-        bench.decide(route, times=times)
-    assert bench.shares() == [0.5, 0.3, 0.2]
-    assert bench.value("mean_cost") == pytest.approx(0.3 * 0.2 + 0.2)
-    assert bench.value("budget") == 0.3
+        observed.decide(route, times=times)
+    assert observed.shares() == [0.5, 0.3, 0.2]
+    assert observed.value("mean_cost") == pytest.approx(0.3 * 0.2 + 0.2)
+    assert observed.value("budget") == 0.3
 
 
 def test_cost_steps_are_equal_without_costs() -> None:
-    bench = Bench(None)
-    bench.decide("middle")
-    assert bench.value("mean_cost") == 0.5
+    observed = ObservedMonitor(None)
+    observed.decide("middle")
+    assert observed.value("mean_cost") == 0.5
 
 
 def test_requested_and_conversation_routes_do_not_count() -> None:
-    bench = Bench(thresholds())
-    bench.decide("small")
+    observed = ObservedMonitor(thresholds())
+    observed.decide("small")
     for kind in ("requested", "conversation"):
-        bench.decide("large", kind=kind)
-    assert bench.shares() == [1, 0, 0]
+        observed.decide("large", kind=kind)
+    assert observed.shares() == [1, 0, 0]
 
 
 def test_new_calibration_empties_the_window() -> None:
-    bench = Bench(thresholds(0.3))
-    bench.decide("large", times=5)
-    bench.calibration = thresholds(0.5)
-    bench.decide("small")
-    assert (bench.value("budget"), bench.shares()) == (0.5, [1, 0, 0])
+    observed = ObservedMonitor(thresholds(0.3))
+    observed.decide("large", times=5)
+    observed.calibration = thresholds(0.5)
+    observed.decide("small")
+    assert (observed.value("budget"), observed.shares()) == (0.5, [1, 0, 0])
 
 
 def test_router_without_calibration_has_no_drift() -> None:
-    bench = Bench(None, learned=False)
-    bench.decide("large", 1.0, times=MIN_SCORES)
-    assert math.isnan(bench.value("drift"))
+    observed = ObservedMonitor(None, learned=False)
+    observed.decide("large", 1.0, times=MIN_SCORES)
+    assert math.isnan(observed.value("drift"))
 
 
 def test_drift_is_logged_once_when_it_begins_and_ends(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     draw = random.Random(1)
-    bench = Bench(thresholds())
+    observed = ObservedMonitor(thresholds())
     for _ in range(WINDOW):
-        bench.decide("small", draw.random())
-    assert bench.value("drift") < DRIFT_LIMIT
+        observed.decide("small", draw.random())
+    assert observed.value("drift") < DRIFT_LIMIT
     # Drift of a few hundred random scores may exceed the limit; from here on it does not.
     caplog.clear()
-    bench.decide("large", 0.95, times=WINDOW // 2)
-    assert bench.value("drift") > DRIFT_LIMIT
+    observed.decide("large", 0.95, times=WINDOW // 2)
+    assert observed.value("drift") > DRIFT_LIMIT
     assert [record.message.partition(", limit")[0] for record in caplog.records] == [
         f"router scores drifted by {DRIFT_LIMIT:.2f} from their calibration"
     ]
     for _ in range(WINDOW):
-        bench.decide("small", draw.random())
+        observed.decide("small", draw.random())
     assert len(caplog.records) == 2
     assert "back at their calibration" in caplog.records[1].message

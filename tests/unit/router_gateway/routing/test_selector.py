@@ -43,7 +43,7 @@ class Scripted:
         return DeferredDecision(query.routes) if self.defers else self.decision
 
 
-class Bench:
+class SelectorSetup:
     """A selector with everything that a test looks into."""
 
     def __init__(self) -> None:
@@ -80,153 +80,156 @@ class Bench:
 
 
 @pytest.fixture
-def bench() -> Bench:
-    bench = Bench()
-    bench.learn("weak", 0.01)
-    bench.learn("strong", 0.02)
-    return bench
+def setup() -> SelectorSetup:
+    setup = SelectorSetup()
+    setup.learn("weak", 0.01)
+    setup.learn("strong", 0.02)
+    return setup
 
 
 class TestObjectives:
-    def test_without_objectives_the_router_decides(self, bench: Bench) -> None:
-        assert bench.ask() is bench.router.decision
+    def test_without_objectives_the_router_decides(self, setup: SelectorSetup) -> None:
+        assert setup.ask() is setup.router.decision
 
-    def test_max_ttft_excludes_the_slow_route(self, bench: Bench) -> None:
-        assert bench.ask(objectives=Objectives(max_ttft_seconds=2.1)).route == "strong"
-        moved = bench.ask(objectives=Objectives(max_ttft_seconds=1.5))
+    def test_max_ttft_excludes_the_slow_route(self, setup: SelectorSetup) -> None:
+        assert setup.ask(objectives=Objectives(max_ttft_seconds=2.1)).route == "strong"
+        moved = setup.ask(objectives=Objectives(max_ttft_seconds=1.5))
         assert (moved.route, moved.kind) == ("weak", "objective")
         assert "ttft 1.00 s ≤ 1.5 s on weak; strong has ttft 2.00 s" in moved.reason
 
-    def test_waited_time_counts_towards_the_ttft(self, bench: Bench) -> None:
+    def test_waited_time_counts_towards_the_ttft(self, setup: SelectorSetup) -> None:
         with pytest.raises(ObjectivesUnmet, match=r"weak has ttft 1\.60 s; strong has ttft 2\.60 s"):
-            bench.ask(waited=0.6, objectives=Objectives(max_ttft_seconds=1.5))
+            setup.ask(waited=0.6, objectives=Objectives(max_ttft_seconds=1.5))
 
-    def test_pending_prompts_count_towards_the_ttft(self, bench: Bench) -> None:
-        bench.predictor.track(200, "weak")
+    def test_pending_prompts_count_towards_the_ttft(self, setup: SelectorSetup) -> None:
+        setup.predictor.track(200, "weak")
         with pytest.raises(ObjectivesUnmet, match=r"weak has ttft 3\.00 s"):
-            bench.ask(objectives=Objectives(max_ttft_seconds=1.5))
+            setup.ask(objectives=Objectives(max_ttft_seconds=1.5))
 
     def test_route_without_samples_counts_as_fast_enough(self) -> None:
-        decision = Bench().ask(objectives=Objectives(max_ttft_seconds=0.001))
+        decision = SelectorSetup().ask(objectives=Objectives(max_ttft_seconds=0.001))
         assert (decision.route, decision.reason) == ("strong", "hard; ttft not known yet")
 
-    def test_max_cost_excludes_the_costly_route(self, bench: Bench) -> None:
-        assert bench.ask(objectives=Objectives(max_cost=0.9)).route == "weak"
+    def test_max_cost_excludes_the_costly_route(self, setup: SelectorSetup) -> None:
+        assert setup.ask(objectives=Objectives(max_cost=0.9)).route == "weak"
         with pytest.raises(ObjectivesUnmet, match=r"weak has cost 0\.80; strong has cost 1\.00"):
-            bench.ask(objectives=Objectives(max_cost=0.7))
+            setup.ask(objectives=Objectives(max_cost=0.7))
 
-    def test_min_quality_takes_the_cheapest_route_that_fits(self, bench: Bench) -> None:
-        assert bench.ask(objectives=Objectives(min_quality=0.25)).route == "weak"
-        assert bench.ask(objectives=Objectives(min_quality=0.5)).route == "strong"
+    def test_min_quality_takes_the_cheapest_route_that_fits(self, setup: SelectorSetup) -> None:
+        assert setup.ask(objectives=Objectives(min_quality=0.25)).route == "weak"
+        assert setup.ask(objectives=Objectives(min_quality=0.5)).route == "strong"
 
-    def test_min_quality_is_refused_without_learned_router(self, bench: Bench) -> None:
-        bench.router.decision = RouteDecision("strong", 0.9, "12 words", "length")
+    def test_min_quality_is_refused_without_learned_router(self, setup: SelectorSetup) -> None:
+        setup.router.decision = RouteDecision("strong", 0.9, "12 words", "length")
         with pytest.raises(InvalidRequest, match=r"objectives\.min_quality is 0\.5, but only a learned router"):
-            bench.ask(objectives=Objectives(min_quality=0.5))
+            setup.ask(objectives=Objectives(min_quality=0.5))
 
-    def test_min_quality_is_ignored_after_a_router_failure(self, bench: Bench) -> None:
-        bench.router.decision = RouteDecision("strong", 1.0, "it failed", "fallback")
-        assert bench.ask(objectives=Objectives(min_quality=0.5)).route == "strong"
-        assert bench.ask(objectives=Objectives(min_quality=0.5, max_cost=0.9)).route == "weak"
+    def test_min_quality_is_ignored_after_a_router_failure(self, setup: SelectorSetup) -> None:
+        setup.router.decision = RouteDecision("strong", 1.0, "it failed", "fallback")
+        assert setup.ask(objectives=Objectives(min_quality=0.5)).route == "strong"
+        assert setup.ask(objectives=Objectives(min_quality=0.5, max_cost=0.9)).route == "weak"
 
-    def test_named_route_must_meet_the_objectives(self, bench: Bench) -> None:
-        kept = bench.ask(route="weak", objectives=Objectives(max_ttft_seconds=1.5))
+    def test_named_route_must_meet_the_objectives(self, setup: SelectorSetup) -> None:
+        kept = setup.ask(route="weak", objectives=Objectives(max_ttft_seconds=1.5))
         assert kept.kind == "requested"
         assert kept.reason == "the request names it; the router would take strong (hard); ttft 1.00 s ≤ 1.5 s"
         with pytest.raises(ObjectivesUnmet, match=r"≤ 1\.5 s: strong has ttft 2\.00 s$"):
-            bench.ask(route="strong", objectives=Objectives(max_ttft_seconds=1.5))
+            setup.ask(route="strong", objectives=Objectives(max_ttft_seconds=1.5))
 
 
 class TestConversations:
-    def test_follow_up_keeps_the_conversation_route(self, bench: Bench) -> None:
-        bench.ask(conversation_id="c")
-        bench.router_decides("weak")
-        kept = bench.ask(conversation_id="c")
+    def test_follow_up_keeps_the_conversation_route(self, setup: SelectorSetup) -> None:
+        setup.ask(conversation_id="c")
+        setup.router_decides("weak")
+        kept = setup.ask(conversation_id="c")
         assert (kept.route, kept.kind) == ("strong", "conversation")
         assert kept.reason == "the conversation keeps strong; the router would take weak (hard)"
-        assert bench.ask(conversation_id="other").route == "weak"
-        assert bench.ask().route == "weak"
+        assert setup.ask(conversation_id="other").route == "weak"
+        assert setup.ask().route == "weak"
 
-    def test_named_route_moves_the_conversation(self, bench: Bench) -> None:
-        bench.router_decides("weak")
-        bench.ask(conversation_id="c")
-        bench.ask(conversation_id="c", route="strong")
-        assert bench.ask(conversation_id="c").route == "strong"
+    def test_named_route_moves_the_conversation(self, setup: SelectorSetup) -> None:
+        setup.router_decides("weak")
+        setup.ask(conversation_id="c")
+        setup.ask(conversation_id="c", route="strong")
+        assert setup.ask(conversation_id="c").route == "strong"
 
-    def test_query_without_answer_records_no_conversation(self, bench: Bench) -> None:
-        bench.explain(conversation_id="c")
-        bench.router_decides("weak")
-        assert bench.ask(conversation_id="c").route == "weak"
-        bench.router_decides("strong")
-        explained = bench.explain(conversation_id="c")
+    def test_query_without_answer_records_no_conversation(self, setup: SelectorSetup) -> None:
+        setup.explain(conversation_id="c")
+        setup.router_decides("weak")
+        assert setup.ask(conversation_id="c").route == "weak"
+        setup.router_decides("strong")
+        explained = setup.explain(conversation_id="c")
         assert isinstance(explained, RouteDecision)
         assert explained.route == "weak"
 
-    def test_fallback_is_not_kept_for_the_conversation(self, bench: Bench) -> None:
-        bench.router_decides("strong", "fallback")
-        bench.ask(conversation_id="c")
-        bench.router_decides("weak")
-        assert bench.ask(conversation_id="c").kind == "gain"
+    def test_fallback_is_not_kept_for_the_conversation(self, setup: SelectorSetup) -> None:
+        setup.router_decides("strong", "fallback")
+        setup.ask(conversation_id="c")
+        setup.router_decides("weak")
+        assert setup.ask(conversation_id="c").kind == "gain"
 
-    def test_route_by_objective_is_not_kept_for_the_conversation(self, bench: Bench) -> None:
-        bench.ask(conversation_id="c", objectives=Objectives(max_cost=0.9))
-        assert bench.ask(conversation_id="c").kind == "gain"
-        aside = bench.ask(conversation_id="c", objectives=Objectives(max_cost=0.9))
+    def test_route_by_objective_is_not_kept_for_the_conversation(self, setup: SelectorSetup) -> None:
+        setup.ask(conversation_id="c", objectives=Objectives(max_cost=0.9))
+        assert setup.ask(conversation_id="c").kind == "gain"
+        aside = setup.ask(conversation_id="c", objectives=Objectives(max_cost=0.9))
         assert (aside.route, aside.kind) == ("weak", "objective")
-        assert bench.ask(conversation_id="c").route == "strong"
+        assert setup.ask(conversation_id="c").route == "strong"
 
-    def test_only_decisions_of_the_router_count_as_shares(self, bench: Bench) -> None:
+    def test_only_decisions_of_the_router_count_as_shares(self, setup: SelectorSetup) -> None:
         for fields in ({}, {"route": "weak"}, {"conversation_id": "c"}, {"conversation_id": "c"}):
-            bench.ask(**fields)
-        bench.explain()
-        bench.router_decides("weak")
-        bench.ask()
+            setup.ask(**fields)
+        setup.explain()
+        setup.router_decides("weak")
+        setup.ask()
         shares = [
-            bench.metrics.registry.get_sample_value("stitch_route_share", {"route": r}) for r in ("weak", "strong")
+            setup.metrics.registry.get_sample_value("stitch_route_share", {"route": r}) for r in ("weak", "strong")
         ]
         assert shares == [pytest.approx(1 / 3), pytest.approx(2 / 3)]
 
-    def test_refused_request_records_no_conversation(self, bench: Bench) -> None:
+    def test_refused_request_records_no_conversation(self, setup: SelectorSetup) -> None:
         with pytest.raises(ObjectivesUnmet):
-            bench.ask(conversation_id="c", route="strong", objectives=Objectives(max_cost=0.9))
-        bench.router_decides("weak")
-        assert bench.ask(conversation_id="c").route == "weak"
+            setup.ask(conversation_id="c", route="strong", objectives=Objectives(max_cost=0.9))
+        setup.router_decides("weak")
+        assert setup.ask(conversation_id="c").route == "weak"
 
 
 class TestDeferred:
     """The first shard decides; the gateway applies the objectives that it has predictions for."""
 
     @pytest.fixture(autouse=True)
-    def defers(self, bench: Bench) -> None:
-        bench.router.defers = True
+    def defers(self, setup: SelectorSetup) -> None:
+        setup.router.defers = True
 
-    def test_deferred_decision_has_all_routes(self, bench: Bench) -> None:
-        deferred = bench.explain()
+    def test_deferred_decision_has_all_routes(self, setup: SelectorSetup) -> None:
+        deferred = setup.explain()
         assert isinstance(deferred, DeferredDecision)
         assert deferred.routes == ("weak", "strong")
 
-    def test_named_or_kept_route_is_not_deferred(self, bench: Bench) -> None:
-        assert bench.explain(route="weak") == RouteDecision("weak", None, "the request names it", "requested")
-        bench.ask(conversation_id="c")
+    def test_named_or_kept_route_is_not_deferred(self, setup: SelectorSetup) -> None:
+        assert setup.explain(route="weak") == RouteDecision("weak", None, "the request names it", "requested")
+        setup.ask(conversation_id="c")
         kept = RouteDecision("strong", None, "the conversation keeps strong", "conversation")
-        assert bench.explain(conversation_id="c") == kept
+        assert setup.explain(conversation_id="c") == kept
 
-    def test_objectives_restrict_the_candidates(self, bench: Bench) -> None:
-        narrow = bench.explain(objectives=Objectives(max_ttft_seconds=1.5))
+    def test_objectives_restrict_the_candidates(self, setup: SelectorSetup) -> None:
+        narrow = setup.explain(objectives=Objectives(max_ttft_seconds=1.5))
         assert isinstance(narrow, RouteDecision)
         assert (narrow.route, narrow.kind) == ("weak", "objective")
-        wide = bench.explain(objectives=Objectives(max_ttft_seconds=2.5))
+        wide = setup.explain(objectives=Objectives(max_ttft_seconds=2.5))
         assert isinstance(wide, DeferredDecision)
 
-    def test_min_quality_is_refused_for_deferred_decisions(self, bench: Bench) -> None:
+    def test_min_quality_is_refused_for_deferred_decisions(self, setup: SelectorSetup) -> None:
         with pytest.raises(
             InvalidRequest, match=r"objectives\.min_quality is 0\.5, but only a learned router of texts"
         ):
-            bench.explain(objectives=Objectives(min_quality=0.5))
+            setup.explain(objectives=Objectives(min_quality=0.5))
 
-    def test_decision_without_score_is_no_share(self, bench: Bench) -> None:
-        bench.ask(objectives=Objectives(max_cost=0.9))
-        assert bench.metrics.registry.get_sample_value("stitch_route_share", {"route": "weak"}) in (None, 0)
+    def test_decision_without_score_is_no_share(self, setup: SelectorSetup) -> None:
+        setup.ask(objectives=Objectives(max_cost=0.9))
+        assert setup.metrics.registry.get_sample_value("stitch_route_share", {"route": "weak"}) in (
+            None,
+            0,
+        )
 
 
 class TestConversationRoutes:

@@ -132,7 +132,7 @@ class TestKernels:
                 assert (packed is not None) is kernels
 
     def test_take_any_number_of_tokens_in_float32(self, tmp_path: Path) -> None:
-        layers = Bench(tmp_path).layers
+        layers = CachedDecoder(tmp_path).layers
         assert all(layers.is_compiled(tokens) for tokens in (1, 16, 17, 1000))
 
     def test_run_all_layers_in_one_call_or_each_beside_adapters(
@@ -147,40 +147,40 @@ class TestKernels:
 
         # Each thread calls it.
         torch.set_num_threads(1)
-        bench = Bench(tmp_path)
+        cached = CachedDecoder(tmp_path)
         monkeypatch.setattr(compiled_layers, "run_layers", record_range)
-        bench.run([(0, 30), (1, 5)])
-        bench.run([(0, 30)], adapted=[(slice(0, 1), cast(Adapters, lambda index, hidden: hidden))])
+        cached.run([(0, 30), (1, 5)])
+        cached.run([(0, 30)], adapted=[(slice(0, 1), cast(Adapters, lambda index, hidden: hidden))])
         assert ranges == [(1, 3), (1, 2), (2, 3)]
 
     def test_compute_each_sequence_of_a_batch_over_its_own_context(self, tmp_path: Path) -> None:
-        bench = Bench(tmp_path)
-        together = bench.run([(0, 30), (1, 5), (2, 17)])
+        cached = CachedDecoder(tmp_path)
+        together = cached.run([(0, 30), (1, 5), (2, 17)])
         for number, position in ((0, 30), (1, 5), (2, 17)):
-            torch.testing.assert_close(together[number], bench.run([(number, position)])[0])
+            torch.testing.assert_close(together[number], cached.run([(number, position)])[0])
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     def test_non_finite_state_makes_only_its_token_non_finite(self, tmp_path: Path, value: float) -> None:
-        bench = Bench(tmp_path)
-        bench.hidden[1, 5] = value
-        after = bench.run([(0, 30), (1, 5)])
+        cached = CachedDecoder(tmp_path)
+        cached.hidden[1, 5] = value
+        after = cached.run([(0, 30), (1, 5)])
         assert bool(after[0].isfinite().all())
         assert not bool(after[1].isfinite().any())
 
     def test_add_adapters_beside_every_layer(self, tmp_path: Path) -> None:
-        bench = Bench(tmp_path)
+        cached = CachedDecoder(tmp_path)
         adapters = cast(Adapters, lambda index, hidden: (index + 1) * hidden.tanh())
-        compiled = bench.run([(0, 30), (1, 5)], [(slice(1, 2), adapters)])
-        torch.testing.assert_close(compiled, bench.run([(0, 30), (1, 5)], [(slice(1, 2), adapters)], compiled=False))
+        compiled = cached.run([(0, 30), (1, 5)], [(slice(1, 2), adapters)])
+        torch.testing.assert_close(compiled, cached.run([(0, 30), (1, 5)], [(slice(1, 2), adapters)], compiled=False))
 
     def test_leave_their_input_unchanged(self, tmp_path: Path) -> None:
-        bench = Bench(tmp_path)
-        before = bench.hidden.clone()
-        bench.run([(0, 30), (1, 5)])
-        assert torch.equal(bench.hidden, before)
+        cached = CachedDecoder(tmp_path)
+        before = cached.hidden.clone()
+        cached.run([(0, 30), (1, 5)])
+        assert torch.equal(cached.hidden, before)
 
 
-class Bench:
+class CachedDecoder:
     """Four layers packed for the kernels, and three sequences in a cache with more layers than are run."""
 
     def __init__(self, folder: Path) -> None:
