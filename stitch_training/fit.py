@@ -79,7 +79,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Start:
-    """A closed-form map, the ridge regression behind it, and its image of the mean state of first tokens."""
+    """A closed-form map, its ridge regression, and its image of the mean state of first tokens."""
 
     map: AffineMap
     ridge: RidgeFit

@@ -80,7 +80,7 @@ class TokenStream:
                         yield step
                 return
             except (ChainLost, Exhausted) as error:
-                # The client retries a new request by itself; an answer that has begun waits for room.
+                # The client retries a new request by itself; an answer in progress waits for room.
                 if isinstance(error, Exhausted) and not self._generated:
                     raise
                 await self._failover.record_failure(chain, error, len(self._generated))

@@ -19,7 +19,7 @@ from stitch.v1 import shard_pb2, shard_pb2_grpc
 
 _log = logging.getLogger(__name__)
 
-# A call that has begun: an iterator over responses, with `cancel`.
+# A started call: an iterator over responses, with `cancel`.
 GenerateCall = grpc.aio.UnaryStreamCall[shard_pb2.ShardGenerateRequest, shard_pb2.ShardGenerateResponse]
 
 

@@ -96,7 +96,7 @@ class StepsInFlight:
         return [(step, segments) for step, (to, segments) in self._unanswered.items() if to == address]
 
     def _may_overtake(self, segments: tuple[Segment, ...]) -> bool:
-        """Whether this is a decode step of sessions with nothing in flight, which need not queue behind prefill."""
+        """Whether this is a decode step of sessions with nothing in flight, which need not wait for prefill."""
         in_flight = {segment.session.id for _, sent in self._unanswered.values() for segment in sent}
         return all(
             segment.length == 1 and segment.session.open_downstream and segment.session.id not in in_flight

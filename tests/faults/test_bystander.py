@@ -61,7 +61,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield running
 
 
-class Crowd:
+class RandomSenders:
     """Everybody else: sends random messages, seeded, and counts the statuses of their ends."""
 
     def __init__(self, cluster: Cluster, seed: int) -> None:
@@ -180,18 +180,20 @@ async def _read(call: Any) -> bytes | None:
     return response if isinstance(response, bytes) else None
 
 
-async def answers_beside(cluster: Cluster, crowd: Crowd, messages: int) -> list[Answer]:
-    """The bystander's answers, one after another, until the crowd has sent its messages."""
+async def answers_beside(cluster: Cluster, senders: RandomSenders, messages: int) -> list[Answer]:
+    """The bystander's answers, one after another, until the senders have sent their messages."""
     share = messages // 3
     identity = (await describe(cluster.address("bottom-0"))).identity
     tops = [cluster.address(name) for name in CHAINS["weak"]] * (SENDERS // 2)
-    crowds: list[Any] = [asyncio.to_thread(crowd.link, top, identity, share // SENDERS) for top in tops]
+    sending: list[Any] = [asyncio.to_thread(senders.link, top, identity, share // SENDERS) for top in tops]
     for _ in range(SENDERS):
         gateway, first = cluster.gateway, cluster.address("bottom-0")
-        crowds.append(crowd.call(gateway, "/stitch.v1.Inference/Generate", crowd.question, share // SENDERS // 2))
-        crowds.append(crowd.call(gateway, "/stitch.v1.Inference/GenerateBatch", crowd.batch, share // SENDERS // 2))
-        crowds.append(crowd.call(first, "/stitch.v1.Shard/Generate", crowd.session, share // SENDERS))
-    sending = asyncio.gather(*crowds)
+        sending.append(senders.call(gateway, "/stitch.v1.Inference/Generate", senders.question, share // SENDERS // 2))
+        sending.append(
+            senders.call(gateway, "/stitch.v1.Inference/GenerateBatch", senders.batch, share // SENDERS // 2)
+        )
+        sending.append(senders.call(first, "/stitch.v1.Shard/Generate", senders.session, share // SENDERS))
+    sending = asyncio.gather(*sending)
     answers = []
     while not sending.done():
         answers.append(await asyncio.to_thread(cluster.generate, **QUESTION))
@@ -212,11 +214,11 @@ def essence(answer: Answer) -> tuple[Any, ...]:
 @pytest.mark.parametrize("messages", [MESSAGES, pytest.param(ALL_MESSAGES, marks=pytest.mark.full)])
 async def test_answer_beside_random_requests_and_frames_is_what_it_is_alone(cluster: Cluster, messages: int) -> None:
     alone = essence(cluster.generate(**QUESTION))
-    crowd = Crowd(cluster, seed=messages)
-    answers = await answers_beside(cluster, crowd, messages)
+    senders = RandomSenders(cluster, seed=messages)
+    answers = await answers_beside(cluster, senders, messages)
     assert {essence(answer) for answer in answers} == {alone}
-    assert crowd.defects == []
-    assert {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT} <= set(crowd.ends)
+    assert senders.defects == []
+    assert {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT} <= set(senders.ends)
     for name in cluster.names:
         assert cluster.running(name)
         assert traceback_in(cluster.log(name)) == ""

@@ -24,7 +24,7 @@ def gone(name: str = "gateway") -> LocalProcess:
     return LocalProcess(name, pid=2**22 + 1, start_seconds=1.0)
 
 
-def begun(name: str = "smollm2", processes: tuple[LocalProcess, ...] = ()) -> RunFolder:
+def started_folder(name: str = "smollm2", processes: tuple[LocalProcess, ...] = ()) -> RunFolder:
     folder = run_folder(name)
     folder.begin(load_cluster("smollm2").model_copy(update={"name": name}))
     folder.record(processes)
@@ -37,7 +37,7 @@ def test_run_folder_is_in_cache(tmp_path: Path) -> None:
 
 def test_written_cluster_file_has_absolute_stitch_paths() -> None:
     preset = load_cluster("smollm2")
-    found = begun().cluster()
+    found = started_folder().cluster()
     assert found.stitch_file(found.route("weak")) == (preset.folder / "stitches/smollm2-15-20.safetensors").resolve()
     assert found.stitch_file(found.route("strong")) is None
     unchanged = {"routes", "folder"}
@@ -64,18 +64,18 @@ def test_written_cluster_file_has_absolute_probe_paths(tmp_path: Path) -> None:
 
 
 def test_processes_returns_running_ones_in_order() -> None:
-    folder = begun(processes=(this_process("bottom-0"), gone("top-0"), this_process("gateway")))
+    folder = started_folder(processes=(this_process("bottom-0"), gone("top-0"), this_process("gateway")))
     assert [process.name for process in folder.processes()] == ["bottom-0", "gateway"]
 
 
 def test_running_clusters_omits_cluster_without_processes() -> None:
-    begun(processes=(gone(),))
+    started_folder(processes=(gone(),))
     assert running_clusters() == []
 
 
 def test_only_running_cluster_returns_it() -> None:
-    begun("old", processes=(gone(),))
-    folder = begun("new", processes=(this_process(),))
+    started_folder("old", processes=(gone(),))
+    folder = started_folder("new", processes=(this_process(),))
     assert only_running_cluster() == folder
 
 
@@ -86,27 +86,27 @@ def test_only_running_cluster_without_any_suggests_stitch_up() -> None:
 
 def test_only_running_cluster_lists_several_with_addresses() -> None:
     for name in ("a", "b"):
-        begun(name, processes=(this_process(),))
+        started_folder(name, processes=(this_process(),))
     with pytest.raises(InvalidRequest, match=r"several run .*: a \(127.0.0.1:0\), b \(127.0.0.1:0\)"):
         only_running_cluster()
 
 
 def test_end_deletes_record_and_can_be_repeated() -> None:
-    folder = begun(processes=(this_process(),))
+    folder = started_folder(processes=(this_process(),))
     folder.end()
     folder.end()
     assert folder.processes() == []
 
 
 def test_begin_deletes_previous_logs() -> None:
-    folder = begun()
+    folder = started_folder()
     folder.log("top-0").write_text("old")
-    begun()
+    started_folder()
     assert not folder.log("top-0").exists()
 
 
 def test_last_lines_returns_end_of_log() -> None:
-    folder = begun()
+    folder = started_folder()
     folder.log("top-0").write_bytes(b"\n".join(b"line %d" % number for number in range(30)) + b"\n\xff")
     assert folder.last_lines("top-0", 3) == "line 28\nline 29\n�"
     assert folder.last_lines("bottom-0") == ""
@@ -123,7 +123,7 @@ def test_locked_refuses_second_holder() -> None:
 
 
 def test_record_holds_name_pid_and_start() -> None:
-    folder = begun(processes=(gone("top-0"),))
+    folder = started_folder(processes=(gone("top-0"),))
     assert json.loads((folder.path / "processes.json").read_text()) == [
         {"name": "top-0", "pid": 2**22 + 1, "start_seconds": 1.0}
     ]

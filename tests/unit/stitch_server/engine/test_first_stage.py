@@ -1,4 +1,4 @@
-"""The outputs that a client of the first stage receives; and a finished request leaves nothing behind."""
+"""The outputs that a client of the first stage receives; a finished request leaves nothing in the cache."""
 
 from __future__ import annotations
 

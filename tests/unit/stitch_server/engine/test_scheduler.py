@@ -121,7 +121,7 @@ class TestPrefill:
             (_, *chunk) = harness.next_pass()
             chunks += chunk
             harness.answer(decoding)
-        # Behind 24 each counts twice, behind 48 three times, behind very many as all that may be.
+        # After 24 tokens of context a token costs two, after 48 three; the budget is never below one token.
         assert [(at, length) for _, at, length in chunks[:6]] == [(0, 12), (12, 8), (20, 6), (26, 5), (31, 5), (36, 4)]
         assert [length for _, _, length in chunks[-3:]] == [1, 1, 1]
 

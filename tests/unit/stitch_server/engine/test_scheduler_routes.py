@@ -157,7 +157,7 @@ class TestRequestsWithoutRoute:
         (decoding,) = harness.decoding(3)
         session, other = self.new(), self.new()
         harness.add(session, other)
-        # One a pass: a second window would delay whoever decodes once more.
+        # One a pass: a second window would delay the next decode step again.
         assert harness.next_pass() == [(decoding, 3, 1), (session, 0, 12)]
         self.settled(harness, session)
         harness.answer(decoding)

@@ -22,7 +22,7 @@ from tests.support.engine_fakes import WIDTH, new_request
 from tests.support.waiting import eventually
 from tests.support.weightless_shard import new_identity
 
-# What grpc reads behind the last message; its stubs don't know it.
+# What grpc reads after the last message; its stubs lack it.
 END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 

@@ -260,10 +260,10 @@ class TestLink:
         assert error.details.startswith("hidden.data is '3 bytes'")
 
     async def test_contradicting_frames_end_link(self, last: WeightlessShard) -> None:
-        begun, other = step(5), step(5)
-        begun.step.tokens_to_come = other.step.tokens_to_come = 1
-        begun.step.segments[0].length += 1
-        error = await ended(last, [hello(), begun, other])
+        first_half, other = step(5), step(5)
+        first_half.step.tokens_to_come = other.step.tokens_to_come = 1
+        first_half.step.segments[0].length += 1
+        error = await ended(last, [hello(), first_half, other])
         assert error.code is grpc.StatusCode.FAILED_PRECONDITION
 
     @pytest.mark.parametrize("frame", [hello(), shard_pb2.LinkRequest()])
