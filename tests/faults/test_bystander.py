@@ -185,15 +185,13 @@ async def answers_beside(cluster: Cluster, senders: RandomSenders, messages: int
     share = messages // 3
     identity = (await describe(cluster.address("bottom-0"))).identity
     tops = [cluster.address(name) for name in CHAINS["weak"]] * (SENDERS // 2)
-    sending: list[Any] = [asyncio.to_thread(senders.link, top, identity, share // SENDERS) for top in tops]
+    calls: list[Any] = [asyncio.to_thread(senders.link, top, identity, share // SENDERS) for top in tops]
     for _ in range(SENDERS):
         gateway, first = cluster.gateway, cluster.address("bottom-0")
-        sending.append(senders.call(gateway, "/stitch.v1.Inference/Generate", senders.question, share // SENDERS // 2))
-        sending.append(
-            senders.call(gateway, "/stitch.v1.Inference/GenerateBatch", senders.batch, share // SENDERS // 2)
-        )
-        sending.append(senders.call(first, "/stitch.v1.Shard/Generate", senders.session, share // SENDERS))
-    sending = asyncio.gather(*sending)
+        calls.append(senders.call(gateway, "/stitch.v1.Inference/Generate", senders.question, share // SENDERS // 2))
+        calls.append(senders.call(gateway, "/stitch.v1.Inference/GenerateBatch", senders.batch, share // SENDERS // 2))
+        calls.append(senders.call(first, "/stitch.v1.Shard/Generate", senders.session, share // SENDERS))
+    sending = asyncio.gather(*calls)
     answers = []
     while not sending.done():
         answers.append(await asyncio.to_thread(cluster.generate, **QUESTION))
