@@ -95,15 +95,15 @@ class Failover:
         await self._dependencies.registry.refresh(one.config.name for one in chain.replicas if one.serving)
         failures = self._failures
         failures.since = self._dependencies.clock() if failures.since is None else failures.since
+        # Placement prefers other shards, also where no poll has shown which of these drains.
+        failures.by_shard.update(chain.names)
+        failures.chains.add(chain.names)
         if self._is_drain_refusal(chain, error, generated_tokens):
             self._dependencies.metrics.drain_refusals.inc()
-            failures.chains.add(chain.names)
             failures.last_error = Unavailable(str(error))
             return
         failures.last_error = error
         failures.count += 1
-        failures.by_shard.update(chain.names)
-        failures.chains.add(chain.names)
         if failures.count > self._dependencies.policy.max_failures:
             raise self._final_error(generated_tokens)
 

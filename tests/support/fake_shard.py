@@ -11,7 +11,7 @@ import grpc
 
 from stitch import channels
 from stitch.cluster import ClusterConfig, GatewayConfig, ModelConfig, PairConfig, RouteConfig, ShardConfig
-from stitch.errors import Exhausted, Unavailable, translated_errors
+from stitch.errors import Draining, Exhausted, Unavailable, translated_errors
 from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
 from tests.support.byte_tokenizer import tokenizer_files
 
@@ -178,6 +178,15 @@ def aborts(code: grpc.StatusCode, message: str = "scripted") -> Fault:
 
     async def fault(context: Context) -> None:
         await context.abort(code, message)
+
+    return fault
+
+
+def raises_draining() -> Fault:
+    """The shard raises Draining."""
+
+    async def fault(context: Context) -> None:
+        raise Draining("a shard of the chain is draining")
 
     return fault
 

@@ -19,7 +19,16 @@ from router_gateway.shards.replica import Replica
 from stitch.errors import Exhausted, Expired, Incompatible, StitchError, Unavailable
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2
-from tests.support.fake_shard import END_TOKEN, FakeShard, Fault, aborts, ends_stream_early, raises_exhausted, waits_for
+from tests.support.fake_shard import (
+    END_TOKEN,
+    FakeShard,
+    Fault,
+    aborts,
+    ends_stream_early,
+    raises_draining,
+    raises_exhausted,
+    waits_for,
+)
 from tests.support.registries import registry_of
 from tests.support.waiting import eventually
 
@@ -362,6 +371,14 @@ class TestDraining:
             assert (stream.drain_refusals, stream.replays) == (1, {})
             assert not stream.replica(draining.name).accepts_requests
             assert stream.replica(draining.name).serving
+
+    async def test_refusal_counts_as_one_where_the_poll_shows_no_draining_shard(self) -> None:
+        first, second = bottoms(2)
+        first.free_kv_tokens += 1
+        first.faults[0] = raises_draining()
+        async with streaming(first, second, top(), max_failures=0) as stream:
+            assert ids(await stream.all()) == [*SCRIPT, END_TOKEN]
+            assert (stream.drain_refusals, stream.replays, len(second.requests)) == (1, {}, 1)
 
     async def test_running_session_goes_on_and_new_one_is_placed_elsewhere(self) -> None:
         first, second = bottoms(2)
