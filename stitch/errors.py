@@ -4,9 +4,11 @@ StitchError
 ├── InvalidRequest       INVALID_ARGUMENT      a field, its value and its limit
 ├── Incompatible         FAILED_PRECONDITION   two sides that do not fit together
 ├── OutOfStep            FAILED_PRECONDITION   a frame whose position contradicts the KV cache
+├── Unauthenticated      UNAUTHENTICATED       no key, or one that no tenant has
+├── Forbidden            PERMISSION_DENIED     a caller whose certificate or key does not allow this call
 ├── Exhausted            RESOURCE_EXHAUSTED    no room now; carries when to retry
 ├── ObjectivesUnmet      OUT_OF_RANGE          no route is predicted to meet the request's objectives
-├── Unavailable          UNAVAILABLE           a shard is gone; carries the number of tokens generated
+├── Unavailable          UNAVAILABLE           a shard is gone; carries its name and the number of tokens generated
 │   └── Draining         UNAVAILABLE           a process that shuts down takes no new call or session
 └── Expired              DEADLINE_EXCEEDED     the deadline passed
 """
@@ -65,6 +67,18 @@ class OutOfStep(StitchError):
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
+class Unauthenticated(StitchError):
+    """A call without a key, or with one that no tenant has."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class Forbidden(StitchError):
+    """A caller whose certificate or key does not allow this call."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
 class Exhausted(StitchError):
     """There is no room for the request now."""
 
@@ -88,16 +102,17 @@ class ObjectivesUnmet(StitchError):
 
 
 class Unavailable(StitchError):
-    """A shard of the chain is gone, and no replica can replace it."""
+    """A shard of the chain is gone, and no replica can replace it; `shard` is its name where it is known."""
 
     code = grpc.StatusCode.UNAVAILABLE
 
-    def __init__(self, message: str, generated_tokens: int = 0) -> None:
+    def __init__(self, message: str, generated_tokens: int = 0, shard: str = "") -> None:
         super().__init__(message)
         self.generated_tokens = generated_tokens
+        self.shard = shard
 
     def details(self) -> Iterable[Message]:
-        metadata = {"generated_tokens": str(self.generated_tokens)}
+        metadata = {"generated_tokens": str(self.generated_tokens), "shard": self.shard}
         yield error_details_pb2.ErrorInfo(reason=type(self).__name__, domain=DOMAIN, metadata=metadata)
 
 
@@ -170,12 +185,16 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
         return Expired(message)
     if code is grpc.StatusCode.OUT_OF_RANGE:
         return ObjectivesUnmet(message)
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return Unauthenticated(message)
+    if code is grpc.StatusCode.PERMISSION_DENIED:
+        return Forbidden(message)
     return error
 
 
 def _unavailable(message: str, info: error_details_pb2.ErrorInfo) -> Unavailable:
     kind = Draining if info.reason == Draining.__name__ else Unavailable
-    return kind(message, int(info.metadata.get("generated_tokens", "0")))
+    return kind(message, int(info.metadata.get("generated_tokens", "0")), info.metadata.get("shard", ""))
 
 
 def from_code(code: int, message: str) -> StitchError:
@@ -193,6 +212,10 @@ def from_code(code: int, message: str) -> StitchError:
             return Expired(message)
         case code_pb2.OUT_OF_RANGE:
             return ObjectivesUnmet(message)
+        case code_pb2.UNAUTHENTICATED:
+            return Unauthenticated(message)
+        case code_pb2.PERMISSION_DENIED:
+            return Forbidden(message)
     return StitchError(message)
 
 

@@ -219,8 +219,10 @@ class RouteResponse(_message.Message):
     def __init__(self, decision: _Optional[_Union[RouteDecision, _Mapping]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("addresses",)
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    addresses: bool
+    def __init__(self, addresses: _Optional[bool] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
     __slots__ = ("cluster", "bottom", "top", "routes", "shards")

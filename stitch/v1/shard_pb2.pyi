@@ -39,7 +39,7 @@ FAILURE_CAUSE_TOO_LONG: FailureCause
 FAILURE_CAUSE_DRAINING: FailureCause
 
 class ShardGenerateRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "prompt_tokens", "route", "chain", "sampling", "candidates")
+    __slots__ = ("request_id", "token_ids", "prompt_tokens", "route", "chain", "sampling", "candidates", "tenant", "tenant_weight")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,8 @@ class ShardGenerateRequest(_message.Message):
     CHAIN_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TENANT_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     prompt_tokens: int
@@ -54,7 +56,9 @@ class ShardGenerateRequest(_message.Message):
     chain: _containers.RepeatedScalarFieldContainer[str]
     sampling: _inference_pb2.Sampling
     candidates: _containers.RepeatedCompositeFieldContainer[CandidateChain]
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., route: _Optional[str] = ..., chain: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[CandidateChain, _Mapping]]] = ...) -> None: ...
+    tenant: str
+    tenant_weight: float
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., route: _Optional[str] = ..., chain: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[CandidateChain, _Mapping]]] = ..., tenant: _Optional[str] = ..., tenant_weight: _Optional[float] = ...) -> None: ...
 
 class CandidateChain(_message.Message):
     __slots__ = ("route", "chain")
@@ -215,32 +219,36 @@ class Segment(_message.Message):
     def __init__(self, session: _Optional[int] = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ..., length: _Optional[int] = ..., wants_token: _Optional[bool] = ..., new_session: _Optional[_Union[NewSession, _Mapping]] = ...) -> None: ...
 
 class NewSession(_message.Message):
-    __slots__ = ("route", "chain", "sampling", "token_ids", "prompt_tokens", "reused_tokens")
+    __slots__ = ("route", "chain", "sampling", "token_ids", "prompt_tokens", "reused_tokens", "tenant")
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     CHAIN_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REUSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     route: str
     chain: _containers.RepeatedScalarFieldContainer[str]
     sampling: _inference_pb2.Sampling
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     prompt_tokens: int
     reused_tokens: int
-    def __init__(self, route: _Optional[str] = ..., chain: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., reused_tokens: _Optional[int] = ...) -> None: ...
+    tenant: str
+    def __init__(self, route: _Optional[str] = ..., chain: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., reused_tokens: _Optional[int] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class StepReply(_message.Message):
-    __slots__ = ("step", "tokens", "failures", "stages")
+    __slots__ = ("step", "tokens", "failures", "stages", "kv_free_tokens")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
+    KV_FREE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     step: int
     tokens: _containers.RepeatedCompositeFieldContainer[StepToken]
     failures: _containers.RepeatedCompositeFieldContainer[SessionFailure]
     stages: _containers.RepeatedCompositeFieldContainer[_inference_pb2.Stage]
-    def __init__(self, step: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[StepToken, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[SessionFailure, _Mapping]]] = ..., stages: _Optional[_Iterable[_Union[_inference_pb2.Stage, _Mapping]]] = ...) -> None: ...
+    kv_free_tokens: int
+    def __init__(self, step: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[StepToken, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[SessionFailure, _Mapping]]] = ..., stages: _Optional[_Iterable[_Union[_inference_pb2.Stage, _Mapping]]] = ..., kv_free_tokens: _Optional[int] = ...) -> None: ...
 
 class StepToken(_message.Message):
     __slots__ = ("session", "epoch", "token")
@@ -253,16 +261,18 @@ class StepToken(_message.Message):
     def __init__(self, session: _Optional[int] = ..., epoch: _Optional[int] = ..., token: _Optional[_Union[GeneratedToken, _Mapping]] = ...) -> None: ...
 
 class SessionFailure(_message.Message):
-    __slots__ = ("session", "epoch", "cause", "message")
+    __slots__ = ("session", "epoch", "cause", "message", "shard")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CAUSE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
     session: int
     epoch: int
     cause: FailureCause
     message: str
-    def __init__(self, session: _Optional[int] = ..., epoch: _Optional[int] = ..., cause: _Optional[_Union[FailureCause, str]] = ..., message: _Optional[str] = ...) -> None: ...
+    shard: str
+    def __init__(self, session: _Optional[int] = ..., epoch: _Optional[int] = ..., cause: _Optional[_Union[FailureCause, str]] = ..., message: _Optional[str] = ..., shard: _Optional[str] = ...) -> None: ...
 
 class CloseSessions(_message.Message):
     __slots__ = ("sessions",)
@@ -275,18 +285,20 @@ class ShardDescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ShardDescribeResponse(_message.Message):
-    __slots__ = ("identity", "kv_free_tokens", "running_sessions", "waiting_sessions", "draining")
+    __slots__ = ("identity", "kv_free_tokens", "running_sessions", "waiting_sessions", "draining", "suspects")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     KV_FREE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     WAITING_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    SUSPECTS_FIELD_NUMBER: _ClassVar[int]
     identity: ShardIdentity
     kv_free_tokens: int
     running_sessions: int
     waiting_sessions: int
     draining: bool
-    def __init__(self, identity: _Optional[_Union[ShardIdentity, _Mapping]] = ..., kv_free_tokens: _Optional[int] = ..., running_sessions: _Optional[int] = ..., waiting_sessions: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    suspects: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, identity: _Optional[_Union[ShardIdentity, _Mapping]] = ..., kv_free_tokens: _Optional[int] = ..., running_sessions: _Optional[int] = ..., waiting_sessions: _Optional[int] = ..., draining: _Optional[bool] = ..., suspects: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FetchTokenizerRequest(_message.Message):
     __slots__ = ()

@@ -16,9 +16,11 @@ EXAMPLES: dict[type[StitchError], StitchError] = {
     errors.InvalidRequest: errors.InvalidRequest("sampling.top_p", 2.0, "it must be at most 1"),
     errors.Incompatible: errors.Incompatible("bottom-0 has tokenizer ab12, top-0 has cd34"),
     errors.OutOfStep: errors.OutOfStep("session 7 is at position 12, not 40"),
+    errors.Unauthenticated: errors.Unauthenticated("the call has no key"),
+    errors.Forbidden: errors.Forbidden("client laptop may not call Shard/Generate: it is no gateway"),
     errors.Exhausted: errors.Exhausted("256 sessions wait already", retry_after_seconds=2.5),
     errors.ObjectivesUnmet: errors.ObjectivesUnmet("no route keeps to ttft ≤ 0.5 s: weak has ttft 0.82 s"),
-    errors.Unavailable: errors.Unavailable("top-0 is gone", generated_tokens=17),
+    errors.Unavailable: errors.Unavailable("top-0 is gone", generated_tokens=17, shard="top-0"),
     errors.Draining: errors.Draining("shard top-0 is shutting down"),
     errors.Expired: errors.Expired("the deadline passed after 31 tokens"),
 }
@@ -56,10 +58,10 @@ def test_exhausted_keeps_its_retry_after_over_rpc() -> None:
     assert received.retry_after_seconds == 2.5
 
 
-def test_unavailable_keeps_its_generated_tokens_over_rpc() -> None:
+def test_unavailable_keeps_its_tokens_and_shard_over_rpc() -> None:
     received = from_rpc_error(_rpc_error_of(EXAMPLES[errors.Unavailable]))
     assert isinstance(received, errors.Unavailable)
-    assert received.generated_tokens == 17
+    assert (received.generated_tokens, received.shard) == (17, "top-0")
 
 
 def test_rpc_error_without_details_is_returned_unchanged() -> None:

@@ -14,11 +14,13 @@ from stitch.channels import listen, open_channel, open_server
 from stitch.errors import (
     Exhausted,
     Expired,
+    Forbidden,
     Incompatible,
     InvalidRequest,
     ObjectivesUnmet,
     OutOfStep,
     StitchError,
+    Unauthenticated,
     Unavailable,
     from_code,
     from_rpc_error,
@@ -30,6 +32,8 @@ from stitch.errors import (
 ERRORS = [
     InvalidRequest("sampling.top_p", 2.0, "it must be at most 1"),
     Incompatible("bottom-0 has 576 columns, top-0 has 896"),
+    Unauthenticated("the call has no key"),
+    Forbidden("client laptop may not call Shard/Generate: it is no gateway"),
     Exhausted("256 sessions wait already", retry_after_seconds=2.5),
     Unavailable("top-0 is gone", generated_tokens=17),
     Expired("the deadline passed after 3 tokens"),
