@@ -32,12 +32,12 @@ from stitch.errors import (
 ERRORS = [
     InvalidRequest("sampling.top_p", 2.0, "it must be at most 1"),
     Incompatible("bottom-0 has 576 columns, top-0 has 896"),
-    Unauthenticated("the call has no key"),
-    Forbidden("client laptop may not call Shard/Generate: it is no gateway"),
     Exhausted("256 sessions wait already", retry_after_seconds=2.5),
     Unavailable("top-0 is gone", generated_tokens=17),
     Expired("the deadline passed after 3 tokens"),
     ObjectivesUnmet("no route keeps to cost ≤ 0.5: weak has cost 0.79"),
+    Unauthenticated("the call has no key"),
+    Forbidden("client laptop may not call Shard/Generate: it is no gateway"),
 ]
 
 
