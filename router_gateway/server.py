@@ -15,6 +15,8 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
+from router_gateway.admission.admission import Admission
+from router_gateway.admission.tenants import open_tenants
 from router_gateway.config import GatewaySettings, check
 from router_gateway.metrics import Metrics
 from router_gateway.requests.failover import FailoverDependencies
@@ -108,10 +110,13 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         threads = stack.enter_context(ThreadPoolExecutor(TEXT_THREADS, "text"))
         preparer = RequestPreparer(cluster, models, source, selector, threads)
         failover = FailoverDependencies(registry, placement, metrics, settings.retry, time.monotonic)
-        pipeline = Pipeline(preparer, selector, failover, predictor, metrics, lambda: in_flight.aborting)
+        admission = Admission(
+            open_tenants(cluster.keys_file, routes), cluster.gateway.default_deadline_seconds, time.monotonic
+        )
+        pipeline = Pipeline(preparer, selector, failover, admission, predictor, metrics, lambda: in_flight.aborting)
 
         servicer = InferenceServicer(pipeline, models, in_flight, metrics, settings.batch_concurrency)
-        server, port = await _listening(servicer, health, settings.address, tls)
+        server, port = await _listening(servicer, admission, health, settings.address, tls)
         gateway = Gateway(port, metrics_port, metrics, server, health, in_flight)
         stack.push_async_callback(gateway.stop)
         readiness = _report_readiness(health, source, registry, placement, settings)
@@ -128,9 +133,9 @@ async def _report_readiness(
 
 
 async def _listening(
-    servicer: InferenceServicer, health: Health, address: str, tls: Tls | None
+    servicer: InferenceServicer, admission: Admission, health: Health, address: str, tls: Tls | None
 ) -> tuple[grpc.aio.Server, int]:
-    server = channels.open_server([DecodingInterceptor(inference_methods())])
+    server = channels.open_server([DecodingInterceptor(inference_methods(), admission.authenticate)])
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     names = (*filter(None, SERVICES), "grpc.health.v1.Health", reflection.SERVICE_NAME)

@@ -86,6 +86,13 @@ class GatewayConfig(Settings):
     # For the heuristic router: one threshold between each two neighbouring routes; a score of at least the threshold
     # takes the costlier of the two.
     thresholds: tuple[float, ...] | None = Field(default=None, strict=False)
+    # The tenants with the hashes of their keys, reloaded when the file changes; relative to the cluster file. None: one
+    # tenant, and no call needs a key.
+    keys: str | None = None
+    # A request whose client sets no deadline expires after this.
+    default_deadline_seconds: float = Field(default=600.0, gt=0, strict=False)
+    # A request that would wait longer for shards is refused, whatever its deadline.
+    max_queue_seconds: float = Field(default=120.0, gt=0, strict=False)
 
 
 class ComputeConfig(Settings):
@@ -226,6 +233,11 @@ class ClusterConfig(Settings):
     def gateway_endpoint(self) -> tuple[str, Path | None]:
         """What a client of this cluster takes: the gateway's address and the authority's file; None: no TLS."""
         return self.gateway.address, self.folder / self.tls.authority if self.tls else None
+
+    @property
+    def keys_file(self) -> Path | None:
+        """The path of the tenants' file; None: one tenant, without a key."""
+        return None if self.gateway.keys is None else self.folder / self.gateway.keys
 
     @property
     def earliest_cut(self) -> int:

@@ -32,6 +32,11 @@ def step_log_folder() -> Path | None:
     return Path(configured) if configured else None
 
 
+def client_key() -> str | None:
+    """The key that clients on the command line show to a gateway: `$STITCH_KEY`; None: none."""
+    return os.environ.get("STITCH_KEY") or None
+
+
 # In gRPC's order, which itself reads the first, second and fourth.
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 

@@ -11,7 +11,6 @@ file leaves the last valid thresholds in force.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from bisect import bisect_left
@@ -24,12 +23,8 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from stitch.errors import InvalidRequest
+from stitch.reloading import ReloadingFile
 from stitch.settings import Settings
-
-_log = logging.getLogger(__name__)
-
-# The file's date and size are checked at most this often, so a change takes effect after this time at most.
-RELOAD_INTERVAL_SECONDS = 1.0
 
 
 class Thresholds(Settings):
@@ -119,32 +114,19 @@ class ReloadingThresholds:
 
         Raises InvalidRequest where the file holds no thresholds, or those of another router or number of routes.
         """
-        self._path, self._router, self._routes, self._now = path, router, routes, now
-        self._stamp = _stamp(path)
-        self.calibration = self._read()
-        self._check_at = now() + RELOAD_INTERVAL_SECONDS
+        self._router, self._routes = router, routes
+        self._file = ReloadingFile("thresholds", path, self._read, now)
+
+    @property
+    def calibration(self) -> Thresholds:
+        """The last valid content of the file."""
+        return self._file.content
 
     def current(self) -> tuple[float, ...]:
-        if self._now() >= self._check_at:
-            self._check_at = self._now() + RELOAD_INTERVAL_SECONDS
-            self._reload_if_changed()
-        return self.calibration.thresholds
+        return self._file.current().thresholds
 
-    def _reload_if_changed(self) -> None:
-        stamp = _stamp(self._path)
-        if stamp in (None, self._stamp):
-            return
-        self._stamp = stamp
-        try:
-            self.calibration = self._read()
-        except InvalidRequest as error:
-            _log.error("the thresholds stay as they are: %s", error)
-        else:
-            thresholds = self.calibration.thresholds
-            _log.info("new thresholds: %s", ", ".join(f"{threshold:.3f}" for threshold in thresholds))
-
-    def _read(self) -> Thresholds:
-        found = read_thresholds(self._path)
+    def _read(self, path: Path) -> Thresholds:
+        found = read_thresholds(path)
         if self._router not in (None, found.router):
             raise InvalidRequest("thresholds.router", found.router, f"this router is {self._router}")
         if len(found.thresholds) != self._routes - 1:
@@ -166,12 +148,3 @@ def read_thresholds(path: Path) -> Thresholds:
             field = ".".join(map(str, ("thresholds", *first["loc"])))
             raise InvalidRequest(field, first["input"], first["msg"]) from error
         raise InvalidRequest("thresholds", str(path), f"it can't be read: {error}") from error
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """The file's date and size; None where it does not exist."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size

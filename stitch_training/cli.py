@@ -324,12 +324,14 @@ def _probe(parsed: argparse.Namespace) -> None:
 def _label(parsed: argparse.Namespace) -> int:
     import asyncio
 
+    from stitch.cli.arguments import gateway_key
     from stitch_training.labelling import LabellingSettings, label_file
 
     settings = LabellingSettings(
         gateway=parsed.gateway,
         authority=parsed.authority,
         proxy=parsed.proxy,
+        key=gateway_key(parsed),
         data=parsed.data,
         out=parsed.out,
         routes=tuple(parsed.routes.split(",")) if parsed.routes else (),

@@ -20,7 +20,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, Protocol, TextIO, TypeAlias
@@ -78,6 +78,8 @@ class ClusterRoutes:
     max_tokens: int
     # Whether prompts are sent as plain text instead of a chat.
     is_plain: bool
+    # The tenant's key at the gateway; None: none is needed.
+    key: str | None = field(default=None, repr=False)
 
     async def answer(self, prompt: str, route: str) -> str:
         """See `Routes`."""
@@ -148,12 +150,14 @@ class LabellingSettings:
     max_tokens: int
     concurrency: int
     is_plain: bool
+    # The tenant's key at the gateway; None: none is needed.
+    key: str | None = field(default=None, repr=False)
 
 
 async def label_file(settings: LabellingSettings) -> LabellingProgress:
     """Labels the prompts of a file that the output doesn't have yet."""
     rows = remaining_rows(read_rows(settings.data), settings.out)
-    async with AsyncClient(settings.gateway, settings.authority, settings.proxy) as client:
+    async with AsyncClient(settings.gateway, settings.authority, settings.proxy, settings.key) as client:
         names = settings.routes or [route.name for route in (await client.describe()).routes]
         routes = ClusterRoutes(client, settings.max_tokens, settings.is_plain)
         with open_for_append(settings.out) as out:

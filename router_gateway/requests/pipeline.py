@@ -13,6 +13,8 @@ from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
+from router_gateway.admission.admission import Admission, Demand, Ticket
+from router_gateway.admission.tenants import Credentials, Tenant
 from router_gateway.metrics import Metrics
 from router_gateway.requests import limits
 from router_gateway.requests.failover import Failover, FailoverDependencies
@@ -136,6 +138,16 @@ def complete_sampling(
     return replace(sampling, max_tokens=min(sampling.max_tokens, context_tokens - prompt_tokens), stop_token_ids=stop)
 
 
+def within_tenant(request: Request, tenant: Tenant) -> Request:
+    """The request with its tenant's limit in place of a default that exceeds it, in its tenant's own conversation."""
+    sampling, routing = request.sampling, request.routing
+    if tenant.max_tokens is not None and sampling.max_tokens > tenant.max_tokens:
+        sampling = replace(sampling, max_tokens=tenant.max_tokens)
+    if routing.conversation_id:
+        routing = replace(routing, conversation_id=f"{tenant.name}/{routing.conversation_id}")
+    return replace(request, sampling=sampling, routing=routing)
+
+
 class DeltaBuilder:
     """Turns the tokens of one answer into deltas.
 
@@ -186,6 +198,7 @@ class Pipeline:
         preparer: RequestPreparer,
         selector: Selector,
         dependencies: FailoverDependencies,
+        admission: Admission,
         predictor: TtftPredictor,
         metrics: Metrics,
         aborting: Callable[[], bool],
@@ -193,6 +206,7 @@ class Pipeline:
         self._preparer = preparer
         self._selector = selector
         self._dependencies = dependencies
+        self._admission = admission
         self._predictor = predictor
         self._metrics = metrics
         self._aborting = aborting
@@ -201,49 +215,52 @@ class Pipeline:
         """The time by the clock of arrivals and deadlines, in seconds."""
         return self._dependencies.clock()
 
-    async def decide(self, request: Request) -> tuple[RouteDecision, int]:
-        """The route decision and the number of prompt tokens, without an answer.
+    async def decide(self, credentials: Credentials, request: Request) -> tuple[RouteDecision, int]:
+        """The route of a query and its number of prompt tokens, without an answer.
 
         A deferred decision is the first shard's: its session asks for one token and is closed once it has decided.
         """
         query = replace(request, request_id=uuid.uuid4().hex, sampling=Sampling(max_tokens=1))
-        prepared = await self._preparer.prepare(query)
-        decision = prepared.stream_input.decision
-        if isinstance(decision, RouteDecision):
-            return decision, prepared.prompt_tokens
-        async with aclosing(self._steps(prepared, None)) as steps:
-            async for step in steps:
-                if step.decision is not None:
-                    return step.decision, prepared.prompt_tokens
+        with self._admission.admit(credentials, _demand(query, None)) as ticket:
+            prepared = await self._preparer.prepare(within_tenant(query, ticket.tenant))
+            decision = prepared.stream_input.decision
+            if isinstance(decision, RouteDecision):
+                return decision, prepared.prompt_tokens
+            async with aclosing(self._steps(prepared, ticket)) as steps:
+                async for step in steps:
+                    if step.decision is not None:
+                        return step.decision, prepared.prompt_tokens
         raise Unavailable("the first shard answered without a route decision")
 
     async def generate(
-        self, read: Callable[[], Request], arrival: float, deadline: float | None
+        self, credentials: Credentials, read: Callable[[], Request], arrival: float, deadline: float | None
     ) -> AsyncGenerator[Response, None]:
         """The messages of one answer. Closing the iterator cancels its session on every shard.
 
         `read` makes the request from the client's message; it is called here so that its refusal is recorded too.
-        Raises any StitchError; see `RequestPreparer.prepare` and `TokenStream.steps`.
+        Raises any StitchError; see `Admission.admit`, `RequestPreparer.prepare` and `TokenStream.steps`.
         """
         with Recorder(arrival, deadline, self._metrics, self._dependencies.clock, self._aborting) as recorder:
             request = read()
             recorder.request_id = request.request_id
-            prepared = await self._preparer.prepare(request, recorder.elapsed_seconds)
-            recorder.record_prompt(prepared.prompt_tokens, request.routing.objectives.max_ttft_seconds)
-            with self._predictor.track(prepared.prompt_tokens) as tracked:
-                async with aclosing(self._answer(prepared, deadline, recorder, tracked)) as responses:
-                    async for response in responses:
-                        yield response
+            with self._admission.admit(credentials, _demand(request, deadline)) as ticket:
+                request = within_tenant(request, ticket.tenant)
+                prepared = await self._preparer.prepare(request, recorder.elapsed_seconds)
+                recorder.record_prompt(prepared.prompt_tokens, request.routing.objectives.max_ttft_seconds)
+                with self._predictor.track(prepared.prompt_tokens) as tracked:
+                    async with aclosing(self._answer(prepared, ticket, recorder, tracked)) as responses:
+                        async for response in responses:
+                            yield response
 
     async def _answer(
-        self, prepared: Prepared, deadline: float | None, recorder: Recorder, tracked: TrackedRequest
+        self, prepared: Prepared, ticket: Ticket, recorder: Recorder, tracked: TrackedRequest
     ) -> AsyncGenerator[Response, None]:
         builder = DeltaBuilder(prepared.vocabulary.detokenizer(), prepared.request.stop)
         reason = inference_pb2.FINISH_REASON_LENGTH
         if isinstance(decision := prepared.stream_input.decision, RouteDecision):
             yield self._start(prepared, decision, recorder, tracked)
         recorder.record_placement()
-        async with aclosing(self._steps(prepared, deadline)) as steps:
+        async with aclosing(self._steps(prepared, ticket)) as steps:
             async for step in steps:
                 if step.decision is not None:
                     yield self._start(prepared, step.decision, recorder, tracked)
@@ -260,9 +277,11 @@ class Pipeline:
         reason = inference_pb2.FINISH_REASON_STOP if builder.stopped else reason
         yield _finish(reason, prepared, builder.generated_tokens, recorder)
 
-    def _steps(self, prepared: Prepared, deadline: float | None) -> AsyncGenerator[Step, None]:
-        failover = Failover(prepared.stream_input.routes, self._dependencies)
-        return TokenStream(prepared.stream_input, failover, deadline, self._dependencies.clock).steps()
+    def _steps(self, prepared: Prepared, ticket: Ticket) -> AsyncGenerator[Step, None]:
+        tenant = ticket.tenant
+        given = replace(prepared.stream_input, tenant=tenant.name, tenant_weight=tenant.weight)
+        failover = Failover(given.routes, self._dependencies)
+        return TokenStream(given, failover, ticket.deadline, self._dependencies.clock).steps()
 
     def _start(
         self, prepared: Prepared, decision: RouteDecision, recorder: Recorder, tracked: TrackedRequest
@@ -298,3 +317,8 @@ def _finish(reason: FinishReason, prepared: Prepared, generated_tokens: int, rec
             stages=recorder.stages,
         )
     )
+
+
+def _demand(request: Request, deadline: float | None) -> Demand:
+    max_tokens = request.sampling.max_tokens if request.sets_max_tokens else None
+    return Demand(max_tokens, request.routing.route, deadline)

@@ -35,6 +35,9 @@ class StreamInput:
     decision: RouteDecision | DeferredDecision
     # With max_tokens limited to the context, and the model's own end tokens among stop_token_ids.
     sampling: Sampling
+    # Empty: no tenant is known.
+    tenant: str = ""
+    tenant_weight: float = 1.0
 
     @property
     def routes(self) -> tuple[str, ...]:
@@ -117,6 +120,8 @@ class TokenStream:
             token_ids=[*given.token_ids, *self._generated],
             prompt_tokens=len(given.token_ids),
             sampling=given.sampling.to_proto(),
+            tenant=given.tenant,
+            tenant_weight=given.tenant_weight,
         )
         if isinstance(chain, CandidateChains):
             for route, candidate in chain.by_route.items():

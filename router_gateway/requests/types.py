@@ -21,6 +21,8 @@ class Request:
     routing: RoutingOptions = NO_OPTIONS
     # The complete text of the answer; None: the model generates it.
     forced_answer: str | None = None
+    # Whether the client has set `sampling.max_tokens`; where not, a tenant's limit lowers the default.
+    sets_max_tokens: bool = True
 
 
 def user_turns(prompt: Prompt) -> tuple[str, ...]:

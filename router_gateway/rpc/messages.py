@@ -50,6 +50,7 @@ def to_request(message: inference_pb2.GenerateRequest) -> Request:
         stop=tuple(message.stop),
         routing=replace(_to_routing(message), route=None if message.route in ("", AUTO) else message.route),
         forced_answer=message.forced_answer if message.HasField("forced_answer") else None,
+        sets_max_tokens=message.sampling.HasField("max_tokens"),
     )
 
 

@@ -18,8 +18,10 @@ from google.protobuf import message_factory
 from google.protobuf.message import Message
 from prometheus_client import Gauge
 
+from router_gateway.admission.tenants import Credentials
 from router_gateway.metrics import Metrics
 from router_gateway.requests.pipeline import Pipeline
+from router_gateway.rpc.callers import credentials_of
 from router_gateway.rpc.messages import decode, to_request, to_route_query
 from router_gateway.shards.models import ModelRegistry
 from stitch.errors import StitchError, to_status, translated_errors
@@ -60,7 +62,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         arrival = self._pipeline.now()
         with self._in_flight.admit():
-            responses = self._pipeline.generate(partial(to_request, request), arrival, _deadline(arrival, context))
+            responses = self._pipeline.generate(
+                credentials_of(context), partial(to_request, request), arrival, _deadline(arrival, context)
+            )
             async with aclosing(responses):
                 async for response in responses:
                     await context.write(response)
@@ -69,7 +73,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateBatchRequest, context: Context
     ) -> None:
         arrival = self._pipeline.now()
-        batch = Batch(self._pipeline, self._batch_concurrency, self._metrics.requests_waiting)
+        batch = Batch(self._pipeline, credentials_of(context), self._batch_concurrency, self._metrics.requests_waiting)
         with self._in_flight.admit():
             responses = batch.responses(request.requests, arrival, _deadline(arrival, context))
             async with aclosing(responses):
@@ -77,7 +81,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     await context.write(response)
 
     async def Route(self, request: inference_pb2.RouteRequest, context: Context) -> inference_pb2.RouteResponse:
-        decision, prompt_tokens = await self._pipeline.decide(to_route_query(request))
+        query = to_route_query(request)
+        decision, prompt_tokens = await self._pipeline.decide(credentials_of(context), query)
         return inference_pb2.RouteResponse(decision=decision.to_proto(), prompt_tokens=prompt_tokens)
 
     async def Describe(
@@ -99,8 +104,9 @@ class Batch:
     The gauge `waiting` counts those that have not started.
     """
 
-    def __init__(self, pipeline: Pipeline, concurrency: int, waiting: Gauge) -> None:
+    def __init__(self, pipeline: Pipeline, credentials: Credentials, concurrency: int, waiting: Gauge) -> None:
         self._pipeline = pipeline
+        self._credentials = credentials
         self._concurrency = concurrency
         self._waiting = waiting
         self._queue: asyncio.Queue[BatchResponse | None] = asyncio.Queue(QUEUED_MESSAGES)
@@ -144,7 +150,7 @@ class Batch:
         self, index: int, message: inference_pb2.GenerateRequest, arrival: float, deadline: float | None
     ) -> None:
         try:
-            responses = self._pipeline.generate(partial(to_request, message), arrival, deadline)
+            responses = self._pipeline.generate(self._credentials, partial(to_request, message), arrival, deadline)
             async with aclosing(responses):
                 async for response in responses:
                     await self._queue.put(BatchResponse(index=index, response=response))
@@ -162,15 +168,18 @@ def _request_error(error: StitchError) -> inference_pb2.RequestError:
 
 
 class DecodingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone
-    """Decodes the requests of `methods`, which maps a method's full path to its request type; others pass unchanged.
+    """Authenticates the calls of `methods`, then decodes their requests; calls of other methods pass unchanged.
+
+    `methods` maps a method's full path to its request type; `authenticate` raises for a caller who may not call it.
 
     gRPC's own decoding ends a call with INTERNAL for a string that is not UTF-8 or bytes that are no message. Clients
     get INVALID_ARGUMENT with the field instead. A StitchError becomes its status, any other exception INTERNAL. The
     methods must be coroutines; those with many responses write them to the context.
     """
 
-    def __init__(self, methods: dict[str, type[Message]]) -> None:
+    def __init__(self, methods: dict[str, type[Message]], authenticate: Callable[[Credentials], object]) -> None:
         self._methods = methods
+        self._authenticate = authenticate
 
     async def intercept_service(
         self,
@@ -187,9 +196,24 @@ class DecodingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
         )
         wrapped: grpc.RpcMethodHandler[Any, Any] = wrap(
-            _decoding(request_type, method), None, handler.response_serializer
+            self._decoding(request_type, method), None, handler.response_serializer
         )
         return wrapped
+
+    def _decoding(self, request_type: type[Message], method: Method) -> Method:
+        async def decoded(data: bytes, context: Context) -> Any:
+            try:
+                async with translated_errors(context):
+                    # Before the message is parsed, whose size anybody may choose.
+                    self._authenticate(credentials_of(context))
+                    return await method(decode(request_type, data), context)
+            except grpc.aio.AbortError:
+                raise
+            except Exception:
+                _log.exception("a call failed")
+                await context.abort(grpc.StatusCode.INTERNAL, INTERNAL_ERROR)
+
+        return decoded
 
 
 def inference_methods() -> dict[str, type[Message]]:
@@ -199,17 +223,3 @@ def inference_methods() -> dict[str, type[Message]]:
         f"/{service.full_name}/{method.name}": message_factory.GetMessageClass(method.input_type)
         for method in service.methods
     }
-
-
-def _decoding(request_type: type[Message], method: Method) -> Method:
-    async def decoded(data: bytes, context: Context) -> Any:
-        try:
-            async with translated_errors(context):
-                return await method(decode(request_type, data), context)
-        except grpc.aio.AbortError:
-            raise
-        except Exception:
-            _log.exception("a call failed")
-            await context.abort(grpc.StatusCode.INTERNAL, INTERNAL_ERROR)
-
-    return decoded

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,26 +77,40 @@ def add_gateway(verb: argparse.ArgumentParser) -> None:
 
 
 def add_connection(verb: argparse.ArgumentParser) -> None:
-    """The flags of how to reach the gateway: its authority, which must have signed its certificate, and a proxy."""
+    """The flags of how to reach the gateway: its authority, which must have signed its certificate, a proxy, a key."""
     verb.add_argument(
         "--authority", type=Path, metavar="FILE", help="connect by TLS and trust the authority in this PEM file"
     )
     verb.add_argument(
         "--proxy", action="store_true", help="connect through the HTTP proxy that $https_proxy or $http_proxy names"
     )
+    verb.add_argument("--key", type=Path, metavar="FILE", help="a file with the tenant's key; default: $STITCH_KEY")
 
 
-def gateway_endpoint(parsed: argparse.Namespace) -> tuple[str, Path | None, bool]:
-    """What a client takes: `--gateway`, `--authority` and `--proxy`, by default of the cluster on this machine.
+def gateway_endpoint(parsed: argparse.Namespace) -> tuple[str, Path | None, bool, str | None]:
+    """What a client takes: address, authority, proxy and key, by default of the cluster that runs on this machine.
 
-    Raises Unavailable where no cluster runs.
+    Raises Unavailable where no cluster runs, InvalidRequest where the key's file can't be read.
     """
     if parsed.gateway:
-        return parsed.gateway, parsed.authority, parsed.proxy
+        return parsed.gateway, parsed.authority, parsed.proxy, gateway_key(parsed)
     from stitch.local.run_folder import only_running_cluster
 
     address, authority = only_running_cluster().cluster().gateway_endpoint
-    return address, parsed.authority or authority, parsed.proxy
+    return address, parsed.authority or authority, parsed.proxy, gateway_key(parsed)
+
+
+def gateway_key(parsed: argparse.Namespace) -> str | None:
+    """The content of `--key`, by default $STITCH_KEY: no key is an argument, which other users of a machine see."""
+    from stitch.environment import client_key
+    from stitch.errors import InvalidRequest
+
+    if parsed.key is None:
+        return client_key()
+    try:
+        return str(parsed.key.read_text().strip())
+    except (OSError, ValueError) as error:
+        raise InvalidRequest("--key", str(parsed.key), "it must be a text file with the key alone") from error
 
 
 def utf8(text: str) -> str:
@@ -131,6 +146,13 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return number
+
+
+def tenant_name(text: str) -> str:
+    """The name of a section in a keys file, for argparse."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", text):
+        raise argparse.ArgumentTypeError(f"{text} has other characters than a to z, 0 to 9, _ and -, or more than 63")
+    return text
 
 
 def lengths(text: str) -> tuple[int, ...]:

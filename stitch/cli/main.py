@@ -8,7 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-from stitch.cli.arguments import add_gateway, add_generation, duration, lengths, output_file, positive, utf8
+from stitch.cli.arguments import (
+    add_gateway,
+    add_generation,
+    duration,
+    lengths,
+    output_file,
+    positive,
+    tenant_name,
+    utf8,
+)
 from stitch.environment import prepare_program
 
 INTERRUPTED = 130
@@ -116,6 +125,13 @@ def _demo(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _keys(verb: argparse.ArgumentParser) -> None:
+    verbs = verb.add_subparsers(required=True, metavar="COMMAND")
+    explanation = "print a key, and what a keys file says of it"
+    new = verbs.add_parser("new", help=explanation, description=explanation)
+    new.add_argument("tenant", type=tenant_name, metavar="TENANT", help="its name in the keys file")
+
+
 def _cluster(verb: argparse.ArgumentParser) -> None:
     explanation = f"a cluster file, or a preset's name ({DEFAULT_CLUSTER})"
     verb.add_argument("cluster", nargs="?", default=DEFAULT_CLUSTER, metavar="CLUSTER", help=explanation)
@@ -144,6 +160,7 @@ _VERBS = {
     "batch": Verb("Answer a file of requests.", _batch, "stitch.cli.batch"),
     "status": Verb("Show models, routes and shards.", _status, "stitch.cli.status"),
     "ttft": Verb("Measure the time to the first token against the prompt's length.", _ttft, "stitch.cli.ttft"),
+    "keys": Verb("Make a key for a client.", _keys, "stitch.cli.keys"),
     "demo": Verb("Show everything once, on this machine.", _demo, "stitch.cli.demo"),
 }
 

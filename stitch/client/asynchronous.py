@@ -24,6 +24,7 @@ from stitch.client.messages import (
     deadline,
     decision_of,
     generate_request,
+    key_metadata,
     route_request,
 )
 from stitch.errors import translated_rpc_errors
@@ -70,13 +71,17 @@ class AsyncClient:
     """One connection to a gateway at `host:port`; to be created in a running event loop.
 
     `authority` is the PEM file of the authority that must have signed the gateway's certificate; None: no TLS. The
-    connection is direct; with `proxy` it goes through the proxy that the environment names. Every call raises a
-    StitchError where the gateway refuses or fails; `timeout` is in seconds.
+    connection is direct; with `proxy` it goes through the proxy that the environment names. `key` is one of the
+    tenant's keys, where the gateway asks for one. Every call raises a StitchError where the gateway refuses or fails;
+    `timeout` is in seconds.
     """
 
-    def __init__(self, address: str, authority: Path | None = None, proxy: bool = False) -> None:
+    def __init__(
+        self, address: str, authority: Path | None = None, proxy: bool = False, key: str | None = None
+    ) -> None:
         self._channel = open_channel(address, gateway_credentials(authority), proxy)
         self._stub = InferenceStub(self._channel)
+        self._metadata = key_metadata(key)
 
     async def generate(
         self, prompt: str | None = None, *, timeout: float | None = None, **fields: Unpack[RequestFields]
@@ -92,7 +97,7 @@ class AsyncClient:
     ) -> AsyncStream:
         """The stream of one answer, which yields it while it is generated."""
         request, timeout = generate_request({"prompt": prompt, **fields}), deadline(timeout)
-        return AsyncStream(lambda: self._stub.Generate(request, timeout=timeout))
+        return AsyncStream(lambda: self._stub.Generate(request, timeout=timeout, metadata=self._metadata))
 
     async def batch(
         self, requests: Iterable[str | Mapping[str, Any]], *, timeout: float | None = None
@@ -104,7 +109,9 @@ class AsyncClient:
         """
         batch, timeout = Batch(requests), deadline(timeout)
         # All calls begin together, so that `timeout` holds for the whole.
-        calls = [self._stub.GenerateBatch(message, timeout=timeout) for message in batch.messages]
+        calls = [
+            self._stub.GenerateBatch(message, timeout=timeout, metadata=self._metadata) for message in batch.messages
+        ]
         try:
             for index, call in enumerate(calls):
                 try:
@@ -124,12 +131,13 @@ class AsyncClient:
         """The route decision of a query, without an answer."""
         request = route_request({"prompt": prompt, **fields})
         with translated_rpc_errors():
-            return decision_of(await self._stub.Route(request, timeout=deadline(timeout)))
+            return decision_of(await self._stub.Route(request, timeout=deadline(timeout), metadata=self._metadata))
 
     async def describe(self, *, timeout: float | None = None) -> inference_pb2.DescribeResponse:
         """The models, routes and shards that the gateway serves."""
         with translated_rpc_errors():
-            return await self._stub.Describe(inference_pb2.DescribeRequest(), timeout=deadline(timeout))
+            request = inference_pb2.DescribeRequest()
+            return await self._stub.Describe(request, timeout=deadline(timeout), metadata=self._metadata)
 
     async def close(self) -> None:
         """Ends the connection and every call on it."""

@@ -106,6 +106,18 @@ def deadline(timeout: float | None) -> float | None:
     return timeout if timeout < MAX_TIMEOUT_SECONDS else None
 
 
+def key_metadata(key: str | None) -> tuple[tuple[str, str], ...]:
+    """The metadata of a call that shows a tenant's key; None: none.
+
+    Raises InvalidRequest, which doesn't show it, for a key that can't be sent.
+    """
+    if key is None:
+        return ()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise InvalidRequest("key", "not shown", "it must be printable ASCII without spaces")
+    return (("authorization", f"Bearer {key}"),)
+
+
 def route_request(fields: Mapping[str, Any]) -> inference_pb2.RouteRequest:
     """The message that asks for a route decision alone: `prompt` or `messages`, and any of RouteFields.
 

@@ -119,7 +119,7 @@ def _portable(cluster: ClusterConfig) -> dict[str, Any]:
     for route, config in zip(fields["routes"], cluster.routes, strict=True):
         file = cluster.stitch_file(config)
         route["stitch"] = str(file.resolve()) if file else None
-    for name in ("router", "router_thresholds", "probe", "probe_thresholds"):
+    for name in ("router", "router_thresholds", "probe", "probe_thresholds", "keys"):
         if fields["gateway"][name] is not None:
             fields["gateway"][name] = str((cluster.folder / fields["gateway"][name]).resolve())
     for name, file in (fields["tls"] or {}).items():

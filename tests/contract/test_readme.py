@@ -15,7 +15,8 @@ import router_gateway.cli
 import stitch.cli.main
 import stitch_server.cli
 import stitch_training.cli
-from stitch.cluster import BatchingConfig, ComputeConfig
+from router_gateway.admission.tenants import Tenant
+from stitch.cluster import BatchingConfig, ComputeConfig, GatewayConfig
 from stitch.settings import Settings
 from stitch.tls import TlsFiles
 from tests.support.fake_gateway import FakeGateway, serving
@@ -29,7 +30,12 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "router-gateway": router_gateway.cli.build_parser,
     "stitch-train": stitch_training.cli.build_parser,
 }
-SECTIONS: dict[str, type[Settings]] = {"compute": ComputeConfig, "batching": BatchingConfig, "tls": TlsFiles}
+SECTIONS: dict[str, type[Settings]] = {
+    "compute": ComputeConfig,
+    "batching": BatchingConfig,
+    "gateway": GatewayConfig,
+    "tls": TlsFiles,
+}
 
 
 @pytest.fixture(params=PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -68,7 +74,9 @@ def test_readme_has_at_most_120_lines() -> None:
 def test_settings_in_the_configuration_page_exist() -> None:
     page = (ROOT / "docs/configuration.md").read_text()
     sections = tomllib.loads("\n".join(re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)))
-    assert set(sections) == {"compute", "batching", "tls"}
+    for fields in sections.pop("tenants").values():
+        assert set(fields) <= set(Tenant.model_fields)
+    assert set(sections) == set(SECTIONS)
     for name, fields in sections.items():
         assert set(fields) <= set(SECTIONS[name].model_fields)
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from stitch.errors import InvalidRequest
+from stitch.reloading import RELOAD_INTERVAL_SECONDS
 from stitch.thresholds import (
-    RELOAD_INTERVAL_SECONDS,
     ReloadingThresholds,
     choose_routes,
     decision_reason,

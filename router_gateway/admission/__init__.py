@@ -1,0 +1,1 @@
+"""Who may send requests, which of them may start now, and when those that are refused should come back."""

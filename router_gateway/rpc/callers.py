@@ -1,0 +1,23 @@
+"""Who calls: the key in a gRPC call's metadata, and the names in the certificate of its connection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from router_gateway.admission.tenants import Credentials
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_BEARER = "bearer "
+_NAME_PROPERTIES = ("x509_subject_alternative_name", "x509_common_name")
+
+
+def credentials_of(context: Context) -> Credentials:
+    """What the caller of a method shows of itself."""
+    metadata: Any = context.invocation_metadata() or ()
+    sent = next((value for name, value in metadata if name == "authorization"), None)
+    key = sent[len(_BEARER) :].strip() if isinstance(sent, str) and sent.lower().startswith(_BEARER) else None
+    proven: Any = context.auth_context()
+    names = [name.decode(errors="replace") for one in _NAME_PROPERTIES for name in proven.get(one, ())]
+    return Credentials(key, names)
