@@ -152,7 +152,7 @@ class SessionTable:
         reused_blocks, rest = divmod(session.reused, self._pool.block_tokens)
         if rest:
             raise _contradiction(f"{session.reused} reused tokens are no whole blocks of {self._pool.block_tokens}")
-        hashes = self._pool.hashes(session.route, session.token_ids[: session.prompt_tokens])
+        hashes = self._pool.hashes(session.tenant, session.route, session.token_ids[: session.prompt_tokens])
         if not self._pool.begin(session.id, hashes, reused_blocks):
             message = f"the first {session.reused} tokens of session {session_id} are not cached"
             raise SessionRefused(shard_pb2.FAILURE_CAUSE_PREFIX_MISSING, message)

@@ -265,4 +265,4 @@ class Scheduler:
         return True
 
     def _prefix_hashes(self, request: Request) -> list[bytes]:
-        return self._pool.hashes(request.route, request.token_ids[: request.prompt_tokens])
+        return self._pool.hashes(request.tenant, request.route, request.token_ids[: request.prompt_tokens])

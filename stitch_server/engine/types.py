@@ -33,6 +33,8 @@ class Session:
     # The prompt and the tokens generated so far, as far as this shard knows them.
     token_ids: list[int]
     prompt_tokens: int
+    # The tenant of the client; KV prefixes are shared within one.
+    tenant: str = ""
     # Unique in this process, and so on the link to the next shard.
     id: int = field(default_factory=lambda: next(_session_ids))
     # The number of preemptions; replies to steps of an earlier epoch are discarded.

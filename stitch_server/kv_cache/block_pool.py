@@ -1,8 +1,8 @@
 """Which sequence holds which KV block, and which blocks are cached for a shared prefix.
 
 A `BlockPool` hands out block numbers and counts the holders of each; it has no tensors. A full block of a prompt is
-published under a hash of the route and of all tokens up to its end, and sequences with the same prefix share it. A
-published block that nobody holds stays cached until its room is needed, the least recently used first.
+published under a hash of the tenant, the route and all tokens up to its end, and sequences with the same prefix share
+it. A published block that nobody holds stays cached until its room is needed, the least recently used first.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from dataclasses import dataclass, field
 BLOCK_TOKENS = 16
 
 
-def prefix_hashes(route: str, token_ids: Sequenced[int], block_tokens: int = BLOCK_TOKENS) -> list[bytes]:
+def prefix_hashes(salt: str, route: str, token_ids: Sequenced[int], block_tokens: int = BLOCK_TOKENS) -> list[bytes]:
     """One hash for every full block of a prompt, each over all tokens up to the block's end.
 
-    The route is hashed, too, since the KV of the same tokens differs between cuts. The last token is in no hashed
-    block: at least one token must be computed to get logits.
+    The salt names who may find the blocks: with another one, no prompt shows whether they are cached. The route is
+    hashed, too, since the KV of the same tokens differs between cuts. The last token is in no hashed block: at least
+    one token must be computed to get logits.
     """
     hashes = []
-    chained = hashlib.sha256(route.encode())
+    # The representation of the pair, which no other salt and route have.
+    chained = hashlib.sha256(repr((salt, route)).encode())
     for start in range(0, (len(token_ids) - 1) // block_tokens * block_tokens, block_tokens):
         chained.update(array("I", token_ids[start : start + block_tokens]).tobytes())
         hashes.append(chained.digest())
@@ -74,9 +76,9 @@ class BlockPool:
         """The number of blocks that hold `tokens` tokens."""
         return blocks_for(tokens, self.block_tokens)
 
-    def hashes(self, route: str, token_ids: Sequenced[int]) -> list[bytes]:
+    def hashes(self, salt: str, route: str, token_ids: Sequenced[int]) -> list[bytes]:
         """`prefix_hashes` of a prompt in blocks of this pool."""
-        return prefix_hashes(route, token_ids, self.block_tokens)
+        return prefix_hashes(salt, route, token_ids, self.block_tokens)
 
     def count_cached(self, hashes: Sequenced[bytes]) -> int:
         """How many leading blocks of a prompt are cached."""

@@ -78,6 +78,7 @@ def _segment_message(segment: Segment, opens: bool) -> shard_pb2.Segment:
         new_session.token_ids.extend(session.token_ids)
         new_session.prompt_tokens = session.prompt_tokens
         new_session.reused_tokens = session.reused
+        new_session.tenant = session.tenant
     return message
 
 
@@ -182,6 +183,7 @@ def _new_session(message: shard_pb2.Segment) -> Session:
         sampling=Sampling.from_proto(opened.sampling),
         token_ids=list(opened.token_ids),
         prompt_tokens=opened.prompt_tokens,
+        tenant=opened.tenant,
         epoch=message.epoch,
         cached=opened.reused_tokens,
         reused=opened.reused_tokens,

@@ -123,6 +123,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             sampling=Sampling.from_proto(message.sampling),
             token_ids=list(message.token_ids),
             prompt_tokens=message.prompt_tokens,
+            tenant=message.tenant,
             context_length=model.context_length,
             vocabulary_size=model.vocabulary_size,
             # Called in the engine's thread.

@@ -102,7 +102,7 @@ def new_request(
     """A request whose prompt counts upwards from `first_token`; fields of its sampling are given by name."""
     own = {
         name: fields.pop(name)
-        for name in ("context_length", "vocabulary_size", "prompt_tokens", "candidates")
+        for name in ("context_length", "vocabulary_size", "prompt_tokens", "candidates", "tenant")
         if name in fields
     }
     outputs = [] if outputs is None else outputs

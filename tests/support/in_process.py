@@ -37,10 +37,12 @@ class ChainInProcess:
                 self.cluster, config, loaded, CPU, links.opened, Metrics(config.name)
             )
 
-    def generate(self, token_ids: Sequence[int], route: str, chain: tuple[str, ...], count: int) -> list[int]:
+    def generate(
+        self, token_ids: Sequence[int], route: str, chain: tuple[str, ...], count: int, tenant: str = ""
+    ) -> list[int]:
         """`count` greedy tokens after `token_ids`. Raises the error with which the request ends."""
         outputs: list[RequestOutput] = []
-        request = new_request(len(token_ids), route, chain=chain, outputs=outputs, max_tokens=count)
+        request = new_request(len(token_ids), route, chain=chain, outputs=outputs, max_tokens=count, tenant=tenant)
         request.token_ids = list(token_ids)
         first = self.shards["bottom-0"].first_stage
         assert first is not None

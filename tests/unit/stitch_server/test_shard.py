@@ -175,6 +175,14 @@ class TestChains:
         reused = [shard.pool.reused_tokens - one for shard, one in zip(chained.shards.values(), before, strict=True)]
         assert reused == [48, 48, 0, 48]
 
+    def test_prefix_of_another_tenant_is_reused_on_no_shard(self, chained: ChainInProcess) -> None:
+        chain, shards = ("bottom-1", "top-1"), chained.shards.values()
+        for prompt in [list(range(start, start + 55)) for start in range(5, 17)]:
+            first = chained.generate(prompt, "strong", chain, 2, tenant="acme")
+            before = [shard.pool.reused_tokens for shard in shards]
+            assert chained.generate(prompt, "strong", chain, 2, tenant="other") == first
+            assert [shard.pool.reused_tokens for shard in shards] == before
+
     def test_chain_of_wrong_shards_is_refused(self, chained: ChainInProcess) -> None:
         with pytest.raises(StitchError, match="not the last of its chain"):
             chained.generate([5, 6, 7], "weak", ("bottom-1", "top-0"), 4)

@@ -112,6 +112,12 @@ class TestPrefixCache:
         harness.add(session)
         assert harness.next_pass() == [(session, 0, self.PROMPT)]
 
+    def test_prefix_of_another_tenant_is_not_reused(self) -> None:
+        harness, session = SchedulerHarness(), new_request(self.PROMPT, tenant="other")
+        self.warm(harness)
+        harness.add(session)
+        assert harness.next_pass() == [(session, 0, self.PROMPT)]
+
     def test_skip_prefix_cache_recomputes_prefix(self) -> None:
         harness, session = SchedulerHarness(), new_request(self.PROMPT)
         self.warm(harness)

@@ -28,9 +28,11 @@ def first(
     route: str = "weak",
     chain: tuple[str, ...] = (),
     reused: int = 0,
+    tenant: str = "",
 ) -> IncomingSegment:
     """A segment that opens a session of PROMPT."""
-    opened = Session(route, chain, Sampling(), list(PROMPT), len(PROMPT), epoch=epoch, cached=reused, reused=reused)
+    opened = Session(route, chain, Sampling(), list(PROMPT), len(PROMPT), tenant, epoch=epoch, reused=reused)
+    opened.cached = reused
     return IncomingSegment(session_id, epoch, reused if position is None else position, length, False, opened)
 
 
@@ -211,6 +213,12 @@ class TestPrefixCache:
         cause, message = refusal(table, upstream, self.reusing(32))
         assert (cause, message) == ("PREFIX_MISSING", "the first 32 tokens of session 6 are not cached")
         assert len(table) == 0
+
+    def test_prefix_of_another_tenant_is_missing(
+        self, table: SessionTable, upstream: FakeUpstream, pool: BlockPool
+    ) -> None:
+        pool.publish(table.accept(upstream, first(length=33)).id, 33)
+        assert refusal(table, upstream, first(6, reused=32, length=1, tenant="other"))[0] == "PREFIX_MISSING"
 
     def test_reuse_beyond_prompt_is_missing(self, table: SessionTable, upstream: FakeUpstream, pool: BlockPool) -> None:
         pool.publish(table.accept(upstream, first(length=33)).id, 33)

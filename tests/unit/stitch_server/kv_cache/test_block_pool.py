@@ -9,12 +9,12 @@ import pytest
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool, blocks_for, prefix_hashes
 
 PROMPT = list(range(3 * BLOCK_TOKENS + 1))
-HASHES = prefix_hashes("weak", PROMPT)
+HASHES = prefix_hashes("acme", "weak", PROMPT)
 
 
 def published(pool: BlockPool, number: int, prompt: list[int] = PROMPT) -> list[int]:
     """Starts a sequence whose whole prompt is computed; returns its blocks."""
-    assert pool.begin(number, prefix_hashes("weak", prompt), 0)
+    assert pool.begin(number, prefix_hashes("acme", "weak", prompt), 0)
     assert pool.grow(number, len(prompt))
     pool.publish(number, len(prompt))
     return list(pool.blocks_of(number))
@@ -31,22 +31,29 @@ class TestHashes:
         assert len(set(HASHES)) == 3
 
     def test_last_token_is_in_no_hashed_block(self) -> None:
-        assert prefix_hashes("weak", PROMPT[: 2 * BLOCK_TOKENS]) == HASHES[:1]
-        assert prefix_hashes("weak", PROMPT[: 2 * BLOCK_TOKENS + 1]) == HASHES[:2]
+        assert prefix_hashes("acme", "weak", PROMPT[: 2 * BLOCK_TOKENS]) == HASHES[:1]
+        assert prefix_hashes("acme", "weak", PROMPT[: 2 * BLOCK_TOKENS + 1]) == HASHES[:2]
 
     @pytest.mark.parametrize("tokens", [0, 1, BLOCK_TOKENS])
     def test_prompt_shorter_than_a_block_has_no_hash(self, tokens: int) -> None:
-        assert prefix_hashes("weak", PROMPT[:tokens]) == []
+        assert prefix_hashes("acme", "weak", PROMPT[:tokens]) == []
 
     def test_routes_have_different_hashes(self) -> None:
-        assert not set(HASHES) & set(prefix_hashes("strong", PROMPT))
+        assert not set(HASHES) & set(prefix_hashes("acme", "strong", PROMPT))
+
+    def test_tenants_have_different_hashes(self) -> None:
+        assert not set(HASHES) & set(prefix_hashes("other", "weak", PROMPT))
+        assert not set(HASHES) & set(prefix_hashes("", "weak", PROMPT))
+
+    def test_salt_and_route_are_not_interchangeable(self) -> None:
+        assert not set(prefix_hashes("ab", "c", PROMPT)) & set(prefix_hashes("a", "bc", PROMPT))
 
     def test_hash_covers_all_tokens_up_to_its_block(self) -> None:
-        other = prefix_hashes("weak", [99, *PROMPT[1:]])
+        other = prefix_hashes("acme", "weak", [99, *PROMPT[1:]])
         assert not set(HASHES) & set(other)
 
     def test_same_prefix_has_the_same_hashes(self) -> None:
-        other = prefix_hashes("weak", [*PROMPT[: 2 * BLOCK_TOKENS], *[5] * 40])
+        other = prefix_hashes("acme", "weak", [*PROMPT[: 2 * BLOCK_TOKENS], *[5] * 40])
         assert other[:2] == HASHES[:2]
         assert other[2] != HASHES[2]
 
@@ -152,7 +159,7 @@ class TestSharing:
     def test_sequence_with_an_uncached_block_is_refused(self) -> None:
         pool = BlockPool(8)
         published(pool, 1)
-        other = prefix_hashes("weak", [*PROMPT[:BLOCK_TOKENS], *[5] * 40])
+        other = prefix_hashes("acme", "weak", [*PROMPT[:BLOCK_TOKENS], *[5] * 40])
         assert not pool.begin(2, other, 2)
         assert pool.begin(2, other, 1)
 
@@ -217,7 +224,7 @@ class TestEviction:
         pool.begin(4, [], 0)
         pool.grow(4, 5 * BLOCK_TOKENS)
         assert pool.count_cached(HASHES) == 3
-        assert pool.count_cached(prefix_hashes("weak", other)) == 0
+        assert pool.count_cached(prefix_hashes("acme", "weak", other)) == 0
 
     def test_reallocated_block_is_no_longer_cached(self) -> None:
         pool = BlockPool(4)
@@ -246,7 +253,7 @@ def test_random_operations_keep_block_counts_consistent(seed: int) -> None:
                 live[chosen] = (hashes, tokens + 20)
                 pool.publish(chosen, tokens + 20)
         else:
-            hashes = prefix_hashes("weak", [draw.randrange(2)] * draw.randrange(1, 80))
+            hashes = prefix_hashes("acme", "weak", [draw.randrange(2)] * draw.randrange(1, 80))
             reused = pool.count_cached(hashes)
             assert pool.begin(number, hashes, reused)
             live[number] = (hashes, reused * BLOCK_TOKENS)
@@ -271,9 +278,9 @@ class TestLargerBlocks:
 
     def test_only_full_blocks_are_shared(self) -> None:
         pool, prompt = BlockPool(8, block_tokens=256), list(range(600))
-        hashes = pool.hashes("weak", prompt)
+        hashes = pool.hashes("acme", "weak", prompt)
         assert len(hashes) == 2
-        assert pool.hashes("weak", prompt[:257]) == hashes[:1]
+        assert pool.hashes("acme", "weak", prompt[:257]) == hashes[:1]
         pool.begin(1, hashes, 0)
         pool.grow(1, 600)
         pool.publish(1, 511)
