@@ -1,0 +1,219 @@
+"""A queue that is fair between tenants, and serves the earliest deadline first within a tenant.
+
+In: items, each with its tenant, and the cost of what is done for a tenant. Out: the item that is next. Every tenant has
+a virtual time, which its cost advances by cost / weight, and the tenant with the least is next: tenants that wait all
+the time get cost in proportion to their weights. Invariants: no item waits for another tenant's turn while nobody else
+waits (work-conserving), and a tenant earns no credit while nothing of it is queued.
+
+Each operation takes a time that is logarithmic in the number of items.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush, heapreplace
+from typing import Generic, TypeVar
+
+# An item without a deadline has its place within its tenant as if it had one so many seconds after its arrival: it
+# comes after more urgent ones, and is not put off for ever by new ones.
+PATIENCE_SECONDS = 60.0
+# A heap is rebuilt when it has more entries that left the queue than twice the number of items and this.
+SPARE_ENTRIES = 64
+
+Item = TypeVar("Item", bound=Hashable)
+Group = Hashable
+
+
+@dataclass(slots=True, eq=False)
+class _Account:
+    """What one tenant has been charged."""
+
+    virtual_time: float
+    weight: float = 1.0
+    num_queued: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Entry(Generic[Item]):
+    """One item; `item` is None once it has left the queue."""
+
+    item: Item | None
+    flow: _Flow[Item]
+
+
+# When an item is due in seconds, and the number of its arrival, by which heaps sort it.
+_Due = tuple[float, int, _Entry[Item]]
+
+
+@dataclass(slots=True, eq=False)
+class _Flow(Generic[Item]):
+    """The items of one tenant in one group."""
+
+    tenant: str
+    group: Group
+    due: list[_Due[Item]] = field(default_factory=list)
+
+    def prune(self) -> bool:
+        """Drops entries at the front that have left the queue; returns whether an item remains."""
+        while self.due and self.due[0][2].item is None:
+            heappop(self.due)
+        return bool(self.due)
+
+
+class FairQueue(Generic[Item]):
+    """Items of tenants, optionally in groups of which some may be closed for a while.
+
+    Iteration yields the items in order of arrival.
+    """
+
+    def __init__(self, clock: Callable[[], float], patience_seconds: float = PATIENCE_SECONDS) -> None:
+        """`clock` is in seconds, like the deadlines."""
+        self._clock = clock
+        self._patience_seconds = patience_seconds
+        self._numbers = itertools.count()
+        self._entries: dict[Item, _Entry[Item]] = {}
+        self._accounts: dict[str, _Account] = {}
+        self._max_accounts = SPARE_ENTRIES
+        self._flows: dict[tuple[str, Group], _Flow[Item]] = {}
+        # The flows of each group, sorted by a virtual time of their tenant that may have passed since.
+        self._turns: dict[Group, list[tuple[float, int, _Flow[Item]]]] = {}
+        self._deadlines: list[_Due[Item]] = []
+        # Where a tenant begins that had nothing in the queue: the virtual time of the tenant that was served last.
+        self._virtual_now = 0.0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, item: Item) -> bool:
+        return item in self._entries
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self._entries)
+
+    def push(
+        self,
+        item: Item,
+        tenant: str = "",
+        *,
+        weight: float = 1.0,
+        deadline: float | None = None,
+        group: Group = None,
+    ) -> None:
+        """Queues an item. `weight` is positive, and the tenant's from now on; `deadline` in seconds of the clock."""
+        account = self._account(tenant)
+        account.weight = weight
+        if not account.num_queued:
+            account.virtual_time = max(account.virtual_time, self._virtual_now)
+        account.num_queued += 1
+        flow = self._flows.get((tenant, group))
+        if flow is None:
+            flow = self._flows[tenant, group] = _Flow(tenant, group)
+            turn = account.virtual_time, next(self._numbers), flow
+            heappush(self._turns.setdefault(group, []), turn)
+        entry, number = _Entry(item, flow), next(self._numbers)
+        self._entries[item] = entry
+        due = self._clock() + self._patience_seconds if deadline is None else deadline
+        heappush(flow.due, (due, number, entry))
+        if deadline is not None:
+            heappush(self._deadlines, (deadline, number, entry))
+
+    def peek(self, is_open: Callable[[Group], bool] = lambda group: True) -> Item | None:
+        """The next item of all open groups; None where they have none."""
+        flows = [flow for group in list(self._turns) if is_open(group) and (flow := self._next_flow(group))]
+        return min(flows, key=self._place).due[0][2].item if flows else None
+
+    def take(self, item: Item) -> None:
+        """Removes an item whose turn it is: tenants that come later begin at the virtual time of its tenant."""
+        self._virtual_now = max(self._virtual_now, self.virtual_time(self._entries[item].flow.tenant))
+        self.remove(item)
+
+    def pop(self, is_open: Callable[[Group], bool] = lambda group: True) -> Item | None:
+        """Takes the next item of all open groups; None where they have none."""
+        item = self.peek(is_open)
+        if item is not None:
+            self.take(item)
+        return item
+
+    def remove(self, item: Item) -> bool:
+        """Drops an item; False where it is not queued."""
+        entry = self._entries.pop(item, None)
+        if entry is None:
+            return False
+        entry.item = None
+        self._accounts[entry.flow.tenant].num_queued -= 1
+        self._compact(entry.flow.due)
+        self._compact(self._deadlines)
+        return True
+
+    def pop_expired(self) -> list[Item]:
+        """Removes the items whose deadline has passed, and returns them."""
+        now, expired = self._clock(), []
+        while self._deadlines and (self._deadlines[0][2].item is None or self._deadlines[0][0] <= now):
+            item = heappop(self._deadlines)[2].item
+            if item is not None:
+                self.remove(item)
+                expired.append(item)
+        return expired
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups that have an item."""
+        return [group for group in list(self._turns) if self._next_flow(group)]
+
+    def charge(self, tenant: str, cost: float) -> None:
+        """Counts what was done for a tenant; `cost` is not negative.
+
+        While nothing is queued it takes nothing from others, so it puts no tenant behind another.
+        """
+        account = self._account(tenant)
+        account.virtual_time += cost / account.weight
+        if not self._entries:
+            self._virtual_now = max(self._virtual_now, account.virtual_time)
+
+    def virtual_time(self, tenant: str) -> float:
+        """The tenant's virtual time; of tenants with items, the one with the least is next."""
+        account = self._accounts.get(tenant)
+        return self._virtual_now if account is None else account.virtual_time
+
+    def _account(self, tenant: str) -> _Account:
+        account = self._accounts.get(tenant)
+        if account is None:
+            if len(self._accounts) >= self._max_accounts:
+                self._forget_idle_accounts()
+            account = self._accounts[tenant] = _Account(self._virtual_now)
+        return account
+
+    def _forget_idle_accounts(self) -> None:
+        """Drops the accounts that equal a new one."""
+        for tenant, account in list(self._accounts.items()):
+            if not account.num_queued and account.virtual_time <= self._virtual_now:
+                del self._accounts[tenant]
+        self._max_accounts = 2 * len(self._accounts) + SPARE_ENTRIES
+
+    def _place(self, flow: _Flow[Item]) -> tuple[float, float, int]:
+        """The order of the flows of several groups."""
+        due, number, _ = flow.due[0]
+        return self._accounts[flow.tenant].virtual_time, due, number
+
+    def _next_flow(self, group: Group) -> _Flow[Item] | None:
+        """The flow of the group's next item, which is at its front."""
+        turns = self._turns.get(group)
+        while turns:
+            virtual_time, number, flow = turns[0]
+            if not flow.prune():
+                heappop(turns)
+                del self._flows[flow.tenant, group]
+            elif virtual_time < (current := self._accounts[flow.tenant].virtual_time):
+                heapreplace(turns, (current, number, flow))
+            else:
+                return flow
+        self._turns.pop(group, None)
+        return None
+
+    def _compact(self, due: list[_Due[Item]]) -> None:
+        """Rebuilds a heap without the entries that left the queue, where these are most of it."""
+        if len(due) > 2 * len(self._entries) + SPARE_ENTRIES:
+            due[:] = [one for one in due if one[2].item is not None]
+            heapify(due)
