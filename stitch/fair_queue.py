@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Generic, TypeVar
 
-# An item without a deadline has its place within its tenant as if it had one so many seconds after its arrival: it
-# comes after more urgent ones, and is not put off for ever by new ones.
-PATIENCE_SECONDS = 60.0
-# A heap is rebuilt when it has more entries that left the queue than twice the number of items and this.
+# The deadline, in seconds after its arrival, by which an item without one is ordered within its tenant: it comes after
+# urgent ones, and new ones do not overtake it for ever.
+DEFAULT_DEADLINE_SECONDS = 60.0
+# A heap is rebuilt where its entries exceed twice the number of items by more than this: most of them left the queue.
 SPARE_ENTRIES = 64
 
 Item = TypeVar("Item", bound=Hashable)
@@ -68,17 +68,17 @@ class FairQueue(Generic[Item]):
     Iteration yields the items in order of arrival.
     """
 
-    def __init__(self, clock: Callable[[], float], patience_seconds: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, clock: Callable[[], float], default_deadline_seconds: float = DEFAULT_DEADLINE_SECONDS) -> None:
         """`clock` is in seconds, like the deadlines."""
         self._clock = clock
-        self._patience_seconds = patience_seconds
+        self._default_deadline_seconds = default_deadline_seconds
         self._numbers = itertools.count()
         self._entries: dict[Item, _Entry[Item]] = {}
         self._accounts: dict[str, _Account] = {}
         self._max_accounts = SPARE_ENTRIES
         self._flows: dict[tuple[str, Group], _Flow[Item]] = {}
         # The flows of each group, sorted by a virtual time of their tenant that may have passed since.
-        self._turns: dict[Group, list[tuple[float, int, _Flow[Item]]]] = {}
+        self._flow_order: dict[Group, list[tuple[float, int, _Flow[Item]]]] = {}
         self._deadlines: list[_Due[Item]] = []
         # Where a tenant begins that had nothing in the queue: the virtual time of the tenant that was served last.
         self._virtual_now = 0.0
@@ -110,18 +110,18 @@ class FairQueue(Generic[Item]):
         flow = self._flows.get((tenant, group))
         if flow is None:
             flow = self._flows[tenant, group] = _Flow(tenant, group)
-            turn = account.virtual_time, next(self._numbers), flow
-            heappush(self._turns.setdefault(group, []), turn)
+            place = account.virtual_time, next(self._numbers), flow
+            heappush(self._flow_order.setdefault(group, []), place)
         entry, number = _Entry(item, flow), next(self._numbers)
         self._entries[item] = entry
-        due = self._clock() + self._patience_seconds if deadline is None else deadline
+        due = self._clock() + self._default_deadline_seconds if deadline is None else deadline
         heappush(flow.due, (due, number, entry))
         if deadline is not None:
             heappush(self._deadlines, (deadline, number, entry))
 
     def peek(self, is_open: Callable[[Group], bool] = lambda group: True) -> Item | None:
         """The next item of all open groups; None where they have none."""
-        flows = [flow for group in list(self._turns) if is_open(group) and (flow := self._next_flow(group))]
+        flows = [flow for group in list(self._flow_order) if is_open(group) and (flow := self._next_flow(group))]
         return min(flows, key=self._place).due[0][2].item if flows else None
 
     def take(self, item: Item) -> None:
@@ -158,9 +158,9 @@ class FairQueue(Generic[Item]):
         return expired
 
     @property
-    def groups(self) -> list[Group]:
+    def nonempty_groups(self) -> list[Group]:
         """The groups that have an item."""
-        return [group for group in list(self._turns) if self._next_flow(group)]
+        return [group for group in list(self._flow_order) if self._next_flow(group)]
 
     def charge(self, tenant: str, cost: float) -> None:
         """Counts what was done for a tenant; `cost` is not negative.
@@ -199,17 +199,17 @@ class FairQueue(Generic[Item]):
 
     def _next_flow(self, group: Group) -> _Flow[Item] | None:
         """The flow of the group's next item, which is at its front."""
-        turns = self._turns.get(group)
-        while turns:
-            virtual_time, number, flow = turns[0]
+        order = self._flow_order.get(group)
+        while order:
+            virtual_time, number, flow = order[0]
             if not flow.prune():
-                heappop(turns)
+                heappop(order)
                 del self._flows[flow.tenant, group]
             elif virtual_time < (current := self._accounts[flow.tenant].virtual_time):
-                heapreplace(turns, (current, number, flow))
+                heapreplace(order, (current, number, flow))
             else:
                 return flow
-        self._turns.pop(group, None)
+        self._flow_order.pop(group, None)
         return None
 
     def _compact(self, due: list[_Due[Item]]) -> None:

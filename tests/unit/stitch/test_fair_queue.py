@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stitch.fair_queue import PATIENCE_SECONDS, SPARE_ENTRIES, FairQueue
+from stitch.fair_queue import DEFAULT_DEADLINE_SECONDS, SPARE_ENTRIES, FairQueue
 from tests.support.engine_fakes import ManualClock
 
 tenants = st.sampled_from(["one", "two", "three"])
@@ -116,10 +116,10 @@ class TestWithinATenant:
             served = queue.pop()
             if served == "patient":
                 break
-            clock.advance(PATIENCE_SECONDS / 10)
+            clock.advance(DEFAULT_DEADLINE_SECONDS / 10)
             queue.push(f"more-{number}", deadline=clock.now + 10.0)
         assert "patient" not in queue
-        assert clock.now >= PATIENCE_SECONDS / 2
+        assert clock.now >= DEFAULT_DEADLINE_SECONDS / 2
 
     def test_expired_items_are_removed(self, queue: FairQueue[str], clock: ManualClock) -> None:
         queue.push("late", "a", deadline=10.0)
@@ -150,9 +150,9 @@ class TestGroups:
 
     def test_group_is_empty_once_its_items_left(self, queue: FairQueue[str]) -> None:
         queue.push("one", group="x")
-        assert queue.groups == ["x"]
+        assert queue.nonempty_groups == ["x"]
         queue.remove("one")
-        assert queue.groups == []
+        assert queue.nonempty_groups == []
         assert queue.peek() is None
 
 
@@ -179,7 +179,7 @@ class TestRemoval:
             queue.pop()
         assert len(queue._accounts) <= 2 * SPARE_ENTRIES
         assert queue.peek() is None
-        assert (len(queue._flows), len(queue._turns)) == (0, 0)
+        assert (len(queue._flows), len(queue._flow_order)) == (0, 0)
 
 
 @given(data=st.data())
