@@ -63,11 +63,15 @@ class LocalCluster:
 
     def start(self, name: str) -> None:
         """Starts that process and records it for later commands."""
-        file = str(self.folder.cluster_file)
-        module = "router_gateway.cli" if name == GATEWAY else "stitch_server.cli"
-        arguments = ["run", file] if name == GATEWAY else ["run", file, "--shard", name]
-        self.processes[name] = spawn(name, module, arguments, self.folder.log(name))
+        self.processes[name] = spawn(name, *self.command(name), self.folder.log(name))
         self.folder.record(self.processes.values())
+
+    def command(self, name: str) -> tuple[str, list[str]]:
+        """The module that the process runs, and its arguments."""
+        file = str(self.folder.cluster_file)
+        if name == GATEWAY:
+            return "router_gateway.cli", ["run", file]
+        return "stitch_server.cli", ["run", file, "--shard", name]
 
     def start_all(
         self, on_serving: Serving, timeout_seconds: float = START_SECONDS, on_waiting: Waiting | None = None

@@ -1,32 +1,93 @@
-"""A cluster of real processes, through which tests send requests, read metrics and logs, and send signals."""
+"""A cluster of real processes, through which tests send requests, read metrics and logs, and send signals.
+
+Gates may stand between its processes, and it may have several gateways: `running_cluster` takes both.
+"""
 
 from __future__ import annotations
 
+import json
 import signal
+import socket
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from stitch import channels
 from stitch.client import Answer, Client
 from stitch.cluster import load_cluster
 from stitch.local.cluster import GATEWAY, LocalCluster, import_models, prepared
 from stitch.local.run_folder import RunFolder
+from stitch.tls import load_tls
+from tests.support.tcp_gate import TcpGate
 
 START_SECONDS = 180.0
 END_SECONDS = 30.0
 POLL_SECONDS = 0.1
+# The caller's name of a gate between a test's clients and a gateway.
+CLIENT = "client"
+NO_FLAGS: Mapping[str, Sequence[str]] = {}
+Gates = dict[tuple[str, str], TcpGate]
+
+
+@dataclass(slots=True)
+class GatedCluster(LocalCluster):
+    """A local cluster in which processes may have a cluster file and flags of their own, and with more gateways."""
+
+    # By the name of a process.
+    files: dict[str, Path] = field(default_factory=dict)
+    flags: dict[str, Sequence[str]] = field(default_factory=dict)
+    # The addresses and metrics ports of gateway-1, gateway-2, …
+    more_gateways: dict[str, tuple[str, int]] = field(default_factory=dict)
+    # Shards of the cluster file that the test serves itself, or nobody.
+    absent: frozenset[str] = frozenset()
+
+    @property
+    def names(self) -> list[str]:
+        shards = [shard.name for shard in self.cluster.shards if shard.name not in self.absent]
+        return [*shards, GATEWAY, *self.more_gateways]
+
+    def address(self, name: str) -> str:
+        return self.more_gateways[name][0] if name in self.more_gateways else LocalCluster.address(self, name)
+
+    def metrics_port(self, name: str) -> int:
+        return self.more_gateways[name][1] if name in self.more_gateways else LocalCluster.metrics_port(self, name)
+
+    def command(self, name: str) -> tuple[str, list[str]]:
+        if name in self.more_gateways:
+            module, arguments = LocalCluster.command(self, GATEWAY)
+            address, port = self.more_gateways[name]
+            arguments += ["--listen", address, "--metrics-port", str(port)]
+        else:
+            module, arguments = LocalCluster.command(self, name)
+        if name in self.files:
+            arguments[arguments.index(str(self.folder.cluster_file))] = str(self.files[name])
+        return module, [*arguments, *self.flags.get(GATEWAY if name in self.more_gateways else name, ())]
+
+    def write_file_of(self, caller: str, gates: Gates) -> None:
+        """Writes the cluster file of a process, in which gates replace the addresses of its neighbours."""
+        fields = json.loads(self.folder.cluster_file.read_text())
+        for shard in fields["shards"]:
+            if (caller, shard["name"]) in gates:
+                shard["address"] = gates[caller, shard["name"]].address
+        self.files[caller] = self.folder.path / f"{caller}.json"
+        self.files[caller].write_text(json.dumps(fields))
 
 
 class Cluster:
     """A running cluster. Each process has the name of its shard, or the name `gateway`."""
 
-    def __init__(self, local: LocalCluster) -> None:
+    def __init__(self, local: LocalCluster, gates: Gates | None = None) -> None:
         self._local = local
+        self._gates = gates or {}
+        self._authority = local.cluster.gateway_endpoint[1]
+        tls = load_tls(local.cluster.tls, local.cluster.folder)
+        self._credentials = tls.client() if tls else None
         self.client = Client(*local.cluster.gateway_endpoint)
 
     @property
@@ -38,9 +99,22 @@ class Cluster:
     def names(self) -> list[str]:
         return self._local.names
 
+    @property
+    def gates(self) -> Gates:
+        """The gates by caller and callee."""
+        return self._gates
+
+    def gate(self, caller: str, callee: str) -> TcpGate:
+        """The gate on the connections from one process to another."""
+        return self._gates[caller, callee]
+
     def address(self, name: str) -> str:
         """`host:port` of a process."""
         return self._local.address(name)
+
+    def client_of(self, address: str) -> Client:
+        """A client of the gateway, or of the gate before it, at that address."""
+        return Client(address, self._authority)
 
     def pid(self, name: str) -> int:
         return self._local.processes[name].pid
@@ -65,7 +139,8 @@ class Cluster:
         return process.exit_code
 
     def running(self, name: str) -> bool:
-        return self._local.processes[name].running()
+        process = self._local.processes.get(name)
+        return process is not None and process.running()
 
     def pause(self, name: str) -> None:
         """Sends SIGSTOP: the process keeps its connections and does not reply."""
@@ -74,21 +149,38 @@ class Cluster:
     def resume(self, name: str) -> None:
         self.signal(name, signal.SIGCONT)
 
-    def restart(self, name: str) -> None:
-        """Kills the process where it still runs, and starts it again at the same address.
+    def terminate(self, name: str) -> None:
+        """Sends SIGTERM: the process drains and then ends."""
+        self.signal(name, signal.SIGTERM)
 
-        Returns once it serves, and the gateway reaches it.
-        """
-        self.kill(name)
+    def start(self, name: str) -> None:
+        """Starts an ended process again at the same address, and does not wait for it."""
         self._local.start(name)
-        self._local.wait_until_serving([name], _ignore, START_SECONDS)
+
+    def restart(self, *names: str) -> None:
+        """Kills the processes where they still run, and starts them again at the same addresses.
+
+        Returns once they serve, and the gateway reaches them.
+        """
+        for name in names:
+            self.kill(name)
+            self.start(name)
+        self.wait_until_serving(*names)
+
+    def wait_until_serving(self, *names: str) -> None:
+        """Returns once these processes serve, and the gateway reaches every running shard."""
+        self._local.wait_until_serving(list(names), _ignore, START_SECONDS)
         give_up = time.monotonic() + END_SECONDS
         while not self.all_serving():
             if time.monotonic() > give_up:
                 raise TimeoutError(
-                    f"the gateway does not reach every running shard {END_SECONDS:g} s after {name} serves"
+                    f"the gateway does not reach every running shard {END_SECONDS:g} s after {', '.join(names)} serve"
                 )
             time.sleep(POLL_SECONDS)
+
+    def serves(self, name: str) -> bool:
+        """Whether the process reports SERVING."""
+        return channels.serves(self.address(name), self._credentials)
 
     def all_serving(self) -> bool:
         """Whether the gateway reaches every shard whose process runs."""
@@ -128,24 +220,48 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster(name_or_path: str | Path, folder: Path) -> Iterator[Cluster]:
+def running_cluster(
+    name_or_path: str | Path,
+    folder: Path,
+    gates: Iterable[tuple[str, str]] = (),
+    gateways: int = 1,
+    flags: Mapping[str, Sequence[str]] = NO_FLAGS,
+    absent: Iterable[str] = (),
+) -> Iterator[Cluster]:
     """Runs a cluster of real processes on free ports, with its state and its logs in `folder`.
 
-    Where the block fails, the last lines of every log are added to the error.
+    `gates` are pairs of names, caller and callee: the caller reaches the callee through a gate. `CLIENT` as the caller
+    makes a gate before a gateway. `flags` are further command-line arguments of processes by name; those of `gateway`
+    apply to all gateways. `absent` names shards that are not started. Where the block fails, the last lines of every
+    log are added to the error.
     """
     described = load_cluster(str(name_or_path))
-    local = prepared(described, RunFolder(folder / described.name))
+    first = prepared(described, RunFolder(folder / described.name))
+    local = GatedCluster(first.folder, first.cluster, flags=dict(flags), absent=frozenset(absent))
+    local.more_gateways = {f"{GATEWAY}-{number}": _free_ports() for number in range(1, gateways)}
     import_models(local.cluster, _ignore_model)
-    local.start_all(_ignore, START_SECONDS)
-    cluster = Cluster(local)
-    try:
-        yield cluster
-    except BaseException as error:
-        for name in local.names:
-            error.add_note(f"--- {name}\n{local.folder.last_lines(name)}")
-        raise
-    finally:
-        cluster.stop()
+    with ExitStack() as stack:
+        opened = {pair: stack.enter_context(TcpGate(local.address(pair[1]))) for pair in gates}
+        for caller in {caller for caller, _ in opened} - {CLIENT}:
+            local.write_file_of(caller, opened)
+        local.start_all(_ignore, START_SECONDS)
+        cluster = Cluster(local, opened)
+        try:
+            yield cluster
+        except BaseException as error:
+            for name in local.names:
+                error.add_note(f"--- {name}\n{local.folder.last_lines(name)}")
+            raise
+        finally:
+            for gate in opened.values():
+                gate.heal()
+            cluster.stop()
+
+
+def _free_ports() -> tuple[str, int]:
+    """An address with a free port, and another free port."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        return f"127.0.0.1:{one.getsockname()[1]}", int(other.getsockname()[1])
 
 
 def _sample_name(name: str, labels: dict[str, str]) -> str:
@@ -161,4 +277,4 @@ def _ignore_model(name: str, folder: str) -> None:
     """Reports nothing."""
 
 
-__all__ = ["GATEWAY", "Cluster", "running_cluster"]
+__all__ = ["CLIENT", "GATEWAY", "Cluster", "running_cluster"]
