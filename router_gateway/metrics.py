@@ -52,6 +52,8 @@ class Metrics:
         self.ttft_stage = self._histogram(name, about, buckets.STAGE, stage=STAGES)
         name, about = "stitch_event_loop_delay_seconds", "How late the gateway's event loop wakes up."
         self.event_loop_delay = self._histogram(name, about, buckets.EVENT_LOOP_DELAY)
+        name, about = "stitch_event_loop_tasks", "Tasks of the gateway's event loop."
+        self.event_loop_tasks = Gauge(name, about, registry=self.registry)
 
     def _quantities(self, routes: Sequence[str]) -> None:
         name, about = "stitch_prompt_tokens", "Tokens of a prompt."

@@ -37,7 +37,7 @@ from router_gateway.tokenization.source import VocabularySource, first_shard_nam
 from stitch import channels
 from stitch.cluster import ClusterConfig
 from stitch.errors import InvalidRequest
-from stitch.process import InFlightTracker, StopSignals, background_tasks, observe_delay
+from stitch.process import InFlightTracker, StopSignals, background_tasks, observe_event_loop
 from stitch.thresholds import Thresholds
 from stitch.tls import Tls, load_tls
 from stitch.v1 import inference_pb2_grpc
@@ -120,7 +120,9 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         gateway = Gateway(port, metrics_port, metrics, server, health, in_flight)
         stack.push_async_callback(gateway.stop)
         readiness = _report_readiness(health, source, registry, placement, settings)
-        await stack.enter_async_context(background_tasks(readiness, observe_delay(metrics.event_loop_delay)))
+        await stack.enter_async_context(
+            background_tasks(readiness, observe_event_loop(metrics.event_loop_delay, metrics.event_loop_tasks))
+        )
         yield gateway
 
 

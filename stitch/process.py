@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
-from prometheus_client import Histogram
+from prometheus_client import Gauge, Histogram
 
 from stitch.errors import Draining
 
@@ -105,9 +105,10 @@ def _log_failure(task: asyncio.Task[object]) -> None:
         _log.critical("%s failed", task.get_coro(), exc_info=error)
 
 
-async def observe_delay(delay: Histogram, interval_seconds: float = DELAY_INTERVAL_SECONDS) -> None:
-    """Sleeps in an endless loop and observes by how many seconds each sleep was too long."""
+async def observe_event_loop(delay: Histogram, tasks: Gauge, interval_seconds: float = DELAY_INTERVAL_SECONDS) -> None:
+    """Sleeps in an endless loop; observes by how many seconds each sleep was too long, and sets the number of tasks."""
     while True:
         due = time.perf_counter() + interval_seconds
         await asyncio.sleep(interval_seconds)
         delay.observe(max(0.0, time.perf_counter() - due))
+        tasks.set(len(asyncio.all_tasks()))

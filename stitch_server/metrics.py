@@ -38,6 +38,8 @@ class Metrics:
         self.event_loop_delay = Histogram(
             "stitch_event_loop_delay_seconds", about, buckets=buckets.EVENT_LOOP_DELAY, registry=self.registry
         )
+        about = "Tasks of the event loop."
+        self.event_loop_tasks = Gauge("stitch_event_loop_tasks", about, registry=self.registry)
 
     def read_gauge(self, name: str, about: str, read: Callable[[], float]) -> None:
         """Adds a gauge whose value is read at every scrape."""

@@ -21,7 +21,7 @@ from prometheus_client import start_http_server
 
 from stitch import channels
 from stitch.environment import step_log_folder
-from stitch.process import StopSignals, observe_delay
+from stitch.process import StopSignals, observe_event_loop
 from stitch.tls import load_tls
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.build import load_stage
@@ -115,7 +115,7 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
         health = HealthServicer()
         server, port = await _listening(shard, health, settings.listen, tls.server(mutual=True) if tls else None)
         stack.push_async_callback(server.stop, None)
-        delay = asyncio.create_task(observe_delay(metrics.event_loop_delay))
+        delay = asyncio.create_task(observe_event_loop(metrics.event_loop_delay, metrics.event_loop_tasks))
         stack.callback(delay.cancel)
         yield RunningShard(port, metrics_server.server_port, shard, health)
 

@@ -24,6 +24,7 @@ NAMES = [
     'stitch_replays_total{cause="unreachable"}',
     'stitch_cancelled_total{cause="client"}',
     "stitch_event_loop_delay_seconds_count",
+    "stitch_event_loop_tasks",
 ]
 
 

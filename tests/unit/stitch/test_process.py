@@ -8,10 +8,10 @@ import signal
 import time
 
 import pytest
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry, Gauge, Histogram
 
 from stitch.errors import Unavailable
-from stitch.process import InFlightTracker, StopSignals, background_tasks, observe_delay
+from stitch.process import InFlightTracker, StopSignals, background_tasks, observe_event_loop
 from tests.support.waiting import eventually
 
 
@@ -69,17 +69,19 @@ async def test_second_signal_cancels_drain() -> None:
 async def test_observe_delay_reports_blocked_event_loop() -> None:
     registry = CollectorRegistry()
     delay = Histogram("delay", "how late", registry=registry)
+    tasks = Gauge("tasks", "how many", registry=registry)
 
     def value(suffix: str) -> float:
         return registry.get_sample_value(f"delay_{suffix}") or 0.0
 
-    observing = asyncio.create_task(observe_delay(delay, interval_seconds=0.001))
+    observing = asyncio.create_task(observe_event_loop(delay, tasks, interval_seconds=0.001))
     try:
         await eventually(lambda: value("count") >= 1)
         before = value("sum")
         # Blocks the loop on purpose.
         time.sleep(0.05)  # noqa: ASYNC251
         await eventually(lambda: value("sum") - before >= 0.04)
+        assert registry.get_sample_value("tasks") == 2
     finally:
         observing.cancel()
 

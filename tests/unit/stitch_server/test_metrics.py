@@ -17,6 +17,7 @@ NAMES = [
     'stitch_link_bytes_total{direction="sent"}',
     'stitch_link_bytes_total{direction="received"}',
     "stitch_event_loop_delay_seconds_count",
+    "stitch_event_loop_tasks",
 ]
 
 
