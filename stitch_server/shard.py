@@ -118,12 +118,21 @@ def build_shard(
     links = open_links(identity, inbox.put)
     batching = resolved_batching(cluster, device)
     source: FirstStage | NextStage
+    in_flight: StepsInFlight | None
     if loaded.embedding is not None:
-        source = _first_stage(batching, loaded, pool, StepsInFlight(links))
+        in_flight = StepsInFlight(links)
+        source = _first_stage(batching, loaded, pool, in_flight, config.name)
     else:
         in_flight = None if loaded.head is not None else StepsInFlight(links)
         logits = UNLIMITED if loaded.head is None else loaded.head.vocabulary_size
-        source = NextStage(pool, loaded.layer_ranges, in_flight, batching.max_merged_tokens, vocabulary_size=logits)
+        source = NextStage(
+            pool,
+            loaded.layer_ranges,
+            in_flight,
+            batching.max_merged_tokens,
+            vocabulary_size=logits,
+            shard=config.name,
+        )
 
     def observe(batch: Batch, started: float, ended: float) -> None:
         metrics.batch_tokens.observe(batch.num_tokens)
@@ -150,7 +159,7 @@ def build_shard(
 
 
 def _first_stage(
-    batching: BatchingConfig, loaded: LoadedStage, pool: BlockPool, in_flight: StepsInFlight
+    batching: BatchingConfig, loaded: LoadedStage, pool: BlockPool, in_flight: StepsInFlight, shard: str
 ) -> FirstStage:
     scheduler = Scheduler(
         pool,
@@ -160,8 +169,10 @@ def _first_stage(
         attention_cost_per_token=loaded.decoder.attention_cost_per_token,
         min_efficient_tokens=loaded.decoder.min_efficient_tokens,
         probe_tokens=0 if loaded.probe is None else loaded.probe.binding.tokens,
+        has_room=in_flight.has_room,
+        is_late=in_flight.is_late,
     )
-    return FirstStage(pool, scheduler, in_flight)
+    return FirstStage(pool, scheduler, in_flight, shard=shard)
 
 
 def resolved_batching(cluster: ClusterConfig, device: torch.device) -> BatchingConfig:

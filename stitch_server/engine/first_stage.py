@@ -29,7 +29,10 @@ class FirstStage:
         scheduler: Scheduler,
         in_flight: StepsInFlight,
         clock: Callable[[], float] = time.perf_counter,
+        shard: str = "",
     ) -> None:
+        """`shard` is the name of this one."""
+        self._shard = shard
         self.scheduler = scheduler
         self._pool = pool
         self._in_flight = in_flight
@@ -51,6 +54,8 @@ class FirstStage:
         """Queues a request, or reports at once why it is refused."""
         request.arrived_at = self._clock()
         try:
+            if (refusal := self._in_flight.refusal(request.next_shards)) is not None:
+                raise refusal
             self.scheduler.add(request)
         except StitchError as error:
             request.status = RequestStatus.FINISHED
@@ -65,9 +70,7 @@ class FirstStage:
             self._in_flight.close_session(request)
 
     def next_batch(self) -> Batch | None:
-        """The next pass; None while the window of steps in flight is full, or nothing is to be computed."""
-        if self._in_flight.is_full:
-            return None
+        """The next pass; None where nothing is to be computed, or no next shard has room for it."""
         segments = self.scheduler.next_segments()
         if not segments:
             return None
@@ -88,7 +91,7 @@ class FirstStage:
 
     def fail(self, batch: Batch, error: Exception) -> None:
         """Ends the requests of a batch that could not be computed."""
-        failure = Unavailable(f"this shard failed to compute a step: {error}")
+        failure = Unavailable(f"this shard failed to compute a step: {error}", shard=self._shard)
         for _, request, _ in _requests_of(batch):
             self._finish(request, RequestOutput(error=_with_generated(failure, request)))
 
@@ -104,12 +107,14 @@ class FirstStage:
             if request is not None:
                 self._append(request, sampled.token, reply.stages)
 
-    def on_link_lost(self, address: str, error: StitchError) -> None:
-        """Ends the requests with KV on the lost shard; those of other links continue."""
-        for step, _ in self._in_flight.sent_to(address):
+    def on_link_lost(self, neighbour: str, error: StitchError) -> None:
+        """Ends the requests with KV on the lost shard, and where it is suspect those that wait for it."""
+        for step, _ in self._in_flight.sent_to(neighbour):
             self._in_flight.settle(step)
-        for request in [one for one in self._requests.values() if one.open_downstream and one.chain[0] == address]:
-            self._finish(request, RequestOutput(error=_with_generated(error, request)))
+        is_suspect = self._in_flight.refusal([neighbour]) is not None
+        for request in [one for one in self._requests.values() if neighbour in one.next_shards]:
+            if request.open_downstream or is_suspect:
+                self._finish(request, RequestOutput(error=_with_generated(error, request)))
 
     def _current(self, session_id: int, epoch: int) -> Request | None:
         """The request, unless it has finished or was preempted since the step was sent."""
@@ -144,7 +149,8 @@ class FirstStage:
             case shard_pb2.FAILURE_CAUSE_TOO_LONG:
                 self._finish(request, RequestOutput(error=Exhausted(failure.message, TOO_LARGE_RETRY_SECONDS)))
             case shard_pb2.FAILURE_CAUSE_UNAVAILABLE:
-                self._finish(request, RequestOutput(error=Unavailable(failure.message, request.generated)))
+                lost = Unavailable(failure.message, request.generated, failure.shard)
+                self._finish(request, RequestOutput(error=lost))
             case shard_pb2.FAILURE_CAUSE_DRAINING:
                 self._finish(request, RequestOutput(error=Draining(failure.message, request.generated)))
             case _:
@@ -174,4 +180,4 @@ def _ttft_stages(request: Request, now: float, downstream: dict[str, float]) -> 
 
 def _with_generated(error: StitchError, request: Request) -> StitchError:
     """An Unavailable that says how many tokens the client has received; other errors unchanged."""
-    return Unavailable(str(error), request.generated) if isinstance(error, Unavailable) else error
+    return Unavailable(str(error), request.generated, error.shard) if isinstance(error, Unavailable) else error

@@ -1,31 +1,47 @@
 """Splits a pass's output into steps for the next shards, and tracks the steps that are not yet answered.
 
-In: a computed batch. Out: one `OutgoingStep` for each next shard. Invariant: a step is in flight from `send` until
-`settle`, which happens exactly once: when its reply arrives, or when its link is lost.
+In: a computed batch. Out: one `OutgoingStep` for each next shard. Invariants: a step is in flight from `send` until
+`settle`, which happens exactly once: when its reply arrives, or when its link is lost; and every next shard has a
+window of its own, so that one which does not answer holds back its own sessions alone.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from stitch.errors import StitchError
+from stitch.errors import StitchError, Unavailable
 from stitch_server.engine.types import Batch, OutgoingStep, Segment, Session, StepOutput, StepReply
 
-# Steps in flight at most: two micro-batches being computed, and as many travelling over a slow link.
+# Steps in flight to one next shard at most: two micro-batches being computed, and as many travelling over a slow link.
 WINDOW_STEPS = 4
+# Steps whose sessions have all ended leave the window, but are kept by the next shard until it has answered them.
+MAX_UNANSWERED_STEPS = 16
+# A next shard is late when it has answered nothing for this long, and for this many times as long as any of the latest
+# replies of all next shards took.
+LATE_SECONDS = 0.25
+LATE_FACTOR = 2.0
+RECENT_REPLIES = 64
 
 
 class Downstream(Protocol):
     """The links to the next shards, as the engine's thread calls them; no call blocks."""
 
-    def send(self, address: str, step: OutgoingStep) -> None: ...
+    @property
+    def suspects(self) -> AbstractSet[str]:
+        """The next shards that have been silent for too long; they get no new sessions."""
 
-    def close(self, address: str, session_ids: Sequence[int]) -> None: ...
+    def send(self, neighbour: str, step: OutgoingStep) -> None: ...
+
+    def close(self, neighbour: str, session_ids: Sequence[int]) -> None: ...
 
 
 class BatchSource(Protocol):
@@ -42,17 +58,51 @@ class BatchSource(Protocol):
 
     def on_reply(self, reply: StepReply) -> None: ...
 
-    def on_link_lost(self, address: str, error: StitchError) -> None: ...
+    def on_link_lost(self, neighbour: str, error: StitchError) -> None: ...
+
+
+@dataclass(slots=True)
+class _SentStep:
+    """A step that is not answered yet."""
+
+    neighbour: str
+    segments: tuple[Segment, ...]
+    sent_at: float
+    # Ids of the sessions that have not ended since.
+    live: set[int]
+
+
+@dataclass(slots=True)
+class _Window:
+    """The unanswered steps of one next shard, by number, in the order in which they were sent."""
+
+    steps: dict[int, _SentStep] = field(default_factory=dict)
+    # When the next shard last answered a step.
+    answered_at: float = 0.0
+
+    def age_at(self, now: float) -> float:
+        """Seconds for which steps have been waiting without any answer; 0 where none waits."""
+        oldest = next(iter(self.steps.values()), None)
+        return 0.0 if oldest is None else now - max(oldest.sent_at, self.answered_at)
 
 
 class StepsInFlight:
     """The steps that this shard has sent and whose replies have not arrived."""
 
-    def __init__(self, downstream: Downstream, window_steps: int = WINDOW_STEPS) -> None:
+    def __init__(
+        self,
+        downstream: Downstream,
+        window_steps: int = WINDOW_STEPS,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._downstream = downstream
         self._window_steps = window_steps
+        self._clock = clock
         self._step_numbers = itertools.count(1)
-        self._unanswered: dict[int, tuple[str, tuple[Segment, ...]]] = {}
+        self._unanswered: dict[int, _SentStep] = {}
+        self._windows: dict[str, _Window] = {}
+        # How long the latest answered steps took, in seconds.
+        self._reply_seconds: deque[float] = deque(maxlen=RECENT_REPLIES)
 
     @property
     def count(self) -> int:
@@ -60,44 +110,95 @@ class StepsInFlight:
         return len(self._unanswered)
 
     @property
-    def is_full(self) -> bool:
-        """Whether the next pass must wait for a reply, which bounds the memory of queued steps along the chain."""
-        return len(self._unanswered) >= self._window_steps
+    def age_seconds(self) -> float:
+        """How long the next shard that is furthest behind has answered nothing; 0 where nothing is in flight.
+
+        Callable from any thread.
+        """
+        now = self._clock()
+        return max((window.age_at(now) for window in list(self._windows.values())), default=0.0)
+
+    def has_room(self, neighbours: Sequence[str]) -> bool:
+        """Whether each of these next shards takes one more step, which bounds the memory of the steps queued there."""
+        return all(self._takes_a_step(neighbour) for neighbour in neighbours)
+
+    def is_late(self, neighbours: Sequence[str]) -> bool:
+        """Whether one of these next shards takes so long for its steps that nobody else should wait for it."""
+        return any(self._is_late(neighbour) for neighbour in neighbours)
+
+    def refusal(self, neighbours: Sequence[str]) -> Unavailable | None:
+        """Why no session may be opened on these next shards: one of them is suspect; None where none is."""
+        suspects = self._downstream.suspects
+        for neighbour in neighbours:
+            if neighbour in suspects:
+                return Unavailable(f"{neighbour} has not answered in time and is suspect", shard=neighbour)
+        return None
 
     def send(self, batch: Batch, output: StepOutput, pipelined: bool) -> list[int]:
         """Sends the hidden states of each finite segment to its next shard; returns the numbers of the steps sent."""
-        by_address: dict[str, list[int]] = {}
+        by_neighbour: dict[str, list[int]] = {}
         for index, segment in enumerate(batch.segments):
             if index not in output.non_finite:
-                by_address.setdefault(segment.session.chain[0], []).append(index)
+                by_neighbour.setdefault(segment.session.chain[0], []).append(index)
         numbers = []
-        for address, indices in by_address.items():
+        for neighbour, indices in by_neighbour.items():
             number = next(self._step_numbers)
             segments = tuple(batch.segments[index] for index in indices)
             hidden = _rows_of(indices, batch.segments, output)
             urgent = self._may_overtake(segments)
             step = OutgoingStep(number, segments, _open_sessions(segments), hidden, pipelined, urgent)
-            self._downstream.send(address, step)
-            self._unanswered[number] = (address, segments)
+            self._downstream.send(neighbour, step)
+            self._record(number, neighbour, segments)
             numbers.append(number)
         return numbers
 
     def settle(self, step: int) -> tuple[Segment, ...]:
         """Removes a step and returns its segments; empty where it is settled already."""
-        return self._unanswered.pop(step, ("", ()))[1]
+        sent = self._unanswered.pop(step, None)
+        if sent is None:
+            return ()
+        window, now = self._windows[sent.neighbour], self._clock()
+        # A suspect's steps were not answered but lost.
+        if sent.neighbour not in self._downstream.suspects:
+            self._reply_seconds.append(now - max(sent.sent_at, window.answered_at))
+        window.answered_at = now
+        del window.steps[step]
+        return sent.segments
 
     def close_session(self, session: Session) -> None:
         """Frees the session's KV on the next shards; no effect where none of them knows its current epoch."""
         if session.open_downstream:
             self._downstream.close(session.chain[0], [session.id])
+            for sent in self._window(session.chain[0]).steps.values():
+                sent.live.discard(session.id)
 
-    def sent_to(self, address: str) -> list[tuple[int, tuple[Segment, ...]]]:
-        """The unanswered steps of one link; settles none of them."""
-        return [(step, segments) for step, (to, segments) in self._unanswered.items() if to == address]
+    def sent_to(self, neighbour: str) -> list[tuple[int, tuple[Segment, ...]]]:
+        """The unanswered steps sent to one next shard; settles none of them."""
+        return [(step, sent.segments) for step, sent in self._window(neighbour).steps.items()]
+
+    def _window(self, neighbour: str) -> _Window:
+        window = self._windows.get(neighbour)
+        if window is None:
+            window = self._windows[neighbour] = _Window()
+        return window
+
+    def _record(self, number: int, neighbour: str, segments: tuple[Segment, ...]) -> None:
+        sent = _SentStep(neighbour, segments, self._clock(), {segment.session.id for segment in segments})
+        self._unanswered[number] = self._window(neighbour).steps[number] = sent
+
+    def _takes_a_step(self, neighbour: str) -> bool:
+        steps = self._window(neighbour).steps
+        if len(steps) < self._window_steps:
+            return True
+        return len(steps) < MAX_UNANSWERED_STEPS and sum(bool(one.live) for one in steps.values()) < self._window_steps
+
+    def _is_late(self, neighbour: str) -> bool:
+        age = self._window(neighbour).age_at(self._clock())
+        return age > LATE_SECONDS and age > LATE_FACTOR * max(self._reply_seconds, default=0.0)
 
     def _may_overtake(self, segments: tuple[Segment, ...]) -> bool:
         """Whether this is a decode step of sessions with nothing in flight, which need not wait for prefill."""
-        in_flight = {segment.session.id for _, sent in self._unanswered.values() for segment in sent}
+        in_flight = {segment.session.id for sent in self._unanswered.values() for segment in sent.segments}
         return all(
             segment.length == 1 and segment.session.open_downstream and segment.session.id not in in_flight
             for segment in segments

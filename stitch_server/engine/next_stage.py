@@ -1,7 +1,8 @@
 """Every shard of a chain but the first: computes the steps of its upstream shards and gathers the replies.
 
 In: steps from any number of links, and the replies of the next shards. Out: batches for the engine, steps for the next
-shards, and one `StepReply` for each received step. Steps are computed whole, in order of arrival, several in one pass.
+shards, and one `StepReply` for each received step. Steps are computed whole, several in one pass, in order of arrival;
+only where a next shard has no room for its part, a step and all later steps of its sessions wait, and others pass.
 
 Invariants: a step is answered once, when each of its segments is sampled, answered downstream or refused; and a
 session's KV is freed downstream whenever it is freed here, since nobody else closes it there.
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stitch.errors import Incompatible, OutOfStep, StitchError
+from stitch.errors import Incompatible, OutOfStep, StitchError, Unavailable
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
 from stitch_server.engine.in_flight import StepsInFlight
@@ -52,6 +53,12 @@ class _Tombstone:
     epoch: int
     cause: FailureCause
     message: str
+    shard: str
+
+    @property
+    def reason(self) -> SessionRefused:
+        """A new one each time: an exception keeps the frames that it was raised through."""
+        return SessionRefused(self.cause, self.message, self.shard)
 
 
 class SessionTable:
@@ -97,6 +104,11 @@ class SessionTable:
                 self._replace_by_tombstone(upstream, segment.session_id, segment.epoch, reason)
             raise
 
+    def next_shards(self, upstream: Upstream, segment: IncomingSegment) -> tuple[str, ...]:
+        """The shard to which the segment goes on; none from the chain's last shard, or for an unknown session."""
+        session = segment.new_session or self._sessions.get(upstream, {}).get(segment.session_id)
+        return () if session is None else session.next_shards
+
     def layers_of(self, session: Session) -> LayerRange:
         """The layers of this shard that the session's route passes."""
         return self._layer_ranges[session.route]
@@ -118,18 +130,18 @@ class SessionTable:
         """Ends an epoch of a session, unless it is closed or preempted; returns why it first failed."""
         tombstone = self._tombstones.get(upstream, {}).get(session_id)
         if tombstone is not None and tombstone.epoch == epoch:
-            return SessionRefused(tombstone.cause, tombstone.message)
+            return tombstone.reason
         session = self._sessions.get(upstream, {}).get(session_id)
         if session is not None and session.epoch == epoch:
             self._replace_by_tombstone(upstream, session_id, epoch, reason)
         return reason
 
-    def fail_downstream_of(self, address: str, message: str) -> None:
+    def fail_downstream_of(self, neighbour: str, message: str, shard: str = "") -> None:
         """Ends the sessions with KV on a next shard that is lost; their next segments are refused."""
-        reason = SessionRefused(shard_pb2.FAILURE_CAUSE_UNAVAILABLE, message)
+        reason = SessionRefused(shard_pb2.FAILURE_CAUSE_UNAVAILABLE, message, shard)
         for upstream, sessions in self._sessions.items():
             for session_id, session in list(sessions.items()):
-                if session.open_downstream and session.chain[0] == address:
+                if session.open_downstream and session.chain[0] == neighbour:
                     self.fail(upstream, session_id, session.epoch, reason)
 
     def _open(self, upstream: Upstream, session_id: int, session: Session) -> None:
@@ -149,6 +161,8 @@ class SessionTable:
             raise _contradiction(f"the session names {len(session.chain)} shards after this one, which is {side}")
         if is_last and (largest := max(session.sampling.forced_token_ids, default=0)) >= self._vocabulary_size:
             raise _contradiction(f"token {largest} is forced, but the head has {self._vocabulary_size} logits")
+        if self._in_flight is not None and (suspect := self._in_flight.refusal(session.next_shards)) is not None:
+            raise SessionRefused(shard_pb2.FAILURE_CAUSE_UNAVAILABLE, str(suspect), suspect.shard)
         reused_blocks, rest = divmod(session.reused, self._pool.block_tokens)
         if rest:
             raise _contradiction(f"{session.reused} reused tokens are no whole blocks of {self._pool.block_tokens}")
@@ -185,11 +199,13 @@ class SessionTable:
         tombstone = self._tombstones.get(upstream, {}).get(segment.session_id)
         if tombstone is None or tombstone.epoch != segment.epoch:
             return _contradiction(f"session {segment.session_id} is not open here")
-        return SessionRefused(tombstone.cause, tombstone.message)
+        return tombstone.reason
 
     def _replace_by_tombstone(self, upstream: Upstream, session_id: int, epoch: int, reason: SessionRefused) -> None:
         self.close(upstream, session_id)
-        self._tombstones.setdefault(upstream, {})[session_id] = _Tombstone(epoch, reason.cause, str(reason))
+        self._tombstones.setdefault(upstream, {})[session_id] = _Tombstone(
+            epoch, reason.cause, str(reason), reason.shard
+        )
 
     def _free(self, session: Session) -> None:
         self._pool.release(session.id)
@@ -208,11 +224,13 @@ class NextStage:
         max_merged_tokens: int,
         clock: Callable[[], float] = time.perf_counter,
         vocabulary_size: int = UNLIMITED,
+        shard: str = "",
     ) -> None:
         """`in_flight` is None on the chain's last shard, whose head has `vocabulary_size` logits.
 
-        `max_merged_tokens`: of several steps in one pass.
+        `max_merged_tokens`: of several steps in one pass. `shard` is the name of this one.
         """
+        self._shard = shard
         self._pool = pool
         self._sessions = SessionTable(pool, layer_ranges, in_flight, vocabulary_size)
         self._in_flight = in_flight
@@ -254,18 +272,22 @@ class NextStage:
         self._sessions.close_all(upstream)
 
     def next_batch(self) -> Batch | None:
-        """Queued steps up to `max_merged_tokens`, at least one; None where there is none, or the window is full."""
-        if self._in_flight is not None and self._in_flight.is_full:
-            return None
+        """Queued steps up to `max_merged_tokens`, at least one; None where there is none that next shards take."""
         segments: list[Segment] = []
         num_tokens, pipelined = 0, False
+        held: list[PendingReply] = []
+        held_sessions: set[tuple[Upstream, int]] = set()
         while self._queue:
-            step = self._queue[0].step
+            pending, step = self._queue[0], self._queue[0].step
+            if self._is_held(pending, held_sessions):
+                held.append(self._queue.popleft())
+                continue
             num_tokens += sum(segment.length for segment in step.segments)
             if segments and num_tokens > self._max_merged_tokens:
                 break
             self._accept(self._queue.popleft(), segments)
             pipelined = pipelined or step.pipelined
+        self._queue.extendleft(reversed(held))
         return Batch(in_layer_order(segments), pipelined) if segments else None
 
     def deliver(self, batch: Batch, output: StepOutput) -> None:
@@ -291,7 +313,8 @@ class NextStage:
         """Fails the sessions of a batch that could not be computed."""
         slots = [_slot_of(segment) for segment in batch.segments]
         for slot in slots:
-            self._fail(slot, shard_pb2.FAILURE_CAUSE_UNAVAILABLE, f"a shard failed to compute a step: {error}")
+            failure = f"a shard failed to compute a step: {error}"
+            self._fail(slot, SessionRefused(shard_pb2.FAILURE_CAUSE_UNAVAILABLE, failure, self._shard))
             slot.resolve()
         _send_complete(_pending_of(slots))
 
@@ -306,7 +329,7 @@ class NextStage:
                 slot.add_token(sampled.epoch, sampled.token)
         for failure in reply.failures:
             if (slot := slot_of_session.get(failure.session_id)) is not None:
-                self._fail(slot, failure.cause, failure.message)
+                self._fail(slot, SessionRefused(failure.cause, failure.message, failure.shard))
         away = self._clock() - self._sent_at.pop(reply.step, self._clock())
         wire = max(0.0, away - sum(reply.stages.values()))
         for pending in _pending_of(slots):
@@ -316,15 +339,28 @@ class NextStage:
             slot.resolve()
         _send_complete(_pending_of(slots))
 
-    def on_link_lost(self, address: str, error: StitchError) -> None:
+    def on_link_lost(self, neighbour: str, error: StitchError) -> None:
         """Fails the sessions with KV on a next shard that is lost; those of other links continue."""
         is_refusal = isinstance(error, Incompatible | OutOfStep)
         cause = shard_pb2.FAILURE_CAUSE_PRECONDITION if is_refusal else shard_pb2.FAILURE_CAUSE_UNAVAILABLE
-        for step, segments in [] if self._in_flight is None else self._in_flight.sent_to(address):
-            failures = (SessionFailure(one.session.id, one.session.epoch, cause, str(error)) for one in segments)
+        shard = error.shard if isinstance(error, Unavailable) else ""
+        for step, segments in [] if self._in_flight is None else self._in_flight.sent_to(neighbour):
+            failures = (SessionFailure(one.session.id, one.session.epoch, cause, str(error), shard) for one in segments)
             self.on_reply(StepReply(step, failures=tuple(failures)))
         # Sessions without a step in flight: their next segments are refused.
-        self._sessions.fail_downstream_of(address, str(error))
+        self._sessions.fail_downstream_of(neighbour, str(error), shard)
+
+    def _is_held(self, pending: PendingReply, held_sessions: set[tuple[Upstream, int]]) -> bool:
+        """Whether the step waits for room on a next shard, or for a step that does; adds its sessions then."""
+        if self._in_flight is None:
+            return False
+        upstream, segments = pending.upstream, pending.step.segments
+        sessions = {(upstream, segment.session_id) for segment in segments}
+        has_room = all(self._in_flight.has_room(self._sessions.next_shards(upstream, one)) for one in segments)
+        if has_room and sessions.isdisjoint(held_sessions):
+            return False
+        held_sessions |= sessions
+        return True
 
     def _accept(self, pending: PendingReply, segments: list[Segment]) -> None:
         """Appends the segments of a step that can be computed; refuses the others in the step's reply."""
@@ -388,12 +424,12 @@ class NextStage:
         """Ends the session for good: a replica has the same weights, and would compute the same values."""
         session_id = slot.segment.session_id
         message = f"{values} of session {session_id} at position {segment.position} are not finite"
-        self._fail(slot, shard_pb2.FAILURE_CAUSE_PRECONDITION, message)
+        self._fail(slot, SessionRefused(shard_pb2.FAILURE_CAUSE_PRECONDITION, message))
         slot.resolve()
 
-    def _fail(self, slot: ReplySlot, cause: FailureCause, message: str) -> None:
+    def _fail(self, slot: ReplySlot, reason: SessionRefused) -> None:
         """Ends the slot's session and adds the reason for which it first failed to the reply."""
-        received, reason = slot.segment, SessionRefused(cause, message)
+        received = slot.segment
         slot.add_failure(self._sessions.fail(slot.pending.upstream, received.session_id, received.epoch, reason))
 
 

@@ -69,6 +69,13 @@ class Request(Session):
         return bool(self.candidates)
 
     @property
+    def next_shards(self) -> tuple[str, ...]:
+        """The shards of which one receives the next step: those of all candidates until the route is selected."""
+        if not self.candidates:
+            return self.chain[:1]
+        return tuple(dict.fromkeys(chain[0] for chain in self.candidates.values()))
+
+    @property
     def remaining(self) -> int:
         """The number of known tokens that are not computed yet."""
         return len(self.token_ids) - self.cached

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from stitch.cluster import BatchingConfig
 from stitch.errors import Exhausted
@@ -68,9 +68,11 @@ class Scheduler:
     1. With one micro-batch, nothing while a step is in flight: the shards of the chain compute in turn.
     2. Decodes: one token of each decoding request, or with N micro-batches of every N-th, least recently scheduled
        first. While requests decode, a pass without decodes is not computed: it would delay tokens that are coming back.
+       Neither this rule nor the first one waits for a next shard that is late.
     3. Prefill: chunks of running requests, then of waiting ones in order of arrival, until the `PrefillBudget` or the
        KV blocks are exhausted. The budget is `max_num_batched_tokens`; while requests decode, it is one share of
        `prefill_budget_while_decoding` per prompt and per DECODES_PER_EXTRA_SHARE decodes.
+    A pass holds only requests whose next shard has room for one more step; the others keep their place.
     A request that needs a block when none is free preempts the youngest running request, which is recomputed later.
     """
 
@@ -84,11 +86,14 @@ class Scheduler:
         attention_cost_per_token: int = 0,
         min_efficient_tokens: int = 1,
         probe_tokens: int = 0,
+        has_room: Callable[[Sequence[str]], bool] = lambda next_shards: True,
+        is_late: Callable[[Sequence[str]], bool] = lambda next_shards: False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`min_efficient_tokens`: fewer take about as long; `probe_tokens`: what the route probe reads of a prompt.
 
         `close_downstream` is called with a preempted request, whose KV the next shards must free as well.
+        `has_room` and `is_late` tell about the next shards of a request.
         """
         self._pool = pool
         self._layer_ranges = layer_ranges
@@ -99,6 +104,8 @@ class Scheduler:
         self._attention_cost_per_token = attention_cost_per_token
         self._min_efficient_tokens = min_efficient_tokens
         self._probe_tokens = probe_tokens
+        self._has_room = has_room
+        self._is_late = is_late
         self._clock = clock
         self._passes = 0
         # In order of arrival, after the preempted ones.
@@ -142,7 +149,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether the next pass would hold a segment of a running request."""
-        if self._awaits_chain():
+        if self._waits_for(self._unanswered()):
             return False
         decoding = [request for request in self.running.values() if request.is_decoding]
         return any(request.remaining for request in decoding or self.running.values())
@@ -150,29 +157,47 @@ class Scheduler:
     def next_segments(self) -> list[Segment]:
         """The segments of the next pass; empty where there is nothing to compute."""
         self._passes += 1
-        if self._awaits_chain():
+        unanswered = self._unanswered()
+        if self._waits_for(unanswered):
             return []
-        num_decoding = sum(request.is_decoding for request in self.running.values())
-        segments = self._decode_segments(num_decoding)
-        if num_decoding and not segments:
-            return []
-        budget = self._prefill_budget(num_decoding)
+        may_send = self._may_send_to_others if unanswered else self._may_send
+        decoding = [request for request in self.running.values() if request.is_decoding]
+        segments = self._decode_segments(decoding, may_send)
+        if decoding and not segments:
+            if self._waits_for(decoding):
+                return []
+            may_send = self._may_send_to_others
+        budget = self._prefill_budget(len(decoding))
         for request in list(self.running.values()):
-            if request.status is RequestStatus.RUNNING and request.remaining and not request.is_decoding:
+            if request.status is RequestStatus.RUNNING and not request.is_decoding and may_send(request):
                 self._prefill(request, budget, segments)
-        while (admitted := self._admit(budget)) is not None:
+        while (admitted := self._admit(budget, may_send)) is not None:
             self._prefill(admitted, budget, segments)
         return segments
 
-    def _awaits_chain(self) -> bool:
-        """Whether this shard computes in turn with the shards downstream, and a reply of theirs is missing."""
-        return self._batching.num_micro_batches == 1 and any(not one.remaining for one in self.running.values())
+    def _unanswered(self) -> list[Request]:
+        """The requests whose token is awaited before anything else is computed: none with several micro-batches."""
+        if self._batching.num_micro_batches > 1:
+            return []
+        return [request for request in self.running.values() if not request.remaining]
 
-    def _decode_segments(self, num_decoding: int) -> list[Segment]:
+    def _waits_for(self, requests: Sequence[Request]) -> bool:
+        """Whether the next pass waits for a token of these; nobody waits for next shards that are late."""
+        return any(not self._is_late(request.next_shards) for request in requests)
+
+    def _may_send(self, request: Request) -> bool:
+        """Whether the request has tokens to compute, and its next shard has room."""
+        return request.remaining > 0 and self._has_room(request.next_shards)
+
+    def _may_send_to_others(self, request: Request) -> bool:
+        """`_may_send`, but not to the next shards that are late."""
+        return self._may_send(request) and not self._is_late(request.next_shards)
+
+    def _decode_segments(self, decoding: Sequence[Request], may_send: Callable[[Request], bool]) -> list[Segment]:
         """One token for each request of the next micro-batch."""
-        ready = [request for request in self.running.values() if request.is_decoding and request.remaining]
+        ready = [request for request in decoding if may_send(request)]
         ready.sort(key=lambda request: request.last_pass)
-        micro_batch = ready[: -(-num_decoding // self._batching.num_micro_batches)]
+        micro_batch = ready[: -(-len(decoding) // self._batching.num_micro_batches)]
         segments: list[Segment] = []
         for request in micro_batch:
             # An earlier one of this pass may have preempted it.
@@ -212,19 +237,17 @@ class Scheduler:
         """The tokens that the next pass must hold, whatever the budget: all that the route probe reads."""
         return min(self._probe_tokens, request.prompt_tokens) if request.awaits_route else 1
 
-    def _admit(self, budget: PrefillBudget) -> Request | None:
+    def _admit(self, budget: PrefillBudget, may_send: Callable[[Request], bool]) -> Request | None:
         """The next waiting request, now running, if the budget and the KV blocks allow its first chunk."""
-        if budget.is_exhausted or not self.waiting or self.waiting[0].retry_at > self._clock():
-            return None
-        request = self.waiting[0]
-        if not budget.affords(self._min_chunk(request)):
+        request = None if budget.is_exhausted else next(filter(may_send, self.waiting), None)
+        if request is None or request.retry_at > self._clock() or not budget.affords(self._min_chunk(request)):
             return None
         # Cached prefixes belong to a route; and the probe reads hidden states that must be computed in this pass.
         hashes = [] if request.awaits_route else self._prefix_hashes(request)
         reused = 0 if request.skip_prefix_cache else self._pool.count_cached(hashes)
         if self._pool.blocks_for(len(request.token_ids) + 1) > self._pool.free_blocks:
             return None
-        self.waiting.popleft()
+        self.waiting.remove(request)
         self._pool.begin(request.id, hashes, reused)
         request.cached = request.reused = reused * self._pool.block_tokens
         request.status = RequestStatus.RUNNING

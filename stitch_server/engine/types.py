@@ -46,6 +46,11 @@ class Session:
     # Whether the next shard has received a segment of this epoch, and so holds KV that must be freed there.
     open_downstream: bool = False
 
+    @property
+    def next_shards(self) -> tuple[str, ...]:
+        """The shards of which one receives the next step; empty on the chain's last shard."""
+        return self.chain[:1]
+
 
 @dataclass(frozen=True, slots=True)
 class LayerRange:
@@ -191,6 +196,8 @@ class SessionFailure:
     epoch: int
     cause: FailureCause
     message: str
+    # The shard that is gone or doesn't answer, where the cause is one.
+    shard: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +224,11 @@ class Upstream(Protocol):
 class SessionRefused(Exception):
     """A segment that cannot be computed; its session is closed on this shard."""
 
-    def __init__(self, cause: FailureCause, message: str) -> None:
+    def __init__(self, cause: FailureCause, message: str, shard: str = "") -> None:
+        """`shard` is the one that is gone or doesn't answer, where the cause is one."""
         super().__init__(message)
         self.cause = cause
+        self.shard = shard
 
 
 @dataclass(slots=True, eq=False)
@@ -263,7 +272,7 @@ class ReplySlot:
 
     def add_failure(self, reason: SessionRefused) -> None:
         session_id, epoch = self.segment.session_id, self.segment.epoch
-        self.pending.failures.append(SessionFailure(session_id, epoch, reason.cause, str(reason)))
+        self.pending.failures.append(SessionFailure(session_id, epoch, reason.cause, str(reason), reason.shard))
 
 
 @dataclass(frozen=True, slots=True)

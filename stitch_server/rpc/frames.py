@@ -197,7 +197,11 @@ def reply_frame(reply: StepReply) -> shard_pb2.LinkResponse:
         message.tokens.add(session=one.session_id, epoch=one.epoch, token=token_message(one.token))
     for failure in reply.failures:
         message.failures.add(
-            session=failure.session_id, epoch=failure.epoch, cause=failure.cause, message=failure.message
+            session=failure.session_id,
+            epoch=failure.epoch,
+            cause=failure.cause,
+            message=failure.message,
+            shard=failure.shard,
         )
     return shard_pb2.LinkResponse(reply=message)
 
@@ -207,7 +211,9 @@ def reply_of(message: shard_pb2.StepReply) -> StepReply:
     return StepReply(
         step=message.step,
         tokens=tuple(SessionToken(one.session, one.epoch, _token(one.token)) for one in message.tokens),
-        failures=tuple(SessionFailure(one.session, one.epoch, one.cause, one.message) for one in message.failures),
+        failures=tuple(
+            SessionFailure(one.session, one.epoch, one.cause, one.message, one.shard) for one in message.failures
+        ),
         stages={stage.name: stage.seconds for stage in message.stages},
     )
 

@@ -44,6 +44,8 @@ class LinkClient:
         self._connect = partial(open_channel, credentials=credentials)
         self._links: dict[str, _Link] = {}
         self._loop = asyncio.get_running_loop()
+        # Next shards that have been silent for too long.
+        self.suspects: set[str] = set()
 
     def send(self, address: str, step: OutgoingStep) -> None:
         """Queues a step for the next shard at `address`.

@@ -38,6 +38,7 @@ class FakeDownstream:
 
     sent: list[tuple[str, OutgoingStep]] = field(default_factory=list)
     closed: list[tuple[str, int]] = field(default_factory=list)
+    suspects: set[str] = field(default_factory=set)
 
     def send(self, address: str, step: OutgoingStep) -> None:
         self.sent.append((address, step))

@@ -22,9 +22,15 @@ def new_first_stage(
     pool: BlockPool, downstream: FakeDownstream, clock: ManualClock, window_steps: int = 2, **batching: int
 ) -> FirstStage:
     """A first stage over a downstream; fields of `BatchingConfig` are given by name."""
-    in_flight = StepsInFlight(downstream, window_steps=window_steps)
+    in_flight = StepsInFlight(downstream, window_steps, clock)
     scheduler = Scheduler(
-        pool, LAYER_RANGES, new_batching(**batching), close_downstream=in_flight.close_session, clock=clock
+        pool,
+        LAYER_RANGES,
+        new_batching(**batching),
+        close_downstream=in_flight.close_session,
+        has_room=in_flight.has_room,
+        is_late=in_flight.is_late,
+        clock=clock,
     )
     return FirstStage(pool, scheduler, in_flight, clock)
 

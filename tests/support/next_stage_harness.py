@@ -57,7 +57,7 @@ class NextStageHarness:
     step: int = 0
 
     def __post_init__(self) -> None:
-        in_flight = None if self.last else StepsInFlight(self.downstream)
+        in_flight = None if self.last else StepsInFlight(self.downstream, clock=self.clock)
         self.stage = NextStage(self.pool, LAYER_RANGES, in_flight, self.max_merged_tokens, self.clock)
 
     def receive(self, *segments: IncomingSegment, upstream: FakeUpstream | None = None, pipelined: bool = False) -> int:

@@ -39,6 +39,7 @@ class LateLink:
     backward: deque[Callable[[], None]] = field(default_factory=deque)
     receiver: NextStage | None = None
     routes: frozenset[str] = frozenset(LAYER_RANGES)
+    suspects: frozenset[str] = frozenset()
     assembler: StepAssembler = field(
         default_factory=lambda: StepAssembler(
             WIDTH, shard_pb2.DTYPE_FLOAT32, 10_000, lambda packed: unpack(packed, torch.device("cpu"), torch.float32)
