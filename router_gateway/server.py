@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -29,11 +28,12 @@ from router_gateway.routing.router import REASON_KINDS, FallbackRouter, Ladder, 
 from router_gateway.routing.selector import Selector, conversation_routes
 from router_gateway.routing.ttft_predictor import TtftPredictor
 from router_gateway.rpc.health import SERVICES, Health
-from router_gateway.rpc.servicer import DecodingInterceptor, InferenceServicer, inference_methods
+from router_gateway.rpc.servicer import InferenceServicer, ReceivingInterceptor, inference_methods
 from router_gateway.shards.models import ModelRegistry
 from router_gateway.shards.placement import Placement
 from router_gateway.shards.registry import ShardRegistry
 from router_gateway.tokenization.source import VocabularySource, first_shard_names
+from router_gateway.tokenization.text_lanes import TextLanes
 from stitch import channels
 from stitch.cluster import ClusterConfig
 from stitch.errors import InvalidRequest
@@ -41,9 +41,6 @@ from stitch.process import InFlightTracker, StopSignals, background_tasks, obser
 from stitch.thresholds import Thresholds
 from stitch.tls import Tls, load_tls
 from stitch.v1 import inference_pb2_grpc
-
-# Threads that tokenize long texts; more would take cores from shards on the same machine.
-TEXT_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +104,8 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         selector = Selector(router, models, predictor, conversation_routes(time.monotonic), monitor)
 
         in_flight, health = InFlightTracker("this gateway"), Health()
-        threads = stack.enter_context(ThreadPoolExecutor(TEXT_THREADS, "text"))
-        preparer = RequestPreparer(cluster, models, source, selector, threads)
+        lanes = stack.enter_context(TextLanes(cluster.gateway.limits.text_wait_seconds))
+        preparer = RequestPreparer(cluster, models, source, selector, lanes)
         failover = FailoverDependencies(registry, placement, metrics, settings.retry, time.monotonic)
         admission = Admission(
             open_tenants(cluster.keys_file, routes), cluster.gateway.default_deadline_seconds, time.monotonic
@@ -116,7 +113,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         pipeline = Pipeline(preparer, selector, failover, admission, predictor, metrics, lambda: in_flight.aborting)
 
         servicer = InferenceServicer(pipeline, models, in_flight, metrics, settings.batch_concurrency)
-        server, port = await _listening(servicer, admission, health, settings.address, tls)
+        server, port = await _listening(servicer, admission, health, settings, tls)
         gateway = Gateway(port, metrics_port, metrics, server, health, in_flight)
         stack.push_async_callback(gateway.stop)
         readiness = _report_readiness(health, source, registry, placement, settings)
@@ -135,15 +132,22 @@ async def _report_readiness(
 
 
 async def _listening(
-    servicer: InferenceServicer, admission: Admission, health: Health, address: str, tls: Tls | None
+    servicer: InferenceServicer, admission: Admission, health: Health, settings: GatewaySettings, tls: Tls | None
 ) -> tuple[grpc.aio.Server, int]:
-    server = channels.open_server([DecodingInterceptor(inference_methods(), admission.authenticate)])
+    limits = settings.cluster.gateway.limits
+    options = [
+        ("grpc.max_receive_message_length", limits.request_bytes),
+        ("grpc.max_concurrent_streams", limits.calls_per_connection),
+        ("grpc.max_allowed_incoming_connections", limits.connections),
+    ]
+    interceptor = ReceivingInterceptor(inference_methods(), admission.authenticate, limits)
+    server = channels.open_server([interceptor], options)
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     names = (*filter(None, SERVICES), "grpc.health.v1.Health", reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     await health.set(False)
-    port = channels.listen(server, address, tls.server(mutual=False) if tls else None)
+    port = channels.listen(server, settings.address, tls.server(mutual=False) if tls else None)
     await server.start()
     return server, port
 

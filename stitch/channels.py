@@ -14,8 +14,12 @@ Options = Sequence[tuple[str, int | str]]
 
 # A larger step is split into several frames.
 MAX_FRAME_BYTES = 1 << 20
-# The gateway refuses a prompt that is too long with a reason, so it must be able to receive one of megabytes.
+# A shard answers with messages below this, and takes them from a gateway and from other shards.
 MAX_MESSAGE_BYTES = 32 << 20
+# A request of a client: more than any context holds, and a bound of what a gateway reads at once.
+MAX_REQUEST_BYTES = 4 << 20
+# Requests of one batch call.
+MAX_BATCH_REQUESTS = 4_096
 HEALTH_CHECK_SECONDS = 1.0
 
 _CLIENT: Options = (
@@ -76,9 +80,12 @@ def _client_options(proxy: bool) -> list[tuple[str, int | str]]:
     return [*_CLIENT, ("grpc.http_proxy", found[1])]
 
 
-def open_server(interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = ()) -> grpc.aio.Server:
-    """A server with options that match `open_channel`'s; it doesn't listen yet."""
-    return grpc.aio.server(options=list(_SERVER), interceptors=list(interceptors))
+def open_server(
+    interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (), options: Options = ()
+) -> grpc.aio.Server:
+    """A server with options that match `open_channel`'s, and those given in place of them; it doesn't listen yet."""
+    merged = {**dict(_SERVER), **dict(options)}
+    return grpc.aio.server(options=list(merged.items()), interceptors=list(interceptors))
 
 
 def listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> int:

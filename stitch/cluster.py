@@ -15,6 +15,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from stitch.channels import MAX_BATCH_REQUESTS, MAX_REQUEST_BYTES
 from stitch.errors import InvalidRequest
 from stitch.settings import Settings
 from stitch.tls import TlsFiles
@@ -70,6 +71,29 @@ class ShardConfig(Settings):
         return self
 
 
+class GatewayLimits(Settings):
+    """What the gateway's port takes in, counted before it is parsed; what goes beyond is refused at once.
+
+    Calls are those of `stitch.v1.Inference`: health checks have no limit of their own.
+    """
+
+    # Of one call's request; clients send larger batches in several calls.
+    request_bytes: int = Field(default=MAX_REQUEST_BYTES, ge=1024)
+    # Of the requests of all calls that run.
+    in_flight_bytes: int = Field(default=128 << 20, ge=1024)
+    connections: int = Field(default=1_000, ge=1)
+    calls: int = Field(default=2_048, ge=1)
+    # Further ones of that connection wait on the client's side.
+    calls_per_connection: int = Field(default=512, ge=1)
+    # Calls whose request is being received; others wait for their turn.
+    receiving_calls: int = Field(default=32, ge=1)
+    # A request must have arrived after this.
+    receive_seconds: float = Field(default=20.0, gt=0)
+    batch_requests: int = Field(default=MAX_BATCH_REQUESTS, ge=1)
+    # Texts that would wait longer for a thread that tokenizes them are refused.
+    text_wait_seconds: float = Field(default=5.0, gt=0)
+
+
 class GatewayConfig(Settings):
     address: str
     metrics_port: int = Field(default=0, ge=0, le=65535)
@@ -93,6 +117,7 @@ class GatewayConfig(Settings):
     default_deadline_seconds: float = Field(default=600.0, gt=0, strict=False)
     # A request that would wait longer for shards is refused, whatever its deadline.
     max_queue_seconds: float = Field(default=120.0, gt=0, strict=False)
+    limits: GatewayLimits = GatewayLimits()
 
 
 class ComputeConfig(Settings):

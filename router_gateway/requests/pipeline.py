@@ -1,16 +1,15 @@
 """One request, top to bottom: check, tokenize, select a route, stream tokens, detokenize, finish.
 
 In goes a `Request`, out come the messages of its answer: `started` once, any number of `delta`s, `finished` once. Every
-refusal is raised before a shard is asked. Texts are tokenized on the event loop where they are short, else in a thread.
+refusal is raised before a shard is asked. Texts are tokenized on the event loop where they are short, else in a thread
+(`tokenization/text_lanes.py`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from concurrent.futures import Executor
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 from router_gateway.admission.admission import Admission, Demand, Ticket
@@ -19,6 +18,7 @@ from router_gateway.metrics import Metrics
 from router_gateway.requests import limits
 from router_gateway.requests.failover import Failover, FailoverDependencies
 from router_gateway.requests.recorder import Recorder
+from router_gateway.requests.request_log import Write, write_line
 from router_gateway.requests.stream import FinishReason, Step, StreamInput, TokenStream
 from router_gateway.requests.types import Prompt, Request, user_turns
 from router_gateway.routing.router import RouteDecision
@@ -26,17 +26,16 @@ from router_gateway.routing.selector import Selector
 from router_gateway.routing.ttft_predictor import TrackedRequest, TtftPredictor
 from router_gateway.shards.models import ModelRegistry
 from router_gateway.tokenization.chat_template import TemplateRefusal
+from router_gateway.tokenization.control_tokens import ControlTokenInText
 from router_gateway.tokenization.detokenizer import Detokenizer
 from router_gateway.tokenization.source import VocabularySource
 from router_gateway.tokenization.stop_strings import StopStrings
-from router_gateway.tokenization.vocabulary import Vocabulary
+from router_gateway.tokenization.text_lanes import TextLanes
+from router_gateway.tokenization.vocabulary import TextTooLong, Vocabulary
 from stitch.cluster import ClusterConfig
 from stitch.errors import InvalidRequest, Unavailable, shown
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2, shard_pb2
-
-# Tokenizing this much takes about a millisecond; more would delay other requests on the event loop.
-INLINE_BYTES = 2_048
 
 Response = inference_pb2.GenerateResponse
 
@@ -63,16 +62,16 @@ class RequestPreparer:
         models: ModelRegistry,
         source: VocabularySource,
         selector: Selector,
-        threads: Executor,
+        lanes: TextLanes,
     ) -> None:
         self._cluster = cluster
         self._models = models
         self._source = source
         self._selector = selector
-        self._threads = threads
+        self._lanes = lanes
 
     async def prepare(self, request: Request, waited_seconds: Callable[[], float] = lambda: 0.0) -> Prepared:
-        """Raises InvalidRequest, ObjectivesUnmet, or Unavailable before the first shard has answered.
+        """Raises InvalidRequest, ObjectivesUnmet, Exhausted, or Unavailable before the first shard has answered.
 
         `waited_seconds` returns the time since the request's arrival.
         """
@@ -94,38 +93,58 @@ class RequestPreparer:
     async def _tokenize(self, prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
         context_tokens = self._models.context_tokens
         limits.check_size(prompt, context_tokens, vocabulary.max_token_bytes)
-        ids = await self._encode(prompt, lambda: tokenize(prompt, vocabulary))
+        ids = await self._lanes.run(limits.size_bytes(prompt), lambda: tokenize(prompt, vocabulary, context_tokens))
         limits.check_fits(prompt, len(ids), context_tokens)
         limits.check_text_tokens(limits.field_of(prompt), ids, self._models.prompt_vocabulary_size)
         return ids
-
-    async def _encode(self, text: Prompt, encode: Callable[[], list[int]]) -> list[int]:
-        if limits.size_bytes(text) <= INLINE_BYTES:
-            return encode()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 
     async def _force(self, answer: str, sampling: Sampling, prompt_tokens: int, vocabulary: Vocabulary) -> Sampling:
         """The sampling that gives exactly this answer."""
         context_tokens = self._models.context_tokens
         limits.check_forced(answer, sampling.forced_token_ids, context_tokens * vocabulary.max_token_bytes)
-        ids = await self._encode(answer, lambda: vocabulary.encode_rendered(answer))
+        ids = await self._lanes.run(
+            limits.size_bytes(answer), lambda: tokenize_answer(answer, vocabulary, context_tokens)
+        )
         limits.check_answer_fits(len(ids), context_tokens - prompt_tokens)
         limits.check_text_tokens("forced_answer", ids, self._models.vocabulary_size)
         return replace(sampling, forced_token_ids=tuple(ids), max_tokens=min(sampling.max_tokens, len(ids)))
 
 
-def tokenize(prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
-    """Token ids of a prompt. Raises InvalidRequest where the chat template refuses the conversation."""
-    if isinstance(prompt, str):
-        return vocabulary.encode(prompt)
-    roles = ", ".join(turn.role for turn in prompt)
-    if vocabulary.template is None:
-        raise InvalidRequest("chat", roles, f"{vocabulary.template_absence}, so it takes a prompt only")
+def tokenize(prompt: Prompt, vocabulary: Vocabulary, context_tokens: int) -> list[int]:
+    """Token ids of a prompt.
+
+    Raises InvalidRequest where the chat template refuses the conversation, or for a text over `context_tokens`; one
+    that has a few more may be returned.
+    """
+    with _refused_texts(limits.field_of(prompt), context_tokens):
+        if isinstance(prompt, str):
+            return vocabulary.encode(prompt, context_tokens)
+        roles = ", ".join(turn.role for turn in prompt)
+        if vocabulary.template is None:
+            raise InvalidRequest("chat", roles, f"{vocabulary.template_absence}, so it takes a prompt only")
+        try:
+            return vocabulary.encode_chat(prompt, context_tokens)
+        except TemplateRefusal as error:
+            raise InvalidRequest("chat", roles, f"the chat template refuses it: {shown(str(error), 200)}") from error
+
+
+def tokenize_answer(answer: str, vocabulary: Vocabulary, context_tokens: int) -> list[int]:
+    """Token ids of a forced answer, all of which are text. Raises InvalidRequest as `tokenize` does."""
+    with _refused_texts("forced_answer", context_tokens):
+        return vocabulary.encode_text(answer, context_tokens)
+
+
+@contextmanager
+def _refused_texts(field: str, context_tokens: int) -> Iterator[None]:
+    """Raises InvalidRequest in place of the vocabulary's errors about a text."""
     try:
-        rendered = vocabulary.template.render(prompt)
-    except TemplateRefusal as error:
-        raise InvalidRequest("chat", roles, f"the chat template refuses it: {shown(str(error), 200)}") from error
-    return vocabulary.encode_rendered(rendered)
+        yield
+    except TextTooLong as error:
+        limit = f"the context holds {context_tokens:,}, the answer included"
+        raise InvalidRequest(field, limits.Amount(f"at least {error.tokens:,} tokens"), limit) from error
+    except ControlTokenInText as error:
+        limit = "the model has no other tokens for the name of a control token in it"
+        raise InvalidRequest(field, limits.Amount("a text"), limit) from error
 
 
 def complete_sampling(
@@ -233,14 +252,20 @@ class Pipeline:
         raise Unavailable("the first shard answered without a route decision")
 
     async def generate(
-        self, credentials: Credentials, read: Callable[[], Request], arrival: float, deadline: float | None
+        self,
+        credentials: Credentials,
+        read: Callable[[], Request],
+        arrival: float,
+        deadline: float | None,
+        write: Write = write_line,
     ) -> AsyncGenerator[Response, None]:
         """The messages of one answer. Closing the iterator cancels its session on every shard.
 
         `read` makes the request from the client's message; it is called here so that its refusal is recorded too.
+        `write` logs the request.
         Raises any StitchError; see `Admission.admit`, `RequestPreparer.prepare` and `TokenStream.steps`.
         """
-        with Recorder(arrival, deadline, self._metrics, self._dependencies.clock, self._aborting) as recorder:
+        with Recorder(arrival, deadline, self._metrics, self._dependencies.clock, self._aborting, write) as recorder:
             request = read()
             recorder.request_id = request.request_id
             with self._admission.admit(credentials, _demand(request, deadline)) as ticket:

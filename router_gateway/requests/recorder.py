@@ -6,18 +6,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
 from router_gateway.metrics import NO_ROUTE, STAGES, Metrics, prompt_bucket
+from router_gateway.requests.request_log import Write, write_line
 from router_gateway.requests.stream import FinishReason
 from router_gateway.routing.router import RouteDecision
 from stitch.errors import Exhausted, Expired, InvalidRequest, ObjectivesUnmet, Unavailable
 from stitch.v1 import inference_pb2
-
-_log = logging.getLogger(__name__)
 
 # A client ends its call by its own clock, and that may arrive before the deadline computed here: gRPC rounds a timeout
 # up by at most this share, and the message takes time.
@@ -47,6 +45,7 @@ class Recorder:
         metrics: Metrics,
         clock: Callable[[], float],
         aborting: Callable[[], bool],
+        write: Write = write_line,
     ) -> None:
         self.request_id = "without id"
         self._arrival = arrival
@@ -54,6 +53,7 @@ class Recorder:
         self._metrics = metrics
         self._clock = clock
         self._aborting = aborting
+        self._write = write
         self._route = NO_ROUTE
         self._prompt_tokens = 0
         self._generated_tokens = 0
@@ -131,11 +131,9 @@ class Recorder:
         self._metrics.request_duration.labels(route=self._route, outcome=outcome).observe(self.elapsed_seconds())
         if outcome in ("cancelled", "expired"):
             self._metrics.cancelled.labels(cause=self._cancel_cause(outcome)).inc()
-        _log.info(
-            "request %s: %s, route %s, %d prompt tokens, %d generated, %.3f s",
-            *(self.request_id, outcome, self._route, self._prompt_tokens, self._generated_tokens),
-            self.elapsed_seconds(),
-        )
+        counts = f"{self._prompt_tokens} prompt tokens, {self._generated_tokens} generated"
+        line = f"request {self.request_id}: {outcome}, route {self._route}, {counts}, {self.elapsed_seconds():.3f} s"
+        self._write(outcome, line)
 
     def _add_stages(self, stages: Iterable[inference_pb2.Stage]) -> None:
         for stage in stages:

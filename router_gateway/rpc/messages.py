@@ -11,7 +11,7 @@ import secrets
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf import message_factory
 from google.protobuf.descriptor import FieldDescriptor
@@ -24,19 +24,27 @@ from router_gateway.requests.limits import Amount
 from router_gateway.requests.types import Prompt, Request
 from router_gateway.routing.objectives import Objectives
 from router_gateway.routing.selector import RoutingOptions
+from router_gateway.rpc.wire_format import fields, has_more_fields
 from router_gateway.tokenization.chat_template import Turn
 from stitch.errors import InvalidRequest
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2
 
+Decoded = TypeVar("Decoded", bound=Message)
+
 # Leaves the route to the router, as an empty name does.
 AUTO = "auto"
 # Longer ones would block the event loop before they are compared with the context.
-MAX_MESSAGES = 32_768
+MAX_MESSAGES = 4_096
 MAX_STOP_TOKENS = 1_024
 MAX_FORCED_TOKENS = 32_768
 # An error shows this many bytes of a string before the invalid one.
 SHOWN_BYTES = 12
+# The field of an invalid string is looked for in messages up to this size.
+NAMED_BYTES = 1 << 20
+# The fields of larger messages are counted before they are parsed: an empty one of two bytes becomes an object.
+UNCOUNTED_BYTES = 32_768
+MAX_FIELDS = 4 * MAX_MESSAGES
 
 
 def to_request(message: inference_pb2.GenerateRequest) -> Request:
@@ -86,25 +94,63 @@ def _to_sampling(message: inference_pb2.Sampling) -> Sampling:
     return sampling if message.HasField("seed") else replace(sampling, seed=secrets.randbits(64))
 
 
-def decode(request_type: type[Message], data: bytes) -> Message:
+def decode(request_type: type[Decoded], data: bytes) -> Decoded:
     """The message in `data`. Raises InvalidRequest for a string that is not UTF-8, or bytes that are no message.
 
     Protobuf refuses the whole message for one such string and does not name it. So a refused message is parsed once
     more, with descriptors in which every string is bytes.
     """
+    if len(data) > UNCOUNTED_BYTES and has_more_fields(data, request_type, MAX_FIELDS):
+        raise InvalidRequest("request", _size(data), f"they have more than {MAX_FIELDS:,} fields")
     try:
         return request_type.FromString(data)
     except DecodeError as error:
+        if len(data) > NAMED_BYTES:
+            raise InvalidRequest(
+                "request", _size(data), "a string in them is not UTF-8, or they are no message"
+            ) from error
         name = request_type.DESCRIPTOR.full_name
         try:
             message = _type_with_bytes(name).FromString(data)
         except DecodeError:
-            limit = f"they are no {name}"
-            raise InvalidRequest("request", Amount(f"{len(data):,} bytes"), limit) from error
+            raise InvalidRequest("request", _size(data), f"they are no {name}") from error
         for path, value, index in _invalid_strings(message, ""):
             limit = f"it must be UTF-8, and byte {index} is 0x{value[index]:02x}"
             raise InvalidRequest(path, value[max(0, index - SHOWN_BYTES) : index + 1], limit) from error
-        raise InvalidRequest("request", Amount(f"{len(data):,} bytes"), str(error)) from error
+        raise InvalidRequest("request", _size(data), str(error)) from error
+
+
+def _size(data: bytes) -> Amount:
+    return Amount(f"{len(data):,} bytes")
+
+
+class BatchEntries:
+    """The requests of a batch, each of which is decoded when its turn comes.
+
+    Raises InvalidRequest where there are more than `max_requests`, or the bytes are no batch.
+    """
+
+    def __init__(self, data: bytes, max_requests: int) -> None:
+        self._data = data
+        self._ranges: list[tuple[int, int]] = []
+        try:
+            for count, field in enumerate(fields(data, 0, len(data)), 1):
+                if count > max_requests:
+                    amount = Amount(f"more than {max_requests:,} requests")
+                    raise InvalidRequest("requests", amount, f"a batch has at most {max_requests:,}")
+                if field.number == inference_pb2.GenerateBatchRequest.REQUESTS_FIELD_NUMBER and field.delimited:
+                    self._ranges.append((field.start, field.end))
+        except DecodeError as error:
+            limit = "they are no stitch.v1.GenerateBatchRequest"
+            raise InvalidRequest("request", _size(data), limit) from error
+
+    def __len__(self) -> int:
+        return len(self._ranges)
+
+    def message(self, index: int) -> inference_pb2.GenerateRequest:
+        """Raises InvalidRequest as `decode` does."""
+        start, end = self._ranges[index]
+        return decode(inference_pb2.GenerateRequest, self._data[start:end])
 
 
 @functools.cache

@@ -52,13 +52,13 @@ class ModelRegistry:
         most = max(parameters.values())
         return {name: count / most for name, count in parameters.items()} if all(parameters.values()) else {}
 
-    def describe(self) -> inference_pb2.DescribeResponse:
+    def describe(self, addresses: bool = False) -> inference_pb2.DescribeResponse:
         return inference_pb2.DescribeResponse(
             cluster=self._cluster.name,
             bottom=self._model("bottom", self._cluster.models.bottom),
             top=self._model("top", self._cluster.models.top),
             routes=[self._route(self._cluster.route(name)) for name in self.routes()],
-            shards=[_shard(replica) for replica in self._registry.replicas.values()],
+            shards=[_shard(replica, addresses) for replica in self._registry.replicas.values()],
         )
 
     def _route(self, route: RouteConfig) -> inference_pb2.RouteDescription:
@@ -101,12 +101,12 @@ class ModelRegistry:
         return (replica.identity for replica in self._registry.replicas.values() if replica.identity is not None)
 
 
-def _shard(replica: Replica) -> inference_pb2.ShardDescription:
+def _shard(replica: Replica, addresses: bool) -> inference_pb2.ShardDescription:
     config = replica.config
     identity = replica.identity or shard_pb2.ShardIdentity()
     return inference_pb2.ShardDescription(
         name=config.name,
-        address=config.address,
+        address=config.address if addresses else "",
         role=config.role,
         first_layer=config.layers[0],
         end_layer=config.layers[1],

@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 
 from router_gateway.tokenization.chat_template import ChatTemplate, TemplateRefusal, Turn
+from router_gateway.tokenization.control_tokens import ControlTokens
 from router_gateway.tokenization.detokenizer import Detokenizer
 from stitch import tokenizer_files
 from stitch.errors import Incompatible
@@ -19,6 +20,18 @@ from stitch.tokenizer_files import CONFIG, Files
 _BYTE = re.compile("<0x[+0-9A-Fa-f][0-9A-Fa-f]>")
 # An answer that no template contains, with which its end-of-turn token is found.
 _ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}answer"
+# A text with more characters for each token of the limit is encoded in parts first; usual texts have 2 to 5.
+CHARACTERS_PER_TOKEN = 6
+# A part may end within a word, whose tokens are then others.
+PART_MARGIN_TOKENS = 64
+
+
+class TextTooLong(Exception):
+    """A text has more tokens than fit; `tokens` is the number that was found before the rest was left out."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(f"more than {tokens:,} tokens")
+        self.tokens = tokens
 
 
 class Vocabulary:
@@ -36,6 +49,7 @@ class Vocabulary:
         self._silent = silent
         self._bytes = _byte_tokens(tokenizer)
         self.template = template
+        self._control = ControlTokens(tokenizer, template)
         # Why there is no template.
         self.template_absence = template_absence
         # Ids with which the model ends an answer.
@@ -59,22 +73,55 @@ class Vocabulary:
         # A token that was special once stays so for the decoder.
         return cls(tokenizer, silent | _special(tokenizer), template, absence, ends)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a plain prompt, with the special tokens that the tokenizer adds, such as a first one."""
-        return self._encode(text, add_special_tokens=True)
+    # The methods below raise TextTooLong for a text that surely has more than `limit` tokens; one that has a few more
+    # may be returned whole. They take long for long texts and release the GIL: 3 MB of text take a second.
 
-    def encode_rendered(self, text: str) -> list[int]:
+    def encode(self, text: str, limit: int | None = None) -> list[int]:
+        """Token ids of a plain prompt, with the special tokens that the tokenizer adds, such as a first one.
+
+        Names of control tokens in the text are control tokens: a plain prompt writes its own format.
+        """
+        return _encode(self._tokenizer, text, limit, add_special_tokens=True)
+
+    def encode_rendered(self, text: str, limit: int | None = None) -> list[int]:
         """Token ids of a rendered conversation, whose special tokens the template has written."""
-        return self._encode(text, add_special_tokens=False)
+        return _encode(self._tokenizer, text, limit)
+
+    def encode_chat(self, turns: Sequence[Turn], limit: int | None = None) -> list[int]:
+        """Token ids of a conversation by its template, which alone writes control tokens.
+
+        Raises TemplateRefusal where the template refuses the conversation, and ControlTokenInText.
+        """
+        if self.template is None:
+            raise TemplateRefusal(self.template_absence)
+        rendered = self.template.render(turns)
+        marked = self._control.mark(self.template, turns, rendered)
+        if marked is None:
+            return self.encode_rendered(rendered, limit)
+        return self._control.real_ids(_encode(self._control.text_tokenizer, marked, limit))
+
+    def encode_text(self, text: str, limit: int | None = None) -> list[int]:
+        """Token ids of a text without control tokens, also where it has their names. Raises ControlTokenInText."""
+        if not self._control.are_in(text):
+            return self.encode_rendered(text, limit)
+        return self._control.real_ids(_encode(self._control.text_tokenizer, text, limit))
 
     def detokenizer(self) -> Detokenizer:
         """A new detokenizer for one answer; special tokens have no text."""
         return Detokenizer(self._tokenizer.decode, self._silent, self._bytes)
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        # The one encoding call that releases the GIL; 3 MB of text take a second.
-        encodings = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return list(encodings[0].ids)
+
+def _encode(tokenizer: Tokenizer, text: str, limit: int | None, add_special_tokens: bool = False) -> list[int]:
+    """The ids of a text; one that is probably too long is encoded from its start, in parts of twice the length."""
+    if limit is not None:
+        end = CHARACTERS_PER_TOKEN * (limit + PART_MARGIN_TOKENS)
+        while end < len(text):
+            tokens = len(tokenizer.encode_batch_fast([text[:end]], add_special_tokens=False)[0].ids)
+            if tokens > limit + PART_MARGIN_TOKENS:
+                raise TextTooLong(tokens - PART_MARGIN_TOKENS)
+            end *= 2
+    # The one encoding call that releases the GIL.
+    return list(tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
 
 def _tokenizer(files: Files) -> Tokenizer:

@@ -17,7 +17,7 @@ def run(parsed: argparse.Namespace) -> int:
     """Prints the gateway's description."""
     endpoint = gateway_endpoint(parsed)
     with Client(*endpoint) as client:
-        found = client.describe()
+        found = client.describe(addresses=True)
     if parsed.json:
         fields = MessageToDict(found, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
         print_json({"gateway": endpoint[0], **fields})

@@ -133,10 +133,12 @@ class AsyncClient:
         with translated_rpc_errors():
             return decision_of(await self._stub.Route(request, timeout=deadline(timeout), metadata=self._metadata))
 
-    async def describe(self, *, timeout: float | None = None) -> inference_pb2.DescribeResponse:
-        """The models, routes and shards that the gateway serves."""
+    async def describe(
+        self, *, addresses: bool = False, timeout: float | None = None
+    ) -> inference_pb2.DescribeResponse:
+        """The models, routes and shards that the gateway serves; the shards' addresses where they are asked for."""
         with translated_rpc_errors():
-            request = inference_pb2.DescribeRequest()
+            request = inference_pb2.DescribeRequest(addresses=addresses)
             return await self._stub.Describe(request, timeout=deadline(timeout), metadata=self._metadata)
 
     async def close(self) -> None:

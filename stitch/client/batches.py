@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from stitch.channels import MAX_MESSAGE_BYTES
+from stitch.channels import MAX_BATCH_REQUESTS, MAX_REQUEST_BYTES
 from stitch.client.messages import Answer, Collector, generate_request
 from stitch.errors import InvalidRequest, Unavailable, from_code
 from stitch.v1 import inference_pb2
@@ -20,7 +20,7 @@ REQUEST_HEADER_BYTES = 6
 class Batch:
     """One outcome per request, whether other requests or a call fail; `messages` has one message for each call."""
 
-    def __init__(self, requests: Iterable[str | Mapping[str, Any]], max_bytes: int = MAX_MESSAGE_BYTES) -> None:
+    def __init__(self, requests: Iterable[str | Mapping[str, Any]], max_bytes: int = MAX_REQUEST_BYTES) -> None:
         self.messages: list[inference_pb2.GenerateBatchRequest] = []
         self._max_bytes, self._bytes = max_bytes, max_bytes
         # The answers, and the indices among the caller's requests, some of which are invalid: both by the index of the
@@ -38,7 +38,7 @@ class Batch:
             self._outcomes.append(error)
             return
         self._bytes += message.ByteSize() + REQUEST_HEADER_BYTES
-        if self._bytes > self._max_bytes:
+        if self._bytes > self._max_bytes or len(self.messages[-1].requests) == MAX_BATCH_REQUESTS:
             self.messages.append(inference_pb2.GenerateBatchRequest())
             self._collectors.append([])
             self._indices.append([])

@@ -123,10 +123,10 @@ class Client:
         with translated_rpc_errors():
             return decision_of(self._stub.Route(request, timeout=deadline(timeout), metadata=self._metadata))
 
-    def describe(self, *, timeout: float | None = None) -> inference_pb2.DescribeResponse:
-        """The models, routes and shards that the gateway serves."""
+    def describe(self, *, addresses: bool = False, timeout: float | None = None) -> inference_pb2.DescribeResponse:
+        """The models, routes and shards that the gateway serves; the shards' addresses where they are asked for."""
         with translated_rpc_errors():
-            request = inference_pb2.DescribeRequest()
+            request = inference_pb2.DescribeRequest(addresses=addresses)
             return self._stub.Describe(request, timeout=deadline(timeout), metadata=self._metadata)
 
     def close(self) -> None:

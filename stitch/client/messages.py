@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message as ProtoMessage
 
-from stitch.channels import MAX_MESSAGE_BYTES
+from stitch.channels import MAX_REQUEST_BYTES
 from stitch.errors import InvalidRequest, Unavailable
 from stitch.v1 import inference_pb2
 
@@ -137,8 +137,8 @@ def route_request(fields: Mapping[str, Any]) -> inference_pb2.RouteRequest:
 
 def _check_size(request: ProtoMessage) -> None:
     # Room for what encloses the request in a message of a batch.
-    if (size := request.ByteSize()) > MAX_MESSAGE_BYTES - 16:
-        raise InvalidRequest("the request's size", size, f"it must be at most {MAX_MESSAGE_BYTES - 16} bytes")
+    if (size := request.ByteSize()) > MAX_REQUEST_BYTES - 16:
+        raise InvalidRequest("the request's size", size, f"it must be at most {MAX_REQUEST_BYTES - 16} bytes")
 
 
 def _owner(request: inference_pb2.GenerateRequest, name: str, value: object) -> ProtoMessage:

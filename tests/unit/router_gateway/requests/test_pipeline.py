@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import cast
 
@@ -21,6 +20,7 @@ from router_gateway.routing.ttft_predictor import TtftPredictor
 from router_gateway.shards.models import ModelRegistry
 from router_gateway.tokenization.chat_template import Turn
 from router_gateway.tokenization.source import VocabularySource
+from router_gateway.tokenization.text_lanes import TextLanes
 from router_gateway.tokenization.vocabulary import Vocabulary
 from stitch.cluster import ClusterConfig, GatewayConfig, ModelConfig, PairConfig, ShardConfig
 from stitch.errors import InvalidRequest, Unavailable
@@ -78,7 +78,7 @@ def source() -> VocabularySource:
 
 @pytest.fixture
 def preparer(router: AlwaysWeak, source: VocabularySource) -> Iterator[RequestPreparer]:
-    with ThreadPoolExecutor(1, "text") as threads:
+    with TextLanes(max_wait_seconds=5.0) as lanes:
         models = cast(ModelRegistry, SmallModel())
         predictor, conversations = (
             TtftPredictor(models.routes(), lambda: 1, time.monotonic),
@@ -87,7 +87,7 @@ def preparer(router: AlwaysWeak, source: VocabularySource) -> Iterator[RequestPr
         selector = Selector(
             router, models, predictor, conversations, DriftMonitor(Metrics(models.routes(), REASON_KINDS), None)
         )
-        yield RequestPreparer(CLUSTER, models, source, selector, threads)
+        yield RequestPreparer(CLUSTER, models, source, selector, lanes)
 
 
 def request(
@@ -150,11 +150,11 @@ async def test_prepare_raises_unavailable_without_tokenizer(
 async def test_long_text_is_tokenized_in_a_thread(preparer: RequestPreparer, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
 
-    def spy(prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
+    def spy(prompt: Prompt, vocabulary: Vocabulary, context_tokens: int) -> list[int]:
         threads.append(threading.current_thread())
         return [5]
 
-    monkeypatch.setattr("router_gateway.requests.pipeline.INLINE_BYTES", 8)
+    monkeypatch.setattr("router_gateway.tokenization.text_lanes.INLINE_BYTES", 8)
     monkeypatch.setattr("router_gateway.requests.pipeline.tokenize", spy)
     await preparer.prepare(request("x" * 8))
     await preparer.prepare(request("x" * 9))
@@ -165,14 +165,14 @@ async def test_long_text_is_tokenized_in_a_thread(preparer: RequestPreparer, mon
 def test_tokenize_refuses_a_conversation_without_template() -> None:
     bare = Vocabulary.from_files({"tokenizer.json": tokenizer_files()["tokenizer.json"]})
     with pytest.raises(InvalidRequest, match="no chat template"):
-        tokenize((Turn("user", "hello"),), bare)
+        tokenize((Turn("user", "hello"),), bare, 99)
 
 
 def test_tokenize_passes_on_the_refusal_of_the_template() -> None:
     with pytest.raises(
         InvalidRequest, match="chat is 'user, wizard', but the chat template refuses it: 'Unknown role'"
     ):
-        tokenize((Turn("user", "hello"), Turn("wizard", "hello")), VOCABULARY)
+        tokenize((Turn("user", "hello"), Turn("wizard", "hello")), VOCABULARY, 99)
 
 
 def test_user_turns_leaves_out_other_roles() -> None:

@@ -83,7 +83,7 @@ def test_chat_becomes_turns() -> None:
         (message(stop=["a", ""]), "stop[1]"),
         (message(stop=["a"] * 1_000_000), "stop"),
         (message(sampling=inference_pb2.Sampling(stop_token_ids=[1] * 1_025)), "sampling.stop_token_ids"),
-        (message(chat=inference_pb2.Chat(messages=[EMPTY] * 32_769)), "chat.messages"),
+        (message(chat=inference_pb2.Chat(messages=[EMPTY] * 4_097)), "chat.messages"),
         (message(sampling=inference_pb2.Sampling(max_tokens=0)), "sampling.max_tokens"),
         (message(sampling=inference_pb2.Sampling(temperature=-1)), "sampling.temperature"),
         (message(sampling=inference_pb2.Sampling(top_p=2)), "sampling.top_p"),

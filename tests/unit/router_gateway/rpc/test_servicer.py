@@ -20,6 +20,7 @@ from tests.support.waiting import eventually
 from tests.unit.router_gateway.conftest import Reach, Reached
 from tests.unit.router_gateway.rpc.test_messages import broken
 
+SECRET = "a client's"
 TEXT = "Paris is é你 the capital 👩‍👩‍👧‍👦 of France"
 
 
@@ -150,7 +151,7 @@ async def test_deadline_cancels_the_session(reach: Reach) -> None:
     [
         ({"prompt": ""}, "prompt is '', but it must not be empty"),
         ({"prompt": "!?" * 200}, f"prompt is 400 tokens, but the context holds {CONTEXT_TOKENS}"),
-        ({"prompt": "x" * 10_000_000}, "prompt is 10,000,000 bytes, but the context of 128 tokens holds at most"),
+        ({"prompt": "x" * 4_000_000}, "prompt is 4,000,000 bytes, but the context of 128 tokens holds at most"),
         ({"route": "medium"}, "route is 'medium', but this cluster has: weak, strong, auto"),
         ({"sampling": inference_pb2.Sampling(max_tokens=0)}, "sampling.max_tokens is 0, but it must be at least 1"),
         ({"sampling": inference_pb2.Sampling(temperature=-1)}, "sampling.temperature is -1.0, but it must be"),
@@ -411,14 +412,17 @@ async def test_defect_is_logged_and_its_text_is_not_sent(
     reach: Reach, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def defect(*_: Any) -> None:
-        raise ZeroDivisionError("secret")
+        raise ZeroDivisionError(f"{SECRET} text")
 
     async with reach(FakeShard("bottom-0", "bottom", tokens("hello")), FakeShard("top-0", "top")) as gateway:
         monkeypatch.setattr("router_gateway.rpc.servicer.to_request", defect)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await gateway.generate()
-    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.INTERNAL, INTERNAL_ERROR)
-    assert "secret" in caplog.text
+            await gateway.generate(request_id="mine")
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert caught.value.details() == f"{INTERNAL_ERROR}: request mine"
+    assert "request mine failed" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+    assert f"{SECRET} text" not in caplog.text
 
 
 async def raw(reach: Reach, method: str, data: bytes) -> None:

@@ -7,7 +7,7 @@ import math
 import grpc
 import pytest
 
-from stitch.channels import MAX_MESSAGE_BYTES
+from stitch.channels import MAX_REQUEST_BYTES
 from stitch.client import Answer, Client, Delta, RouteDecision
 from stitch.client.batches import Batch
 from stitch.errors import Exhausted, Expired, Incompatible, InvalidRequest, StitchError, Unavailable
@@ -126,10 +126,10 @@ def test_very_long_timeout_is_none(gateway: FakeGateway, timeout: float) -> None
 
 def test_request_over_size_of_message_is_refused_by_its_size() -> None:
     with Client("127.0.0.1:1") as client:
-        prompt = "a" * MAX_MESSAGE_BYTES
+        prompt = "a" * MAX_REQUEST_BYTES
         for call in (client.generate, client.route):
             with pytest.raises(
-                InvalidRequest, match=r"the request's size is 335544\d\d, but it must be at most 33554416"
+                InvalidRequest, match=r"the request's size is 41943\d\d, but it must be at most 4194288"
             ):
                 call(prompt)
         (outcome,) = client.batch([prompt])
