@@ -33,7 +33,7 @@ from router_gateway.shards.models import ModelRegistry
 from router_gateway.shards.placement import Placement
 from router_gateway.shards.registry import ShardRegistry
 from router_gateway.tokenization.source import VocabularySource, first_shard_names
-from router_gateway.tokenization.text_lanes import TextLanes
+from router_gateway.tokenization.text_queues import TextQueues
 from stitch import channels
 from stitch.cluster import ClusterConfig
 from stitch.errors import InvalidRequest
@@ -104,8 +104,8 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         selector = Selector(router, models, predictor, conversation_routes(time.monotonic), monitor)
 
         in_flight, health = InFlightTracker("this gateway"), Health()
-        lanes = stack.enter_context(TextLanes(cluster.gateway.limits.text_wait_seconds))
-        preparer = RequestPreparer(cluster, models, source, selector, lanes)
+        queues = stack.enter_context(TextQueues(cluster.gateway.limits.text_wait_seconds))
+        preparer = RequestPreparer(cluster, models, source, selector, queues)
         failover = FailoverDependencies(registry, placement, metrics, settings.retry, time.monotonic)
         admission = Admission(
             open_tenants(cluster.keys_file, routes), cluster.gateway.default_deadline_seconds, time.monotonic

@@ -2,7 +2,7 @@
 
 In goes a `Request`, out come the messages of its answer: `started` once, any number of `delta`s, `finished` once. Every
 refusal is raised before a shard is asked. Texts are tokenized on the event loop where they are short, else in a thread
-(`tokenization/text_lanes.py`).
+(`tokenization/text_queues.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from router_gateway.tokenization.control_tokens import ControlTokenInText
 from router_gateway.tokenization.detokenizer import Detokenizer
 from router_gateway.tokenization.source import VocabularySource
 from router_gateway.tokenization.stop_strings import StopStrings
-from router_gateway.tokenization.text_lanes import TextLanes
+from router_gateway.tokenization.text_queues import TextQueues
 from router_gateway.tokenization.vocabulary import TextTooLong, Vocabulary
 from stitch.cluster import ClusterConfig
 from stitch.errors import InvalidRequest, Unavailable, shown
@@ -62,13 +62,13 @@ class RequestPreparer:
         models: ModelRegistry,
         source: VocabularySource,
         selector: Selector,
-        lanes: TextLanes,
+        queues: TextQueues,
     ) -> None:
         self._cluster = cluster
         self._models = models
         self._source = source
         self._selector = selector
-        self._lanes = lanes
+        self._queues = queues
 
     async def prepare(self, request: Request, waited_seconds: Callable[[], float] = lambda: 0.0) -> Prepared:
         """Raises InvalidRequest, ObjectivesUnmet, Exhausted, or Unavailable before the first shard has answered.
@@ -93,7 +93,7 @@ class RequestPreparer:
     async def _tokenize(self, prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
         context_tokens = self._models.context_tokens
         limits.check_size(prompt, context_tokens, vocabulary.max_token_bytes)
-        ids = await self._lanes.run(limits.size_bytes(prompt), lambda: tokenize(prompt, vocabulary, context_tokens))
+        ids = await self._queues.run(limits.size_bytes(prompt), lambda: tokenize(prompt, vocabulary, context_tokens))
         limits.check_fits(prompt, len(ids), context_tokens)
         limits.check_text_tokens(limits.field_of(prompt), ids, self._models.prompt_vocabulary_size)
         return ids
@@ -102,7 +102,7 @@ class RequestPreparer:
         """The sampling that gives exactly this answer."""
         context_tokens = self._models.context_tokens
         limits.check_forced(answer, sampling.forced_token_ids, context_tokens * vocabulary.max_token_bytes)
-        ids = await self._lanes.run(
+        ids = await self._queues.run(
             limits.size_bytes(answer), lambda: tokenize_answer(answer, vocabulary, context_tokens)
         )
         limits.check_answer_fits(len(ids), context_tokens - prompt_tokens)

@@ -20,7 +20,7 @@ from router_gateway.routing.ttft_predictor import TtftPredictor
 from router_gateway.shards.models import ModelRegistry
 from router_gateway.tokenization.chat_template import Turn
 from router_gateway.tokenization.source import VocabularySource
-from router_gateway.tokenization.text_lanes import TextLanes
+from router_gateway.tokenization.text_queues import TextQueues
 from router_gateway.tokenization.vocabulary import Vocabulary
 from stitch.cluster import ClusterConfig, GatewayConfig, ModelConfig, PairConfig, ShardConfig
 from stitch.errors import InvalidRequest, Unavailable
@@ -78,7 +78,7 @@ def source() -> VocabularySource:
 
 @pytest.fixture
 def preparer(router: AlwaysWeak, source: VocabularySource) -> Iterator[RequestPreparer]:
-    with TextLanes(max_wait_seconds=5.0) as lanes:
+    with TextQueues(max_wait_seconds=5.0) as queues:
         models = cast(ModelRegistry, SmallModel())
         predictor, conversations = (
             TtftPredictor(models.routes(), lambda: 1, time.monotonic),
@@ -87,7 +87,7 @@ def preparer(router: AlwaysWeak, source: VocabularySource) -> Iterator[RequestPr
         selector = Selector(
             router, models, predictor, conversations, DriftMonitor(Metrics(models.routes(), REASON_KINDS), None)
         )
-        yield RequestPreparer(CLUSTER, models, source, selector, lanes)
+        yield RequestPreparer(CLUSTER, models, source, selector, queues)
 
 
 def request(
@@ -154,7 +154,7 @@ async def test_long_text_is_tokenized_in_a_thread(preparer: RequestPreparer, mon
         threads.append(threading.current_thread())
         return [5]
 
-    monkeypatch.setattr("router_gateway.tokenization.text_lanes.INLINE_BYTES", 8)
+    monkeypatch.setattr("router_gateway.tokenization.text_queues.INLINE_BYTES", 8)
     monkeypatch.setattr("router_gateway.requests.pipeline.tokenize", spy)
     await preparer.prepare(request("x" * 8))
     await preparer.prepare(request("x" * 9))

@@ -1,6 +1,6 @@
-"""Threads that tokenize texts: a lane for short ones and a lane for long ones, for which no short text waits.
+"""Queues of texts to tokenize: one for short texts and one for long ones, for which no short text waits.
 
-Each lane has one thread and a first-come queue, whose predicted wait is bounded: a text that would wait longer is
+Each has one thread, comes first in, first out, and its predicted wait is bounded: a text that would wait longer is
 refused with the time after which to try again. A caller that is cancelled while it waits leaves the queue.
 """
 
@@ -27,12 +27,12 @@ SECONDS_PER_BYTE = 1 / 3e6
 _LATEST = 0.2
 
 
-class TextLanes:
+class TextQueues:
     """Calls functions that tokenize texts, in place for the shortest ones; a context manager that ends the threads."""
 
     def __init__(self, max_wait_seconds: float) -> None:
-        self._short = _Lane("text", max_wait_seconds)
-        self._long = _Lane("long-text", max_wait_seconds)
+        self._short = _Queue("text", max_wait_seconds)
+        self._long = _Queue("long-text", max_wait_seconds)
 
     async def run(self, size_bytes: int, tokenize: Callable[[], Result]) -> Result:
         """The result of `tokenize`, for a text of that size. Raises Exhausted where it would wait for too long."""
@@ -46,11 +46,11 @@ class TextLanes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for lane in (self._short, self._long):
-            lane.thread.shutdown(cancel_futures=True)
+        for queue in (self._short, self._long):
+            queue.thread.shutdown(cancel_futures=True)
 
 
-class _Lane:
+class _Queue:
     def __init__(self, name: str, max_wait_seconds: float) -> None:
         self.thread = ThreadPoolExecutor(1, name)
         self._max_wait_seconds = max_wait_seconds
