@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -35,11 +36,12 @@ from router_gateway.shards.registry import ShardRegistry
 from router_gateway.tokenization.source import VocabularySource, first_shard_names
 from router_gateway.tokenization.text_queues import TextQueues
 from stitch import channels
+from stitch.access import Access, CallerPolicy
+from stitch.certificates import Certificates, open_certificates
 from stitch.cluster import ClusterConfig
 from stitch.errors import InvalidRequest
 from stitch.process import InFlightTracker, StopSignals, background_tasks, observe_event_loop
 from stitch.thresholds import Thresholds
-from stitch.tls import Tls, load_tls
 from stitch.v1 import inference_pb2_grpc
 
 
@@ -85,13 +87,13 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
     """A gateway that listens within the block. Raises InvalidRequest, or OSError where a port is in use."""
     check(settings)
     cluster = settings.cluster
-    tls = load_tls(cluster.tls, cluster.folder)
+    certificates = open_certificates(cluster, "gateway", "gateway")
     routes = [route.name for route in cluster.routes]
     async with AsyncExitStack() as stack:
         metrics = Metrics(routes, REASON_KINDS)
         metrics_port = await stack.enter_async_context(_exposed(metrics, settings))
 
-        connect = partial(channels.open_channel, credentials=tls.client() if tls else None)
+        connect = partial(channels.open_channel, credentials=certificates.current.client() if certificates else None)
         registry = ShardRegistry(cluster, connect, settings.health)
         await stack.enter_async_context(registry.polling())
         placement, models = Placement(cluster, registry), ModelRegistry(cluster, registry)
@@ -113,13 +115,13 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         pipeline = Pipeline(preparer, selector, failover, admission, predictor, metrics, lambda: in_flight.aborting)
 
         servicer = InferenceServicer(pipeline, models, in_flight, metrics, settings.batch_concurrency)
-        server, port = await _listening(servicer, admission, health, settings, tls)
+        server, port = await _listening(servicer, admission, health, settings, certificates)
         gateway = Gateway(port, metrics_port, metrics, server, health, in_flight)
         stack.push_async_callback(gateway.stop)
         readiness = _report_readiness(health, source, registry, placement, settings)
-        await stack.enter_async_context(
-            background_tasks(readiness, observe_event_loop(metrics.event_loop_delay, metrics.event_loop_tasks))
-        )
+        observed = observe_event_loop(metrics.event_loop_delay, metrics.event_loop_tasks)
+        following = [] if certificates is None else [certificates.follow()]
+        await stack.enter_async_context(background_tasks(readiness, observed, *following))
         yield gateway
 
 
@@ -132,22 +134,34 @@ async def _report_readiness(
 
 
 async def _listening(
-    servicer: InferenceServicer, admission: Admission, health: Health, settings: GatewaySettings, tls: Tls | None
+    servicer: InferenceServicer,
+    admission: Admission,
+    health: Health,
+    settings: GatewaySettings,
+    certificates: Certificates | None,
 ) -> tuple[grpc.aio.Server, int]:
     limits = settings.cluster.gateway.limits
-    options = [
+    options: list[tuple[str, int | str]] = [
         ("grpc.max_receive_message_length", limits.request_bytes),
         ("grpc.max_concurrent_streams", limits.calls_per_connection),
         ("grpc.max_allowed_incoming_connections", limits.connections),
     ]
-    interceptor = ReceivingInterceptor(inference_methods(), admission.authenticate, limits)
-    server = channels.open_server([interceptor], options)
+    interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [
+        ReceivingInterceptor(inference_methods(), admission.authenticate, limits)
+    ]
+    if certificates is not None:
+        options += certificates.server_options
+        if certificates.files.client_authority is not None:
+            access = Access(CallerPolicy(settings.cluster, certificates.is_revoked), methods=None)
+            certificates.on_change.append(access.end_revoked)
+            interceptors.insert(0, access)
+    server = channels.open_server(interceptors, options)
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     names = (*filter(None, SERVICES), "grpc.health.v1.Health", reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     await health.set(False)
-    port = channels.listen(server, settings.address, tls.server(mutual=False) if tls else None)
+    port = channels.listen(server, settings.address, certificates.to_clients() if certificates else None)
     await server.start()
     return server, port
 

@@ -48,16 +48,19 @@ _SERVER: Options = (
 
 
 def open_channel(
-    address: str, credentials: grpc.ChannelCredentials | None = None, proxy: bool = False
+    address: str, credentials: grpc.ChannelCredentials | None = None, proxy: bool = False, host: str | None = None
 ) -> grpc.aio.Channel:
     """A channel to `host:port`, which connects and reconnects by itself; without credentials it is not encrypted.
+
+    The certificate of the other side must be of `host`, by default of the host in the address.
 
     It is direct, whatever proxy the environment names; with `proxy` it goes through that one, and InvalidRequest is
     raised where the environment names none that gRPC can use.
     """
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=_client_options(proxy))
-    return grpc.aio.secure_channel(address, credentials, options=_client_options(proxy))
+    named: Options = () if host is None else [("grpc.ssl_target_name_override", host)]
+    return grpc.aio.secure_channel(address, credentials, options=[*_client_options(proxy), *named])
 
 
 def open_sync_channel(

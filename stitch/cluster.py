@@ -257,7 +257,7 @@ class ClusterConfig(Settings):
     @property
     def gateway_endpoint(self) -> tuple[str, Path | None]:
         """What a client of this cluster takes: the gateway's address and the authority's file; None: no TLS."""
-        return self.gateway.address, self.folder / self.tls.authority if self.tls else None
+        return self.gateway.address, None if self.tls is None else self.tls.trusted_by_clients(self.folder)
 
     @property
     def keys_file(self) -> Path | None:

@@ -20,9 +20,10 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from stitch import channels
+from stitch.access import Access, CallerPolicy, Methods
+from stitch.certificates import Certificates, open_certificates
 from stitch.environment import step_log_folder
-from stitch.process import StopSignals, observe_event_loop
-from stitch.tls import load_tls
+from stitch.process import StopSignals, background_tasks, observe_event_loop
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.build import load_stage
 from stitch_server.config import ShardSettings
@@ -39,6 +40,18 @@ SWITCH_SECONDS = 0.0002
 # After the last session, for its status to leave before the server stops.
 LAST_STATUS_SECONDS = 0.05
 SERVICE = shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name
+HEALTH, REFLECTION = "grpc.health.v1.Health", reflection.SERVICE_NAME
+# Who may call what, by the roles in certificates.
+CALLERS: Methods = {
+    f"/{SERVICE}/Generate": frozenset({"gateway"}),
+    f"/{SERVICE}/FetchTokenizer": frozenset({"gateway"}),
+    f"/{SERVICE}/Link": frozenset({"shard"}),
+    f"/{SERVICE}/Describe": frozenset({"gateway", "shard"}),
+    **dict.fromkeys(
+        (f"/{HEALTH}/Check", f"/{HEALTH}/List", f"/{HEALTH}/Watch"), frozenset({"gateway", "shard", "monitor"})
+    ),
+    f"/{REFLECTION}/ServerReflectionInfo": frozenset({"gateway", "shard", "monitor"}),
+}
 
 
 async def serve(settings: ShardSettings) -> None:
@@ -93,7 +106,7 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
 
     Raises Incompatible, InvalidRequest for a certificate, or OSError for a port that is taken.
     """
-    tls = load_tls(settings.cluster.tls, settings.cluster.folder)
+    certificates = open_certificates(settings.cluster, "shard", settings.shard.name)
     device = pick_device(settings.cluster.compute.device)
     loaded = await asyncio.to_thread(load_stage, settings.cluster, settings.shard, device)
     async with AsyncExitStack() as stack:
@@ -101,8 +114,10 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
         folder, name = step_log_folder(), settings.shard.name
         step_log = None if folder is None else stack.enter_context(StepLog(folder, name))
 
+        credentials = None if certificates is None else certificates.current.client()
+
         def open_links(identity: shard_pb2.ShardIdentity, on_event: Callable[[LinkEvent], None]) -> LinkClient:
-            links = LinkClient(identity, on_event, metrics.link_bytes_sent.inc, tls.client() if tls else None)
+            links = LinkClient(identity, on_event, metrics.link_bytes_sent.inc, credentials)
             stack.push_async_callback(links.aclose)
             return links
 
@@ -113,17 +128,25 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
         stack.callback(metrics_server.server_close)
         stack.callback(metrics_server.shutdown)
         health = HealthServicer()
-        server, port = await _listening(shard, health, settings.listen, tls.server(mutual=True) if tls else None)
+        server, port = await _listening(shard, health, settings.listen, certificates)
         stack.push_async_callback(server.stop, None)
-        delay = asyncio.create_task(observe_event_loop(metrics.event_loop_delay, metrics.event_loop_tasks))
-        stack.callback(delay.cancel)
+        observed = observe_event_loop(metrics.event_loop_delay, metrics.event_loop_tasks)
+        following = [] if certificates is None else [certificates.follow()]
+        await stack.enter_async_context(background_tasks(observed, *following))
         yield RunningShard(port, metrics_server.server_port, shard, health)
 
 
 async def _listening(
-    shard: Shard, health: HealthServicer, address: str, credentials: grpc.ServerCredentials | None
+    shard: Shard, health: HealthServicer, address: str, certificates: Certificates | None
 ) -> tuple[grpc.aio.Server, int]:
-    server = channels.open_server([LenientDecoding()])
+    interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [LenientDecoding()]
+    if certificates is None:
+        server, credentials = channels.open_server(interceptors), None
+    else:
+        access = Access(CallerPolicy(shard.cluster, certificates.is_revoked), CALLERS)
+        certificates.on_change.append(access.end_revoked)
+        server = channels.open_server([access, *interceptors], certificates.server_options)
+        credentials = certificates.to_programs()
     shard_pb2_grpc.add_ShardServicer_to_server(ShardServicer(shard), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)

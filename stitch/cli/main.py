@@ -132,6 +132,17 @@ def _keys(verb: argparse.ArgumentParser) -> None:
     new.add_argument("tenant", type=tenant_name, metavar="TENANT", help="its name in the keys file")
 
 
+def _certs(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("cluster", metavar="CLUSTER", help="a cluster file, or a preset's name")
+    verb.add_argument("--out", required=True, metavar="DIR", help="the folder; what it has already is kept")
+    verb.add_argument("--days", type=positive, default=90, metavar="N", help="validity of the certificates (90)")
+    verb.add_argument("--renew", nargs="*", default=(), metavar="NAME", help="replace these; without names: all")
+    verb.add_argument("--client", action="append", default=[], metavar="NAME", help="one for this client, too")
+    verb.add_argument(
+        "--host", action="append", default=[], metavar="NAME=HOST", help="a further host name or IP of a process"
+    )
+
+
 def _cluster(verb: argparse.ArgumentParser) -> None:
     explanation = f"a cluster file, or a preset's name ({DEFAULT_CLUSTER})"
     verb.add_argument("cluster", nargs="?", default=DEFAULT_CLUSTER, metavar="CLUSTER", help=explanation)
@@ -161,6 +172,7 @@ _VERBS = {
     "status": Verb("Show models, routes and shards.", _status, "stitch.cli.status"),
     "ttft": Verb("Measure the time to the first token against the prompt's length.", _ttft, "stitch.cli.ttft"),
     "keys": Verb("Make a key for a client.", _keys, "stitch.cli.keys"),
+    "certs": Verb("Make the certificates of a cluster.", _certs, "stitch.cli.certs"),
     "demo": Verb("Show everything once, on this machine.", _demo, "stitch.cli.demo"),
 }
 

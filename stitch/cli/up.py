@@ -14,8 +14,9 @@ from rich.text import Text
 
 from stitch.cluster import load_cluster
 from stitch.errors import Unavailable
-from stitch.local.cluster import GATEWAY, LocalCluster, attached, import_models, prepared
+from stitch.local.cluster import LocalCluster, attached, import_models, prepared
 from stitch.local.run_folder import RunFolder, only_running_cluster, run_folder, running_clusters
+from stitch.tls import GATEWAY
 
 POLL_SECONDS = 0.5
 

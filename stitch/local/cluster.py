@@ -16,9 +16,8 @@ from stitch.cluster import ClusterConfig, GatewayConfig, ShardConfig
 from stitch.errors import InvalidRequest, Unavailable
 from stitch.local.processes import LocalProcess, spawn, stop
 from stitch.local.run_folder import RunFolder
-from stitch.tls import load_tls
+from stitch.tls import GATEWAY, load_tls
 
-GATEWAY = "gateway"
 POLL_SECONDS = 0.1
 # Long enough for a large model from a slow disk.
 START_SECONDS = 600.0
@@ -94,8 +93,8 @@ class LocalCluster:
     ) -> None:
         """Waits until those processes serve; raises Unavailable where one ends instead, or the time is over."""
         begin = reported = time.monotonic()
-        tls = load_tls(self.cluster.tls, self.cluster.folder)
-        credentials = tls.client() if tls else None
+        tls = load_tls(self.cluster.tls, self.cluster.folder, GATEWAY)
+        credentials = tls.gateway_client() if tls else None
         waiting = list(names)
         while waiting:
             for name in list(waiting):

@@ -123,7 +123,8 @@ def _portable(cluster: ClusterConfig) -> dict[str, Any]:
         if fields["gateway"][name] is not None:
             fields["gateway"][name] = str((cluster.folder / fields["gateway"][name]).resolve())
     for name, file in (fields["tls"] or {}).items():
-        fields["tls"][name] = str((cluster.folder / file).resolve())
+        if isinstance(file, str):
+            fields["tls"][name] = str((cluster.folder / file).resolve())
     for model in fields["models"].values():
         source = cluster.folder / model["source"]
         if source.exists():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from stitch.access import check_shard_name
 from stitch.errors import Incompatible, InvalidRequest, translated_errors
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2, shard_pb2_grpc
@@ -71,6 +72,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             first = await anext(frames, None)
             if first is None or first.WhichOneof("frame") != "hello":
                 raise Incompatible("the first frame of a link must be a hello")
+            check_shard_name(context, first.hello.identity.shard)
             check_hello(first.hello, shard.identity, shard.check_stitch)
             yield shard_pb2.LinkResponse(welcome=shard_pb2.Welcome(identity=shard.identity))
             assembler = StepAssembler(

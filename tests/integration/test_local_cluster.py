@@ -10,9 +10,10 @@ from stitch.channels import serves
 from stitch.client import Client
 from stitch.cluster import load_cluster
 from stitch.errors import Unavailable
-from stitch.local.cluster import GATEWAY, LocalCluster, attached, import_models, prepared
+from stitch.local.cluster import LocalCluster, attached, import_models, prepared
 from stitch.local.processes import LocalProcess
 from stitch.local.run_folder import run_folder, running_clusters
+from stitch.tls import GATEWAY
 from tests.support.fake_programs import DYING, LOADING, STUBBORN
 
 pytestmark = pytest.mark.usefixtures("programs")

@@ -1,18 +1,22 @@
-"""Writes the certificates of a new authority for one test."""
+"""Writes the certificates of a new authority for the processes of one test's cluster."""
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
-import trustme
+from stitch.cli.certs import CertificateSet
+from stitch.cluster import ClusterConfig
+
+FIELDS = ("authority", "certificate", "key")
 
 
-def write_certificates(folder: Path, host: str = "127.0.0.1") -> dict[str, str]:
-    """Makes an authority and a certificate for `host`; returns the `tls` section with their files."""
-    authority = trustme.CA()
-    issued = authority.issue_cert(host)
-    files = {name: folder / f"{name}.pem" for name in ("authority", "certificate", "key")}
-    authority.cert_pem.write_to_path(files["authority"])
-    files["certificate"].write_bytes(b"".join(one.bytes() for one in issued.cert_chain_pems))
-    issued.private_key_pem.write_to_path(files["key"])
-    return {name: str(path) for name, path in files.items()}
+def write_certificates(cluster: ClusterConfig, folder: Path, valid: timedelta = timedelta(days=1)) -> dict[str, str]:
+    """Makes an authority and a certificate for every process; returns the fields of the section `tls`."""
+    list(CertificateSet(cluster, folder, valid).write())
+    return tls_section(folder)
+
+
+def tls_section(folder: Path) -> dict[str, str]:
+    """The fields of the section `tls` for certificates in this folder."""
+    return {field: str(folder / "{name}" / f"{field}.pem") for field in FIELDS}

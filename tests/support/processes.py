@@ -21,9 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from stitch import channels
 from stitch.client import Answer, Client
 from stitch.cluster import load_cluster
-from stitch.local.cluster import GATEWAY, LocalCluster, import_models, prepared
+from stitch.local.cluster import LocalCluster, import_models, prepared
 from stitch.local.run_folder import RunFolder
-from stitch.tls import load_tls
+from stitch.tls import GATEWAY, load_tls
 from tests.support.tcp_gate import TcpGate
 
 START_SECONDS = 180.0
@@ -86,14 +86,19 @@ class Cluster:
         self._local = local
         self._gates = gates or {}
         self._authority = local.cluster.gateway_endpoint[1]
-        tls = load_tls(local.cluster.tls, local.cluster.folder)
-        self._credentials = tls.client() if tls else None
+        tls = load_tls(local.cluster.tls, local.cluster.folder, GATEWAY)
+        self._credentials = tls.gateway_client() if tls else None
         self.client = Client(*local.cluster.gateway_endpoint)
 
     @property
     def gateway(self) -> str:
         """`host:port` of the gateway."""
         return self._local.gateway
+
+    @property
+    def file(self) -> Path:
+        """The cluster file that every process was started with."""
+        return self._local.folder.cluster_file
 
     @property
     def names(self) -> list[str]:

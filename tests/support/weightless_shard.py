@@ -41,7 +41,10 @@ class Aborted(Exception):
 
 
 class FakeContext:
-    """A call's context, of which only `abort` works."""
+    """The context of a call without TLS, which a method can abort."""
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {}
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: object = ()) -> NoReturn:
         raise Aborted(code, details)

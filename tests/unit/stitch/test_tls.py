@@ -5,30 +5,56 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+from stitch.cluster import load_cluster
 from stitch.errors import InvalidRequest
-from stitch.tls import TlsFiles, check_exposure, gateway_credentials, is_loopback, load_tls
+from stitch.tls import TlsFiles, check_exposure, gateway_credentials, is_loopback, load_tls, read_tls
 from tests.support.certificates import write_certificates
 
 
-def test_load_tls_reads_files_relative_to_folder(tmp_path: Path) -> None:
-    write_certificates(tmp_path)
-    names = TlsFiles(authority="authority.pem", certificate="certificate.pem", key="key.pem")
-    tls = load_tls(names, tmp_path)
-    assert tls is not None
-    assert tls.authority == (tmp_path / "authority.pem").read_bytes()
-    assert load_tls(None, tmp_path) is None
+@pytest.fixture
+def files(tmp_path: Path) -> TlsFiles:
+    return TlsFiles(**write_certificates(load_cluster("smollm2"), tmp_path))
+
+
+def test_read_tls_reads_the_files_of_the_named_program(files: TlsFiles, tmp_path: Path) -> None:
+    top = read_tls(files, Path(), "top-0")
+    assert top.certificate == (tmp_path / "top-0" / "certificate.pem").read_bytes()
+    assert top.key != read_tls(files, Path(), "bottom-0").key
+    assert load_tls(None, tmp_path, "top-0") is None
+
+
+def test_read_tls_reads_files_relative_to_the_folder(tmp_path: Path) -> None:
+    write_certificates(load_cluster("smollm2"), tmp_path)
+    names = TlsFiles(authority="authority.pem", certificate="top-0/certificate.pem", key="top-0/key.pem")
+    assert read_tls(names, tmp_path, "bottom-0").authority == (tmp_path / "authority.pem").read_bytes()
 
 
 @pytest.mark.parametrize(
     ("content", "reason"), [(None, "it can't be read: No such file"), (b"\x30\x82", "it is no PEM file")]
 )
-def test_load_tls_names_field_of_unusable_file(tmp_path: Path, content: bytes | None, reason: str) -> None:
-    files = write_certificates(tmp_path) | {"key": str(tmp_path / "other.pem")}
+def test_read_tls_names_field_of_unusable_file(
+    files: TlsFiles, tmp_path: Path, content: bytes | None, reason: str
+) -> None:
     if content is not None:
         (tmp_path / "other.pem").write_bytes(content)
+    other = files.model_copy(update={"key": str(tmp_path / "other.pem")})
     with pytest.raises(InvalidRequest, match=rf"tls\.key is '.*, but {reason}"):
-        load_tls(TlsFiles(**files), Path())
+        read_tls(other, Path(), "top-0")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"public_certificate": "p.pem"}, {"public_key": "k.pem"}, {"public_authority": "a.pem"}]
+)
+def test_public_files_need_each_other(files: TlsFiles, fields: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match="need"):
+        TlsFiles.model_validate(files.model_dump() | fields)
+
+
+def test_client_certificate_needs_an_authority(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="it needs the authority"):
+        gateway_credentials(None, tmp_path / "alice.pem")
 
 
 def test_gateway_credentials_name_missing_authority(tmp_path: Path) -> None:

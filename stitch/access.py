@@ -1,0 +1,152 @@
+"""Which callers a server takes a call from: roles for each method, and the certificates that are revoked.
+
+In: every call of a server whose callers show certificates. Out: the call, or PERMISSION_DENIED with a short sentence;
+the log alone has the reason. Invariant: a method that the table of roles doesn't name is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from stitch.cluster import ClusterConfig
+from stitch.errors import Forbidden, InvalidRequest, translated_errors
+from stitch.identity import Identity, Peer, Role, peer_of
+
+_log = logging.getLogger(__name__)
+
+REFUSED = "the caller's certificate does not allow this call"
+Context = grpc.aio.ServicerContext[Any, Any]
+# The roles that may call each method, by its full path.
+Methods = Mapping[str, frozenset[Role]]
+
+
+class CallerPolicy:
+    """Checks the certificates of callers: the cluster and the role that they name, and whether they are revoked."""
+
+    def __init__(self, cluster: ClusterConfig, is_revoked: Callable[[Peer], bool]) -> None:
+        self.is_revoked = is_revoked
+        self._cluster = cluster.name
+        self._shards = frozenset(shard.name for shard in cluster.shards)
+
+    def objection(self, peer: Peer | None, roles: frozenset[Role] | None) -> str | None:
+        """Why the caller has none of these roles, None: it has one. Where `roles` is None, any certificate will do."""
+        if peer is None:
+            return "it shows no certificate"
+        if self.is_revoked(peer):
+            return f"its {peer} is revoked"
+        if roles is None or any(identity.role in roles and self._contains(identity) for identity in peer.identities):
+            return None
+        return f"its {peer} names no {' or '.join(sorted(roles)) or 'caller'} of cluster {self._cluster}"
+
+    def _contains(self, identity: Identity) -> bool:
+        return identity.cluster == self._cluster and (identity.role != "shard" or identity.name in self._shards)
+
+
+class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone
+    """Refuses calls before their requests are decoded, and ends running calls whose certificate is revoked."""
+
+    def __init__(self, policy: CallerPolicy, methods: Methods | None) -> None:
+        """Without `methods`, every caller with a certificate may call every method."""
+        self._policy = policy
+        self._methods = methods
+        self._running: dict[asyncio.Timeout, Peer] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        # The stubs have only the handlers of threaded servers.
+        handler: Any = await continuation(handler_call_details)
+        return None if handler is None else self._guarded(handler, handler_call_details.method)  # type: ignore[return-value]
+
+    def end_revoked(self) -> None:
+        """Ends the running calls whose certificate is revoked by now."""
+        now = asyncio.get_running_loop().time()
+        for scope, peer in list(self._running.items()):
+            if self._policy.is_revoked(peer):
+                scope.reschedule(now)
+
+    def _guarded(self, handler: Any, method: str) -> Any:
+        kinds = ("stream" if stream else "unary" for stream in (handler.request_streaming, handler.response_streaming))
+        kind, decode = "_".join(kinds), handler.request_deserializer
+        call = getattr(handler, kind)
+
+        async def guarded(request: Any, context: Context) -> Any:
+            async with translated_errors(context), self._admitted(method, context):
+                message = request if handler.request_streaming else _decoded(decode, request)
+                return await _respond(call, message, context)
+
+        # The messages of a stream are decoded when the call reads them.
+        kept = decode if handler.request_streaming else None
+        return handler._replace(**{kind: guarded, "request_deserializer": kept})
+
+    @asynccontextmanager
+    async def _admitted(self, method: str, context: Context) -> AsyncIterator[None]:
+        """Raises Forbidden where the caller may not call the method, and once its certificate is revoked."""
+        peer = self._checked(method, context)
+        scope = asyncio.timeout(None)
+        try:
+            async with scope:
+                self._running[scope] = peer
+                try:
+                    yield
+                finally:
+                    del self._running[scope]
+        except TimeoutError:
+            if scope.expired():
+                raise self._refusal(method, context, f"its {peer} has been revoked") from None
+            raise
+
+    def _checked(self, method: str, context: Context) -> Peer:
+        roles = None if self._methods is None else self._methods.get(method, frozenset())
+        try:
+            peer = peer_of(context)
+        except ValueError as error:
+            raise self._refusal(method, context, f"its certificate can't be read: {error}") from error
+        objection = self._policy.objection(peer, roles)
+        if peer is None or objection is not None:
+            raise self._refusal(method, context, str(objection))
+        return peer
+
+    def _refusal(self, method: str, context: Context, reason: str) -> Forbidden:
+        _log.warning("refused %s to %s: %s", method, context.peer(), reason)
+        return Forbidden(REFUSED)
+
+
+def check_shard_name(context: Context, name: str) -> None:
+    """Raises Forbidden where the caller's certificate does not name the shard `name`; without one, nothing is checked.
+
+    The role and the cluster of the certificate have been checked by `Access`.
+    """
+    peer = peer_of(context)
+    if peer is None or any((one.role, one.name) == ("shard", name) for one in peer.identities):
+        return
+    _log.warning("refused a link to %s: its %s does not name shard %.80r", context.peer(), peer, name)
+    raise Forbidden(REFUSED)
+
+
+def _decoded(decode: Callable[[bytes], Any] | None, data: Any) -> Any:
+    """The message of a call. Raises InvalidRequest for bytes that are none."""
+    try:
+        return data if decode is None else decode(data)
+    except DecodeError as error:
+        raise InvalidRequest("request", "these bytes", f"they are no message: {error}") from error
+
+
+async def _respond(call: Any, request: Any, context: Context) -> Any:
+    """Runs a method, which is a coroutine, or an async generator of its responses."""
+    if not inspect.isasyncgenfunction(call):
+        return await call(request, context)
+    async with aclosing(call(request, context)) as responses:
+        async for response in responses:
+            await context.write(response)
+    return None

@@ -1,0 +1,171 @@
+"""Calls over TLS to a server in this process, by callers with certificates of several roles."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import grpc
+import pytest
+
+from stitch.access import REFUSED, Access, CallerPolicy, check_shard_name
+from stitch.channels import listen, open_channel, open_server
+from stitch.cluster import ClusterConfig, load_cluster
+from stitch.identity import Identity, Role, peer_of
+from stitch.issuing import Authority, Issued, new_authority
+
+Context = grpc.aio.ServicerContext[Any, Any]
+DAY = timedelta(days=1)
+CLUSTER = "smollm2"
+GATEWAY = Identity(CLUSTER, "gateway", "any")
+ROLES: frozenset[Role] = frozenset({"gateway", "shard"})
+METHODS = {"/t.T/Ask": ROLES, "/t.T/Stream": ROLES}
+
+
+class Server:
+    """Answers `Ask` with the caller's name, `Stream` with what it gets; the table of roles has no `Unnamed`."""
+
+    def __init__(self, cluster: ClusterConfig, authority: Authority) -> None:
+        self.authority = authority
+        self.revoked: set[int] = set()
+        self.access = Access(CallerPolicy(cluster, lambda peer: peer.serial in self.revoked), METHODS)
+        self.decoded: list[bytes] = []
+        self.stream_ended = asyncio.Event()
+        self.port = 0
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[Server]:
+        own = self.authority.issue(Identity(CLUSTER, "shard", "top-0"), (), DAY)
+        pairs = [(own.key, own.certificate)]
+        credentials = grpc.ssl_server_credentials(pairs, self.authority.pem.certificate, require_client_auth=True)
+        server = open_server([self.access])
+        ask = grpc.unary_unary_rpc_method_handler(self._ask, request_deserializer=self._decode)
+        handlers = {"Ask": ask, "Unnamed": ask, "Stream": grpc.stream_stream_rpc_method_handler(self._stream)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t.T", handlers),))
+        self.port = listen(server, "127.0.0.1:0", credentials)
+        await server.start()
+        try:
+            yield self
+        finally:
+            await server.stop(None)
+
+    def channel(self, own: Issued) -> grpc.aio.Channel:
+        credentials = grpc.ssl_channel_credentials(self.authority.pem.certificate, own.key, own.certificate)
+        host = Identity(CLUSTER, "shard", "top-0").host
+        return open_channel(f"127.0.0.1:{self.port}", credentials, host=host)
+
+    async def call(self, identity: Identity, method: str = "Ask", request: bytes = b"hello") -> str:
+        """The reply to a caller with a certificate of this identity. Raises AioRpcError."""
+        async with self.channel(self.authority.issue(identity, ("a host",), DAY)) as channel:
+            reply: bytes = await channel.unary_unary(f"/t.T/{method}")(request)
+            return reply.decode()
+
+    def _decode(self, request: bytes) -> bytes:
+        self.decoded.append(request)
+        return request
+
+    async def _ask(self, request: bytes, context: Context) -> bytes:
+        return str(getattr(peer_of(context), "name", None)).encode()
+
+    async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        try:
+            async for request in requests:
+                yield request
+        finally:
+            self.stream_ended.set()
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    async with Server(load_cluster(CLUSTER), new_authority(CLUSTER, DAY)).serving() as started:
+        yield started
+
+
+@pytest.mark.parametrize("identity", [GATEWAY, Identity(CLUSTER, "shard", "bottom-0")], ids=lambda one: one.role)
+async def test_caller_with_a_role_of_the_method_is_served_under_its_name(server: Server, identity: Identity) -> None:
+    assert await server.call(identity) == identity.uri
+    assert server.decoded == [b"hello"]
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [
+        Identity(CLUSTER, "client", "laptop"),
+        Identity(CLUSTER, "monitor", "prometheus"),
+        Identity("other", "gateway", "gateway"),
+        Identity(CLUSTER, "shard", "bottom-7"),
+        Identity("other", "shard", "bottom-0"),
+    ],
+    ids=lambda one: one.uri,
+)
+async def test_other_caller_is_refused_before_decoding_and_named_in_the_log_alone(
+    server: Server, identity: Identity, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await server.call(identity)
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.PERMISSION_DENIED, REFUSED)
+    assert server.decoded == []
+    [line] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "/t.T/Ask" in line
+    assert identity.uri in line
+    assert "names no gateway or shard of cluster smollm2" in line
+
+
+async def test_method_without_roles_is_refused_to_everybody(server: Server) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match=REFUSED):
+        await server.call(GATEWAY, "Unnamed")
+
+
+async def test_unknown_method_is_unimplemented(server: Server) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await server.call(GATEWAY, "Nothing")
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_line_breaks_in_a_name_stay_one_line_of_the_log(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match=REFUSED):
+        await server.call(Identity(CLUSTER, "client", "eve\nERROR all is lost"))
+    [line] = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+    assert "\n" not in line
+
+
+async def test_stream_passes_and_its_method_ends_with_its_caller(server: Server) -> None:
+    async with server.channel(server.authority.issue(GATEWAY, (), DAY)) as channel:
+        call = channel.stream_stream("/t.T/Stream")()
+        await call.write(b"one")
+        assert await call.read() == b"one"
+        call.cancel()
+        await asyncio.wait_for(server.stream_ended.wait(), 10)
+
+
+async def test_revoked_certificate_ends_its_running_calls_and_gets_no_others(server: Server) -> None:
+    kept, lost = server.authority.issue(GATEWAY, (), DAY), server.authority.issue(GATEWAY, (), DAY)
+    async with server.channel(kept) as ours, server.channel(lost) as theirs:
+        calls = [channel.stream_stream("/t.T/Stream")() for channel in (ours, theirs)]
+        for call in calls:
+            await call.write(b"one")
+            assert await call.read() == b"one"
+        server.revoked.add(lost.serial)
+        server.access.end_revoked()
+        assert (await calls[1].code(), await calls[1].details()) == (grpc.StatusCode.PERMISSION_DENIED, REFUSED)
+        with pytest.raises(grpc.aio.AioRpcError, match=REFUSED):
+            await theirs.unary_unary("/t.T/Ask")(b"")
+        await calls[0].write(b"two")
+        assert await calls[0].read() == b"two"
+
+
+class _Called:
+    """The context of a call without TLS."""
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {}
+
+
+def test_without_tls_a_link_may_come_from_any_shard() -> None:
+    context: Any = _Called()
+    check_shard_name(context, "bottom-0")
+    assert peer_of(context) is None
