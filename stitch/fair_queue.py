@@ -165,12 +165,12 @@ class FairQueue(Generic[Item]):
     def charge(self, tenant: str, cost: float) -> None:
         """Counts what was done for a tenant; `cost` is not negative.
 
-        While nothing is queued it takes nothing from others, so it puts no tenant behind another.
+        While nothing is queued it takes nothing from others, so that only the last charge counts later.
         """
         account = self._account(tenant)
-        account.virtual_time += cost / account.weight
         if not self._entries:
             self._virtual_now = max(self._virtual_now, account.virtual_time)
+        account.virtual_time += cost / account.weight
 
     def virtual_time(self, tenant: str) -> float:
         """The tenant's virtual time; of tenants with items, the one with the least is next."""

@@ -121,7 +121,7 @@ def build_shard(
     in_flight: StepsInFlight | None
     if loaded.embedding is not None:
         in_flight = StepsInFlight(links)
-        source = _first_stage(batching, loaded, pool, in_flight, config.name)
+        source = _first_stage(cluster, batching, loaded, pool, in_flight, config.name)
     else:
         in_flight = None if loaded.head is not None else StepsInFlight(links)
         logits = UNLIMITED if loaded.head is None else loaded.head.vocabulary_size
@@ -159,7 +159,12 @@ def build_shard(
 
 
 def _first_stage(
-    batching: BatchingConfig, loaded: LoadedStage, pool: BlockPool, in_flight: StepsInFlight, shard: str
+    cluster: ClusterConfig,
+    batching: BatchingConfig,
+    loaded: LoadedStage,
+    pool: BlockPool,
+    in_flight: StepsInFlight,
+    shard: str,
 ) -> FirstStage:
     scheduler = Scheduler(
         pool,
@@ -171,6 +176,7 @@ def _first_stage(
         probe_tokens=0 if loaded.probe is None else loaded.probe.binding.tokens,
         has_room=in_flight.has_room,
         is_late=in_flight.is_late,
+        route_costs={name: loaded.describe(cluster.route(name)).parameters for name in loaded.layer_ranges},
     )
     return FirstStage(pool, scheduler, in_flight, shard=shard)
 

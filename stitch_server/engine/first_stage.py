@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from stitch.errors import Draining, Exhausted, Incompatible, OutOfStep, StitchError, Unavailable
+from stitch.errors import Draining, Exhausted, Expired, Incompatible, OutOfStep, StitchError, Unavailable
 from stitch.sampling import Token
 from stitch.v1 import shard_pb2
 from stitch_server.engine.in_flight import StepsInFlight
@@ -70,7 +70,12 @@ class FirstStage:
             self._in_flight.close_session(request)
 
     def next_batch(self) -> Batch | None:
-        """The next pass; None where nothing is to be computed, or no next shard has room for it."""
+        """The next pass; None where nothing is to be computed, or no next shard has room for it.
+
+        Ends the waiting requests whose deadline has passed.
+        """
+        for request in self.scheduler.waiting.pop_expired():
+            self._finish(request, RequestOutput(error=Expired("the deadline passed while the request waited")))
         segments = self.scheduler.next_segments()
         if not segments:
             return None

@@ -51,7 +51,10 @@ class Request(Session):
     # Called in the engine's thread; must not block.
     on_output: Callable[[RequestOutput], None]
     status: RequestStatus = RequestStatus.WAITING
-    # Seconds of the engine's clock.
+    # The tenant's share of this shard, relative to other tenants.
+    tenant_weight: float = 1.0
+    # Seconds of the engine's clock. At its deadline a request that waits is dropped; None: it has none.
+    deadline: float | None = None
     arrived_at: float = 0.0
     first_scheduled_at: float | None = None
     last_sent_at: float = 0.0

@@ -6,14 +6,16 @@ its cached tokens, and no request that waits, was preempted or is finished holds
 
 from __future__ import annotations
 
+import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from stitch.cluster import BatchingConfig
 from stitch.errors import Exhausted
 from stitch_server.engine.request import Request, RequestStatus
 from stitch_server.engine.types import LayerRange, Segment
+from stitch_server.engine.waiting import WaitingRequests
 from stitch_server.kv_cache.block_pool import BlockPool
 
 # How long a preempted request waits before it is admitted again: the shard that had no room needs time to free some.
@@ -25,6 +27,7 @@ DECODES_PER_EXTRA_SHARE = 2
 TILE_ROWS = 32
 # How long a client should wait before it retries a prompt that exceeds the KV cache.
 TOO_LARGE_RETRY_SECONDS = 60.0
+NO_COSTS: Mapping[str, float] = MappingProxyType({})
 
 
 class PrefillBudget:
@@ -69,11 +72,13 @@ class Scheduler:
     2. Decodes: one token of each decoding request, or with N micro-batches of every N-th, least recently scheduled
        first. While requests decode, a pass without decodes is not computed: it would delay tokens that are coming back.
        Neither this rule nor the first one waits for a next shard that is late.
-    3. Prefill: chunks of running requests, then of waiting ones in order of arrival, until the `PrefillBudget` or the
-       KV blocks are exhausted. The budget is `max_num_batched_tokens`; while requests decode, it is one share of
-       `prefill_budget_while_decoding` per prompt and per DECODES_PER_EXTRA_SHARE decodes.
+    3. Prefill: chunks of running requests and of waiting ones, the tenants by virtual time and running requests first
+       within a tenant, until the `PrefillBudget` or the KV blocks are exhausted. The budget is
+       `max_num_batched_tokens`; while requests decode, it is one share of `prefill_budget_while_decoding` per prompt
+       and per DECODES_PER_EXTRA_SHARE decodes.
     A pass holds only requests whose next shard has room for one more step; the others keep their place.
     A request that needs a block when none is free preempts the youngest running request, which is recomputed later.
+    Tenants are charged every computed token by the parameters that its route reads.
     """
 
     def __init__(
@@ -88,9 +93,12 @@ class Scheduler:
         probe_tokens: int = 0,
         has_room: Callable[[Sequence[str]], bool] = lambda next_shards: True,
         is_late: Callable[[Sequence[str]], bool] = lambda next_shards: False,
+        route_costs: Mapping[str, float] = NO_COSTS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`min_efficient_tokens`: fewer take about as long; `probe_tokens`: what the route probe reads of a prompt.
+
+        `route_costs`: what tenants are charged for one token of a route, relative to other routes.
 
         `close_downstream` is called with a preempted request, whose KV the next shards must free as well.
         `has_room` and `is_late` tell about the next shards of a request.
@@ -106,10 +114,12 @@ class Scheduler:
         self._probe_tokens = probe_tokens
         self._has_room = has_room
         self._is_late = is_late
+        self._route_costs = route_costs
+        # Until its route is decided, a request is charged as if on the cheapest one.
+        self._lowest_cost = min(route_costs.values(), default=1.0)
         self._clock = clock
         self._passes = 0
-        # In order of arrival, after the preempted ones.
-        self.waiting: deque[Request] = deque()
+        self.waiting = WaitingRequests(batching.max_waiting_sessions, clock)
         # By id, in order of admission: the last one is the youngest.
         self.running: dict[int, Request] = {}
 
@@ -119,15 +129,13 @@ class Scheduler:
         if tokens + 1 > capacity:
             message = f"the prompt has {tokens} tokens, but the KV cache holds {capacity}"
             raise Exhausted(message, TOO_LARGE_RETRY_SECONDS)
-        if len(self.waiting) >= self._batching.max_waiting_sessions:
-            raise Exhausted(f"{len(self.waiting)} sessions wait already, which is the limit")
         # Even alone in the KV cache, it could not grow further.
         request.context_length = min(request.context_length, capacity)
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def remove(self, request: Request) -> None:
         """Finishes a request, waiting or running, and frees its KV on this shard."""
-        if self.running.pop(request.id, None) is None and request in self.waiting:
+        if self.running.pop(request.id, None) is None:
             self.waiting.remove(request)
         self._pool.release(request.id)
         request.status = RequestStatus.FINISHED
@@ -140,7 +148,7 @@ class Scheduler:
         request.reset_for_recompute()
         request.status = RequestStatus.PREEMPTED
         request.retry_at = self._clock() + BACKOFF_SECONDS
-        self.waiting.appendleft(request)
+        self.waiting.put_back(request)
 
     def share_prefix(self, request: Request) -> None:
         """The request has its route, so that the blocks of its prompt can serve others on the same route."""
@@ -168,11 +176,11 @@ class Scheduler:
                 return []
             may_send = self._may_send_to_others
         budget = self._prefill_budget(len(decoding))
-        for request in list(self.running.values()):
-            if request.status is RequestStatus.RUNNING and not request.is_decoding and may_send(request):
+        for request in self._prompts(may_send):
+            self._admit_before(self.waiting.turn_of(request), budget, segments, may_send)
+            if request.status is RequestStatus.RUNNING:
                 self._prefill(request, budget, segments)
-        while (admitted := self._admit(budget, may_send)) is not None:
-            self._prefill(admitted, budget, segments)
+        self._admit_before(math.inf, budget, segments, may_send)
         return segments
 
     def _unanswered(self) -> list[Request]:
@@ -192,6 +200,11 @@ class Scheduler:
     def _may_send_to_others(self, request: Request) -> bool:
         """`_may_send`, but not to the next shards that are late."""
         return self._may_send(request) and not self._is_late(request.next_shards)
+
+    def _prompts(self, may_send: Callable[[Request], bool]) -> list[Request]:
+        """The running requests with prompt tokens to compute, by the turn of their tenants."""
+        prompts = [one for one in self.running.values() if not one.is_decoding and may_send(one)]
+        return sorted(prompts, key=self.waiting.turn_of) if len(prompts) > 1 else prompts
 
     def _decode_segments(self, decoding: Sequence[Request], may_send: Callable[[Request], bool]) -> list[Segment]:
         """One token for each request of the next micro-batch."""
@@ -237,17 +250,26 @@ class Scheduler:
         """The tokens that the next pass must hold, whatever the budget: all that the route probe reads."""
         return min(self._probe_tokens, request.prompt_tokens) if request.awaits_route else 1
 
-    def _admit(self, budget: PrefillBudget, may_send: Callable[[Request], bool]) -> Request | None:
+    def _admit_before(
+        self, turn: float, budget: PrefillBudget, segments: list[Segment], may_send: Callable[[Request], bool]
+    ) -> None:
+        """Admits waiting requests whose turn comes before `turn`, each with its first chunk."""
+        while (admitted := self._admit(turn, budget, may_send)) is not None:
+            self._prefill(admitted, budget, segments)
+
+    def _admit(self, before: float, budget: PrefillBudget, may_send: Callable[[Request], bool]) -> Request | None:
         """The next waiting request, now running, if the budget and the KV blocks allow its first chunk."""
-        request = None if budget.is_exhausted else next(filter(may_send, self.waiting), None)
-        if request is None or request.retry_at > self._clock() or not budget.affords(self._min_chunk(request)):
+        if budget.is_exhausted or not self.waiting:
+            return None
+        request = self.waiting.next(before, may_send)
+        if request is None or not budget.affords(self._min_chunk(request)):
             return None
         # Cached prefixes belong to a route; and the probe reads hidden states that must be computed in this pass.
         hashes = [] if request.awaits_route else self._prefix_hashes(request)
         reused = 0 if request.skip_prefix_cache else self._pool.count_cached(hashes)
         if self._pool.blocks_for(len(request.token_ids) + 1) > self._pool.free_blocks:
             return None
-        self.waiting.remove(request)
+        self.waiting.take(request)
         self._pool.begin(request.id, hashes, reused)
         request.cached = request.reused = reused * self._pool.block_tokens
         request.status = RequestStatus.RUNNING
@@ -274,6 +296,7 @@ class Scheduler:
         )
         request.cached += length
         request.last_pass = self._passes
+        self.waiting.charge(request, length * self._route_costs.get(request.route, self._lowest_cost))
         return length
 
     def _grow(self, request: Request, tokens: int, segments: list[Segment]) -> bool:

@@ -6,6 +6,7 @@ Every request is validated here, before the engine sees it; every StitchError be
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 Context = grpc.aio.ServicerContext[Any, Any]
 # More than the gateway lets through with the model's own end tokens.
 MAX_STOP_TOKENS = 2_048
+# A tenant travels on the link with each of its sessions.
+MAX_TENANT_CHARACTERS = 256
+MAX_TENANT_WEIGHT = 1e6
 # The size of the messages in which the tokenizer's files are sent.
 PIECE_BYTES = 256 << 10
 
@@ -51,6 +55,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             with shard.in_flight.admit():
                 outbox: asyncio.Queue[RequestOutput] = asyncio.Queue()
                 generation = self._request(request, outbox)
+                generation.deadline = _deadline(context)
                 shard.engine.post(partial(first_stage.admit, generation))
                 try:
                     finished = False
@@ -126,6 +131,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             token_ids=list(message.token_ids),
             prompt_tokens=message.prompt_tokens,
             tenant=message.tenant,
+            tenant_weight=message.tenant_weight or 1.0,
             context_length=model.context_length,
             vocabulary_size=model.vocabulary_size,
             # Called in the engine's thread.
@@ -174,6 +180,10 @@ def _check(request: shard_pb2.ShardGenerateRequest, vocabulary_size: int, contex
     for field, count, limit in ("forced", len(forced), context_length), ("stop", len(stop), MAX_STOP_TOKENS):
         if count > limit:
             raise InvalidRequest(f"sampling.{field}_token_ids", f"{count} ids", f"it holds at most {limit}")
+    if len(request.tenant) > MAX_TENANT_CHARACTERS:
+        raise InvalidRequest("tenant", request.tenant, f"it has at most {MAX_TENANT_CHARACTERS} characters")
+    if not 0 <= request.tenant_weight <= MAX_TENANT_WEIGHT:
+        raise InvalidRequest("tenant_weight", request.tenant_weight, f"it must be 0 to {MAX_TENANT_WEIGHT:g}")
     if not request.candidates and not request.chain:
         raise InvalidRequest("chain", [], "a chain has at least one shard after the first")
 
@@ -198,6 +208,12 @@ def _decision_message(decision: RouteDecision) -> shard_pb2.ProbeDecision:
         failure=decision.failure,
         preferred=decision.preferred,
     )
+
+
+def _deadline(context: Context) -> float | None:
+    """The call's deadline in seconds of the engine's clock; None where it has none."""
+    left_seconds: Any = context.time_remaining()
+    return None if left_seconds is None else time.perf_counter() + left_seconds
 
 
 def _put(loop: asyncio.AbstractEventLoop, outbox: asyncio.Queue[RequestOutput], output: RequestOutput) -> None:

@@ -103,7 +103,15 @@ def new_request(
     """A request whose prompt counts upwards from `first_token`; fields of its sampling are given by name."""
     own = {
         name: fields.pop(name)
-        for name in ("context_length", "vocabulary_size", "prompt_tokens", "candidates", "tenant")
+        for name in (
+            "context_length",
+            "vocabulary_size",
+            "prompt_tokens",
+            "candidates",
+            "tenant",
+            "tenant_weight",
+            "deadline",
+        )
         if name in fields
     }
     outputs = [] if outputs is None else outputs

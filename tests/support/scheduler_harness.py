@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from stitch.cluster import BatchingConfig
 from stitch_server.engine.request import Request
-from stitch_server.engine.scheduler import Scheduler
+from stitch_server.engine.scheduler import NO_COSTS, Scheduler
 from stitch_server.engine.types import LayerRange, Segment
 from stitch_server.kv_cache.block_pool import BlockPool
 from tests.support.engine_fakes import TOKEN_ID, ManualClock, new_request
@@ -22,6 +24,7 @@ class SchedulerHarness:
         attention_cost_per_token: int = 0,
         min_efficient_tokens: int = 1,
         probe_tokens: int = 0,
+        route_costs: Mapping[str, float] = NO_COSTS,
         **batching: int,
     ) -> None:
         self.pool, self.clock = BlockPool(blocks), ManualClock()
@@ -35,6 +38,7 @@ class SchedulerHarness:
             attention_cost_per_token=attention_cost_per_token,
             min_efficient_tokens=min_efficient_tokens,
             probe_tokens=probe_tokens,
+            route_costs=route_costs,
             clock=self.clock,
         )
 

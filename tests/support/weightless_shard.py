@@ -41,10 +41,13 @@ class Aborted(Exception):
 
 
 class FakeContext:
-    """The context of a call without TLS, which a method can abort."""
+    """The context of a call without TLS and without a deadline, which a method can abort."""
 
     def auth_context(self) -> dict[str, list[bytes]]:
         return {}
+
+    def time_remaining(self) -> None:
+        return None
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: object = ()) -> NoReturn:
         raise Aborted(code, details)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from stitch.errors import Exhausted, Unavailable
+from stitch.errors import Exhausted, Expired, Unavailable
 from stitch.v1.inference_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
-from stitch_server.engine.request import Request, RequestOutput
+from stitch_server.engine.request import Request, RequestOutput, RequestStatus
 from stitch_server.engine.types import OutgoingStep, RouteDecision
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.engine_fakes import TOKEN_ID, computed, new_request
@@ -209,3 +209,21 @@ class TestRouteDecision:
         harness.stage.fail(harness.next_batch(), ZeroDivisionError("no"))
         assert outputs[-1].error is not None
         assert harness.idle
+
+
+def test_request_whose_deadline_passed_in_the_queue_is_not_computed() -> None:
+    harness = FirstStageHarness()
+    request, outputs = harness.admit(deadline=harness.clock.now + 5.0)
+    harness.clock.advance(5.0)
+    assert harness.stage.next_batch() is None
+    assert isinstance(error_of(outputs), Expired)
+    assert (request.status, harness.idle) == (RequestStatus.FINISHED, True)
+
+
+def test_running_request_is_not_ended_by_its_deadline() -> None:
+    harness = FirstStageHarness()
+    _, outputs = harness.admit(deadline=harness.clock.now + 5.0)
+    step = harness.compute()
+    harness.clock.advance(5.0)
+    harness.reply(step)
+    assert token_ids(outputs) == [TOKEN_ID]

@@ -1,6 +1,8 @@
-"""The composition of a pass: decodes, then prefill in order of arrival; and which requests are refused."""
+"""The composition of a pass: decodes, then prefill, tenant by tenant; and which requests are refused."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import pytest
 
@@ -258,3 +260,62 @@ class TestRemove:
         harness = SchedulerHarness()
         harness.scheduler.remove(new_request())
         assert harness.next_pass() == []
+
+
+class TestTenants:
+    """Tenants share the first shard by weight, counted in parameters read."""
+
+    def serve(self, harness: SchedulerHarness, passes: int, answer_tokens: int = 3) -> Counter[str]:
+        """Runs passes of which every prompt gets an answer; returns the computed tokens by tenant."""
+        computed = Counter[str]()
+        for _ in range(passes):
+            for request, _, length in harness.next_pass():
+                computed[request.tenant] += length
+                if not request.remaining:
+                    harness.answer(request)
+                if request.generated > answer_tokens:
+                    harness.scheduler.remove(request)
+        return computed
+
+    @pytest.mark.parametrize("weight", [1.0, 3.0])
+    def test_computed_tokens_are_in_proportion_to_weights(self, weight: float) -> None:
+        harness = SchedulerHarness(blocks=8, max_waiting_sessions=1000)
+        for number in range(400):
+            harness.add(new_request(20, tenant="one", first_token=40 * number))
+            harness.add(new_request(20, tenant="two", first_token=40 * number, tenant_weight=weight))
+        computed = self.serve(harness, 300)
+        assert len(harness.scheduler.waiting) > 100
+        assert computed["two"] / computed["one"] == pytest.approx(weight, rel=0.1)
+
+    def test_costlier_route_counts_more(self) -> None:
+        harness = SchedulerHarness(blocks=8, max_waiting_sessions=1000, route_costs={"weak": 1.0, "strong": 2.0})
+        for number in range(400):
+            harness.add(new_request(20, "weak", tenant="one", first_token=40 * number))
+            harness.add(new_request(20, "strong", tenant="two", first_token=40 * number))
+        computed = self.serve(harness, 300)
+        assert computed["one"] / computed["two"] == pytest.approx(2.0, rel=0.1)
+
+    def test_request_does_not_wait_for_many_of_another_tenant(self) -> None:
+        harness = SchedulerHarness(blocks=512, max_waiting_sessions=1000, num_micro_batches=1)
+        for number in range(330):
+            harness.add(new_request(400, tenant="many", first_token=1000 * number))
+        self.serve(harness, 5)
+        other = new_request(60, tenant="one")
+        harness.add(other)
+        assert (other, 0, 60) in harness.next_pass()
+
+    def test_prompt_of_another_tenant_goes_before_the_rest_of_a_long_one(self) -> None:
+        harness = SchedulerHarness(max_prefill_chunk=64)
+        long, short = new_request(600, tenant="one"), new_request(20, tenant="two")
+        harness.add(long)
+        harness.next_pass()
+        harness.add(short)
+        assert harness.next_pass() == [(short, 0, 20), (long, 64, 44)]
+
+    def test_tenant_alone_gets_all(self) -> None:
+        harness = SchedulerHarness(max_prefill_chunk=64)
+        harness.decoding(20)
+        requests = [new_request(20, tenant="one", first_token=100 * number) for number in range(1, 4)]
+        harness.add(*requests)
+        taken = [one for one, _, _ in harness.next_pass() + harness.next_pass()]
+        assert set(requests) <= set(taken)
