@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from statistics import mean, median
 
 from benchmarks.bench_hop import HIDDEN_BYTES, REPLY_BYTES
-from benchmarks.clusters import first_shard, preset, prompt, run, running
+from benchmarks.clusters import first_shard, free_ports, not_started, preset, prompt, quiet, run
 from benchmarks.report import Options, options, write
-from benchmarks.slow_link import slow_link
+from benchmarks.slow_link import SlowLink, slow_link
 from benchmarks.steps import Step, step_logs
 from benchmarks.tcp_echo import Echo, tcp_echo
+from stitch.cluster import ClusterConfig
+from stitch.local.cluster import LocalCluster
 
 # Round trip in milliseconds, bits per second.
 LINKS = ((0, 1e9), (5, 1e9), (20, 1e9), (20, 1e8))
@@ -34,9 +36,8 @@ async def measure(options: Options) -> None:
     samples: dict[str, list[float]] = {}
     async with AsyncExitStack() as stack:
         logs = stack.enter_context(step_logs())
-        local = stack.enter_context(running(cluster))
-        link = await stack.enter_async_context(slow_link(local.address(top)))
-        shard = await stack.enter_async_context(first_shard(local, chain=[link.address]))
+        local, link = await stack.enter_async_context(running_over_slow_link(cluster, top))
+        shard = await stack.enter_async_context(first_shard(local))
         server = stack.enter_context(tcp_echo(HIDDEN_BYTES, REPLY_BYTES))
         bare = await stack.enter_async_context(slow_link(server.address))
         echo = stack.enter_context(server.connected(bare.address))
@@ -58,6 +59,19 @@ async def measure(options: Options) -> None:
     for what, of_links in figures.items():
         for name, milliseconds in of_links.items():
             print(f"  {f'{name}: {what}':<60} {milliseconds:10.2f} ms")
+
+
+@asynccontextmanager
+async def running_over_slow_link(cluster: ClusterConfig, shard: str) -> AsyncIterator[tuple[LocalCluster, SlowLink]]:
+    """Runs the cluster; all others reach that shard over the link, which has its address in the cluster file."""
+    with not_started(cluster) as local:
+        (free,) = free_ports(1)
+        _, _, port = local.address(shard).rpartition(":")
+        local.listen[shard] = f"127.0.0.1:{free}"
+        async with slow_link(local.listen[shard], int(port)) as link:
+            # The link runs in this event loop.
+            await asyncio.to_thread(local.start_all, quiet)
+            yield local, link
 
 
 def _name(round_trip_ms: float, rate: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
@@ -35,11 +36,18 @@ def preset(name: str = "smollm2", **fields: Any) -> ClusterConfig:
 @contextmanager
 def running(cluster: ClusterConfig) -> Iterator[LocalCluster]:
     """Runs the cluster as processes of this machine, all of which serve inside the block."""
-    import_models(cluster, _quiet)
+    with not_started(cluster) as local:
+        local.start_all(quiet)
+        yield local
+
+
+@contextmanager
+def not_started(cluster: ClusterConfig) -> Iterator[LocalCluster]:
+    """The cluster with free ports, before any process starts; those that run at the end of the block are stopped."""
+    import_models(cluster, quiet)
     with tempfile.TemporaryDirectory() as folder:
         local = prepared(cluster, RunFolder(Path(folder)))
         try:
-            local.start_all(_quiet)
             yield local
         finally:
             local.stop()
@@ -65,12 +73,9 @@ class Timed:
 class FirstShard:
     """A client of the first shard of a route, with token ids in and out and no gateway."""
 
-    def __init__(
-        self, stub: shard_pb2_grpc.ShardAsyncStub, cluster: ClusterConfig, chain: Sequence[str] | None
-    ) -> None:
+    def __init__(self, stub: shard_pb2_grpc.ShardAsyncStub, cluster: ClusterConfig) -> None:
         self._stub = stub
         self._cluster = cluster
-        self._chain = chain
 
     async def generate(
         self, token_ids: Sequence[int], tokens: int, route: str = "strong", arrived: Callable[[], None] | None = None
@@ -81,7 +86,7 @@ class FirstShard:
             token_ids=token_ids,
             prompt_tokens=len(token_ids),
             route=route,
-            chain=self._chain or [replicas[0].address for replicas in stages[1:]],
+            chain=[replicas[0].name for replicas in stages[1:]],
             sampling=inference_pb2.Sampling(max_tokens=tokens),
         )
         started = time.perf_counter()
@@ -95,12 +100,12 @@ class FirstShard:
 
 
 @asynccontextmanager
-async def first_shard(local: LocalCluster, chain: Sequence[str] | None = None) -> AsyncIterator[FirstShard]:
-    """A client of the shard with the embedding; `chain` replaces the addresses of the later shards."""
+async def first_shard(local: LocalCluster) -> AsyncIterator[FirstShard]:
+    """A client of the shard with the embedding."""
     first = local.cluster.stages(local.cluster.routes[-1])[0][0]
     async with open_channel(first.address) as channel:
         stub: shard_pb2_grpc.ShardAsyncStub = shard_pb2_grpc.ShardStub(channel)
-        yield FirstShard(stub, local.cluster, chain)
+        yield FirstShard(stub, local.cluster)
 
 
 def prompt(tokens: int, seed: int = 0) -> list[int]:
@@ -108,8 +113,17 @@ def prompt(tokens: int, seed: int = 0) -> list[int]:
     return [1000 + (seed * 7919 + index * 31) % 20000 for index in range(tokens)]
 
 
-def _quiet(name: str, progress: str | float) -> None:
+def quiet(name: str, progress: str | float) -> None:
     """Benchmarks print figures only."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nothing listens on now."""
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports
 
 
 def run(question: Coroutine[Any, Any, None]) -> None:

@@ -10,16 +10,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import socket
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from benchmarks.clusters import prompt, run
+from benchmarks.clusters import free_ports, prompt, run
 from benchmarks.report import Options, ratio, write
 from stitch.channels import open_channel
 from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
@@ -27,15 +27,16 @@ from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
 SESSIONS = 16
 PROMPT_TOKENS = 64
 START_SECONDS = 300.0
+ANY_ADDRESS = 'address = "127.0.0.1:0"'
 ROOT = Path(__file__).parents[1]
 
 
 class Tree:
     """Two running shards of one tree, reached through the first one."""
 
-    def __init__(self, stub: shard_pb2_grpc.ShardAsyncStub, next_address: str) -> None:
+    def __init__(self, stub: shard_pb2_grpc.ShardAsyncStub, next_shard: str) -> None:
         self._stub = stub
-        self._next_address = next_address
+        self._next_shard = next_shard
 
     async def token_ms(self, seed: int, tokens: int) -> float:
         """Milliseconds per token after the first, greedy."""
@@ -44,7 +45,7 @@ class Tree:
             token_ids=token_ids,
             prompt_tokens=len(token_ids),
             route="strong",
-            chain=[self._next_address],
+            chain=[self._next_shard],
             sampling=inference_pb2.Sampling(max_tokens=tokens),
         )
         arrivals = [time.perf_counter() async for response in self._stub.Generate(request) for _ in response.tokens]
@@ -82,16 +83,14 @@ async def measure(earlier: Path, options: Options) -> None:
 async def running_tree(tree: Path) -> AsyncIterator[Tree]:
     """Starts both shards of a tree, and stops them at the end of the block."""
     addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    with tempfile.TemporaryDirectory() as logs:
-        shards = [
-            start_shard(tree, name, address, Path(logs) / f"{name}.log")
-            for name, address in zip(("bottom-0", "top-0"), addresses, strict=True)
-        ]
+    with tempfile.TemporaryDirectory() as folder:
+        file = cluster_file(tree, Path(folder), addresses)
+        shards = [start_shard(tree, name, file) for name in ("bottom-0", "top-0")]
         try:
             async with open_channel(addresses[0]) as first, open_channel(addresses[1]) as second:
                 async with asyncio.timeout(START_SECONDS):
                     await asyncio.gather(first.channel_ready(), second.channel_ready())
-                yield Tree(shard_pb2_grpc.ShardStub(first), addresses[1])
+                yield Tree(shard_pb2_grpc.ShardStub(first), "top-0" if names_shards(tree) else addresses[1])
         finally:
             for shard in shards:
                 shard.terminate()
@@ -99,22 +98,27 @@ async def running_tree(tree: Path) -> AsyncIterator[Tree]:
                 shard.wait()
 
 
-def start_shard(tree: Path, name: str, address: str, log: Path) -> subprocess.Popen[bytes]:
-    """A shard process that imports the code of `tree`."""
-    command = [sys.executable, "-m", "stitch_server.cli", "run", "smollm2", "--shard", name]
-    command += ["--listen", address, "--metrics-port", "0"]
+def cluster_file(tree: Path, folder: Path, addresses: Sequence[str]) -> Path:
+    """A copy of the preset of `tree` in which the first shards, in order, have these addresses."""
+    copied = shutil.copytree(tree / "stitch" / "presets", folder / "presets") / "smollm2.toml"
+    text = copied.read_text()
+    for address in addresses:
+        text = text.replace(ANY_ADDRESS, f'address = "{address}"', 1)
+    copied.write_text(text)
+    return copied
+
+
+def names_shards(tree: Path) -> bool:
+    """Whether chains are names of shards in `tree`; they were addresses in version 1 of the protocol."""
+    return "PROTOCOL_VERSION = 1\n" not in (tree / "stitch_server" / "rpc" / "handshake.py").read_text()
+
+
+def start_shard(tree: Path, name: str, file: Path) -> subprocess.Popen[bytes]:
+    """A shard process that imports the code of `tree`; its log is next to the cluster file."""
+    command = [sys.executable, "-m", "stitch_server.cli", "run", str(file), "--shard", name, "--metrics-port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(tree)}
-    with log.open("wb") as output:
+    with file.with_name(f"{name}.log").open("wb") as output:
         return subprocess.Popen(command, cwd=tree, env=environment, stdout=output, stderr=output)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nothing listens on now."""
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
 
 
 def main() -> None:

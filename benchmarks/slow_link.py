@@ -29,18 +29,18 @@ class SlowLink:
 
 
 @asynccontextmanager
-async def slow_link(to: str) -> AsyncIterator[SlowLink]:
-    """A port of this machine whose connections are forwarded to `to`, `host:port`."""
-    host, _, port = to.rpartition(":")
+async def slow_link(to: str, port: int = 0) -> AsyncIterator[SlowLink]:
+    """A port of this machine, any free one for 0, whose connections are forwarded to `to`, `host:port`."""
+    host, _, target = to.rpartition(":")
     link = SlowLink("")
     pumps: set[asyncio.Task[None]] = set()
 
     async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        upstream, back = await asyncio.open_connection(host, int(port))
+        upstream, back = await asyncio.open_connection(host, int(target))
         for source, sink in ((reader, back), (upstream, writer)):
             pumps.add(asyncio.create_task(_pump(link, source, sink)))
 
-    server = await asyncio.start_server(accepted, "127.0.0.1", 0)
+    server = await asyncio.start_server(accepted, "127.0.0.1", port)
     link.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         yield link

@@ -47,14 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    import logging
-
     import uvloop
 
     from router_gateway.config import from_flags
     from router_gateway.server import serve
+    from stitch.logs import set_up_logging
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging()
     uvloop.run(serve(from_flags(vars(parsed))))
     return 0
 

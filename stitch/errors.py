@@ -134,6 +134,15 @@ def shown(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
+def plain(text: str, limit: int | None = None) -> str:
+    """`text` without control characters or line breaks, which are escaped, and no longer than `limit` characters."""
+    if limit is not None and len(text) > limit:
+        text = f"{text[: limit - 1]}…"
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 def to_status(error: StitchError) -> status_pb2.Status:
     """The google.rpc.Status of an error, with its details packed."""
     status = status_pb2.Status(code=getattr(code_pb2, error.code.name), message=str(error))

@@ -86,12 +86,11 @@ def _add_plan(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    import logging
-
     import uvloop
 
     from stitch.cluster import load_cluster
     from stitch.environment import share_cores
+    from stitch.logs import set_up_logging
     from stitch_server.config import shard_settings
 
     settings = shard_settings(
@@ -102,7 +101,7 @@ def _run(parsed: argparse.Namespace) -> None:
         parsed.insecure,
         parsed.drain_seconds,
     )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging()
     share_cores()
     from stitch_server.server import serve
 

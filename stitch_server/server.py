@@ -31,6 +31,7 @@ from stitch_server.devices import pick_device
 from stitch_server.engine.loop import Engine
 from stitch_server.engine.types import LinkEvent
 from stitch_server.metrics import Metrics, StepLog
+from stitch_server.neighbours import Neighbours
 from stitch_server.rpc.link_client import LinkClient
 from stitch_server.rpc.servicer import LenientDecoding, ShardServicer
 from stitch_server.shard import Shard, build_shard
@@ -110,18 +111,19 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
     device = pick_device(settings.cluster.compute.device)
     loaded = await asyncio.to_thread(load_stage, settings.cluster, settings.shard, device)
     async with AsyncExitStack() as stack:
-        metrics = Metrics(settings.shard.name)
         folder, name = step_log_folder(), settings.shard.name
+        metrics, neighbours = Metrics(name), Neighbours(settings.cluster, name)
         step_log = None if folder is None else stack.enter_context(StepLog(folder, name))
 
         credentials = None if certificates is None else certificates.current.client()
 
         def open_links(identity: shard_pb2.ShardIdentity, on_event: Callable[[LinkEvent], None]) -> LinkClient:
-            links = LinkClient(identity, on_event, metrics.link_bytes_sent.inc, credentials)
+            sent = metrics.link_bytes_sent.inc
+            links = LinkClient(identity, on_event, sent, neighbours.address_of, credentials)
             stack.push_async_callback(links.aclose)
             return links
 
-        shard = build_shard(settings.cluster, settings.shard, loaded, device, open_links, metrics, step_log)
+        shard = build_shard(settings.cluster, settings.shard, loaded, device, open_links, metrics, neighbours, step_log)
         shard.engine.start()
         stack.push_async_callback(asyncio.to_thread, shard.engine.stop)
         metrics_server, _ = start_http_server(settings.metrics_port, settings.host.strip("[]"), metrics.registry)

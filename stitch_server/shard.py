@@ -28,6 +28,7 @@ from stitch_server.engine.types import Batch, LinkEvent
 from stitch_server.kv_cache.block_pool import BlockPool
 from stitch_server.metrics import Metrics, PassObserver
 from stitch_server.model.probe import MAX_PROBE_TOKENS
+from stitch_server.neighbours import Neighbours
 from stitch_server.rpc.tensors import DTYPES, Packed, unpack
 from stitch_server.worker.model_runner import ModelRunner
 
@@ -46,6 +47,7 @@ class Shard:
     config: ShardConfig
     loaded: LoadedStage
     identity: shard_pb2.ShardIdentity
+    neighbours: Neighbours
     metrics: Metrics
     engine: Engine
     first_stage: FirstStage | None
@@ -107,6 +109,7 @@ def build_shard(
     device: torch.device,
     open_links: OpenLinks,
     metrics: Metrics,
+    neighbours: Neighbours,
     step_log: PassObserver | None = None,
 ) -> Shard:
     """Builds KV cache, runner, links, batch source and engine around the loaded stage; nothing runs yet."""
@@ -129,6 +132,7 @@ def build_shard(
             pool,
             loaded.layer_ranges,
             in_flight,
+            neighbours.check_chain,
             batching.max_merged_tokens,
             vocabulary_size=logits,
             shard=config.name,
@@ -144,6 +148,7 @@ def build_shard(
         config=config,
         loaded=loaded,
         identity=identity,
+        neighbours=neighbours,
         metrics=metrics,
         engine=Engine(source, runner, inbox, observe),
         first_stage=source if isinstance(source, FirstStage) else None,

@@ -125,10 +125,10 @@ class TokenStream:
         )
         if isinstance(chain, CandidateChains):
             for route, candidate in chain.by_route.items():
-                message.candidates.add(route=route, chain=candidate.next_addresses)
+                message.candidates.add(route=route, chain=candidate.next_names)
         else:
             message.route = self._failover.routes[0]
-            message.chain.extend(chain.next_addresses)
+            message.chain.extend(chain.next_names)
         return message
 
     def _step(self, response: shard_pb2.ShardGenerateResponse) -> Step:

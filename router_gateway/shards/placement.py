@@ -30,9 +30,9 @@ class Chain:
         return tuple(replica.config.name for replica in self.replicas)
 
     @property
-    def next_addresses(self) -> list[str]:
-        """Addresses of the shards after the first."""
-        return [replica.config.address for replica in self.replicas[1:]]
+    def next_names(self) -> tuple[str, ...]:
+        """Names of the shards after the first."""
+        return self.names[1:]
 
     @property
     def serving(self) -> bool:

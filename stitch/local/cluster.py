@@ -42,6 +42,8 @@ class LocalCluster:
     folder: RunFolder
     cluster: ClusterConfig
     processes: dict[str, LocalProcess] = field(default_factory=dict)
+    # Where a shard listens, if that isn't its address in the cluster file, as where a proxy has that one.
+    listen: dict[str, str] = field(default_factory=dict)
 
     @property
     def gateway(self) -> str:
@@ -70,7 +72,8 @@ class LocalCluster:
         file = str(self.folder.cluster_file)
         if name == GATEWAY:
             return "router_gateway.cli", ["run", file]
-        return "stitch_server.cli", ["run", file, "--shard", name]
+        listen = ["--listen", self.listen[name]] if name in self.listen else []
+        return "stitch_server.cli", ["run", file, "--shard", name, *listen]
 
     def start_all(
         self, on_serving: Serving, timeout_seconds: float = START_SECONDS, on_waiting: Waiting | None = None

@@ -122,8 +122,8 @@ class Engine:
             match message:
                 case StepReply():
                     self._source.on_reply(message)
-                case LinkLost(address, error):
-                    self._source.on_link_lost(address, error)
+                case LinkLost(neighbour, error):
+                    self._source.on_link_lost(neighbour, error)
                 case _:
                     message()
         except Exception:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stitch.errors import Incompatible, OutOfStep, StitchError, Unavailable
+from stitch.errors import Incompatible, InvalidRequest, OutOfStep, StitchError, Unavailable
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
 from stitch_server.engine.in_flight import StepsInFlight
@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 # Token ids are 32 bits wide.
 UNLIMITED = 1 << 32
+# Takes a route, and the names of the shards that a session takes after this one; raises InvalidRequest where these are
+# not those of the route.
+CheckChain = Callable[[str, Sequence[str]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +75,14 @@ class SessionTable:
         pool: BlockPool,
         layer_ranges: Mapping[str, LayerRange],
         in_flight: StepsInFlight | None,
+        check_chain: CheckChain,
         vocabulary_size: int = UNLIMITED,
     ) -> None:
         """`in_flight` is None on the chain's last shard, whose head has `vocabulary_size` logits."""
         self._pool = pool
         self._layer_ranges = layer_ranges
         self._in_flight = in_flight
+        self._check_chain = check_chain
         self._vocabulary_size = vocabulary_size
         self._sessions: dict[Upstream, dict[int, Session]] = {}
         self._tombstones: dict[Upstream, dict[int, _Tombstone]] = {}
@@ -155,10 +160,8 @@ class SessionTable:
             )
         if session.route not in upstream.routes:
             raise _contradiction(f"route {session.route} does not come over this link, only {sorted(upstream.routes)}")
+        self._check_downstream(session)
         is_last = self._in_flight is None
-        if is_last != (not session.chain):
-            side = "the last of its chain" if is_last else "not the last of its chain"
-            raise _contradiction(f"the session names {len(session.chain)} shards after this one, which is {side}")
         if is_last and (largest := max(session.sampling.forced_token_ids, default=0)) >= self._vocabulary_size:
             raise _contradiction(f"token {largest} is forced, but the head has {self._vocabulary_size} logits")
         if self._in_flight is not None and (suspect := self._in_flight.refusal(session.next_shards)) is not None:
@@ -172,6 +175,13 @@ class SessionTable:
             raise SessionRefused(shard_pb2.FAILURE_CAUSE_PREFIX_MISSING, message)
         self.close(upstream, session_id)
         self._sessions.setdefault(upstream, {})[session_id] = session
+
+    def _check_downstream(self, session: Session) -> None:
+        """Refuses a session that continues on shards other than those of its route."""
+        try:
+            self._check_chain(session.route, session.chain)
+        except InvalidRequest as error:
+            raise _contradiction(str(error)) from error
 
     def _extend(self, upstream: Upstream, segment: IncomingSegment) -> Session:
         """Advances the segment's session by the segment, which must continue exactly where the session is."""
@@ -221,6 +231,7 @@ class NextStage:
         pool: BlockPool,
         layer_ranges: Mapping[str, LayerRange],
         in_flight: StepsInFlight | None,
+        check_chain: CheckChain,
         max_merged_tokens: int,
         clock: Callable[[], float] = time.perf_counter,
         vocabulary_size: int = UNLIMITED,
@@ -232,7 +243,7 @@ class NextStage:
         """
         self._shard = shard
         self._pool = pool
-        self._sessions = SessionTable(pool, layer_ranges, in_flight, vocabulary_size)
+        self._sessions = SessionTable(pool, layer_ranges, in_flight, check_chain, vocabulary_size)
         self._in_flight = in_flight
         self._max_merged_tokens = max_merged_tokens
         self._clock = clock

@@ -27,7 +27,7 @@ class Session:
     """What a shard keeps of one session: the request's tokens so far, and how many of them have KV here."""
 
     route: str
-    # Addresses of the downstream shards, in order.
+    # Names of the downstream shards, in order.
     chain: tuple[str, ...]
     sampling: Sampling
     # The prompt and the tokens generated so far, as far as this shard knows them.
@@ -279,7 +279,8 @@ class ReplySlot:
 class LinkLost:
     """The link to a next shard ended, and with it the KV of its sessions there."""
 
-    address: str
+    # The name of the next shard.
+    neighbour: str
     error: StitchError
 
 

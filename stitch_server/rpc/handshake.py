@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from stitch.errors import Incompatible
+from stitch.errors import Incompatible, plain
 from stitch.v1 import inference_pb2, shard_pb2
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+# Characters of what a peer states that a refusal repeats.
+MAX_SHOWN = 200
 
 Identity = shard_pb2.ShardIdentity
 # Raises Incompatible where a route's stitch was not made for this bottom model.
@@ -97,8 +99,9 @@ def _described(model: inference_pb2.Model) -> str:
 
 
 def _named(identity: Identity) -> str:
-    return f"shard {identity.shard or '?'}"
+    return f"shard {plain(identity.shard, MAX_SHOWN) or '?'}"
 
 
 def _differ(what: str, caller: Identity, theirs: object, own: Identity, ours: object) -> Incompatible:
-    return Incompatible(f"the {what} of {_named(caller)} is {theirs}, that of {_named(own)} is {ours}")
+    stated = plain(str(theirs), MAX_SHOWN)
+    return Incompatible(f"the {what} of {_named(caller)} is {stated}, that of {_named(own)} is {ours}")

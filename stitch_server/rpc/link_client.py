@@ -1,4 +1,4 @@
-"""This shard's links to the next shards: opened with the first step for an address, dropped when they break.
+"""This shard's links to the next shards: opened with the first step for a shard, dropped when they break.
 
 In: steps and session ends from the engine's thread. Out: `LinkEvent`s, which `on_event` puts into the engine's inbox.
 Invariant: after `send`, the engine receives the step's reply or the loss of its link.
@@ -15,7 +15,7 @@ from functools import partial
 import grpc
 
 from stitch.channels import open_channel
-from stitch.errors import Incompatible, OutOfStep, StitchError, Unavailable, from_rpc_error
+from stitch.errors import Incompatible, OutOfStep, StitchError, Unavailable, from_rpc_error, shown
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.engine.types import LinkEvent, LinkLost, OutgoingStep, StepReply
 from stitch_server.rpc.frames import reply_of, step_frames
@@ -28,62 +28,72 @@ HANDSHAKE_SECONDS = 10.0
 
 
 class LinkClient:
-    """One link per address; `send` and `close` are called in the engine's thread, all else in the event loop."""
+    """One link per next shard; `send` and `close` are called in the engine's thread, all else in the event loop."""
 
     def __init__(
         self,
         identity: shard_pb2.ShardIdentity,
         on_event: Callable[[LinkEvent], None],
         count_bytes: Callable[[int], None],
+        address_of: Callable[[str], str],
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        """`identity` is this shard's; `count_bytes` is called with the bytes of each step's hidden states."""
+        """`identity` is this shard's; `count_bytes` is called with the bytes of each step's hidden states.
+
+        `address_of` gives a shard's address by its name; it is asked at every connect.
+        """
         self._identity = identity
         self._on_event = on_event
         self._count_bytes = count_bytes
+        self._address_of = address_of
         self._connect = partial(open_channel, credentials=credentials)
         self._links: dict[str, _Link] = {}
         self._loop = asyncio.get_running_loop()
         # Next shards that have been silent for too long.
         self.suspects: set[str] = set()
 
-    def send(self, address: str, step: OutgoingStep) -> None:
-        """Queues a step for the next shard at `address`.
+    def send(self, neighbour: str, step: OutgoingStep) -> None:
+        """Queues a step for the next shard of that name.
 
         Packs its hidden states here, in the engine's thread: on a GPU that waits for the pass.
         """
         packed = pack(step.hidden, self._identity.wire_dtype)
         frames = list(step_frames(step, packed))
         self._count_bytes(len(packed.data))
-        self._loop.call_soon_threadsafe(self._put, address, frames, step.urgent)
+        self._loop.call_soon_threadsafe(self._put, neighbour, frames, step.urgent)
 
-    def close(self, address: str, session_ids: Sequence[int]) -> None:
-        """Ends sessions on the next shard at `address`."""
+    def close(self, neighbour: str, session_ids: Sequence[int]) -> None:
+        """Ends sessions on the next shard of that name."""
         frame = shard_pb2.LinkRequest(close=shard_pb2.CloseSessions(sessions=session_ids))
-        self._loop.call_soon_threadsafe(self._put_if_open, address, frame)
+        self._loop.call_soon_threadsafe(self._put_if_open, neighbour, frame)
 
     async def aclose(self) -> None:
         """Ends all links; the next shards free the sessions of these links."""
         for link in list(self._links.values()):
             await link.aclose()
 
-    def _put(self, address: str, frames: Sequence[shard_pb2.LinkRequest], urgent: bool) -> None:
-        link = self._links.get(address)
+    def _put(self, neighbour: str, frames: Sequence[shard_pb2.LinkRequest], urgent: bool) -> None:
+        link = self._links.get(neighbour)
         if link is None:
-            link = self._links[address] = _Link(address, self._connect, self._identity, self._on_event, self._on_lost)
+            link = _Link(neighbour, self._channel, self._identity, self._on_event, self._on_lost)
+            self._links[neighbour] = link
         for frame in frames:
             link.put(frame, urgent)
 
-    def _put_if_open(self, address: str, frame: shard_pb2.LinkRequest) -> None:
+    def _put_if_open(self, neighbour: str, frame: shard_pb2.LinkRequest) -> None:
         """Without a link nothing is to be closed: a session does not outlive the link that opened it."""
-        link = self._links.get(address)
+        link = self._links.get(neighbour)
         if link is not None:
             link.put(frame, urgent=False)
 
-    def _on_lost(self, address: str, error: StitchError) -> None:
-        log.warning("link to %s: %s", address, error)
-        self._links.pop(address, None)
-        self._on_event(LinkLost(address, error))
+    def _channel(self, neighbour: str) -> grpc.aio.Channel:
+        """A channel to the address that the shard has now. Raises Unavailable where the cluster has no such shard."""
+        return self._connect(self._address_of(neighbour))
+
+    def _on_lost(self, neighbour: str, error: StitchError) -> None:
+        log.warning("link to %s: %s", neighbour, error)
+        self._links.pop(neighbour, None)
+        self._on_event(LinkLost(neighbour, error))
 
 
 class _Link:
@@ -91,13 +101,13 @@ class _Link:
 
     def __init__(
         self,
-        address: str,
+        neighbour: str,
         connect: Callable[[str], grpc.aio.Channel],
         identity: shard_pb2.ShardIdentity,
         on_reply: Callable[[StepReply], None],
         on_lost: Callable[[str, StitchError], None],
     ) -> None:
-        self._address = address
+        self._neighbour = neighbour
         self._connect = connect
         self._identity = identity
         self._on_reply = on_reply
@@ -105,7 +115,7 @@ class _Link:
         self._order = itertools.count()
         # Urgent frames first; within each class in order.
         self._outbox: asyncio.PriorityQueue[tuple[int, int, shard_pb2.LinkRequest]] = asyncio.PriorityQueue()
-        self._task = asyncio.create_task(self._run(), name=f"link to {address}")
+        self._task = asyncio.create_task(self._run(), name=f"link to {neighbour}")
 
     def put(self, frame: shard_pb2.LinkRequest, urgent: bool) -> None:
         self._outbox.put_nowait((0 if urgent else 1, next(self._order), frame))
@@ -116,27 +126,29 @@ class _Link:
 
     async def _run(self) -> None:
         try:
-            async with self._connect(self._address) as channel:
+            async with self._connect(self._neighbour) as channel:
                 await self._exchange(channel)
         except grpc.aio.AioRpcError as error:
-            self._on_lost(self._address, self._as_loss(error))
+            self._on_lost(self._neighbour, self._as_loss(error))
         except TimeoutError:
-            self._on_lost(self._address, Unavailable(f"{self._address} did not answer in {HANDSHAKE_SECONDS:g} s"))
+            self._on_lost(self._neighbour, self._unavailable(f"did not answer in {HANDSHAKE_SECONDS:g} s"))
         except StitchError as error:
-            self._on_lost(self._address, error)
+            self._on_lost(self._neighbour, error)
         except Exception as error:  # the sessions of this link must end, whatever broke it
-            log.exception("the link to %s broke", self._address)
-            self._on_lost(self._address, Unavailable(f"the link to {self._address} broke: {error}"))
+            log.exception("the link to %s broke", self._neighbour)
+            self._on_lost(self._neighbour, self._unavailable(f"is cut off by a defect: {error}"))
 
     async def _exchange(self, channel: grpc.aio.Channel) -> None:
         stub: shard_pb2_grpc.ShardAsyncStub = shard_pb2_grpc.ShardStub(channel)
         call = stub.Link(None)
-        hello = shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=self._identity, caller=self._address)
+        hello = shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=self._identity, caller=self._neighbour)
         async with asyncio.timeout(HANDSHAKE_SECONDS):
             await call.write(shard_pb2.LinkRequest(hello=hello))
             answer = await call.read()
         if not isinstance(answer, shard_pb2.LinkResponse) or answer.WhichOneof("frame") != "welcome":
-            raise Incompatible(f"{self._address} answered the handshake with {answer!r:.80}")
+            raise Incompatible(f"{self._neighbour} answered the handshake with {answer!r:.80}")
+        if (found := answer.welcome.identity.shard) != self._neighbour:
+            raise self._unavailable(f"is not at its address, where shard {shown(found)} answers")
         check_welcome(answer.welcome, self._identity)
         writer = asyncio.create_task(self._write(call))
         try:
@@ -145,7 +157,7 @@ class _Link:
         finally:
             writer.cancel()
         # A stream that ended with an error status raised it above.
-        raise Unavailable(f"{self._address} ended the link: {await call.details()}")
+        raise self._unavailable(f"ended the link: {await call.details()}")
 
     async def _write(self, call: grpc.aio.StreamStreamCall[shard_pb2.LinkRequest, shard_pb2.LinkResponse]) -> None:
         while True:
@@ -160,4 +172,7 @@ class _Link:
         known = from_rpc_error(error)
         if isinstance(known, Incompatible | OutOfStep):
             return known
-        return Unavailable(f"{self._address} is gone: {error.details()}")
+        return self._unavailable(f"is gone: {error.details()}")
+
+    def _unavailable(self, reason: str) -> Unavailable:
+        return Unavailable(f"{self._neighbour} {reason}", shard=self._neighbour)

@@ -121,10 +121,14 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         _check(message, model.vocabulary_size, model.context_length)
         if message.candidates:
             _check_candidates(message, [route.name for route in shard.cluster.routes])
+            for one in message.candidates:
+                shard.neighbours.check_chain(one.route, one.chain, "candidates.chain")
+        else:
+            shard.neighbours.check_chain(message.route, message.chain)
         candidates = {one.route: tuple(one.chain) for one in message.candidates}
         loop = asyncio.get_running_loop()
         request = Request(
-            route="" if candidates else shard.cluster.route(message.route).name,
+            route=message.route,
             chain=tuple(message.chain),
             candidates=candidates,
             sampling=Sampling.from_proto(message.sampling),
@@ -184,8 +188,6 @@ def _check(request: shard_pb2.ShardGenerateRequest, vocabulary_size: int, contex
         raise InvalidRequest("tenant", request.tenant, f"it has at most {MAX_TENANT_CHARACTERS} characters")
     if not 0 <= request.tenant_weight <= MAX_TENANT_WEIGHT:
         raise InvalidRequest("tenant_weight", request.tenant_weight, f"it must be 0 to {MAX_TENANT_WEIGHT:g}")
-    if not request.candidates and not request.chain:
-        raise InvalidRequest("chain", [], "a chain has at least one shard after the first")
 
 
 def _check_candidates(request: shard_pb2.ShardGenerateRequest, routes: Sequence[str]) -> None:
@@ -193,8 +195,6 @@ def _check_candidates(request: shard_pb2.ShardGenerateRequest, routes: Sequence[
     if not set(named) <= set(routes) or not 1 < len(named) == len(set(named)):
         limit = f"they must be two or more of {', '.join(routes)}, each once"
         raise InvalidRequest("candidates.route", ", ".join(named), limit)
-    if not all(one.chain for one in request.candidates):
-        raise InvalidRequest("candidates.chain", [], "a chain has at least one shard after the first")
     if request.route or request.chain:
         raise InvalidRequest("candidates", ", ".join(named), "route and chain must be empty where candidates are given")
 

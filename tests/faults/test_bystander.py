@@ -17,7 +17,7 @@ import pytest
 from stitch.channels import open_channel, open_sync_channel
 from stitch.client import Answer
 from stitch.v1 import inference_pb2, shard_pb2
-from tests.support.link_peer import describe, hidden_states, opening_step
+from tests.support.link_peer import PROTOCOL_VERSION, describe, hidden_states, opening_step
 from tests.support.processes import Cluster, running_cluster
 from tests.support.random_messages import changed, garbled, sampling
 from tests.support.tiny_cluster import write_tiny_cluster
@@ -96,8 +96,9 @@ class RandomSenders:
             message.chain.extend(self._chain(message.route if draw.random() < 0.9 else draw.choice(ROUTES)))
         return message
 
-    def _chain(self, route: str) -> list[str]:
-        return [self._cluster.address(name) for name in CHAINS[route]]
+    @staticmethod
+    def _chain(route: str) -> list[str]:
+        return list(CHAINS[route])
 
     def frame(self) -> shard_pb2.LinkRequest:
         """A step that opens or continues one of a few sessions, or the end of one."""
@@ -140,7 +141,7 @@ class RandomSenders:
 
         Without an event loop: gRPC's asynchronous client loses the status of a stream that ends while it writes.
         """
-        hello = shard_pb2.LinkRequest(hello=shard_pb2.Hello(protocol_version=1, identity=identity))
+        hello = shard_pb2.LinkRequest(hello=shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=identity))
         with open_sync_channel(address) as channel:
             stub: Any = channel.stream_stream("/stitch.v1.Shard/Link", None, None)
             while count > 0:

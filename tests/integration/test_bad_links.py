@@ -11,7 +11,7 @@ import pytest
 
 from stitch.channels import open_channel
 from stitch.v1 import shard_pb2
-from tests.support.link_peer import LinkPeer, hidden_states, open_link_peer, opening_step
+from tests.support.link_peer import PROTOCOL_VERSION, LinkPeer, hidden_states, open_link_peer, opening_step
 from tests.support.processes import Cluster
 from tests.support.waiting import becomes_true
 
@@ -65,7 +65,7 @@ async def test_hello_with_other_protocol_version_is_refused(link: LinkPeer) -> N
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await link.shake_hands(protocol_version=7)
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert caught.value.details() == "the protocol version of shard bottom-0 is 7, that of shard top-0 is 1"
+    assert caught.value.details() == "the protocol version of shard bottom-0 is 7, that of shard top-0 is 2"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ async def test_frame_without_kind_is_refused(welcomed_link: LinkPeer) -> None:
 
 @pytest.mark.parametrize("says_hello", [True, False])
 async def test_undecodable_bytes_end_the_link(tiny_cluster: Cluster, link: LinkPeer, says_hello: bool) -> None:
-    hello = shard_pb2.LinkRequest(hello=shard_pb2.Hello(protocol_version=1, identity=link.identity))
+    hello = shard_pb2.LinkRequest(hello=shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=link.identity))
     async with open_channel(tiny_cluster.address("top-0")) as channel:
         raw: Any = channel.stream_stream("/stitch.v1.Shard/Link", None, None)
         call = raw()
@@ -215,12 +215,12 @@ async def test_wrong_position_fails_only_its_session(
     assert [(one.session, one.token.position) for one in reply.tokens] == [(2, 3)]
 
 
-async def test_session_with_wrong_chain_length_fails(welcomed_link: LinkPeer) -> None:
+async def test_session_with_a_shard_that_the_cluster_lacks_fails(welcomed_link: LinkPeer) -> None:
     step = opening_step(1, "weak", 3, WIDTH)
     step.segments[0].new_session.chain.append("127.0.0.1:1")
     failures = (await welcomed_link.run_step(step)).failures
     assert [one.cause for one in failures] == [shard_pb2.FAILURE_CAUSE_PRECONDITION]
-    assert failures[0].message == "the session names 1 shards after this one, which is the last of its chain"
+    assert failures[0].message == "chain is '127.0.0.1:1', but the cluster has: bottom-0, top-0"
 
 
 async def test_first_shard_refuses_an_upstream_link(tiny_cluster: Cluster) -> None:

@@ -90,7 +90,9 @@ def test_invalid_request_of_a_batch_fails_alone(tiny_cluster: Cluster) -> None:
         ({"token_ids": [TOKENS]}, "token_ids", f"token_ids is {TOKENS}, but the vocabulary has {TOKENS} tokens"),
         ({"prompt_tokens": 2}, "prompt_tokens", "prompt_tokens is 2, but it must be 1 to 1"),
         ({"route": "sideways"}, "route", "route is 'sideways', but this cluster has: weak, strong, auto"),
-        ({"chain": []}, "chain", "chain is [], but a chain has at least one shard after the first"),
+        ({"chain": []}, "chain", "chain is [], but after bottom-0 route weak passes top-0"),
+        ({"chain": ["bottom-0"]}, "chain", "chain is ['bottom-0'], but after bottom-0 route weak passes top-0"),
+        ({"chain": ["unix:/tmp/s"]}, "chain", "chain is 'unix:/tmp/s', but the cluster has: bottom-0, top-0"),
         (
             {"sampling": inference_pb2.Sampling(temperature=math.nan)},
             "sampling.temperature",
@@ -101,7 +103,7 @@ def test_invalid_request_of_a_batch_fails_alone(tiny_cluster: Cluster) -> None:
 def test_shard_refuses_invalid_request_of_a_gateway(
     tiny_cluster: Cluster, changes: dict[str, Any], field: str, message: str
 ) -> None:
-    whole: dict[str, Any] = {"token_ids": [1], "prompt_tokens": 1, "route": "weak", "chain": ["127.0.0.1:1"]}
+    whole: dict[str, Any] = {"token_ids": [1], "prompt_tokens": 1, "route": "weak", "chain": ["top-0"]}
     request = shard_pb2.ShardGenerateRequest(**{**whole, **changes})
     with grpc.insecure_channel(tiny_cluster.address("bottom-0")) as channel, pytest.raises(grpc.RpcError) as caught:
         list(shard_pb2_grpc.ShardStub(channel).Generate(request))
@@ -111,7 +113,7 @@ def test_shard_refuses_invalid_request_of_a_gateway(
 
 
 def test_later_shard_refuses_to_start_a_chain(tiny_cluster: Cluster) -> None:
-    request = shard_pb2.ShardGenerateRequest(token_ids=[1], prompt_tokens=1, route="weak", chain=["127.0.0.1:1"])
+    request = shard_pb2.ShardGenerateRequest(token_ids=[1], prompt_tokens=1, route="weak", chain=["top-0"])
     with grpc.insecure_channel(tiny_cluster.address("top-0")) as channel, pytest.raises(grpc.RpcError) as caught:
         list(shard_pb2_grpc.ShardStub(channel).Generate(request))
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION

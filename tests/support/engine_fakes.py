@@ -40,11 +40,11 @@ class FakeDownstream:
     closed: list[tuple[str, int]] = field(default_factory=list)
     suspects: set[str] = field(default_factory=set)
 
-    def send(self, address: str, step: OutgoingStep) -> None:
-        self.sent.append((address, step))
+    def send(self, neighbour: str, step: OutgoingStep) -> None:
+        self.sent.append((neighbour, step))
 
-    def close(self, address: str, session_ids: Sequence[int]) -> None:
-        self.closed += [(address, session_id) for session_id in session_ids]
+    def close(self, neighbour: str, session_ids: Sequence[int]) -> None:
+        self.closed += [(neighbour, session_id) for session_id in session_ids]
 
     @property
     def last(self) -> OutgoingStep:
@@ -75,6 +75,10 @@ class FakeUpstream:
         return self.replies[-1]
 
 
+def any_chain(route: str, chain: Sequence[str]) -> None:
+    """Accepts every chain."""
+
+
 def computed(batch: Batch, non_finite: Sequence[int] = (), stages: Mapping[str, float] = NO_STAGES) -> StepOutput:
     """The output of a shard before the last one: hidden states of zeros."""
     rows = torch.zeros(batch.num_tokens, WIDTH)
@@ -95,7 +99,7 @@ def new_request(
     tokens: int = 20,
     route: str = "weak",
     *,
-    chain: tuple[str, ...] = ("top:1",),
+    chain: tuple[str, ...] = ("top-0",),
     outputs: list[RequestOutput] | None = None,
     first_token: int = 0,
     **fields: Any,

@@ -13,6 +13,7 @@ from stitch_server.build import load_stage
 from stitch_server.engine.request import RequestOutput
 from stitch_server.engine.types import LinkEvent, OutgoingStep, StepReply
 from stitch_server.metrics import Metrics
+from stitch_server.neighbours import Neighbours
 from stitch_server.rpc.frames import StepAssembler, reply_frame, reply_of, step_frames
 from stitch_server.rpc.handshake import routes_between
 from stitch_server.rpc.tensors import pack
@@ -24,7 +25,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class ChainInProcess:
-    """The shards by name; a shard's name is its address."""
+    """The shards by name."""
 
     cluster: ClusterConfig
     shards: dict[str, Shard] = field(default_factory=dict)
@@ -32,10 +33,9 @@ class ChainInProcess:
     def __post_init__(self) -> None:
         for config in self.cluster.shards:
             loaded = load_stage(self.cluster, config, CPU)
-            links = LinksInProcess(self, config.name)
-            self.shards[config.name] = build_shard(
-                self.cluster, config, loaded, CPU, links.opened, Metrics(config.name)
-            )
+            name = config.name
+            links, neighbours = LinksInProcess(self, name), Neighbours(self.cluster, name)
+            self.shards[name] = build_shard(self.cluster, config, loaded, CPU, links.opened, Metrics(name), neighbours)
 
     def generate(
         self, token_ids: Sequence[int], route: str, chain: tuple[str, ...], count: int, tenant: str = ""
@@ -75,19 +75,19 @@ class LinksInProcess:
         self.identity = identity
         return self
 
-    def send(self, address: str, step: OutgoingStep) -> None:
-        end = self._end(address)
+    def send(self, neighbour: str, step: OutgoingStep) -> None:
+        end = self._end(neighbour)
         for frame in step_frames(step, pack(step.hidden, self.identity.wire_dtype)):
             end.add(shard_pb2.LinkRequest.FromString(frame.SerializeToString()).step)
 
-    def close(self, address: str, session_ids: Sequence[int]) -> None:
-        end = self._end(address)
+    def close(self, neighbour: str, session_ids: Sequence[int]) -> None:
+        end = self._end(neighbour)
         end.stage.close(end, session_ids)
 
-    def _end(self, address: str) -> LinkEnd:
-        if address not in self.ends:
-            self.ends[address] = LinkEnd(self.chain.shards[self.own], self.chain.shards[address])
-        return self.ends[address]
+    def _end(self, neighbour: str) -> LinkEnd:
+        if neighbour not in self.ends:
+            self.ends[neighbour] = LinkEnd(self.chain.shards[self.own], self.chain.shards[neighbour])
+        return self.ends[neighbour]
 
 
 class LinkEnd:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ class Shards:
             token_ids=token_ids,
             prompt_tokens=len(token_ids),
             route=route,
-            chain=[self.address(name) for name in rest],
+            chain=rest,
             sampling=Sampling(max_tokens=count, **sampling).to_proto(),
         )
         return [token.id async for response in self.stubs[first].Generate(request) for token in response.tokens]
@@ -59,7 +59,7 @@ class Shards:
         )
         for route in self.cluster.routes:
             _, *rest = self.chain(route.name)
-            request.candidates.add(route=route.name, chain=[self.address(name) for name in rest])
+            request.candidates.add(route=route.name, chain=rest)
         responses = [response async for response in self.stubs[self.chain(route.name)[0]].Generate(request)]
         (decision,) = (response.decision for response in responses if response.HasField("decision"))
         return decision, [token.id for response in responses for token in response.tokens]
@@ -78,8 +78,20 @@ async def open_shards(cluster_file: Path) -> AsyncIterator[Shards]:
         stubs: dict[str, shard_pb2_grpc.ShardAsyncStub] = {}
         # The first shard of a chain is stopped first.
         for config in reversed(cluster.shards):
-            settings = ShardSettings(cluster=cluster, shard=config, listen=ANY_PORT, metrics_port=0)
+            # Each shard knows the ports of those that follow it.
+            settings = ShardSettings(
+                cluster=_with_ports(cluster, running), shard=config, listen=ANY_PORT, metrics_port=0
+            )
             running[config.name] = await stack.enter_async_context(open_shard(settings))
             channel = await stack.enter_async_context(open_channel(f"127.0.0.1:{running[config.name].port}"))
             stubs[config.name] = shard_pb2_grpc.ShardStub(channel)
         yield Shards(cluster, running, stubs)
+
+
+def _with_ports(cluster: ClusterConfig, running: Mapping[str, RunningShard]) -> ClusterConfig:
+    """The cluster with the addresses of the shards that run."""
+    shards = [
+        one.model_copy(update={"address": f"127.0.0.1:{running[one.name].port}"}) if one.name in running else one
+        for one in cluster.shards
+    ]
+    return cluster.model_copy(update={"shards": tuple(shards)})

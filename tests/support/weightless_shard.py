@@ -13,14 +13,14 @@ import grpc
 import torch
 from torch import Tensor
 
-from stitch.cluster import RouteConfig
-from stitch.errors import InvalidRequest
+from stitch.cluster import ClusterConfig, GatewayConfig, ModelConfig, PairConfig, RouteConfig, ShardConfig
 from stitch.process import InFlightTracker
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.engine.first_stage import FirstStage
 from stitch_server.engine.next_stage import NextStage
 from stitch_server.engine.types import LayerRange
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
+from stitch_server.neighbours import Neighbours
 from stitch_server.rpc.servicer import ShardServicer
 from stitch_server.rpc.tensors import Packed, unpack
 from tests.support.engine_fakes import WIDTH, FakeDownstream, ManualClock, computed, sampled
@@ -29,6 +29,16 @@ from tests.support.first_stage_harness import new_first_stage
 LAYER_RANGES = {"weak": LayerRange(2, 4)}
 CONTEXT_LENGTH, VOCABULARY_SIZE = 64, 100
 BLOCKS = 8
+CLUSTER = ClusterConfig(
+    name="pair",
+    models=PairConfig(bottom=ModelConfig(id="large", source="large"), top=ModelConfig(id="small", source="small")),
+    routes=(RouteConfig(name="weak", bottom_layers=3, top_from=2, stitch="weak.safetensors"),),
+    shards=(
+        ShardConfig(name="bottom-0", role="bottom", layers=(0, 4), address="127.0.0.1:1"),
+        ShardConfig(name="top-0", role="top", layers=(2, 4), address="127.0.0.1:2"),
+    ),
+    gateway=GatewayConfig(address="127.0.0.1:3"),
+)
 
 
 class Aborted(Exception):
@@ -82,28 +92,25 @@ class WeightlessShard:
     def __post_init__(self) -> None:
         self.pool, self.downstream = BlockPool(BLOCKS), FakeDownstream()
         name, role = ("bottom-0", "bottom") if self.first else ("top-0", "top")
+        self.neighbours = Neighbours(CLUSTER, name)
         self.first_stage = self.next_stage = None
         if self.first:
             clock = ManualClock()
             self.first_stage = new_first_stage(self.pool, self.downstream, clock, 4, max_waiting_sessions=2)
         else:
-            self.next_stage = NextStage(self.pool, LAYER_RANGES, None, max_merged_tokens=64)
+            self.next_stage = NextStage(
+                self.pool, LAYER_RANGES, None, self.neighbours.check_chain, max_merged_tokens=64
+            )
         self.engine = InlineEngine(self.stage, self.downstream)
         self.in_flight = InFlightTracker(f"shard {name}")
-        self.config = SimpleNamespace(name=name, role=role)
+        self.config = CLUSTER.shard(name)
         self.loaded = SimpleNamespace(
             model=SimpleNamespace(vocabulary_size=VOCABULARY_SIZE, context_length=CONTEXT_LENGTH)
         )
-        self.cluster = SimpleNamespace(route=self._route)
+        self.cluster = CLUSTER
         self.identity = new_identity(name, role)
         self.metrics = SimpleNamespace(link_bytes_received=SimpleNamespace(inc=self.received_bytes.append))
         self.max_step_tokens = 128
-
-    @staticmethod
-    def _route(name: str) -> RouteConfig:
-        if name not in LAYER_RANGES:
-            raise InvalidRequest("route", name, "this cluster has: weak, auto")
-        return RouteConfig(name=name, bottom_layers=3, top_from=2, stitch="weak.safetensors")
 
     @property
     def stage(self) -> FirstStage | NextStage:

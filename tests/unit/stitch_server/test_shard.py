@@ -16,6 +16,7 @@ from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.metrics import Metrics
 from stitch_server.model.description import ParameterCount
 from stitch_server.model.stitch import Stitch
+from stitch_server.neighbours import Neighbours
 from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_hello, check_welcome
 from stitch_server.rpc.tensors import pack
 from stitch_server.shard import Shard, build_shard, resolved_batching
@@ -30,7 +31,9 @@ CPU = torch.device("cpu")
 def new_shard(cluster: ClusterConfig, name: str) -> Shard:
     config, downstream = cluster.shard(name), FakeDownstream()
     loaded = load_stage(cluster, config, CPU)
-    return build_shard(cluster, config, loaded, CPU, lambda identity, on_event: downstream, Metrics(name))
+    return build_shard(
+        cluster, config, loaded, CPU, lambda identity, on_event: downstream, Metrics(name), Neighbours(cluster, name)
+    )
 
 
 class TestShards:
@@ -184,6 +187,6 @@ class TestChains:
             assert [shard.pool.reused_tokens for shard in shards] == before
 
     def test_chain_of_wrong_shards_is_refused(self, chained: ChainInProcess) -> None:
-        with pytest.raises(StitchError, match="not the last of its chain"):
+        with pytest.raises(StitchError, match="after bottom-1 route weak passes top-0, then top-1"):
             chained.generate([5, 6, 7], "weak", ("bottom-1", "top-0"), 4)
         assert chained.idle

@@ -28,7 +28,7 @@ class TestStream:
             first, *steps = await stream.all(UNDECIDED)
         [request] = bottom.requests
         chains = {one.route: list(one.chain) for one in request.candidates}
-        assert chains == {route: [above.config.address] for route in ("weak", "strong")}
+        assert chains == {route: [above.name] for route in ("weak", "strong")}
         assert (request.route, list(request.chain)) == ("", [])
         assert first.decision is not None
         assert (first.decision.route, first.decision.score, first.decision.kind) == ("weak", 0.3, "probe")

@@ -119,7 +119,7 @@ async def test_first_shard_gets_tokens_route_chain_and_sampling() -> None:
         await stream.all(stream_input(seed=9, max_tokens=2))
     [request] = bottom.requests
     assert list(request.token_ids) == list(PROMPT)
-    assert (request.prompt_tokens, request.route, list(request.chain)) == (3, "strong", [above.config.address])
+    assert (request.prompt_tokens, request.route, list(request.chain)) == (3, "strong", [above.name])
     assert Sampling.from_proto(request.sampling) == Sampling(seed=9, max_tokens=2, stop_token_ids=(END_TOKEN,))
 
 

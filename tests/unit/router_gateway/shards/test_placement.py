@@ -94,10 +94,10 @@ async def test_route_whose_only_replica_drains_is_not_reachable() -> None:
         assert (chain.serving, chain.draining) == (True, True)
 
 
-async def test_next_addresses_leave_out_the_first_shard() -> None:
-    async with registry_of(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as (cluster, registry):
+async def test_next_names_leave_out_the_first_shard() -> None:
+    async with registry_of(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as (_, registry):
         chain = await _only(registry)
-        assert chain.next_addresses == [cluster.shard("top-0").address]
+        assert chain.next_names == ("top-0",)
         assert chain.first is registry.replicas["bottom-0"]
 
 

@@ -33,7 +33,7 @@ class TestGenerating:
             (20, 1),
             (21, 1),
         ]
-        assert harness.downstream.closed == [("top:1", session.id)]
+        assert harness.downstream.closed == [("top-0", session.id)]
         assert harness.idle
 
     def test_stop_token_finishes_request(self, harness: FirstStageHarness) -> None:
@@ -145,7 +145,7 @@ class TestAbandon:
         step = harness.compute()
         harness.stage.abandon(session)
         harness.stage.abandon(session)
-        assert harness.downstream.closed == [("top:1", session.id)]
+        assert harness.downstream.closed == [("top-0", session.id)]
         harness.reply(step)
         assert outputs == []
         assert harness.idle
@@ -173,15 +173,15 @@ class TestRouteDecision:
         return harness.downstream.last
 
     def admit(self, harness: FirstStageHarness) -> tuple[Request, list[RequestOutput]]:
-        return harness.admit(route="", chain=(), candidates={"weak": ("top:1",), "strong": ("top:2",)})
+        return harness.admit(route="", chain=(), candidates={"weak": ("top-0",), "strong": ("top-1",)})
 
     def test_hidden_states_go_to_selected_chain(self) -> None:
         harness = FirstStageHarness()
         session, outputs = self.admit(harness)
         decision = RouteDecision("strong", 0.8, (0.0, 0.5), (0.2,))
         step = self.decided(harness, decision)
-        assert harness.downstream.sent[-1][0] == "top:2"
-        assert (session.route, session.chain) == ("strong", ("top:2",))
+        assert harness.downstream.sent[-1][0] == "top-1"
+        assert (session.route, session.chain) == ("strong", ("top-1",))
         assert outputs == [RequestOutput(decision=decision)]
         harness.reply(step)
         assert outputs[-1].token is not None
@@ -189,7 +189,7 @@ class TestRouteDecision:
     def test_lost_link_spares_request_without_route(self) -> None:
         harness = FirstStageHarness()
         _, outputs = self.admit(harness)
-        harness.stage.on_link_lost("top:1", Unavailable("gone"))
+        harness.stage.on_link_lost("top-0", Unavailable("gone"))
         assert outputs == []
 
     def test_request_is_abandoned_before_and_after_its_decision(self) -> None:
@@ -201,7 +201,7 @@ class TestRouteDecision:
         self.decided(harness, RouteDecision("weak"))
         harness.stage.abandon(session)
         assert harness.idle
-        assert harness.downstream.closed == [("top:1", session.id)]
+        assert harness.downstream.closed == [("top-0", session.id)]
 
     def test_failed_pass_ends_request_without_route(self) -> None:
         harness = FirstStageHarness()

@@ -28,7 +28,7 @@ class TestFailures:
         harness.refuse(harness.compute(), session, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED)
         assert outputs == []
         assert (session.epoch, harness.stage.waiting_sessions) == (1, 1)
-        assert harness.downstream.closed == [("top:1", session.id)]
+        assert harness.downstream.closed == [("top-0", session.id)]
         harness.clock.advance(BACKOFF_SECONDS)
         step = harness.compute()
         # Its first block is still remembered here.
@@ -89,7 +89,7 @@ class TestFailures:
         session, outputs = harness.admit()
         harness.refuse(harness.compute(), session, cause)
         assert isinstance(error_of(outputs), OutOfStep)
-        assert harness.downstream.closed == [("top:1", session.id)]
+        assert harness.downstream.closed == [("top-0", session.id)]
         assert harness.idle
 
     def test_reply_of_earlier_epoch_is_discarded(self, harness: FirstStageHarness) -> None:
@@ -131,20 +131,20 @@ class TestFailures:
 
 class TestLinkLost:
     def test_requests_of_lost_link_end(self, harness: FirstStageHarness) -> None:
-        _, outputs = harness.admit(chain=("a:1",))
-        _, other = harness.admit(chain=("b:1",), first_token=100)
+        _, outputs = harness.admit(chain=("a",))
+        _, other = harness.admit(chain=("b",), first_token=100)
         harness.compute()
-        harness.stage.on_link_lost("a:1", Unavailable("a:1 is gone"))
+        harness.stage.on_link_lost("a", Unavailable("a is gone"))
         error = error_of(outputs)
         assert isinstance(error, Unavailable)
-        assert (str(error), error.generated_tokens) == ("a:1 is gone", 0)
+        assert (str(error), error.generated_tokens) == ("a is gone", 0)
         harness.reply(harness.downstream.last)
         assert token_ids(other) == [TOKEN_ID]
 
     def test_refused_link_ends_requests_with_its_error(self, harness: FirstStageHarness) -> None:
         _, outputs = harness.admit()
         harness.compute()
-        harness.stage.on_link_lost("top:1", Incompatible("another tokenizer"))
+        harness.stage.on_link_lost("top-0", Incompatible("another tokenizer"))
         assert isinstance(error_of(outputs), Incompatible)
 
     def test_steps_of_lost_link_are_settled(self, harness: FirstStageHarness) -> None:
@@ -152,14 +152,14 @@ class TestLinkLost:
             harness.admit(first_token=100 * index)
             harness.compute()
         assert harness.stage.next_batch() is None
-        harness.stage.on_link_lost("top:1", Unavailable("gone"))
+        harness.stage.on_link_lost("top-0", Unavailable("gone"))
         harness.admit(first_token=500)
         assert harness.stage.next_batch() is not None
 
     def test_request_without_step_in_flight_ends_too(self, harness: FirstStageHarness) -> None:
         _, outputs = harness.admit()
         harness.reply(harness.compute())
-        harness.stage.on_link_lost("top:1", Unavailable("gone"))
+        harness.stage.on_link_lost("top-0", Unavailable("gone"))
         assert isinstance(error_of(outputs), Unavailable)
         assert harness.idle
 
@@ -168,12 +168,12 @@ class TestLinkLost:
         harness.admit(20)
         _, outputs = harness.admit(20, first_token=100)
         harness.compute()
-        harness.stage.on_link_lost("top:1", Unavailable("gone"))
+        harness.stage.on_link_lost("top-0", Unavailable("gone"))
         harness.reply(harness.compute())
         assert token_ids(outputs) == [TOKEN_ID]
 
     def test_session_reopened_over_new_link_is_closed(self, harness: FirstStageHarness) -> None:
         session, _ = harness.admit()
         harness.compute()
-        harness.stage.on_link_lost("top:1", Unavailable("gone"))
-        assert harness.downstream.closed == [("top:1", session.id)]
+        harness.stage.on_link_lost("top-0", Unavailable("gone"))
+        assert harness.downstream.closed == [("top-0", session.id)]

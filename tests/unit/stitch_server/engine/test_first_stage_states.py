@@ -18,7 +18,7 @@ from tests.support.engine_fakes import FakeDownstream, ManualClock, computed, ne
 from tests.support.first_stage_harness import LAYER_RANGES, new_first_stage
 from tests.support.scheduler_harness import request_of
 
-ADDRESSES = ("top:1", "top:2")
+NEIGHBOURS = ("top-0", "top-1")
 CAUSES = (
     shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED,
     shard_pb2.FAILURE_CAUSE_PREFIX_MISSING,
@@ -59,12 +59,12 @@ class FirstStageMachine(RuleBasedStateMachine):
         first_token=st.sampled_from([0, 1000]),
         max_tokens=st.integers(1, 12),
         route=st.sampled_from(sorted(LAYER_RANGES)),
-        address=st.sampled_from(ADDRESSES),
+        neighbour=st.sampled_from(NEIGHBOURS),
     )
-    def admit(self, tokens: int, first_token: int, max_tokens: int, route: str, address: str) -> None:
+    def admit(self, tokens: int, first_token: int, max_tokens: int, route: str, neighbour: str) -> None:
         outputs: list[RequestOutput] = []
         request = new_request(
-            tokens, route, chain=(address,), outputs=outputs, first_token=first_token, max_tokens=max_tokens
+            tokens, route, chain=(neighbour,), outputs=outputs, first_token=first_token, max_tokens=max_tokens
         )
         self.requests[request.id] = (request, outputs)
         self.stage.admit(request)
@@ -107,10 +107,10 @@ class FirstStageMachine(RuleBasedStateMachine):
         request, _ = self.requests[data.draw(st.sampled_from(sorted(self.requests)))]
         self.stage.abandon(request)
 
-    @rule(address=st.sampled_from(ADDRESSES))
-    def lose_link(self, address: str) -> None:
-        self.unanswered = [one for one in self.unanswered if one[0] != address]
-        self.stage.on_link_lost(address, Unavailable(f"{address} is gone"))
+    @rule(neighbour=st.sampled_from(NEIGHBOURS))
+    def lose_link(self, neighbour: str) -> None:
+        self.unanswered = [one for one in self.unanswered if one[0] != neighbour]
+        self.stage.on_link_lost(neighbour, Unavailable(f"{neighbour} is gone"))
 
     @rule()
     def wait(self) -> None:

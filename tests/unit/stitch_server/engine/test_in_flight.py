@@ -39,18 +39,18 @@ def test_step_holds_rows_of_its_segments(downstream: FakeDownstream) -> None:
     first, second = segment(new_request()), segment(new_request(), length=1)
     rows = torch.arange(12.0).view(3, 4)
     in_flight.send(Batch((first, second)), StepOutput(hidden=rows), pipelined=True)
-    address, step = downstream.sent[0]
-    assert (address, step.segments, step.pipelined) == ("top:1", (first, second), True)
+    neighbour, step = downstream.sent[0]
+    assert (neighbour, step.segments, step.pipelined) == ("top-0", (first, second), True)
 
     assert step.hidden is rows
 
 
-def test_pass_is_split_into_one_step_per_address(in_flight: StepsInFlight, downstream: FakeDownstream) -> None:
-    sessions = [new_request(chain=(address, "end:1")) for address in ("a:1", "b:1", "a:1")]
+def test_pass_is_split_into_one_step_per_neighbour(in_flight: StepsInFlight, downstream: FakeDownstream) -> None:
+    sessions = [new_request(chain=(neighbour, "end")) for neighbour in ("a", "b", "a")]
     rows = [torch.full((2, 4), float(index)) for index in range(3)]
     batch = Batch(tuple(segment(session) for session in sessions))
     numbers = in_flight.send(batch, StepOutput(hidden=torch.cat(rows)), pipelined=False)
-    assert [(address, step.number) for address, step in downstream.sent] == [("a:1", numbers[0]), ("b:1", numbers[1])]
+    assert [(neighbour, step.number) for neighbour, step in downstream.sent] == [("a", numbers[0]), ("b", numbers[1])]
     to_a = downstream.sent[0][1]
     assert [one.session for one in to_a.segments] == [sessions[0], sessions[2]]
     assert to_a.hidden.equal(torch.cat([rows[0], rows[2]]))
@@ -86,9 +86,9 @@ def test_pass_of_non_finite_segments_sends_no_step(in_flight: StepsInFlight, dow
 
 def test_window_is_full_until_a_step_is_settled(in_flight: StepsInFlight) -> None:
     numbers = [send(in_flight, segment(new_request()))[0] for _ in range(3)]
-    assert not in_flight.has_room(["top:1"])
+    assert not in_flight.has_room(["top-0"])
     in_flight.settle(numbers[1])
-    assert in_flight.has_room(["top:1"])
+    assert in_flight.has_room(["top-0"])
 
 
 def test_step_is_settled_once(in_flight: StepsInFlight) -> None:
@@ -99,21 +99,21 @@ def test_step_is_settled_once(in_flight: StepsInFlight) -> None:
     assert in_flight.settle(99) == ()
 
 
-def test_sent_to_returns_unanswered_steps_of_address(in_flight: StepsInFlight) -> None:
-    mine, other = segment(new_request(chain=("a:1",))), segment(new_request(chain=("b:1",)))
+def test_sent_to_returns_unanswered_steps_of_neighbour(in_flight: StepsInFlight) -> None:
+    mine, other = segment(new_request(chain=("a",))), segment(new_request(chain=("b",)))
     (number,) = send(in_flight, mine)
     send(in_flight, other)
-    assert in_flight.sent_to("a:1") == [(number, (mine,))]
-    assert in_flight.sent_to("c:1") == []
+    assert in_flight.sent_to("a") == [(number, (mine,))]
+    assert in_flight.sent_to("c") == []
 
 
 def test_open_session_is_closed_on_its_next_shard(in_flight: StepsInFlight, downstream: FakeDownstream) -> None:
-    session = new_request(chain=("a:1", "b:1"))
+    session = new_request(chain=("a", "b"))
     in_flight.close_session(session)
     assert downstream.closed == []
     send(in_flight, segment(session))
     in_flight.close_session(session)
-    assert downstream.closed == [("a:1", session.id)]
+    assert downstream.closed == [("a", session.id)]
 
 
 class TestOvertaking:

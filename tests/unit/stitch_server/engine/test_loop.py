@@ -45,8 +45,8 @@ class FakeBatchSource:
     def on_reply(self, reply: StepReply) -> None:
         self.events.append(reply)
 
-    def on_link_lost(self, address: str, error: StitchError) -> None:
-        self.events.append(LinkLost(address, error))
+    def on_link_lost(self, neighbour: str, error: StitchError) -> None:
+        self.events.append(LinkLost(neighbour, error))
 
 
 @dataclass
@@ -156,7 +156,7 @@ class TestLoop:
         assert handled == list(range(100))
 
     def test_link_events_reach_batch_source_in_order(self, source: FakeBatchSource, runner: FakeRunner) -> None:
-        inbox, lost = Inbox(), LinkLost("top:1", Unavailable("top:1 is gone"))
+        inbox, lost = Inbox(), LinkLost("top-0", Unavailable("top-0 is gone"))
         engine = Engine(source, runner, inbox)
         inbox.put(StepReply(1))
         inbox.put(lost)

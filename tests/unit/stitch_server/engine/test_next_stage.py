@@ -219,5 +219,5 @@ class TestLast:
 
     def test_next_stage_has_no_waiting_sessions(self, harness: NextStageHarness) -> None:
         harness.stage.on_reply(StepReply(1))
-        harness.stage.on_link_lost("end:1", Unavailable("gone"))
+        harness.stage.on_link_lost("end", Unavailable("gone"))
         assert harness.up.replies == []

@@ -22,8 +22,8 @@ class TestMiddle:
     def harness(self) -> NextStageHarness:
         return NextStageHarness(last=False)
 
-    def middle(self, session: int, *where: int, address: str = "end:1", **fields: int) -> IncomingSegment:
-        return segment(session, *where, chain=(address,), **fields)  # type: ignore[arg-type]
+    def middle(self, session: int, *where: int, neighbour: str = "end", **fields: int) -> IncomingSegment:
+        return segment(session, *where, chain=(neighbour,), **fields)  # type: ignore[arg-type]
 
     def test_step_is_sent_downstream_and_its_reply_upstream(self, harness: NextStageHarness) -> None:
         step = harness.receive(self.middle(5), self.middle(6))
@@ -45,7 +45,7 @@ class TestMiddle:
         assert harness.up.last.stages == {"queue": 1.0, "top_prefill": 1.25, "sample": 0.25, "wire": 2.0}
 
     def test_step_is_split_over_two_next_shards(self, harness: NextStageHarness) -> None:
-        harness.receive(self.middle(5, address="a:1"), self.middle(6, address="b:1"))
+        harness.receive(self.middle(5, neighbour="a"), self.middle(6, neighbour="b"))
         harness.compute()
         (_, to_a), (_, to_b) = harness.downstream.sent
         harness.stage.on_reply(harness.downstream.answer(to_b, token_id=8))
@@ -108,7 +108,7 @@ class TestMiddle:
         harness.receive(replace(self.middle(5, 1, 4), length=BLOCKS * 16))
         assert harness.stage.next_batch() is None
         assert causes(harness.up.last) == [(5, "TOO_LONG")]
-        assert harness.downstream.closed == [("end:1", number)]
+        assert harness.downstream.closed == [("end", number)]
 
     def test_withdrawn_session_is_not_opened_downstream(self) -> None:
         harness = NextStageHarness(last=False, max_merged_tokens=10_000)
@@ -135,14 +135,14 @@ class TestMiddle:
         harness.receive(self.middle(5, 4, 8))
         batch = harness.compute(non_finite=(1,))
         assert harness.downstream.last.opens == (True,)
-        assert harness.downstream.closed == [("end:1", batch.segments[0].session.id)]
+        assert harness.downstream.closed == [("end", batch.segments[0].session.id)]
         assert causes(harness.up.last) == [(5, "PRECONDITION")]
 
     def test_closed_session_is_closed_downstream(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5))
         harness.compute()
         harness.stage.close(harness.up, [5])
-        assert harness.downstream.closed == [("end:1", harness.downstream.last.segments[0].session.id)]
+        assert harness.downstream.closed == [("end", harness.downstream.last.segments[0].session.id)]
         assert harness.idle
 
     def test_end_of_upstream_link_closes_its_sessions_downstream(self, harness: NextStageHarness) -> None:
@@ -154,19 +154,19 @@ class TestMiddle:
         assert harness.idle
 
     def test_lost_next_shard_fails_steps_in_flight(self, harness: NextStageHarness) -> None:
-        harness.receive(self.middle(5, address="a:1"), self.middle(6, address="b:1"))
+        harness.receive(self.middle(5, neighbour="a"), self.middle(6, neighbour="b"))
         harness.compute()
-        harness.stage.on_link_lost("a:1", Unavailable("a:1 is gone"))
+        harness.stage.on_link_lost("a", Unavailable("a is gone"))
         assert harness.up.replies == []
         harness.stage.on_reply(harness.downstream.answer(harness.downstream.last))
         assert causes(harness.up.last) == [(5, "UNAVAILABLE")]
-        assert harness.up.last.failures[0].message == "a:1 is gone"
+        assert harness.up.last.failures[0].message == "a is gone"
         assert [one.session_id for one in harness.up.last.tokens] == [6]
 
     def test_refused_link_fails_steps_as_precondition(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5))
         harness.compute()
-        harness.stage.on_link_lost("end:1", Incompatible("another tokenizer"))
+        harness.stage.on_link_lost("end", Incompatible("another tokenizer"))
         assert causes(harness.up.last) == [(5, "PRECONDITION")]
         assert harness.up.last.failures[0].message == "another tokenizer"
 
@@ -174,7 +174,7 @@ class TestMiddle:
         harness.receive(self.middle(5))
         harness.compute()
         harness.stage.on_reply(harness.downstream.answer(harness.downstream.last))
-        harness.stage.on_link_lost("end:1", Unavailable("end:1 is gone"))
+        harness.stage.on_link_lost("end", Unavailable("end is gone"))
         harness.receive(self.middle(5, 1, 4))
         assert harness.stage.next_batch() is None
         assert causes(harness.up.last) == [(5, "UNAVAILABLE")]

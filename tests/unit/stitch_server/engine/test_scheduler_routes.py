@@ -115,7 +115,7 @@ class TestRequestsWithoutRoute:
 
     @staticmethod
     def new(tokens: int = 20) -> Request:
-        return new_request(tokens, "", chain=(), candidates={"weak": ("top:1",), "strong": ("top:2",)})
+        return new_request(tokens, "", chain=(), candidates={"weak": ("top-0",), "strong": ("top-1",)})
 
     @staticmethod
     def settled(harness: SchedulerHarness, session: Request, route: str = "strong") -> None:
@@ -150,7 +150,7 @@ class TestRequestsWithoutRoute:
         (segment,) = harness.scheduler.next_segments()
         assert segment.layers == LAYER_RANGES["weak"]
         self.settled(harness, session, "weak")
-        assert (session.route, session.chain, session.awaits_route) == ("weak", ("top:1",), False)
+        assert (session.route, session.chain, session.awaits_route) == ("weak", ("top-0",), False)
 
     def test_one_request_without_route_per_pass_while_decoding(self) -> None:
         harness = SchedulerHarness(prefill_budget_while_decoding=4, probe_tokens=12, num_micro_batches=1)

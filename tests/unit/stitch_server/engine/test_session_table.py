@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
+from stitch.errors import InvalidRequest
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2
 from stitch_server.engine.in_flight import StepsInFlight
 from stitch_server.engine.next_stage import SessionTable
 from stitch_server.engine.types import IncomingSegment, LayerRange, Session, SessionRefused
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
-from tests.support.engine_fakes import FakeDownstream, FakeUpstream
+from tests.support.engine_fakes import FakeDownstream, FakeUpstream, any_chain
 
 LAYER_RANGES = {"weak": LayerRange(2, 8), "strong": LayerRange(4, 8)}
 PROMPT = tuple(range(2 * BLOCK_TOKENS + 1))
@@ -51,7 +53,7 @@ def pool() -> BlockPool:
 
 @pytest.fixture
 def table(pool: BlockPool) -> SessionTable:
-    return SessionTable(pool, LAYER_RANGES, in_flight=None)
+    return SessionTable(pool, LAYER_RANGES, None, any_chain)
 
 
 def refusal(
@@ -104,15 +106,14 @@ def test_route_that_does_not_pass_shard_is_refused(table: SessionTable, upstream
     assert (cause, message) == ("PRECONDITION", "route medium does not pass this shard, only weak, strong")
 
 
-def test_last_shard_refuses_chain_that_continues(table: SessionTable, upstream: FakeUpstream) -> None:
-    cause, message = refusal(table, upstream, first(chain=("a:1",)))
-    assert cause == "PRECONDITION"
-    assert message.endswith("1 shards after this one, which is the last of its chain")
+def test_chain_of_another_route_is_refused(pool: BlockPool, upstream: FakeUpstream) -> None:
+    def check_chain(route: str, chain: Sequence[str]) -> None:
+        raise InvalidRequest("chain", [*chain], f"route {route} ends here")
 
-
-def test_middle_shard_refuses_chain_that_ends(pool: BlockPool, upstream: FakeUpstream) -> None:
-    table = SessionTable(pool, LAYER_RANGES, StepsInFlight(FakeDownstream()))
-    assert refusal(table, upstream, first())[1].endswith("which is not the last of its chain")
+    table = SessionTable(pool, LAYER_RANGES, None, check_chain)
+    expected = "chain is ['a'], but route weak ends here"
+    assert refusal(table, upstream, first(chain=("a",))) == ("PRECONDITION", expected)
+    assert (len(table), pool.free_blocks) == (0, 8)
 
 
 def test_segment_without_free_block_is_refused_as_kv_exhausted(
@@ -241,11 +242,11 @@ class TestClosingDownstream:
 
     @pytest.fixture
     def table(self, pool: BlockPool, downstream: FakeDownstream) -> SessionTable:
-        return SessionTable(pool, LAYER_RANGES, StepsInFlight(downstream))
+        return SessionTable(pool, LAYER_RANGES, StepsInFlight(downstream), any_chain)
 
     def open_one(self, table: SessionTable, upstream: FakeUpstream, session_id: int = 5, epoch: int = 0) -> int:
         """A session that is open on the next shard; returns its id there."""
-        accepted = table.accept(upstream, first(session_id, epoch=epoch, chain=("end:1",)))
+        accepted = table.accept(upstream, first(session_id, epoch=epoch, chain=("end",)))
         accepted.open_downstream = True
         return accepted.id
 
@@ -255,12 +256,12 @@ class TestClosingDownstream:
         number = self.open_one(table, upstream)
         table.close(upstream, 5)
         table.close(upstream, 5)
-        assert (downstream.closed, pool.free_blocks, len(table)) == ([("end:1", number)], 8, 0)
+        assert (downstream.closed, pool.free_blocks, len(table)) == ([("end", number)], 8, 0)
 
     def test_session_unknown_downstream_is_not_closed_there(
         self, table: SessionTable, upstream: FakeUpstream, downstream: FakeDownstream
     ) -> None:
-        table.accept(upstream, first(chain=("end:1",)))
+        table.accept(upstream, first(chain=("end",)))
         table.close(upstream, 5)
         assert downstream.closed == []
 
@@ -271,7 +272,7 @@ class TestClosingDownstream:
         other = FakeUpstream()
         self.open_one(table, other)
         table.close_all(upstream)
-        assert downstream.closed == [("end:1", number) for number in numbers]
+        assert downstream.closed == [("end", number) for number in numbers]
         assert (len(table), pool.free_blocks) == (1, 6)
 
     def test_session_refused_for_position_is_closed_downstream(
@@ -279,21 +280,21 @@ class TestClosingDownstream:
     ) -> None:
         number = self.open_one(table, upstream)
         refusal(table, upstream, replace(NEXT, position=3))
-        assert downstream.closed == [("end:1", number)]
+        assert downstream.closed == [("end", number)]
 
     def test_session_refused_for_size_is_closed_downstream(
         self, table: SessionTable, upstream: FakeUpstream, downstream: FakeDownstream
     ) -> None:
         number = self.open_one(table, upstream)
         refusal(table, upstream, replace(NEXT, length=200))
-        assert downstream.closed == [("end:1", number)]
+        assert downstream.closed == [("end", number)]
 
     def test_replaced_epoch_is_closed_downstream(
         self, table: SessionTable, upstream: FakeUpstream, downstream: FakeDownstream
     ) -> None:
         number = self.open_one(table, upstream)
         self.open_one(table, upstream, epoch=1)
-        assert downstream.closed == [("end:1", number)]
+        assert downstream.closed == [("end", number)]
 
     def test_failure_of_earlier_epoch_has_no_effect(self, table: SessionTable, upstream: FakeUpstream) -> None:
         self.open_one(table, upstream, epoch=1)
@@ -307,17 +308,17 @@ class TestClosingDownstream:
         self, table: SessionTable, upstream: FakeUpstream, pool: BlockPool
     ) -> None:
         self.open_one(table, upstream)
-        table.fail_downstream_of("other:1", "other:1 is gone")
+        table.fail_downstream_of("other", "other is gone")
         table.accept(upstream, replace(NEXT, length=1))
-        table.fail_downstream_of("end:1", "end:1 is gone")
-        assert refusal(table, upstream, replace(NEXT, position=21, length=1)) == ("UNAVAILABLE", "end:1 is gone")
+        table.fail_downstream_of("end", "end is gone")
+        assert refusal(table, upstream, replace(NEXT, position=21, length=1)) == ("UNAVAILABLE", "end is gone")
         assert pool.free_blocks == 8
 
     def test_session_lost_downstream_may_reopen_in_later_epoch(
         self, table: SessionTable, upstream: FakeUpstream
     ) -> None:
         self.open_one(table, upstream)
-        table.fail_downstream_of("end:1", "end:1 is gone")
+        table.fail_downstream_of("end", "end is gone")
         self.open_one(table, upstream, epoch=1)
         table.accept(upstream, replace(NEXT, epoch=1, length=1))
 
@@ -339,7 +340,7 @@ class TestDraining:
 
 
 def test_forced_token_beyond_the_head_is_refused(pool: BlockPool, upstream: FakeUpstream) -> None:
-    table = SessionTable(pool, LAYER_RANGES, None, vocabulary_size=300)
+    table = SessionTable(pool, LAYER_RANGES, None, any_chain, vocabulary_size=300)
     segment = first()
     assert segment.new_session is not None
     segment.new_session.sampling = Sampling(forced_token_ids=(299, 300))

@@ -22,12 +22,12 @@ from stitch_server.engine.types import Batch, LayerRange, OutgoingStep, StepOutp
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
 from stitch_server.rpc.frames import StepAssembler, step_frames
 from stitch_server.rpc.tensors import pack, unpack
-from tests.support.engine_fakes import WIDTH, ManualClock, computed, new_request, sampled
+from tests.support.engine_fakes import WIDTH, ManualClock, any_chain, computed, new_request, sampled
 from tests.support.scheduler_harness import new_batching
 
 pytestmark = pytest.mark.slow
 
-CHAIN = ("middle:1", "last:1")
+CHAIN = ("middle", "last")
 LAYER_RANGES = {"weak": LayerRange(0, 2), "strong": LayerRange(0, 3)}
 
 
@@ -47,7 +47,7 @@ class LateLink:
     )
     on_reply: Callable[[StepReply], None] | None = None
 
-    def send(self, address: str, step: OutgoingStep) -> None:
+    def send(self, neighbour: str, step: OutgoingStep) -> None:
         assert self.receiver is not None
         # As over a real link: packed and parsed again.
         packed = pack(step.hidden, shard_pb2.DTYPE_FLOAT32)
@@ -55,7 +55,7 @@ class LateLink:
         assert steps[-1] is not None
         self.forward.append((step.urgent, partial(self.receiver.receive, self, steps[-1])))
 
-    def close(self, address: str, session_ids: Sequence[int]) -> None:
+    def close(self, neighbour: str, session_ids: Sequence[int]) -> None:
         assert self.receiver is not None
         self.forward.append((False, partial(self.receiver.close, self, list(session_ids))))
 
@@ -96,8 +96,8 @@ class Simulation:
             clock=self.clock,
         )
         self.first = FirstStage(self.pools[0], scheduler, in_flight, self.clock)
-        self.middle = NextStage(self.pools[1], LAYER_RANGES, StepsInFlight(self.links[1]), 24, self.clock)
-        self.last = NextStage(self.pools[2], LAYER_RANGES, None, 24, self.clock)
+        self.middle = NextStage(self.pools[1], LAYER_RANGES, StepsInFlight(self.links[1]), any_chain, 24, self.clock)
+        self.last = NextStage(self.pools[2], LAYER_RANGES, None, any_chain, 24, self.clock)
         self.links[0].receiver, self.links[0].on_reply = self.middle, self.first.on_reply
         self.links[1].receiver, self.links[1].on_reply = self.last, self.middle.on_reply
         self.live: dict[int, tuple[Request, list[RequestOutput]]] = {}

@@ -61,14 +61,14 @@ class TestOrder:
         assert next_of(waiting) is preempted
 
     def test_full_next_shard_holds_up_its_own_requests_alone(self, waiting: WaitingRequests) -> None:
-        add(waiting, chain=("top:1",))
+        add(waiting, chain=("top-0",))
         other = add(waiting, chain=("top:2",))
-        assert next_of(waiting, full="top:1") is other
+        assert next_of(waiting, full="top-0") is other
 
     def test_request_awaiting_its_route_needs_room_on_all_candidates(self, waiting: WaitingRequests) -> None:
-        undecided = add(waiting, chain=(), candidates={"weak": ("top:1",), "strong": ("mid:1", "top:1")})
-        assert undecided.next_shards == ("top:1", "mid:1")
-        assert next_of(waiting, full="mid:1") is None
+        undecided = add(waiting, chain=(), candidates={"weak": ("top-0",), "strong": ("mid-0", "top-0")})
+        assert undecided.next_shards == ("top-0", "mid-0")
+        assert next_of(waiting, full="mid-0") is None
         assert next_of(waiting) is undecided
 
     def test_earliest_deadline_is_first_within_a_tenant(self, waiting: WaitingRequests, clock: ManualClock) -> None:

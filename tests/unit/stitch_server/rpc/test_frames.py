@@ -108,12 +108,12 @@ class TestSteps:
 
     def test_new_session_carries_route_chain_tenant_sampling_and_tokens(self) -> None:
         sampling = Sampling(temperature=0.5, top_k=3, seed=9, max_tokens=7, stop_token_ids=(1, 2), logprobs=2)
-        session = new_request(5, "strong", chain=("a:1", "b:1", "c:1"), prompt_tokens=4, tenant="acme")
+        session = new_request(5, "strong", chain=("a", "b", "c"), prompt_tokens=4, tenant="acme")
         session.sampling, session.reused = sampling, 16
         (received,) = only(frames_of(new_step(2, sessions=[session], opens=True)), assembler()).segments
         assert received.new_session is not None
         opened = received.new_session
-        assert (opened.route, opened.chain, opened.tenant) == ("strong", ("b:1", "c:1"), "acme")
+        assert (opened.route, opened.chain, opened.tenant) == ("strong", ("b", "c"), "acme")
         assert opened.sampling == sampling
         assert (opened.token_ids, opened.prompt_tokens, opened.reused) == ([0, 1, 2, 3, 4], 4, 16)
         assert (opened.cached, opened.epoch) == (16, session.epoch)

@@ -74,7 +74,7 @@ def test_consecutive_layers_of_one_model_are_accepted() -> None:
 
 def test_other_protocol_version_is_refused() -> None:
     said = refused(bottom(), top(), version=PROTOCOL_VERSION + 1)
-    assert said == "the protocol version of shard bottom-0 is 2, that of shard top-0 is 1"
+    assert said == "the protocol version of shard bottom-0 is 3, that of shard top-0 is 2"
 
 
 def set_tokenizer(one: Identity) -> None:
@@ -197,7 +197,7 @@ def test_route_without_stitch_requires_one_model() -> None:
 
 
 def test_empty_identity_is_refused() -> None:
-    with pytest.raises(Incompatible, match=r"shard \? is 0, that of shard top-0 is 1"):
+    with pytest.raises(Incompatible, match=r"shard \? is 0, that of shard top-0 is 2"):
         check_hello(shard_pb2.Hello(), top(), no_check)
 
 

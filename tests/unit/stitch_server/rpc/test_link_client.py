@@ -29,16 +29,18 @@ END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 class FakeCall:
     """The calling end of one stream; a test provides the other end."""
 
-    def __init__(self, welcome: shard_pb2.LinkResponse) -> None:
+    def __init__(self, welcome: object) -> None:
+        self._welcome = welcome
         self.written: list[shard_pb2.LinkRequest] = []
         self.may_write = asyncio.Event()
         self.may_write.set()
         self._answers: asyncio.Queue[object] = asyncio.Queue()
-        self._answers.put_nowait(welcome)
 
     async def write(self, frame: shard_pb2.LinkRequest) -> None:
         await self.may_write.wait()
         self.written.append(frame)
+        if frame.HasField("hello"):
+            self.say(self._welcome)
 
     async def read(self) -> object:
         answer = await self._answers.get()
@@ -61,6 +63,10 @@ class FakeCall:
         return [session for frame in self.written for session in frame.close.sessions]
 
 
+def welcome_of(shard: str) -> shard_pb2.LinkResponse:
+    return shard_pb2.LinkResponse(welcome=shard_pb2.Welcome(identity=new_identity(shard, "top")))
+
+
 class LinkClientHarness:
     """A link client whose calls a test answers."""
 
@@ -68,9 +74,17 @@ class LinkClientHarness:
         self.calls: list[FakeCall] = []
         self.events: list[LinkEvent] = []
         self.sent_bytes: list[int] = []
-        self.welcome = shard_pb2.LinkResponse(welcome=shard_pb2.Welcome(identity=new_identity("top-0", "top")))
+        self.asked: list[str] = []
+        self.welcome = welcome_of("top-0")
         identity = new_identity("bottom-0", "bottom")
-        self.links = LinkClient(identity, self.events.append, self.sent_bytes.append)
+        self.addresses = {"top-0": "127.0.0.1:1", "top-1": "127.0.0.1:2"}
+        self.links = LinkClient(identity, self.events.append, self.sent_bytes.append, self.address_of)
+
+    def address_of(self, neighbour: str) -> str:
+        self.asked.append(neighbour)
+        if neighbour not in self.addresses:
+            raise Unavailable(f"shard {neighbour} is not in the cluster", shard=neighbour)
+        return self.addresses[neighbour]
 
     def stub(self, channel: object) -> object:
         return SimpleNamespace(Link=self._open)
@@ -79,10 +93,10 @@ class LinkClientHarness:
         self.calls.append(FakeCall(self.welcome))
         return self.calls[-1]
 
-    def send(self, number: int, tokens: int = 1, urgent: bool = False, address: str = "top:1") -> None:
+    def send(self, number: int, tokens: int = 1, urgent: bool = False, neighbour: str = "top-0") -> None:
         segment = Segment(new_request(), LayerRange(0, 1), 0, tokens, wants_token=True, blocks=[])
         rows = torch.zeros(tokens, WIDTH)
-        self.links.send(address, OutgoingStep(number, (segment,), (True,), rows, pipelined=False, urgent=urgent))
+        self.links.send(neighbour, OutgoingStep(number, (segment,), (True,), rows, pipelined=False, urgent=urgent))
 
     async def connected(self) -> FakeCall:
         """A link that has sent its first step."""
@@ -121,15 +135,16 @@ async def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
 async def test_first_step_opens_link(harness: LinkClientHarness) -> None:
     call = await harness.connected()
     hello = call.written[0].hello
-    assert (hello.identity.shard, hello.caller, hello.protocol_version) == ("bottom-0", "top:1", 1)
+    assert (hello.identity.shard, hello.caller, hello.protocol_version) == ("bottom-0", "top-0", 2)
     assert call.steps == [1]
     assert harness.sent_bytes == [WIDTH * 4]
 
 
-async def test_steps_to_one_address_share_link(harness: LinkClientHarness) -> None:
+async def test_steps_to_one_shard_share_link(harness: LinkClientHarness) -> None:
     call = await harness.connected()
+    harness.welcome = welcome_of("top-1")
     harness.send(2)
-    harness.send(3, address="top:2")
+    harness.send(3, neighbour="top-1")
     await eventually(lambda: call.steps == [1, 2] and len(harness.calls) == 2)
     await eventually(lambda: harness.calls[1].steps == [3])
 
@@ -145,9 +160,9 @@ async def test_urgent_step_overtakes_queued_frames(harness: LinkClientHarness) -
     call.may_write.clear()
     harness.send(2)
     harness.send(3)
-    await eventually(lambda: harness.links._links["top:1"]._outbox.qsize() == 1)
+    await eventually(lambda: harness.links._links["top-0"]._outbox.qsize() == 1)
     harness.send(4, urgent=True)
-    await eventually(lambda: harness.links._links["top:1"]._outbox.qsize() == 2)
+    await eventually(lambda: harness.links._links["top-0"]._outbox.qsize() == 2)
     call.may_write.set()
     await eventually(lambda: len(call.steps) == 4)
     assert call.steps == [1, 2, 4, 3]
@@ -156,13 +171,13 @@ async def test_urgent_step_overtakes_queued_frames(harness: LinkClientHarness) -
 async def test_close_follows_steps_of_session(harness: LinkClientHarness) -> None:
     call = await harness.connected()
     harness.send(2)
-    harness.links.close("top:1", [5, 6])
+    harness.links.close("top-0", [5, 6])
     await eventually(lambda: call.closed == [5, 6])
     assert call.written[-2].step.step == 2
 
 
 async def test_close_opens_no_link(harness: LinkClientHarness) -> None:
-    harness.links.close("top:1", [5])
+    harness.links.close("top-0", [5])
     call = await harness.connected()
     assert (len(harness.calls), call.closed) == (1, [])
 
@@ -174,11 +189,11 @@ def broken(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
 @pytest.mark.parametrize(
     ("end", "kind", "said"),
     [
-        (broken(grpc.StatusCode.UNAVAILABLE, "reset"), Unavailable, "top:1 is gone: reset"),
-        (broken(grpc.StatusCode.INTERNAL, "oops"), Unavailable, "top:1 is gone: oops"),
+        (broken(grpc.StatusCode.UNAVAILABLE, "reset"), Unavailable, "top-0 is gone: reset"),
+        (broken(grpc.StatusCode.INTERNAL, "oops"), Unavailable, "top-0 is gone: oops"),
         (broken(grpc.StatusCode.FAILED_PRECONDITION, "another stitch"), Incompatible, "another stitch"),
-        (END, Unavailable, "top:1 ended the link: no reason"),
-        (KeyError("what"), Unavailable, "the link to top:1 broke: 'what'"),
+        (END, Unavailable, "top-0 ended the link: no reason"),
+        (KeyError("what"), Unavailable, "top-0 is cut off by a defect: 'what'"),
     ],
 )
 async def test_ended_link_reports_reason(
@@ -188,7 +203,7 @@ async def test_ended_link_reports_reason(
     call.say(end)
     error = await harness.loss()
     assert (type(error), str(error)) == (kind, said)
-    assert harness.losses[0].address == "top:1"
+    assert harness.losses[0].neighbour == "top-0"
 
 
 async def test_step_after_loss_opens_new_link(harness: LinkClientHarness) -> None:
@@ -196,6 +211,32 @@ async def test_step_after_loss_opens_new_link(harness: LinkClientHarness) -> Non
     await harness.loss()
     harness.send(9)
     await eventually(lambda: len(harness.calls) == 2 and harness.calls[1].steps == [9])
+
+
+async def test_address_is_asked_at_every_connect(harness: LinkClientHarness) -> None:
+    (await harness.connected()).say(END)
+    await harness.loss()
+    harness.send(2)
+    harness.send(3)
+    await eventually(lambda: len(harness.calls) == 2 and harness.calls[1].steps == [2, 3])
+    assert harness.asked == ["top-0", "top-0"]
+
+
+async def test_shard_that_left_the_cluster_is_unavailable(harness: LinkClientHarness) -> None:
+    harness.send(1, neighbour="unix:/tmp/socket")
+    error = await harness.loss()
+    assert isinstance(error, Unavailable)
+    assert (str(error), error.shard) == ("shard unix:/tmp/socket is not in the cluster", "unix:/tmp/socket")
+    assert harness.calls == []
+
+
+async def test_other_shard_at_the_address_is_refused(harness: LinkClientHarness) -> None:
+    harness.welcome = welcome_of("top-1")
+    harness.send(1)
+    error = await harness.loss()
+    assert isinstance(error, Unavailable)
+    assert (str(error), error.shard) == ("top-0 is not at its address, where shard 'top-1' answers", "top-0")
+    assert harness.calls[0].steps == []
 
 
 async def test_receiver_with_other_identity_is_refused(harness: LinkClientHarness) -> None:
@@ -213,7 +254,7 @@ async def test_receiver_without_welcome_is_refused(harness: LinkClientHarness, a
     harness.send(1)
     error = await harness.loss()
     assert isinstance(error, Incompatible)
-    assert "top:1 answered the handshake with" in str(error)
+    assert "top-0 answered the handshake with" in str(error)
 
 
 async def test_silent_receiver_times_out(harness: LinkClientHarness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +262,7 @@ async def test_silent_receiver_times_out(harness: LinkClientHarness, monkeypatch
     unanswered: Callable[[FakeCall], Any] = lambda call: asyncio.Event().wait()  # noqa: E731
     monkeypatch.setattr(FakeCall, "read", unanswered)
     harness.send(1)
-    assert str(await harness.loss()) == "top:1 did not answer in 0 s"
+    assert str(await harness.loss()) == "top-0 did not answer in 0 s"
 
 
 async def test_closed_client_reports_no_loss(harness: LinkClientHarness) -> None:

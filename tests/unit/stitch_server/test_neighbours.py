@@ -1,0 +1,90 @@
+"""A chain names shards of the cluster, one for every stage that follows; nothing that a caller says is an address."""
+
+from __future__ import annotations
+
+import pytest
+
+from stitch.cluster import ClusterConfig, GatewayConfig, ModelConfig, PairConfig, RouteConfig, ShardConfig
+from stitch.errors import InvalidRequest, Unavailable
+from stitch_server.neighbours import Neighbours
+
+
+def shard(name: str, first: int, end: int) -> ShardConfig:
+    role = "bottom" if name.startswith("bottom") else "top"
+    return ShardConfig(name=name, role=role, layers=(first, end), address=f"{name}.example:7000")
+
+
+# "weak" enters the top model on a shard that "strong" leaves out.
+CLUSTER = ClusterConfig(
+    name="pair",
+    models=PairConfig(bottom=ModelConfig(id="large", source="large"), top=ModelConfig(id="small", source="small")),
+    routes=(
+        RouteConfig(name="weak", bottom_layers=3, top_from=2, stitch="weak.safetensors"),
+        RouteConfig(name="strong", bottom_layers=4, top_from=3, stitch="strong.safetensors"),
+    ),
+    shards=(
+        shard("bottom-0", 0, 4),
+        shard("top-0", 2, 3),
+        shard("top-1", 2, 3),
+        shard("top-2", 3, 4),
+    ),
+    gateway=GatewayConfig(address="gateway.example:7000"),
+)
+
+
+def test_address_is_that_of_the_cluster_file() -> None:
+    assert Neighbours(CLUSTER, "bottom-0").address_of("top-1") == "top-1.example:7000"
+
+
+@pytest.mark.parametrize("name", ["top-9", "", "127.0.0.1:7000", "unix:/tmp/socket", "top-1.example:7000"])
+def test_name_that_the_cluster_lacks_has_no_address(name: str) -> None:
+    with pytest.raises(Unavailable, match="is not in the cluster") as caught:
+        Neighbours(CLUSTER, "bottom-0").address_of(name)
+    assert caught.value.shard == name
+
+
+@pytest.mark.parametrize(
+    ("own", "route", "chain"),
+    [
+        ("bottom-0", "weak", ("top-0", "top-2")),
+        ("bottom-0", "weak", ("top-1", "top-2")),
+        ("bottom-0", "strong", ("top-2",)),
+        ("top-1", "weak", ("top-2",)),
+        ("top-2", "weak", ()),
+        ("top-2", "strong", ()),
+    ],
+)
+def test_replicas_of_the_stages_that_follow_are_a_chain(own: str, route: str, chain: tuple[str, ...]) -> None:
+    Neighbours(CLUSTER, own).check_chain(route, chain)
+
+
+@pytest.mark.parametrize(
+    ("own", "route", "chain", "message"),
+    [
+        ("bottom-0", "weak", (), "chain is [], but after bottom-0 route weak passes top-0 or top-1, then top-2"),
+        ("bottom-0", "weak", ("top-0",), "passes top-0 or top-1, then top-2"),
+        ("bottom-0", "weak", ("top-2", "top-0"), "passes top-0 or top-1, then top-2"),
+        ("bottom-0", "weak", ("bottom-0", "top-2"), "passes top-0 or top-1, then top-2"),
+        ("bottom-0", "weak", ("top-0", "top-2", "top-2"), "passes top-0 or top-1, then top-2"),
+        ("bottom-0", "strong", ("top-0",), "chain is ['top-0'], but after bottom-0 route strong passes top-2"),
+        ("top-2", "weak", ("top-0",), "chain is ['top-0'], but after top-2 route weak passes no shard"),
+        ("bottom-0", "weak", ("top-0", "unix:/tmp/s"), "chain is 'unix:/tmp/s', but the cluster has: bottom-0, top-0"),
+        ("bottom-0", "weak", ("x\ny",), r"chain is 'x\ny', but the cluster has: bottom-0, top-0, top-1, top-2"),
+    ],
+)
+def test_other_chain_is_refused_by_value_and_limit(own: str, route: str, chain: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        Neighbours(CLUSTER, own).check_chain(route, chain)
+    assert caught.value.field == "chain"
+    assert message in str(caught.value)
+
+
+def test_route_that_does_not_pass_the_shard_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="route is 'strong', but it does not pass top-0"):
+        Neighbours(CLUSTER, "top-0").check_chain("strong", ("top-2",))
+
+
+def test_refusal_names_the_field_of_the_request() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        Neighbours(CLUSTER, "bottom-0").check_chain("weak", (), "candidates.chain")
+    assert caught.value.field == "candidates.chain"
