@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--listen", metavar="HOST:PORT", help="address for clients; default: the cluster file's")
     run.add_argument("--metrics-port", metavar="N", type=int, help="0: any free port; default: the cluster file's")
     run.add_argument("--insecure", action="store_true", help="allow an address that other machines reach, without TLS")
+    run.add_argument("--reflection", action="store_true", help="answer gRPC reflection beyond loopback, too")
     run.add_argument(
         "--drain-seconds", metavar="S", type=float, help="running answers' time after SIGTERM; default: 30"
     )

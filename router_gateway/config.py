@@ -13,7 +13,7 @@ from router_gateway.shards.replica import HealthPolicy
 from stitch.cluster import ClusterConfig, load_cluster
 from stitch.errors import InvalidRequest
 from stitch.settings import Settings
-from stitch.tls import check_exposure
+from stitch.tls import check_exposure, is_loopback
 
 
 class GatewaySettings(Settings):
@@ -24,6 +24,8 @@ class GatewaySettings(Settings):
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     # Allows to listen on an address that other machines reach, without TLS.
     insecure: bool = False
+    # Answers reflection on an address that other machines reach, too.
+    reflection: bool = False
     # After SIGTERM, running answers are ended after this.
     drain_seconds: float = Field(default=30.0, ge=0)
     # Requests of one batch call that run at a time.
@@ -39,13 +41,24 @@ class GatewaySettings(Settings):
     def host(self) -> str:
         return self.address.rpartition(":")[0]
 
+    @property
+    def metrics_address(self) -> str:
+        config = self.cluster.gateway
+        port = config.metrics_port if self.metrics_port is None else self.metrics_port
+        return f"{config.metrics_host}:{port}"
+
+    @property
+    def reflects(self) -> bool:
+        """Whether it answers reflection, which tells every caller which methods there are."""
+        return self.reflection or is_loopback(self.host)
+
 
 def from_flags(flags: Mapping[str, Any]) -> GatewaySettings:
     """The settings for the flags of a command line; a flag that is None was not given.
 
     Raises InvalidRequest for an invalid cluster file or value.
     """
-    names = ("listen", "metrics_port", "insecure", "drain_seconds")
+    names = ("listen", "metrics_port", "insecure", "reflection", "drain_seconds")
     given = {name: flags[name] for name in names if flags[name] is not None}
     if flags["replay_wait_seconds"] is not None:
         given["retry"] = {"wait_seconds": flags["replay_wait_seconds"]}
@@ -62,7 +75,8 @@ def check(settings: GatewaySettings) -> None:
     host, _, port = settings.address.rpartition(":")
     if not host or not port.isdigit():
         raise InvalidRequest("listen", settings.address, "it must be host:port")
-    check_exposure("listen", settings.address, settings.cluster.tls is not None, settings.insecure)
+    for field, address in ("listen", settings.address), ("metrics_host", settings.metrics_address):
+        check_exposure(field, address, settings.cluster.tls is not None, settings.insecure)
     for shard in settings.cluster.shards:
         if shard.address.endswith(":0"):
             limit = "it needs a port; only `stitch up` chooses free ones"

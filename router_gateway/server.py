@@ -13,7 +13,6 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 
 from router_gateway.admission.admission import Admission
 from router_gateway.admission.tenants import open_tenants
@@ -36,10 +35,11 @@ from router_gateway.shards.registry import ShardRegistry
 from router_gateway.tokenization.source import VocabularySource, first_shard_names
 from router_gateway.tokenization.text_queues import TextQueues
 from stitch import channels
-from stitch.access import Access, CallerPolicy
+from stitch.access import Access
 from stitch.certificates import Certificates, open_certificates
 from stitch.cluster import ClusterConfig
 from stitch.errors import InvalidRequest
+from stitch.metrics_server import serving_metrics
 from stitch.process import InFlightTracker, StopSignals, background_tasks, observe_event_loop
 from stitch.thresholds import Thresholds
 from stitch.v1 import inference_pb2_grpc
@@ -77,7 +77,8 @@ async def serve(settings: GatewaySettings) -> None:
     async with open_gateway(settings) as gateway:
         host = settings.host
         print(f"router-gateway: listening on {host}:{gateway.port}", flush=True)
-        print(f"router-gateway: metrics on http://{host}:{gateway.metrics_port}/metrics", flush=True)
+        where = f"{settings.cluster.gateway.metrics_host}:{gateway.metrics_port}"
+        print(f"router-gateway: metrics on {where}/metrics", flush=True)
         await signals.first.wait()
         await signals.drained(gateway.drain(settings.drain_seconds))
 
@@ -91,7 +92,8 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
     routes = [route.name for route in cluster.routes]
     async with AsyncExitStack() as stack:
         metrics = Metrics(routes, REASON_KINDS)
-        metrics_port = await stack.enter_async_context(_exposed(metrics, settings))
+        serving = serving_metrics(metrics.registry, settings.metrics_address, certificates)
+        metrics_port = await stack.enter_async_context(serving)
 
         connect = partial(channels.open_channel, credentials=certificates.current.client() if certificates else None)
         registry = ShardRegistry(cluster, connect, settings.health)
@@ -152,32 +154,19 @@ async def _listening(
     if certificates is not None:
         options += certificates.server_options
         if certificates.files.client_authority is not None:
-            access = Access(CallerPolicy(settings.cluster, certificates.is_revoked), methods=None)
+            access = Access(certificates.policy, methods=None)
             certificates.on_change.append(access.end_revoked)
             interceptors.insert(0, access)
     server = channels.open_server(interceptors, options)
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
-    names = (*filter(None, SERVICES), "grpc.health.v1.Health", reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+    if settings.reflects:
+        names = (*filter(None, SERVICES), "grpc.health.v1.Health", reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
     await health.set(False)
     port = channels.listen(server, settings.address, certificates.to_clients() if certificates else None)
     await server.start()
     return server, port
-
-
-@asynccontextmanager
-async def _exposed(metrics: Metrics, settings: GatewaySettings) -> AsyncIterator[int]:
-    """Serves the metrics over HTTP on the gateway's interface within the block, and yields the port."""
-    configured = settings.metrics_port
-    wanted = settings.cluster.gateway.metrics_port if configured is None else configured
-    server, thread = start_http_server(wanted, settings.host.strip("[]"), metrics.registry)
-    try:
-        yield server.server_port
-    finally:
-        await asyncio.to_thread(server.shutdown)
-        server.server_close()
-        thread.join()
 
 
 def open_router(cluster: ClusterConfig) -> tuple[Router, Callable[[], Thresholds | None] | None]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
@@ -18,6 +21,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from stitch.access import CallerPolicy
 from stitch.channels import Options, open_channel
 from stitch.cluster import ClusterConfig
 from stitch.errors import InvalidRequest
@@ -44,6 +48,8 @@ class Certificates:
         self.on_change: list[Callable[[], None]] = []
         # How often other files have come to count.
         self.version = 0
+        # Who may call, of those that show a certificate.
+        self.policy = CallerPolicy(cluster, self.is_revoked)
         self._complaint = ""
         self._read = partial(read_tls, files, cluster.folder, name)
         self.current = self._read()
@@ -60,6 +66,19 @@ class Certificates:
     def to_clients(self) -> grpc.ServerCredentials:
         """The credentials of a gateway."""
         return self._following(Tls.to_clients, self.files.client_authority is not None)
+
+    def https_context(self) -> ssl.SSLContext:
+        """The context of an HTTPS server whose callers are programs of the cluster."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(cadata=self.current.authority.decode())
+        # It takes no other than files.
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "certificate-and-key.pem")
+            file.touch(mode=0o600)
+            file.write_bytes(self.current.certificate + b"\n" + self.current.key)
+            context.load_cert_chain(file)
+        return context
 
     @property
     def server_options(self) -> Options:
@@ -85,10 +104,13 @@ class Certificates:
             await asyncio.sleep(self.files.reload_seconds)
             try:
                 found = await asyncio.to_thread(self._read)
-                if found == previous != self.current:
+                if found == self.current:
+                    self._complaint = ""
+                elif found == previous:
                     self._take(found)
                 previous = found
             except InvalidRequest as error:
+                previous = None
                 self._complain(str(error))
 
     def _following(
@@ -113,7 +135,6 @@ class Certificates:
         self._revoked = self._checked(found)
         self.current = found
         self.version += 1
-        self._complaint = ""
         _log.info("the files of [tls] have changed: %s", read_certificate(found.certificate))
         for call in self.on_change:
             call()

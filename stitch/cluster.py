@@ -62,6 +62,8 @@ class ShardConfig(Settings):
     # host:port for other shards and the gateway. Port 0 is for `stitch up` alone, which chooses one.
     address: str
     metrics_port: int = Field(default=0, ge=0, le=65535)
+    # Beyond loopback, metrics are served over HTTPS, to programs and monitors with a certificate of the cluster.
+    metrics_host: str = "127.0.0.1"
 
     @model_validator(mode="after")
     def _range_is_not_empty(self) -> ShardConfig:
@@ -97,6 +99,8 @@ class GatewayLimits(Settings):
 class GatewayConfig(Settings):
     address: str
     metrics_port: int = Field(default=0, ge=0, le=65535)
+    # As for a shard.
+    metrics_host: str = "127.0.0.1"
     # The route where the router fails or can't decide; None: the most expensive one.
     fallback_route: str | None = None
     # A learned router and the thresholds of its calibration, which are reloaded when the file changes; relative to the

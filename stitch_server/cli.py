@@ -54,6 +54,7 @@ def _add_run(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         help="port of the metrics, 0 for any free one; default: the cluster file's",
     )
     run.add_argument("--insecure", action="store_true", help="allow an address that other machines reach without TLS")
+    run.add_argument("--reflection", action="store_true", help="answer gRPC reflection beyond loopback, too")
     run.add_argument(
         "--drain-seconds",
         metavar="S",
@@ -99,6 +100,7 @@ def _run(parsed: argparse.Namespace) -> None:
         parsed.listen,
         parsed.metrics_port,
         parsed.insecure,
+        parsed.reflection,
         parsed.drain_seconds,
     )
     set_up_logging()

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from stitch.cluster import ClusterConfig, ShardConfig
 from stitch.errors import InvalidRequest
 from stitch.settings import Settings
-from stitch.tls import check_exposure
+from stitch.tls import check_exposure, is_loopback
 
 
 class ShardSettings(Settings):
@@ -23,12 +23,23 @@ class ShardSettings(Settings):
     listen: str
     metrics_port: int = Field(ge=0, le=65535)
     insecure: bool = False
+    # Answers reflection on an address that other machines reach, too.
+    reflection: bool = False
     drain_seconds: float = Field(default=30.0, ge=0)
 
     @property
     def host(self) -> str:
         """The host part of `listen`."""
         return self.listen.rpartition(":")[0]
+
+    @property
+    def metrics_address(self) -> str:
+        return f"{self.shard.metrics_host}:{self.metrics_port}"
+
+    @property
+    def reflects(self) -> bool:
+        """Whether it answers reflection, which tells every caller which methods there are."""
+        return self.reflection or is_loopback(self.host)
 
 
 def shard_settings(
@@ -37,6 +48,7 @@ def shard_settings(
     listen: str | None,
     metrics_port: int | None,
     insecure: bool,
+    reflection: bool,
     drain_seconds: float,
 ) -> ShardSettings:
     """The settings from the command line; what is None there comes from the cluster file.
@@ -51,10 +63,12 @@ def shard_settings(
             listen=listen or config.address,
             metrics_port=config.metrics_port if metrics_port is None else metrics_port,
             insecure=insecure,
+            reflection=reflection,
             drain_seconds=drain_seconds,
         )
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidRequest(str(first["loc"][0]), first["input"], first["msg"]) from error
-    check_exposure("listen", settings.listen, cluster.tls is not None, insecure)
+    for field, address in ("listen", settings.listen), ("metrics_host", settings.metrics_address):
+        check_exposure(field, address, cluster.tls is not None, insecure)
     return settings

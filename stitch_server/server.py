@@ -17,12 +17,12 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 
 from stitch import channels
-from stitch.access import Access, CallerPolicy, Methods
+from stitch.access import Access, Methods
 from stitch.certificates import Certificates, open_certificates
 from stitch.environment import step_log_folder
+from stitch.metrics_server import serving_metrics
 from stitch.process import StopSignals, background_tasks, observe_event_loop
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.build import load_stage
@@ -126,33 +126,33 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
         shard = build_shard(settings.cluster, settings.shard, loaded, device, open_links, metrics, neighbours, step_log)
         shard.engine.start()
         stack.push_async_callback(asyncio.to_thread, shard.engine.stop)
-        metrics_server, _ = start_http_server(settings.metrics_port, settings.host.strip("[]"), metrics.registry)
-        stack.callback(metrics_server.server_close)
-        stack.callback(metrics_server.shutdown)
+        serving = serving_metrics(metrics.registry, settings.metrics_address, certificates)
+        metrics_port = await stack.enter_async_context(serving)
         health = HealthServicer()
-        server, port = await _listening(shard, health, settings.listen, certificates)
+        server, port = await _listening(shard, health, settings, certificates)
         stack.push_async_callback(server.stop, None)
         observed = observe_event_loop(metrics.event_loop_delay, metrics.event_loop_tasks)
         following = [] if certificates is None else [certificates.follow()]
         await stack.enter_async_context(background_tasks(observed, *following))
-        yield RunningShard(port, metrics_server.server_port, shard, health)
+        yield RunningShard(port, metrics_port, shard, health)
 
 
 async def _listening(
-    shard: Shard, health: HealthServicer, address: str, certificates: Certificates | None
+    shard: Shard, health: HealthServicer, settings: ShardSettings, certificates: Certificates | None
 ) -> tuple[grpc.aio.Server, int]:
     interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [LenientDecoding()]
     if certificates is None:
         server, credentials = channels.open_server(interceptors), None
     else:
-        access = Access(CallerPolicy(shard.cluster, certificates.is_revoked), CALLERS)
+        access = Access(certificates.policy, CALLERS)
         certificates.on_change.append(access.end_revoked)
         server = channels.open_server([access, *interceptors], certificates.server_options)
         credentials = certificates.to_programs()
     shard_pb2_grpc.add_ShardServicer_to_server(ShardServicer(shard), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
-    port = channels.listen(server, address, credentials)
+    if settings.reflects:
+        reflection.enable_server_reflection((SERVICE, HEALTH, REFLECTION), server)
+    port = channels.listen(server, settings.listen, credentials)
     for service in ("", SERVICE):
         await health.set(service, health_pb2.HealthCheckResponse.SERVING)
     await server.start()

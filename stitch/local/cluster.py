@@ -183,7 +183,7 @@ def _with_ports(bound: ExitStack, name: str, config: Endpoint) -> Endpoint:
     if not host or not port.isdecimal() or int(port) > 65535:
         raise InvalidRequest(f"{name}.address", config.address, "it must be host:port")
     address = f"{host}:{_bind(bound, f'{name}.address', host, int(port))}"
-    metrics_port = _bind(bound, f"{name}.metrics_port", host, config.metrics_port)
+    metrics_port = _bind(bound, f"{name}.metrics_port", config.metrics_host, config.metrics_port)
     return config.model_copy(update={"address": address, "metrics_port": metrics_port})
 
 

@@ -15,6 +15,7 @@ FLAGS: dict[str, Any] = {
     "listen": None,
     "metrics_port": None,
     "insecure": False,
+    "reflection": False,
     "drain_seconds": None,
     "replay_wait_seconds": None,
 }
@@ -59,6 +60,20 @@ def test_check_refuses_an_exposed_address_without_insecure(cluster_file: Path) -
         check(settings(cluster_file, listen="0.0.0.0:7000"))
     check(settings(cluster_file, listen="0.0.0.0:7000", insecure=True))
     check(settings(cluster_file))
+
+
+def test_check_refuses_exposed_metrics_without_insecure(cluster_file: Path) -> None:
+    cluster_file.write_text(CLUSTER + 'metrics_port = 9\nmetrics_host = "10.0.0.1"\n')
+    with pytest.raises(InvalidRequest, match=r"metrics_host is '10\.0\.0\.1:9', but .* --insecure"):
+        check(settings(cluster_file))
+    check(settings(cluster_file, insecure=True))
+    assert settings(cluster_file, metrics_port=8).metrics_address == "10.0.0.1:8"
+
+
+def test_reflection_is_answered_on_loopback_or_by_its_flag(cluster_file: Path) -> None:
+    assert settings(cluster_file).reflects
+    assert not settings(cluster_file, listen="0.0.0.0:7000").reflects
+    assert settings(cluster_file, listen="0.0.0.0:7000", reflection=True).reflects
 
 
 @pytest.mark.parametrize("address", ["7000", "localhost", "localhost:http", ":7000"])

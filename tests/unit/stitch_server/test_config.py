@@ -9,9 +9,16 @@ from pydantic import ValidationError
 
 from stitch.cluster import load_cluster
 from stitch.errors import InvalidRequest
+from stitch.tls import TlsFiles
 from stitch_server.config import ShardSettings, shard_settings
 
-FLAGS: dict[str, Any] = {"listen": None, "metrics_port": None, "insecure": False, "drain_seconds": 30.0}
+FLAGS: dict[str, Any] = {
+    "listen": None,
+    "metrics_port": None,
+    "insecure": False,
+    "reflection": False,
+    "drain_seconds": 30.0,
+}
 
 
 def settings(shard: str = "top-0", **flags: Any) -> ShardSettings:
@@ -40,6 +47,24 @@ def test_exposed_address_needs_the_insecure_flag(listen: str) -> None:
         settings(listen=listen)
     assert (caught.value.field, caught.value.value) == ("listen", listen)
     assert settings(listen=listen, insecure=True).listen == listen
+
+
+def test_metrics_beyond_loopback_need_tls_or_the_insecure_flag() -> None:
+    cluster = load_cluster("smollm2")
+    open_top = cluster.shard("top-0").model_copy(update={"metrics_host": "0.0.0.0"})
+    exposed = cluster.model_copy(update={"shards": (cluster.shards[0], open_top)})
+    with pytest.raises(InvalidRequest, match=r"metrics_host is '0\.0\.0\.0:0', but .*--insecure allows it"):
+        shard_settings(exposed, "top-0", **FLAGS)
+    secured = exposed.model_copy(update={"tls": TlsFiles(authority="a", certificate="c", key="k")})
+    for given, flags in (exposed, {"insecure": True}), (secured, {}):
+        assert shard_settings(given, "top-0", **{**FLAGS, **flags}).metrics_address == "0.0.0.0:0"
+    assert settings().metrics_address == "127.0.0.1:0"
+
+
+def test_reflection_is_answered_on_loopback_or_by_its_flag() -> None:
+    assert settings().reflects
+    assert not settings(listen="0.0.0.0:7", insecure=True).reflects
+    assert settings(listen="0.0.0.0:7", insecure=True, reflection=True).reflects
 
 
 def test_unknown_shard_is_refused_with_the_known_names() -> None:
