@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 
 from router_gateway.requests.failover import RetryPolicy
 from router_gateway.routing.router import check_thresholds
+from router_gateway.shards.ejection import EjectionPolicy
 from router_gateway.shards.replica import HealthPolicy
 from stitch.cluster import ClusterConfig, load_cluster
 from stitch.errors import InvalidRequest
@@ -31,6 +32,7 @@ class GatewaySettings(Settings):
     # Requests of one batch call that run at a time.
     batch_concurrency: int = Field(default=32, ge=1)
     health: HealthPolicy = HealthPolicy()
+    ejection: EjectionPolicy = EjectionPolicy()
     retry: RetryPolicy = RetryPolicy()
 
     @property

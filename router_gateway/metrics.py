@@ -17,7 +17,8 @@ from stitch import buckets
 NO_ROUTE = "none"
 OUTCOMES = ("stop", "length", "invalid", "unmet", "exhausted", "unavailable", "cancelled", "expired", "failed")
 STAGES = ("route", "queue", "bottom_prefill", "wire", "stitch", "top_prefill", "sample")
-REPLAY_CAUSES = ("unavailable", "draining", "cancelled", "unreachable", "cut", "out_of_step")
+REPLAY_CAUSES = ("unavailable", "draining", "cancelled", "unreachable", "cut", "out_of_step", "failed", "incompatible")
+EJECTION_CAUSES = ("failures", "unreachable", "suspected", "slow")
 CANCEL_CAUSES = ("client", "deadline", "shutdown")
 
 # Upper bounds in tokens of the prompt lengths by which the time to first token is split.
@@ -92,6 +93,8 @@ class Metrics:
         self.replays = self._counter(name, about, cause=REPLAY_CAUSES)
         name, about = "stitch_drain_refusals_total", "Sessions that a draining shard refused and another chain took."
         self.drain_refusals = Counter(name, about, registry=self.registry)
+        name, about = "stitch_ejections_total", "Times that a shard got no new sessions for a while, by cause."
+        self.ejections = self._counter(name, about, cause=EJECTION_CAUSES)
         name, about = "stitch_cancelled_total", "Answers cancelled before their end, by cause."
         self.cancelled = self._counter(name, about, cause=CANCEL_CAUSES)
 

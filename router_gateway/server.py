@@ -31,6 +31,7 @@ from router_gateway.rpc.health import SERVICES, Health
 from router_gateway.rpc.servicer import InferenceServicer, ReceivingInterceptor, inference_methods
 from router_gateway.shards.models import ModelRegistry
 from router_gateway.shards.placement import Placement
+from router_gateway.shards.progress import ProgressMonitor
 from router_gateway.shards.registry import ShardRegistry
 from router_gateway.tokenization.source import VocabularySource, first_shard_names
 from router_gateway.tokenization.text_queues import TextQueues
@@ -96,11 +97,13 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         metrics_port = await stack.enter_async_context(serving)
 
         connect = partial(channels.open_channel, credentials=certificates.current.client() if certificates else None)
-        registry = ShardRegistry(cluster, connect, settings.health)
+        registry = ShardRegistry(cluster, connect, settings.health, settings.ejection, metrics)
         await stack.enter_async_context(registry.polling())
         placement, models = Placement(cluster, registry), ModelRegistry(cluster, registry)
+        progress = ProgressMonitor(placement, settings.health, settings.ejection)
+        await stack.enter_async_context(background_tasks(progress.run()))
         first_shards = [registry.replicas[name] for name in first_shard_names(cluster)]
-        source = VocabularySource(first_shards)
+        source = VocabularySource(registry, first_shards)
 
         predictor = TtftPredictor(routes, lambda: sum(one.accepts_requests for one in first_shards), time.monotonic)
         router, calibration = open_router(cluster)
@@ -120,19 +123,17 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         server, port = await _listening(servicer, admission, health, settings, certificates)
         gateway = Gateway(port, metrics_port, metrics, server, health, in_flight)
         stack.push_async_callback(gateway.stop)
-        readiness = _report_readiness(health, source, registry, placement, settings)
+        readiness = health.follow(registry, lambda: _is_ready(source, placement, cluster))
+        loading = source.follow(settings.health.poll_seconds)
         observed = observe_event_loop(metrics.event_loop_delay, metrics.event_loop_tasks)
         following = [] if certificates is None else [certificates.follow()]
-        await stack.enter_async_context(background_tasks(readiness, observed, *following))
+        await stack.enter_async_context(background_tasks(loading, readiness, observed, *following))
         yield gateway
 
 
-async def _report_readiness(
-    health: Health, source: VocabularySource, registry: ShardRegistry, placement: Placement, settings: GatewaySettings
-) -> None:
-    """SERVING once the tokenizer is loaded, while the shards of at least one route accept requests."""
-    await source.load(settings.health.poll_seconds)
-    await health.follow(registry, lambda: any(map(placement.reachable, settings.cluster.routes)))
+def _is_ready(source: VocabularySource, placement: Placement, cluster: ClusterConfig) -> bool:
+    """Whether the shards' tokenizer is loaded, and the shards of at least one route accept requests."""
+    return source.is_current and any(map(placement.reachable, cluster.routes))
 
 
 async def _listening(

@@ -201,6 +201,11 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
     return error
 
 
+def has_details(error: grpc.RpcError) -> bool:
+    """Whether the other side raised a StitchError; without, its status is of gRPC's own making."""
+    return bool(_details(error))
+
+
 def _unavailable(message: str, info: error_details_pb2.ErrorInfo) -> Unavailable:
     kind = Draining if info.reason == Draining.__name__ else Unavailable
     return kind(message, int(info.metadata.get("generated_tokens", "0")), info.metadata.get("shard", ""))

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pydantic import Field
 
 from router_gateway.metrics import Metrics
-from router_gateway.shards.placement import Chain, Placement
+from router_gateway.shards.compatibility import Facts
+from router_gateway.shards.placement import Chain, PlacedSession, Placement
 from router_gateway.shards.registry import ShardRegistry
 from stitch.errors import Exhausted, StitchError, Unavailable
 from stitch.settings import Settings
@@ -30,14 +31,21 @@ class RetryPolicy(Settings):
     first_pause_seconds: float = Field(default=0.1, gt=0)
     # A session that crashes its shard must not crash every shard.
     max_failures: int = Field(default=5, ge=0)
+    # How long an answer waits for polls that say why its chain failed.
+    refresh_seconds: float = Field(default=0.25, gt=0)
 
 
 class ChainLost(Exception):
-    """The session's chain failed, and another one may continue; `cause` is one of metrics.REPLAY_CAUSES."""
+    """The session's chain failed, and another one may continue; `cause` is one of metrics.REPLAY_CAUSES.
 
-    def __init__(self, cause: str, message: str) -> None:
+    `shard` is the one that failed, where that is known. `final` is what the client gets where no chain continues.
+    """
+
+    def __init__(self, cause: str, message: str, shard: str = "", final: StitchError | None = None) -> None:
         super().__init__(message)
         self.cause = cause
+        self.shard = shard
+        self.final = final
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +74,16 @@ class FailureRecord:
 
 
 class Failover:
-    """The chains of one answer."""
+    """The chains of one answer, which its text has in common with shards that have these facts."""
 
-    def __init__(self, routes: tuple[str, ...], dependencies: FailoverDependencies) -> None:
+    def __init__(self, routes: tuple[str, ...], dependencies: FailoverDependencies, facts: Facts) -> None:
         # The candidates between which a first shard decides, or the one route of the answer.
         self.routes = routes
         self._dependencies = dependencies
+        self._facts = facts
         self._failures = FailureRecord()
+        # KV tokens that the answer may need.
+        self._reserved_tokens = 0
         # Generated tokens when the current chain was chosen.
         self._tokens_at_start = 0
 
@@ -80,44 +91,62 @@ class Failover:
         """The first shard has decided: every further chain is of this route."""
         self.routes = (route,)
 
-    def record_progress(self) -> None:
-        """A token came: clears the record."""
+    def record_progress(self, session: PlacedSession) -> None:
+        """A token came: clears the record. From the first one on, only shards with the same facts continue."""
         if self._failures.count or self._failures.last_error is not None:
             self._failures = FailureRecord()
+        self._facts = session.facts
 
-    async def record_failure(self, chain: Chain, error: ChainLost | Exhausted, generated_tokens: int) -> None:
-        """Records that the chain failed. Raises the error for the client after too many failures.
+    async def record_failure(self, session: PlacedSession, error: ChainLost | Exhausted, generated_tokens: int) -> None:
+        """Records that the session was lost. Raises the error for the client after too many failures.
 
         A shard that began to drain since its last poll refuses the session: the poll after the failure finds that
-        out, and the refusal counts as one, not as a failure of the chain.
+        out, and the refusal counts as one, not as a failure of the chain. A new request that is refused for want of
+        room is tried once on every chain.
         """
-        # The error does not say which of its shards is gone or draining; a poll does.
-        await self._dependencies.registry.refresh(one.config.name for one in chain.replicas if one.serving)
-        failures = self._failures
+        failures, chain = self._failures, session.chain
         failures.since = self._dependencies.clock() if failures.since is None else failures.since
-        # Placement prefers other shards, also where no poll has shown which of these drains.
-        failures.by_shard.update(chain.names)
+        # Placement prefers other shards, also where no poll has shown which of these fails or drains.
+        named = isinstance(error, ChainLost) and error.shard in chain.names
+        failures.by_shard.update([error.shard] if isinstance(error, ChainLost) and named else chain.names)
         failures.chains.add(chain.names)
-        if self._is_drain_refusal(chain, error, generated_tokens):
-            self._dependencies.metrics.drain_refusals.inc()
-            failures.last_error = Unavailable(str(error))
-            return
+        if isinstance(error, ChainLost):
+            await self._find_reason(session, error, named)
+            if self._is_drain_refusal(chain, error, generated_tokens):
+                self._dependencies.metrics.drain_refusals.inc()
+                failures.last_error = Unavailable(str(error))
+                return
+            session.lost(error.shard if named else "", str(error), at_once=error.cause == "incompatible")
         failures.last_error = error
+        if isinstance(error, Exhausted) and not generated_tokens:
+            if self._choose(allow_failed=False) is None:
+                raise error
+            return
         failures.count += 1
         if failures.count > self._dependencies.policy.max_failures:
             raise self._final_error(generated_tokens)
 
-    async def next_chain(self, tokens: int, generated_tokens: int) -> Chain:
-        """The chain to try now, with KV reserved for `tokens`. Raises Unavailable or Exhausted where there is none."""
+    async def next_chain(self, reserved_tokens: int, generated_tokens: int) -> Chain:
+        """The chain to try now, for `reserved_tokens` of KV. Raises Unavailable or Exhausted where there is none."""
+        self._reserved_tokens = reserved_tokens
         paused = False
         while (chain := self._choose(allow_failed=paused)) is None:
             await self._pause(generated_tokens)
             paused = True
-        chain.reserve(tokens)
         if isinstance(self._failures.last_error, ChainLost):
             self._dependencies.metrics.replays.labels(cause=self._failures.last_error.cause).inc()
         self._tokens_at_start = generated_tokens
         return chain
+
+    def place(self, chain: Chain, length: int) -> PlacedSession:
+        """A session of `length` tokens for the chain that was just chosen."""
+        return self._dependencies.placement.place(chain, length, self._reserved_tokens)
+
+    async def _find_reason(self, session: PlacedSession, error: ChainLost, named: bool) -> None:
+        """Polls the chain's shards where the error does not say which of them is gone, drains or differs."""
+        if error.cause in ("draining", "incompatible") or (error.cause == "unavailable" and not named):
+            serving = [replica.config.name for replica in session.chain.replicas if replica.serving]
+            await self._dependencies.registry.refresh(serving, self._dependencies.policy.refresh_seconds)
 
     def _is_drain_refusal(self, chain: Chain, error: ChainLost | Exhausted, generated_tokens: int) -> bool:
         """A shard may also end before its answer is read; then the poll knows less than the error."""
@@ -128,11 +157,10 @@ class Failover:
 
     def _choose(self, allow_failed: bool) -> Chain | None:
         placement, by_shard = self._dependencies.placement, self._failures.by_shard
-        decided = len(self.routes) == 1
         chain = (
-            placement.choose(self.routes[0], by_shard)
-            if decided
-            else placement.choose_candidates(self.routes, by_shard)
+            placement.choose(self.routes[0], by_shard, self._reserved_tokens, self._facts)
+            if len(self.routes) == 1
+            else placement.choose_candidates(self.routes, by_shard, self._reserved_tokens, self._facts)
         )
         failed = chain is not None and chain.names in self._failures.chains
         return None if failed and not allow_failed else chain
@@ -141,7 +169,8 @@ class Failover:
         """Waits until the shards' state changes, at most for the pause. Raises where the wait is used up."""
         registry, policy = self._dependencies.registry, self._dependencies.policy
         version = registry.version
-        await registry.refresh({name for route in self.routes for name in self._dependencies.placement.shards(route)})
+        names = {name for route in self.routes for name in self._dependencies.placement.shards(route)}
+        await registry.refresh(names, policy.refresh_seconds)
         if registry.version != version:
             return
         left = self._left_seconds()
@@ -161,6 +190,8 @@ class Failover:
         error = self._failures.last_error
         if isinstance(error, Exhausted):
             return error
+        if isinstance(error, ChainLost) and error.final is not None:
+            return error.final
         reason = f": {error}" if error else ""
         message = f"no chain of route {' or '.join(self.routes)} can continue after {generated_tokens:,} tokens{reason}"
         return Unavailable(message, generated_tokens)

@@ -78,7 +78,7 @@ class RequestPreparer:
         if request.routing.route is not None:
             self._cluster.route(request.routing.route)
         limits.check_prompt(request.prompt)
-        vocabulary = self._source.require()
+        vocabulary, facts = self._source.require(), self._source.facts
         smallest = min(self._models.vocabulary_size, vocabulary.size)
         for field in ("stop_token_ids", "forced_token_ids"):
             limits.check_tokens(field, getattr(request.sampling, field), smallest)
@@ -88,7 +88,7 @@ class RequestPreparer:
             sampling = await self._force(request.forced_answer, sampling, len(ids), vocabulary)
         sampling = complete_sampling(sampling, len(ids), self._models.context_tokens, vocabulary.end_tokens)
         decision = self._selector.select(request.routing, user_turns(request.prompt), len(ids), waited_seconds())
-        return Prepared(request, StreamInput(request.request_id, tuple(ids), decision, sampling), vocabulary)
+        return Prepared(request, StreamInput(request.request_id, tuple(ids), decision, sampling, facts), vocabulary)
 
     async def _tokenize(self, prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
         context_tokens = self._models.context_tokens
@@ -305,7 +305,7 @@ class Pipeline:
     def _steps(self, prepared: Prepared, ticket: Ticket) -> AsyncGenerator[Step, None]:
         tenant = ticket.tenant
         given = replace(prepared.stream_input, tenant=tenant.name, tenant_weight=tenant.weight)
-        failover = Failover(given.routes, self._dependencies)
+        failover = Failover(given.routes, self._dependencies, given.facts)
         return TokenStream(given, failover, ticket.deadline, self._dependencies.clock).steps()
 
     def _start(

@@ -7,9 +7,10 @@ position, so the continuation is the same as without the loss, and no token come
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import grpc
@@ -17,12 +18,28 @@ import grpc
 from router_gateway.requests.failover import ChainLost, Failover
 from router_gateway.routing.probe import from_probe
 from router_gateway.routing.router import DeferredDecision, RouteDecision
-from router_gateway.shards.placement import CandidateChains, Chain
-from stitch.errors import Draining, Exhausted, Expired, StitchError, from_rpc_error
+from router_gateway.shards.compatibility import Facts
+from router_gateway.shards.placement import CandidateChains, Chain, PlacedSession
+from stitch.errors import (
+    Draining,
+    Exhausted,
+    Expired,
+    Forbidden,
+    Incompatible,
+    StitchError,
+    Unauthenticated,
+    Unavailable,
+    from_rpc_error,
+    has_details,
+)
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2, shard_pb2
 
+_log = logging.getLogger(__name__)
+
 FinishReason: TypeAlias = inference_pb2.FinishReason
+# A shard ends a call by these where it has a defect.
+_FAILED = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.ABORTED, grpc.StatusCode.DATA_LOSS)
 _COMPLETE = (inference_pb2.FINISH_REASON_STOP, inference_pb2.FINISH_REASON_LENGTH)
 
 
@@ -38,6 +55,8 @@ class StreamInput:
     # Empty: no tenant is known.
     tenant: str = ""
     tenant_weight: float = 1.0
+    # What the shards must have in common with the gateway: its tokenizer.
+    facts: Facts = field(default_factory=dict)
 
     @property
     def routes(self) -> tuple[str, ...]:
@@ -76,17 +95,16 @@ class TokenStream:
     async def steps(self) -> AsyncGenerator[Step, None]:
         """Raises Unavailable where no chain is left, Expired, or the error that a shard raised."""
         while not (finish := self._finished()):
-            chain = await self._failover.next_chain(self._length, len(self._generated))
+            chain = await self._failover.next_chain(self._reserved_tokens, len(self._generated))
+            session = self._failover.place(chain, self._length)
             try:
-                async with aclosing(self._session(chain)) as steps:
-                    async for step in steps:
-                        yield step
+                with session:
+                    async with aclosing(self._session(session)) as steps:
+                        async for step in steps:
+                            yield step
                 return
             except (ChainLost, Exhausted) as error:
-                # The client retries a new request by itself; an answer in progress waits for room.
-                if isinstance(error, Exhausted) and not self._generated:
-                    raise
-                await self._failover.record_failure(chain, error, len(self._generated))
+                await self._failover.record_failure(session, error, len(self._generated))
         yield Step(finish=finish)
 
     @property
@@ -94,15 +112,22 @@ class TokenStream:
         """Tokens of prompt and answer so far."""
         return len(self._input.token_ids) + len(self._generated)
 
-    async def _session(self, chain: Chain) -> AsyncGenerator[Step, None]:
+    @property
+    def _reserved_tokens(self) -> int:
+        """Tokens of prompt and longest answer."""
+        return len(self._input.token_ids) + self._input.sampling.max_tokens
+
+    async def _session(self, session: PlacedSession) -> AsyncGenerator[Step, None]:
         """The steps of one chain up to the last one. Raises ChainLost where the chain ends before."""
-        async with aclosing(open_session(chain, self._message(chain), self._left_seconds())) as responses:
+        message = self._message(session.chain)
+        async with aclosing(open_session(session, message, self._left_seconds())) as responses:
             async for response in responses:
-                step = self._step(response)
+                step = self._step(session, response)
                 yield step
                 if step.finish:
                     return
-        raise ChainLost("cut", f"{chain.names[0]} ended the stream before the answer was complete")
+        first = session.chain.names[0]
+        raise ChainLost("cut", f"{first} ended the stream before the answer was complete", first)
 
     def _finished(self) -> FinishReason:
         """Why the answer is complete, for the case that its last token came and the message of its end was lost."""
@@ -131,21 +156,24 @@ class TokenStream:
             message.chain.extend(chain.next_names)
         return message
 
-    def _step(self, response: shard_pb2.ShardGenerateResponse) -> Step:
+    def _step(self, session: PlacedSession, response: shard_pb2.ShardGenerateResponse) -> Step:
         """Checks a response and counts its tokens. Raises ChainLost where it contradicts the answer so far."""
-        decision = self._shard_decision(response)
+        session.record(len(response.tokens))
+        decision = self._shard_decision(session, response)
         for position, token in enumerate(response.tokens, self._length):
             if token.position != position:
                 raise ChainLost("out_of_step", f"token {token.position} came in place of {position}")
         stages = () if self._generated else response.stages
         self._generated += [token.id for token in response.tokens]
         if response.tokens:
-            self._failover.record_progress()
+            self._failover.record_progress(session)
         complete = response.finish_reason in _COMPLETE
         finish = response.finish_reason if complete else inference_pb2.FINISH_REASON_UNSPECIFIED
         return Step(response.tokens, stages, finish, decision)
 
-    def _shard_decision(self, response: shard_pb2.ShardGenerateResponse) -> RouteDecision | None:
+    def _shard_decision(
+        self, session: PlacedSession, response: shard_pb2.ShardGenerateResponse
+    ) -> RouteDecision | None:
         """The first shard's decision, where it has to make one. Raises ChainLost where that is no candidate."""
         routes, deferred = self._failover.routes, self._input.decision
         if len(routes) == 1 or not isinstance(deferred, DeferredDecision):
@@ -155,6 +183,7 @@ class TokenStream:
             chosen = response.decision.route or "none"
             raise ChainLost("out_of_step", f"the first shard chose {chosen} of the routes {', '.join(routes)}")
         self._failover.fix_route(decision.route)
+        session.take_route(decision.route)
         return decision
 
     def _left_seconds(self) -> float | None:
@@ -168,35 +197,49 @@ class TokenStream:
 
 
 async def open_session(
-    chain: Chain, request: shard_pb2.ShardGenerateRequest, timeout_seconds: float | None
+    session: PlacedSession, request: shard_pb2.ShardGenerateRequest, timeout_seconds: float | None
 ) -> AsyncGenerator[shard_pb2.ShardGenerateResponse, None]:
     """The responses of the chain's first shard; closing this iterator cancels the session on every shard.
 
     Raises ChainLost, or the StitchError that a shard raised.
     """
-    call = chain.first.generate(request, timeout_seconds)
-    with chain.on_unavailable(call.cancel):
-        try:
-            async for response in call:
-                yield response
-        except grpc.aio.AioRpcError as error:
-            raise _session_error(error) from error
-        except asyncio.CancelledError:
-            # The call's cancellation because a shard is gone looks like a cancellation of this task.
-            task = asyncio.current_task()
-            if chain.serving or (task is not None and task.cancelling()):
-                raise
-            raise ChainLost("unreachable", f"a shard of {', '.join(chain.names)} does not answer") from None
-        finally:
-            call.cancel()
+    call = session.chain.first.generate(request, timeout_seconds)
+    session.cancel = call.cancel
+    try:
+        async for response in call:
+            yield response
+    except grpc.aio.AioRpcError as error:
+        raise _session_error(error, session.chain.names[0]) from error
+    except asyncio.CancelledError:
+        # The call's cancellation for a silent shard looks like a cancellation of this task.
+        task, silent = asyncio.current_task(), session.silent_shard
+        if not silent or (task is not None and task.cancelling()):
+            raise
+        raise ChainLost("unreachable", f"{silent} does not answer", silent) from None
+    finally:
+        session.cancel = None
+        call.cancel()
 
 
-def _session_error(error: grpc.aio.AioRpcError) -> Exception:
+def _session_error(error: grpc.aio.AioRpcError, first: str) -> Exception:
+    """What the status of a `Generate` on the shard `first` means for its answer."""
     code, message = error.code(), error.details() or ""
-    # A process that is killed in the middle of a frame may leave only a reset stream.
-    if code is grpc.StatusCode.UNAVAILABLE or (code is grpc.StatusCode.INTERNAL and "RST_STREAM" in message):
-        return ChainLost("draining" if isinstance(from_rpc_error(error), Draining) else "unavailable", message)
-    if code is grpc.StatusCode.CANCELLED:
-        return ChainLost("cancelled", message)
     known = from_rpc_error(error)
+    if isinstance(known, Draining):
+        return ChainLost("draining", message, known.shard)
+    if isinstance(known, Unavailable):
+        # Without the shard's own words the connection to it failed.
+        return ChainLost("unavailable", message, known.shard if has_details(error) else first)
+    if isinstance(known, Incompatible):
+        return ChainLost("incompatible", message, final=known)
+    if isinstance(known, (Unauthenticated, Forbidden)):
+        _log.error("shard %s refuses a session: %s: %s", first, code.name, message)
+        return ChainLost("unavailable", "a shard refuses the gateway", first)
+    # A process that is killed in the middle of a frame may leave only a reset stream.
+    if code is grpc.StatusCode.INTERNAL and "RST_STREAM" in message:
+        return ChainLost("unavailable", message, first)
+    if code is grpc.StatusCode.CANCELLED:
+        return ChainLost("cancelled", message, first)
+    if code in _FAILED:
+        return ChainLost("failed", f"a shard failed: {message}", first)
     return known if isinstance(known, StitchError) else StitchError(f"a shard failed: {message}")

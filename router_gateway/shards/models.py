@@ -75,8 +75,8 @@ class ModelRegistry:
     def _stage_of(self, route: RouteConfig, stage: Iterable[ShardConfig]) -> inference_pb2.RouteDescription:
         """The stitch and the parameters that any replica of a stage states for its layers of the route."""
         for shard in stage:
-            identity = self._registry.replicas[shard.name].identity
-            for stated in identity.routes if identity is not None else ():
+            replica = self._registry.replicas[shard.name]
+            for stated in replica.identity.routes if replica.identity and replica.mismatch is None else ():
                 if stated.name == route.name:
                     return stated
         return inference_pb2.RouteDescription()
@@ -98,7 +98,9 @@ class ModelRegistry:
         return stated
 
     def _identities(self) -> Iterator[shard_pb2.ShardIdentity]:
-        return (replica.identity for replica in self._registry.replicas.values() if replica.identity is not None)
+        """The identities of the shards that fit together, those of shards that are gone included."""
+        replicas = self._registry.replicas.values()
+        return (one.identity for one in replicas if one.identity is not None and one.mismatch is None)
 
 
 def _shard(replica: Replica, addresses: bool) -> inference_pb2.ShardDescription:

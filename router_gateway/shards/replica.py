@@ -1,18 +1,21 @@
-"""One shard as the gateway sees it: whether it serves or drains, what it holds, and its free KV tokens.
+"""One shard as the gateway sees it: whether it serves, drains or fits the others, and its load.
 
-State comes from polls of `Describe`, and a change is reported to the registry. A replica that is gone ends the streams
-that run on it, by their `on_unavailable` callbacks; one that drains keeps them and gets no new ones.
+State comes from polls of `Describe` and from the ends of sessions; a change is reported to the registry. No state ends
+a stream: streams end by their own errors, or by `progress.py` where they get no token and the shard is silent.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 
 import grpc
 from pydantic import Field
 
+from router_gateway.shards.ejection import Ejection
+from router_gateway.shards.load import Placed, ReplicaLoad
 from stitch.cluster import ShardConfig
 from stitch.settings import Settings
 from stitch.v1 import shard_pb2, shard_pb2_grpc
@@ -24,89 +27,111 @@ GenerateCall = grpc.aio.UnaryStreamCall[shard_pb2.ShardGenerateRequest, shard_pb
 
 
 class HealthPolicy(Settings):
-    """How shards are polled, and when one counts as gone."""
+    """How shards are polled, when one counts as gone, and when a stream without tokens does."""
 
     poll_seconds: float = Field(default=1.0, gt=0)
-    # A poll without an answer fails after this.
-    poll_timeout_seconds: float = Field(default=3.0, gt=0)
-    # A shard is gone after this many timeouts in a row; one that refuses the connection is gone at once.
-    max_timeouts: int = Field(default=2, ge=1)
-
-
-class CompatibilityCheck:
-    """What all shards of a cluster must have in common, so that a replay on another chain gives the same tokens.
-
-    The first shard that states a fact fixes it for the life of the gateway, whose tokenizer comes from that cluster.
-    """
-
-    def __init__(self) -> None:
-        self._fixed: dict[str, str] = {}
-
-    def mismatch(self, identity: shard_pb2.ShardIdentity) -> str | None:
-        """In what the shard differs from the others, naming both sides; None where it fits."""
-        for fact, stated in _facts(identity):
-            fixed = self._fixed.setdefault(fact, stated)
-            if stated != fixed:
-                return f"its {fact} is {stated}, but the other shards have {fixed}"
-        return None
-
-
-def _facts(identity: shard_pb2.ShardIdentity) -> Iterator[tuple[str, str]]:
-    """The fingerprints that a shard states; those that it does not know are empty and left out."""
-    facts = [
-        ("tokenizer", identity.tokenizer),
-        ("bottom model", identity.bottom.revision),
-        ("top model", identity.top.revision),
-        ("probe", identity.probe),
-        *((f"stitch of route {route.name}", route.stitch) for route in identity.routes),
-    ]
-    return ((fact, stated) for fact, stated in facts if stated)
+    # A poll without an answer fails after this; a shard that says nothing for so long loses streams that wait for it.
+    poll_timeout_seconds: float = Field(default=1.0, gt=0)
+    # While a poll waits for longer than this, new sessions prefer other replicas.
+    doubt_seconds: float = Field(default=0.2, gt=0)
+    # A shard is gone after this many failed polls in a row.
+    max_failed_polls: int = Field(default=3, ge=1)
+    # A refused connection counts when a second try of this length fails, too; the shard is gone then.
+    confirm_seconds: float = Field(default=0.5, gt=0)
+    # How often streams are checked for progress.
+    check_seconds: float = Field(default=0.1, gt=0)
+    # A stream is overdue after this time, or after this many times its peers' time for a token; its shards are polled.
+    overdue_seconds: float = Field(default=0.25, gt=0)
+    overdue_tokens: float = Field(default=4.0, ge=1)
 
 
 class Replica:
-    """The state of one shard by its latest poll, and the calls to it."""
+    """The state of one shard, and the calls to it.
+
+    `changed` is called after every change, `suspect` with the names of other shards that this one suspects.
+    """
 
     def __init__(
         self,
         config: ShardConfig,
         channel: grpc.aio.Channel,
-        check: CompatibilityCheck,
-        changed: Callable[[], None],
         policy: HealthPolicy,
+        ejection: Ejection,
+        clock: Callable[[], float],
+        changed: Callable[[], object],
+        suspect: Callable[[str, str], object],
     ) -> None:
         self.config = config
-        # Whether it answers and fits the cluster: its streams run.
+        # Whether it answers: its streams run.
         self.serving = False
         # Whether it finishes its streams and refuses new ones.
         self.draining = False
+        # Why it gets no sessions although it answers: in what it differs from the cluster file or from other shards.
+        self.mismatch: str | None = None
         # None before the first answer; kept while the shard is gone.
         self.identity: shard_pb2.ShardIdentity | None = None
-        self.free_kv_tokens = 0
-        self._check = check
+        self.load = ReplicaLoad()
+        self.ejection = ejection
+        # When a message of any of its streams came last, by the gateway's clock.
+        self.heard_at = float("-inf")
+        # When the latest poll was sent.
+        self.polled_at = float("-inf")
         self._stub = shard_pb2_grpc.ShardStub(channel)
-        self._changed = changed
         self._policy = policy
-        self._timeouts = 0
-        self._callbacks: set[Callable[[], object]] = set()
+        self._clock = clock
+        self._changed = changed
+        self._suspect = suspect
+        self._failed_polls = 0
+        # When the earliest poll without an answer since was sent; None: the latest one is answered.
+        self._unanswered_since: float | None = None
+        self._polling: asyncio.Task[None] | None = None
+        self._poll_error: grpc.StatusCode | None = None
 
     @property
     def accepts_requests(self) -> bool:
         """Whether new sessions may be placed on it."""
-        return self.serving and not self.draining
+        return self.serving and not self.draining and self.mismatch is None
+
+    @property
+    def avoided(self) -> bool:
+        """Whether placement prefers other replicas."""
+        return self.ejection.avoided or self.silent_seconds >= self._policy.doubt_seconds
+
+    @property
+    def silent(self) -> bool:
+        """Whether it neither answers a poll nor sends a token for the time of a poll."""
+        return self.silent_seconds >= self._policy.poll_timeout_seconds
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since when a poll waits and no message came; 0 where none waits."""
+        if self._unanswered_since is None:
+            return 0.0
+        return self._clock() - max(self._unanswered_since, self.heard_at)
 
     async def poll(self) -> None:
-        """Asks the shard for its state; reports it where it came, went, or began to drain."""
-        request, timeout = shard_pb2.ShardDescribeRequest(), self._policy.poll_timeout_seconds
-        try:
-            answer = await self._stub.Describe(request, timeout=timeout)
-        except grpc.aio.AioRpcError as error:
-            self._poll_failed(error)
-        else:
-            self._poll_answered(answer)
+        """Asks the shard for its state, or waits for the poll in progress; reports what changed."""
+        self.start_poll()
+        if self._polling is not None:
+            await asyncio.shield(self._polling)
 
-    def reserve(self, tokens: int) -> None:
-        """Counts KV tokens as used until the next poll states how many are free."""
-        self.free_kv_tokens -= tokens
+    def start_poll(self) -> None:
+        """Asks the shard for its state without waiting for the answer; no effect while a poll is in progress."""
+        if self._polling is None or self._polling.done():
+            self._polling = asyncio.create_task(self._poll())
+
+    def take_mismatch(self, mismatch: str | None) -> None:
+        """Why it fits neither the cluster file nor the other shards, None where it does; a new reason is logged."""
+        if mismatch is not None and mismatch != self.mismatch:
+            _log.error("shard %s at %s gets no sessions: %s", self.config.name, self.config.address, mismatch)
+        self.mismatch = mismatch
+
+    async def close(self) -> None:
+        """Ends the poll in progress."""
+        if self._polling is not None:
+            self._polling.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._polling
 
     def generate(self, request: shard_pb2.ShardGenerateRequest, timeout_seconds: float | None) -> GenerateCall:
         return self._stub.Generate(request, timeout=timeout_seconds)
@@ -116,47 +141,53 @@ class Replica:
     ) -> grpc.aio.UnaryStreamCall[shard_pb2.FetchTokenizerRequest, shard_pb2.FetchTokenizerResponse]:
         return self._stub.FetchTokenizer(shard_pb2.FetchTokenizerRequest(), timeout=timeout_seconds)
 
-    @contextmanager
-    def on_unavailable(self, callback: Callable[[], object]) -> Iterator[None]:
-        """Calls `callback` if the shard is gone within the block; draining does not call it."""
-        self._callbacks.add(callback)
+    async def _poll(self) -> None:
+        placed, self.polled_at = self.load.placed(), self._clock()
+        if self._unanswered_since is None:
+            self._unanswered_since = self.polled_at
         try:
-            yield
-        finally:
-            self._callbacks.discard(callback)
+            answer = await self._describe()
+        except grpc.aio.AioRpcError as error:
+            self._poll_failed(error)
+        else:
+            self._poll_answered(answer, placed)
 
-    def _poll_answered(self, answer: shard_pb2.ShardDescribeResponse) -> None:
-        self._timeouts = 0
-        self.free_kv_tokens = answer.kv_free_tokens
+    async def _describe(self) -> shard_pb2.ShardDescribeResponse:
+        """The shard's state; a connection that is refused is tried a second time."""
+        request, policy = shard_pb2.ShardDescribeRequest(), self._policy
+        try:
+            return await self._stub.Describe(request, timeout=policy.poll_timeout_seconds)
+        except grpc.aio.AioRpcError as error:
+            if not self.serving or error.code() is not grpc.StatusCode.UNAVAILABLE:
+                raise
+            first = error
+        try:
+            return await self._stub.Describe(request, timeout=policy.confirm_seconds, wait_for_ready=True)
+        except grpc.aio.AioRpcError:
+            self._failed_polls = policy.max_failed_polls
+            raise first from None
+
+    def _poll_answered(self, answer: shard_pb2.ShardDescribeResponse, placed: Placed) -> None:
+        self._failed_polls, self._unanswered_since, self._poll_error = 0, None, None
+        self.load.reconcile(answer, placed)
         changed = self.identity != answer.identity
         self.identity = answer.identity
-        mismatch = self._mismatch(answer.identity)
-        if mismatch and changed:
-            _log.error("shard %s at %s gets no sessions: %s", self.config.name, self.config.address, mismatch)
-        self._update(serving=mismatch is None, draining=answer.draining, changed=changed)
+        self._update(serving=True, draining=answer.draining, changed=changed)
+        for name in answer.suspects:
+            self._suspect(name, f"shard {self.config.name} waits for its replies")
 
     def _poll_failed(self, error: grpc.aio.AioRpcError) -> None:
-        self._timeouts += 1
-        timed_out = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        if not timed_out or self._timeouts >= self._policy.max_timeouts:
+        self._failed_polls += 1
+        code = error.code()
+        if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, self._poll_error):
+            _log.error("shard %s refuses polls: %s: %s", self.config.name, code.name, error.details())
+        self._poll_error = code
+        if self._failed_polls >= self._policy.max_failed_polls:
             self._update(serving=False, draining=self.draining)
-
-    def _mismatch(self, identity: shard_pb2.ShardIdentity) -> str | None:
-        """Why it would compute something other than the cluster file says; None where it would not."""
-        held = (identity.role, identity.first_layer, identity.end_layer)
-        if held != (self.config.role, *self.config.layers):
-            return "it holds {} layers {} to {}, but the cluster file says {} to {} of {}".format(
-                *held, *self.config.layers, self.config.role
-            )
-        return self._check.mismatch(identity)
 
     def _update(self, serving: bool, draining: bool, changed: bool = False) -> None:
         before = (self.serving, self.draining)
-        went = self.serving and not serving
         self.serving, self.draining = serving, draining
-        if went:
-            for callback in list(self._callbacks):
-                callback()
         if before != (serving, draining):
             state = "is gone" if not serving else "is draining" if draining else "is serving"
             _log.info("shard %s %s", self.config.name, state)

@@ -11,7 +11,7 @@ import grpc
 
 from stitch import channels
 from stitch.cluster import ClusterConfig, GatewayConfig, ModelConfig, PairConfig, RouteConfig, ShardConfig
-from stitch.errors import Draining, Exhausted, Unavailable, translated_errors
+from stitch.errors import StitchError, Unavailable, translated_errors
 from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
 from tests.support.byte_tokenizer import tokenizer_files
 
@@ -51,6 +51,12 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         self.stitches = {"weak": "s1"} if role == "top" else {}
         # A fault by the index of the generated token before which it happens once.
         self.faults: dict[int, Fault] = {}
+        # Sessions that Describe reports; None: those that run.
+        self.reported_sessions: int | None = None
+        self.quantization = "none"
+        self.suspects: list[str] = []
+        # The status with which the next calls of Describe end, one each.
+        self.describe_faults: list[grpc.StatusCode] = []
         # Describe waits until this is set.
         self.answers_describe = asyncio.Event()
         self.answers_describe.set()
@@ -65,6 +71,7 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         )
         self.requests: list[shard_pb2.ShardGenerateRequest] = []
         self.deadlines: list[float | None] = []
+        self.polls = 0
         self.running = 0
         self.cancelled = 0
         self._server: grpc.aio.Server | None = None
@@ -111,9 +118,16 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
     async def Describe(
         self, request: shard_pb2.ShardDescribeRequest, context: Context
     ) -> shard_pb2.ShardDescribeResponse:
+        self.polls += 1
         await self.answers_describe.wait()
+        if self.describe_faults:
+            await context.abort(self.describe_faults.pop(0), "scripted")
         return shard_pb2.ShardDescribeResponse(
-            identity=self._identity(), kv_free_tokens=self.free_kv_tokens, draining=self.draining
+            identity=self._identity(),
+            kv_free_tokens=self.free_kv_tokens,
+            running_sessions=self.running if self.reported_sessions is None else self.reported_sessions,
+            draining=self.draining,
+            suspects=self.suspects,
         )
 
     async def FetchTokenizer(  # type: ignore[override]
@@ -164,6 +178,7 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
             bottom=model,
             top=model,
             compute_dtype="float32",
+            quantization=self.quantization,
             kv_capacity_tokens=self.kv_capacity_tokens,
             tokenizer=self.tokenizer,
             routes=[
@@ -182,20 +197,11 @@ def aborts(code: grpc.StatusCode, message: str = "scripted") -> Fault:
     return fault
 
 
-def raises_draining() -> Fault:
-    """The shard raises Draining."""
+def raises(error: StitchError) -> Fault:
+    """The shard raises this error."""
 
     async def fault(context: Context) -> None:
-        raise Draining("a shard of the chain is draining")
-
-    return fault
-
-
-def raises_exhausted(retry_after_seconds: float) -> Fault:
-    """The shard raises Exhausted."""
-
-    async def fault(context: Context) -> None:
-        raise Exhausted("no room", retry_after_seconds)
+        raise error
 
     return fault
 

@@ -20,7 +20,7 @@ from stitch.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.fake_shard import FakeShard, fake_cluster
 
 QUICK = {
-    "health": HealthPolicy(poll_seconds=0.02, poll_timeout_seconds=0.5, max_timeouts=1),
+    "health": HealthPolicy(poll_seconds=0.02, poll_timeout_seconds=0.5, confirm_seconds=0.1, max_failed_polls=1),
     "retry": RetryPolicy(wait_seconds=5.0, first_pause_seconds=0.01),
 }
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -17,7 +18,9 @@ from router_gateway.routing.drift import DriftMonitor
 from router_gateway.routing.router import REASON_KINDS, Query, RouteDecision
 from router_gateway.routing.selector import NO_OPTIONS, RoutingOptions, Selector, conversation_routes
 from router_gateway.routing.ttft_predictor import TtftPredictor
+from router_gateway.shards.compatibility import CompatibilityCheck
 from router_gateway.shards.models import ModelRegistry
+from router_gateway.shards.registry import ShardRegistry
 from router_gateway.tokenization.chat_template import Turn
 from router_gateway.tokenization.source import VocabularySource
 from router_gateway.tokenization.text_queues import TextQueues
@@ -71,7 +74,8 @@ def router() -> AlwaysWeak:
 
 @pytest.fixture
 def source() -> VocabularySource:
-    source = VocabularySource([])
+    registry = SimpleNamespace(compatibility=CompatibilityCheck(CLUSTER))
+    source = VocabularySource(cast(ShardRegistry, registry), [])
     source.current = VOCABULARY
     return source
 

@@ -14,9 +14,12 @@ from router_gateway.metrics import REPLAY_CAUSES, Metrics
 from router_gateway.requests.failover import Failover, FailoverDependencies, RetryPolicy
 from router_gateway.requests.stream import Step, StreamInput, TokenStream
 from router_gateway.routing.router import RouteDecision
+from router_gateway.shards.ejection import EjectionPolicy
 from router_gateway.shards.placement import Placement
+from router_gateway.shards.progress import ProgressMonitor
 from router_gateway.shards.replica import Replica
-from stitch.errors import Exhausted, Expired, Incompatible, StitchError, Unavailable
+from stitch.errors import Draining, Exhausted, Expired, Incompatible, OutOfStep, StitchError, Unavailable
+from stitch.process import background_tasks
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2
 from tests.support.fake_shard import (
@@ -25,11 +28,10 @@ from tests.support.fake_shard import (
     Fault,
     aborts,
     ends_stream_early,
-    raises_draining,
-    raises_exhausted,
+    raises,
     waits_for,
 )
-from tests.support.registries import registry_of
+from tests.support.registries import QUICK, registry_of
 from tests.support.waiting import eventually
 
 SCRIPT = [11, 12, 13, 14, 15, 16]
@@ -51,7 +53,7 @@ class StreamBench:
         self._metrics = metrics
 
     def steps(self, given: StreamInput, deadline: float | None = None) -> aclosing[AsyncIterator[Step]]:
-        failover = Failover(given.routes, self._dependencies)
+        failover = Failover(given.routes, self._dependencies, given.facts)
         return aclosing(TokenStream(given, failover, deadline, self._dependencies.clock).steps())
 
     async def all(self, given: StreamInput | None = None, deadline: float | None = None) -> list[Step]:
@@ -82,12 +84,15 @@ async def streaming(
     max_failures: int = 5,
     clock: Callable[[], float] = time.monotonic,
 ) -> AsyncIterator[StreamBench]:
-    async with registry_of(*shards) as (cluster, registry):
+    metrics = Metrics(["weak", "strong"], ["requested"])
+    async with registry_of(*shards, metrics=metrics) as (cluster, registry):
         await registry.refresh()
-        metrics = Metrics(["weak", "strong"], ["requested"])
         policy = RetryPolicy(wait_seconds=wait_seconds, first_pause_seconds=0.005, max_failures=max_failures)
-        dependencies = FailoverDependencies(registry, Placement(cluster, registry), metrics, policy, clock)
-        yield StreamBench(dependencies, metrics)
+        placement = Placement(cluster, registry)
+        progress = ProgressMonitor(placement, QUICK, EjectionPolicy())
+        dependencies = FailoverDependencies(registry, placement, metrics, policy, clock)
+        async with background_tasks(progress.run()):
+            yield StreamBench(dependencies, metrics)
 
 
 def bottoms(count: int) -> list[FakeShard]:
@@ -137,6 +142,11 @@ async def test_max_tokens_finish_with_length() -> None:
         (aborts(UNAVAILABLE), "unavailable"),
         (aborts(grpc.StatusCode.CANCELLED), "cancelled"),
         (aborts(grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2"), "unavailable"),
+        (aborts(grpc.StatusCode.INTERNAL), "failed"),
+        (aborts(grpc.StatusCode.UNKNOWN), "failed"),
+        (aborts(grpc.StatusCode.PERMISSION_DENIED), "unavailable"),
+        (aborts(grpc.StatusCode.UNAUTHENTICATED), "unavailable"),
+        (raises(Incompatible("top-0 has other layers")), "incompatible"),
         (ends_stream_early, "cut"),
     ],
 )
@@ -265,7 +275,7 @@ async def test_finish_is_known_when_its_message_was_lost(max_tokens: int, finish
 
 async def test_new_request_on_a_full_shard_is_exhausted() -> None:
     [bottom] = bottoms(1)
-    bottom.faults[0] = raises_exhausted(2.5)
+    bottom.faults[0] = raises(Exhausted("no room", 2.5))
     async with streaming(bottom, top()) as stream:
         with pytest.raises(Exhausted) as caught:
             await stream.all()
@@ -277,7 +287,7 @@ async def test_begun_answer_waits_for_room() -> None:
     first, second = bottoms(2)
     first.free_kv_tokens += 1
     first.faults[2] = aborts(UNAVAILABLE)
-    second.faults[2] = raises_exhausted(9.0)
+    second.faults[2] = raises(Exhausted("no room", 9.0))
     async with streaming(first, second, top()) as stream:
         assert ids(await stream.all()) == [*SCRIPT, END_TOKEN]
     assert stream.replays == {"unavailable": 1}
@@ -287,25 +297,24 @@ async def test_begun_answer_without_room_is_exhausted_after_max_failures() -> No
     first, second = bottoms(2)
     first.free_kv_tokens += 1
     first.faults[2] = aborts(UNAVAILABLE)
-    second.faults[2] = raises_exhausted(9.0)
+    second.faults[2] = raises(Exhausted("no room", 9.0))
     async with streaming(first, second, top(), max_failures=1) as stream:
         with pytest.raises(Exhausted):
             await stream.all()
 
 
 @pytest.mark.parametrize(
-    ("code", "kind"),
+    ("fault", "kind"),
     [
-        (grpc.StatusCode.FAILED_PRECONDITION, Incompatible),
-        (grpc.StatusCode.DEADLINE_EXCEEDED, Expired),
-        (grpc.StatusCode.INTERNAL, StitchError),
-        (grpc.StatusCode.INVALID_ARGUMENT, StitchError),
+        (aborts(grpc.StatusCode.DEADLINE_EXCEEDED, "as it is"), Expired),
+        (aborts(grpc.StatusCode.INVALID_ARGUMENT, "as it is"), StitchError),
+        (raises(OutOfStep("as it is")), OutOfStep),
     ],
 )
-async def test_error_of_the_request_is_not_retried(code: grpc.StatusCode, kind: type[StitchError]) -> None:
+async def test_error_of_the_request_is_not_retried(fault: Fault, kind: type[StitchError]) -> None:
     first, second = bottoms(2)
     for shard in (first, second):
-        shard.faults[0] = aborts(code, "as it is")
+        shard.faults[0] = fault
     async with streaming(first, second, top()) as stream:
         with pytest.raises(kind, match="as it is"):
             await stream.all()
@@ -366,7 +375,7 @@ class TestDraining:
             draining.draining = True
             if role == "top":
                 # The first shard reports that the next one refuses.
-                shards[0].faults[0] = aborts(UNAVAILABLE, "top-0 is draining")
+                shards[0].faults[0] = raises(Draining("top-0 is draining"))
             assert ids(await stream.all()) == [*SCRIPT, END_TOKEN]
             assert (stream.drain_refusals, stream.replays) == (1, {})
             assert not stream.replica(draining.name).accepts_requests
@@ -375,7 +384,7 @@ class TestDraining:
     async def test_refusal_counts_as_one_where_the_poll_shows_no_draining_shard(self) -> None:
         first, second = bottoms(2)
         first.free_kv_tokens += 1
-        first.faults[0] = raises_draining()
+        first.faults[0] = raises(Draining("a shard of the chain is draining"))
         async with streaming(first, second, top(), max_failures=0) as stream:
             assert ids(await stream.all()) == [*SCRIPT, END_TOKEN]
             assert (stream.drain_refusals, stream.replays, len(second.requests)) == (1, {}, 1)

@@ -15,7 +15,7 @@ from router_gateway.rpc.servicer import INTERNAL_ERROR, inference_methods
 from stitch.errors import Exhausted, InvalidRequest, Unavailable, from_rpc_error
 from stitch.v1 import inference_pb2
 from tests.support.byte_tokenizer import tokens
-from tests.support.fake_shard import CONTEXT_TOKENS, END_TOKEN, FakeShard, aborts, raises_exhausted, waits_for
+from tests.support.fake_shard import CONTEXT_TOKENS, END_TOKEN, FakeShard, aborts, raises, waits_for
 from tests.support.waiting import eventually
 from tests.unit.router_gateway.conftest import Reach, Reached
 from tests.unit.router_gateway.rpc.test_messages import broken
@@ -175,7 +175,7 @@ async def test_invalid_request_gets_field_value_and_limit(reach: Reach, fields: 
 
 async def test_full_shard_is_exhausted_for_the_client(reach: Reach) -> None:
     bottom, top = shards()
-    bottom.faults[0] = raises_exhausted(3.5)
+    bottom.faults[0] = raises(Exhausted("no room", 3.5))
     async with reach(bottom, top) as gateway:
         error = await refusal(gateway.generate())
         assert isinstance(error, Exhausted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
 
 from router_gateway.shards.placement import Chain, Placement
 from router_gateway.shards.registry import ShardRegistry
@@ -37,11 +38,12 @@ async def test_reserved_kv_spreads_requests_between_polls() -> None:
         await registry.refresh()
         placement = Placement(cluster, registry)
         taken = []
-        for _ in range(4):
-            chain = placement.choose("strong", NO_FAILURES)
-            assert chain is not None
-            chain.reserve(100)
-            taken.append(chain.first.config.name)
+        with ExitStack() as stack:
+            for _ in range(4):
+                chain = placement.choose("strong", NO_FAILURES)
+                assert chain is not None
+                stack.enter_context(placement.place(chain, 10, 100))
+                taken.append(chain.first.config.name)
         assert taken == ["bottom-0", "bottom-1", "bottom-0", "bottom-1"]
 
 
@@ -91,7 +93,7 @@ async def test_route_whose_only_replica_drains_is_not_reachable() -> None:
         await registry.refresh()
         assert placement.choose("strong", NO_FAILURES) is None
         assert not placement.reachable(strong)
-        assert (chain.serving, chain.draining) == (True, True)
+        assert chain.draining
 
 
 async def test_next_names_leave_out_the_first_shard() -> None:
@@ -99,19 +101,6 @@ async def test_next_names_leave_out_the_first_shard() -> None:
         chain = await _only(registry)
         assert chain.next_names == ("top-0",)
         assert chain.first is registry.replicas["bottom-0"]
-
-
-async def test_chain_stops_serving_with_any_of_its_shards() -> None:
-    top = FakeShard("top-0", "top")
-    told = []
-    async with registry_of(FakeShard("bottom-0", "bottom"), top) as (_, registry):
-        chain = await _only(registry)
-        assert chain.serving
-        with chain.on_unavailable(lambda: told.append(True)):
-            await top.stop()
-            await registry.refresh()
-        assert told
-        assert not chain.serving
 
 
 async def test_shards_of_a_route_include_all_replicas() -> None:
@@ -129,19 +118,17 @@ async def test_candidate_chains_share_their_first_shard() -> None:
     fakes[1].free_kv_tokens += 1
     async with registry_of(*fakes) as (cluster, registry):
         await registry.refresh()
-        fork = Placement(cluster, registry).choose_candidates(("weak", "strong"), NO_FAILURES)
+        placement = Placement(cluster, registry)
+        fork = placement.choose_candidates(("weak", "strong"), NO_FAILURES)
         assert fork is not None
         assert {route: chain.names for route, chain in fork.by_route.items()} == {
             "weak": ("bottom-1", "top-0"),
             "strong": ("bottom-1", "top-0"),
         }
         assert fork.names == ("bottom-1", "top-0")
-        fork.reserve(100)
-        assert [registry.replicas[name].free_kv_tokens for name in ("bottom-1", "top-0", "top-1")] == [
-            9_901,
-            9_900,
-            10_000,
-        ]
+        with placement.place(fork, 10, 100):
+            free = [registry.replicas[name].load.free_tokens for name in ("bottom-1", "top-0", "top-1")]
+            assert free == [9_901, 9_900, 10_000]
 
 
 async def test_candidate_chains_need_a_chain_for_every_route() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from router_gateway.metrics import Metrics
+from router_gateway.shards.ejection import EjectionPolicy
 from router_gateway.shards.registry import ShardRegistry
 from router_gateway.shards.replica import HealthPolicy
 from stitch import channels
@@ -47,8 +49,8 @@ async def test_refresh_polls_only_the_named_shards() -> None:
 async def test_polling_finds_a_shard_that_goes_and_returns() -> None:
     shard = FakeShard("bottom-0", "bottom")
     async with fake_cluster(shard, FakeShard("top-0", "top")) as cluster:
-        policy = HealthPolicy(poll_seconds=0.01, poll_timeout_seconds=0.2, max_timeouts=1)
-        registry = ShardRegistry(cluster, channels.open_channel, policy)
+        policy = HealthPolicy(poll_seconds=0.01, poll_timeout_seconds=0.2, confirm_seconds=0.1, max_failed_polls=1)
+        registry = ShardRegistry(cluster, channels.open_channel, policy, EjectionPolicy(), Metrics([], []))
         replica = registry.replicas["bottom-0"]
         async with registry.polling():
             await eventually(lambda: replica.serving)

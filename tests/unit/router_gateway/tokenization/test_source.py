@@ -22,8 +22,9 @@ async def test_fetch_files_returns_every_file_complete() -> None:
 async def test_load_skips_a_shard_that_is_gone() -> None:
     away = FakeShard("bottom-0", "bottom")
     async with registry_of(away, FakeShard("bottom-1", "bottom"), FakeShard("top-0", "top")) as (cluster, registry):
+        await registry.refresh()
         await away.stop()
-        source = VocabularySource([registry.replicas[name] for name in first_shard_names(cluster)])
+        source = VocabularySource(registry, [registry.replicas[name] for name in first_shard_names(cluster)])
         with pytest.raises(Unavailable, match="bottom-0, bottom-1"):
             source.require()
         vocabulary = await source.load(pause_seconds=0.0)
@@ -35,7 +36,8 @@ async def test_load_skips_a_shard_with_invalid_files() -> None:
     broken = FakeShard("bottom-0", "bottom")
     broken.files = {"tokenizer.json": b"{}"}
     async with registry_of(broken, FakeShard("bottom-1", "bottom"), FakeShard("top-0", "top")) as (cluster, registry):
-        source = VocabularySource([registry.replicas[name] for name in first_shard_names(cluster)])
+        await registry.refresh()
+        source = VocabularySource(registry, [registry.replicas[name] for name in first_shard_names(cluster)])
         assert (await source.load(pause_seconds=0.0)).end_tokens == (2, 0)
 
 
@@ -43,7 +45,8 @@ async def test_invalid_files_are_named_to_clients_and_logged_once(caplog: pytest
     broken = FakeShard("bottom-0", "bottom")
     broken.files = tokenizer_files() | {"generation_config.json": b'{"eos_token_id": -1}'}
     async with registry_of(broken, FakeShard("top-0", "top")) as (_, registry):
-        source = VocabularySource([registry.replicas["bottom-0"]])
+        await registry.refresh()
+        source = VocabularySource(registry, [registry.replicas["bottom-0"]])
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(source.load(pause_seconds=0.01), 0.3)
         with pytest.raises(Unavailable, match=r"bottom-0: generation_config\.json: eos_token_id is -1, but"):

@@ -1,0 +1,111 @@
+"""Finds streams that wait for a token from a silent shard, and replicas that are far slower than their peers.
+
+In: the sessions that are placed now. Out: polls of the shards of an overdue stream, the end of the stream where one of
+them is silent, ejections. A stream is overdue by its replicas' own time for a token, so nothing is done per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from statistics import median
+
+from router_gateway.shards.ejection import EjectionPolicy
+from router_gateway.shards.placement import PlacedSession, Placement
+from router_gateway.shards.replica import HealthPolicy, Replica
+
+# Samples before a replica is compared with its peers, and the weight of one sample in its mean.
+MIN_SAMPLES = 20
+SAMPLE_WEIGHT = 0.05
+# Means without a sample for this long are of another load.
+MAX_AGE_SECONDS = 10.0
+
+
+@dataclass(slots=True)
+class Pace:
+    """The mean time for a token of the sessions on one replica."""
+
+    token_seconds: float = 0.0
+    samples: int = 0
+    at: float = 0.0
+
+    def observe(self, token_seconds: float, now: float) -> None:
+        self.samples += 1
+        self.token_seconds += max(SAMPLE_WEIGHT, 1 / self.samples) * (token_seconds - self.token_seconds)
+        self.at = now
+
+
+class ProgressMonitor:
+    """Checks every session that is placed, at a fixed interval."""
+
+    def __init__(self, placement: Placement, health: HealthPolicy, ejection: EjectionPolicy) -> None:
+        self._placement = placement
+        self._health = health
+        self._ejection = ejection
+        self._paces: dict[Replica, Pace] = {}
+
+    async def run(self) -> None:
+        """Checks until it is cancelled."""
+        while True:
+            await asyncio.sleep(self._health.check_seconds)
+            self.check()
+
+    def check(self) -> None:
+        """Polls and ends what is overdue now, and ejects what is slow."""
+        now, sessions = self._placement.clock(), list(self._placement.sessions)
+        for session in sessions:
+            self._observe(session, now)
+        for session in sessions:
+            if now - session.last_at >= self._overdue_seconds(session):
+                self._check_shards(session, now)
+        self._eject_slow(now)
+
+    def _observe(self, session: PlacedSession, now: float) -> None:
+        """Takes what came since the latest check as a sample of each of its shards."""
+        if not session.tokens:
+            return
+        tokens, at = session.sampled
+        if session.tokens == tokens:
+            return
+        session.sampled = (session.tokens, session.last_at)
+        for replica in session.chain.replicas:
+            # A token passes every shard of its chain.
+            replica.heard_at = max(replica.heard_at, session.last_at)
+            if tokens:
+                pace = self._paces.setdefault(replica, Pace())
+                pace.observe((session.last_at - at) / (session.tokens - tokens), now)
+
+    def _overdue_seconds(self, session: PlacedSession) -> float:
+        paces = [self._paces[one].token_seconds for one in session.chain.replicas if one in self._paces]
+        return max(self._health.overdue_seconds, self._health.overdue_tokens * max(paces, default=0.0))
+
+    def _check_shards(self, session: PlacedSession, now: float) -> None:
+        """Polls the shards of an overdue stream, and ends it where one of them is silent."""
+        for replica in session.chain.replicas:
+            if now - replica.polled_at >= self._health.overdue_seconds:
+                replica.start_poll()
+            if not self._is_lost(replica):
+                continue
+            replica.ejection.eject("unreachable", "it does not answer while sessions wait for tokens")
+            session.end_for_silence(replica)
+            return
+
+    def _is_lost(self, replica: Replica) -> bool:
+        """Whether its streams go on elsewhere: it is gone, or silent while a peer of it is not."""
+        peers = (one for one in self._placement.peers(replica) if one.accepts_requests and not one.avoided)
+        return not replica.serving or (replica.silent and any(peers))
+
+    def _eject_slow(self, now: float) -> None:
+        policy = self._ejection
+        paces = {one: pace for one, pace in self._paces.items() if _is_fresh(pace, now) and one.accepts_requests}
+        for replica, pace in paces.items():
+            peers = [paces[one].token_seconds for one in self._placement.peers(replica) if one in paces]
+            limit = max(policy.slow_factor * median(peers), policy.slow_token_seconds) if peers else float("inf")
+            if pace.token_seconds > limit:
+                took = f"a token takes {pace.token_seconds:.3f} s, on its peers {median(peers):.3f} s"
+                replica.ejection.eject("slow", took)
+                del self._paces[replica]
+
+
+def _is_fresh(pace: Pace, now: float) -> bool:
+    return pace.samples >= MIN_SAMPLES and now - pace.at <= MAX_AGE_SECONDS
