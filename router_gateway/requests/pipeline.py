@@ -88,7 +88,9 @@ class RequestPreparer:
             sampling = await self._force(request.forced_answer, sampling, len(ids), vocabulary)
         sampling = complete_sampling(sampling, len(ids), self._models.context_tokens, vocabulary.end_tokens)
         decision = self._selector.select(request.routing, user_turns(request.prompt), len(ids), waited_seconds())
-        return Prepared(request, StreamInput(request.request_id, tuple(ids), decision, sampling, facts), vocabulary)
+        return Prepared(
+            request, StreamInput(request.request_id, tuple(ids), decision, sampling, facts=facts), vocabulary
+        )
 
     async def _tokenize(self, prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
         context_tokens = self._models.context_tokens

@@ -22,16 +22,16 @@ MAX_AGE_SECONDS = 10.0
 
 
 @dataclass(slots=True)
-class Pace:
+class MeanTokenTime:
     """The mean time for a token of the sessions on one replica."""
 
-    token_seconds: float = 0.0
+    seconds: float = 0.0
     samples: int = 0
     at: float = 0.0
 
-    def observe(self, token_seconds: float, now: float) -> None:
+    def observe(self, seconds: float, now: float) -> None:
         self.samples += 1
-        self.token_seconds += max(SAMPLE_WEIGHT, 1 / self.samples) * (token_seconds - self.token_seconds)
+        self.seconds += max(SAMPLE_WEIGHT, 1 / self.samples) * (seconds - self.seconds)
         self.at = now
 
 
@@ -42,7 +42,7 @@ class ProgressMonitor:
         self._placement = placement
         self._health = health
         self._ejection = ejection
-        self._paces: dict[Replica, Pace] = {}
+        self._token_times: dict[Replica, MeanTokenTime] = {}
 
     async def run(self) -> None:
         """Checks until it is cancelled."""
@@ -72,12 +72,12 @@ class ProgressMonitor:
             # A token passes every shard of its chain.
             replica.heard_at = max(replica.heard_at, session.last_at)
             if tokens:
-                pace = self._paces.setdefault(replica, Pace())
-                pace.observe((session.last_at - at) / (session.tokens - tokens), now)
+                time = self._token_times.setdefault(replica, MeanTokenTime())
+                time.observe((session.last_at - at) / (session.tokens - tokens), now)
 
     def _overdue_seconds(self, session: PlacedSession) -> float:
-        paces = [self._paces[one].token_seconds for one in session.chain.replicas if one in self._paces]
-        return max(self._health.overdue_seconds, self._health.overdue_tokens * max(paces, default=0.0))
+        times = [self._token_times[one].seconds for one in session.chain.replicas if one in self._token_times]
+        return max(self._health.overdue_seconds, self._health.overdue_tokens * max(times, default=0.0))
 
     def _check_shards(self, session: PlacedSession, now: float) -> None:
         """Polls the shards of an overdue stream, and ends it where one of them is silent."""
@@ -97,15 +97,15 @@ class ProgressMonitor:
 
     def _eject_slow(self, now: float) -> None:
         policy = self._ejection
-        paces = {one: pace for one, pace in self._paces.items() if _is_fresh(pace, now) and one.accepts_requests}
-        for replica, pace in paces.items():
-            peers = [paces[one].token_seconds for one in self._placement.peers(replica) if one in paces]
+        times = {one: time for one, time in self._token_times.items() if _is_fresh(time, now) and one.accepts_requests}
+        for replica, time in times.items():
+            peers = [times[one].seconds for one in self._placement.peers(replica) if one in times]
             limit = max(policy.slow_factor * median(peers), policy.slow_token_seconds) if peers else float("inf")
-            if pace.token_seconds > limit:
-                took = f"a token takes {pace.token_seconds:.3f} s, on its peers {median(peers):.3f} s"
+            if time.seconds > limit:
+                took = f"a token takes {time.seconds:.3f} s, on its peers {median(peers):.3f} s"
                 replica.ejection.eject("slow", took)
-                del self._paces[replica]
+                del self._token_times[replica]
 
 
-def _is_fresh(pace: Pace, now: float) -> bool:
-    return pace.samples >= MIN_SAMPLES and now - pace.at <= MAX_AGE_SECONDS
+def _is_fresh(time: MeanTokenTime, now: float) -> bool:
+    return time.samples >= MIN_SAMPLES and now - time.at <= MAX_AGE_SECONDS

@@ -15,7 +15,6 @@ from stitch import channels
 from stitch.cluster import ClusterConfig
 from tests.support.fake_shard import FakeShard, fake_cluster
 
-
 QUICK = HealthPolicy(
     poll_timeout_seconds=0.2,
     doubt_seconds=0.1,
