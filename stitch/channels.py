@@ -17,7 +17,7 @@ MAX_FRAME_BYTES = 1 << 20
 # A shard answers with messages below this, and takes them from a gateway and from other shards.
 MAX_MESSAGE_BYTES = 32 << 20
 # A request of a client: more than any context holds, and a bound of what a gateway reads at once.
-MAX_REQUEST_BYTES = 4 << 20
+MAX_REQUEST_BYTES = 2 << 20
 # Requests of one batch call.
 MAX_BATCH_REQUESTS = 4_096
 HEALTH_CHECK_SECONDS = 1.0

@@ -82,14 +82,14 @@ class GatewayLimits(Settings):
     # Of one call's request; clients send larger batches in several calls.
     request_bytes: int = Field(default=MAX_REQUEST_BYTES, ge=1024)
     # Of the requests of all calls that run.
-    in_flight_bytes: int = Field(default=128 << 20, ge=1024)
+    in_flight_bytes: int = Field(default=64 << 20, ge=1024)
     connections: int = Field(default=1_000, ge=1)
     calls: int = Field(default=2_048, ge=1)
     # Further ones of that connection wait on the client's side.
     calls_per_connection: int = Field(default=512, ge=1)
-    # Calls whose request is being received; others wait for their turn.
+    # Calls whose request has not arrived; beyond these the oldest ones are ended.
     receiving_calls: int = Field(default=32, ge=1)
-    # A request must have arrived after this.
+    # A request must have arrived by then.
     receive_seconds: float = Field(default=20.0, gt=0)
     batch_requests: int = Field(default=MAX_BATCH_REQUESTS, ge=1)
     # Texts that would wait longer for a thread that tokenizes them are refused.

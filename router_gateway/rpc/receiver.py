@@ -1,6 +1,7 @@
 """Receives the requests of calls within limits: calls and bytes are counted before anything is parsed.
 
-A call's message is read only when the call has room, so that what clients send at the same time takes bounded memory.
+The requests of calls that run have a budget of bytes. Calls whose request has not arrived are few, or young: beyond
+their number the oldest ones are ended, so that neither silent nor slow clients keep memory or calls from others.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import grpc
@@ -17,20 +19,24 @@ from stitch.errors import Exhausted, Expired, InvalidRequest
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+# A call may wait this long for its request, however many do.
+GRACE_SECONDS = 1.0
+
 
 class Receiver:
-    """Counts the calls that run and the bytes of their requests."""
+    """Counts the calls that run, and the bytes of their requests."""
 
     def __init__(self, limits: GatewayLimits) -> None:
         self._limits = limits
         self._calls = 0
         self._bytes = 0
-        # First come, first served; a client that leaves while it waits leaves the queue.
-        self._receiving = asyncio.Semaphore(limits.receiving_calls)
+        # The timeouts of calls that wait for their request with the times of their start, oldest first.
+        self._waiting: dict[asyncio.Timeout, float] = {}
 
     @contextmanager
     def call(self) -> Iterator[None]:
         """Counts a call within the block. Raises Exhausted where the most calls run."""
+        self._end_oldest_waits()
         if self._calls >= self._limits.calls:
             raise Exhausted(f"this gateway runs {self._calls:,} calls, its most")
         self._calls += 1
@@ -41,13 +47,15 @@ class Receiver:
 
     async def receive(self, context: Context) -> bytes:
         """The call's message. Raises Expired where it takes too long, and InvalidRequest where there is none."""
-        seconds = self._limits.receive_seconds
-        async with self._receiving:
-            try:
-                async with asyncio.timeout(seconds):
+        try:
+            async with asyncio.timeout(self._limits.receive_seconds) as timeout:
+                self._waiting[timeout] = asyncio.get_running_loop().time()
+                try:
                     data = await context.read()
-            except TimeoutError as error:
-                raise Expired(f"the request has not arrived within {seconds:g} s") from error
+                finally:
+                    del self._waiting[timeout]
+        except TimeoutError as error:
+            raise Expired("the request has not arrived in time") from error
         if not isinstance(data, bytes):
             raise InvalidRequest("request", None, "the call has none")
         return data
@@ -63,3 +71,12 @@ class Receiver:
             yield
         finally:
             self._bytes -= len(data)
+
+    def _end_oldest_waits(self) -> None:
+        now = asyncio.get_running_loop().time()
+        surplus = len(self._waiting) - self._limits.receiving_calls
+        for timeout, since in islice(self._waiting.items(), max(0, surplus)):
+            if now - since < GRACE_SECONDS:
+                return
+            if not timeout.expired():
+                timeout.reschedule(now)

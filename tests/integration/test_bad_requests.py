@@ -20,7 +20,7 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
     ({"prompt": ""}, "prompt", "''", "it must not be empty"),
     ({"messages": []}, "chat.messages", "empty", "a conversation has at least one"),
     ({"prompt": "é" * CONTEXT_LENGTH}, "prompt", "4,096 tokens", "the context holds 2,048, the answer included"),
-    ({"prompt": "x" * 3 * MEGABYTE}, "prompt", "3,145,728 bytes", "the context of 2,048 tokens holds at most"),
+    ({"prompt": "x" * MEGABYTE}, "prompt", "1,048,576 bytes", "the context of 2,048 tokens holds at most"),
     ({"max_tokens": 0}, "sampling.max_tokens", "0", "it must be at least 1"),
     ({"temperature": -1.0}, "sampling.temperature", "-1.0", "it must be at least 0 and at most 100"),
     ({"temperature": math.nan}, "sampling.temperature", "nan", "it must be at least 0 and at most 100"),

@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 
 from router_gateway.routing.objectives import Objectives
 from router_gateway.routing.selector import RoutingOptions
-from router_gateway.rpc.messages import decode, to_prompt, to_request, to_route_query
+from router_gateway.rpc.messages import BatchEntries, decode, to_prompt, to_request, to_route_query
 from router_gateway.tokenization.chat_template import Turn
 from stitch.errors import InvalidRequest
 from stitch.v1 import inference_pb2
@@ -143,3 +143,38 @@ def test_decode_refuses_bytes_that_are_no_message() -> None:
 def test_decode_reads_a_valid_message() -> None:
     message = inference_pb2.GenerateRequest(chat=chat("é你"), stop=["a"])
     assert decode(inference_pb2.GenerateRequest, message.SerializeToString()) == message
+
+
+def test_decode_refuses_a_message_of_too_many_fields() -> None:
+    many = inference_pb2.GenerateRequest(chat=inference_pb2.Chat(messages=[EMPTY] * 20_000))
+    with pytest.raises(InvalidRequest, match="request is 40,004 bytes, but they have more than 16,384 fields"):
+        decode(inference_pb2.GenerateRequest, many.SerializeToString())
+
+
+def test_decode_does_not_name_the_field_in_a_large_message() -> None:
+    large = inference_pb2.GenerateRequest(prompt="x" * (1 << 20) + "caf??")
+    with pytest.raises(InvalidRequest, match="a string in them is not UTF-8"):
+        decode(inference_pb2.GenerateRequest, broken(large))
+
+
+def test_batch_entries_are_decoded_one_by_one() -> None:
+    requests = [inference_pb2.GenerateRequest(prompt="one"), inference_pb2.GenerateRequest(prompt="caf??")]
+    entries = BatchEntries(broken(inference_pb2.GenerateBatchRequest(requests=requests)), max_requests=2)
+    assert len(entries) == 2
+    assert entries.message(0) == requests[0]
+    with pytest.raises(InvalidRequest, match="prompt is b'caf"):
+        entries.message(1)
+
+
+def test_batch_entries_beyond_their_number_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="requests is more than 3 requests, but a batch has at most 3"):
+        BatchEntries(b"\x0a\x00" * 4, max_requests=3)
+    # Unknown fields count, too.
+    with pytest.raises(InvalidRequest, match="at most 3"):
+        BatchEntries(b"\x12\x00" * 1_000_000, max_requests=3)
+    assert len(BatchEntries(b"", max_requests=3)) == 0
+
+
+def test_bytes_that_are_no_batch_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"they are no stitch\.v1\.GenerateBatchRequest"):
+        BatchEntries(b"\xff\xff", max_requests=3)

@@ -151,7 +151,7 @@ async def test_deadline_cancels_the_session(reach: Reach) -> None:
     [
         ({"prompt": ""}, "prompt is '', but it must not be empty"),
         ({"prompt": "!?" * 200}, f"prompt is 400 tokens, but the context holds {CONTEXT_TOKENS}"),
-        ({"prompt": "x" * 4_000_000}, "prompt is 4,000,000 bytes, but the context of 128 tokens holds at most"),
+        ({"prompt": "x" * 2_000_000}, "prompt is 2,000,000 bytes, but the context of 128 tokens holds at most"),
         ({"route": "medium"}, "route is 'medium', but this cluster has: weak, strong, auto"),
         ({"sampling": inference_pb2.Sampling(max_tokens=0)}, "sampling.max_tokens is 0, but it must be at least 1"),
         ({"sampling": inference_pb2.Sampling(temperature=-1)}, "sampling.temperature is -1.0, but it must be"),

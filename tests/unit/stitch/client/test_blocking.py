@@ -129,7 +129,7 @@ def test_request_over_size_of_message_is_refused_by_its_size() -> None:
         prompt = "a" * MAX_REQUEST_BYTES
         for call in (client.generate, client.route):
             with pytest.raises(
-                InvalidRequest, match=r"the request's size is 41943\d\d, but it must be at most 4194288"
+                InvalidRequest, match=r"the request's size is 20971\d\d, but it must be at most 2097136"
             ):
                 call(prompt)
         (outcome,) = client.batch([prompt])
