@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import TracebackType
 from typing import Self
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -40,7 +41,9 @@ class OtherClient:
         self._process.stdout.readline()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         output, _ = self._process.communicate("end\n", timeout=TIMEOUT_SECONDS)
         self.slowest_seconds, self.added_bytes = json.loads(output)
 
@@ -54,7 +57,12 @@ def resident_bytes(pid: int) -> int:
 def main(address: str, pid: int) -> None:
     """Measures until the input ends."""
     ended = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.readline(), ended.set()), daemon=True).start()
+
+    def wait_for_the_end() -> None:
+        sys.stdin.readline()
+        ended.set()
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()
     slowest, most = 0.0, 0
     with open_sync_channel(address) as channel, Client(address) as client:
         health = health_pb2_grpc.HealthStub(channel)
