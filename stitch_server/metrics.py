@@ -34,6 +34,9 @@ class Metrics:
         about = "Bytes of hidden states on the links to neighbouring shards."
         links = Counter("stitch_link_bytes", about, ["direction"], registry=self.registry)
         self.link_bytes_sent, self.link_bytes_received = links.labels("sent"), links.labels("received")
+        about = "Replies, tokens and failures of next shards that answer no step of that link."
+        strays = Counter("stitch_link_stray_replies", about, ["shard"], registry=self.registry)
+        self.link_stray_replies = strays.labels(shard)
         about = "The delay with which the event loop wakes up after a sleep."
         self.event_loop_delay = Histogram(
             "stitch_event_loop_delay_seconds", about, buckets=buckets.EVENT_LOOP_DELAY, registry=self.registry

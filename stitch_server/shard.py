@@ -121,12 +121,11 @@ def build_shard(
     links = open_links(identity, inbox.put)
     batching = resolved_batching(cluster, device)
     source: FirstStage | NextStage
-    in_flight: StepsInFlight | None
+    steps = StepsInFlight(links, count_strays=metrics.link_stray_replies.inc)
+    in_flight = steps if loaded.head is None else None
     if loaded.embedding is not None:
-        in_flight = StepsInFlight(links)
-        source = _first_stage(cluster, batching, loaded, pool, in_flight, config.name)
+        source = _first_stage(cluster, batching, loaded, pool, steps, config.name)
     else:
-        in_flight = None if loaded.head is not None else StepsInFlight(links)
         logits = UNLIMITED if loaded.head is None else loaded.head.vocabulary_size
         source = NextStage(
             pool,

@@ -100,31 +100,26 @@ class FirstStage:
         for _, request, _ in _requests_of(batch):
             self._finish(request, RequestOutput(error=_with_generated(failure, request)))
 
-    def on_reply(self, reply: StepReply) -> None:
-        """Applies the tokens and failures of one step."""
-        self._in_flight.settle(reply.step)
-        for failure in reply.failures:
-            request = self._current(failure.session_id, failure.epoch)
-            if request is not None:
-                self._apply_failure(request, failure)
-        for sampled in reply.tokens:
-            request = self._current(sampled.session_id, sampled.epoch)
-            if request is not None:
-                self._append(request, sampled.token, reply.stages)
+    def on_reply(self, neighbour: str, reply: StepReply) -> None:
+        """Applies the tokens and failures of one step, which was sent to that next shard."""
+        for answer in self._in_flight.settle(neighbour, reply):
+            request = self._requests.get(answer.segment.session.id)
+            # It may have finished since the step was sent, or been preempted.
+            if request is None or request.epoch != answer.epoch:
+                continue
+            if answer.failure is not None:
+                self._apply_failure(request, answer.failure)
+            elif answer.token is not None:
+                self._append(request, answer.token, reply.stages)
 
     def on_link_lost(self, neighbour: str, error: StitchError) -> None:
         """Ends the requests with KV on the lost shard, and where it is suspect those that wait for it."""
         for step, _ in self._in_flight.sent_to(neighbour):
-            self._in_flight.settle(step)
+            self._in_flight.settle(neighbour, StepReply(step))
         is_suspect = self._in_flight.refusal([neighbour]) is not None
         for request in [one for one in self._requests.values() if neighbour in one.next_shards]:
             if request.open_downstream or is_suspect:
                 self._finish(request, RequestOutput(error=_with_generated(error, request)))
-
-    def _current(self, session_id: int, epoch: int) -> Request | None:
-        """The request, unless it has finished or was preempted since the step was sent."""
-        request = self._requests.get(session_id)
-        return request if request is not None and request.epoch == epoch else None
 
     def _append(self, request: Request, token: Token, downstream: dict[str, float]) -> None:
         """Appends a sampled token, which the scheduler feeds into the next decode step unless it is the last one."""

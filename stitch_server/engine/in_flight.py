@@ -1,8 +1,9 @@
 """Splits a pass's output into steps for the next shards, and tracks the steps that are not yet answered.
 
 In: a computed batch. Out: one `OutgoingStep` for each next shard. Invariants: a step is in flight from `send` until
-`settle`, which happens exactly once: when its reply arrives, or when its link is lost; and every next shard has a
-window of its own, so that one which does not answer holds back its own sessions alone.
+`settle`, which happens exactly once: when its reply arrives, or when its link is lost; a reply counts for the sessions
+of its step alone; and every next shard has a window of its own, so that one which does not answer holds back its own
+sessions alone.
 """
 
 from __future__ import annotations
@@ -12,14 +13,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from stitch.errors import StitchError, Unavailable
-from stitch_server.engine.types import Batch, OutgoingStep, Segment, Session, StepOutput, StepReply
+from stitch.sampling import Token
+from stitch.v1.shard_pb2 import FAILURE_CAUSE_UNAVAILABLE
+from stitch_server.engine.types import (
+    Batch,
+    OutgoingStep,
+    Segment,
+    Session,
+    SessionFailure,
+    StepOutput,
+    StepReply,
+)
 
 # Steps in flight to one next shard at most: two micro-batches being computed, and as many travelling over a slow link.
 WINDOW_STEPS = 4
@@ -56,7 +67,7 @@ class BatchSource(Protocol):
 
     def fail(self, batch: Batch, error: Exception) -> None: ...
 
-    def on_reply(self, reply: StepReply) -> None: ...
+    def on_reply(self, neighbour: str, reply: StepReply) -> None: ...
 
     def on_link_lost(self, neighbour: str, error: StitchError) -> None: ...
 
@@ -67,9 +78,22 @@ class _SentStep:
 
     neighbour: str
     segments: tuple[Segment, ...]
+    # Those of the segments' sessions; a session that is preempted begins another one.
+    epochs: tuple[int, ...]
     sent_at: float
     # Ids of the sessions that have not ended since.
     live: set[int]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentReply:
+    """What a next shard replied to one segment: a token, a failure, or neither where none was wanted."""
+
+    segment: Segment
+    # That of the segment's session when it was sent.
+    epoch: int
+    token: Token | None
+    failure: SessionFailure | None
 
 
 @dataclass(slots=True)
@@ -94,8 +118,11 @@ class StepsInFlight:
         downstream: Downstream,
         window_steps: int = WINDOW_STEPS,
         clock: Callable[[], float] = time.perf_counter,
+        count_strays: Callable[[int], None] = lambda strays: None,
     ) -> None:
+        """`count_strays` is called with the number of replies, tokens and failures that answer no step."""
         self._downstream = downstream
+        self._count_strays = count_strays
         self._window_steps = window_steps
         self._clock = clock
         self._step_numbers = itertools.count(1)
@@ -152,18 +179,30 @@ class StepsInFlight:
             numbers.append(number)
         return numbers
 
-    def settle(self, step: int) -> tuple[Segment, ...]:
-        """Removes a step and returns its segments; empty where it is settled already."""
-        sent = self._unanswered.pop(step, None)
-        if sent is None:
-            return ()
+    def settle(self, neighbour: str, reply: StepReply) -> list[SegmentReply]:
+        """Removes the step that `neighbour` answers, and returns the reply to each of its segments.
+
+        Nothing of a reply counts but what answers a segment of the step: its session and epoch, and a token where one
+        was wanted, at the next position. Empty where no such step of that shard is in flight.
+        """
+        sent = self._unanswered.get(reply.step)
+        if sent is None or sent.neighbour != neighbour:
+            self._count_strays(1)
+            return []
+        self._remove(reply.step, sent)
+        replies, strays = _matched(sent, reply)
+        if strays:
+            self._count_strays(strays)
+        return replies
+
+    def _remove(self, step: int, sent: _SentStep) -> None:
+        del self._unanswered[step]
         window, now = self._windows[sent.neighbour], self._clock()
         # A suspect's steps were not answered but lost.
         if sent.neighbour not in self._downstream.suspects:
             self._reply_seconds.append(now - max(sent.sent_at, window.answered_at))
         window.answered_at = now
         del window.steps[step]
-        return sent.segments
 
     def close_session(self, session: Session) -> None:
         """Frees the session's KV on the next shards; no effect where none of them knows its current epoch."""
@@ -183,7 +222,8 @@ class StepsInFlight:
         return window
 
     def _record(self, number: int, neighbour: str, segments: tuple[Segment, ...]) -> None:
-        sent = _SentStep(neighbour, segments, self._clock(), {segment.session.id for segment in segments})
+        epochs = tuple(segment.session.epoch for segment in segments)
+        sent = _SentStep(neighbour, segments, epochs, self._clock(), {segment.session.id for segment in segments})
         self._unanswered[number] = self._window(neighbour).steps[number] = sent
 
     def _takes_a_step(self, neighbour: str) -> bool:
@@ -203,6 +243,45 @@ class StepsInFlight:
             segment.length == 1 and segment.session.open_downstream and segment.session.id not in in_flight
             for segment in segments
         )
+
+
+def _matched(sent: _SentStep, reply: StepReply) -> tuple[list[SegmentReply], int]:
+    """The reply to each segment of a step, and how many tokens and failures answer none of them.
+
+    A failure counts for the last segment of its session. A session whose token is missing fails: it could not go on.
+    """
+    last: dict[tuple[int, int], int] = {}
+    wanted: dict[tuple[int, int, int], int] = {}
+    for index, (segment, epoch) in enumerate(zip(sent.segments, sent.epochs, strict=True)):
+        last[segment.session.id, epoch] = index
+        if segment.wants_token:
+            wanted[segment.session.id, epoch, segment.position + segment.length] = index
+    tokens: dict[int, Token] = {}
+    failures: dict[int, SessionFailure] = {}
+    strays = 0
+    for sampled in reply.tokens:
+        if (index := wanted.pop((sampled.session_id, sampled.epoch, sampled.token.position), -1)) < 0:
+            strays += 1
+        else:
+            tokens[index] = sampled.token
+    for failure in reply.failures:
+        if (index := last.get((failure.session_id, failure.epoch), -1)) < 0:
+            strays += 1
+        else:
+            failures.setdefault(index, _of_chain(failure, sent.segments[index].session))
+    for session_id, epoch, position in wanted:
+        message = f"{sent.neighbour} answered a step without token {position} of its session"
+        missing = SessionFailure(session_id, epoch, FAILURE_CAUSE_UNAVAILABLE, message, sent.neighbour)
+        failures.setdefault(last[session_id, epoch], missing)
+    return [
+        SegmentReply(segment, epoch, None if index in failures else tokens.get(index), failures.get(index))
+        for index, (segment, epoch) in enumerate(zip(sent.segments, sent.epochs, strict=True))
+    ], strays
+
+
+def _of_chain(failure: SessionFailure, session: Session) -> SessionFailure:
+    """The failure, without the name of a lost shard that the session does not pass."""
+    return failure if failure.shard in session.chain else replace(failure, shard="")
 
 
 def _rows_of(indices: Sequence[int], segments: Sequence[Segment], output: StepOutput) -> Tensor:

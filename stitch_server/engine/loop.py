@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from stitch_server.engine.in_flight import BatchSource
-from stitch_server.engine.types import Batch, LinkEvent, LinkLost, StepOutput, StepReply
+from stitch_server.engine.types import Batch, LinkEvent, LinkLost, LinkReply, StepOutput
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +120,8 @@ class Engine:
     def _handle(self, message: Command | LinkEvent) -> None:
         try:
             match message:
-                case StepReply():
-                    self._source.on_reply(message)
+                case LinkReply(neighbour, reply):
+                    self._source.on_reply(neighbour, reply)
                 case LinkLost(neighbour, error):
                     self._source.on_link_lost(neighbour, error)
                 case _:

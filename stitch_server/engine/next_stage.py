@@ -329,18 +329,17 @@ class NextStage:
             slot.resolve()
         _send_complete(_pending_of(slots))
 
-    def on_reply(self, reply: StepReply) -> None:
-        """Passes the tokens and failures of a downstream step on to the steps that its segments came from."""
-        segments = () if self._in_flight is None else self._in_flight.settle(reply.step)
-        slots = [_slot_of(segment) for segment in segments]
-        # Of two chunks of one session the later one wants the token.
-        slot_of_session = {segment.session.id: slot for segment, slot in zip(segments, slots, strict=True)}
-        for sampled in reply.tokens:
-            if (slot := slot_of_session.get(sampled.session_id)) is not None:
-                slot.add_token(sampled.epoch, sampled.token)
-        for failure in reply.failures:
-            if (slot := slot_of_session.get(failure.session_id)) is not None:
+    def on_reply(self, neighbour: str, reply: StepReply) -> None:
+        """Passes the tokens and failures of a step on to the steps that its segments came from."""
+        answers = [] if self._in_flight is None else self._in_flight.settle(neighbour, reply)
+        if not answers:
+            return
+        slots = [_slot_of(answer.segment) for answer in answers]
+        for slot, answer in zip(slots, answers, strict=True):
+            if (failure := answer.failure) is not None:
                 self._fail(slot, SessionRefused(failure.cause, failure.message, failure.shard))
+            elif answer.token is not None:
+                slot.add_token(answer.epoch, answer.token)
         away = self._clock() - self._sent_at.pop(reply.step, self._clock())
         wire = max(0.0, away - sum(reply.stages.values()))
         for pending in _pending_of(slots):
@@ -357,7 +356,7 @@ class NextStage:
         shard = error.shard if isinstance(error, Unavailable) else ""
         for step, segments in [] if self._in_flight is None else self._in_flight.sent_to(neighbour):
             failures = (SessionFailure(one.session.id, one.session.epoch, cause, str(error), shard) for one in segments)
-            self.on_reply(StepReply(step, failures=tuple(failures)))
+            self.on_reply(neighbour, StepReply(step, failures=tuple(failures)))
         # Sessions without a step in flight: their next segments are refused.
         self._sessions.fail_downstream_of(neighbour, str(error), shard)
 

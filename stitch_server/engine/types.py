@@ -284,4 +284,13 @@ class LinkLost:
     error: StitchError
 
 
-LinkEvent = StepReply | LinkLost
+@dataclass(frozen=True, slots=True)
+class LinkReply:
+    """A reply that came over the link to a next shard."""
+
+    # The name of the next shard.
+    neighbour: str
+    reply: StepReply
+
+
+LinkEvent = LinkReply | LinkLost

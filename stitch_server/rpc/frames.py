@@ -6,12 +6,13 @@ steps may interleave. Invariant: a step reaches the engine complete and consiste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from stitch.errors import InvalidRequest, OutOfStep
+from stitch.errors import InvalidRequest, OutOfStep, plain
 from stitch.sampling import Sampling, Token, TokenLogprobs
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.engine.types import (
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 # On loopback a 14.7 MB message sent whole made a neighbouring decode step's p95 95 ms, in frames of this size 5 ms.
 FRAME_BYTES = 256 << 10
+# Stages of a reply, and characters of their names and of a failure's message: more than a shard sends.
+MAX_STAGES = 32
+MAX_STAGE_CHARACTERS = 64
+MAX_FAILURE_CHARACTERS = 500
 # Incomplete steps of one link. A sender has one, or two while an urgent step overtakes.
 MAX_INCOMPLETE_STEPS = 16
 
@@ -207,15 +212,22 @@ def reply_frame(reply: StepReply) -> shard_pb2.LinkResponse:
 
 
 def reply_of(message: shard_pb2.StepReply) -> StepReply:
-    """The reply of a frame."""
+    """The reply of a frame, with no more of its words than an error or a log holds."""
     return StepReply(
         step=message.step,
         tokens=tuple(SessionToken(one.session, one.epoch, _token(one.token)) for one in message.tokens),
-        failures=tuple(
-            SessionFailure(one.session, one.epoch, one.cause, one.message, one.shard) for one in message.failures
-        ),
-        stages={stage.name: stage.seconds for stage in message.stages},
+        failures=tuple(map(_failure, message.failures)),
+        stages={
+            plain(stage.name, MAX_STAGE_CHARACTERS): stage.seconds
+            for stage in message.stages[:MAX_STAGES]
+            if 0 <= stage.seconds < math.inf
+        },
     )
+
+
+def _failure(message: shard_pb2.SessionFailure) -> SessionFailure:
+    said = plain(message.message, MAX_FAILURE_CHARACTERS)
+    return SessionFailure(message.session, message.epoch, message.cause, said, message.shard)
 
 
 def stage_messages(stages: dict[str, float]) -> list[inference_pb2.Stage]:

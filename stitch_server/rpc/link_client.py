@@ -17,7 +17,7 @@ import grpc
 from stitch.channels import open_channel
 from stitch.errors import Incompatible, OutOfStep, StitchError, Unavailable, from_rpc_error, shown
 from stitch.v1 import shard_pb2, shard_pb2_grpc
-from stitch_server.engine.types import LinkEvent, LinkLost, OutgoingStep, StepReply
+from stitch_server.engine.types import LinkEvent, LinkLost, LinkReply, OutgoingStep
 from stitch_server.rpc.frames import reply_of, step_frames
 from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_welcome
 from stitch_server.rpc.tensors import pack
@@ -104,13 +104,13 @@ class _Link:
         neighbour: str,
         connect: Callable[[str], grpc.aio.Channel],
         identity: shard_pb2.ShardIdentity,
-        on_reply: Callable[[StepReply], None],
+        on_event: Callable[[LinkEvent], None],
         on_lost: Callable[[str, StitchError], None],
     ) -> None:
         self._neighbour = neighbour
         self._connect = connect
         self._identity = identity
-        self._on_reply = on_reply
+        self._on_event = on_event
         self._on_lost = on_lost
         self._order = itertools.count()
         # Urgent frames first; within each class in order.
@@ -153,7 +153,9 @@ class _Link:
         writer = asyncio.create_task(self._write(call))
         try:
             while isinstance(message := await call.read(), shard_pb2.LinkResponse):
-                self._on_reply(reply_of(message.reply))
+                if message.WhichOneof("frame") != "reply":
+                    raise Incompatible(f"{self._neighbour} sent no reply in the middle of a link")
+                self._on_event(LinkReply(self._neighbour, reply_of(message.reply)))
         finally:
             writer.cancel()
         # A stream that ended with an error status raised it above.

@@ -50,6 +50,11 @@ class FakeDownstream:
     def last(self) -> OutgoingStep:
         return self.sent[-1][1]
 
+    def receiver_of(self, number: int) -> str:
+        """The shard to which a step was sent; of an unknown one the last shard that was sent anything."""
+        receivers = {step.number: neighbour for neighbour, step in self.sent}
+        return receivers.get(number, self.sent[-1][0] if self.sent else "none")
+
     def answer(self, step: OutgoingStep, token_id: int = TOKEN_ID) -> StepReply:
         """A reply with one token for every segment that wants a token."""
         wanting = [segment for segment in step.segments if segment.wants_token]

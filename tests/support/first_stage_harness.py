@@ -60,12 +60,18 @@ class FirstStageHarness:
         self.stage.deliver(batch, computed(batch))
         return self.downstream.last
 
+    def answer(self, reply: StepReply) -> None:
+        """Receives the reply to a step from the shard that the step was sent to."""
+        self.stage.on_reply(self.downstream.receiver_of(reply.step), reply)
+
     def reply(self, step: OutgoingStep, token_id: int = TOKEN_ID, **stages: float) -> None:
-        self.stage.on_reply(replace(self.downstream.answer(step, token_id), stages=stages))
+        self.answer(replace(self.downstream.answer(step, token_id), stages=stages))
 
     def refuse(self, step: OutgoingStep, request: Request, cause: FailureCause) -> None:
         failure = SessionFailure(request.id, request.epoch, cause, "no more")
-        self.stage.on_reply(StepReply(step.number, failures=(failure,)))
+        answer = self.downstream.answer(step)
+        others = tuple(one for one in answer.tokens if one.session_id != request.id)
+        self.answer(replace(answer, tokens=others, failures=(failure,)))
 
     @property
     def idle(self) -> bool:

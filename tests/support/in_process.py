@@ -98,6 +98,7 @@ class LinkEnd:
         self.stage = receiver.next_stage
         self.routes = routes_between(sender.identity, receiver.identity)
         self._sender = sender
+        self._receiver = receiver.config.name
         width = receiver.incoming_width(sender.config.role)
         self._assembler = StepAssembler(width, receiver.identity.wire_dtype, receiver.max_step_tokens, receiver.unpack)
 
@@ -110,4 +111,4 @@ class LinkEnd:
         message = shard_pb2.LinkResponse.FromString(reply_frame(reply).SerializeToString()).reply
         source = self._sender.first_stage or self._sender.next_stage
         assert source is not None
-        source.on_reply(reply_of(message))
+        source.on_reply(self._receiver, reply_of(message))

@@ -79,6 +79,10 @@ class NextStageHarness:
         self.stage.deliver(batch, output)
         return batch
 
+    def answer(self, reply: StepReply) -> None:
+        """Receives the reply to a step from the shard that the step was sent to."""
+        self.stage.on_reply(self.downstream.receiver_of(reply.step), reply)
+
     @property
     def idle(self) -> bool:
         return (self.stage.running_sessions, self.pool.free_blocks) == (0, BLOCKS)

@@ -78,7 +78,7 @@ class InlineEngine:
                 self.stage.deliver(batch, sampled(batch))
             else:
                 self.stage.deliver(batch, computed(batch, stages={"bottom_prefill": 0.5}))
-                self.stage.on_reply(self.downstream.answer(self.downstream.last))
+                self.stage.on_reply("top-0", self.downstream.answer(self.downstream.last))
 
 
 @dataclass

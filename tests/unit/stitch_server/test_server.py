@@ -29,7 +29,7 @@ class FakeBatchSource:
     def fail(self, batch: Batch, error: Exception) -> None:
         raise NotImplementedError
 
-    def on_reply(self, reply: StepReply) -> None:
+    def on_reply(self, neighbour: str, reply: StepReply) -> None:
         raise NotImplementedError
 
     def on_link_lost(self, address: str, error: StitchError) -> None:

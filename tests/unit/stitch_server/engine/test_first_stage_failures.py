@@ -24,11 +24,11 @@ def harness() -> FirstStageHarness:
 class TestFailures:
     def test_kv_exhausted_downstream_preempts_request(self, harness: FirstStageHarness) -> None:
         session, outputs = harness.admit()
-        harness.admit(first_token=100)
+        other, _ = harness.admit(first_token=100, max_tokens=1)
         harness.refuse(harness.compute(), session, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED)
         assert outputs == []
         assert (session.epoch, harness.stage.waiting_sessions) == (1, 1)
-        assert harness.downstream.closed == [("top-0", session.id)]
+        assert harness.downstream.closed == [("top-0", session.id), ("top-0", other.id)]
         harness.clock.advance(BACKOFF_SECONDS)
         step = harness.compute()
         # Its first block is still remembered here.
@@ -99,7 +99,7 @@ class TestFailures:
         answer = harness.downstream.answer(step)
         harness.refuse(step, session, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED)
         late = SessionFailure(session.id, 0, shard_pb2.FAILURE_CAUSE_PRECONDITION, "not open")
-        harness.stage.on_reply(replace(answer, failures=(late,)))
+        harness.answer(replace(answer, failures=(late,)))
         assert outputs == []
         assert session.epoch == 1
 

@@ -88,18 +88,18 @@ class FirstStageMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.unanswered)
     @rule(data=st.data())
     def reply(self, data: st.DataObject) -> None:
-        _, step = self.unanswered.pop(data.draw(st.integers(0, len(self.unanswered) - 1)))
-        self.stage.on_reply(self.downstream.answer(step))
+        neighbour, step = self.unanswered.pop(data.draw(st.integers(0, len(self.unanswered) - 1)))
+        self.stage.on_reply(neighbour, self.downstream.answer(step))
 
     @precondition(lambda self: self.unanswered)
     @rule(data=st.data(), cause=st.sampled_from(CAUSES))
     def fail_one_session(self, data: st.DataObject, cause: shard_pb2.FailureCause) -> None:
-        _, step = self.unanswered.pop(data.draw(st.integers(0, len(self.unanswered) - 1)))
+        neighbour, step = self.unanswered.pop(data.draw(st.integers(0, len(self.unanswered) - 1)))
         failed = data.draw(st.sampled_from(step.segments)).session
         answer = self.downstream.answer(step)
         tokens = tuple(one for one in answer.tokens if one.session_id != failed.id)
         failure = SessionFailure(failed.id, failed.epoch, cause, "no more")
-        self.stage.on_reply(StepReply(step.number, tokens, (failure,)))
+        self.stage.on_reply(neighbour, StepReply(step.number, tokens, (failure,)))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -153,7 +153,8 @@ class FirstStageMachine(RuleBasedStateMachine):
             self.wait()
             self.compute()
             if self.unanswered:
-                self.stage.on_reply(self.downstream.answer(self.unanswered.pop(0)[1]))
+                neighbour, step = self.unanswered.pop(0)
+                self.stage.on_reply(neighbour, self.downstream.answer(step))
         assert (self.stage.running_sessions, self.stage.waiting_sessions) == (0, 0)
         assert self.pool.free_blocks == self.pool.blocks
 

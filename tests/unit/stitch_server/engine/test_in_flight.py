@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stitch_server.engine.in_flight import StepsInFlight
+from stitch_server.engine.in_flight import SegmentReply, StepsInFlight
 from stitch_server.engine.request import Request
-from stitch_server.engine.types import Batch, LayerRange, Segment, StepOutput
+from stitch_server.engine.types import Batch, LayerRange, Segment, StepOutput, StepReply
 from tests.support.engine_fakes import FakeDownstream, computed, new_request
 
 LAYERS = LayerRange(0, 4)
@@ -22,6 +22,11 @@ def send(
 ) -> list[int]:
     batch = Batch(segments)
     return in_flight.send(batch, computed(batch, non_finite), pipelined)
+
+
+def settle(in_flight: StepsInFlight, number: int) -> list[SegmentReply]:
+    """Settles a step by an empty reply."""
+    return in_flight.settle("top-0", StepReply(number))
 
 
 @pytest.fixture
@@ -87,16 +92,16 @@ def test_pass_of_non_finite_segments_sends_no_step(in_flight: StepsInFlight, dow
 def test_window_is_full_until_a_step_is_settled(in_flight: StepsInFlight) -> None:
     numbers = [send(in_flight, segment(new_request()))[0] for _ in range(3)]
     assert not in_flight.has_room(["top-0"])
-    in_flight.settle(numbers[1])
+    settle(in_flight, numbers[1])
     assert in_flight.has_room(["top-0"])
 
 
 def test_step_is_settled_once(in_flight: StepsInFlight) -> None:
     one = segment(new_request())
     (number,) = send(in_flight, one)
-    assert in_flight.settle(number) == (one,)
-    assert in_flight.settle(number) == ()
-    assert in_flight.settle(99) == ()
+    assert settle(in_flight, number) == [SegmentReply(one, 0, None, None)]
+    assert settle(in_flight, number) == []
+    assert settle(in_flight, 99) == []
 
 
 def test_sent_to_returns_unanswered_steps_of_neighbour(in_flight: StepsInFlight) -> None:
@@ -123,7 +128,7 @@ class TestOvertaking:
         session = new_request()
         (number,) = send(in_flight, segment(session))
         assert not downstream.last.urgent
-        in_flight.settle(number)
+        settle(in_flight, number)
         send(in_flight, segment(new_request(), length=100))
         send(in_flight, segment(session, position=2, length=1))
         assert downstream.last.urgent
@@ -140,6 +145,6 @@ class TestOvertaking:
 
     def test_step_with_prefill_is_not_urgent(self, in_flight: StepsInFlight, downstream: FakeDownstream) -> None:
         session = new_request()
-        in_flight.settle(send(in_flight, segment(session))[0])
+        settle(in_flight, send(in_flight, segment(session))[0])
         send(in_flight, segment(session, position=2, length=1), segment(new_request(), length=3))
         assert not downstream.last.urgent

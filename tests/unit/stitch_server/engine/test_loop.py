@@ -11,7 +11,7 @@ import pytest
 
 from stitch.errors import StitchError, Unavailable
 from stitch_server.engine.loop import Engine, Inbox
-from stitch_server.engine.types import Batch, LayerRange, LinkEvent, LinkLost, Segment, StepOutput, StepReply
+from stitch_server.engine.types import Batch, LayerRange, LinkEvent, LinkLost, LinkReply, Segment, StepOutput, StepReply
 from tests.support.engine_fakes import new_request
 
 # Only a broken engine takes this long.
@@ -42,8 +42,8 @@ class FakeBatchSource:
     def fail(self, batch: Batch, error: Exception) -> None:
         self.failed.append((batch, error))
 
-    def on_reply(self, reply: StepReply) -> None:
-        self.events.append(reply)
+    def on_reply(self, neighbour: str, reply: StepReply) -> None:
+        self.events.append(LinkReply(neighbour, reply))
 
     def on_link_lost(self, neighbour: str, error: StitchError) -> None:
         self.events.append(LinkLost(neighbour, error))
@@ -156,14 +156,15 @@ class TestLoop:
         assert handled == list(range(100))
 
     def test_link_events_reach_batch_source_in_order(self, source: FakeBatchSource, runner: FakeRunner) -> None:
+        first, second = LinkReply("top-0", StepReply(1)), LinkReply("top-1", StepReply(2))
         inbox, lost = Inbox(), LinkLost("top-0", Unavailable("top-0 is gone"))
         engine = Engine(source, runner, inbox)
-        inbox.put(StepReply(1))
+        inbox.put(first)
         inbox.put(lost)
-        inbox.put(StepReply(2))
+        inbox.put(second)
         engine.start()
         engine.stop()
-        assert source.events == [StepReply(1), lost, StepReply(2)]
+        assert source.events == [first, lost, second]
 
     def test_commands_run_before_next_batch(self, source: FakeBatchSource, runner: FakeRunner) -> None:
         engine = Engine(source, runner, Inbox())

@@ -218,6 +218,6 @@ class TestLast:
         assert harness.idle
 
     def test_next_stage_has_no_waiting_sessions(self, harness: NextStageHarness) -> None:
-        harness.stage.on_reply(StepReply(1))
+        harness.stage.on_reply("end", StepReply(1))
         harness.stage.on_link_lost("end", Unavailable("gone"))
         assert harness.up.replies == []

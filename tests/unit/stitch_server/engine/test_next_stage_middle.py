@@ -31,7 +31,7 @@ class TestMiddle:
         assert harness.up.replies == []
         sent = harness.downstream.last
         assert [one.session.cached for one in sent.segments] == [4, 4]
-        harness.stage.on_reply(harness.downstream.answer(sent))
+        harness.answer(harness.downstream.answer(sent))
         assert harness.up.last.step == step
         assert harness.up.last.tokens == (SessionToken(5, 0, Token(7, 4)), SessionToken(6, 0, Token(7, 4)))
 
@@ -41,16 +41,16 @@ class TestMiddle:
         harness.compute(top_prefill=0.5)
         harness.clock.advance(3.0)
         answer = harness.downstream.answer(harness.downstream.last)
-        harness.stage.on_reply(replace(answer, stages={"top_prefill": 0.75, "sample": 0.25}))
+        harness.answer(replace(answer, stages={"top_prefill": 0.75, "sample": 0.25}))
         assert harness.up.last.stages == {"queue": 1.0, "top_prefill": 1.25, "sample": 0.25, "wire": 2.0}
 
     def test_step_is_split_over_two_next_shards(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5, neighbour="a"), self.middle(6, neighbour="b"))
         harness.compute()
         (_, to_a), (_, to_b) = harness.downstream.sent
-        harness.stage.on_reply(harness.downstream.answer(to_b, token_id=8))
+        harness.answer(harness.downstream.answer(to_b, token_id=8))
         assert harness.up.replies == []
-        harness.stage.on_reply(harness.downstream.answer(to_a, token_id=9))
+        harness.answer(harness.downstream.answer(to_a, token_id=9))
         assert harness.up.last.tokens == (SessionToken(6, 0, Token(8, 4)), SessionToken(5, 0, Token(9, 4)))
 
     def test_merged_steps_are_answered_separately(self, harness: NextStageHarness) -> None:
@@ -58,7 +58,7 @@ class TestMiddle:
         steps = harness.receive(self.middle(5)), harness.receive(self.middle(5), upstream=other)
         harness.compute()
         assert len(harness.downstream.sent) == 1
-        harness.stage.on_reply(harness.downstream.answer(harness.downstream.last))
+        harness.answer(harness.downstream.answer(harness.downstream.last))
         assert (harness.up.last.step, other.last.step) == steps
         assert [len(link.last.tokens) for link in (harness.up, other)] == [1, 1]
 
@@ -66,7 +66,7 @@ class TestMiddle:
         harness.receive(self.middle(5, 8, wants_token=False))
         harness.receive(self.middle(5, 4, 8))
         harness.compute()
-        harness.stage.on_reply(harness.downstream.answer(harness.downstream.last))
+        harness.answer(harness.downstream.answer(harness.downstream.last))
         assert [reply.tokens for reply in harness.up.replies] == [(), (SessionToken(5, 0, Token(7, 12)),)]
 
     def test_full_window_yields_no_batch(self, harness: NextStageHarness) -> None:
@@ -75,7 +75,7 @@ class TestMiddle:
             if session < 4:
                 harness.compute()
         assert harness.stage.next_batch() is None
-        harness.stage.on_reply(harness.downstream.answer(harness.downstream.last))
+        harness.answer(harness.downstream.answer(harness.downstream.last))
         assert harness.stage.next_batch() is not None
 
     def test_failure_downstream_ends_session_here(self, harness: NextStageHarness) -> None:
@@ -84,8 +84,10 @@ class TestMiddle:
         sent = harness.downstream.last
         number = sent.segments[0].session.id
         failure = SessionFailure(number, 0, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED, "no block")
-        harness.stage.on_reply(StepReply(sent.number, failures=(failure,)))
+        _, token = harness.downstream.answer(sent).tokens
+        harness.answer(StepReply(sent.number, (token,), (failure,)))
         assert harness.up.last.failures == (replace(failure, session_id=5),)
+        assert [one.session_id for one in harness.up.last.tokens] == [6]
         assert harness.stage.running_sessions == 1
 
     def test_failure_of_earlier_epoch_spares_session(self, harness: NextStageHarness) -> None:
@@ -97,7 +99,7 @@ class TestMiddle:
         harness.compute()
         number = sent.segments[0].session.id
         failure = SessionFailure(number, 0, shard_pb2.FAILURE_CAUSE_PRECONDITION, "not open")
-        harness.stage.on_reply(StepReply(sent.number, failures=(failure,)))
+        harness.answer(StepReply(sent.number, failures=(failure,)))
         assert harness.up.last.failures[0].epoch == 0
         assert harness.stage.running_sessions == 1
 
@@ -127,7 +129,7 @@ class TestMiddle:
         assert harness.stage.next_batch() is None
         # Closed there meanwhile, so that the first chunk finds it so.
         failure = SessionFailure(sent.segments[0].session.id, 0, shard_pb2.FAILURE_CAUSE_PRECONDITION, "not open")
-        harness.stage.on_reply(StepReply(sent.number, failures=(failure,)))
+        harness.answer(StepReply(sent.number, failures=(failure,)))
         assert [causes(reply) for reply in harness.up.replies] == [[(5, "TOO_LONG")]] * 2
 
     def test_non_finite_chunk_closes_session_opened_by_its_batch(self, harness: NextStageHarness) -> None:
@@ -150,7 +152,7 @@ class TestMiddle:
         harness.compute()
         harness.stage.on_upstream_lost(harness.up)
         assert len(harness.downstream.closed) == 2
-        harness.stage.on_reply(harness.downstream.answer(harness.downstream.last))
+        harness.answer(harness.downstream.answer(harness.downstream.last))
         assert harness.idle
 
     def test_lost_next_shard_fails_steps_in_flight(self, harness: NextStageHarness) -> None:
@@ -158,7 +160,7 @@ class TestMiddle:
         harness.compute()
         harness.stage.on_link_lost("a", Unavailable("a is gone"))
         assert harness.up.replies == []
-        harness.stage.on_reply(harness.downstream.answer(harness.downstream.last))
+        harness.answer(harness.downstream.answer(harness.downstream.last))
         assert causes(harness.up.last) == [(5, "UNAVAILABLE")]
         assert harness.up.last.failures[0].message == "a is gone"
         assert [one.session_id for one in harness.up.last.tokens] == [6]
@@ -173,7 +175,7 @@ class TestMiddle:
     def test_lost_next_shard_refuses_next_segments_of_idle_sessions(self, harness: NextStageHarness) -> None:
         harness.receive(self.middle(5))
         harness.compute()
-        harness.stage.on_reply(harness.downstream.answer(harness.downstream.last))
+        harness.answer(harness.downstream.answer(harness.downstream.last))
         harness.stage.on_link_lost("end", Unavailable("end is gone"))
         harness.receive(self.middle(5, 1, 4))
         assert harness.stage.next_batch() is None
@@ -197,5 +199,5 @@ class TestMiddle:
         assert causes(harness.up.last) == [(5, "PRECONDITION")]
 
     def test_reply_to_unknown_step_is_ignored(self, harness: NextStageHarness) -> None:
-        harness.stage.on_reply(StepReply(99, tokens=(SessionToken(1, 0, Token(7, 4)),)))
+        harness.answer(StepReply(99, tokens=(SessionToken(1, 0, Token(7, 4)),)))
         assert harness.up.replies == []

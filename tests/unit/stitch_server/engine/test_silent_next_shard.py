@@ -28,6 +28,9 @@ class TestWindows:
         batch = Batch((Segment(session, LayerRange(0, 4), position, 2, wants_token=True, blocks=[0]),))
         return self.in_flight.send(batch, computed(batch), pipelined=False)[0]
 
+    def settle(self, number: int) -> None:
+        self.in_flight.settle(self.downstream.receiver_of(number), StepReply(number))
+
     def fill(self, neighbour: str, steps: int = WINDOW_STEPS) -> list[Request]:
         """Sends steps of as many sessions."""
         sessions = [new_request(chain=(neighbour,)) for _ in range(steps)]
@@ -73,14 +76,14 @@ class TestWindows:
         self.send(second)
         assert self.in_flight.age_seconds == 1.0
         self.clock.advance(1.0)
-        self.in_flight.settle(number)
+        self.settle(number)
         self.clock.advance(0.5)
         assert self.in_flight.age_seconds == 0.5
 
     def test_nothing_in_flight_has_no_age(self) -> None:
         number = self.send(new_request(chain=(SILENT,)))
         self.clock.advance(1.0)
-        self.in_flight.settle(number)
+        self.settle(number)
         self.clock.advance(1.0)
         assert (self.in_flight.age_seconds, self.in_flight.is_late([SILENT])) == (0.0, False)
 
@@ -95,7 +98,7 @@ class TestWindows:
     def test_lateness_is_learned_from_replies_of_others(self) -> None:
         number = self.send(new_request(chain=(SOUND,)))
         self.clock.advance(3.0)
-        self.in_flight.settle(number)
+        self.settle(number)
         self.send(new_request(chain=(SILENT,)))
         self.clock.advance(3.0 * LATE_FACTOR)
         assert not self.in_flight.is_late([SILENT])
@@ -106,7 +109,7 @@ class TestWindows:
         number = self.send(new_request(chain=(SILENT,)))
         self.clock.advance(60.0)
         self.downstream.suspects.add(SILENT)
-        self.in_flight.settle(number)
+        self.settle(number)
         self.send(new_request(chain=(SOUND,)))
         self.clock.advance(LATER)
         assert self.in_flight.is_late([SOUND])
@@ -183,7 +186,7 @@ def test_failure_downstream_names_shard() -> None:
     request, outputs = harness.admit()
     cause = shard_pb2.FAILURE_CAUSE_UNAVAILABLE
     failure = SessionFailure(request.id, 0, cause, "top-1 is silent", "top-1")
-    harness.stage.on_reply(StepReply(harness.compute().number, failures=(failure,)))
+    harness.answer(StepReply(harness.compute().number, failures=(failure,)))
     error = error_of(outputs)
     assert isinstance(error, Unavailable)
     assert (error.shard, str(error)) == ("top-1", "top-1 is silent")
@@ -213,7 +216,7 @@ class TestMiddle:
     def test_held_step_follows_when_there_is_room(self, harness: NextStageHarness) -> None:
         harness.receive(self.segment(90, SILENT))
         assert harness.stage.next_batch() is None
-        harness.stage.on_reply(harness.downstream.answer(harness.downstream.last))
+        harness.answer(harness.downstream.answer(harness.downstream.last))
         assert [one.session.next_shards for one in harness.compute().segments] == [(SILENT,)]
 
     def test_steps_of_one_session_keep_their_order(self, harness: NextStageHarness) -> None:
@@ -222,7 +225,7 @@ class TestMiddle:
         harness.receive(self.segment(92, SOUND))
         assert len(harness.compute().segments) == 1
         assert harness.stage.next_batch() is None
-        harness.stage.on_reply(harness.downstream.answer(harness.downstream.sent[0][1]))
+        harness.answer(harness.downstream.answer(harness.downstream.sent[0][1]))
         assert [(one.position, one.length) for one in harness.compute().segments] == [(0, 1), (0, 1), (1, 1)]
 
     def test_suspect_refuses_new_sessions_by_name(self, harness: NextStageHarness) -> None:

@@ -45,7 +45,9 @@ class LateLink:
             WIDTH, shard_pb2.DTYPE_FLOAT32, 10_000, lambda packed: unpack(packed, torch.device("cpu"), torch.float32)
         )
     )
-    on_reply: Callable[[StepReply], None] | None = None
+    # The sender's, and the name of the receiver.
+    on_reply: Callable[[str, StepReply], None] | None = None
+    name: str = ""
 
     def send(self, neighbour: str, step: OutgoingStep) -> None:
         assert self.receiver is not None
@@ -61,7 +63,7 @@ class LateLink:
 
     def reply(self, reply: StepReply) -> None:
         assert self.on_reply is not None
-        self.backward.append(partial(self.on_reply, reply))
+        self.backward.append(partial(self.on_reply, self.name, reply))
 
     def carry(self, draw: random.Random) -> None:
         """Delivers one frame, in either direction."""
@@ -98,6 +100,7 @@ class Simulation:
         self.first = FirstStage(self.pools[0], scheduler, in_flight, self.clock)
         self.middle = NextStage(self.pools[1], LAYER_RANGES, StepsInFlight(self.links[1]), any_chain, 24, self.clock)
         self.last = NextStage(self.pools[2], LAYER_RANGES, None, any_chain, 24, self.clock)
+        self.links[0].name, self.links[1].name = CHAIN
         self.links[0].receiver, self.links[0].on_reply = self.middle, self.first.on_reply
         self.links[1].receiver, self.links[1].on_reply = self.last, self.middle.on_reply
         self.live: dict[int, tuple[Request, list[RequestOutput]]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -24,7 +25,10 @@ from stitch_server.engine.types import (
 )
 from stitch_server.rpc.frames import (
     FRAME_BYTES,
+    MAX_FAILURE_CHARACTERS,
     MAX_INCOMPLETE_STEPS,
+    MAX_STAGE_CHARACTERS,
+    MAX_STAGES,
     StepAssembler,
     reply_frame,
     reply_of,
@@ -244,6 +248,17 @@ class TestReplies:
             stages={"queue": 0.5, "sample": 0.25},
         )
         assert self.roundtrip(reply) == reply
+
+    def test_words_and_figures_of_a_peer_are_bounded(self) -> None:
+        said = "no block\n2026-01-01 ERROR stitch: forged" + "x" * 100_000
+        failures = (SessionFailure(5, 1, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED, said),)
+        stages = {"wire": math.nan, "queue": -1.0, "stitch": math.inf, "sample": 0.5, "y" * 1_000: 0.25}
+        arrived = self.roundtrip(StepReply(4, failures=failures, stages=stages))
+        assert arrived.failures[0].message.startswith(r"no block\n2026-01-01 ERROR stitch: forgedx")
+        assert len(arrived.failures[0].message) <= MAX_FAILURE_CHARACTERS + 1
+        assert arrived.stages == {"sample": 0.5, f"{'y' * (MAX_STAGE_CHARACTERS - 1)}…": 0.25}
+        many = StepReply(4, stages={str(number): 1.0 for number in range(1_000)})
+        assert len(self.roundtrip(many).stages) == MAX_STAGES
 
     def test_logprobs_without_alternatives_survive_round_trip(self) -> None:
         reply = StepReply(4, tokens=(SessionToken(1, 0, Token(7, 20, TokenLogprobs(0.0, ()))),))

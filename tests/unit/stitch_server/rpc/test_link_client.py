@@ -14,7 +14,16 @@ import torch
 from stitch.errors import Incompatible, StitchError, Unavailable
 from stitch.sampling import Token
 from stitch.v1 import shard_pb2, shard_pb2_grpc
-from stitch_server.engine.types import LayerRange, LinkEvent, LinkLost, OutgoingStep, Segment, SessionToken, StepReply
+from stitch_server.engine.types import (
+    LayerRange,
+    LinkEvent,
+    LinkLost,
+    LinkReply,
+    OutgoingStep,
+    Segment,
+    SessionToken,
+    StepReply,
+)
 from stitch_server.rpc import link_client as links_module
 from stitch_server.rpc.frames import reply_frame
 from stitch_server.rpc.link_client import LinkClient
@@ -152,7 +161,7 @@ async def test_steps_to_one_shard_share_link(harness: LinkClientHarness) -> None
 async def test_reply_becomes_link_event(harness: LinkClientHarness) -> None:
     call, reply = await harness.connected(), StepReply(1, tokens=(SessionToken(5, 0, Token(7, 3)),))
     call.say(reply_frame(reply))
-    await eventually(lambda: harness.events == [reply])
+    await eventually(lambda: harness.events == [LinkReply("top-0", reply)])
 
 
 async def test_urgent_step_overtakes_queued_frames(harness: LinkClientHarness) -> None:
