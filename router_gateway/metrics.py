@@ -15,10 +15,13 @@ from stitch import buckets
 
 # The route label of a request that ended before its route was decided.
 NO_ROUTE = "none"
-OUTCOMES = ("stop", "length", "invalid", "unmet", "exhausted", "unavailable", "cancelled", "expired", "failed")
+OUTCOMES = (
+    *("stop", "length", "invalid", "forbidden", "unmet", "exhausted", "unavailable", "cancelled", "expired", "failed"),
+)
 STAGES = ("route", "queue", "bottom_prefill", "wire", "stitch", "top_prefill", "sample")
 REPLAY_CAUSES = ("unavailable", "draining", "cancelled", "unreachable", "cut", "out_of_step", "failed", "incompatible")
 EJECTION_CAUSES = ("failures", "unreachable", "suspected", "slow")
+REFUSAL_REASONS = ("deadline", "queue", "waiting", "rate", "late")
 CANCEL_CAUSES = ("client", "deadline", "shutdown")
 
 # Upper bounds in tokens of the prompt lengths by which the time to first token is split.
@@ -34,6 +37,7 @@ class Metrics:
         self._latencies(routes)
         self._quantities(routes)
         self._events(routes, reasons)
+        self._admission()
 
     def _latencies(self, routes: Sequence[str]) -> None:
         about = "Arrival at the gateway to the first non-empty text."
@@ -97,6 +101,34 @@ class Metrics:
         self.ejections = self._counter(name, about, cause=EJECTION_CAUSES)
         name, about = "stitch_cancelled_total", "Answers cancelled before their end, by cause."
         self.cancelled = self._counter(name, about, cause=CANCEL_CAUSES)
+
+    def _admission(self) -> None:
+        name, about = "stitch_tenant_requests_running", "Requests of a tenant that run on a chain of shards."
+        self.tenant_running = Gauge(name, about, ["tenant"], registry=self.registry)
+        name, about = "stitch_tenant_requests_waiting", "Requests of a tenant that wait until shards have room."
+        self.tenant_waiting = Gauge(name, about, ["tenant"], registry=self.registry)
+        name, about = (
+            "stitch_tenant_work_total",
+            "Tokens of prompts and answers, times the parameters that their route reads, relative to the costliest.",
+        )
+        self.tenant_work = self._counter(name, about, tenant=())
+        name, about = "stitch_admission_refused_total", "Requests refused with a time at which to come back, by reason."
+        self.admission_refused = self._counter(name, about, tenant=(), reason=REFUSAL_REASONS)
+        name, about = (
+            "stitch_admission_returns_total",
+            "Refused requests by what became of them at the time they were told.",
+        )
+        self.admission_returns = self._counter(name, about, outcome=("admitted", "refused", "absent"))
+        name, about = "stitch_admission_limit", "How many requests the shards hold at a time; further ones wait."
+        self.admission_limit = Gauge(name, about, registry=self.registry)
+
+    def add_tenants(self, names: Sequence[str]) -> None:
+        """Exports the tenants' children, at zero."""
+        for name in names:
+            for family in (self.tenant_running, self.tenant_waiting, self.tenant_work):
+                family.labels(tenant=name)
+            for reason in REFUSAL_REASONS:
+                self.admission_refused.labels(tenant=name, reason=reason)
 
     def _histogram(self, name: str, about: str, bounds: Sequence[float], **labels: Sequence[str]) -> Histogram:
         family = Histogram(name, about, list(labels), buckets=bounds, registry=self.registry)

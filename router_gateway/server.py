@@ -15,6 +15,8 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from router_gateway.admission.admission import Admission
+from router_gateway.admission.capacity import capacity_of
+from router_gateway.admission.forecast import Forecast
 from router_gateway.admission.tenants import open_tenants
 from router_gateway.config import GatewaySettings, check
 from router_gateway.metrics import Metrics
@@ -115,7 +117,12 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         preparer = RequestPreparer(cluster, models, source, selector, queues)
         failover = FailoverDependencies(registry, placement, metrics, settings.retry, time.monotonic)
         admission = Admission(
-            open_tenants(cluster.keys_file, routes), cluster.gateway.default_deadline_seconds, time.monotonic
+            open_tenants(cluster.keys_file, routes),
+            cluster.gateway,
+            Forecast(predictor.predict_seconds, models.costs),
+            capacity_of(cluster, registry),
+            metrics,
+            time.monotonic,
         )
         pipeline = Pipeline(preparer, selector, failover, admission, predictor, metrics, lambda: in_flight.aborting)
 
@@ -127,7 +134,8 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         loading = source.follow(settings.health.poll_seconds)
         observed = observe_event_loop(metrics.event_loop_delay, metrics.event_loop_tasks)
         following = [] if certificates is None else [certificates.follow()]
-        await stack.enter_async_context(background_tasks(loading, readiness, observed, *following))
+        tasks = (loading, readiness, observed, admission.keep_promises(), *following)
+        await stack.enter_async_context(background_tasks(*tasks))
         yield gateway
 
 

@@ -120,7 +120,7 @@ class GatewayConfig(Settings):
     # A request whose client sets no deadline expires after this.
     default_deadline_seconds: float = Field(default=600.0, gt=0, strict=False)
     # A request that would wait longer for shards is refused, whatever its deadline.
-    max_queue_seconds: float = Field(default=120.0, gt=0, strict=False)
+    max_queue_seconds: float = Field(default=300.0, gt=0, strict=False)
     limits: GatewayLimits = GatewayLimits()
 
 

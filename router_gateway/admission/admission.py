@@ -1,17 +1,49 @@
 """The one way in for requests of every protocol: `admit(credentials, demand)`.
 
-In go what a caller shows of itself and what it asks for, out comes a `Ticket`, or the error that refuses it. Invariant:
-a ticket whose block has ended holds nothing.
+In go what a caller shows of itself and what it asks for, out comes a `Ticket`, or the error that refuses it. A ticket
+whose text is tokenized `start`s: it waits until the shards have room for it. Shards hold as many requests as keep them
+busy and let the running ones end in time; the others wait here, in the order of `FairQueue`. What can't end by its
+deadline is refused at once, with a time for which room is kept.
+
+Invariant: a ticket whose block has ended holds nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum, auto
 from types import TracebackType
 from typing import Self
 
+from router_gateway.admission.capacity import Capacity
+from router_gateway.admission.fair_queue import FairQueue
+from router_gateway.admission.forecast import Forecast, Size
+from router_gateway.admission.promises import Promise, Promises
 from router_gateway.admission.tenants import Credentials, Tenant, Tenants
+from router_gateway.admission.token_budget import TokenBudget
+from router_gateway.metrics import Metrics
+from stitch.cluster import GatewayConfig
+from stitch.errors import Exhausted, Expired
+
+# Requests on one first shard: at least, and before anything is known of its speed.
+LEAST_RUNNING, FIRST_RUNNING = 4, 16
+# A deadline that allows fewer running requests than this share of the limit is not kept at the cost of the others.
+LEAST_SHARE_FOR_DEADLINE = 0.25
+# Of the room for a tenant's requests, what is promised to those that were refused.
+PROMISED_SHARE = 0.75
+# How often the wait is lengthened by the requests that come back meanwhile.
+RETURN_ROUNDS = 3
+# Of the KV cache, what running requests are expected to fill.
+KV_SHARE = 0.9
+LEAST_RETRY_SECONDS, MOST_RETRY_SECONDS = 0.25, 3600.0
+# How often promises lapse, and the shards' room is looked at without any event.
+TICK_SECONDS = 0.25
+# Fewer tokens say little of the time for one.
+LEAST_DECODED_TOKENS = 4
+# By which the number of running requests may change while a rate is measured.
+STEADY_SHARE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,36 +56,431 @@ class Demand:
     route: str | None
     # When its client stops waiting, in seconds of the clock; None: the client set no deadline.
     deadline: float | None
+    # A digest of its input and parameters, by which it is recognized when it comes back.
+    digest: Callable[[], bytes]
 
 
-class Admission:
-    """Admits the requests of all tenants."""
+class Status(Enum):
+    """Where a ticket is in its life."""
 
-    def __init__(self, tenants: Tenants, default_deadline_seconds: float, clock: Callable[[], float]) -> None:
-        self.tenants = tenants
-        self._default_deadline_seconds = default_deadline_seconds
-        self._clock = clock
-
-    def authenticate(self, credentials: Credentials) -> Tenant:
-        """The tenant of a call that computes nothing. Raises Unauthenticated."""
-        return self.tenants.authenticate(credentials)
-
-    def admit(self, credentials: Credentials, demand: Demand) -> Ticket:
-        """A ticket for one request. Raises Unauthenticated, Forbidden or InvalidRequest."""
-        tenant = self.tenants.authenticate(credentials)
-        tenant.check_route(demand.route)
-        if demand.max_tokens is not None:
-            tenant.check_max_tokens(demand.max_tokens)
-        deadline = demand.deadline
-        return Ticket(tenant, self._clock() + self._default_deadline_seconds if deadline is None else deadline)
+    ADMITTED = auto()
+    WAITING = auto()
+    RUNNING = auto()
+    ENDED = auto()
 
 
 @dataclass(slots=True)
-class Ticket:
-    """One admitted request, from its arrival to the end of its answer."""
+class Account:
+    """What the running requests of one tenant hold, and what it has used."""
 
-    tenant: Tenant
-    deadline: float
+    running: int = 0
+    budget: TokenBudget = field(default_factory=TokenBudget)
+
+
+class Admission:
+    """Admits the requests of all tenants; every method runs in the event loop."""
+
+    def __init__(
+        self,
+        tenants: Tenants,
+        config: GatewayConfig,
+        forecast: Forecast,
+        capacity: Callable[[], Capacity],
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._tenants = tenants
+        self._config = config
+        self._forecast = forecast
+        self._capacity = capacity
+        self._metrics = metrics
+        self.clock = clock
+        self._queue: FairQueue[Ticket] = FairQueue()
+        self._running: dict[int, Ticket] = {}
+        self._accounts = {name: Account() for name in tenants.names}
+        self._promises = Promises()
+        # Of the number of running requests over time, in request-seconds, up to `_summed_at`.
+        self._running_seconds = 0.0
+        self._summed_at = clock()
+        # Generated ones of all requests.
+        self.tokens = 0
+        metrics.add_tenants(tenants.names)
+
+    def authenticate(self, credentials: Credentials) -> Tenant:
+        """The tenant of a call that computes nothing. Raises Unauthenticated."""
+        return self._tenants.authenticate(credentials)
+
+    def admit(self, credentials: Credentials, demand: Demand) -> Ticket:
+        """A ticket for one request.
+
+        Raises Unauthenticated, Forbidden or InvalidRequest, and Exhausted where it can't end in time, however short its
+        text is.
+        """
+        tenant = self._tenants.authenticate(credentials)
+        tenant.check_route(demand.route)
+        if demand.max_tokens is not None:
+            tenant.check_max_tokens(demand.max_tokens)
+        now = self.clock()
+        deadline = now + self._config.default_deadline_seconds if demand.deadline is None else demand.deadline
+        max_tokens = demand.max_tokens or tenant.max_tokens or 1
+        promise = self._promises.redeem(tenant.name, demand.digest(), now) if len(self._promises) else None
+        ticket = Ticket(self, tenant, demand, deadline, promise)
+        ticket.resize(self._forecast.size(tenant.name, "", 0, max_tokens, is_exact=False))
+        if not self._starts_now(ticket):
+            self._check(ticket, self._forecast.seconds(ticket.size, self._running_beside()))
+        return ticket
+
+    async def keep_promises(self) -> None:
+        """Lets promises lapse, and starts requests for which shards have found room; never returns."""
+        while True:
+            lapsed = self._promises.lapse(self.clock())
+            self._metrics.admission_returns.labels(outcome="absent").inc(lapsed)
+            self._metrics.admission_limit.set(self._limit())
+            self.start_waiting()
+            await asyncio.sleep(TICK_SECONDS)
+
+    # What tickets call.
+
+    def enqueue(self, ticket: Ticket) -> None:
+        """Starts the ticket or lets it wait. Raises Exhausted where it would be too late."""
+        self._check_budget(ticket)
+        if not self._starts_now(ticket):
+            # A promise was made by what is expected, which the bound exceeds; and the bound is learned from tenants
+            # whose requests wait for one another on the first shard.
+            is_preferred = ticket.promise is not None or self._is_owed(ticket.tenant)
+            seconds = self._forecast.seconds if is_preferred else self._forecast.bound_seconds
+            self._check(ticket, seconds(ticket.size, self._running_beside()))
+        if ticket.promise is not None:
+            self._metrics.admission_returns.labels(outcome="admitted").inc()
+        self._queue.add(ticket)
+        ticket.status = Status.WAITING
+        self.start_waiting()
+        self._show(ticket.tenant)
+
+    def start_waiting(self) -> None:
+        """Starts as many waiting requests as may run now."""
+        while (ticket := self._queue.pop(self._may_start)) is not None:
+            self._show(ticket.tenant)
+            if ticket.is_abandoned:
+                ticket.status = Status.ENDED
+                continue
+            try:
+                self._check_in_time(ticket)
+            except (Exhausted, Expired) as error:
+                ticket.release(error)
+            else:
+                self._start(ticket)
+
+    def end(self, ticket: Ticket) -> None:
+        """Frees what the ticket holds, and learns from it."""
+        if ticket.status is Status.WAITING:
+            self._queue.remove(ticket)
+        elif ticket.status is Status.RUNNING:
+            self._end_running(ticket)
+            self.start_waiting()
+        ticket.status = Status.ENDED
+        self._show(ticket.tenant)
+
+    def size(self, tenant: str, route: str, prompt_tokens: int, max_tokens: int, is_exact: bool) -> Size:
+        """See `Forecast.size`."""
+        return self._forecast.size(tenant, route, prompt_tokens, max_tokens, is_exact)
+
+    def service_seconds(self, size: Size) -> float:
+        """How long such a request runs in the mean while the shards are full."""
+        return self._forecast.seconds(size, self._limit() / self._capacity().first_shards)
+
+    def running_seconds(self) -> float:
+        """The number of running requests summed over time; the difference ÷ seconds is their mean number."""
+        now = self.clock()
+        self._running_seconds += len(self._running) * (now - self._summed_at)
+        self._summed_at = now
+        return self._running_seconds
+
+    @property
+    def running(self) -> int:
+        """The number of requests on shards."""
+        return len(self._running)
+
+    # How many may run.
+
+    def _limit(self) -> int:
+        """How many requests the shards hold: as many as keep them busy, fit the KV cache, and end in time."""
+        capacity, decode = self._capacity(), self._forecast.decode
+        limit = capacity.first_shards * max(LEAST_RUNNING, decode.saturating or FIRST_RUNNING)
+        if capacity.kv_tokens and self._forecast.mean_tokens:
+            limit = min(limit, KV_SHARE * capacity.kv_tokens / self._forecast.mean_tokens)
+        within = (capacity.first_shards * one.running_within for one in self._running.values())
+        return max(
+            1, int(min((one for one in within if LEAST_SHARE_FOR_DEADLINE * limit <= one < limit), default=limit))
+        )
+
+    def _may_start(self, ticket: Ticket) -> bool:
+        """Whether the shards have room, or the tenant has less than half of its share of them."""
+        tenant, account = ticket.tenant, self._account(ticket.tenant)
+        if tenant.max_running is not None and account.running >= tenant.max_running:
+            return False
+        return (len(self._running) < self._limit() or self._is_owed(tenant)) and self._fits_kv(ticket)
+
+    def _is_owed(self, tenant: Tenant) -> bool:
+        """Whether it runs less than half of its share of what the shards hold; others may then run beyond theirs."""
+        running, limit = len(self._running), self._limit()
+        return self._account(tenant).running < self._share(tenant) * limit / 2 and running < 2 * limit
+
+    def _fits_kv(self, ticket: Ticket) -> bool:
+        held = sum(one.size.tokens for one in self._running.values())
+        room = self._capacity().kv_tokens
+        return not held or not room or held + ticket.size.tokens <= room
+
+    def _starts_now(self, ticket: Ticket) -> bool:
+        return not self._queue.length(ticket.tenant.name) and self._may_start(ticket) and self._is_calm()
+
+    def _is_calm(self) -> bool:
+        """Whether so little runs that a request which can't end in time takes nothing from others."""
+        return not len(self._queue) and len(self._running) <= self._limit() / 2
+
+    def _share(self, tenant: Tenant) -> float:
+        """The tenant's share of the shards among those that have requests."""
+        weights = {one.tenant.name: one.tenant.weight for one in self._running.values()}
+        weights |= {one.name: one.weight for one in self._queue.tenants()} | {tenant.name: tenant.weight}
+        return tenant.weight / sum(weights.values())
+
+    def _running_beside(self) -> float:
+        """How many requests will run on each first shard when one more has come."""
+        running = min(self._limit(), len(self._running) + len(self._queue) + 1)
+        return running / self._capacity().first_shards
+
+    # What is refused.
+
+    def _check(self, ticket: Ticket, seconds: float) -> None:
+        """Raises Exhausted where the ticket would wait too long to end in time, running for that many seconds."""
+        tenant, most_wait, now = ticket.tenant, self._config.max_queue_seconds, self.clock()
+        waiting, wait = self._queue.length(tenant.name), self.wait_seconds(ticket)
+        late = now + wait + seconds - ticket.deadline
+        if late > 0:
+            why = f"the answer would come {late:.1f} s after the request's deadline"
+            raise self._refusal(ticket, "deadline", why, late)
+        if ticket.promise is not None:
+            return
+        if wait > most_wait:
+            why = f"requests wait {wait:.0f} s for shards, and {most_wait:g} s is the limit"
+            raise self._refusal(ticket, "queue", why, wait - most_wait)
+        if tenant.max_waiting is not None and waiting >= tenant.max_waiting:
+            why = f"{waiting} requests of tenant {tenant.name} wait already, which is its limit"
+            raise self._refusal(ticket, "waiting", why, self._slot_seconds(ticket))
+
+    def _check_budget(self, ticket: Ticket) -> None:
+        """Raises Exhausted where the tenant has used its tokens; those that were promised to others are not free."""
+        tenant, limit, now = ticket.tenant, ticket.tenant.tokens_per_minute, self.clock()
+        if limit is None:
+            return
+        tokens = min(ticket.size.tokens, limit)
+        promised = 0.0 if ticket.promise is not None else self._promises.tokens(tenant.name)
+        seconds = self._account(tenant).budget.seconds_until(tokens + promised, limit, now)
+        # The promise was of expected tokens, and others may have taken some more.
+        if seconds > (ticket.size.tokens * 60 / limit if ticket.promise else 0.0):
+            why = f"tenant {tenant.name} has used its {limit:,} tokens a minute"
+            raise self._refusal(ticket, "rate", why, seconds, is_after_promises=True)
+
+    def _check_in_time(self, ticket: Ticket) -> None:
+        """Raises Expired or Exhausted where a request that has waited can't end in time any more."""
+        left = ticket.deadline - self.clock()
+        if left <= 0:
+            raise Expired("the deadline passed while the request waited for shards")
+        late = self._forecast.seconds(ticket.size, self._running_beside()) - left
+        if late > 0 and not self._is_calm():
+            raise self._refusal(
+                ticket, "late", f"the answer would come {late:.1f} s after the request's deadline", late
+            )
+
+    def wait_seconds(self, ticket: Ticket) -> float:
+        """Until the ticket would run: its tenant's earlier requests at its share, or all that wait, if that is less."""
+        before = self._queue.seconds_before(ticket)
+        if not before and self._may_start(ticket):
+            return 0.0
+        tenant, slots = ticket.tenant, self._slots(ticket.tenant)
+        others = self._queue.seconds_of_others(tenant.name)
+        waiting = min(before / self._shared_slots(tenant), (before + others) / slots) + self._slot_seconds(ticket)
+        if ticket.promise is not None:
+            return waiting
+        wait, now = waiting, self.clock()
+        for _ in range(RETURN_ROUNDS):
+            # Those that come back while it waits start before it.
+            wait = waiting + self._promises.seconds_due(tenant.name, now + wait) / self._shared_slots(tenant)
+        return wait
+
+    def _slot_seconds(self, ticket: Ticket) -> float:
+        """Until one of the running requests ends."""
+        seconds = self._forecast.mean_seconds or ticket.service_seconds
+        return seconds / self._slots(ticket.tenant)
+
+    def _slots(self, tenant: Tenant) -> int:
+        """How many requests of a tenant may run while no other has any."""
+        limit = self._limit()
+        return limit if tenant.max_running is None else min(limit, tenant.max_running)
+
+    def _shared_slots(self, tenant: Tenant) -> float:
+        return min(self._slots(tenant), self._share(tenant) * self._limit())
+
+    def _refusal(
+        self, ticket: Ticket, reason: str, why: str, seconds: float, is_after_promises: bool = False
+    ) -> Exhausted:
+        """The error for a request for which there is room in `seconds`, or after all that was promised to others."""
+        name = ticket.tenant.name
+        self._metrics.admission_refused.labels(tenant=name, reason=reason).inc()
+        if ticket.promise is not None:
+            self._metrics.admission_returns.labels(outcome="refused").inc()
+        now, rate = self.clock(), PROMISED_SHARE * self._shared_slots(ticket.tenant)
+        if not is_after_promises:
+            earliest = now + max(seconds, self._promises.seconds(name) / rate)
+            seconds = self._promises.next_gap(name, earliest, ticket.service_seconds, rate) - now
+        seconds = min(max(seconds, LEAST_RETRY_SECONDS), MOST_RETRY_SECONDS)
+        digest = ticket.demand.digest()
+        self._promises.add(name, Promise(now + seconds, digest, ticket.service_seconds, ticket.size.tokens))
+        return Exhausted(f"{why}; in {seconds:.1f} s there is room for it", seconds)
+
+    # What runs.
+
+    def _start(self, ticket: Ticket) -> None:
+        now, tenant, size = self.clock(), ticket.tenant, ticket.size
+        self.running_seconds()
+        self._running[id(ticket)] = ticket
+        self._account(tenant).running += 1
+        if tenant.tokens_per_minute is not None:
+            self._account(tenant).budget.take(size.tokens, tenant.tokens_per_minute, now)
+        ticket.started_at = now
+        ticket.running_within = self._forecast.running_within(size, ticket.deadline - now)
+        ticket.status = Status.RUNNING
+        ticket.release(None)
+
+    def _end_running(self, ticket: Ticket) -> None:
+        now, tenant, size = self.clock(), ticket.tenant, ticket.size
+        total = self.running_seconds()
+        del self._running[id(ticket)]
+        self._account(tenant).running -= 1
+        excess = ticket.tokens - size.answer_tokens
+        self._queue.correct(tenant, size.cost * excess)
+        if tenant.tokens_per_minute is not None:
+            self._account(tenant).budget.take(excess, tenant.tokens_per_minute, now)
+        self._metrics.tenant_work.labels(tenant=tenant.name).inc(size.cost * (size.prompt_tokens + ticket.tokens))
+        if ticket.first_token_at is None:
+            return
+        decoding = now - ticket.first_token_at
+        if ticket.tokens >= LEAST_DECODED_TOKENS and decoding > 0:
+            divisor = decoding * self._capacity().first_shards
+            running = (total - ticket.running_seconds_at_first) / divisor
+            # While their number falls, fewer prompts are computed than that number of requests brings.
+            is_steady = abs(len(self._running) + 1 - ticket.running_at_first) <= STEADY_SHARE * ticket.running_at_first
+            rate = (self.tokens - ticket.tokens_at_first) / divisor if is_steady else None
+            self._forecast.decode.observe(running, decoding / (ticket.tokens - 1), rate)
+        if ticket.ended_itself is not None:
+            self._forecast.lengths.observe(tenant.name, size.route, ticket.tokens, ticket.ended_itself)
+        if ticket.is_complete:
+            tokens = size.prompt_tokens + ticket.tokens
+            self._forecast.observe(ticket.first_token_at - ticket.started_at, now - ticket.started_at, tokens)
+
+    def _account(self, tenant: Tenant) -> Account:
+        account = self._accounts.get(tenant.name)
+        if account is None:
+            # The keys file was replaced.
+            account = self._accounts[tenant.name] = Account()
+            self._metrics.add_tenants([tenant.name])
+        return account
+
+    def _show(self, tenant: Tenant) -> None:
+        self._metrics.tenant_running.labels(tenant=tenant.name).set(self._account(tenant).running)
+        self._metrics.tenant_waiting.labels(tenant=tenant.name).set(self._queue.length(tenant.name))
+
+
+class Ticket:
+    """One admitted request, from its arrival to the end of its answer; leaving its block frees what it holds."""
+
+    # What the request takes; of its answer alone, until its text is tokenized.
+    size: Size
+    service_seconds: float
+
+    def __init__(
+        self, admission: Admission, tenant: Tenant, demand: Demand, deadline: float, promise: Promise | None
+    ) -> None:
+        self._admission = admission
+        self.tenant = tenant
+        self.demand = demand
+        # By which it expires: its client's, or the default.
+        self.deadline = deadline
+        # The one with which it comes back.
+        self.promise = promise
+        self.status = Status.ADMITTED
+        self.started_at = 0.0
+        # How many may run on its first shard so that it ends in time.
+        self.running_within = 0.0
+        self.first_token_at: float | None = None
+        self.running_seconds_at_first = 0.0
+        self.running_at_first = 0
+        self.tokens_at_first = 0
+        # Generated ones.
+        self.tokens = 0
+        # Whether the answer ended before its limit; None: it has not ended, or its length was given.
+        self.ended_itself: bool | None = None
+        self.is_complete = False
+        self._is_exact = False
+        self._released: asyncio.Future[None] | None = None
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        return self.promise is None, self.deadline
+
+    @property
+    def work(self) -> float:
+        return self.size.work
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether its client left while it waited."""
+        return self._released is not None and self._released.cancelled()
+
+    def resize(self, size: Size) -> None:
+        """More is known of what it takes."""
+        self.size, self.service_seconds = size, self._admission.service_seconds(size)
+
+    def wait_seconds(self) -> float:
+        """How long it would wait for shards from now on."""
+        return self._admission.wait_seconds(self)
+
+    async def start(self, route: str, prompt_tokens: int, max_tokens: int, is_exact: bool) -> None:
+        """Returns once the request may run on shards. Raises Exhausted or Expired.
+
+        `is_exact`: the answer has `max_tokens` whatever the model says.
+        """
+        self.resize(self._admission.size(self.tenant.name, route, prompt_tokens, max_tokens, is_exact))
+        self._is_exact = is_exact
+        self._released = asyncio.get_running_loop().create_future()
+        self._admission.enqueue(self)
+        await self._released
+
+    def release(self, error: Exception | None) -> None:
+        """Ends its wait: it runs, or is refused with that error."""
+        if self._released is None:
+            return
+        if error is None:
+            self._released.set_result(None)
+        else:
+            self.status = Status.ENDED
+            self._released.set_exception(error)
+
+    def record_tokens(self, count: int) -> None:
+        """Tokens came from the shards."""
+        if self.first_token_at is None:
+            self.first_token_at = self._admission.clock()
+            self.running_seconds_at_first = self._admission.running_seconds()
+            self.running_at_first = self._admission.running
+            self.tokens_at_first = self._admission.tokens
+        self.tokens += count
+        self._admission.tokens += count
+
+    def record_finish(self, at_limit: bool) -> None:
+        """The answer is complete; `at_limit`: by its number of tokens."""
+        self.is_complete = True
+        if not self._is_exact:
+            self.ended_itself = not at_limit
 
     def __enter__(self) -> Self:
         return self
@@ -61,4 +488,4 @@ class Ticket:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends it."""
+        self._admission.end(self)

@@ -7,10 +7,12 @@ refusal is raised before a shard is asked. Texts are tokenized on the event loop
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from router_gateway.admission.admission import Admission, Demand, Ticket
 from router_gateway.admission.tenants import Credentials, Tenant
@@ -247,6 +249,7 @@ class Pipeline:
             decision = prepared.stream_input.decision
             if isinstance(decision, RouteDecision):
                 return decision, prepared.prompt_tokens
+            await self._start_on_shards(prepared, ticket)
             async with aclosing(self._steps(prepared, ticket)) as steps:
                 async for step in steps:
                     if step.decision is not None:
@@ -272,8 +275,10 @@ class Pipeline:
             recorder.request_id = request.request_id
             with self._admission.admit(credentials, _demand(request, deadline)) as ticket:
                 request = within_tenant(request, ticket.tenant)
-                prepared = await self._preparer.prepare(request, recorder.elapsed_seconds)
+                waits = partial(_seconds_to_start, recorder, ticket)
+                prepared = await self._preparer.prepare(request, waits)
                 recorder.record_prompt(prepared.prompt_tokens, request.routing.objectives.max_ttft_seconds)
+                recorder.record_wait(await self._start_on_shards(prepared, ticket))
                 with self._predictor.track(prepared.prompt_tokens) as tracked:
                     async with aclosing(self._answer(prepared, ticket, recorder, tracked)) as responses:
                         async for response in responses:
@@ -293,6 +298,7 @@ class Pipeline:
                     yield self._start(prepared, step.decision, recorder, tracked)
                 if step.tokens:
                     tracked.prompt_computed()
+                    ticket.record_tokens(len(step.tokens))
                     recorder.record_tokens(len(step.tokens), step.stages)
                 if (delta := builder.push(step.tokens)) is not None:
                     yield _delta(delta, recorder, tracked)
@@ -302,7 +308,15 @@ class Pipeline:
         if (delta := builder.finish()) is not None:
             yield _delta(delta, recorder, tracked)
         reason = inference_pb2.FINISH_REASON_STOP if builder.stopped else reason
+        ticket.record_finish(at_limit=reason == inference_pb2.FINISH_REASON_LENGTH)
         yield _finish(reason, prepared, builder.generated_tokens, recorder)
+
+    async def _start_on_shards(self, prepared: Prepared, ticket: Ticket) -> float:
+        """Waits until shards have room for the request, and returns for how many seconds."""
+        began, given, request = self.now(), prepared.stream_input, prepared.request
+        is_exact = request.forced_answer is not None or (given.sampling.ignore_eos and not request.stop)
+        await ticket.start(given.routes[-1], prepared.prompt_tokens, given.sampling.max_tokens, is_exact)
+        return self.now() - began
 
     def _steps(self, prepared: Prepared, ticket: Ticket) -> AsyncGenerator[Step, None]:
         tenant = ticket.tenant
@@ -348,4 +362,16 @@ def _finish(reason: FinishReason, prepared: Prepared, generated_tokens: int, rec
 
 def _demand(request: Request, deadline: float | None) -> Demand:
     max_tokens = request.sampling.max_tokens if request.sets_max_tokens else None
-    return Demand(max_tokens, request.routing.route, deadline)
+    return Demand(max_tokens, request.routing.route, deadline, partial(_digest, request))
+
+
+def _digest(request: Request) -> bytes:
+    """Of what a client sends again when it comes back; where it sets no seed, each request is drawn another one."""
+    sampling = replace(request.sampling, seed=0)
+    content = (request.prompt, sampling, request.stop, request.routing, request.forced_answer)
+    return hashlib.blake2b(repr(content).encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def _seconds_to_start(recorder: Recorder, ticket: Ticket) -> float:
+    """From a request's arrival until shards have room for it."""
+    return recorder.elapsed_seconds() + ticket.wait_seconds()

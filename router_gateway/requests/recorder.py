@@ -14,7 +14,7 @@ from router_gateway.metrics import NO_ROUTE, STAGES, Metrics, prompt_bucket
 from router_gateway.requests.request_log import Write, write_line
 from router_gateway.requests.stream import FinishReason
 from router_gateway.routing.router import RouteDecision
-from stitch.errors import Exhausted, Expired, InvalidRequest, ObjectivesUnmet, Unavailable
+from stitch.errors import Exhausted, Expired, Forbidden, InvalidRequest, ObjectivesUnmet, Unavailable
 from stitch.v1 import inference_pb2
 
 # A client ends its call by its own clock, and that may arrive before the deadline computed here: gRPC rounds a timeout
@@ -25,6 +25,7 @@ _TRANSIT_SECONDS = 0.05
 _FINISH_OUTCOMES = {inference_pb2.FINISH_REASON_STOP: "stop", inference_pb2.FINISH_REASON_LENGTH: "length"}
 _ERROR_OUTCOMES: dict[type[BaseException], str] = {
     InvalidRequest: "invalid",
+    Forbidden: "forbidden",
     Exhausted: "exhausted",
     Unavailable: "unavailable",
     Expired: "expired",
@@ -58,6 +59,7 @@ class Recorder:
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._last_token: float | None = None
+        self._queue_seconds = 0.0
         # The gauge that counts the request now.
         self._gauge = metrics.requests_waiting
         self._finish: FinishReason = inference_pb2.FINISH_REASON_UNSPECIFIED
@@ -82,9 +84,13 @@ class Recorder:
         if decision.score is not None:
             self._metrics.route_score.observe(decision.score)
 
+    def record_wait(self, seconds: float) -> None:
+        """The request has waited at the gateway until shards had room, which counts as the stage `queue`."""
+        self._queue_seconds = seconds
+
     def record_placement(self) -> None:
         """The request leaves the gateway for its shards."""
-        self._add_stages([inference_pb2.Stage(name="route", seconds=self.elapsed_seconds())])
+        self._add_stages([inference_pb2.Stage(name="route", seconds=self.elapsed_seconds() - self._queue_seconds)])
         self._gauge.dec()
         self._gauge = self._metrics.requests_running
         self._gauge.inc()
@@ -137,6 +143,8 @@ class Recorder:
 
     def _add_stages(self, stages: Iterable[inference_pb2.Stage]) -> None:
         for stage in stages:
+            if stage.name == "queue":
+                stage.seconds += self._queue_seconds
             self.stages.append(stage)
             # Shards name stages, and a label's values must be bounded.
             if stage.name in STAGES:

@@ -1,0 +1,130 @@
+"""Simulated clients through a real admission onto simulated shards, in virtual time: goodput, promises and shares."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from random import Random
+from statistics import median
+from typing import Any
+
+import pytest
+
+from router_gateway.admission.tenants import Tenant
+from tests.support.simulated_shards import Counts, Simulation
+from tests.support.virtual_time import run_virtually
+
+# Answers of 32 tokens a second that the simulated shards give to 24 clients, who ask again at once.
+PEAK_PER_SECOND = 3.9
+SECONDS = 90.0
+
+Returns = Callable[[float], bool]
+
+
+async def closed_loop(simulation: Simulation, clients: int, seconds: float, tenant: str = "default") -> None:
+    """Clients that ask again as soon as they have their answer."""
+    end = simulation.clock() + seconds
+
+    async def client() -> None:
+        while simulation.clock() < end:
+            if await simulation.request(tenant, deadline_seconds=None) == "refused":
+                await asyncio.sleep(1.0)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+
+
+async def open_loop(simulation: Simulation, rate: float, seconds: float, returns: Returns, **request: Any) -> None:
+    """Clients that ask at random moments, whatever becomes of the others; they come back within the time or not."""
+    draw = Random(5)
+    end = simulation.clock() + seconds
+    tasks = []
+    while simulation.clock() < end:
+        comes_back = returns if draw.random() < 0.5 else lambda told: False
+        within = lambda told, comes_back=comes_back: comes_back(told) and simulation.clock() + told < end  # noqa: E731
+        tasks.append(asyncio.create_task(simulation.request(returns=within, **request)))
+        await asyncio.sleep(draw.expovariate(rate))
+    await asyncio.gather(*tasks)
+
+
+async def overloaded(load: float, returns: Returns) -> Counts:
+    simulation = Simulation()
+    await closed_loop(simulation, 24, 30.0)
+    counts = simulation.counts["default"] = Counts()
+    await open_loop(simulation, load * PEAK_PER_SECOND, SECONDS, returns)
+    await simulation.close()
+    return counts
+
+
+def simulate(story: Callable[[], Coroutine[Any, Any, Counts]]) -> Counts:
+    return run_virtually(story())
+
+
+@pytest.mark.parametrize("load", [2, 10])
+@pytest.mark.parametrize("returns", [lambda told: False, lambda told: True], ids=["nobody returns", "half return"])
+def test_overload_keeps_goodput_and_promises(load: float, returns: Returns) -> None:
+    counts = simulate(lambda: overloaded(load, returns))
+    assert counts.outcomes["finished"] >= 0.9 * PEAK_PER_SECOND * SECONDS
+    assert counts.outcomes["late"] <= 0.03 * counts.outcomes["finished"]
+    at_once = sum(seconds < 1.0 for seconds in counts.refusal_seconds)
+    assert at_once >= 0.9 * len(counts.refusal_seconds)
+    returned = sum(counts.returned.values())
+    assert counts.returned["refused"] <= 0.1 * returned
+    assert returned or not returns(0.0)
+
+
+def test_waiting_tenants_share_tokens_by_weight() -> None:
+    async def story() -> dict[str, int]:
+        simulation = Simulation(Tenant(name="one"), Tenant(name="three", weight=3))
+        clients = [asyncio.create_task(closed_loop(simulation, 50, 90.0, name)) for name in ("one", "three")]
+        await asyncio.sleep(30.0)
+        before = {name: counts.tokens for name, counts in simulation.counts.items()}
+        await asyncio.sleep(60.0)
+        given = {name: counts.tokens - before[name] for name, counts in simulation.counts.items()}
+        await asyncio.gather(*clients)
+        await simulation.close()
+        return given
+
+    given = run_virtually(story())
+    assert given["three"] / given["one"] == pytest.approx(3.0, rel=0.05)
+
+
+def test_one_tenants_flood_leaves_room_for_another() -> None:
+    async def story() -> tuple[list[float], float]:
+        simulation = Simulation(Tenant(name="flood"), Tenant(name="other"))
+        flood = [asyncio.create_task(simulation.request("flood", deadline_seconds=None, tokens=64)) for _ in range(330)]
+        await asyncio.sleep(5.0)
+        starts = []
+        for _ in range(10):
+            began = simulation.clock()
+            simulation.counts["other"].ttft_seconds.clear()
+            await simulation.request("other", prompt_tokens=8, tokens=4)
+            starts.append(simulation.counts["other"].ttft_seconds[0])
+            await asyncio.sleep(max(0.0, began + 2.0 - simulation.clock()))
+        for task in flood:
+            task.cancel()
+        await asyncio.gather(*flood, return_exceptions=True)
+        left = simulation.admission.running
+        await simulation.close()
+        return starts, left
+
+    starts, left = run_virtually(story())
+    # Two passes of as many requests as are let run, and none of the other tenant's hundreds.
+    assert median(starts) < 0.5
+    assert left == 0
+
+
+def test_deadline_that_allows_few_others_keeps_them_waiting() -> None:
+    async def story() -> tuple[str, int]:
+        simulation = Simulation(Tenant(name="slow"), Tenant(name="quick"))
+        await closed_loop(simulation, 24, 30.0, "slow")
+        backlog = [asyncio.create_task(closed_loop(simulation, 40, 40.0, "slow"))]
+        await asyncio.sleep(20.0)
+        # 100 tokens in 9 s: at most about a dozen requests may run.
+        outcomes = [simulation.request("quick", deadline_seconds=9.0, tokens=100) for _ in range(3)]
+        outcome = await asyncio.gather(*outcomes)
+        await asyncio.gather(*backlog)
+        await simulation.close()
+        return outcome[0], simulation.counts["quick"].outcomes["late"]
+
+    outcome, late = run_virtually(story())
+    assert late == 0 or outcome == "finished"
