@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from router_gateway.admission.admission import Admission, Demand
 from router_gateway.admission.capacity import Capacity
@@ -95,7 +96,7 @@ class Counts:
 class Simulation:
     """Clients of several tenants; create it in a `VirtualTimeLoop`."""
 
-    def __init__(self, *tenants: Tenant, kv_tokens: int = 0, **gateway: float) -> None:
+    def __init__(self, *tenants: Tenant, kv_tokens: int = 0, **gateway: Any) -> None:
         loop = asyncio.get_running_loop()
         self.clock = loop.time
         self.shards = SimulatedShards()
