@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+_log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
@@ -17,13 +21,41 @@ def cache_folder() -> Path:
 
 
 def compiled_folder() -> Path | None:
-    """The folder of compiled functions inside the cache folder; None where it can't be written."""
+    """The folder of compiled functions inside the cache folder; None where it can't be a private one.
+
+    Whoever writes into it runs code in every shard of this user.
+    """
     folder = cache_folder() / "compiled"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_owned(folder.parent)
+        return private_folder(folder)
+    except OSError as error:
+        _log.warning("kernels are compiled at every start: %s", error)
         return None
-    return folder if os.access(folder, os.W_OK) else None
+
+
+def private_folder(path: Path) -> Path:
+    """A folder that only this user reads and writes; it is made where it is missing.
+
+    Raises OSError where it is a link, belongs to another user, or can't be made.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    opened = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if (owner := os.fstat(opened).st_uid) != os.geteuid():
+            raise PermissionError(f"{path} belongs to user {owner}, not to this one")
+        os.fchmod(opened, 0o700)
+    finally:
+        os.close(opened)
+    return path
+
+
+def _check_owned(folder: Path) -> None:
+    """Raises PermissionError for a folder in which another user could replace this one's folders."""
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or (found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX):
+        raise PermissionError(f"{folder} may be written by others")
 
 
 def step_log_folder() -> Path | None:

@@ -223,8 +223,12 @@ async def open_session(
 
 def _session_error(error: grpc.aio.AioRpcError, first: str) -> Exception:
     """What the status of a `Generate` on the shard `first` means for its answer."""
-    code, message = error.code(), error.details() or ""
-    known = from_rpc_error(error)
+    code, known = error.code(), from_rpc_error(error)
+    message = error.details() or ""
+    if not has_details(error):
+        # gRPC's own words have the shard's address, which is nothing for a client.
+        _log.info("shard %s: %s: %s", first, code.name, message)
+        message = f"{first} ended with {code.name}"
     if isinstance(known, Draining):
         return ChainLost("draining", message, known.shard)
     if isinstance(known, Unavailable):
@@ -236,7 +240,7 @@ def _session_error(error: grpc.aio.AioRpcError, first: str) -> Exception:
         _log.error("shard %s refuses a session: %s: %s", first, code.name, message)
         return ChainLost("unavailable", "a shard refuses the gateway", first)
     # A process that is killed in the middle of a frame may leave only a reset stream.
-    if code is grpc.StatusCode.INTERNAL and "RST_STREAM" in message:
+    if code is grpc.StatusCode.INTERNAL and "RST_STREAM" in (error.details() or ""):
         return ChainLost("unavailable", message, first)
     if code is grpc.StatusCode.CANCELLED:
         return ChainLost("cancelled", message, first)

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from stitch.cli.output import decision_line, seconds, show_stream
+from stitch.cli.output import decision_line, for_terminal, seconds, show_stream
 from stitch.cli.status import show_description
 from stitch.cli.ttft import measure_with_progress, show_times, write_plot
 from stitch.cli.up import bring_up, take_down
@@ -88,7 +88,7 @@ def ask_many(console: Console, client: Client) -> None:
             raise outcome
         line = f"{decision_line(outcome)} · first token {seconds(outcome.ttft_seconds)}"
         console.print(Text(line, style="cyan"), soft_wrap=True)
-        console.print(Text(outcome.text.strip()), soft_wrap=True)
+        console.print(Text(for_terminal(outcome.text.strip())), soft_wrap=True)
 
 
 def _show_question(console: Console, question: str) -> None:

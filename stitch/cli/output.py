@@ -19,7 +19,20 @@ if TYPE_CHECKING:
     from rich.console import Console, Group
 
 
-_SEPARATORS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+# Ends of lines for some readers, and control characters that JSON lets pass.
+_ESCAPED = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x2028, 0x2029)}
+# A terminal would obey control characters; each shows as a symbol, and the carriage return of a line's end as nothing.
+_CONTROL = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t\r"}
+_SHOWN = (
+    _CONTROL
+    | {ord("\r"): "", 0x7F: "\N{SYMBOL FOR DELETE}"}
+    | dict.fromkeys(range(0x80, 0xA0), "\N{REPLACEMENT CHARACTER}")
+)
+
+
+def for_terminal(text: str) -> str:
+    """A text of somebody else's without the control characters that would move the cursor or change the terminal."""
+    return text.translate(_SHOWN)
 
 
 def decision_line(decision: RouteDecision | Answer) -> str:
@@ -72,15 +85,15 @@ def show_stream(console: Console, stream: Stream) -> Answer:
 
     for event in stream:
         if isinstance(event, RouteDecision):
-            console.print(Text(decision_line(event), style="cyan"), soft_wrap=True)
+            console.print(Text(for_terminal(decision_line(event)), style="cyan"), soft_wrap=True)
         else:
-            console.out(event.text, end="", highlight=False)
+            console.out(for_terminal(event.text) if console.is_terminal else event.text, end="", highlight=False)
             console.file.flush()
     answer = stream.answer
     console.out()
-    console.print(Text(timing_line(answer), style="dim"), soft_wrap=True)
+    console.print(Text(for_terminal(timing_line(answer)), style="dim"), soft_wrap=True)
     if answer.stages:
-        console.print(Text(f"first token: {stages_line(answer)}", style="dim"), soft_wrap=True)
+        console.print(Text(for_terminal(f"first token: {stages_line(answer)}"), style="dim"), soft_wrap=True)
     return answer
 
 
@@ -95,13 +108,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], rig
     for column in columns:
         drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*(Text(cell) for cell in row))
+        drawn.add_row(*(Text(for_terminal(cell)) for cell in row))
     return Group(Text(title, style="bold"), drawn)
 
 
 def json_line(value: object) -> str:
     """`value` as one line of JSON, also for readers that end a line at U+0085, U+2028 or U+2029."""
-    return json.dumps(value, ensure_ascii=False).translate(_SEPARATORS)
+    return json.dumps(value, ensure_ascii=False).translate(_ESCAPED)
 
 
 def print_json(value: object) -> None:
@@ -113,9 +126,9 @@ def print_json(value: object) -> None:
 def sentence(error: Exception) -> str:
     """The failure in one sentence; raises the error again where it is a defect of this program."""
     if isinstance(error, StitchError | OSError):
-        return str(error)
+        return for_terminal(str(error))
     if isinstance(error, grpc.RpcError):
-        return f"the gateway failed: {error.details() or error.code().name}"
+        return for_terminal(f"the gateway failed: {error.details() or error.code().name}")
     if isinstance(error, ImportError):
         return f"this needs more than the client ({error}): install stitch-serving[all]"
     raise error

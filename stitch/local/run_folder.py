@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from stitch.cluster import ClusterConfig, load_cluster
-from stitch.environment import cache_folder
+from stitch.environment import cache_folder, private_folder
 from stitch.errors import InvalidRequest, Unavailable
 from stitch.local.processes import LocalProcess
 
@@ -48,7 +48,8 @@ class RunFolder:
 
     def begin(self, cluster: ClusterConfig) -> None:
         """Writes the cluster file that every process is started with, and deletes the logs of the previous run."""
-        (self.path / "logs").mkdir(parents=True, exist_ok=True)
+        private_folder(self.path)
+        (self.path / "logs").mkdir(exist_ok=True)
         for log in self.path.glob("logs/*.log"):
             log.unlink()
         self.cluster_file.write_text(json.dumps(_portable(cluster), indent=2) + "\n")
@@ -78,7 +79,7 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the cluster's lock for the block; raises Unavailable where another `stitch up` holds it."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        private_folder(self.path)
         lock = FileLock(self.path / "lock")
         try:
             lock.acquire(blocking=False)

@@ -15,7 +15,7 @@ from functools import partial
 import grpc
 
 from stitch.channels import open_channel
-from stitch.errors import Incompatible, OutOfStep, StitchError, Unavailable, from_rpc_error, shown
+from stitch.errors import Incompatible, OutOfStep, StitchError, Unavailable, from_rpc_error, has_details, shown
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.engine.types import LinkEvent, LinkLost, LinkReply, OutgoingStep
 from stitch_server.rpc.frames import reply_of, step_frames
@@ -174,7 +174,11 @@ class _Link:
         known = from_rpc_error(error)
         if isinstance(known, Incompatible | OutOfStep):
             return known
-        return self._unavailable(f"is gone: {error.details()}")
+        if has_details(error):
+            return self._unavailable(f"is gone: {error.details()}")
+        # gRPC's own words have the shard's address, which is nothing for a client.
+        log.warning("link to %s: %s", self._neighbour, error.details())
+        return self._unavailable(f"is gone: {error.code().name}")
 
     def _unavailable(self, reason: str) -> Unavailable:
         return Unavailable(f"{self._neighbour} {reason}", shard=self._neighbour)

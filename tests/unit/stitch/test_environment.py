@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from stitch.environment import available_cpus, cache_folder, compiled_folder, prepare_program, step_log_folder
+from stitch.environment import (
+    available_cpus,
+    cache_folder,
+    compiled_folder,
+    prepare_program,
+    private_folder,
+    step_log_folder,
+)
 
 
 def test_cache_folder_is_stitch_cache_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -32,6 +39,41 @@ def test_step_log_folder_is_none_without_variable(
     if value is not None:
         monkeypatch.setenv("STITCH_STEP_LOG", value)
     assert step_log_folder() == folder
+
+
+def test_private_folder_is_the_users_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "outer" / "inner"
+    folder.mkdir(parents=True, mode=0o777)
+    assert private_folder(folder) == folder
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert private_folder(tmp_path / "new").stat().st_mode & 0o777 == 0o700
+
+
+def test_private_folder_is_no_link(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with pytest.raises(OSError, match="link"):
+        private_folder(tmp_path / "link")
+
+
+def test_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(PermissionError, match="belongs to user"):
+        private_folder(tmp_path)
+    monkeypatch.setenv("STITCH_CACHE", str(tmp_path))
+    assert compiled_folder() is None
+
+
+def test_compiled_folder_is_none_where_others_may_write_beside_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("STITCH_CACHE", str(tmp_path))
+    tmp_path.chmod(0o777)
+    assert compiled_folder() is None
+    assert "may be written by others" in caplog.text
+    # As /tmp is: nobody else can replace a folder in it.
+    tmp_path.chmod(0o1777)
+    assert compiled_folder() == tmp_path / "compiled"
 
 
 def test_compiled_folder_is_in_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

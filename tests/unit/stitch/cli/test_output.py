@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 import pytest
+from rich.console import Console
 
 from stitch.cli.output import (
     decision_line,
+    for_terminal,
+    json_line,
     millions,
     seconds,
+    sentence,
+    show_stream,
     stages_line,
     timing_line,
     tokens_per_second,
 )
-from stitch.client import Answer, RouteDecision
+from stitch.client import Answer, Delta, RouteDecision, Stream
+from stitch.errors import StitchError
 
 ANSWER = Answer(
     text="Hi",
@@ -68,3 +77,30 @@ def test_seconds_chooses_unit(duration: float | None, text: str) -> None:
 @pytest.mark.parametrize(("count", "text"), [(134_515_008, "134.5 M"), (1_543_714_304, "1.54 B")])
 def test_millions_chooses_unit(count: int, text: str) -> None:
     assert millions(count) == text
+
+
+ATTACK = "a\x1b]0;title\x07\x1b[2J\x9b31m\x7f\r\n\tb"
+
+
+def test_text_for_a_terminal_has_no_control_characters_but_newline_and_tab() -> None:
+    assert for_terminal(ATTACK) == "a␛]0;title␇␛[2J�31m␡\n\tb"
+    assert for_terminal("é你 👩‍👩‍👧‍👦") == "é你 👩‍👩‍👧‍👦"
+    assert "\x1b" not in sentence(StitchError(ATTACK))
+    assert not {"\x1b", "\x9b", "\x7f"} & set(json_line(ATTACK))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_answer_reaches_a_terminal_without_control_characters(terminal: bool) -> None:
+    class Answered:
+        answer = ANSWER
+
+        def __iter__(self) -> Iterator[RouteDecision | Delta]:
+            yield RouteDecision("weak", 0.5, ATTACK, 1)
+            yield Delta(ATTACK, (), ())
+
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=terminal, color_system=None)
+    show_stream(console, cast(Stream, Answered()))
+    # A pipe gets the answer as it is.
+    assert ("\x1b]0" in shown.getvalue()) is not terminal
+    assert "␛]0" in shown.getvalue()

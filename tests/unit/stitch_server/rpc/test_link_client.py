@@ -198,8 +198,8 @@ def broken(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
 @pytest.mark.parametrize(
     ("end", "kind", "said"),
     [
-        (broken(grpc.StatusCode.UNAVAILABLE, "reset"), Unavailable, "top-0 is gone: reset"),
-        (broken(grpc.StatusCode.INTERNAL, "oops"), Unavailable, "top-0 is gone: oops"),
+        (broken(grpc.StatusCode.UNAVAILABLE, "reset"), Unavailable, "top-0 is gone: UNAVAILABLE"),
+        (broken(grpc.StatusCode.INTERNAL, "oops"), Unavailable, "top-0 is gone: INTERNAL"),
         (broken(grpc.StatusCode.FAILED_PRECONDITION, "another stitch"), Incompatible, "another stitch"),
         (END, Unavailable, "top-0 ended the link: no reason"),
         (KeyError("what"), Unavailable, "top-0 is cut off by a defect: 'what'"),
