@@ -23,7 +23,7 @@ def cache_folder() -> Path:
 def compiled_folder() -> Path | None:
     """The folder of compiled functions inside the cache folder; None where it can't be a private one.
 
-    Whoever writes into it runs code in every shard of this user.
+    A user who writes into it runs code in every shard of this one.
     """
     folder = cache_folder() / "compiled"
     try:
