@@ -1,10 +1,29 @@
-"""Restores the default handling of SIGINT for all tests."""
+"""The cluster that tests share, and the default handling of SIGINT for all of them."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.support.processes import Cluster
 
 # A shell that runs the tests in its background has SIGINT ignored, and every process that a test starts would inherit
 # that: Ctrl-C could not be tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def tiny_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A tiny random pair on one bottom and one top shard, shared by all tests, which leave it running and idle."""
+    # Tests that need no cluster import no torch.
+    from tests.support.processes import running_cluster
+    from tests.support.tiny_cluster import write_tiny_cluster
+
+    file = write_tiny_cluster(tmp_path_factory.mktemp("tiny-pair"))
+    with running_cluster(file, tmp_path_factory.mktemp("tiny-run")) as cluster:
+        yield cluster

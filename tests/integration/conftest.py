@@ -1,4 +1,4 @@
-"""Fixtures: shared clusters of real processes, and fake programs that replace the servers."""
+"""Fixtures: a cluster with real weights, and fake programs that replace the servers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,6 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("STITCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(installed(tmp_path / "programs"))
-
-
-@pytest.fixture(scope="session")
-def tiny_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A tiny random pair on one bottom and one top shard, shared by all tests, which leave it running and idle."""
-    from tests.support.tiny_cluster import write_tiny_cluster
-
-    file = write_tiny_cluster(tmp_path_factory.mktemp("tiny-pair"))
-    with running_cluster(file, tmp_path_factory.mktemp("tiny-run")) as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from stitch import channels
 from stitch.client import Answer, Client
 from stitch.cluster import load_cluster
+from stitch.errors import Unavailable
 from stitch.local.cluster import LocalCluster, import_models, prepared
 from stitch.local.run_folder import RunFolder
 from stitch.tls import GATEWAY, load_tls
@@ -189,7 +190,11 @@ class Cluster:
 
     def all_serving(self) -> bool:
         """Whether the gateway reaches every shard whose process runs."""
-        shards = self.client.describe(timeout=END_SECONDS).shards
+        try:
+            shards = self.client.describe(timeout=END_SECONDS).shards
+        except Unavailable:
+            # A client whose gateway has restarted connects again after a pause.
+            return False
         return all(shard.serving for shard in shards if self.running(shard.name))
 
     def metrics(self, name: str) -> dict[str, float]:

@@ -1,0 +1,127 @@
+"""Clients that vanish in the middle of an answer: they cancel, lose their connection, or are killed.
+
+As a program, `python -m tests.support.vanishing_clients GATEWAY COUNT` opens that many answers, prints a line, and
+reads until it is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack, aclosing, suppress
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psutil
+
+from stitch.client import AsyncClient
+from stitch.errors import StitchError
+from tests.support.processes import Cluster
+from tests.support.tcp_gate import TcpGate
+
+ROOT = Path(__file__).parents[2]
+# Clients that lose one connection together, or are one process.
+GROUP = 10
+AT_A_TIME = 40
+# All of an answer takes longer.
+LIFE_SECONDS = 0.3
+SCRAPED_SECONDS = 0.1
+ANSWER_TOKENS = 400
+
+
+def request(draw: Random) -> dict[str, Any]:
+    """A long answer, to a short or a long prompt."""
+    return {
+        "prompt": "".join(draw.choices("abcdefgh", k=draw.choice((5, 50, 500)))),
+        "route": draw.choice(("weak", "strong")),
+        "temperature": draw.choice((0.0, 1.0)),
+        "max_tokens": ANSWER_TOKENS,
+        "ignore_eos": True,
+    }
+
+
+async def read(client: AsyncClient, draw: Random) -> None:
+    """Reads one answer to its end, or until the connection ends."""
+    with suppress(StitchError):
+        async with aclosing(aiter(client.stream(**request(draw)))) as events:
+            async for _ in events:
+                pass
+
+
+async def vanish(cluster: Cluster, count: int, seed: int) -> None:
+    """`count` clients come and vanish: six of ten cancel, three lose their connection, one is killed."""
+    draw, room = Random(seed), asyncio.Semaphore(AT_A_TIME // GROUP)
+    kinds = [_cancel] * 6 + [_cut] * 3 + [_kill]
+
+    async def one_group(kind: Any, own: Random) -> None:
+        async with room:
+            await kind(cluster, own)
+
+    groups: list[Coroutine[Any, Any, None]] = [
+        one_group(kinds[number % len(kinds)], Random(draw.random())) for number in range(count // GROUP)
+    ]
+    await asyncio.gather(*groups)
+
+
+async def _cancel(cluster: Cluster, draw: Random) -> None:
+    """Every client at a moment of its own."""
+    async with AsyncClient(cluster.gateway) as client:
+        reading = [asyncio.create_task(_read_for(draw.uniform(0, LIFE_SECONDS), client, draw)) for _ in range(GROUP)]
+        await asyncio.gather(*reading)
+
+
+async def _read_for(seconds: float, client: AsyncClient, draw: Random) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await read(client, draw)
+
+
+async def _cut(cluster: Cluster, draw: Random) -> None:
+    """All over one connection, which is reset."""
+    async with AsyncExitStack() as stack:
+        gate = stack.enter_context(TcpGate(cluster.gateway))
+        client = await stack.enter_async_context(AsyncClient(gate.address))
+        reading = [asyncio.create_task(read(client, draw)) for _ in range(GROUP)]
+        await asyncio.sleep(draw.uniform(0, LIFE_SECONDS))
+        await asyncio.to_thread(gate.cut)
+        await asyncio.gather(*reading)
+
+
+async def _kill(cluster: Cluster, draw: Random) -> None:
+    """All in one process, which is killed."""
+    command = [sys.executable, "-m", __name__, cluster.gateway, str(GROUP)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"reading\n"
+    await asyncio.sleep(draw.uniform(0, LIFE_SECONDS))
+    process.kill()
+    await process.wait()
+
+
+class Footprint:
+    """What a cluster's processes hold now."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        processes = {name: psutil.Process(cluster.pid(name)) for name in cluster.names}
+        self.tasks = {name: cluster.metric(name, "stitch_event_loop_tasks") for name in processes}
+        # The scrape itself holds a connection for a moment.
+        time.sleep(SCRAPED_SECONDS)
+        self.descriptors = {name: process.num_fds() for name, process in processes.items()}
+        self.threads = {name: process.num_threads() for name, process in processes.items()}
+        self.resident_mb = {name: process.memory_info().rss / 2**20 for name, process in processes.items()}
+
+
+async def _read_until_killed(gateway: str, count: int) -> None:
+    async with AsyncClient(gateway) as client:
+        reading = [asyncio.create_task(read(client, Random(number))) for number in range(count)]
+        print("reading", flush=True)
+        await asyncio.gather(*reading)
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_read_until_killed(sys.argv[1], int(sys.argv[2])))
