@@ -164,7 +164,7 @@ def test_gate_to_no_server_resets_its_client(echo: str) -> None:
 
 @pytest.mark.slow
 def test_processes_reach_each_other_through_their_gates(tmp_path: Path) -> None:
-    gates = [(CLIENT, GATEWAY), (GATEWAY, "bottom-0"), (GATEWAY, "top-0"), (CLIENT, "gateway-1")]
+    gates = [(CLIENT, GATEWAY), (GATEWAY, "bottom-0"), ("bottom-0", "top-0"), (CLIENT, "gateway-1")]
     flags = {GATEWAY: ["--replay-wait-seconds", "0.2"]}
     with running_cluster(write_tiny_cluster(tmp_path), tmp_path / "run", gates, 2, flags) as cluster:
         for gateway in (GATEWAY, "gateway-1"):
@@ -172,7 +172,7 @@ def test_processes_reach_each_other_through_their_gates(tmp_path: Path) -> None:
                 assert client.generate("stitch", route="weak", max_tokens=4, ignore_eos=True).generated_tokens == 4
         for gate in cluster.gates.values():
             assert gate.to_client.forwarded_bytes > 0
-        cluster.gate(GATEWAY, "bottom-0").stall()
-        cluster.gate(GATEWAY, "bottom-0").cut()
+        cluster.gate("bottom-0", "top-0").stall()
+        cluster.gate("bottom-0", "top-0").cut()
         with pytest.raises(Unavailable):
             cluster.generate("stitch", route="weak", max_tokens=4)
