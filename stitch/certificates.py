@@ -85,10 +85,13 @@ class Certificates:
         """The options of a server whose callers show certificates: no connection outlives its certificate by much."""
         return [("grpc.max_connection_age_ms", int(1000 * self.files.max_connection_age_seconds))]
 
-    def channel(self, shard: str, address: str) -> grpc.aio.Channel:
-        """A channel to a shard, which must show a certificate of its name; it follows the files, too."""
-        host = Identity(self._cluster.name, "shard", shard).host
-        return RotatingChannel(lambda: open_channel(address, self.current.client(), host=host), lambda: self.version)
+    def open_channel(self, shard: str, address: str) -> grpc.aio.Channel:
+        """A channel to a shard, which must show a certificate of its name."""
+        return open_channel(address, self.current.client(), host=Identity(self._cluster.name, "shard", shard).host)
+
+    def rotating_channel(self, shard: str, address: str) -> grpc.aio.Channel:
+        """Like `open_channel`, for the life of a process: when other files count, new calls take them."""
+        return RotatingChannel(lambda: self.open_channel(shard, address), lambda: self.version)
 
     def expiry(self, field: str) -> float:
         """When the first certificate of that file expires, in seconds of Unix time; NaN where the file isn't set."""

@@ -68,28 +68,28 @@ def open_channel(
     """
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=_client_options(proxy))
-    named: Options = () if host is None else [("grpc.ssl_target_name_override", host)]
-    return grpc.aio.secure_channel(address, credentials, options=[*_client_options(proxy), *named])
+    return grpc.aio.secure_channel(address, credentials, options=_client_options(proxy, host))
 
 
 def open_sync_channel(
-    address: str, credentials: grpc.ChannelCredentials | None = None, proxy: bool = False
+    address: str, credentials: grpc.ChannelCredentials | None = None, proxy: bool = False, host: str | None = None
 ) -> grpc.Channel:
     """A channel like `open_channel`'s, for callers without an event loop."""
     if credentials is None:
         return grpc.insecure_channel(address, options=_client_options(proxy))
-    return grpc.secure_channel(address, credentials, options=_client_options(proxy))
+    return grpc.secure_channel(address, credentials, options=_client_options(proxy, host))
 
 
-def _client_options(proxy: bool) -> list[tuple[str, int | str]]:
+def _client_options(proxy: bool, host: str | None = None) -> list[tuple[str, int | str]]:
+    named: Options = () if host is None else [("grpc.ssl_target_name_override", host)]
     if not proxy:
-        return [*_CLIENT, ("grpc.enable_http_proxy", 0)]
+        return [*_CLIENT, *named, ("grpc.enable_http_proxy", 0)]
     found = proxy_variable()
     if found is None:
         raise InvalidRequest("proxy", proxy, f"none of {', '.join(PROXY_VARIABLES)} names one")
     if not found[1].startswith("http://"):
         raise InvalidRequest(*found, "the URL of a proxy must start with http://")
-    return [*_CLIENT, ("grpc.http_proxy", found[1])]
+    return [*_CLIENT, *named, ("grpc.http_proxy", found[1])]
 
 
 def open_server(
@@ -117,12 +117,12 @@ def listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCreden
     return port
 
 
-def serves(address: str, credentials: grpc.ChannelCredentials | None = None) -> bool:
+def serves(address: str, credentials: grpc.ChannelCredentials | None = None, host: str | None = None) -> bool:
     """Whether the process at `host:port` reports SERVING now, by grpc.health.v1."""
     # Clients that check no health need no stubs for it.
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with open_sync_channel(address, credentials) as channel:
+    with open_sync_channel(address, credentials, host=host) as channel:
         try:
             health = health_pb2_grpc.HealthStub(channel)
             reply = health.Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_CHECK_SECONDS)

@@ -115,11 +115,11 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
         metrics, neighbours = Metrics(name), Neighbours(settings.cluster, name)
         step_log = None if folder is None else stack.enter_context(StepLog(folder, name))
 
-        credentials = None if certificates is None else certificates.current.client()
+        connect = None if certificates is None else certificates.open_channel
 
         def open_links(identity: shard_pb2.ShardIdentity, on_event: Callable[[LinkEvent], None]) -> LinkClient:
             sent = metrics.link_bytes_sent.inc
-            links = LinkClient(identity, on_event, sent, neighbours.address_of, credentials)
+            links = LinkClient(identity, on_event, sent, neighbours.address_of, connect)
             stack.push_async_callback(links.aclose)
             return links
 

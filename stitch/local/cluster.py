@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from stitch.channels import serves
 from stitch.cluster import ClusterConfig, GatewayConfig, ShardConfig
 from stitch.errors import InvalidRequest, Unavailable
+from stitch.health import program_serves
 from stitch.local.processes import LocalProcess, spawn, stop
 from stitch.local.run_folder import RunFolder
 from stitch.tls import GATEWAY, load_tls
@@ -97,12 +97,11 @@ class LocalCluster:
         """Waits until those processes serve; raises Unavailable where one ends instead, or the time is over."""
         begin = reported = time.monotonic()
         tls = load_tls(self.cluster.tls, self.cluster.folder, GATEWAY)
-        credentials = tls.gateway_client() if tls else None
         waiting = list(names)
         while waiting:
             for name in list(waiting):
                 self.check_running(name)
-                if serves(self.address(name), credentials):
+                if program_serves(self.cluster, name, tls):
                     waiting.remove(name)
                     on_serving(name, time.monotonic() - begin)
             now = time.monotonic()

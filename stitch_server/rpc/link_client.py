@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import grpc
 
@@ -36,17 +35,18 @@ class LinkClient:
         on_event: Callable[[LinkEvent], None],
         count_bytes: Callable[[int], None],
         address_of: Callable[[str], str],
-        credentials: grpc.ChannelCredentials | None = None,
+        connect: Callable[[str, str], grpc.aio.Channel] | None = None,
     ) -> None:
         """`identity` is this shard's; `count_bytes` is called with the bytes of each step's hidden states.
 
-        `address_of` gives a shard's address by its name; it is asked at every connect.
+        `address_of` gives a shard's address by its name; it is asked at every connect. `connect` opens a channel to a
+        shard at its address; None: without TLS.
         """
         self._identity = identity
         self._on_event = on_event
         self._count_bytes = count_bytes
         self._address_of = address_of
-        self._connect = partial(open_channel, credentials=credentials)
+        self._connect = connect or (lambda neighbour, address: open_channel(address))
         self._links: dict[str, _Link] = {}
         self._loop = asyncio.get_running_loop()
         # Next shards that have been silent for too long.
@@ -88,7 +88,7 @@ class LinkClient:
 
     def _channel(self, neighbour: str) -> grpc.aio.Channel:
         """A channel to the address that the shard has now. Raises Unavailable where the cluster has no such shard."""
-        return self._connect(self._address_of(neighbour))
+        return self._connect(neighbour, self._address_of(neighbour))
 
     def _on_lost(self, neighbour: str, error: StitchError) -> None:
         log.warning("link to %s: %s", neighbour, error)

@@ -12,8 +12,10 @@ from typing import Any
 import grpc
 import pytest
 
+from stitch.certificates import Certificates
 from stitch.channels import KEEPALIVE_MS, listen, open_channel, open_server
-from stitch.tls import Tls, TlsFiles, load_tls
+from stitch.cluster import load_cluster
+from stitch.tls import TlsFiles
 from tests.support.certificates import write_certificates
 from tests.support.tcp_gate import TcpGate
 
@@ -32,7 +34,7 @@ async def first_word(request: bytes, context: grpc.aio.ServicerContext[Any, Any]
 
 
 @asynccontextmanager
-async def gated_server(tls: Tls | None = None) -> AsyncIterator[TcpGate]:
+async def gated_server(certificates: Certificates | None = None) -> AsyncIterator[TcpGate]:
     """A gate to a server of both methods."""
     server = open_server()
     methods = {
@@ -40,7 +42,7 @@ async def gated_server(tls: Tls | None = None) -> AsyncIterator[TcpGate]:
         "Words": grpc.unary_stream_rpc_method_handler(first_word),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t.T", methods),))
-    port = listen(server, "127.0.0.1:0", None if tls is None else tls.server(mutual=True))
+    port = listen(server, "127.0.0.1:0", None if certificates is None else certificates.to_programs())
     await server.start()
     try:
         with TcpGate(f"127.0.0.1:{port}") as gate:
@@ -75,11 +77,11 @@ async def test_idle_connection_is_kept() -> None:
 
 
 async def test_connection_with_tls_is_made_over_long_round_trip(tmp_path: Path) -> None:
-    tls = load_tls(TlsFiles(**write_certificates(tmp_path)), tmp_path)
-    assert tls is not None
-    async with gated_server(tls) as gate:
+    cluster = load_cluster("smollm2")
+    certificates = Certificates(cluster, TlsFiles(**write_certificates(cluster, tmp_path)), "shard", "top-0")
+    async with gated_server(certificates) as gate:
         gate.delay(ROUND_TRIP_SECONDS / 2)
-        async with open_channel(gate.address, tls.client()) as channel:
+        async with certificates.open_channel("top-0", gate.address) as channel:
             # Without waiting for a connection: the first attempt succeeds, or the call fails.
             assert await channel.unary_unary("/t.T/Length")(b"abc", timeout=CONNECTED_SECONDS) == b"3"
         assert gate.accepted == 1

@@ -163,7 +163,7 @@ async def test_new_calls_take_a_new_authority_and_running_ones_go_on(files: TlsF
     serving = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
     async with (
         health_server(both_sides[0]) as (health, port),
-        both_sides[1].channel("top-0", f"127.0.0.1:{port}") as channel,
+        both_sides[1].rotating_channel("top-0", f"127.0.0.1:{port}") as channel,
         following(both_sides[0]),
         following(both_sides[1]),
     ):
