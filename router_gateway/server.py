@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import grpc
@@ -98,7 +97,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         serving = serving_metrics(metrics.registry, settings.metrics_address, certificates)
         metrics_port = await stack.enter_async_context(serving)
 
-        connect = partial(channels.open_channel, credentials=certificates.current.client() if certificates else None)
+        connect = certificates.rotating_channel if certificates else channels.open_plain_channel
         registry = ShardRegistry(cluster, connect, settings.health, settings.ejection, metrics)
         await stack.enter_async_context(registry.polling())
         placement, models = Placement(cluster, registry), ModelRegistry(cluster, registry)

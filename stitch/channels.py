@@ -71,6 +71,11 @@ def open_channel(
     return grpc.aio.secure_channel(address, credentials, options=_client_options(proxy, host))
 
 
+def open_plain_channel(shard: str, address: str) -> grpc.aio.Channel:
+    """A channel to a shard without TLS, which is whoever listens at the address."""
+    return open_channel(address)
+
+
 def open_sync_channel(
     address: str, credentials: grpc.ChannelCredentials | None = None, proxy: bool = False, host: str | None = None
 ) -> grpc.Channel:

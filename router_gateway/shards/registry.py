@@ -16,7 +16,8 @@ from router_gateway.shards.replica import HealthPolicy, Replica
 from stitch.cluster import ClusterConfig, ShardConfig
 from stitch.process import background_tasks
 
-Connect = Callable[[str], grpc.aio.Channel]
+# Opens a channel to the shard of that name, at that address.
+Connect = Callable[[str, str], grpc.aio.Channel]
 
 
 class ShardRegistry:
@@ -31,7 +32,7 @@ class ShardRegistry:
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._channels = [connect(shard.address) for shard in cluster.shards]
+        self._channels = [connect(shard.name, shard.address) for shard in cluster.shards]
         self._poll_seconds = health.poll_seconds
         self._metrics = metrics
         self.clock = clock

@@ -40,7 +40,9 @@ async def registry_of(
     health = QUICK.model_copy(update={"max_failed_polls": max_failed_polls})
     counted = metrics or Metrics(["weak", "strong"], ["requested"])
     async with fake_cluster(*shards) as cluster:
-        registry = ShardRegistry(cluster, channels.open_channel, health, EjectionPolicy(**ejection), counted, clock)
+        registry = ShardRegistry(
+            cluster, channels.open_plain_channel, health, EjectionPolicy(**ejection), counted, clock
+        )
         try:
             yield cluster, registry
         finally:

@@ -50,7 +50,7 @@ async def test_polling_finds_a_shard_that_goes_and_returns() -> None:
     shard = FakeShard("bottom-0", "bottom")
     async with fake_cluster(shard, FakeShard("top-0", "top")) as cluster:
         policy = HealthPolicy(poll_seconds=0.01, poll_timeout_seconds=0.2, confirm_seconds=0.1, max_failed_polls=1)
-        registry = ShardRegistry(cluster, channels.open_channel, policy, EjectionPolicy(), Metrics([], []))
+        registry = ShardRegistry(cluster, channels.open_plain_channel, policy, EjectionPolicy(), Metrics([], []))
         replica = registry.replicas["bottom-0"]
         async with registry.polling():
             await eventually(lambda: replica.serving)
