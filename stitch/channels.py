@@ -72,7 +72,7 @@ def open_channel(
 
 
 def open_plain_channel(shard: str, address: str) -> grpc.aio.Channel:
-    """A channel to a shard without TLS, which is whoever listens at the address."""
+    """A channel without TLS to whatever listens at the address, which counts as that shard."""
     return open_channel(address)
 
 
