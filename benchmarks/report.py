@@ -25,13 +25,19 @@ class Options:
     out: Path
 
 
-def options(question: str) -> Options:
-    """Parses the flags that all benchmarks share; `question` is the description for `--help`."""
+def flags(question: str) -> argparse.ArgumentParser:
+    """The flags that all benchmarks share; `question` is the description for `--help`."""
     parser = argparse.ArgumentParser(description=question)
     parser.add_argument("--tiny", action="store_true", help="a few samples, to see that it runs")
-    parser.add_argument("--out", metavar="FILE.json", type=Path, default=None, help="for the samples")
-    parsed = parser.parse_args()
-    return Options(parsed.tiny, parsed.out or Path("build/benchmarks/out.json"))
+    default = Path("build/benchmarks/out.json")
+    parser.add_argument("--out", metavar="FILE.json", type=Path, default=default, help="for the samples")
+    return parser
+
+
+def options(question: str) -> Options:
+    """Parses the command line of a benchmark with no flags of its own."""
+    parsed = flags(question).parse_args()
+    return Options(parsed.tiny, parsed.out)
 
 
 def ratio(candidate: Sequence[float], baseline: Sequence[float]) -> float:
