@@ -46,6 +46,11 @@ def pick_device(wanted: str) -> torch.device:
     return device
 
 
+def is_device_fault(error: Exception) -> bool:
+    """Whether a GPU has failed for good: every later call of this process fails as well."""
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+
+
 def to_device_async(host: Tensor, device: torch.device) -> Tensor:
     """Copies `host` to the device without waiting for the kernels that are queued there.
 

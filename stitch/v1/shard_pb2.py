@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from stitch.v1 import inference_pb2 as stitch_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15stitch/v1/shard.proto\x12\tstitch.v1\x1a\x19stitch/v1/inference.proto\"\xef\x01\n\x14ShardGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\r\n\x05route\x18\x04 \x01(\t\x12\r\n\x05\x63hain\x18\x05 \x03(\t\x12%\n\x08sampling\x18\x06 \x01(\x0b\x32\x13.stitch.v1.Sampling\x12-\n\ncandidates\x18\x07 \x03(\x0b\x32\x19.stitch.v1.CandidateChain\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x15\n\rtenant_weight\x18\t \x01(\x01\".\n\x0e\x43\x61ndidateChain\x12\r\n\x05route\x18\x01 \x01(\t\x12\r\n\x05\x63hain\x18\x02 \x03(\t\"\xc0\x01\n\x15ShardGenerateResponse\x12)\n\x06tokens\x18\x01 \x03(\x0b\x32\x19.stitch.v1.GeneratedToken\x12.\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x17.stitch.v1.FinishReason\x12 \n\x06stages\x18\x03 \x03(\x0b\x32\x10.stitch.v1.Stage\x12*\n\x08\x64\x65\x63ision\x18\x04 \x01(\x0b\x32\x18.stitch.v1.ProbeDecision\"t\n\rProbeDecision\x12\r\n\x05route\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\r\n\x05gains\x18\x03 \x03(\x01\x12\x12\n\nthresholds\x18\x04 \x03(\x01\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\x12\x11\n\tpreferred\x18\x06 \x01(\t\"Z\n\x0eGeneratedToken\x12\n\n\x02id\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12*\n\x08logprobs\x18\x03 \x01(\x0b\x32\x18.stitch.v1.TokenLogprobs\"\x85\x01\n\x0bLinkRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.stitch.v1.HelloH\x00\x12\x1f\n\x04step\x18\x02 \x01(\x0b\x32\x0f.stitch.v1.StepH\x00\x12)\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x18.stitch.v1.CloseSessionsH\x00\x42\x07\n\x05\x66rame\"e\n\x0cLinkResponse\x12%\n\x07welcome\x18\x01 \x01(\x0b\x32\x12.stitch.v1.WelcomeH\x00\x12%\n\x05reply\x18\x02 \x01(\x0b\x32\x14.stitch.v1.StepReplyH\x00\x42\x07\n\x05\x66rame\"]\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12*\n\x08identity\x18\x02 \x01(\x0b\x32\x18.stitch.v1.ShardIdentity\x12\x0e\n\x06\x63\x61ller\x18\x03 \x01(\t\"5\n\x07Welcome\x12*\n\x08identity\x18\x01 \x01(\x0b\x32\x18.stitch.v1.ShardIdentity\"\xfc\x02\n\rShardIdentity\x12\r\n\x05shard\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x11\n\tend_layer\x18\x04 \x01(\r\x12 \n\x06\x62ottom\x18\x05 \x01(\x0b\x32\x10.stitch.v1.Model\x12\x1d\n\x03top\x18\x06 \x01(\x0b\x32\x10.stitch.v1.Model\x12\x11\n\ttokenizer\x18\x07 \x01(\t\x12$\n\nwire_dtype\x18\x08 \x01(\x0e\x32\x10.stitch.v1.Dtype\x12+\n\x06routes\x18\t \x03(\x0b\x32\x1b.stitch.v1.RouteDescription\x12\x1a\n\x12kv_capacity_tokens\x18\n \x01(\r\x12\x17\n\x0fkv_block_tokens\x18\x0b \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x15\n\rcompute_dtype\x18\r \x01(\t\x12\r\n\x05probe\x18\x0e \x01(\t\x12\x14\n\x0cquantization\x18\x0f \x01(\t\"r\n\x0cHiddenStates\x12\x1f\n\x05\x64type\x18\x01 \x01(\x0e\x32\x10.stitch.v1.Dtype\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x13\n\x0bhidden_size\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x0e\n\x06scales\x18\x05 \x01(\x0c\"\x8e\x01\n\x04Step\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12$\n\x08segments\x18\x02 \x03(\x0b\x32\x12.stitch.v1.Segment\x12\'\n\x06hidden\x18\x03 \x01(\x0b\x32\x17.stitch.v1.HiddenStates\x12\x16\n\x0etokens_to_come\x18\x04 \x01(\r\x12\x11\n\tpipelined\x18\x05 \x01(\x08\"\x8c\x01\n\x07Segment\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\x12\x0e\n\x06length\x18\x04 \x01(\r\x12\x13\n\x0bwants_token\x18\x05 \x01(\x08\x12*\n\x0bnew_session\x18\x06 \x01(\x0b\x32\x15.stitch.v1.NewSession\"\xa2\x01\n\nNewSession\x12\r\n\x05route\x18\x01 \x01(\t\x12\r\n\x05\x63hain\x18\x02 \x03(\t\x12%\n\x08sampling\x18\x03 \x01(\x0b\x32\x13.stitch.v1.Sampling\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x15\n\rreused_tokens\x18\x06 \x01(\r\x12\x0e\n\x06tenant\x18\x07 \x01(\t\"\xbe\x01\n\tStepReply\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12$\n\x06tokens\x18\x02 \x03(\x0b\x32\x14.stitch.v1.StepToken\x12+\n\x08\x66\x61ilures\x18\x03 \x03(\x0b\x32\x19.stitch.v1.SessionFailure\x12 \n\x06stages\x18\x04 \x03(\x0b\x32\x10.stitch.v1.Stage\x12\x1b\n\x0ekv_free_tokens\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x11\n\x0f_kv_free_tokens\"U\n\tStepToken\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12(\n\x05token\x18\x03 \x01(\x0b\x32\x19.stitch.v1.GeneratedToken\"x\n\x0eSessionFailure\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12&\n\x05\x63\x61use\x18\x03 \x01(\x0e\x32\x17.stitch.v1.FailureCause\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\r\n\x05shard\x18\x05 \x01(\t\"!\n\rCloseSessions\x12\x10\n\x08sessions\x18\x01 \x03(\x04\"\x16\n\x14ShardDescribeRequest\"\xb3\x01\n\x15ShardDescribeResponse\x12*\n\x08identity\x18\x01 \x01(\x0b\x32\x18.stitch.v1.ShardIdentity\x12\x16\n\x0ekv_free_tokens\x18\x02 \x01(\r\x12\x18\n\x10running_sessions\x18\x03 \x01(\r\x12\x18\n\x10waiting_sessions\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x10\n\x08suspects\x18\x06 \x03(\t\"\x17\n\x15\x46\x65tchTokenizerRequest\"4\n\x16\x46\x65tchTokenizerResponse\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*h\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x0e\n\nDTYPE_INT8\x10\x04*\xe6\x01\n\x0c\x46\x61ilureCause\x12\x1d\n\x19\x46\x41ILURE_CAUSE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x46\x41ILURE_CAUSE_KV_EXHAUSTED\x10\x01\x12 \n\x1c\x46\x41ILURE_CAUSE_PREFIX_MISSING\x10\x02\x12\x1d\n\x19\x46\x41ILURE_CAUSE_UNAVAILABLE\x10\x03\x12\x1e\n\x1a\x46\x41ILURE_CAUSE_PRECONDITION\x10\x04\x12\x1a\n\x16\x46\x41ILURE_CAUSE_TOO_LONG\x10\x05\x12\x1a\n\x16\x46\x41ILURE_CAUSE_DRAINING\x10\x06\x32\xbd\x02\n\x05Shard\x12O\n\x08Generate\x12\x1f.stitch.v1.ShardGenerateRequest\x1a .stitch.v1.ShardGenerateResponse0\x01\x12;\n\x04Link\x12\x16.stitch.v1.LinkRequest\x1a\x17.stitch.v1.LinkResponse(\x01\x30\x01\x12M\n\x08\x44\x65scribe\x12\x1f.stitch.v1.ShardDescribeRequest\x1a .stitch.v1.ShardDescribeResponse\x12W\n\x0e\x46\x65tchTokenizer\x12 .stitch.v1.FetchTokenizerRequest\x1a!.stitch.v1.FetchTokenizerResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15stitch/v1/shard.proto\x12\tstitch.v1\x1a\x19stitch/v1/inference.proto\"\xef\x01\n\x14ShardGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\r\n\x05route\x18\x04 \x01(\t\x12\r\n\x05\x63hain\x18\x05 \x03(\t\x12%\n\x08sampling\x18\x06 \x01(\x0b\x32\x13.stitch.v1.Sampling\x12-\n\ncandidates\x18\x07 \x03(\x0b\x32\x19.stitch.v1.CandidateChain\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x15\n\rtenant_weight\x18\t \x01(\x01\".\n\x0e\x43\x61ndidateChain\x12\r\n\x05route\x18\x01 \x01(\t\x12\r\n\x05\x63hain\x18\x02 \x03(\t\"\xc0\x01\n\x15ShardGenerateResponse\x12)\n\x06tokens\x18\x01 \x03(\x0b\x32\x19.stitch.v1.GeneratedToken\x12.\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x17.stitch.v1.FinishReason\x12 \n\x06stages\x18\x03 \x03(\x0b\x32\x10.stitch.v1.Stage\x12*\n\x08\x64\x65\x63ision\x18\x04 \x01(\x0b\x32\x18.stitch.v1.ProbeDecision\"t\n\rProbeDecision\x12\r\n\x05route\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\r\n\x05gains\x18\x03 \x03(\x01\x12\x12\n\nthresholds\x18\x04 \x03(\x01\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\x12\x11\n\tpreferred\x18\x06 \x01(\t\"Z\n\x0eGeneratedToken\x12\n\n\x02id\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12*\n\x08logprobs\x18\x03 \x01(\x0b\x32\x18.stitch.v1.TokenLogprobs\"\x85\x01\n\x0bLinkRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.stitch.v1.HelloH\x00\x12\x1f\n\x04step\x18\x02 \x01(\x0b\x32\x0f.stitch.v1.StepH\x00\x12)\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x18.stitch.v1.CloseSessionsH\x00\x42\x07\n\x05\x66rame\"\x90\x01\n\x0cLinkResponse\x12%\n\x07welcome\x18\x01 \x01(\x0b\x32\x12.stitch.v1.WelcomeH\x00\x12%\n\x05reply\x18\x02 \x01(\x0b\x32\x14.stitch.v1.StepReplyH\x00\x12)\n\theartbeat\x18\x03 \x01(\x0b\x32\x14.stitch.v1.HeartbeatH\x00\x42\x07\n\x05\x66rame\"]\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12*\n\x08identity\x18\x02 \x01(\x0b\x32\x18.stitch.v1.ShardIdentity\x12\x0e\n\x06\x63\x61ller\x18\x03 \x01(\t\"\x0b\n\tHeartbeat\"5\n\x07Welcome\x12*\n\x08identity\x18\x01 \x01(\x0b\x32\x18.stitch.v1.ShardIdentity\"\xfc\x02\n\rShardIdentity\x12\r\n\x05shard\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x11\n\tend_layer\x18\x04 \x01(\r\x12 \n\x06\x62ottom\x18\x05 \x01(\x0b\x32\x10.stitch.v1.Model\x12\x1d\n\x03top\x18\x06 \x01(\x0b\x32\x10.stitch.v1.Model\x12\x11\n\ttokenizer\x18\x07 \x01(\t\x12$\n\nwire_dtype\x18\x08 \x01(\x0e\x32\x10.stitch.v1.Dtype\x12+\n\x06routes\x18\t \x03(\x0b\x32\x1b.stitch.v1.RouteDescription\x12\x1a\n\x12kv_capacity_tokens\x18\n \x01(\r\x12\x17\n\x0fkv_block_tokens\x18\x0b \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x15\n\rcompute_dtype\x18\r \x01(\t\x12\r\n\x05probe\x18\x0e \x01(\t\x12\x14\n\x0cquantization\x18\x0f \x01(\t\"r\n\x0cHiddenStates\x12\x1f\n\x05\x64type\x18\x01 \x01(\x0e\x32\x10.stitch.v1.Dtype\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x13\n\x0bhidden_size\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x0e\n\x06scales\x18\x05 \x01(\x0c\"\x8e\x01\n\x04Step\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12$\n\x08segments\x18\x02 \x03(\x0b\x32\x12.stitch.v1.Segment\x12\'\n\x06hidden\x18\x03 \x01(\x0b\x32\x17.stitch.v1.HiddenStates\x12\x16\n\x0etokens_to_come\x18\x04 \x01(\r\x12\x11\n\tpipelined\x18\x05 \x01(\x08\"\x8c\x01\n\x07Segment\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\x12\x0e\n\x06length\x18\x04 \x01(\r\x12\x13\n\x0bwants_token\x18\x05 \x01(\x08\x12*\n\x0bnew_session\x18\x06 \x01(\x0b\x32\x15.stitch.v1.NewSession\"\xa2\x01\n\nNewSession\x12\r\n\x05route\x18\x01 \x01(\t\x12\r\n\x05\x63hain\x18\x02 \x03(\t\x12%\n\x08sampling\x18\x03 \x01(\x0b\x32\x13.stitch.v1.Sampling\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x15\n\rreused_tokens\x18\x06 \x01(\r\x12\x0e\n\x06tenant\x18\x07 \x01(\t\"\xbe\x01\n\tStepReply\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12$\n\x06tokens\x18\x02 \x03(\x0b\x32\x14.stitch.v1.StepToken\x12+\n\x08\x66\x61ilures\x18\x03 \x03(\x0b\x32\x19.stitch.v1.SessionFailure\x12 \n\x06stages\x18\x04 \x03(\x0b\x32\x10.stitch.v1.Stage\x12\x1b\n\x0ekv_free_tokens\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x11\n\x0f_kv_free_tokens\"U\n\tStepToken\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12(\n\x05token\x18\x03 \x01(\x0b\x32\x19.stitch.v1.GeneratedToken\"x\n\x0eSessionFailure\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12&\n\x05\x63\x61use\x18\x03 \x01(\x0e\x32\x17.stitch.v1.FailureCause\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\r\n\x05shard\x18\x05 \x01(\t\"!\n\rCloseSessions\x12\x10\n\x08sessions\x18\x01 \x03(\x04\"\x16\n\x14ShardDescribeRequest\"\xb3\x01\n\x15ShardDescribeResponse\x12*\n\x08identity\x18\x01 \x01(\x0b\x32\x18.stitch.v1.ShardIdentity\x12\x16\n\x0ekv_free_tokens\x18\x02 \x01(\r\x12\x18\n\x10running_sessions\x18\x03 \x01(\r\x12\x18\n\x10waiting_sessions\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x10\n\x08suspects\x18\x06 \x03(\t\"\x17\n\x15\x46\x65tchTokenizerRequest\"4\n\x16\x46\x65tchTokenizerResponse\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*h\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x0e\n\nDTYPE_INT8\x10\x04*\xe6\x01\n\x0c\x46\x61ilureCause\x12\x1d\n\x19\x46\x41ILURE_CAUSE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x46\x41ILURE_CAUSE_KV_EXHAUSTED\x10\x01\x12 \n\x1c\x46\x41ILURE_CAUSE_PREFIX_MISSING\x10\x02\x12\x1d\n\x19\x46\x41ILURE_CAUSE_UNAVAILABLE\x10\x03\x12\x1e\n\x1a\x46\x41ILURE_CAUSE_PRECONDITION\x10\x04\x12\x1a\n\x16\x46\x41ILURE_CAUSE_TOO_LONG\x10\x05\x12\x1a\n\x16\x46\x41ILURE_CAUSE_DRAINING\x10\x06\x32\xbd\x02\n\x05Shard\x12O\n\x08Generate\x12\x1f.stitch.v1.ShardGenerateRequest\x1a .stitch.v1.ShardGenerateResponse0\x01\x12;\n\x04Link\x12\x16.stitch.v1.LinkRequest\x1a\x17.stitch.v1.LinkResponse(\x01\x30\x01\x12M\n\x08\x44\x65scribe\x12\x1f.stitch.v1.ShardDescribeRequest\x1a .stitch.v1.ShardDescribeResponse\x12W\n\x0e\x46\x65tchTokenizer\x12 .stitch.v1.FetchTokenizerRequest\x1a!.stitch.v1.FetchTokenizerResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stitch.v1.shard_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=2821
-  _globals['_DTYPE']._serialized_end=2925
-  _globals['_FAILURECAUSE']._serialized_start=2928
-  _globals['_FAILURECAUSE']._serialized_end=3158
+  _globals['_DTYPE']._serialized_start=2878
+  _globals['_DTYPE']._serialized_end=2982
+  _globals['_FAILURECAUSE']._serialized_start=2985
+  _globals['_FAILURECAUSE']._serialized_end=3215
   _globals['_SHARDGENERATEREQUEST']._serialized_start=64
   _globals['_SHARDGENERATEREQUEST']._serialized_end=303
   _globals['_CANDIDATECHAIN']._serialized_start=305
@@ -48,38 +48,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEDTOKEN']._serialized_end=756
   _globals['_LINKREQUEST']._serialized_start=759
   _globals['_LINKREQUEST']._serialized_end=892
-  _globals['_LINKRESPONSE']._serialized_start=894
-  _globals['_LINKRESPONSE']._serialized_end=995
-  _globals['_HELLO']._serialized_start=997
-  _globals['_HELLO']._serialized_end=1090
-  _globals['_WELCOME']._serialized_start=1092
-  _globals['_WELCOME']._serialized_end=1145
-  _globals['_SHARDIDENTITY']._serialized_start=1148
-  _globals['_SHARDIDENTITY']._serialized_end=1528
-  _globals['_HIDDENSTATES']._serialized_start=1530
-  _globals['_HIDDENSTATES']._serialized_end=1644
-  _globals['_STEP']._serialized_start=1647
-  _globals['_STEP']._serialized_end=1789
-  _globals['_SEGMENT']._serialized_start=1792
-  _globals['_SEGMENT']._serialized_end=1932
-  _globals['_NEWSESSION']._serialized_start=1935
-  _globals['_NEWSESSION']._serialized_end=2097
-  _globals['_STEPREPLY']._serialized_start=2100
-  _globals['_STEPREPLY']._serialized_end=2290
-  _globals['_STEPTOKEN']._serialized_start=2292
-  _globals['_STEPTOKEN']._serialized_end=2377
-  _globals['_SESSIONFAILURE']._serialized_start=2379
-  _globals['_SESSIONFAILURE']._serialized_end=2499
-  _globals['_CLOSESESSIONS']._serialized_start=2501
-  _globals['_CLOSESESSIONS']._serialized_end=2534
-  _globals['_SHARDDESCRIBEREQUEST']._serialized_start=2536
-  _globals['_SHARDDESCRIBEREQUEST']._serialized_end=2558
-  _globals['_SHARDDESCRIBERESPONSE']._serialized_start=2561
-  _globals['_SHARDDESCRIBERESPONSE']._serialized_end=2740
-  _globals['_FETCHTOKENIZERREQUEST']._serialized_start=2742
-  _globals['_FETCHTOKENIZERREQUEST']._serialized_end=2765
-  _globals['_FETCHTOKENIZERRESPONSE']._serialized_start=2767
-  _globals['_FETCHTOKENIZERRESPONSE']._serialized_end=2819
-  _globals['_SHARD']._serialized_start=3161
-  _globals['_SHARD']._serialized_end=3478
+  _globals['_LINKRESPONSE']._serialized_start=895
+  _globals['_LINKRESPONSE']._serialized_end=1039
+  _globals['_HELLO']._serialized_start=1041
+  _globals['_HELLO']._serialized_end=1134
+  _globals['_HEARTBEAT']._serialized_start=1136
+  _globals['_HEARTBEAT']._serialized_end=1147
+  _globals['_WELCOME']._serialized_start=1149
+  _globals['_WELCOME']._serialized_end=1202
+  _globals['_SHARDIDENTITY']._serialized_start=1205
+  _globals['_SHARDIDENTITY']._serialized_end=1585
+  _globals['_HIDDENSTATES']._serialized_start=1587
+  _globals['_HIDDENSTATES']._serialized_end=1701
+  _globals['_STEP']._serialized_start=1704
+  _globals['_STEP']._serialized_end=1846
+  _globals['_SEGMENT']._serialized_start=1849
+  _globals['_SEGMENT']._serialized_end=1989
+  _globals['_NEWSESSION']._serialized_start=1992
+  _globals['_NEWSESSION']._serialized_end=2154
+  _globals['_STEPREPLY']._serialized_start=2157
+  _globals['_STEPREPLY']._serialized_end=2347
+  _globals['_STEPTOKEN']._serialized_start=2349
+  _globals['_STEPTOKEN']._serialized_end=2434
+  _globals['_SESSIONFAILURE']._serialized_start=2436
+  _globals['_SESSIONFAILURE']._serialized_end=2556
+  _globals['_CLOSESESSIONS']._serialized_start=2558
+  _globals['_CLOSESESSIONS']._serialized_end=2591
+  _globals['_SHARDDESCRIBEREQUEST']._serialized_start=2593
+  _globals['_SHARDDESCRIBEREQUEST']._serialized_end=2615
+  _globals['_SHARDDESCRIBERESPONSE']._serialized_start=2618
+  _globals['_SHARDDESCRIBERESPONSE']._serialized_end=2797
+  _globals['_FETCHTOKENIZERREQUEST']._serialized_start=2799
+  _globals['_FETCHTOKENIZERREQUEST']._serialized_end=2822
+  _globals['_FETCHTOKENIZERRESPONSE']._serialized_start=2824
+  _globals['_FETCHTOKENIZERRESPONSE']._serialized_end=2876
+  _globals['_SHARD']._serialized_start=3218
+  _globals['_SHARD']._serialized_end=3535
 # @@protoc_insertion_point(module_scope)

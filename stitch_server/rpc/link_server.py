@@ -1,7 +1,7 @@
 """The receiving end of one link: frames of an upstream shard to the engine, replies of the engine back.
 
 In: decoded frames, after the handshake. Out: steps and session ends as commands for the engine, in the order of the
-frames; and reply frames. Invariant: when the stream ends, for whatever reason, all of its sessions are freed.
+frames; reply frames; and heartbeats, as long as the engine isn't stuck in a pass. Invariant: when the stream ends, for whatever reason, all of its sessions are freed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from stitch_server.engine.loop import Engine
 from stitch_server.engine.next_stage import NextStage
 from stitch_server.engine.types import IncomingSegment, StepReply
 from stitch_server.rpc.frames import StepAssembler, reply_frame
+
+HEARTBEAT_SECONDS = 0.25
+_HEARTBEAT = shard_pb2.LinkResponse(heartbeat=shard_pb2.Heartbeat())
 
 
 class UpstreamLink:
@@ -51,7 +54,7 @@ class UpstreamLink:
 
     async def responses(self, requests: AsyncIterator[shard_pb2.LinkRequest]) -> AsyncIterator[shard_pb2.LinkResponse]:
         """Yields replies until the upstream shard ends the stream. Raises StitchError for an invalid frame."""
-        reader = asyncio.create_task(self._read(requests))
+        reader, heart = asyncio.create_task(self._read(requests)), asyncio.create_task(self._beat())
         try:
             while (response := await self._outbox.get()) is not None:
                 if isinstance(response, StitchError):
@@ -59,8 +62,16 @@ class UpstreamLink:
                 yield response
         finally:
             reader.cancel()
+            heart.cancel()
             self._leave(list(self._sessions))
             self._engine.post(partial(self._next_stage.on_upstream_lost, self))
+
+    async def _beat(self) -> None:
+        """Shows the upstream shard that this process runs; replies that wait show it as well."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            if self._outbox.empty() and not self._engine.watch.is_overdue:
+                self._outbox.put_nowait(_HEARTBEAT)
 
     async def _read(self, requests: AsyncIterator[shard_pb2.LinkRequest]) -> None:
         try:

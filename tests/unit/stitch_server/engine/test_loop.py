@@ -8,9 +8,10 @@ import time
 from dataclasses import dataclass, field, replace
 
 import pytest
+import torch
 
 from stitch.errors import StitchError, Unavailable
-from stitch_server.engine.loop import Engine, Inbox
+from stitch_server.engine.loop import Engine, EngineBroken, Inbox
 from stitch_server.engine.types import Batch, LayerRange, LinkEvent, LinkLost, LinkReply, Segment, StepOutput, StepReply
 from tests.support.engine_fakes import new_request
 
@@ -207,3 +208,65 @@ class TestLoop:
         with pytest.raises(RuntimeError, match="out of paper"):
             engine.ended.result(TIMEOUT_SECONDS)
         engine.stop()
+
+
+class TestFaults:
+    """What ends the loop, and with it the process."""
+
+    def fail(self, engine: Engine, source: FakeBatchSource, runner: FakeRunner, *prompts: int) -> None:
+        """Computes a batch for each prompt, of that many tokens; every pass fails."""
+        for tokens in prompts:
+            source.batches.append(batch_of(tokens))
+            runner.errors.append(RuntimeError("out of paper"))
+            engine.step()
+
+    def test_fault_of_gpu_ends_loop(self, source: FakeBatchSource, runner: FakeRunner) -> None:
+        error = RuntimeError("CUDA error: an illegal memory access was encountered")
+        source.batches.append(new_batch())
+        runner.errors.append(error)
+        engine = Engine(source, runner, Inbox())
+        engine.start()
+        assert engine.ended.exception(TIMEOUT_SECONDS) is error
+        assert [failed for _, failed in source.failed] == [error]
+        engine.stop()
+
+    def test_fault_of_gpu_during_delivery_ends_loop(
+        self, source: FakeBatchSource, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(batch: Batch, output: StepOutput) -> None:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+        monkeypatch.setattr(source, "deliver", fail)
+        source.batches.append(new_batch())
+        with pytest.raises(RuntimeError, match="device-side assert"):
+            Engine(source, runner, Inbox()).step()
+
+    def test_memory_that_gpu_lacks_ends_session_alone(self, source: FakeBatchSource, runner: FakeRunner) -> None:
+        source.batches.append(new_batch())
+        runner.errors.append(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+        assert Engine(source, runner, Inbox()).step()
+        assert len(source.failed) == 1
+
+    def test_failed_passes_of_several_prompts_end_loop(self, source: FakeBatchSource, runner: FakeRunner) -> None:
+        engine = Engine(source, runner, Inbox())
+        self.fail(engine, source, runner, 5, 6)
+        with pytest.raises(EngineBroken, match="the passes of 3 prompts failed in a row: out of paper"):
+            self.fail(engine, source, runner, 7)
+
+    def test_prompt_that_is_replayed_counts_once(self, source: FakeBatchSource, runner: FakeRunner) -> None:
+        engine = Engine(source, runner, Inbox())
+        self.fail(engine, source, runner, 5, 5, 5, 5, 5)
+        assert len(source.failed) == 5
+
+    def test_pass_that_succeeds_clears_record(self, source: FakeBatchSource, runner: FakeRunner) -> None:
+        engine = Engine(source, runner, Inbox())
+        self.fail(engine, source, runner, 5, 6)
+        source.batches.append(new_batch())
+        engine.step()
+        self.fail(engine, source, runner, 7, 8)
+        assert len(source.failed) == 4
+
+
+def batch_of(tokens: int) -> Batch:
+    """The batch of a prompt that differs from those of other lengths."""
+    return Batch((Segment(new_request(tokens), LayerRange(0, 1), 0, tokens, wants_token=True, blocks=[]),))
