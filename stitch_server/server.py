@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
+import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -30,16 +32,21 @@ from stitch_server.config import ShardSettings
 from stitch_server.devices import pick_device
 from stitch_server.engine.loop import Engine
 from stitch_server.engine.types import LinkEvent
+from stitch_server.engine.watch import TICK_SECONDS, PassWatch
 from stitch_server.metrics import Metrics, StepLog
 from stitch_server.neighbours import Neighbours
 from stitch_server.rpc.link_client import LinkClient
 from stitch_server.rpc.servicer import LenientDecoding, ShardServicer
 from stitch_server.shard import Shard, build_shard
 
+log = logging.getLogger(__name__)
+
 # The event loop carries every token between two steps. Python's default lets it wait 5 ms for the engine's thread.
 SWITCH_SECONDS = 0.0002
 # After the last session, for its status to leave before the server stops.
 LAST_STATUS_SECONDS = 0.05
+# Of a process whose engine is stuck: EX_SOFTWARE, for a supervisor to start it again.
+STUCK_EXIT_CODE = 70
 SERVICE = shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name
 HEALTH, REFLECTION = "grpc.health.v1.Health", reflection.SERVICE_NAME
 # Who may call what, by the roles in certificates.
@@ -67,6 +74,15 @@ async def serve(settings: ShardSettings) -> None:
         print(f"stitch-server: shard {settings.shard.name} listens on {settings.host}:{running.port}", flush=True)
         await asked_to_stop(signals, running.shard.engine)
         await signals.drained(running.drain(settings.drain_seconds))
+
+
+async def end_when_stuck(watch: PassWatch, end: Callable[[int], None] = os._exit) -> None:
+    """Ends the process at once when a pass of its engine is stuck: no thread of it can be stopped any more."""
+    while not watch.is_stuck:
+        await asyncio.sleep(TICK_SECONDS)
+        watch.tick()
+    log.critical("the engine is stuck in a pass: this process ends")
+    end(STUCK_EXIT_CODE)
 
 
 async def asked_to_stop(signals: StopSignals, engine: Engine) -> None:
@@ -132,8 +148,9 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
         server, port = await _listening(shard, health, settings, certificates)
         stack.push_async_callback(server.stop, None)
         observed = observe_event_loop(metrics.event_loop_delay, metrics.event_loop_tasks)
+        watched = end_when_stuck(shard.engine.watch)
         following = [] if certificates is None else [certificates.follow()]
-        await stack.enter_async_context(background_tasks(observed, *following))
+        await stack.enter_async_context(background_tasks(observed, watched, *following))
         yield RunningShard(port, metrics_port, shard, health)
 
 

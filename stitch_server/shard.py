@@ -50,6 +50,9 @@ class Shard:
     neighbours: Neighbours
     metrics: Metrics
     engine: Engine
+    # To the next shards, and the steps that they have not answered; the chain's last shard has none.
+    links: Downstream
+    steps_in_flight: StepsInFlight | None
     first_stage: FirstStage | None
     next_stage: NextStage | None
     # `Generate` calls and the sessions of links; closed while the shard drains.
@@ -63,6 +66,11 @@ class Shard:
     def kv_free_tokens(self) -> int:
         """The free KV blocks, in tokens."""
         return self.pool.free_blocks * self.pool.block_tokens
+
+    @property
+    def suspects(self) -> list[str]:
+        """The next shards that have been silent for too long, by name."""
+        return sorted(self.links.suspects)
 
     @property
     def running_sessions(self) -> int:
@@ -150,6 +158,8 @@ def build_shard(
         neighbours=neighbours,
         metrics=metrics,
         engine=Engine(source, runner, inbox, observe),
+        links=links,
+        steps_in_flight=in_flight,
         first_stage=source if isinstance(source, FirstStage) else None,
         next_stage=source if isinstance(source, NextStage) else None,
         in_flight=InFlightTracker(f"shard {config.name}"),
@@ -207,6 +217,11 @@ def _register_metrics(metrics: Metrics, shard: Shard, runner: ModelRunner) -> No
     metrics.read_gauge("stitch_sessions_running", "Sessions with KV blocks.", lambda: shard.running_sessions)
     metrics.read_gauge("stitch_sessions_waiting", "Sessions that wait for KV blocks.", lambda: shard.waiting_sessions)
     metrics.read_counter("stitch_busy_seconds", "Seconds spent in forward passes.", lambda: runner.busy_seconds)
+    about = "Next shards that have been silent for too long, and get no new sessions from this one."
+    metrics.read_gauge("stitch_suspects", about, lambda: len(shard.links.suspects))
+    about = "How long a next shard has answered none of its steps; of several the longest."
+    steps = shard.steps_in_flight
+    metrics.read_gauge("stitch_step_age_seconds", about, lambda: 0.0 if steps is None else steps.age_seconds)
     about = "Prompt tokens that were looked up in the prefix cache."
     metrics.read_counter("stitch_prefix_tokens_asked", about, lambda: shard.pool.queried_tokens)
     about = "Prompt tokens that were found in the prefix cache."

@@ -102,6 +102,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             running_sessions=shard.running_sessions,
             waiting_sessions=shard.waiting_sessions,
             draining=shard.in_flight.closed,
+            suspects=shard.suspects,
         )
 
     async def FetchTokenizer(

@@ -1,0 +1,42 @@
+"""How long the next shards may be silent before they are suspect.
+
+A next shard sends a heartbeat four times a second, so silence shows that its process is stopped, that its link is cut
+off, or that its engine is stuck: none of them depends on how long its passes take, or on how many sessions of others
+wait there. The bound is learned from the silences of all next shards: on busy machines they are longer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+# How often the silences are counted up.
+TICK_SECONDS = 0.1
+# The bound is this many times the silence that nine of ten latest ones do not exceed, within these limits.
+FACTOR = 4.0
+LEAST_SECONDS, MOST_SECONDS = 1.0, 4.0
+# While fewer silences are known.
+FIRST_SECONDS = 2.0
+FEW, RECENT = 8, 128
+# For a next shard without a replica: to wait for it is all that can be done.
+ALONE_SECONDS = 10.0
+# From the opening of a link to its welcome.
+HANDSHAKE_SECONDS = 2.0
+
+
+class SilenceBound:
+    """The bound that all links of a shard share."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=RECENT)
+
+    def learn(self, seconds: float) -> None:
+        """A silence that ended."""
+        self._recent.append(seconds)
+
+    @property
+    def seconds(self) -> float:
+        """How long a next shard with a replica may be silent."""
+        if len(self._recent) < FEW:
+            return FIRST_SECONDS
+        usual = sorted(self._recent)[len(self._recent) * 9 // 10]
+        return min(max(LEAST_SECONDS, FACTOR * usual), MOST_SECONDS)
