@@ -27,6 +27,11 @@ class Neighbours:
                 return shard.address
         raise Unavailable(f"shard {name} is not in the cluster", shard=name)
 
+    def has_replica(self, name: str) -> bool:
+        """Whether another shard holds the same layers."""
+        held = [(shard.role, shard.layers) for shard in self._cluster.shards if shard.name == name]
+        return sum((shard.role, shard.layers) in held for shard in self._cluster.shards) > 1
+
     def check_chain(self, route: str, chain: Sequence[str], field: str = "chain") -> None:
         """Raises InvalidRequest unless `chain` names one shard for every stage of the route after this shard."""
         stages, known = self._stages_after(route), [shard.name for shard in self._cluster.shards]

@@ -135,7 +135,7 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
 
         def open_links(identity: shard_pb2.ShardIdentity, on_event: Callable[[LinkEvent], None]) -> LinkClient:
             sent = metrics.link_bytes_sent.inc
-            links = LinkClient(identity, on_event, sent, neighbours.address_of, connect)
+            links = LinkClient(identity, on_event, sent, neighbours.address_of, connect, neighbours.has_replica)
             stack.push_async_callback(links.aclose)
             return links
 

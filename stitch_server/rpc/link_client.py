@@ -1,7 +1,9 @@
-"""This shard's links to the next shards: opened with the first step for a shard, dropped when they break.
+"""This shard's links to the next shards: opened with the first step for a shard, dropped when they break or are silent.
 
 In: steps and session ends from the engine's thread. Out: `LinkEvent`s, which `on_event` puts into the engine's inbox.
-Invariant: after `send`, the engine receives the step's reply or the loss of its link.
+A next shard that is silent for too long is suspect: its link is ended, so that nothing it may still send counts, and it
+gets no sessions until a new link is welcomed. Invariant: after `send`, the engine receives the step's reply or the loss
+of its link.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 import grpc
@@ -19,11 +22,14 @@ from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.engine.types import LinkEvent, LinkLost, LinkReply, OutgoingStep
 from stitch_server.rpc.frames import reply_of, step_frames
 from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_welcome
+from stitch_server.rpc.silence import ALONE_SECONDS, OPENING_SECONDS, TICK_SECONDS, SilenceBound
 from stitch_server.rpc.tensors import pack
 
 log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 10.0
+# Between two attempts to open a link to a suspect.
+PROBE_SECONDS = 0.5
 
 
 class LinkClient:
@@ -36,11 +42,13 @@ class LinkClient:
         count_bytes: Callable[[int], None],
         address_of: Callable[[str], str],
         connect: Callable[[str, str], grpc.aio.Channel] | None = None,
+        has_replica: Callable[[str], bool] = lambda name: True,
     ) -> None:
         """`identity` is this shard's; `count_bytes` is called with the bytes of each step's hidden states.
 
         `address_of` gives a shard's address by its name; it is asked at every connect. `connect` opens a channel to a
-        shard at its address; None: without TLS.
+        shard at its address; None: without TLS. `has_replica` says whether another shard can take the sessions of that
+        one, which is then not waited for as long.
         """
         self._identity = identity
         self._on_event = on_event
@@ -49,8 +57,11 @@ class LinkClient:
         self._connect = connect or (lambda neighbour, address: open_channel(address))
         self._links: dict[str, _Link] = {}
         self._loop = asyncio.get_running_loop()
+        self._has_replica = has_replica
+        self._silence = SilenceBound()
         # Next shards that have been silent for too long.
         self.suspects: set[str] = set()
+        self._tasks = {self._loop.create_task(self._watch(), name="watch over the links")}
 
     def send(self, neighbour: str, step: OutgoingStep) -> None:
         """Queues a step for the next shard of that name.
@@ -69,14 +80,19 @@ class LinkClient:
 
     async def aclose(self) -> None:
         """Ends all links; the next shards free the sessions of these links."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for link in list(self._links.values()):
             await link.aclose()
 
     def _put(self, neighbour: str, frames: Sequence[shard_pb2.LinkRequest], urgent: bool) -> None:
         link = self._links.get(neighbour)
+        if link is None and neighbour in self.suspects:
+            self._on_event(LinkLost(neighbour, Unavailable(f"{neighbour} is suspect", shard=neighbour)))
+            return
         if link is None:
-            link = _Link(neighbour, self._channel, self._identity, self._on_event, self._on_lost)
-            self._links[neighbour] = link
+            link = self._links[neighbour] = self._open(neighbour)
         for frame in frames:
             link.put(frame, urgent)
 
@@ -90,10 +106,66 @@ class LinkClient:
         """A channel to the address that the shard has now. Raises Unavailable where the cluster has no such shard."""
         return self._connect(neighbour, self._address_of(neighbour))
 
-    def _on_lost(self, neighbour: str, error: StitchError) -> None:
-        log.warning("link to %s: %s", neighbour, error)
-        self._links.pop(neighbour, None)
-        self._on_event(LinkLost(neighbour, error))
+    def _open(self, neighbour: str) -> _Link:
+        return _Link(neighbour, self._channel, self._identity, self._on_event, self)
+
+    def on_heard(self, silent_seconds: float) -> None:
+        """A next shard has sent something after that time."""
+        self._silence.learn(silent_seconds)
+
+    def on_welcome(self, link: _Link) -> None:
+        """A link is open; to a suspect it is the one that is used from now on."""
+        if link.neighbour in self.suspects:
+            log.warning("%s answers again", link.neighbour)
+            self.suspects.discard(link.neighbour)
+            self._links[link.neighbour] = link
+
+    def on_lost(self, link: _Link, error: StitchError) -> None:
+        """A link has ended; one that only tried a suspect had no sessions."""
+        if self._links.get(link.neighbour) is link:
+            log.warning("link to %s: %s", link.neighbour, error)
+            del self._links[link.neighbour]
+            self._on_event(LinkLost(link.neighbour, error))
+
+    async def _watch(self) -> None:
+        """Counts the silence of each link, without the time in which this process did not run."""
+        before = time.monotonic()
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            now = time.monotonic()
+            passed, before = min(now - before, 2 * TICK_SECONDS), now
+            for link in list(self._links.values()):
+                link.silent_seconds += passed
+                if link.silent_seconds > self._longest_silence(link):
+                    self._suspect(link)
+
+    def _longest_silence(self, link: _Link) -> float:
+        if not self._has_replica(link.neighbour):
+            return ALONE_SECONDS
+        return self._silence.seconds if link.is_welcomed else OPENING_SECONDS
+
+    def _suspect(self, link: _Link) -> None:
+        """Ends a link with all that it holds, and tries to open another one."""
+        neighbour, silent = link.neighbour, f"{link.neighbour} has been silent for {link.silent_seconds:.1f} s"
+        log.warning("%s: it is suspect", silent)
+        self.suspects.add(neighbour)
+        del self._links[neighbour]
+        link.end()
+        self._on_event(LinkLost(neighbour, Unavailable(silent, shard=neighbour)))
+        probe = self._loop.create_task(self._probe(neighbour), name=f"probe of {neighbour}")
+        self._tasks.add(probe)
+        probe.add_done_callback(self._tasks.discard)
+
+    async def _probe(self, neighbour: str) -> None:
+        """Opens one link after the other to a suspect, until one is welcomed."""
+        while neighbour in self.suspects:
+            link = self._open(neighbour)
+            try:
+                await link.settled.wait()
+            except asyncio.CancelledError:
+                link.end()
+                raise
+            await asyncio.sleep(PROBE_SECONDS)
 
 
 class _Link:
@@ -105,13 +177,18 @@ class _Link:
         connect: Callable[[str], grpc.aio.Channel],
         identity: shard_pb2.ShardIdentity,
         on_event: Callable[[LinkEvent], None],
-        on_lost: Callable[[str, StitchError], None],
+        owner: LinkClient,
     ) -> None:
-        self._neighbour = neighbour
+        self.neighbour = neighbour
+        # Since the link was opened, or the next shard last sent something.
+        self.silent_seconds = 0.0
+        self.is_welcomed = False
+        # Set when the link is open, or has ended.
+        self.settled = asyncio.Event()
         self._connect = connect
         self._identity = identity
         self._on_event = on_event
-        self._on_lost = on_lost
+        self._owner = owner
         self._order = itertools.count()
         # Urgent frames first; within each class in order.
         self._outbox: asyncio.PriorityQueue[tuple[int, int, shard_pb2.LinkRequest]] = asyncio.PriorityQueue()
@@ -120,46 +197,67 @@ class _Link:
     def put(self, frame: shard_pb2.LinkRequest, urgent: bool) -> None:
         self._outbox.put_nowait((0 if urgent else 1, next(self._order), frame))
 
-    async def aclose(self) -> None:
+    def end(self) -> None:
+        """Ends the link without a report of its loss."""
         self._task.cancel()
+
+    async def aclose(self) -> None:
+        self.end()
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
         try:
-            async with self._connect(self._neighbour) as channel:
+            async with self._connect(self.neighbour) as channel:
                 await self._exchange(channel)
         except grpc.aio.AioRpcError as error:
-            self._on_lost(self._neighbour, self._as_loss(error))
+            self._lose(self._as_loss(error))
         except TimeoutError:
-            self._on_lost(self._neighbour, self._unavailable(f"did not answer in {HANDSHAKE_SECONDS:g} s"))
+            self._lose(self._unavailable(f"did not answer in {HANDSHAKE_SECONDS:g} s"))
         except StitchError as error:
-            self._on_lost(self._neighbour, error)
+            self._lose(error)
         except Exception as error:  # the sessions of this link must end, whatever broke it
-            log.exception("the link to %s broke", self._neighbour)
-            self._on_lost(self._neighbour, self._unavailable(f"is cut off by a defect: {error}"))
+            log.exception("the link to %s broke", self.neighbour)
+            self._lose(self._unavailable(f"is cut off by a defect: {error}"))
+
+    def _lose(self, error: StitchError) -> None:
+        self.settled.set()
+        self._owner.on_lost(self, error)
 
     async def _exchange(self, channel: grpc.aio.Channel) -> None:
         stub: shard_pb2_grpc.ShardAsyncStub = shard_pb2_grpc.ShardStub(channel)
         call = stub.Link(None)
-        hello = shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=self._identity, caller=self._neighbour)
+        hello = shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=self._identity, caller=self.neighbour)
         async with asyncio.timeout(HANDSHAKE_SECONDS):
             await call.write(shard_pb2.LinkRequest(hello=hello))
             answer = await call.read()
         if not isinstance(answer, shard_pb2.LinkResponse) or answer.WhichOneof("frame") != "welcome":
-            raise Incompatible(f"{self._neighbour} answered the handshake with {answer!r:.80}")
-        if (found := answer.welcome.identity.shard) != self._neighbour:
+            raise Incompatible(f"{self.neighbour} answered the handshake with {answer!r:.80}")
+        if (found := answer.welcome.identity.shard) != self.neighbour:
             raise self._unavailable(f"is not at its address, where shard {shown(found)} answers")
         check_welcome(answer.welcome, self._identity)
+        self._welcome()
         writer = asyncio.create_task(self._write(call))
         try:
             while isinstance(message := await call.read(), shard_pb2.LinkResponse):
-                if message.WhichOneof("frame") != "reply":
-                    raise Incompatible(f"{self._neighbour} sent no reply in the middle of a link")
-                self._on_event(LinkReply(self._neighbour, reply_of(message.reply)))
+                self._hear()
+                if message.HasField("reply"):
+                    self._on_event(LinkReply(self.neighbour, reply_of(message.reply)))
+                elif not message.HasField("heartbeat"):
+                    raise Incompatible(f"{self.neighbour} sent no reply in the middle of a link")
         finally:
             writer.cancel()
         # A stream that ended with an error status raised it above.
         raise self._unavailable(f"ended the link: {await call.details()}")
+
+    def _welcome(self) -> None:
+        self.is_welcomed, self.silent_seconds = True, 0.0
+        self.settled.set()
+        self._owner.on_welcome(self)
+
+    def _hear(self) -> None:
+        if self.silent_seconds:
+            self._owner.on_heard(self.silent_seconds)
+            self.silent_seconds = 0.0
 
     async def _write(self, call: grpc.aio.StreamStreamCall[shard_pb2.LinkRequest, shard_pb2.LinkResponse]) -> None:
         while True:
@@ -177,8 +275,8 @@ class _Link:
         if has_details(error):
             return self._unavailable(f"is gone: {error.details()}")
         # gRPC's own words have the shard's address, which is nothing for a client.
-        log.warning("link to %s: %s", self._neighbour, error.details())
+        log.warning("link to %s: %s", self.neighbour, error.details())
         return self._unavailable(f"is gone: {error.code().name}")
 
     def _unavailable(self, reason: str) -> Unavailable:
-        return Unavailable(f"{self._neighbour} {reason}", shard=self._neighbour)
+        return Unavailable(f"{self.neighbour} {reason}", shard=self.neighbour)

@@ -1,7 +1,8 @@
 """The receiving end of one link: frames of an upstream shard to the engine, replies of the engine back.
 
 In: decoded frames, after the handshake. Out: steps and session ends as commands for the engine, in the order of the
-frames; reply frames; and heartbeats, as long as the engine isn't stuck in a pass. Invariant: when the stream ends, for whatever reason, all of its sessions are freed.
+frames; reply frames; and heartbeats, as long as the engine isn't stuck in a pass. Invariant: when the stream ends, for
+whatever reason, all of its sessions are freed.
 """
 
 from __future__ import annotations

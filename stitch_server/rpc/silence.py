@@ -20,7 +20,7 @@ FEW, RECENT = 8, 128
 # For a next shard without a replica: to wait for it is all that can be done.
 ALONE_SECONDS = 10.0
 # From the opening of a link to its welcome.
-HANDSHAKE_SECONDS = 2.0
+OPENING_SECONDS = 2.0
 
 
 class SilenceBound:

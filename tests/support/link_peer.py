@@ -37,8 +37,10 @@ class LinkPeer:
             await self.call.write(shard_pb2.LinkRequest(**frame))
 
     async def receive(self) -> shard_pb2.LinkResponse:
-        """The next frame. Raises grpc.aio.AioRpcError where the link has ended with an error."""
+        """The next frame but heartbeats. Raises grpc.aio.AioRpcError where the link has ended with an error."""
         response = await self.call.read()
+        while isinstance(response, shard_pb2.LinkResponse) and response.HasField("heartbeat"):
+            response = await self.call.read()
         if not isinstance(response, shard_pb2.LinkResponse):
             raise EOFError(f"the link has ended: {await self.call.code()}")
         return response

@@ -119,6 +119,10 @@ class WeightlessShard:
         return stage
 
     @property
+    def suspects(self) -> list[str]:
+        return []
+
+    @property
     def running_sessions(self) -> int:
         return self.stage.running_sessions
 
