@@ -27,11 +27,13 @@ from stitch_server.engine.types import (
 from stitch_server.rpc import link_client as links_module
 from stitch_server.rpc.frames import reply_frame
 from stitch_server.rpc.link_client import LinkClient
-from tests.support.engine_fakes import WIDTH, new_request
+from stitch_server.rpc.silence import ALONE_SECONDS, FIRST_SECONDS
+from tests.support.engine_fakes import WIDTH, ManualClock, new_request
 from tests.support.waiting import eventually
 from tests.support.weightless_shard import new_identity
 
 # What grpc reads after the last message; its stubs lack it.
+BEAT = shard_pb2.LinkResponse(heartbeat=shard_pb2.Heartbeat())
 END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 
@@ -112,6 +114,13 @@ class LinkClientHarness:
         self.send(1)
         await eventually(lambda: self.calls and self.calls[-1].steps)
         return self.calls[-1]
+
+    async def be_silent(self, seconds: float, neighbour: str = "top-0") -> None:
+        """The next shard has sent nothing for that time, and the watch over the links has seen it."""
+        link = self.links._links[neighbour]
+        link.silent_seconds += seconds
+        before = link.silent_seconds
+        await eventually(lambda: link.silent_seconds > before or self.links.suspects)
 
     async def loss(self) -> StitchError:
         await eventually(lambda: self.losses)
@@ -278,3 +287,70 @@ async def test_closed_client_reports_no_loss(harness: LinkClientHarness) -> None
     await harness.connected()
     await harness.links.aclose()
     assert harness.losses == []
+
+
+class TestSilence:
+    """A next shard that sends nothing is suspect until a new link to it is welcomed."""
+
+    @pytest.fixture(autouse=True)
+    def soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(links_module, "TICK_SECONDS", 0.001)
+        monkeypatch.setattr(links_module, "PROBE_SECONDS", 0.001)
+
+    async def test_silent_next_shard_is_suspect_and_loses_its_link(self, harness: LinkClientHarness) -> None:
+        await harness.connected()
+        harness.welcome = BEAT
+        await harness.be_silent(FIRST_SECONDS)
+        error = await harness.loss()
+        assert isinstance(error, Unavailable)
+        assert error.shard == "top-0"
+        assert str(error).startswith("top-0 has been silent for 2.0 s")
+        assert harness.links.suspects == {"top-0"}
+
+    async def test_heartbeat_ends_silence(self, harness: LinkClientHarness) -> None:
+        call = await harness.connected()
+        await harness.be_silent(FIRST_SECONDS / 2)
+        call.say(BEAT)
+        await eventually(lambda: harness.links._links["top-0"].silent_seconds < FIRST_SECONDS / 2)
+        await harness.be_silent(FIRST_SECONDS / 2)
+        assert (harness.events, harness.links.suspects) == ([], set())
+
+    async def test_suspect_gets_no_step(self, harness: LinkClientHarness) -> None:
+        await harness.connected()
+        harness.welcome = BEAT
+        await harness.be_silent(FIRST_SECONDS)
+        await harness.loss()
+        harness.send(2)
+        await eventually(lambda: len(harness.losses) == 2)
+        assert str(harness.losses[1].error) == "top-0 is suspect"
+
+    async def test_welcome_of_new_link_ends_suspicion(self, harness: LinkClientHarness) -> None:
+        old = await harness.connected()
+        await harness.be_silent(FIRST_SECONDS)
+        await eventually(lambda: not harness.links.suspects and "top-0" in harness.links._links)
+        old.say(reply_frame(StepReply(1)))
+        harness.send(2)
+        await eventually(lambda: harness.calls[-1].steps == [2])
+        assert harness.calls[-1] is not old
+        # The reply came over a link that no longer counts.
+        assert [type(event) for event in harness.events] == [LinkLost]
+
+    async def test_next_shard_without_replica_is_waited_for_longer(self, harness: LinkClientHarness) -> None:
+        harness.links._has_replica = lambda name: False
+        await harness.connected()
+        await harness.be_silent(FIRST_SECONDS)
+        assert harness.links.suspects == set()
+        await harness.be_silent(ALONE_SECONDS)
+        await harness.loss()
+
+    async def test_time_in_which_this_process_is_stopped_does_not_count(
+        self, harness: LinkClientHarness, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await harness.connected()
+        clock = ManualClock()
+        monkeypatch.setattr(links_module, "time", SimpleNamespace(monotonic=clock))
+        link = harness.links._links["top-0"]
+        clock.advance(60.0)
+        await eventually(lambda: link.silent_seconds > 0)
+        await asyncio.sleep(0.01)
+        assert link.silent_seconds < 1.0
