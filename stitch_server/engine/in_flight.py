@@ -106,8 +106,9 @@ class _Window:
 
     def age_at(self, now: float) -> float:
         """Seconds for which steps have been waiting without any answer; 0 where none waits."""
-        oldest = next(iter(self.steps.values()), None)
-        return 0.0 if oldest is None else now - max(oldest.sent_at, self.answered_at)
+        # A copy, since metrics are read in another thread.
+        steps = list(self.steps.values())
+        return now - max(steps[0].sent_at, self.answered_at) if steps else 0.0
 
 
 class StepsInFlight:

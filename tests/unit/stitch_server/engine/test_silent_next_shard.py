@@ -185,11 +185,11 @@ def test_failure_downstream_names_shard() -> None:
     harness = FirstStageHarness()
     request, outputs = harness.admit()
     cause = shard_pb2.FAILURE_CAUSE_UNAVAILABLE
-    failure = SessionFailure(request.id, 0, cause, "top-1 is silent", "top-1")
+    failure = SessionFailure(request.id, 0, cause, "it is silent", "top-0")
     harness.answer(StepReply(harness.compute().number, failures=(failure,)))
     error = error_of(outputs)
     assert isinstance(error, Unavailable)
-    assert (error.shard, str(error)) == ("top-1", "top-1 is silent")
+    assert (error.shard, str(error)) == ("top-0", "it is silent")
 
 
 class TestMiddle:
