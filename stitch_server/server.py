@@ -31,8 +31,8 @@ from stitch_server.build import load_stage
 from stitch_server.config import ShardSettings
 from stitch_server.devices import pick_device
 from stitch_server.engine.loop import Engine
+from stitch_server.engine.pass_age import TICK_SECONDS, PassAge
 from stitch_server.engine.types import LinkEvent
-from stitch_server.engine.watch import TICK_SECONDS, PassWatch
 from stitch_server.metrics import Metrics, StepLog
 from stitch_server.neighbours import Neighbours
 from stitch_server.rpc.link_client import LinkClient
@@ -76,11 +76,11 @@ async def serve(settings: ShardSettings) -> None:
         await signals.drained(running.drain(settings.drain_seconds))
 
 
-async def end_when_stuck(watch: PassWatch, end: Callable[[int], None] = os._exit) -> None:
+async def end_when_stuck(pass_age: PassAge, end: Callable[[int], None] = os._exit) -> None:
     """Ends the process at once when a pass of its engine is stuck: no thread of it can be stopped any more."""
-    while not watch.is_stuck:
+    while not pass_age.is_stuck:
         await asyncio.sleep(TICK_SECONDS)
-        watch.tick()
+        pass_age.tick()
     log.critical("the engine is stuck in a pass: this process ends")
     end(STUCK_EXIT_CODE)
 
@@ -148,7 +148,7 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
         server, port = await _listening(shard, health, settings, certificates)
         stack.push_async_callback(server.stop, None)
         observed = observe_event_loop(metrics.event_loop_delay, metrics.event_loop_tasks)
-        watched = end_when_stuck(shard.engine.watch)
+        watched = end_when_stuck(shard.engine.pass_age)
         following = [] if certificates is None else [certificates.follow()]
         await stack.enter_async_context(background_tasks(observed, watched, *following))
         yield RunningShard(port, metrics_port, shard, health)

@@ -17,8 +17,8 @@ from typing import Protocol
 
 from stitch_server.devices import is_device_fault
 from stitch_server.engine.in_flight import BatchSource
+from stitch_server.engine.pass_age import PassAge
 from stitch_server.engine.types import Batch, LinkEvent, LinkLost, LinkReply, StepOutput
-from stitch_server.engine.watch import PassWatch
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Engine:
         self._runner = runner
         self._inbox = inbox
         self._observe = observe
-        self.watch = PassWatch()
+        self.pass_age = PassAge()
         # Since the last pass that succeeded.
         self._failed_prompts: set[tuple[int, ...]] = set()
         # Done when the thread ends; holds the exception that broke the loop, if one did.
@@ -70,11 +70,11 @@ class Engine:
         batch = self._source.next_batch()
         if batch is None:
             return False
-        self.watch.begin()
+        self.pass_age.begin()
         try:
             self._compute(batch)
         finally:
-            self.watch.end()
+            self.pass_age.end()
         return True
 
     def _compute(self, batch: Batch) -> None:

@@ -61,7 +61,7 @@ class LinkClient:
         self._silence = SilenceBound()
         # Next shards that have been silent for too long.
         self.suspects: set[str] = set()
-        self._tasks = {self._loop.create_task(self._watch(), name="watch over the links")}
+        self._tasks = {self._loop.create_task(self._count_silence(), name="silence of the links")}
 
     def send(self, neighbour: str, step: OutgoingStep) -> None:
         """Queues a step for the next shard of that name.
@@ -127,7 +127,7 @@ class LinkClient:
             del self._links[link.neighbour]
             self._on_event(LinkLost(link.neighbour, error))
 
-    async def _watch(self) -> None:
+    async def _count_silence(self) -> None:
         """Counts the silence of each link, without the time in which this process did not run."""
         before = time.monotonic()
         while True:

@@ -71,7 +71,7 @@ class UpstreamLink:
         """Shows the upstream shard that this process runs; replies that wait show it as well."""
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
-            if self._outbox.empty() and not self._engine.watch.is_overdue:
+            if self._outbox.empty() and not self._engine.pass_age.is_overdue:
                 self._outbox.put_nowait(_HEARTBEAT)
 
     async def _read(self, requests: AsyncIterator[shard_pb2.LinkRequest]) -> None:

@@ -116,7 +116,7 @@ class LinkClientHarness:
         return self.calls[-1]
 
     async def be_silent(self, seconds: float, neighbour: str = "top-0") -> None:
-        """The next shard has sent nothing for that time, and the watch over the links has seen it."""
+        """The next shard has sent nothing for that time, and the silence of the links has seen it."""
         link = self.links._links[neighbour]
         link.silent_seconds += seconds
         before = link.silent_seconds

@@ -19,8 +19,8 @@ STUCK_SECONDS, STUCK_FACTOR = 120.0, 50.0
 
 
 @dataclass(slots=True)
-class PassWatch:
-    """Watches the passes of one engine."""
+class PassAge:
+    """How long the passes of one engine take."""
 
     clock: Callable[[], float] = time.monotonic
     # Set in the engine's thread: how many passes have ended, and whether one runs.
