@@ -30,6 +30,18 @@ class ModelConfig(Settings):
 
     id: str
     source: str
+    # What the source must be when it is imported: SHA-256 of a GGUF file in hex, or the commit of a hub id.
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    commit: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
+
+    @property
+    def pinned_source(self) -> str:
+        """The source as `stitch-server import` takes it."""
+        return self.pinned(self.source)
+
+    def pinned(self, source: str) -> str:
+        """A form of the source together with what it must be."""
+        return f"{source}{f'#sha256={self.sha256}' if self.sha256 else ''}{f'@{self.commit}' if self.commit else ''}"
 
 
 class PairConfig(Settings):
@@ -250,9 +262,9 @@ class ClusterConfig(Settings):
 
     def model_source(self, role: Role) -> str:
         """The source of that model; a path is relative to the cluster file."""
-        source = (self.models.bottom if role == "bottom" else self.models.top).source
-        path = self.folder / source
-        return str(path) if path.exists() else source
+        model = self.models.bottom if role == "bottom" else self.models.top
+        path = self.folder / model.source
+        return model.pinned(str(path) if path.exists() else model.source)
 
     def stitch_file(self, route: RouteConfig) -> Path | None:
         """The path of the route's stitch; None where it has none."""

@@ -157,7 +157,9 @@ def import_models(cluster: ClusterConfig, imported: Callable[[str, str], None]) 
 
     Calls `imported` with each model's id and folder. Raises Unavailable where an import fails.
     """
-    for source, name in {model.source: model.id for model in (cluster.models.bottom, cluster.models.top)}.items():
+    for source, name in {
+        model.pinned_source: model.id for model in (cluster.models.bottom, cluster.models.top)
+    }.items():
         command = [sys.executable, "-m", "stitch_server.cli", "import", source]
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if result.returncode != 0:

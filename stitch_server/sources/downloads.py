@@ -24,21 +24,25 @@ from stitch_server.sources import Progress
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab.json"]
 # Formats of other runtimes that some repositories keep in subfolders.
 HUB_IGNORED = ["*/*", "consolidated*"]
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(@(?P<commit>[0-9a-f]{40}))?")
 WHEEL_PREFIX = "pypi:"
 _WHEEL_MEMBER = re.compile(r"pypi:(?P<requirement>[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+)/(?P<member>.+\.gguf)")
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether the source has the form of a hub id."""
+    """Whether the source has the form of a hub id, with or without a commit."""
     return _HUB_ID.fullmatch(source) is not None
 
 
 def download_from_hub(hub_id: str, progress: Progress) -> Path:
-    """Returns the model's folder in the hub's own cache. Raises Unavailable if the download fails."""
+    """Returns the model's folder in the hub's own cache, of the latest commit where the id has none.
+
+    Raises Unavailable if the download fails.
+    """
     progress(f"downloading {hub_id}", 0.0)
+    name, _, commit = hub_id.partition("@")
     try:
-        folder = snapshot_download(hub_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
+        folder = snapshot_download(name, revision=commit or None, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise Unavailable(f"{hub_id} is no local folder, and the hub did not give it: {error}") from error
     progress(f"downloading {hub_id}", 1.0)

