@@ -16,7 +16,7 @@ import stitch.cli.main
 import stitch_server.cli
 import stitch_training.cli
 from router_gateway.admission.tenants import Tenant
-from stitch.cluster import BatchingConfig, ComputeConfig, GatewayConfig
+from stitch.cluster import BatchingConfig, ComputeConfig, GatewayConfig, PairConfig
 from stitch.settings import Settings
 from stitch.tls import TlsFiles
 from tests.support.fake_gateway import FakeGateway, serving
@@ -31,6 +31,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "stitch-train": stitch_training.cli.build_parser,
 }
 SECTIONS: dict[str, type[Settings]] = {
+    "models": PairConfig,
     "compute": ComputeConfig,
     "batching": BatchingConfig,
     "gateway": GatewayConfig,
