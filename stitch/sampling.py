@@ -64,6 +64,11 @@ class Sampling:
         """Whether earlier tokens change the logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    @property
+    def filters(self) -> bool:
+        """Whether unlikely tokens are never sampled."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
     @classmethod
     def from_proto(cls, message: inference_pb2.Sampling) -> Sampling:
         """The parameters of a message, with the default for each field that is not set.

@@ -18,7 +18,7 @@ from router_gateway.shards.ejection import EjectionPolicy
 from router_gateway.shards.placement import Placement
 from router_gateway.shards.progress import ProgressMonitor
 from router_gateway.shards.replica import Replica
-from stitch.errors import Draining, Exhausted, Expired, Incompatible, OutOfStep, StitchError, Unavailable
+from stitch.errors import Draining, Exhausted, Expired, Forbidden, Incompatible, OutOfStep, StitchError, Unavailable
 from stitch.process import background_tasks
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2
@@ -451,3 +451,120 @@ class TestDraining:
             with pytest.raises(Unavailable, match="no chain of route strong"):
                 await stream.all()
             assert len(bottom.requests) == 1
+
+
+class TestReasons:
+    """An error says which shard failed, or only that one did."""
+
+    async def test_only_the_named_shard_is_avoided(self) -> None:
+        first, second = bottoms(2)
+        above = [FakeShard("top-0", "top"), FakeShard("top-1", "top")]
+        first.free_kv_tokens += 1
+        above[0].free_kv_tokens += 1
+        first.faults[2] = raises(Unavailable("top-0 is gone", shard="top-0"))
+        async with streaming(first, second, *above) as stream:
+            assert ids(await stream.all()) == [*SCRIPT, END_TOKEN]
+            assert [list(request.chain) for request in first.requests] == [["top-0"], ["top-1"]]
+            assert not second.requests
+            avoided = {name: stream.replica(name).avoided for name in ("bottom-0", "bottom-1", "top-0", "top-1")}
+            assert [name for name, is_avoided in avoided.items() if is_avoided] == ["top-0"]
+
+    async def test_replica_whose_sessions_all_fail_gets_no_more(self) -> None:
+        first, second = bottoms(2)
+        first.free_kv_tokens += 1
+        async with streaming(first, second, top()) as stream:
+            for _ in range(5):
+                first.faults[0] = raises(Unavailable("this shard failed to compute a step"))
+                assert ids(await stream.all()) == [*SCRIPT, END_TOKEN]
+            assert (len(first.requests), len(second.requests)) == (3, 5)
+
+    async def test_only_replica_gets_sessions_although_they_fail(self) -> None:
+        [bottom] = bottoms(1)
+        async with streaming(bottom, top()) as stream:
+            for _ in range(4):
+                bottom.faults[0] = raises(Unavailable("this shard failed to compute a step"))
+                assert ids(await stream.all()) == [*SCRIPT, END_TOKEN]
+            assert len(bottom.requests) == 8
+
+    async def test_shard_that_refuses_the_gateway_is_named_in_the_log_alone(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        [bottom] = bottoms(1)
+        bottom.faults[0] = raises(Forbidden("bottom-0 takes no laptop"))
+        async with streaming(bottom, top(), max_failures=0) as stream:
+            with pytest.raises(Unavailable) as caught:
+                await stream.all()
+        assert str(caught.value).endswith("after 0 tokens: a shard refuses the gateway")
+        assert "shard bottom-0 refuses a session: PERMISSION_DENIED: bottom-0 takes no laptop" in caplog.text
+
+    async def test_shards_that_do_not_fit_are_named_to_the_client_where_no_other_chain_is(self) -> None:
+        [bottom] = bottoms(1)
+        bottom.faults[0] = raises(Incompatible("the tokenizer of bottom-0 is a, that of top-0 is b"))
+        async with streaming(bottom, top(), max_failures=0) as stream:
+            with pytest.raises(Incompatible, match="the tokenizer of bottom-0 is a"):
+                await stream.all()
+
+
+class TestRoom:
+    async def test_new_request_is_tried_on_another_chain(self) -> None:
+        first, second = bottoms(2)
+        first.free_kv_tokens += 1
+        first.faults[0] = raises(Exhausted("no room", 2.5))
+        async with streaming(first, second, top(), max_failures=0) as stream:
+            assert ids(await stream.all()) == [*SCRIPT, END_TOKEN]
+            assert stream.replays == {}
+            assert not stream.replica("bottom-0").avoided
+
+    async def test_new_request_is_refused_after_one_try_of_each_chain(self) -> None:
+        shards = bottoms(3)
+        for shard in shards:
+            shard.faults[0] = raises(Exhausted("no room", 2.5))
+        async with streaming(*shards, top()) as stream:
+            with pytest.raises(Exhausted, match="no room"):
+                await stream.all()
+        assert [len(shard.requests) for shard in shards] == [1, 1, 1]
+
+    async def test_kv_is_reserved_until_the_answer_ends(self) -> None:
+        [bottom] = bottoms(1)
+        hold = asyncio.Event()
+        bottom.faults[2] = waits_for(hold)
+        async with streaming(bottom, top()) as stream:
+            answer = asyncio.create_task(stream.all(stream_input(max_tokens=50)))
+            await eventually(lambda: not bottom.faults)
+            assert stream.replica("top-0").load.free_tokens == 10_000 - len(PROMPT) - 50
+            hold.set()
+            await answer
+            assert stream.replica("top-0").load.free_tokens == 10_000
+
+
+class TestSameComputation:
+    async def test_answer_does_not_continue_on_shards_that_compute_something_else(self) -> None:
+        first, second = bottoms(2)
+        above = top()
+        hold = asyncio.Event()
+        first.faults[2] = waits_for(hold)
+        second.quantization = "int8"
+        async with streaming(first, second, above, wait_seconds=0.0) as stream:
+            answer = asyncio.create_task(stream.all())
+            await eventually(lambda: not first.faults)
+            # The others change to int8 as well, and the first one goes.
+            above.quantization = "int8"
+            await first.stop()
+            await stream.refresh()
+            with pytest.raises(Unavailable, match="after 2 tokens"):
+                await answer
+            assert ids(await stream.all()) == [*SCRIPT, END_TOKEN]
+            assert len(second.requests) == 1
+
+    async def test_request_without_tokens_takes_what_the_shards_compute_now(self) -> None:
+        first, second = bottoms(2)
+        above = top()
+        first.faults[0] = waits_for(asyncio.Event())
+        second.quantization = "int8"
+        async with streaming(first, second, above) as stream:
+            answer = asyncio.create_task(stream.all())
+            await eventually(lambda: not first.faults)
+            above.quantization = "int8"
+            await first.stop()
+            await stream.refresh()
+            assert ids(await answer) == [*SCRIPT, END_TOKEN]

@@ -9,9 +9,11 @@ import pytest
 from router_gateway.tokenization import source as vocabulary_source
 from router_gateway.tokenization.source import VocabularySource, fetch_files, first_shard_names
 from stitch.errors import Incompatible, Unavailable
+from stitch.process import background_tasks
 from tests.support.byte_tokenizer import tokenizer_files, tokens
 from tests.support.fake_shard import FakeShard
 from tests.support.registries import registry_of
+from tests.support.waiting import eventually
 
 
 async def test_fetch_files_returns_every_file_complete() -> None:
@@ -64,3 +66,31 @@ async def test_fetch_files_limits_names_and_bytes(monkeypatch: pytest.MonkeyPatc
         greedy.files = {"weights.bin": b"x"}
         with pytest.raises(Incompatible, match=r"weights\.bin"):
             await fetch_files(replica)
+
+
+async def test_tokenizer_that_the_shards_change_is_loaded_again(caplog: pytest.LogCaptureFixture) -> None:
+    bottom, top = FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")
+    async with registry_of(bottom, top) as (_, registry):
+        await registry.refresh()
+        source = VocabularySource(registry, [registry.replicas["bottom-0"]])
+        async with background_tasks(source.follow(pause_seconds=0.01)):
+            await eventually(lambda: source.is_current)
+            before = source.require()
+            bottom.tokenizer = top.tokenizer = "other"
+            await registry.refresh()
+            with pytest.raises(Unavailable, match="the tokenizer that the shards have changed to"):
+                source.require()
+            await eventually(lambda: source.is_current)
+            assert source.require() is not before
+    assert "the shards have changed their tokenizer: loaded that of bottom-0" in caplog.text
+
+
+async def test_tokenizer_of_a_shard_that_differs_from_the_others_is_not_loaded() -> None:
+    other = FakeShard("bottom-0", "bottom")
+    other.tokenizer = "other"
+    other.files = {"tokenizer.json": b"{}"}
+    async with registry_of(other, FakeShard("bottom-1", "bottom"), FakeShard("top-0", "top")) as (cluster, registry):
+        await registry.refresh()
+        source = VocabularySource(registry, [registry.replicas[name] for name in first_shard_names(cluster)])
+        await source.load(pause_seconds=0.0)
+        assert source.is_current

@@ -187,6 +187,38 @@ class TestDraw:
             tolerance = 4 * (probability * (1 - probability) * draws) ** 0.5
             assert abs(counts[token] - probability * draws) < tolerance
 
+    def test_follows_the_distribution_in_its_tail(self) -> None:
+        # A quarter of the probability is in a thousand tokens, each of which is drawn once in 4,000 times.
+        row = torch.cat([torch.tensor([0.75]), torch.full((1000,), 0.25 / 1000)]).log()[None]
+        draws = 4000
+        drawn = [sample(row, [request(temperature=1.0, position=at)])[0].id for at in range(draws)]
+        tail = [token for token in drawn if token]
+        assert abs(len(tail) - draws / 4) < 4 * (draws * 3 / 16) ** 0.5
+        # A thousand draws of a thousand tokens leave out a share of 1/e.
+        assert 560 < len(set(tail)) < 700
+        assert abs(sum(tail) / len(tail) - 500.5) < 40
+
+    def test_noise_in_the_last_digits_of_the_logits_moves_no_draw(self) -> None:
+        # In a running sum the draws of a hundred of these tokens would move.
+        row = 3 * torch.randn(1, 20_000, generator=torch.Generator().manual_seed(1))
+        noisy = row * (1 + 1e-6 * torch.randn(row.shape, generator=torch.Generator().manual_seed(2)))
+        moved = [
+            at
+            for at in range(1000)
+            if sample(row, [request(temperature=1.0, position=at)])
+            != sample(noisy, [request(temperature=1.0, position=at)])
+        ]
+        assert len(moved) <= 1
+
+    @pytest.mark.parametrize("filters", [{"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.02}])
+    def test_filter_that_leaves_the_token_does_not_change_it(self, filters: dict[str, float]) -> None:
+        row = logits()
+        left = set(top_candidates(row[0], request(temperature=1.0, **filters).sampling)[1].tolist())
+        for at in range(100):
+            token = sample(row, [request(temperature=1.0, position=at)])
+            if token[0].id in left:
+                assert sample(row, [request(temperature=1.0, position=at, **filters)]) == token
+
     def test_never_draws_a_filtered_token(self) -> None:
         row = logits()
         wanted = request(temperature=3.0, top_k=8, top_p=0.9, min_p=0.05)

@@ -1,0 +1,85 @@
+"""Sessions over two replicas of each stage: they are spread evenly, and a stopped replica costs a pause."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from stitch.client import Answer, Client, Delta
+from tests.support.processes import GATEWAY, Cluster, running_cluster
+from tests.support.tiny_cluster import BOTTOM, TOP, write_tiny_cluster
+from tests.support.waiting import becomes_true
+
+BOTTOMS, TOPS = ("bottom-0", "bottom-1"), ("top-0", "top-1")
+SESSIONS = 40
+# One replica has room for ten sessions, and lets this many wait: together they have room for all, one hasn't.
+KV_TOKENS, MAX_WAITING = 2_560, 20
+FIELDS: dict[str, Any] = {"route": "weak", "max_tokens": 240, "ignore_eos": True, "temperature": 1.0, "seed": 3}
+START_SECONDS = 30.0
+# From the signal to the next token: the bound on silence, and a prefill on a machine that has other work.
+PAUSE_SECONDS = 4.0
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    file = write_tiny_cluster(
+        tmp_path_factory.mktemp("pair"),
+        name="two-replicas",
+        bottoms=[BOTTOM, BOTTOM],
+        tops=[TOP, TOP],
+        kv_tokens=KV_TOKENS,
+        max_waiting_sessions=MAX_WAITING,
+    )
+    with running_cluster(file, tmp_path_factory.mktemp("run")) as running:
+        yield running
+
+
+def sessions(cluster: Cluster, shard: str) -> int:
+    """Sessions that run or wait on the shard."""
+    return sum(int(cluster.metric(shard, f"stitch_sessions_{state}")) for state in ("running", "waiting"))
+
+
+@contextmanager
+def paused(cluster: Cluster, shard: str) -> Iterator[None]:
+    cluster.pause(shard)
+    try:
+        yield
+    finally:
+        cluster.resume(shard)
+
+
+def test_sessions_at_once_are_spread_evenly_and_none_is_refused(cluster: Cluster) -> None:
+    with ThreadPoolExecutor(SESSIONS) as threads, Client(cluster.gateway) as client:
+        answers = [threads.submit(client.generate, "stitch", **FIELDS) for _ in range(SESSIONS)]
+        assert becomes_true(lambda: sum(sessions(cluster, name) for name in BOTTOMS) == SESSIONS, START_SECONDS)
+        fewest, most = sorted(sessions(cluster, name) for name in BOTTOMS)
+        assert most <= 1.5 * fewest
+        # One request refused would raise Exhausted.
+        assert len({tuple(answer.result().token_ids) for answer in answers}) == 1
+
+
+@pytest.mark.parametrize("role", [BOTTOMS, TOPS], ids=["first", "last"])
+def test_stopped_replica_costs_a_pause(cluster: Cluster, role: tuple[str, str]) -> None:
+    expected = cluster.generate("stitch", **FIELDS)
+    before = cluster.metric(GATEWAY, "stitch_replays_total")
+    with Client(cluster.gateway) as client:
+        stream = client.stream("stitch", **FIELDS)
+        events = iter(stream)
+        while not isinstance(next(events), Delta):
+            pass
+        [used] = [name for name in role if sessions(cluster, name)]
+        with paused(cluster, used):
+            stopped, longest = time.monotonic(), 0.0
+            last = stopped
+            for _ in events:
+                now = time.monotonic()
+                longest, last = max(longest, now - last), now
+        answer: Answer = stream.answer
+    assert answer.token_ids == expected.token_ids
+    assert cluster.metric(GATEWAY, "stitch_replays_total") == before + 1
+    assert longest < PAUSE_SECONDS

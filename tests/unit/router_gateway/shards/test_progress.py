@@ -1,0 +1,182 @@
+"""Tests of the progress of streams: which are ended for a silent shard, and which replicas are ejected as slow."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from router_gateway.metrics import Metrics
+from router_gateway.shards.ejection import EjectionPolicy
+from router_gateway.shards.placement import PlacedSession, Placement
+from router_gateway.shards.progress import MIN_SAMPLES, ProgressMonitor
+from router_gateway.shards.registry import ShardRegistry
+from tests.support.fake_shard import FakeShard
+from tests.support.registries import QUICK, registry_of
+from tests.support.waiting import eventually
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Bench:
+    """Sessions on two replicas of each stage, by a clock that a test sets."""
+
+    registry: ShardRegistry
+    placement: Placement
+    monitor: ProgressMonitor
+    metrics: Metrics
+    clock: Clock
+
+    def place(self, first: str, *, other_than: str = "") -> PlacedSession:
+        """A session on the bottom replica `first`; with `other_than` not on that top replica."""
+        other = "bottom-0" if first == "bottom-1" else "bottom-1"
+        chain = self.placement.choose("strong", Counter({other: 1, other_than: 1}))
+        assert chain is not None
+        assert chain.names[0] == first
+        return self.placement.place(chain, 10, 100)
+
+    def check_at(self, now: float) -> None:
+        self.clock.now = now
+        self.monitor.check()
+
+    def ejections(self, cause: str) -> float | None:
+        return self.metrics.registry.get_sample_value("stitch_ejections_total", {"cause": cause})
+
+
+def shards() -> list[FakeShard]:
+    return [FakeShard(f"{role}-{index}", role) for role in ("bottom", "top") for index in range(2)]
+
+
+@asynccontextmanager
+async def bench_of(*fakes: FakeShard) -> AsyncIterator[Bench]:
+    metrics, clock = Metrics(["weak", "strong"], ["requested"]), Clock()
+    async with registry_of(*fakes, metrics=metrics, clock=clock) as (cluster, registry):
+        placement = Placement(cluster, registry)
+        await registry.refresh()
+        yield Bench(registry, placement, ProgressMonitor(placement, QUICK, EjectionPolicy()), metrics, clock)
+        for fake in fakes:
+            fake.answers_describe.set()
+
+
+async def stops(bench: Bench, fake: FakeShard) -> None:
+    """The shard says nothing any more, and its next poll has reached it."""
+    fake.answers_describe.clear()
+    polls = fake.polls
+    bench.registry.replicas[fake.name].start_poll()
+    await eventually(lambda: fake.polls > polls)
+
+
+async def test_stream_that_waits_for_a_silent_shard_is_ended() -> None:
+    fakes = shards()
+    async with bench_of(*fakes) as bench:
+        with bench.place("bottom-0") as session:
+            ended: list[bool] = []
+            session.cancel = lambda: ended.append(True)
+            bench.clock.now = 1.0
+            session.record(1)
+            await stops(bench, fakes[0])
+            bench.check_at(1.1)
+            assert not ended
+            bench.check_at(1.3)
+            bench.check_at(1.4)
+            assert ended == [True]
+            assert session.silent_shard == "bottom-0"
+            assert bench.registry.replicas["bottom-0"].avoided
+            assert bench.ejections("unreachable") == 1
+
+
+async def test_stream_that_gets_tokens_goes_on_whatever_polls_say() -> None:
+    fakes = shards()
+    async with bench_of(*fakes) as bench:
+        with bench.place("bottom-0") as session:
+            session.cancel = lambda: ended.append(True)
+            ended: list[bool] = []
+            await stops(bench, fakes[0])
+            for tenth in range(1, 20):
+                bench.clock.now = tenth / 10
+                session.record(1)
+                bench.check_at(bench.clock.now)
+            assert not ended
+            assert not bench.registry.replicas["bottom-0"].silent
+
+
+async def test_stream_without_tokens_goes_on_while_its_shards_answer_polls() -> None:
+    async with bench_of(*shards()) as bench:
+        with bench.place("bottom-0") as session:
+            ended: list[bool] = []
+            session.cancel = lambda: ended.append(True)
+            for second in range(1, 10):
+                bench.check_at(float(second))
+                await bench.registry.refresh()
+            assert not ended
+
+
+async def test_overdue_stream_has_all_its_shards_polled_at_once() -> None:
+    fakes = shards()
+    async with bench_of(*fakes) as bench:
+        with bench.place("bottom-0") as session:
+            before = {fake.name: fake.polls for fake in fakes}
+            bench.check_at(0.2)
+            polled = session.chain.names
+            await eventually(lambda: {fake.name for fake in fakes if fake.polls > before[fake.name]} == set(polled))
+
+
+async def test_stream_is_not_ended_where_no_replica_could_continue() -> None:
+    fakes = [FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")]
+    async with bench_of(*fakes) as bench:
+        with bench.place("bottom-0") as session:
+            ended: list[bool] = []
+            session.cancel = lambda: ended.append(True)
+            await stops(bench, fakes[0])
+            bench.check_at(0.5)
+            assert not ended
+            # By the system's clock the poll times out, and the shard is gone.
+            await eventually(lambda: not bench.registry.replicas["bottom-0"].serving)
+            bench.check_at(0.6)
+            assert ended == [True]
+
+
+async def test_new_sessions_prefer_replicas_that_answer_at_once() -> None:
+    fakes = shards()
+    async with bench_of(*fakes) as bench:
+        await stops(bench, fakes[0])
+        bench.clock.now = QUICK.doubt_seconds
+        chain = bench.placement.choose("strong", Counter())
+        assert chain is not None
+        assert chain.first.config.name == "bottom-1"
+        assert bench.ejections("unreachable") == 0
+
+
+async def test_replica_that_is_far_slower_than_its_peer_is_ejected() -> None:
+    async with bench_of(*shards()) as bench:
+        with bench.place("bottom-0", other_than="top-1") as quick, bench.place("bottom-1", other_than="top-1") as slow:
+            for step in range(1, 10 * MIN_SAMPLES + 20):
+                bench.clock.now = step * 0.02
+                quick.record(1)
+                if step % 10 == 0:
+                    slow.record(1)
+                bench.monitor.check()
+        assert bench.ejections("slow") == 1
+        assert bench.registry.replicas["bottom-1"].avoided
+        # Both streams pass it.
+        assert not bench.registry.replicas["top-0"].avoided
+
+
+async def test_only_replica_of_a_stage_is_not_slow() -> None:
+    async with bench_of(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as bench:
+        with bench.place("bottom-0") as session:
+            for second in range(1, 2 * MIN_SAMPLES):
+                bench.clock.now = float(second)
+                session.record(1)
+                bench.monitor.check()
+                await asyncio.sleep(0)
+        assert bench.ejections("slow") == 0
