@@ -33,6 +33,8 @@ class EjectionPolicy(Settings):
     slow_factor: float = Field(default=5.0, gt=1)
     # Below this time for a token no replica is slow.
     slow_token_seconds: float = Field(default=0.05, ge=0)
+    # A replica is ejected after it was slow for this long.
+    slow_seconds: float = Field(default=5.0, ge=0)
 
 
 class Ejection:

@@ -28,6 +28,8 @@ class MeanTokenTime:
     seconds: float = 0.0
     samples: int = 0
     at: float = 0.0
+    # Since when it is far above that of the replica's peers; None: it isn't.
+    slow_since: float | None = None
 
     def observe(self, seconds: float, now: float) -> None:
         self.samples += 1
@@ -101,7 +103,11 @@ class ProgressMonitor:
         for replica, time in times.items():
             peers = [times[one].seconds for one in self._placement.peers(replica) if one in times]
             limit = max(policy.slow_factor * median(peers), policy.slow_token_seconds) if peers else float("inf")
-            if time.seconds > limit:
+            if time.seconds <= limit:
+                time.slow_since = None
+                continue
+            time.slow_since = now if time.slow_since is None else time.slow_since
+            if now - time.slow_since >= policy.slow_seconds:
                 took = f"a token takes {time.seconds:.3f} s, on its peers {median(peers):.3f} s"
                 replica.ejection.eject("slow", took)
                 del self._token_times[replica]

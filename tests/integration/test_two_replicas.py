@@ -17,8 +17,8 @@ from tests.support.waiting import becomes_true
 
 BOTTOMS, TOPS = ("bottom-0", "bottom-1"), ("top-0", "top-1")
 SESSIONS = 40
-# One replica has room for ten sessions, and lets this many wait: together they have room for all, one hasn't.
-KV_TOKENS, MAX_WAITING = 2_560, 20
+# One replica has room for thirty sessions, and twenty may wait at once: both together have room for all.
+KV_TOKENS, MAX_WAITING = 8_192, 20
 FIELDS: dict[str, Any] = {"route": "weak", "max_tokens": 240, "ignore_eos": True, "temperature": 1.0, "seed": 3}
 START_SECONDS = 30.0
 # From the signal to the next token: the bound on silence, and a prefill on a machine that has other work.
