@@ -148,6 +148,7 @@ class Placement:
             route.name: [[registry.replicas[shard.name] for shard in stage] for stage in cluster.stages(route)]
             for route in cluster.routes
         }
+        self.replicas = tuple(registry.replicas.values())
         self.sessions: set[PlacedSession] = set()
 
     def choose(self, route: str, failures: Counter[str], tokens: int = 0, facts: Facts | None = None) -> Chain | None:
@@ -195,8 +196,7 @@ class Placement:
     def peers(self, replica: Replica) -> list[Replica]:
         """The other replicas of its stage."""
         stage = (replica.config.role, replica.config.layers)
-        others = self._registry.replicas.values()
-        return [one for one in others if one is not replica and (one.config.role, one.config.layers) == stage]
+        return [one for one in self.replicas if one is not replica and (one.config.role, one.config.layers) == stage]
 
     def reachable(self, route: RouteConfig) -> bool:
         """Whether every stage of the route has a replica that accepts requests."""

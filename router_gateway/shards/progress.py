@@ -55,8 +55,14 @@ class ProgressMonitor:
     def check(self) -> None:
         """Polls and ends what is overdue now, and ejects what is slow."""
         now, sessions = self._placement.clock(), list(self._placement.sessions)
+        heard_at: dict[Replica, float] = {}
         for session in sessions:
             self._observe(session, now)
+            # A token passes every shard of its chain.
+            for replica in session.chain.replicas if session.tokens else ():
+                heard_at[replica] = max(heard_at.get(replica, 0.0), session.last_at)
+        for replica in self._placement.replicas:
+            replica.check_silence(heard_at.get(replica, float("-inf")))
         for session in sessions:
             if now - session.last_at >= self._overdue_seconds(session):
                 self._check_shards(session, now)
@@ -71,8 +77,6 @@ class ProgressMonitor:
             return
         session.sampled = (session.tokens, session.last_at)
         for replica in session.chain.replicas:
-            # A token passes every shard of its chain.
-            replica.heard_at = max(replica.heard_at, session.last_at)
             if tokens:
                 time = self._token_times.setdefault(replica, MeanTokenTime())
                 time.observe((session.last_at - at) / (session.tokens - tokens), now)

@@ -33,7 +33,7 @@ class HealthPolicy(Settings):
     # A poll without an answer fails after this; a shard that says nothing for so long loses streams that wait for it.
     poll_timeout_seconds: float = Field(default=1.0, gt=0)
     # While a poll waits for longer than this, new sessions prefer other replicas.
-    doubt_seconds: float = Field(default=0.2, gt=0)
+    doubt_seconds: float = Field(default=0.3, gt=0)
     # A shard is gone after this many failed polls in a row.
     max_failed_polls: int = Field(default=3, ge=1)
     # A refused connection counts when a second try of this length fails, too; the shard is gone then.
@@ -72,8 +72,6 @@ class Replica:
         self.identity: shard_pb2.ShardIdentity | None = None
         self.load = ReplicaLoad()
         self.ejection = ejection
-        # When a message of any of its streams came last, by the gateway's clock.
-        self.heard_at = float("-inf")
         # When the latest poll was sent.
         self.polled_at = float("-inf")
         self._stub = shard_pb2_grpc.ShardStub(channel)
@@ -82,8 +80,11 @@ class Replica:
         self._changed = changed
         self._suspect = suspect
         self._failed_polls = 0
-        # When the earliest poll without an answer since was sent; None: the latest one is answered.
-        self._unanswered_since: float | None = None
+        # Whether a poll was sent after the last answer.
+        self._unanswered = False
+        self._silent_seconds = 0.0
+        # When the latest token came that it has a part in.
+        self._heard_at = float("-inf")
         self._polling: asyncio.Task[None] | None = None
         self._poll_error: grpc.StatusCode | None = None
 
@@ -95,19 +96,22 @@ class Replica:
     @property
     def avoided(self) -> bool:
         """Whether placement prefers other replicas."""
-        return self.ejection.avoided or self.silent_seconds >= self._policy.doubt_seconds
+        return self.ejection.avoided or self._silent_seconds >= self._policy.doubt_seconds
 
     @property
     def silent(self) -> bool:
         """Whether it neither answers a poll nor sends a token for the time of a poll."""
-        return self.silent_seconds >= self._policy.poll_timeout_seconds
+        return self._silent_seconds >= self._policy.poll_timeout_seconds
 
-    @property
-    def silent_seconds(self) -> float:
-        """Since when a poll waits and no message came; 0 where none waits."""
-        if self._unanswered_since is None:
-            return 0.0
-        return self._clock() - max(self._unanswered_since, self.heard_at)
+    def check_silence(self, heard_at: float) -> None:
+        """Called at a fixed interval: counts it as silent where a poll waits and no token came since the last call.
+
+        Calls are counted, not seconds: a gateway that is late itself finds nobody silent. `heard_at` is when the latest
+        token of its sessions came.
+        """
+        waits = self._unanswered and heard_at <= self._heard_at
+        self._silent_seconds = self._silent_seconds + self._policy.check_seconds if waits else 0.0
+        self._heard_at = max(self._heard_at, heard_at)
 
     async def poll(self) -> None:
         """Asks the shard for its state, or waits for the poll in progress; reports what changed."""
@@ -143,8 +147,7 @@ class Replica:
 
     async def _poll(self) -> None:
         placed, self.polled_at = self.load.placed(), self._clock()
-        if self._unanswered_since is None:
-            self._unanswered_since = self.polled_at
+        self._unanswered = True
         try:
             answer = await self._describe()
         except grpc.aio.AioRpcError as error:
@@ -168,7 +171,8 @@ class Replica:
             raise first from None
 
     def _poll_answered(self, answer: shard_pb2.ShardDescribeResponse, placed: Placed) -> None:
-        self._failed_polls, self._unanswered_since, self._poll_error = 0, None, None
+        self._failed_polls, self._poll_error = 0, None
+        self._unanswered, self._silent_seconds = False, 0.0
         self.load.reconcile(answer, placed)
         changed = self.identity != answer.identity
         self.identity = answer.identity
