@@ -17,6 +17,8 @@ from tests.support.waiting import becomes_true
 
 BOTTOMS, TOPS = ("bottom-0", "bottom-1"), ("top-0", "top-1")
 SESSIONS = 40
+# Sessions that the gateway lets run at once, before it knows the shards' speed.
+RUNNING = 32
 # One replica has room for thirty sessions, and twenty may wait at once: both together have room for all.
 KV_TOKENS, MAX_WAITING = 8_192, 20
 FIELDS: dict[str, Any] = {"route": "weak", "max_tokens": 240, "ignore_eos": True, "temperature": 1.0, "seed": 3}
@@ -56,9 +58,10 @@ def paused(cluster: Cluster, shard: str) -> Iterator[None]:
 def test_sessions_at_once_are_spread_evenly_and_none_is_refused(cluster: Cluster) -> None:
     with ThreadPoolExecutor(SESSIONS) as threads, Client(cluster.gateway) as client:
         answers = [threads.submit(client.generate, "stitch", **FIELDS) for _ in range(SESSIONS)]
-        assert becomes_true(lambda: sum(sessions(cluster, name) for name in BOTTOMS) == SESSIONS, START_SECONDS)
-        fewest, most = sorted(sessions(cluster, name) for name in BOTTOMS)
-        assert most <= 1.5 * fewest
+        assert becomes_true(lambda: sum(sessions(cluster, name) for name in BOTTOMS) >= RUNNING, START_SECONDS)
+        for stage in BOTTOMS, TOPS:
+            fewest, most = sorted(sessions(cluster, name) for name in stage)
+            assert most <= 1.5 * fewest
         # One request refused would raise Exhausted.
         assert len({tuple(answer.result().token_ids) for answer in answers}) == 1
 
