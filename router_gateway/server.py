@@ -94,6 +94,8 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
     routes = [route.name for route in cluster.routes]
     async with AsyncExitStack() as stack:
         metrics = Metrics(routes, REASON_KINDS)
+        if certificates is not None:
+            certificates.export(metrics.registry)
         serving = serving_metrics(metrics.registry, settings.metrics_address, certificates)
         metrics_port = await stack.enter_async_context(serving)
 

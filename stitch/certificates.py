@@ -20,6 +20,7 @@ import grpc
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from prometheus_client import CollectorRegistry, Gauge
 
 from stitch.access import CallerPolicy
 from stitch.channels import Options, open_channel
@@ -93,11 +94,17 @@ class Certificates:
         """Like `open_channel`, for the life of a process: when other files count, new calls take them."""
         return RotatingChannel(lambda: self.open_channel(shard, address), lambda: self.version)
 
+    def export(self, registry: CollectorRegistry) -> None:
+        """Adds the metric of when certificates expire, which is read at every scrape."""
+        name, about = "stitch_tls_certificate_expiry_timestamp_seconds", "When a file's first certificate expires."
+        expiry = Gauge(name, about, ["file"], registry=registry)
+        for field in DATED:
+            if getattr(self.current, field):
+                expiry.labels(field).set_function(partial(self.expiry, field))
+
     def expiry(self, field: str) -> float:
-        """When the first certificate of that file expires, in seconds of Unix time; NaN where the file isn't set."""
+        """When the first certificate of that file expires, in seconds of Unix time."""
         content: bytes = getattr(self.current, field)
-        if not content:
-            return float("nan")
         return min(one.not_valid_after_utc.timestamp() for one in x509.load_pem_x509_certificates(content))
 
     async def follow(self) -> None:

@@ -142,6 +142,8 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
         shard = build_shard(settings.cluster, settings.shard, loaded, device, open_links, metrics, neighbours, step_log)
         shard.engine.start()
         stack.push_async_callback(asyncio.to_thread, shard.engine.stop)
+        if certificates is not None:
+            certificates.export(metrics.registry)
         serving = serving_metrics(metrics.registry, settings.metrics_address, certificates)
         metrics_port = await stack.enter_async_context(serving)
         health = HealthServicer()

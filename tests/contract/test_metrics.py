@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from router_gateway.routing.drift import DRIFT_LIMIT
+from stitch.cluster import load_cluster
+from tests.support.certificates import write_certificates
 from tests.support.processes import Cluster, running_cluster
 from tests.support.tiny_cluster import write_tiny_cluster
 
@@ -32,6 +34,8 @@ Labels = dict[str, dict[str, set[str]]]
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Labels]:
     """Sample name to label to its values, over all processes of a cluster that has answered on both routes."""
     file = write_tiny_cluster(tmp_path_factory.mktemp("metrics-pair"))
+    files = write_certificates(load_cluster(str(file)), tmp_path_factory.mktemp("metrics-certificates"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tls": files}))
     with running_cluster(file, tmp_path_factory.mktemp("metrics-run")) as cluster:
         for route in ("weak", "strong", "auto"):
             cluster.generate("stitch", route=route, max_tokens=4, ignore_eos=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
+from prometheus_client import CollectorRegistry
 
 from stitch.certificates import Certificates, revocations
 from stitch.channels import listen, open_server
@@ -150,11 +150,12 @@ def test_revocations_are_serials_and_uris() -> None:
         revocations(b"bottom-0")
 
 
-def test_expiry_is_that_of_the_file(files: TlsFiles) -> None:
-    certificates = shard(files)
-    assert 0 < certificates.expiry("certificate") - time.time() <= DAY.total_seconds()
-    assert certificates.expiry("authority") > certificates.expiry("certificate")
-    assert math.isnan(certificates.expiry("public_certificate"))
+def test_metric_is_when_each_file_expires(files: TlsFiles) -> None:
+    certificates, registry = shard(files), CollectorRegistry()
+    certificates.export(registry)
+    samples = {one.labels["file"]: one.value for family in registry.collect() for one in family.samples}
+    assert set(samples) == {"authority", "certificate"}
+    assert 0 < samples["certificate"] - time.time() <= DAY.total_seconds() < samples["authority"] - time.time()
 
 
 async def test_new_calls_take_a_new_authority_and_running_ones_go_on(files: TlsFiles, tmp_path: Path) -> None:
