@@ -332,6 +332,7 @@ def _label(parsed: argparse.Namespace) -> int:
         authority=parsed.authority,
         proxy=parsed.proxy,
         key=gateway_key(parsed),
+        certificate=parsed.certificate,
         data=parsed.data,
         out=parsed.out,
         routes=tuple(parsed.routes.split(",")) if parsed.routes else (),

@@ -80,6 +80,8 @@ class ClusterRoutes:
     is_plain: bool
     # The tenant's key at the gateway; None: none is needed.
     key: str | None = field(default=None, repr=False)
+    # PEM file with this client's certificate and key; None: the gateway asks for none.
+    certificate: Path | None = None
 
     async def answer(self, prompt: str, route: str) -> str:
         """See `Routes`."""
@@ -152,12 +154,15 @@ class LabellingSettings:
     is_plain: bool
     # The tenant's key at the gateway; None: none is needed.
     key: str | None = field(default=None, repr=False)
+    # PEM file with this client's certificate and key; None: the gateway asks for none.
+    certificate: Path | None = None
 
 
 async def label_file(settings: LabellingSettings) -> LabellingProgress:
     """Labels the prompts of a file that the output doesn't have yet."""
     rows = remaining_rows(read_rows(settings.data), settings.out)
-    async with AsyncClient(settings.gateway, settings.authority, settings.proxy, settings.key) as client:
+    own = settings.key, settings.certificate
+    async with AsyncClient(settings.gateway, settings.authority, settings.proxy, *own) as client:
         names = settings.routes or [route.name for route in (await client.describe()).routes]
         routes = ClusterRoutes(client, settings.max_tokens, settings.is_plain)
         with open_for_append(settings.out) as out:

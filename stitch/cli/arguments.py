@@ -77,7 +77,7 @@ def add_gateway(verb: argparse.ArgumentParser) -> None:
 
 
 def add_connection(verb: argparse.ArgumentParser) -> None:
-    """The flags of how to reach the gateway: its authority, which must have signed its certificate, a proxy, a key."""
+    """The flags of how to reach the gateway: its authority, a proxy, and the client's own key or certificate."""
     verb.add_argument(
         "--authority", type=Path, metavar="FILE", help="connect by TLS and trust the authority in this PEM file"
     )
@@ -85,19 +85,20 @@ def add_connection(verb: argparse.ArgumentParser) -> None:
         "--proxy", action="store_true", help="connect through the HTTP proxy that $https_proxy or $http_proxy names"
     )
     verb.add_argument("--key", type=Path, metavar="FILE", help="a file with the tenant's key; default: $STITCH_KEY")
+    verb.add_argument("--certificate", type=Path, metavar="FILE", help="a PEM file with a client's certificate and key")
 
 
-def gateway_endpoint(parsed: argparse.Namespace) -> tuple[str, Path | None, bool, str | None]:
-    """What a client takes: address, authority, proxy and key, by default of the cluster that runs on this machine.
+def gateway_endpoint(parsed: argparse.Namespace) -> tuple[str, Path | None, bool, str | None, Path | None]:
+    """What a client takes: address, authority, proxy, key, certificate; by default of the cluster on this machine.
 
     Raises Unavailable where no cluster runs, InvalidRequest where the key's file can't be read.
     """
     if parsed.gateway:
-        return parsed.gateway, parsed.authority, parsed.proxy, gateway_key(parsed)
+        return parsed.gateway, parsed.authority, parsed.proxy, gateway_key(parsed), parsed.certificate
     from stitch.local.run_folder import only_running_cluster
 
     address, authority = only_running_cluster().cluster().gateway_endpoint
-    return address, parsed.authority or authority, parsed.proxy, gateway_key(parsed)
+    return address, parsed.authority or authority, parsed.proxy, gateway_key(parsed), parsed.certificate
 
 
 def gateway_key(parsed: argparse.Namespace) -> str | None:

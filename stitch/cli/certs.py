@@ -36,7 +36,9 @@ def run(parsed: argparse.Namespace) -> int:
     cluster = load_cluster(parsed.cluster)
     certificates = CertificateSet(cluster, Path(parsed.out), timedelta(days=parsed.days))
     hosts = named(parsed.host, "--host")
-    for identity, file in certificates.write(parsed.renew, parsed.client, hosts):
+    # Without names the flag is an empty list, without the flag it is None.
+    renewed = () if parsed.renew is None else parsed.renew or None
+    for identity, file in certificates.write(renewed, parsed.client, hosts):
         found = read_certificate(file.read_bytes())
         print(f"{identity.uri}  until {found.expires:%Y-%m-%d}  serial {found.serial:x}  {file}")
     if cluster.tls is None:

@@ -136,7 +136,7 @@ def _certs(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("cluster", metavar="CLUSTER", help="a cluster file, or a preset's name")
     verb.add_argument("--out", required=True, metavar="DIR", help="the folder; what it has already is kept")
     verb.add_argument("--days", type=positive, default=90, metavar="N", help="validity of the certificates (90)")
-    verb.add_argument("--renew", nargs="*", default=(), metavar="NAME", help="replace these; without names: all")
+    verb.add_argument("--renew", nargs="*", metavar="NAME", help="replace these; without names: all")
     verb.add_argument("--client", action="append", default=[], metavar="NAME", help="one for this client, too")
     verb.add_argument(
         "--host", action="append", default=[], metavar="NAME=HOST", help="a further host name or IP of a process"

@@ -72,14 +72,19 @@ class AsyncClient:
 
     `authority` is the PEM file of the authority that must have signed the gateway's certificate; None: no TLS. The
     connection is direct; with `proxy` it goes through the proxy that the environment names. `key` is one of the
-    tenant's keys, where the gateway asks for one. Every call raises a StitchError where the gateway refuses or fails;
-    `timeout` is in seconds.
+    tenant's keys, `certificate` a PEM file with the client's own certificate and its key, where the gateway asks for
+    one. Every call raises a StitchError where the gateway refuses or fails; `timeout` is in seconds.
     """
 
     def __init__(
-        self, address: str, authority: Path | None = None, proxy: bool = False, key: str | None = None
+        self,
+        address: str,
+        authority: Path | None = None,
+        proxy: bool = False,
+        key: str | None = None,
+        certificate: Path | None = None,
     ) -> None:
-        self._channel = open_channel(address, gateway_credentials(authority), proxy)
+        self._channel = open_channel(address, gateway_credentials(authority, certificate), proxy)
         self._stub = InferenceStub(self._channel)
         self._metadata = key_metadata(key)
 
