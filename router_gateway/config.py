@@ -79,8 +79,19 @@ def check(settings: GatewaySettings) -> None:
         raise InvalidRequest("listen", settings.address, "it must be host:port")
     for field, address in ("listen", settings.address), ("metrics_host", settings.metrics_address):
         check_exposure(field, address, settings.cluster.tls is not None, settings.insecure)
+    _check_clients(settings)
     for shard in settings.cluster.shards:
         if shard.address.endswith(":0"):
             limit = "it needs a port; only `stitch up` chooses free ones"
             raise InvalidRequest(f"shards.{shard.name}.address", shard.address, limit)
     check_thresholds(settings.cluster.gateway.thresholds, len(settings.cluster.routes))
+
+
+def _check_clients(settings: GatewaySettings) -> None:
+    """Raises InvalidRequest where everybody on other machines may ask, and `insecure` doesn't allow it."""
+    tls = settings.cluster.tls
+    by_certificate = tls is not None and tls.client_authority is not None
+    known = by_certificate or settings.cluster.gateway.keys is not None
+    if not known and not settings.insecure and not is_loopback(settings.host):
+        limit = "everybody may ask there: set [gateway] keys or [tls] client_authority, or --insecure allows it"
+        raise InvalidRequest("listen", settings.address, limit)

@@ -8,7 +8,7 @@ COPY stitch stitch
 COPY stitch_server stitch_server
 COPY router_gateway router_gateway
 RUN pip install --no-cache-dir --constraint requirements.lock '.[gateway,cli]' \
-    && useradd --system --create-home stitch
+    && useradd --system --uid 999 --create-home stitch
 COPY deploy/*.toml deploy/
 
 USER stitch

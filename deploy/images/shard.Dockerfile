@@ -13,7 +13,7 @@ COPY stitch stitch
 COPY stitch_server stitch_server
 COPY router_gateway router_gateway
 RUN pip install --no-cache-dir --constraint requirements.lock '.[shard]' \
-    && useradd --system --create-home stitch \
+    && useradd --system --uid 999 --create-home stitch \
     && install --directory --owner stitch /var/lib/stitch
 COPY deploy/*.toml deploy/
 

@@ -7,14 +7,19 @@ import importlib
 import json
 import re
 import tomllib
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from router_gateway.config import GatewaySettings
+import stitch.cli.main
+from router_gateway.config import GatewaySettings, check
+from stitch.cli.certs import CertificateSet
 from stitch.cluster import ClusterConfig, GatewayConfig, ShardConfig, load_cluster
+from stitch.tls import GATEWAY
+from stitch_server.config import shard_settings
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -23,7 +28,9 @@ DRAIN_SECONDS = GatewaySettings.model_fields["drain_seconds"].default
 PROCESSES = ("bottom", "top", "gateway")
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+TLS_FILES = ("tls/{name}/authority.pem", "tls/{name}/certificate.pem", "tls/{name}/key.pem")
 BUILT = [name for name, service in SERVICES.items() if "build" in service]
+PROGRAM_CONTAINERS = [name for name in BUILT if name != "certs"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +38,7 @@ def cluster() -> ClusterConfig:
     return load_cluster(str(DEPLOY / "compose.toml"))
 
 
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", PROGRAM_CONTAINERS)
 def test_commands_parse(name: str) -> None:
     assert _parsed(name).cluster if name in PROCESSES else _parsed(name).source
 
@@ -43,7 +50,7 @@ def test_process_listens_on_the_address_of_the_cluster_file(name: str, cluster: 
     host, _, port = config.address.rpartition(":")
     assert host == name
     assert parsed.listen == f"0.0.0.0:{port}"
-    assert parsed.insecure
+    assert not parsed.insecure
     assert (ROOT / parsed.cluster).samefile(DEPLOY / "compose.toml")
 
 
@@ -52,13 +59,50 @@ def test_every_shard_of_the_cluster_has_a_service(cluster: ClusterConfig) -> Non
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_health_check_uses_the_port_of_the_process(name: str) -> None:
-    program = SERVICES[name]["healthcheck"]["test"]
-    assert program[:3] == ["CMD", "python", "-c"]
-    compile(program[3], name, "exec")
-    module, function = re.findall(r"from (\S+) import (\S+);", program[3])[0]
-    assert callable(getattr(importlib.import_module(module), function))
-    assert re.findall(r":(\d+)'", program[3]) == [_parsed(name).listen.rpartition(":")[2]]
+def test_health_check_asks_the_process_of_its_container(name: str) -> None:
+    *program, file, process = SERVICES[name]["healthcheck"]["test"]
+    assert program == ["CMD", "python", "-m", "stitch.health"]
+    assert (ROOT / file).samefile(DEPLOY / "compose.toml")
+    assert process == getattr(_parsed(name), "shard", GATEWAY)
+
+
+def test_nothing_allows_unencrypted_connections() -> None:
+    texts = [path.read_text() for path in (*DEPLOY.rglob("*"), ROOT / "README.md") if path.is_file()]
+    assert not any("--insecure" in text for text in texts)
+    clusters = [load_cluster(str(path)) for path in DEPLOY.glob("*.toml")]
+    assert len(clusters) > 1
+    assert all(cluster.tls is not None for cluster in clusters)
+
+
+@pytest.mark.parametrize("file", sorted(DEPLOY.glob("*.toml")), ids=lambda path: path.name)
+def test_programs_may_listen_to_other_machines(file: Path) -> None:
+    cluster = load_cluster(str(file))
+    check(GatewaySettings(cluster=cluster, listen="0.0.0.0:7000"))
+    for shard in cluster.shards:
+        assert shard_settings(cluster, shard.name, "0.0.0.0:7100", None, False, False, 30.0).listen
+
+
+def test_each_container_sees_its_own_key_alone(cluster: ClusterConfig) -> None:
+    folders = {_mounted(name): name for name in (*PROCESSES, "prometheus")}
+    assert None not in folders
+    made = {volume: Path(target) for volume, target in (_split(mount) for mount in SERVICES["certs"]["volumes"])}
+    for volume, name in folders.items():
+        process = "prometheus" if name == "prometheus" else getattr(_parsed(name), "shard", GATEWAY)
+        assert made[str(volume)] == Path("/app/deploy/tls", process)
+        written = {f"/app/deploy/{file.replace('{name}', process)}" for file in TLS_FILES}
+        assert {Path(file).parent for file in written} == {made[str(volume)]}
+
+
+def test_certificates_of_the_containers_name_their_hosts(cluster: ClusterConfig, tmp_path: Path) -> None:
+    (program, *arguments), *others = (line.split() for line in SERVICES["certs"]["command"][0].split(" && "))
+    assert (program, arguments[:4]) == ("stitch", ["certs", "deploy/compose.toml", "--out", "deploy/tls"])
+    parsed = stitch.cli.main.parser().parse_args(arguments)
+    written = dict(CertificateSet(cluster, tmp_path, timedelta(days=1)).write(clients=parsed.client))
+    assert {identity.name for identity in written} == {"bottom-0", "top-0", GATEWAY, "prometheus", "me"}
+    [uid] = {one.split(":")[0] for line in others if line[0] == "chown" for one in line if ":" in one}
+    for image in ("gateway", "shard"):
+        assert f"useradd --system --uid {uid} " in (DEPLOY / f"images/{image}.Dockerfile").read_text()
+    assert SERVICES["prometheus"]["user"].split(":")[0] == uid
 
 
 def test_import_service_imports_the_models_of_the_cluster(cluster: ClusterConfig) -> None:
@@ -144,6 +188,19 @@ def test_two_servers_file_describes_two_hosts() -> None:
     assert all(cluster.stages(route) for route in cluster.routes)
     assert cluster.gateway.metrics_port
     assert all(shard.metrics_port for shard in cluster.shards)
+
+
+def _mounted(name: str) -> str | None:
+    """The volume with the certificates of that service, which it can't write."""
+    mounts = [mount.split(":") for mount in SERVICES[name]["volumes"]]
+    found = [volume for volume, *_ in mounts if volume.startswith("tls")]
+    assert all(mount[-1] == "ro" for mount in mounts if mount[0].startswith("tls"))
+    return found[0] if len(found) == 1 else None
+
+
+def _split(mount: str) -> tuple[str, str]:
+    volume, target = mount.split(":")[:2]
+    return volume, target
 
 
 def _parsed(name: str) -> argparse.Namespace:

@@ -62,6 +62,19 @@ def test_check_refuses_an_exposed_address_without_insecure(cluster_file: Path) -
     check(settings(cluster_file))
 
 
+@pytest.mark.parametrize("by", ['keys = "k.toml"\n', 'client_authority = "a.pem"\n', None])
+def test_check_refuses_an_exposed_gateway_that_asks_nobody_who_he_is(cluster_file: Path, by: str | None) -> None:
+    tls = '[tls]\nauthority = "a"\ncertificate = "c"\nkey = "k"\n'
+    keys, authority = (by if by and by.startswith(field) else "" for field in ("keys", "client"))
+    cluster_file.write_text(CLUSTER + keys + tls + authority)
+    given = settings(cluster_file, listen="0.0.0.0:7000")
+    if by is None:
+        with pytest.raises(InvalidRequest, match=r"everybody may ask there: set .* keys or .* client_authority"):
+            check(given)
+        given = settings(cluster_file, listen="0.0.0.0:7000", insecure=True)
+    check(given)
+
+
 def test_check_refuses_exposed_metrics_without_insecure(cluster_file: Path) -> None:
     cluster_file.write_text(CLUSTER + 'metrics_port = 9\nmetrics_host = "10.0.0.1"\n')
     with pytest.raises(InvalidRequest, match=r"metrics_host is '10\.0\.0\.1:9', but .* --insecure"):
