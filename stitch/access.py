@@ -122,14 +122,18 @@ class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
         return Forbidden(REFUSED)
 
 
-def check_shard_name(context: Context, name: str) -> None:
-    """Raises Forbidden where the caller's certificate does not name the shard `name`; without one, nothing is checked.
+def check_shard_name(context: Context, name: str) -> bool:
+    """Whether the caller's certificate names the shard `name`; False without one.
+
+    Raises Forbidden where it names none or another one.
 
     The role and the cluster of the certificate have been checked by `Access`.
     """
     peer = peer_of(context)
-    if peer is None or any((one.role, one.name) == ("shard", name) for one in peer.identities):
-        return
+    if peer is None:
+        return False
+    if any((one.role, one.name) == ("shard", name) for one in peer.identities):
+        return True
     _log.warning("refused a link to %s: its %s does not name shard %.80r", context.peer(), peer, name)
     raise Forbidden(REFUSED)
 

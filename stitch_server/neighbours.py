@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stitch.cluster import ClusterConfig
-from stitch.errors import InvalidRequest, Unavailable
+from stitch.errors import Incompatible, InvalidRequest, Unavailable, plain
+from stitch.v1 import shard_pb2
+
+# Characters of a name that a refusal repeats.
+MAX_SHOWN = 80
 
 
 class Neighbours:
@@ -41,6 +45,14 @@ class Neighbours:
         if len(chain) != len(stages) or any(name not in stage for name, stage in zip(chain, stages, strict=True)):
             expected = ", then ".join(" or ".join(stage) for stage in stages) or "no shard"
             raise InvalidRequest(field, list(chain), f"after {self._own} route {route} passes {expected}")
+
+    def check_upstream(self, caller: shard_pb2.ShardIdentity) -> None:
+        """Raises Incompatible unless the caller is a shard of the cluster with the layers that it has there."""
+        stated = caller.shard, caller.role, caller.first_layer, caller.end_layer
+        if stated not in [(one.name, one.role, *one.layers) for one in self._cluster.shards]:
+            name, role, first, end = stated
+            held = f"{plain(role, MAX_SHOWN)} layers {first} to {end}"
+            raise Incompatible(f"shard {plain(name, MAX_SHOWN)} with {held} is not in the cluster of {self._own}")
 
     def _stages_after(self, route: str) -> list[list[str]]:
         """The names of the replicas of every stage after this shard's."""

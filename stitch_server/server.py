@@ -47,6 +47,8 @@ SWITCH_SECONDS = 0.0002
 LAST_STATUS_SECONDS = 0.05
 # Of a process whose engine is stuck: EX_SOFTWARE, for a supervisor to start it again.
 STUCK_EXIT_CODE = 70
+# Of a token of a prompt that is also forced: in a request for one, and in the frame that opens its session.
+ID_BYTES = 10
 SERVICE = shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name
 HEALTH, REFLECTION = "grpc.health.v1.Health", reflection.SERVICE_NAME
 # Who may call what, by the roles in certificates.
@@ -160,12 +162,14 @@ async def _listening(
     shard: Shard, health: HealthServicer, settings: ShardSettings, certificates: Certificates | None
 ) -> tuple[grpc.aio.Server, int]:
     interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [LenientDecoding()]
+    largest = channels.MAX_FRAME_BYTES + ID_BYTES * shard.loaded.model.context_length
+    options = [("grpc.max_receive_message_length", largest)]
     if certificates is None:
-        server, credentials = channels.open_server(interceptors), None
+        server, credentials = channels.open_server(interceptors, options), None
     else:
         access = Access(certificates.policy, CALLERS)
         certificates.on_change.append(access.end_revoked)
-        server = channels.open_server([access, *interceptors], certificates.server_options)
+        server = channels.open_server([access, *interceptors], [*options, *certificates.server_options])
         credentials = certificates.to_programs()
     shard_pb2_grpc.add_ShardServicer_to_server(ShardServicer(shard), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

@@ -7,7 +7,7 @@ in one direction: the links put their events into the engine's inbox, the engine
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,8 +22,9 @@ from stitch_server.build import LoadedStage, allocate_kv_cache, build_runner
 from stitch_server.engine.first_stage import FirstStage
 from stitch_server.engine.in_flight import Downstream, StepsInFlight
 from stitch_server.engine.loop import Engine, Inbox
-from stitch_server.engine.next_stage import UNLIMITED, NextStage
+from stitch_server.engine.next_stage import NextStage
 from stitch_server.engine.scheduler import Scheduler
+from stitch_server.engine.session_table import OpeningLimits
 from stitch_server.engine.types import Batch, LinkEvent
 from stitch_server.kv_cache.block_pool import BlockPool
 from stitch_server.metrics import Metrics, PassObserver
@@ -31,9 +32,6 @@ from stitch_server.model.probe import MAX_PROBE_TOKENS
 from stitch_server.neighbours import Neighbours
 from stitch_server.rpc.tensors import DTYPES, Packed, unpack
 from stitch_server.worker.model_runner import ModelRunner
-
-# Sessions that may decode in one step, in addition to its prompt tokens.
-MAX_DECODING = 4096
 
 # Opens this shard's links, for its identity and the receiver of their events.
 OpenLinks = Callable[[shard_pb2.ShardIdentity, Callable[[LinkEvent], None]], Downstream]
@@ -59,8 +57,8 @@ class Shard:
     in_flight: InFlightTracker
     pool: BlockPool
     device: torch.device
-    # Tokens that an upstream shard may send in one step.
-    max_step_tokens: int
+    # Prompt tokens that an upstream shard may send in one step.
+    max_prefill_tokens: int
 
     @property
     def kv_free_tokens(self) -> int:
@@ -134,16 +132,17 @@ def build_shard(
     if loaded.embedding is not None:
         source = _first_stage(cluster, batching, loaded, pool, steps, config.name)
     else:
-        logits = UNLIMITED if loaded.head is None else loaded.head.vocabulary_size
         source = NextStage(
             pool,
             loaded.layer_ranges,
             in_flight,
             neighbours.check_chain,
             batching.max_merged_tokens,
-            vocabulary_size=logits,
+            limits=_opening_limits(loaded),
             shard=config.name,
         )
+
+    probe_tokens = 0 if cluster.gateway.probe is None else MAX_PROBE_TOKENS
 
     def observe(batch: Batch, started: float, ended: float) -> None:
         metrics.batch_tokens.observe(batch.num_tokens)
@@ -165,8 +164,7 @@ def build_shard(
         in_flight=InFlightTracker(f"shard {config.name}"),
         pool=pool,
         device=device,
-        max_step_tokens=max(batching.max_merged_tokens, batching.max_num_batched_tokens, MAX_PROBE_TOKENS)
-        + MAX_DECODING,
+        max_prefill_tokens=max(batching.max_merged_tokens, batching.max_num_batched_tokens + probe_tokens),
     )
     _register_metrics(metrics, shard, runner)
     return shard
@@ -193,6 +191,12 @@ def _first_stage(
         route_costs={name: loaded.describe(cluster.route(name)).parameters for name in loaded.layer_ranges},
     )
     return FirstStage(pool, scheduler, in_flight, shard=shard)
+
+
+def _opening_limits(loaded: LoadedStage) -> OpeningLimits:
+    # The bottom's vocabulary, which a prompt's tokens are from, may be padded further than the top's.
+    limits = OpeningLimits(loaded.model.context_length, 2 * loaded.model.vocabulary_size)
+    return limits if loaded.head is None else replace(limits, logits=loaded.head.vocabulary_size)
 
 
 def resolved_batching(cluster: ClusterConfig, device: torch.device) -> BatchingConfig:

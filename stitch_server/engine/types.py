@@ -215,6 +215,10 @@ class Upstream(Protocol):
     """The link that a step came from; `reply` is called in the engine's thread."""
 
     @property
+    def prefix_scope(self) -> str:
+        """KV prefixes are shared between sessions of links with the same scope."""
+
+    @property
     def routes(self) -> frozenset[str]:
         """Routes whose sessions go over this link."""
 

@@ -1,20 +1,23 @@
 """Steps and replies to frames of a link, and back.
 
-A step whose hidden states exceed one frame is split at rows; the first frame carries the segments. Frames of several
-steps may interleave. Invariant: a step reaches the engine complete and consistent with its segments, or not at all.
+A step that exceeds one frame is split at rows; a segment travels in the frame of its first row. Frames of several steps
+may interleave. Invariant: a step reaches the engine complete, consistent with its segments and within the window of its
+link, or not at all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from stitch.errors import InvalidRequest, OutOfStep, plain
 from stitch.sampling import Sampling, Token, TokenLogprobs
 from stitch.v1 import inference_pb2, shard_pb2
+from stitch_server.engine.in_flight import MAX_UNANSWERED_STEPS
 from stitch_server.engine.types import (
     IncomingSegment,
     IncomingStep,
@@ -36,34 +39,41 @@ FRAME_BYTES = 256 << 10
 MAX_STAGES = 32
 MAX_STAGE_CHARACTERS = 64
 MAX_FAILURE_CHARACTERS = 500
-# Incomplete steps of one link. A sender has one, or two while an urgent step overtakes.
-MAX_INCOMPLETE_STEPS = 16
+# Segments of one step: sessions that decode, and those whose prompts are being computed.
+MAX_SEGMENTS = 4_096
 
 
 def step_frames(step: OutgoingStep, packed: Packed) -> Iterator[shard_pb2.LinkRequest]:
-    """The frames of a step, in order; `packed` are its hidden states."""
+    """The frames of a step, in order; `packed` are its hidden states. A segment is in the frame of its first row."""
     row_bytes = max(1, len(packed.data) // max(1, packed.tokens))
     scale_bytes = 4 if packed.scales else 0
     frame_rows = max(1, FRAME_BYTES // row_bytes)
-    for start in range(0, max(1, packed.tokens), frame_rows):
-        count = min(frame_rows, packed.tokens - start)
+    begins = [0, *accumulate(segment.length for segment in step.segments)]
+    start = index = 0
+    while start < packed.tokens:
+        end, segments = min(start + frame_rows, packed.tokens), list[shard_pb2.Segment]()
+        segment_bytes = 0
+        while index < len(step.segments) and begins[index] < end:
+            message = _segment_message(step.segments[index], step.opens[index])
+            segment_bytes += message.ByteSize()
+            if segments and segment_bytes > FRAME_BYTES:
+                end = begins[index]
+                break
+            segments.append(message)
+            index += 1
         hidden = shard_pb2.HiddenStates(
             dtype=packed.dtype,
-            tokens=count,
+            tokens=end - start,
             hidden_size=packed.width,
-            data=packed.data[start * row_bytes : (start + count) * row_bytes],
-            scales=packed.scales[start * scale_bytes : (start + count) * scale_bytes],
+            data=packed.data[start * row_bytes : end * row_bytes],
+            scales=packed.scales[start * scale_bytes : end * scale_bytes],
         )
+        to_come = packed.tokens - end
         frame = shard_pb2.Step(
-            step=step.number,
-            hidden=hidden,
-            tokens_to_come=packed.tokens - start - count,
-            pipelined=step.pipelined,
+            step=step.number, segments=segments, hidden=hidden, tokens_to_come=to_come, pipelined=step.pipelined
         )
-        if start == 0:
-            pairs = zip(step.segments, step.opens, strict=True)
-            frame.segments.extend(_segment_message(segment, opens) for segment, opens in pairs)
         yield shard_pb2.LinkRequest(step=frame)
+        start = end
 
 
 def _segment_message(segment: Segment, opens: bool) -> shard_pb2.Segment:
@@ -87,40 +97,60 @@ def _segment_message(segment: Segment, opens: bool) -> shard_pb2.Segment:
     return message
 
 
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What one link may send before its steps are answered."""
+
+    # Prompt tokens of one step; each of its segments may have one token more.
+    max_prefill_tokens: int
+    # Hidden states of all steps that are not answered.
+    max_bytes: int
+    max_steps: int = 2 * MAX_UNANSWERED_STEPS
+
+
 @dataclass(slots=True)
-class _IncompleteStep:
+class _Step:
     """A step of which frames are missing."""
 
-    first: shard_pb2.Step
+    number: int
+    pipelined: bool
+    dtype: shard_pb2.Dtype
+    # Tokens of all frames, of those that are missing, and of the segments that have come.
+    tokens: int
     tokens_to_come: int
+    described: int = 0
+    segments: list[IncomingSegment] = field(default_factory=list)
     data: list[bytes] = field(default_factory=list)
     scales: list[bytes] = field(default_factory=list)
 
 
 class StepAssembler:
-    """Assembles the steps of one link from their frames; holds at most `max_tokens` rows of each incomplete step."""
+    """Assembles the steps of one link from their frames, and holds the link to its window until they are answered."""
 
     def __init__(
         self,
         width: int,
         dtype: shard_pb2.Dtype,
-        max_tokens: int,
+        limits: StepLimits,
         unpack: Callable[[Packed], Tensor],
         count_bytes: Callable[[int], None] = lambda received: None,
     ) -> None:
         """`unpack` runs in the engine's thread; `count_bytes` is called with the bytes of each step's hidden states."""
         self._width = width
         self._dtype = dtype
-        self._max_tokens = max_tokens
+        self._limits = limits
         self._unpack = unpack
         self._count_bytes = count_bytes
         # By step number.
-        self._incomplete: dict[int, _IncompleteStep] = {}
+        self._incomplete: dict[int, _Step] = {}
+        # Bytes of the hidden states of every step that is not answered, by its number.
+        self._unanswered: dict[int, int] = {}
 
     def add(self, frame: shard_pb2.Step) -> IncomingStep | None:
         """Returns the step that `frame` completes, or None while frames of it are missing.
 
-        Raises InvalidRequest for bytes that do not fit their shape, OutOfStep for frames that do not fit together.
+        Raises InvalidRequest for bytes that do not fit their shape, OutOfStep for frames that do not fit together or
+        into the link's window.
         """
         hidden = frame.hidden
         # Each access to a message's bytes copies them.
@@ -128,44 +158,67 @@ class StepAssembler:
         Packed(hidden.dtype, hidden.tokens, hidden.hidden_size, data, scales).check(self._width, self._dtype)
         if hidden.tokens < 1:
             raise InvalidRequest("step.hidden.tokens", hidden.tokens, "a frame brings at least 1")
-        incomplete = self._incomplete.get(frame.step) or self._start(frame)
-        if incomplete.tokens_to_come != hidden.tokens + frame.tokens_to_come:
+        step = self._incomplete.get(frame.step) or self._start(frame, len(data) + len(scales))
+        if step.tokens_to_come != hidden.tokens + frame.tokens_to_come:
             raise OutOfStep(
-                f"step {frame.step} has {incomplete.tokens_to_come} tokens to come, "
+                f"step {frame.step} has {step.tokens_to_come} tokens to come, "
                 f"but a frame brings {hidden.tokens} and announces {frame.tokens_to_come} more"
             )
-        incomplete.tokens_to_come = frame.tokens_to_come
-        incomplete.data.append(data)
-        incomplete.scales.append(scales)
-        if incomplete.tokens_to_come:
-            self._incomplete[frame.step] = incomplete
+        step.tokens_to_come = frame.tokens_to_come
+        self._describe(step, frame.segments)
+        step.data.append(data)
+        step.scales.append(scales)
+        if step.tokens_to_come:
+            self._incomplete[frame.step] = step
             return None
         self._incomplete.pop(frame.step, None)
-        return self._complete(incomplete)
+        return self._complete(step)
 
-    def _start(self, frame: shard_pb2.Step) -> _IncompleteStep:
-        """Checks a step's first frame, so that nothing of an invalid step is kept."""
-        if len(self._incomplete) >= MAX_INCOMPLETE_STEPS:
-            limit = f"{MAX_INCOMPLETE_STEPS} others are not complete, which is the limit"
-            raise OutOfStep(f"step {frame.step} begins while {limit}")
+    def answered(self, number: int) -> None:
+        """The reply to a step has been sent: it leaves the window."""
+        self._unanswered.pop(number, None)
+
+    def _start(self, frame: shard_pb2.Step, frame_bytes: int) -> _Step:
+        """Checks a step's first frame, so that nothing of an invalid step is kept; it takes its place in the window."""
+        number, limits = frame.step, self._limits
+        if number in self._unanswered:
+            raise OutOfStep(f"step {number} begins again before it is answered")
+        if len(self._unanswered) >= limits.max_steps:
+            raise OutOfStep(
+                f"step {number} begins while {limits.max_steps} others are not answered, which is the limit"
+            )
         announced = frame.hidden.tokens + frame.tokens_to_come
-        if announced > self._max_tokens:
-            raise InvalidRequest("step.hidden.tokens", announced, f"a step holds at most {self._max_tokens}")
-        if any(segment.length < 1 for segment in frame.segments):
-            raise InvalidRequest("step.segments.length", 0, "it must be at least 1")
-        described = sum(segment.length for segment in frame.segments)
-        if described != announced:
-            raise InvalidRequest("step.segments", f"{described} tokens", f"the step's hidden states are {announced}")
-        return _IncompleteStep(frame, announced)
+        if announced > limits.max_prefill_tokens + MAX_SEGMENTS:
+            limit = f"a step holds at most {limits.max_prefill_tokens + MAX_SEGMENTS}"
+            raise InvalidRequest("step.hidden.tokens", announced, limit)
+        size = announced * frame_bytes // frame.hidden.tokens
+        if sum(self._unanswered.values()) + size > limits.max_bytes:
+            raise OutOfStep(f"step {number} takes the unanswered steps of its link over {limits.max_bytes} bytes")
+        self._unanswered[number] = size
+        return _Step(number, frame.pipelined, frame.hidden.dtype, announced, announced)
 
-    def _complete(self, step: _IncompleteStep) -> IncomingStep:
-        frame = step.first
+    def _describe(self, step: _Step, segments: Sequence[shard_pb2.Segment]) -> None:
+        """Adds the segments of a frame. Raises InvalidRequest where they contradict the step's tokens or its limits."""
+        for segment in segments:
+            if segment.length < 1:
+                raise InvalidRequest("step.segments.length", 0, "it must be at least 1")
+            step.described += segment.length
+            step.segments.append(_incoming_segment(segment))
+        tokens = f"{step.described} tokens in {len(step.segments)} segments"
+        if not step.tokens - step.tokens_to_come <= step.described <= step.tokens:
+            limit = f"{step.tokens - step.tokens_to_come} of the step's {step.tokens} have come"
+            raise InvalidRequest("step.segments", tokens, limit)
+        if len(step.segments) > MAX_SEGMENTS:
+            raise InvalidRequest("step.segments", tokens, f"{MAX_SEGMENTS} segments are the limit")
+        if step.described - len(step.segments) > self._limits.max_prefill_tokens:
+            limit = f"besides one token a segment, {self._limits.max_prefill_tokens} are the limit"
+            raise InvalidRequest("step.segments", tokens, limit)
+
+    def _complete(self, step: _Step) -> IncomingStep:
         data, scales = b"".join(step.data), b"".join(step.scales)
         self._count_bytes(len(data))
-        tokens = sum(segment.length for segment in frame.segments)
-        packed = Packed(frame.hidden.dtype, tokens, frame.hidden.hidden_size, data, scales)
-        segments = tuple(_incoming_segment(message) for message in frame.segments)
-        return IncomingStep(frame.step, segments, partial(self._unpack, packed), frame.pipelined)
+        packed = Packed(step.dtype, step.tokens, self._width, data, scales)
+        return IncomingStep(step.number, tuple(step.segments), partial(self._unpack, packed), step.pipelined)
 
 
 def _incoming_segment(message: shard_pb2.Segment) -> IncomingSegment:

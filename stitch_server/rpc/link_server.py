@@ -14,13 +14,16 @@ from functools import partial
 
 from google.protobuf.message import DecodeError
 
-from stitch.errors import Incompatible, InvalidRequest, StitchError, Unavailable
+from stitch.errors import Incompatible, InvalidRequest, OutOfStep, StitchError, Unavailable
 from stitch.process import InFlightTracker
 from stitch.v1 import shard_pb2
 from stitch_server.engine.loop import Engine
 from stitch_server.engine.next_stage import NextStage
 from stitch_server.engine.types import IncomingSegment, StepReply
-from stitch_server.rpc.frames import StepAssembler, reply_frame
+from stitch_server.rpc.frames import MAX_SEGMENTS, StepAssembler, reply_frame
+
+# Sessions of one link that its upstream shard has opened and not closed; it closes every one, also a refused one.
+MAX_SESSIONS = 2 * MAX_SEGMENTS
 
 HEARTBEAT_SECONDS = 0.25
 _HEARTBEAT = shard_pb2.LinkResponse(heartbeat=shard_pb2.Heartbeat())
@@ -36,9 +39,11 @@ class UpstreamLink:
         assembler: StepAssembler,
         in_flight: InFlightTracker,
         routes: frozenset[str],
+        prefix_scope: str = "",
     ) -> None:
         """`in_flight` counts the sessions that are open over this link, for the drain to wait for them."""
         self.routes = routes
+        self.prefix_scope = prefix_scope
         self._engine = engine
         self._next_stage = next_stage
         self._assembler = assembler
@@ -61,6 +66,8 @@ class UpstreamLink:
                 if isinstance(response, StitchError):
                     raise response
                 yield response
+                # Sent: a peer that reads no replies fills its own window.
+                self._assembler.answered(response.reply.step)
         finally:
             reader.cancel()
             heart.cancel()
@@ -91,9 +98,10 @@ class UpstreamLink:
                 self._enter(step.segments)
                 self._engine.post(partial(self._next_stage.receive, self, step))
         elif kind == "close":
-            session_ids = list(request.close.sessions)
-            self._leave(session_ids)
-            self._engine.post(partial(self._next_stage.close, self, session_ids))
+            # Others are not open over this link.
+            if session_ids := [one for one in request.close.sessions if one in self._sessions]:
+                self._leave(session_ids)
+                self._engine.post(partial(self._next_stage.close, self, session_ids))
         else:
             raise Incompatible(f"a frame of kind {kind or 'unknown'} came in the middle of a link")
 
@@ -101,14 +109,16 @@ class UpstreamLink:
         """Counts the sessions that these segments open.
 
         An upstream shard closes every session that it has opened, also one that was refused, so the tracker is empty
-        exactly when no session is open over any link. Sessions that come while it is closed are not counted: the
-        engine refuses them, with a failure of this session alone.
+        exactly when no session is open over any link. Sessions that come while it is closed are not in it: the
+        engine refuses them, with a failure of this session alone. Raises OutOfStep beyond MAX_SESSIONS.
         """
         for segment in segments:
             if segment.new_session is not None and segment.session_id not in self._sessions:
-                with suppress(Unavailable), ExitStack() as entered:
+                if len(self._sessions) >= MAX_SESSIONS:
+                    raise OutOfStep(f"{MAX_SESSIONS} sessions are open over this link, which is the limit")
+                entered = self._sessions[segment.session_id] = ExitStack()
+                with suppress(Unavailable):
                     entered.enter_context(self._in_flight.admit())
-                    self._sessions[segment.session_id] = entered.pop_all()
 
     def _leave(self, session_ids: Sequence[int]) -> None:
         for session_id in session_ids:

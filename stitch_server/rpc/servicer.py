@@ -6,8 +6,11 @@ Every request is validated here, before the engine sees it; every StitchError be
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,24 +18,31 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from stitch.access import check_shard_name
-from stitch.errors import Incompatible, InvalidRequest, translated_errors
+from stitch.errors import Exhausted, Incompatible, InvalidRequest, translated_errors
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2, shard_pb2_grpc
+from stitch_server.engine.in_flight import WINDOW_STEPS
 from stitch_server.engine.request import Request, RequestOutput
+from stitch_server.engine.session_table import MAX_STOP_TOKENS, MAX_TENANT_CHARACTERS
 from stitch_server.engine.types import RouteDecision
-from stitch_server.rpc.frames import StepAssembler, stage_messages, token_message
+from stitch_server.rpc.frames import MAX_SEGMENTS, StepAssembler, StepLimits, stage_messages, token_message
 from stitch_server.rpc.handshake import check_hello, routes_between
 from stitch_server.rpc.link_server import UpstreamLink, decoded
+from stitch_server.rpc.tensors import WIRE_NAMES, bytes_per_token
 from stitch_server.worker.route_probe import fallback_decision
 
 if TYPE_CHECKING:
     from stitch_server.shard import Shard
 
 Context = grpc.aio.ServicerContext[Any, Any]
-# More than the gateway lets through with the model's own end tokens.
-MAX_STOP_TOKENS = 2_048
-# A tenant travels on the link with each of its sessions.
-MAX_TENANT_CHARACTERS = 256
+HELLO_SECONDS = 10.0
+# Links of one upstream shard. It has one; while it restarts, the receiver may not know yet that the last one is dead.
+# A further one is refused instead of replacing the oldest: without certificates anybody may claim to be that shard.
+MAX_LINKS = 8
+# Hidden states that a link may send before they are answered, where that is more than a window of the largest steps.
+MIN_WINDOW_BYTES = 64 << 20
+# Links that have not said who they are.
+MAX_SILENT_LINKS = 64
 MAX_TENANT_WEIGHT = 1e6
 # The size of the messages in which the tokenizer's files are sent.
 PIECE_BYTES = 256 << 10
@@ -43,6 +53,9 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
+        # By the name of the upstream shard.
+        self._links: Counter[str] = Counter()
+        self._silent_links = 0
 
     async def Generate(
         self, request: shard_pb2.ShardGenerateRequest | None, context: Context
@@ -74,23 +87,61 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             if next_stage is None:
                 raise Incompatible(f"shard {shard.config.name} is the first of its chain: it has no upstream shard")
             frames = decoded(requests)
-            first = await anext(frames, None)
-            if first is None or first.WhichOneof("frame") != "hello":
-                raise Incompatible("the first frame of a link must be a hello")
-            check_shard_name(context, first.hello.identity.shard)
-            check_hello(first.hello, shard.identity, shard.check_stitch)
-            yield shard_pb2.LinkResponse(welcome=shard_pb2.Welcome(identity=shard.identity))
-            assembler = StepAssembler(
-                shard.incoming_width(first.hello.identity.role),
-                shard.identity.wire_dtype,
-                shard.max_step_tokens,
-                shard.unpack,
-                shard.metrics.link_bytes_received.inc,
-            )
-            routes = routes_between(first.hello.identity, shard.identity)
-            link = UpstreamLink(shard.engine, next_stage, assembler, shard.in_flight, routes)
-            async for response in link.responses(frames):
-                yield response
+            caller, scope = self._admit_link(await self._hello(frames), context)
+            with self._counted(caller.shard):
+                yield shard_pb2.LinkResponse(welcome=shard_pb2.Welcome(identity=shard.identity))
+                assembler = self._assembler(caller)
+                routes = routes_between(caller, shard.identity)
+                link = UpstreamLink(shard.engine, next_stage, assembler, shard.in_flight, routes, scope)
+                async for response in link.responses(frames):
+                    yield response
+
+    async def _hello(self, frames: AsyncIterator[shard_pb2.LinkRequest]) -> shard_pb2.Hello:
+        """The first frame of a link. Raises Incompatible for another one, or where none comes in time."""
+        if self._silent_links >= MAX_SILENT_LINKS:
+            raise Exhausted(f"{MAX_SILENT_LINKS} links have not said hello yet, which is the limit")
+        self._silent_links += 1
+        try:
+            async with asyncio.timeout(HELLO_SECONDS):
+                first = await anext(frames, None)
+        except TimeoutError:
+            raise Incompatible(f"no hello came within {HELLO_SECONDS:g} s") from None
+        finally:
+            self._silent_links -= 1
+        if first is None or first.WhichOneof("frame") != "hello":
+            raise Incompatible("the first frame of a link must be a hello")
+        return first.hello
+
+    def _admit_link(self, hello: shard_pb2.Hello, context: Context) -> tuple[shard_pb2.ShardIdentity, str]:
+        """Who the caller is, and within which scope its sessions share KV prefixes.
+
+        The scope of a shard with a certificate is its name, so that prefixes survive a reconnect. Without one nobody
+        knows who the caller is, and every link is a scope of its own. Raises Forbidden or Incompatible.
+        """
+        shard, caller = self._shard, hello.identity
+        is_certified = check_shard_name(context, caller.shard)
+        check_hello(hello, shard.identity, shard.check_stitch)
+        shard.neighbours.check_upstream(caller)
+        return caller, caller.shard if is_certified else f"{caller.shard}/{secrets.token_hex(8)}"
+
+    @contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
+        """Counts a link for the length of the block. Raises Exhausted where the shard has too many."""
+        if self._links[name] >= MAX_LINKS:
+            raise Exhausted(f"shard {name} has {MAX_LINKS} links to {self._shard.config.name}, which is the limit")
+        self._links[name] += 1
+        try:
+            yield
+        finally:
+            self._links[name] -= 1
+
+    def _assembler(self, caller: shard_pb2.ShardIdentity) -> StepAssembler:
+        """The assembler of a link, with room for a full window of the largest steps that a shard sends."""
+        shard = self._shard
+        width, dtype = shard.incoming_width(caller.role), shard.identity.wire_dtype
+        largest = (shard.max_prefill_tokens + MAX_SEGMENTS) * bytes_per_token(width, WIRE_NAMES[dtype])
+        limits = StepLimits(shard.max_prefill_tokens, max(MIN_WINDOW_BYTES, WINDOW_STEPS * largest))
+        return StepAssembler(width, dtype, limits, shard.unpack, shard.metrics.link_bytes_received.inc)
 
     async def Describe(
         self, request: shard_pb2.ShardDescribeRequest, context: Context

@@ -23,6 +23,8 @@ DTYPES: dict[str, tuple[shard_pb2.Dtype, torch.dtype]] = {
     "int8": (shard_pb2.DTYPE_INT8, torch.int8),
 }
 _TORCH = dict(DTYPES.values())
+# The names of DTYPES by their number on a link.
+WIRE_NAMES = {number: name for name, (number, _) in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)

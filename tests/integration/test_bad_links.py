@@ -146,7 +146,7 @@ async def test_segments_with_other_token_count_than_hidden_states_are_refused(we
     await welcomed_link.send(step=opening_step(1, "weak", 3, WIDTH, length=2))
     assert await welcomed_link.refusal() == (
         grpc.StatusCode.INVALID_ARGUMENT,
-        "step.segments is '2 tokens', but the step's hidden states are 3",
+        "step.segments is '2 tokens in 1 segments', but 3 of the step's 3 have come",
     )
 
 

@@ -71,6 +71,7 @@ class FakeUpstream:
 
     replies: list[StepReply] = field(default_factory=list)
     routes: frozenset[str] = frozenset({"weak", "strong"})
+    prefix_scope: str = "bottom-0"
 
     def reply(self, reply: StepReply) -> None:
         self.replies.append(reply)

@@ -14,7 +14,7 @@ from stitch_server.engine.request import RequestOutput
 from stitch_server.engine.types import LinkEvent, OutgoingStep, StepReply
 from stitch_server.metrics import Metrics
 from stitch_server.neighbours import Neighbours
-from stitch_server.rpc.frames import StepAssembler, reply_frame, reply_of, step_frames
+from stitch_server.rpc.frames import StepAssembler, StepLimits, reply_frame, reply_of, step_frames
 from stitch_server.rpc.handshake import routes_between
 from stitch_server.rpc.tensors import pack
 from stitch_server.shard import Shard, build_shard
@@ -97,10 +97,12 @@ class LinkEnd:
         assert receiver.next_stage is not None
         self.stage = receiver.next_stage
         self.routes = routes_between(sender.identity, receiver.identity)
+        self.prefix_scope = sender.config.name
         self._sender = sender
         self._receiver = receiver.config.name
         width = receiver.incoming_width(sender.config.role)
-        self._assembler = StepAssembler(width, receiver.identity.wire_dtype, receiver.max_step_tokens, receiver.unpack)
+        limits = StepLimits(receiver.max_prefill_tokens, 1 << 30)
+        self._assembler = StepAssembler(width, receiver.identity.wire_dtype, limits, receiver.unpack)
 
     def add(self, frame: shard_pb2.Step) -> None:
         step = self._assembler.add(frame)
@@ -108,6 +110,7 @@ class LinkEnd:
             self.stage.receive(self, step)
 
     def reply(self, reply: StepReply) -> None:
+        self._assembler.answered(reply.step)
         message = shard_pb2.LinkResponse.FromString(reply_frame(reply).SerializeToString()).reply
         source = self._sender.first_stage or self._sender.next_stage
         assert source is not None

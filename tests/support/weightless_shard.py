@@ -110,7 +110,7 @@ class WeightlessShard:
         self.cluster = CLUSTER
         self.identity = new_identity(name, role)
         self.metrics = SimpleNamespace(link_bytes_received=SimpleNamespace(inc=self.received_bytes.append))
-        self.max_step_tokens = 128
+        self.max_prefill_tokens = 128
 
     @property
     def stage(self) -> FirstStage | NextStage:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from stitch.cluster import ClusterConfig, GatewayConfig, ModelConfig, PairConfig, RouteConfig, ShardConfig
-from stitch.errors import InvalidRequest, Unavailable
+from stitch.errors import Incompatible, InvalidRequest, Unavailable
+from stitch.v1 import shard_pb2
 from stitch_server.neighbours import Neighbours
 
 
@@ -82,6 +83,22 @@ def test_other_chain_is_refused_by_value_and_limit(own: str, route: str, chain: 
 def test_route_that_does_not_pass_the_shard_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="route is 'strong', but it does not pass top-0"):
         Neighbours(CLUSTER, "top-0").check_chain("strong", ("top-2",))
+
+
+def identity(name: str, role: str, first: int, end: int) -> shard_pb2.ShardIdentity:
+    return shard_pb2.ShardIdentity(shard=name, role=role, first_layer=first, end_layer=end)
+
+
+def test_upstream_shard_has_the_layers_of_the_cluster_file() -> None:
+    Neighbours(CLUSTER, "top-0").check_upstream(identity("bottom-0", "bottom", 0, 4))
+
+
+@pytest.mark.parametrize(
+    "stated", [("bottom-1", "bottom", 0, 4), ("bottom-0", "top", 0, 4), ("bottom-0", "bottom", 0, 3), ("", "", 0, 0)]
+)
+def test_other_upstream_shard_is_refused(stated: tuple[str, str, int, int]) -> None:
+    with pytest.raises(Incompatible, match="is not in the cluster of top-0"):
+        Neighbours(CLUSTER, "top-0").check_upstream(identity(*stated))
 
 
 def test_refusal_names_the_field_of_the_request() -> None:

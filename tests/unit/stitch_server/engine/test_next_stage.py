@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 
 from stitch.errors import Unavailable
 from stitch.sampling import Token
 from stitch_server.engine.types import SessionToken, StepReply
+from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.engine_fakes import FakeUpstream, sampled
 from tests.support.next_stage_harness import BLOCKS, LAYER_RANGES, NextStageHarness, causes, segment
 
@@ -221,3 +223,87 @@ class TestLast:
         harness.stage.on_reply("end", StepReply(1))
         harness.stage.on_link_lost("end", Unavailable("gone"))
         assert harness.up.replies == []
+
+
+class TestTurns:
+    """Links take turns: the steps of one do not hold up those of another."""
+
+    @pytest.fixture
+    def harness(self) -> NextStageHarness:
+        return NextStageHarness(last=True)
+
+    def test_link_waits_for_one_step_of_each_other_link(self, harness: NextStageHarness) -> None:
+        other = FakeUpstream()
+        for session in range(1, 4):
+            harness.receive(segment(session, 16))
+        harness.receive(segment(9, 1), upstream=other)
+        harness.compute()
+        assert (len(harness.up.replies), other.replies) == (1, [])
+        assert harness.compute().num_tokens == 1
+        assert (len(harness.up.replies), len(other.replies)) == (1, 1)
+        harness.receive(segment(9, 1, position=1), upstream=other)
+        harness.compute()
+        harness.compute()
+        assert (len(harness.up.replies), len(other.replies)) == (2, 2)
+
+    def test_small_steps_of_all_links_share_a_batch(self, harness: NextStageHarness) -> None:
+        others = [FakeUpstream() for _ in range(3)]
+        for session in range(1, 5):
+            harness.receive(segment(session, 2))
+        for other in others:
+            harness.receive(segment(1, 2), upstream=other)
+        assert harness.compute().num_tokens == 14
+        assert [len(one.replies) for one in (harness.up, *others)] == [4, 1, 1, 1]
+
+    def test_steps_of_a_link_keep_their_order(self, harness: NextStageHarness) -> None:
+        other = FakeUpstream()
+        steps = [harness.receive(segment(5, 8, position), upstream=harness.up) for position in (0, 8, 16, 24)]
+        harness.receive(segment(5, 16), upstream=other)
+        while len(harness.up.replies) < 4:
+            harness.compute()
+        assert [reply.step for reply in harness.up.replies] == steps
+        assert len(other.replies) == 1
+
+    def test_ended_link_leaves_the_turns(self, harness: NextStageHarness) -> None:
+        other = FakeUpstream()
+        harness.receive(segment(5, 16))
+        harness.receive(segment(5, 16))
+        harness.receive(segment(5, 16), upstream=other)
+        harness.stage.on_upstream_lost(harness.up)
+        harness.compute()
+        assert (harness.up.replies, len(other.replies)) == ([], 1)
+        assert harness.stage.next_batch() is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_two_sessions_write_one_block(seed: int) -> None:
+    """Whatever links open, repeat, close and continue, a block that a pass writes belongs to one session alone."""
+    draw, harness = Random(seed), NextStageHarness(last=True, max_merged_tokens=64)
+    links = [FakeUpstream(prefix_scope=scope) for scope in ("a", "a", "b")]
+    position: dict[tuple[int, int], int] = {}
+    for _ in range(300):
+        link = draw.randrange(3)
+        sent = []
+        for _ in range(draw.randint(1, 4)):
+            session, length = draw.randint(1, 4), draw.choice((1, 8, 16, 17, 33))
+            opens = draw.random() < 0.4
+            start = draw.choice((0, 0, 16, 32)) if opens else position.get((link, session), 0)
+            sent.append(segment(session, length, start, reused=start if opens else -1, epoch=draw.choice((0, 0, 0, 1))))
+            position[link, session] = start + length
+        harness.receive(*sent, upstream=links[link])
+        if draw.random() < 0.2:
+            harness.stage.close(links[link], [draw.randint(1, 4)])
+        if draw.random() < 0.02:
+            harness.stage.on_upstream_lost(links[link])
+        if draw.random() < 0.5 and (batch := harness.stage.next_batch()) is not None:
+            written: dict[int, object] = {}
+            for one in batch.segments:
+                assert list(one.blocks) == harness.pool.blocks_of(one.session.id)
+                end = one.position + one.length
+                for block in one.blocks[one.position // BLOCK_TOKENS : -(-end // BLOCK_TOKENS)]:
+                    assert written.setdefault(block, one.session) is one.session
+                    assert harness.pool._holders[block] == 1
+            harness.stage.deliver(batch, sampled(batch, [0] if draw.random() < 0.1 else []))
+    for link_of in links:
+        harness.stage.on_upstream_lost(link_of)
+    assert harness.idle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from stitch.errors import InvalidRequest
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2
 from stitch_server.engine.in_flight import StepsInFlight
-from stitch_server.engine.next_stage import SessionTable
+from stitch_server.engine.session_table import MAX_IDS_PER_KV_TOKEN, OpeningLimits, SessionTable
 from stitch_server.engine.types import IncomingSegment, LayerRange, Session, SessionRefused
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
 from tests.support.engine_fakes import FakeDownstream, FakeUpstream, any_chain
@@ -53,7 +54,7 @@ def pool() -> BlockPool:
 
 @pytest.fixture
 def table(pool: BlockPool) -> SessionTable:
-    return SessionTable(pool, LAYER_RANGES, None, any_chain)
+    return SessionTable(pool, LAYER_RANGES, None, any_chain, OpeningLimits())
 
 
 def refusal(
@@ -110,7 +111,7 @@ def test_chain_of_another_route_is_refused(pool: BlockPool, upstream: FakeUpstre
     def check_chain(route: str, chain: Sequence[str]) -> None:
         raise InvalidRequest("chain", [*chain], f"route {route} ends here")
 
-    table = SessionTable(pool, LAYER_RANGES, None, check_chain)
+    table = SessionTable(pool, LAYER_RANGES, None, check_chain, OpeningLimits())
     expected = "chain is ['a'], but route weak ends here"
     assert refusal(table, upstream, first(chain=("a",))) == ("PRECONDITION", expected)
     assert (len(table), pool.free_blocks) == (0, 8)
@@ -242,7 +243,7 @@ class TestClosingDownstream:
 
     @pytest.fixture
     def table(self, pool: BlockPool, downstream: FakeDownstream) -> SessionTable:
-        return SessionTable(pool, LAYER_RANGES, StepsInFlight(downstream), any_chain)
+        return SessionTable(pool, LAYER_RANGES, StepsInFlight(downstream), any_chain, OpeningLimits())
 
     def open_one(self, table: SessionTable, upstream: FakeUpstream, session_id: int = 5, epoch: int = 0) -> int:
         """A session that is open on the next shard; returns its id there."""
@@ -340,7 +341,7 @@ class TestDraining:
 
 
 def test_forced_token_beyond_the_head_is_refused(pool: BlockPool, upstream: FakeUpstream) -> None:
-    table = SessionTable(pool, LAYER_RANGES, None, any_chain, vocabulary_size=300)
+    table = SessionTable(pool, LAYER_RANGES, None, any_chain, OpeningLimits(logits=300))
     segment = first()
     assert segment.new_session is not None
     segment.new_session.sampling = Sampling(forced_token_ids=(299, 300))
@@ -353,3 +354,109 @@ def test_route_that_does_not_come_over_the_link_is_refused(table: SessionTable) 
     upstream = FakeUpstream(routes=frozenset({"strong"}))
     expected = "route weak does not come over this link, only ['strong']"
     assert refusal(table, upstream, first()) == ("PRECONDITION", expected)
+
+
+class TestOpenings:
+    """What an opening claims is within the limits of this shard, or its session fails alone."""
+
+    LIMITS = OpeningLimits(context_length=64, vocabulary_size=100, logits=90)
+
+    @pytest.fixture
+    def table(self, pool: BlockPool) -> SessionTable:
+        return SessionTable(pool, LAYER_RANGES, None, any_chain, self.LIMITS)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"token_ids": []}, "a session opens with 0 tokens, but the context holds 64"),
+            ({"token_ids": [1] * 65}, "a session opens with 65 tokens, but the context holds 64"),
+            (
+                {"token_ids": [1, 1 << 27], "prompt_tokens": 2},
+                "token 134217728 opens a session, but tokens are below",
+            ),
+            ({"prompt_tokens": 0}, "a session opens with a prompt of 0 of 33 tokens"),
+            ({"prompt_tokens": 34}, "a session opens with a prompt of 34 of 33 tokens"),
+            ({"sampling": Sampling(forced_token_ids=(90,))}, "token 90 is forced, but the head has 90 logits"),
+            ({"sampling": Sampling(forced_token_ids=(1,) * 65)}, "with 65 forced and 0 stop tokens, but 64 and 2048"),
+            (
+                {"sampling": Sampling(stop_token_ids=(1,) * 2_049)},
+                "0 forced and 2049 stop tokens, but 64 and 2048",
+            ),
+            ({"tenant": "x" * 257}, "the tenant has 257 characters, but at most 256"),
+        ],
+    )
+    def test_claim_outside_of_its_limit_fails_the_session(
+        self, table: SessionTable, upstream: FakeUpstream, pool: BlockPool, changes: dict[str, Any], message: str
+    ) -> None:
+        segment = first()
+        assert segment.new_session is not None
+        for name, value in changes.items():
+            setattr(segment.new_session, name, value)
+        cause, said = refusal(table, upstream, segment)
+        assert cause == "PRECONDITION"
+        assert message in said
+        assert (len(table), pool.free_blocks) == (0, 8)
+
+    def test_session_beyond_the_context_fails(self, table: SessionTable, upstream: FakeUpstream) -> None:
+        table.accept(upstream, first())
+        expected = ("PRECONDITION", "session 5 has 65 tokens, but the context holds 64")
+        assert refusal(table, upstream, replace(NEXT, length=45)) == expected
+
+    def test_token_ids_of_a_link_are_bounded_by_the_kv_cache(self, pool: BlockPool, upstream: FakeUpstream) -> None:
+        table = SessionTable(pool, LAYER_RANGES, None, any_chain, OpeningLimits())
+        tokens = MAX_IDS_PER_KV_TOKEN * pool.tokens // 2 - 100
+        for session_id in (1, 2, 3):
+            segment = first(session_id, length=1)
+            assert segment.new_session is not None
+            segment.new_session.token_ids = [1] * tokens
+            if session_id < 3:
+                table.accept(upstream, segment)
+        cause, said = refusal(table, upstream, segment)
+        assert cause == "KV_EXHAUSTED"
+        assert said == f"the sessions of this link hold {2 * tokens} token ids, and 8192 is the limit"
+        table.accept(FakeUpstream(), segment)
+
+    def test_route_in_a_refusal_is_plain(self, table: SessionTable, upstream: FakeUpstream) -> None:
+        _, said = refusal(table, upstream, first(route="x\n" * 1_000))
+        assert said.isprintable()
+        assert len(said) < 700
+
+
+class TestPrefixScopes:
+    """KV that was computed from one link's hidden states is found by sessions of the same upstream shard alone."""
+
+    def leave(self, table: SessionTable, pool: BlockPool, upstream: FakeUpstream, tenant: str = "") -> Session:
+        """Leaves the prompt's KV in the prefix cache, and closes the session."""
+        segment = first(length=33)
+        assert segment.new_session is not None
+        segment.new_session.tenant = tenant
+        session = table.accept(upstream, segment)
+        pool.publish(session.id, 33)
+        table.close(upstream, 5)
+        return session
+
+    def finds(self, table: SessionTable, upstream: FakeUpstream, tenant: str = "") -> bool:
+        """Whether a session of the same prompt finds two blocks."""
+        segment = first(6, reused=32, length=1)
+        assert segment.new_session is not None
+        segment.new_session.tenant = tenant
+        try:
+            table.accept(upstream, segment)
+        except SessionRefused as refused:
+            return refused.cause != shard_pb2.FAILURE_CAUSE_PREFIX_MISSING
+        return True
+
+    def test_link_of_another_scope_finds_nothing(self, table: SessionTable, pool: BlockPool) -> None:
+        self.leave(table, pool, FakeUpstream(prefix_scope="stranger"))
+        assert not self.finds(table, FakeUpstream(prefix_scope="bottom-0"))
+        assert self.finds(table, FakeUpstream(prefix_scope="stranger"))
+
+    def test_scope_holds_across_links_and_tenants_stay_apart(self, table: SessionTable, pool: BlockPool) -> None:
+        self.leave(table, pool, FakeUpstream(), tenant="acme")
+        assert self.finds(table, FakeUpstream(), tenant="acme")
+        assert not self.finds(table, FakeUpstream(), tenant="other")
+
+    def test_next_shards_get_the_scope_with_the_tenant(self, table: SessionTable, pool: BlockPool) -> None:
+        scopes = [("a", "acme"), ("b", "acme"), ("a", "other"), ("a\0acme", ""), ("a", "")]
+        sent = {self.leave(table, pool, FakeUpstream(prefix_scope=one), tenant).tenant for one, tenant in scopes}
+        assert len(sent) == len(scopes)

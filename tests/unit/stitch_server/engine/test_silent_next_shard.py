@@ -183,7 +183,7 @@ class TestFirstStage:
 
 def test_failure_downstream_names_shard() -> None:
     harness = FirstStageHarness()
-    request, outputs = harness.admit()
+    request, outputs = harness.admit(chain=("top-0", "top-1"))
     cause = shard_pb2.FAILURE_CAUSE_UNAVAILABLE
     failure = SessionFailure(request.id, 0, cause, "it is silent", "top-0")
     harness.answer(StepReply(harness.compute().number, failures=(failure,)))

@@ -20,7 +20,7 @@ from stitch_server.engine.request import Request, RequestOutput
 from stitch_server.engine.scheduler import Scheduler
 from stitch_server.engine.types import Batch, LayerRange, OutgoingStep, StepOutput, StepReply
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
-from stitch_server.rpc.frames import StepAssembler, step_frames
+from stitch_server.rpc.frames import StepAssembler, StepLimits, step_frames
 from stitch_server.rpc.tensors import pack, unpack
 from tests.support.engine_fakes import WIDTH, ManualClock, any_chain, computed, new_request, sampled
 from tests.support.scheduler_harness import new_batching
@@ -31,6 +31,10 @@ CHAIN = ("middle", "last")
 LAYER_RANGES = {"weak": LayerRange(0, 2), "strong": LayerRange(0, 3)}
 
 
+# Beyond what a first shard sends.
+LIMITS = StepLimits(10_000, 1 << 30)
+
+
 @dataclass(eq=False)
 class LateLink:
     """A link that delays frames: urgent ones overtake the others, replies keep their order."""
@@ -39,10 +43,11 @@ class LateLink:
     backward: deque[Callable[[], None]] = field(default_factory=deque)
     receiver: NextStage | None = None
     routes: frozenset[str] = frozenset(LAYER_RANGES)
+    prefix_scope: str = ""
     suspects: frozenset[str] = frozenset()
     assembler: StepAssembler = field(
         default_factory=lambda: StepAssembler(
-            WIDTH, shard_pb2.DTYPE_FLOAT32, 10_000, lambda packed: unpack(packed, torch.device("cpu"), torch.float32)
+            WIDTH, shard_pb2.DTYPE_FLOAT32, LIMITS, lambda packed: unpack(packed, torch.device("cpu"), torch.float32)
         )
     )
     # The sender's, and the name of the receiver.
@@ -63,6 +68,7 @@ class LateLink:
 
     def reply(self, reply: StepReply) -> None:
         assert self.on_reply is not None
+        self.assembler.answered(reply.step)
         self.backward.append(partial(self.on_reply, self.name, reply))
 
     def carry(self, draw: random.Random) -> None:

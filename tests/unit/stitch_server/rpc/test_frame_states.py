@@ -15,7 +15,8 @@ from torch import Tensor
 
 from stitch.errors import InvalidRequest, OutOfStep
 from stitch.v1 import shard_pb2
-from stitch_server.rpc.frames import MAX_INCOMPLETE_STEPS, StepAssembler
+from stitch_server.engine.in_flight import MAX_UNANSWERED_STEPS
+from stitch_server.rpc.frames import MAX_SEGMENTS, StepAssembler, StepLimits
 from stitch_server.rpc.tensors import pack, unpack
 
 WIDTH = 3
@@ -65,10 +66,6 @@ def surplus_token(frame: shard_pb2.Step) -> None:
     frame.hidden.tokens += 1
 
 
-def more_tokens_to_come(frame: shard_pb2.Step) -> None:
-    frame.tokens_to_come += 1
-
-
 def no_token(frame: shard_pb2.Step) -> None:
     frame.hidden.tokens, frame.hidden.data = 0, b""
 
@@ -83,7 +80,6 @@ DAMAGES: tuple[Callable[[shard_pb2.Step], None], ...] = (
     missing_bytes,
     surplus_scales,
     surplus_token,
-    more_tokens_to_come,
     no_token,
     nothing,
 )
@@ -99,10 +95,10 @@ class AssemblerMachine(RuleBasedStateMachine):
 
     def open_link(self) -> None:
         unpacked = lambda packed: unpack(packed, torch.device("cpu"), torch.float32)  # noqa: E731
-        self.assembler = StepAssembler(WIDTH, shard_pb2.DTYPE_FLOAT32, MAX_TOKENS, unpacked)
+        self.assembler = StepAssembler(WIDTH, shard_pb2.DTYPE_FLOAT32, StepLimits(MAX_TOKENS, 1 << 20), unpacked)
         self.steps: dict[int, SentStep] = {}
 
-    @precondition(lambda self: len(self.steps) < MAX_INCOMPLETE_STEPS)
+    @precondition(lambda self: len(self.steps) < MAX_UNANSWERED_STEPS)
     @rule(
         lengths=st.lists(st.integers(1, 8), min_size=1, max_size=5),
         cuts=st.lists(st.integers(1, MAX_TOKENS), max_size=6),
@@ -120,6 +116,7 @@ class AssemblerMachine(RuleBasedStateMachine):
         assert (complete is not None) == (not sent.frames)
         if complete is not None:
             del self.steps[number]
+            self.assembler.answered(number)
             assert complete.number == number
             assert [one.length for one in complete.segments] == sent.lengths
             assert torch.equal(complete.hidden(), sent.hidden)
@@ -133,11 +130,11 @@ class AssemblerMachine(RuleBasedStateMachine):
             self.assembler.add(frame)
         self.open_link()
 
-    @rule(tokens=st.integers(MAX_TOKENS + 1, 2**32 - 1))
+    @rule(tokens=st.integers(MAX_TOKENS + MAX_SEGMENTS + 1, 2**32 - 1))
     def announce_too_many(self, tokens: int) -> None:
         frame = split(self.number + 1, [1], []).frames[0]
         frame.tokens_to_come = tokens - 1
-        with pytest.raises(InvalidRequest, match="a step holds at most 40"):
+        with pytest.raises(InvalidRequest, match=f"a step holds at most {MAX_TOKENS + MAX_SEGMENTS}"):
             self.assembler.add(frame)
 
 

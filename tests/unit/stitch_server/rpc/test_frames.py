@@ -26,10 +26,11 @@ from stitch_server.engine.types import (
 from stitch_server.rpc.frames import (
     FRAME_BYTES,
     MAX_FAILURE_CHARACTERS,
-    MAX_INCOMPLETE_STEPS,
+    MAX_SEGMENTS,
     MAX_STAGE_CHARACTERS,
     MAX_STAGES,
     StepAssembler,
+    StepLimits,
     reply_frame,
     reply_of,
     step_frames,
@@ -38,7 +39,8 @@ from stitch_server.rpc.tensors import DTYPES, Packed, pack, unpack
 from tests.support.engine_fakes import new_request
 
 WIDTH = 1024
-LIMIT = 4096
+LIMITS = StepLimits(max_prefill_tokens=4096, max_bytes=32 << 20)
+MAX_TOKENS = 4096 + MAX_SEGMENTS
 
 
 def new_step(
@@ -70,7 +72,7 @@ def unpacked(packed: Packed) -> Tensor:
 
 
 def assembler(dtype: str = "float32") -> StepAssembler:
-    return StepAssembler(WIDTH, DTYPES[dtype][0], LIMIT, unpacked)
+    return StepAssembler(WIDTH, DTYPES[dtype][0], LIMITS, unpacked)
 
 
 def only(frames: list[shard_pb2.Step], into: StepAssembler) -> IncomingStep:
@@ -107,8 +109,17 @@ class TestSteps:
         step = OutgoingStep(1, step.segments, step.opens, wide, pipelined=False, urgent=False)
         assert [frame.hidden.tokens for frame in frames_of(step)] == [1, 1]
 
-    def test_only_first_frame_carries_segments(self) -> None:
-        assert [len(frame.segments) for frame in frames_of(new_step(100, 50))] == [2, 0, 0]
+    def test_segment_travels_in_the_frame_of_its_first_row(self) -> None:
+        assert [len(frame.segments) for frame in frames_of(new_step(1, 99, 50))] == [2, 1, 0]
+
+    def test_openings_of_long_prompts_travel_in_several_frames(self) -> None:
+        sessions = [new_request(100_000) for _ in range(5)]
+        step = new_step(1, 1, 1, 1, 70, sessions=sessions, opens=True)
+        frames = frames_of(step)
+        assert [(len(frame.segments), frame.hidden.tokens) for frame in frames] == [(1, 1)] * 4 + [(1, 64), (0, 6)]
+        arrived = only(frames, assembler())
+        assert [len(one.new_session.token_ids) for one in arrived.segments if one.new_session] == [100_000] * 5
+        assert torch.equal(arrived.hidden(), step.hidden)
 
     def test_new_session_carries_route_chain_tenant_sampling_and_tokens(self) -> None:
         sampling = Sampling(temperature=0.5, top_k=3, seed=9, max_tokens=7, stop_token_ids=(1, 2), logprobs=2)
@@ -135,10 +146,11 @@ class TestSteps:
         assert sorted(step.number for step in arrived) == [1, 2, 3, 4]
         assert all(torch.equal(step.hidden(), steps[step.number].hidden) for step in arrived)
 
-    def test_step_number_may_repeat_after_completion(self) -> None:
+    def test_step_number_may_repeat_after_its_reply(self) -> None:
         into = assembler()
         for _ in range(2):
             assert only(frames_of(new_step(100)), into).hidden().shape == (100, WIDTH)
+            into.answered(1)
 
 
 class TestRefusals:
@@ -180,17 +192,37 @@ class TestRefusals:
 
     def test_step_above_max_tokens_is_refused(self) -> None:
         frame = self.frame(100)
-        frame.tokens_to_come = LIMIT
+        frame.tokens_to_come = MAX_TOKENS
         error = self.refused(frame)
-        assert (error.field, error.value) == ("step.hidden.tokens", 64 + LIMIT)
-        assert str(LIMIT) in error.limit
+        assert (error.field, error.value) == ("step.hidden.tokens", 64 + MAX_TOKENS)
+        assert str(MAX_TOKENS) in error.limit
 
     @pytest.mark.parametrize("length", [4, 6])
     def test_segments_that_contradict_rows_are_refused(self, length: int) -> None:
         frame = self.frame(5)
         frame.segments[0].length = length
         error = self.refused(frame)
-        assert (error.field, error.value) == ("step.segments", f"{length} tokens")
+        assert (error.field, error.value) == ("step.segments", f"{length} tokens in 1 segments")
+
+    def test_row_without_segment_is_refused(self) -> None:
+        first, second = frames_of(new_step(64, 10))
+        second.ClearField("segments")
+        error = self.refused(first, second)
+        assert (error.field, error.limit) == ("step.segments", "74 of the step's 74 have come")
+
+    def test_prefill_above_limit_is_refused(self) -> None:
+        into = StepAssembler(WIDTH, DTYPES["float32"][0], StepLimits(10, 16 << 20), unpacked)
+        assert only(frames_of(new_step(11, 1, 1)), into)
+        error = self.refused(*frames_of(new_step(11, 2, number=2)), into=into)
+        assert str(error) == (
+            "step.segments is '13 tokens in 2 segments', but besides one token a segment, 10 are the limit"
+        )
+
+    def test_too_many_segments_are_refused(self) -> None:
+        frame = shard_pb2.Step(step=1, hidden=shard_pb2.HiddenStates(dtype=DTYPES["float32"][0], hidden_size=WIDTH))
+        frame.hidden.tokens, frame.tokens_to_come, frame.hidden.data = 1, MAX_SEGMENTS, b"\0" * WIDTH * 4
+        frame.segments.extend(shard_pb2.Segment(session=one, length=1) for one in range(MAX_SEGMENTS + 1))
+        assert str(MAX_SEGMENTS) in self.refused(frame).limit
 
     def test_segment_without_tokens_is_refused(self) -> None:
         frame = self.frame(5)
@@ -213,16 +245,33 @@ class TestRefusals:
         with pytest.raises(OutOfStep, match=f"step 1 has 100 tokens to come, .* 64 and announces {to_come} more"):
             into.add(frames[1])
 
-    def test_too_many_incomplete_steps_are_refused(self) -> None:
-        into, (first, *_) = assembler(), frames_of(new_step(100))
-        for number in range(MAX_INCOMPLETE_STEPS):
-            first.step = number
-            assert into.add(first) is None
-        first.step = MAX_INCOMPLETE_STEPS
-        with pytest.raises(
-            OutOfStep, match=f"step {MAX_INCOMPLETE_STEPS} begins while {MAX_INCOMPLETE_STEPS} others are not complete"
-        ):
-            into.add(first)
+    def test_too_many_unanswered_steps_are_refused(self) -> None:
+        into, frame = assembler(), self.frame(1)
+        for number in range(LIMITS.max_steps):
+            frame.step = number
+            assert into.add(frame) is not None
+        frame.step = LIMITS.max_steps
+        limit = f"step {LIMITS.max_steps} begins while {LIMITS.max_steps} others are not answered, which is the limit"
+        with pytest.raises(OutOfStep, match=limit):
+            into.add(frame)
+        into.answered(0)
+        assert into.add(frame) is not None
+
+    def test_bytes_above_window_are_refused_before_they_come(self) -> None:
+        window = 1000 * WIDTH * 4
+        into = StepAssembler(WIDTH, DTYPES["float32"][0], StepLimits(4096, window), unpacked)
+        first, second = (frames_of(new_step(900, number=number))[0] for number in (1, 2))
+        assert into.add(first) is None
+        with pytest.raises(OutOfStep, match=f"step 2 takes the unanswered steps of its link over {window} bytes"):
+            into.add(second)
+        into.answered(1)
+        assert into.add(second) is None
+
+    def test_step_that_is_not_answered_cannot_begin_again(self) -> None:
+        into = assembler()
+        assert into.add(self.frame(1)) is not None
+        with pytest.raises(OutOfStep, match="step 1 begins again before it is answered"):
+            into.add(self.frame(1))
 
     def test_repeated_frame_is_refused(self) -> None:
         into, (first, *_) = assembler(), frames_of(new_step(100))

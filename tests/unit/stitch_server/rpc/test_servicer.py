@@ -13,6 +13,9 @@ import pytest
 import torch
 
 from stitch.v1 import inference_pb2, shard_pb2
+from stitch_server.engine.in_flight import MAX_UNANSWERED_STEPS
+from stitch_server.rpc import link_server as link_server_module
+from stitch_server.rpc import servicer as servicer_module
 from stitch_server.rpc.handshake import PROTOCOL_VERSION
 from stitch_server.rpc.servicer import PIECE_BYTES
 from stitch_server.rpc.tensors import pack
@@ -281,6 +284,99 @@ class TestLink:
             with pytest.raises(Aborted):
                 await talk(last, hello(), step(5), hello())
             assert last.running_sessions == 1
+
+
+async def reading_late(responses: AsyncIterator[object]) -> AsyncIterator[None]:
+    """Reads responses after all frames have arrived, and yields at their end."""
+    async for _ in responses:
+        await asyncio.sleep(0.01)
+    yield
+
+
+class TestLinkLimits:
+    """What one link, one upstream shard, and peers that say nothing can take."""
+
+    async def test_link_without_hello_in_time_ends(
+        self, last: WeightlessShard, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(servicer_module, "HELLO_SECONDS", 0.01)
+        with pytest.raises(Aborted) as caught:
+            await anext(link(last, stream([], asyncio.Event())))
+        assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert caught.value.details == "no hello came within 0.01 s"
+
+    async def test_silent_links_are_limited(self, last: WeightlessShard, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(servicer_module, "MAX_SILENT_LINKS", 2)
+        servicer, end = last.servicer, asyncio.Event()
+        silent = [asyncio.ensure_future(anext(servicer.Link(stream([], end), call_context()))) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Aborted) as caught:
+            await anext(servicer.Link(stream([hello()]), call_context()))
+        assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        end.set()
+        await asyncio.gather(*silent, return_exceptions=True)
+        assert (await anext(servicer.Link(stream([hello()]), call_context()))).HasField("welcome")
+
+    async def test_links_of_one_shard_are_limited(self, last: WeightlessShard, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(servicer_module, "MAX_LINKS", 2)
+        servicer, end = last.servicer, asyncio.Event()
+        links = [servicer.Link(stream([hello()], end), call_context()) for _ in range(3)]
+        for one in links[:2]:
+            await anext(one)
+        with pytest.raises(Aborted) as caught:
+            await anext(links[2])
+        assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert caught.value.details == "shard bottom-0 has 2 links to top-0, which is the limit"
+        end.set()
+        assert await anext(links[0], None) is None
+        assert (await anext(servicer.Link(stream([hello()]), call_context()))).HasField("welcome")
+
+    @pytest.mark.parametrize("shard", ["bottom-1", "top-0", "x\n" * 1_000])
+    async def test_shard_that_the_cluster_lacks_is_refused(self, last: WeightlessShard, shard: str) -> None:
+        error = await ended(last, [hello(shard)])
+        assert error.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert error.details.endswith("with bottom layers 0 to 4 is not in the cluster of top-0")
+        assert error.details.isprintable()
+        assert len(error.details) < 200
+
+    async def test_sessions_of_a_link_are_limited(self, last: WeightlessShard, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(link_server_module, "MAX_SESSIONS", 2)
+        close = shard_pb2.LinkRequest(close=shard_pb2.CloseSessions(sessions=[5]))
+        fine = [hello(), step(5), step(6, number=2), close, step(7, number=3), step(7, number=4)]
+        await talk(last, *fine)
+        assert len(last.received_bytes) == 4
+        error = await ended(last, [*fine, step(8, number=5)])
+        assert error.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert error.details == "2 sessions are open over this link, which is the limit"
+
+    async def test_sessions_that_are_not_open_are_not_closed(self, last: WeightlessShard) -> None:
+        closed: list[Sequence[int]] = []
+        assert last.next_stage is not None
+        last.next_stage.close = lambda upstream, session_ids: closed.append(session_ids)  # type: ignore[method-assign]
+        closes = [
+            shard_pb2.LinkRequest(close=shard_pb2.CloseSessions(sessions=sessions))
+            for sessions in (range(1_000), [7, 5, 9], [5])
+        ]
+        await talk(last, hello(), closes[0], step(5), closes[1], closes[2])
+        assert closed == [[5]]
+
+    async def test_window_of_a_peer_that_reads_no_replies_stays_full(self, last: WeightlessShard) -> None:
+        steps = [step(1, number=number) for number in range(2 * MAX_UNANSWERED_STEPS + 2)]
+        responses = link(last, stream([hello(), *steps], asyncio.Event()))
+        await anext(responses)
+        with pytest.raises(Aborted) as caught:
+            await anext(reading_late(responses))
+        assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert "others are not answered, which is the limit" in caught.value.details
+
+    async def test_prefixes_are_shared_within_a_link_where_nobody_is_certified(self, last: WeightlessShard) -> None:
+        scopes = []
+        assert last.next_stage is not None
+        last.next_stage.on_upstream_lost = lambda upstream: scopes.append(upstream.prefix_scope)  # type: ignore[method-assign]
+        for _ in range(2):
+            await talk(last, hello())
+        assert [scope.partition("/")[0] for scope in scopes] == ["bottom-0", "bottom-0"]
+        assert len(set(scopes)) == 2
 
 
 class TestDescribe:
