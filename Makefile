@@ -17,12 +17,17 @@ help:
 	@echo 'make bench     the benchmarks in their tiny form'
 	@echo 'make protos    generate the stubs in stitch/v1'
 	@echo 'make breaking  what changes in protos/ break for programs built from main'
-	@echo 'make lock      resolve requirements.lock anew'
+	@echo 'make lock      resolve requirements.lock and requirements.sha256 anew'
 
 install: $(INSTALLED)
 
+# VERIFY=1 takes only files with the hashes in requirements.sha256. Torch has a build of its own for each kind of
+# machine and is not among them.
 $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
+ifdef VERIFY
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.sha256
+endif
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
@@ -61,4 +66,7 @@ lock:
 	$(PYTHON) -m venv --clear .venv-lock
 	.venv-lock/bin/pip install --quiet --disable-pip-version-check '.[dev]'
 	.venv-lock/bin/pip freeze --all --exclude pip --exclude stitch-serving | sed 's/+.*//' > requirements.lock
+	.venv-lock/bin/pip install --quiet --disable-pip-version-check uv
+	grep -v '^torch==' requirements.lock | .venv-lock/bin/uv pip compile - --quiet --universal --python-version 3.11 \
+		--generate-hashes --no-deps --no-header --no-annotate --output-file requirements.sha256 > /dev/null
 	rm -rf .venv-lock

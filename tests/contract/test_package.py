@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +42,18 @@ def test_ci_runs_check_and_test() -> None:
     script = ROOT / ".ci/run"
     assert os.access(script, os.X_OK)
     assert "make check test" in script.read_text()
+
+
+def test_hashes_are_of_every_locked_package_but_torch() -> None:
+    locked = {line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("torch==")}
+    entries = re.sub(r"\\\n\s+", "", (ROOT / "requirements.sha256").read_text()).splitlines()
+    hashed = {re.split(r"[ ;]", entry)[0]: re.findall(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in entries}
+    assert {_canonical(one) for one in hashed} == {_canonical(one) for one in locked}
+    assert all(hashed.values())
+
+
+def _canonical(requirement: str) -> str:
+    return requirement.lower().replace("_", "-")
 
 
 def _packaged(package: str) -> set[Path]:
