@@ -35,7 +35,7 @@ Decoded = TypeVar("Decoded", bound=Message)
 # Leaves the route to the router, as an empty name does.
 AUTO = "auto"
 # Longer ones would block the event loop before they are compared with the context.
-MAX_MESSAGES = 4_096
+MAX_MESSAGES = 2_048
 MAX_STOP_TOKENS = 1_024
 MAX_FORCED_TOKENS = 32_768
 # An error shows this many bytes of a string before the invalid one.

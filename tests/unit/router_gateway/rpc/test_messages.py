@@ -83,7 +83,7 @@ def test_chat_becomes_turns() -> None:
         (message(stop=["a", ""]), "stop[1]"),
         (message(stop=["a"] * 1_000_000), "stop"),
         (message(sampling=inference_pb2.Sampling(stop_token_ids=[1] * 1_025)), "sampling.stop_token_ids"),
-        (message(chat=inference_pb2.Chat(messages=[EMPTY] * 4_097)), "chat.messages"),
+        (message(chat=inference_pb2.Chat(messages=[EMPTY] * 2_049)), "chat.messages"),
         (message(sampling=inference_pb2.Sampling(max_tokens=0)), "sampling.max_tokens"),
         (message(sampling=inference_pb2.Sampling(temperature=-1)), "sampling.temperature"),
         (message(sampling=inference_pb2.Sampling(top_p=2)), "sampling.top_p"),
@@ -147,7 +147,7 @@ def test_decode_reads_a_valid_message() -> None:
 
 def test_decode_refuses_a_message_of_too_many_fields() -> None:
     many = inference_pb2.GenerateRequest(chat=inference_pb2.Chat(messages=[EMPTY] * 20_000))
-    with pytest.raises(InvalidRequest, match="request is 40,004 bytes, but they have more than 16,384 fields"):
+    with pytest.raises(InvalidRequest, match="request is 40,004 bytes, but they have more than 8,192 fields"):
         decode(inference_pb2.GenerateRequest, many.SerializeToString())
 
 
