@@ -371,7 +371,7 @@ class Admission:
             # While their number falls, fewer prompts are computed than that number of requests brings.
             is_steady = abs(len(self._running) + 1 - ticket.running_at_first) <= STEADY_SHARE * ticket.running_at_first
             rate = (self.tokens - ticket.tokens_at_first) / divisor if is_steady else None
-            self._forecast.decode.observe(running, decoding / (ticket.tokens - 1), rate)
+            self._forecast.decode.observe(running, decoding / (ticket.tokens - 1), rate, now)
         if ticket.ended_itself is not None:
             self._forecast.lengths.observe(tenant.name, size.route, ticket.tokens, ticket.ended_itself)
         if ticket.is_complete:

@@ -20,9 +20,9 @@ MAX_PROMISES = 65_536
 # The least time before a promise, and after it, in which its room is counted, and in how many steps room is looked for.
 LEAST_SPAN_SECONDS = 1.0
 MOST_STEPS = 64
-# The weight of one promise in the learned share of those that return.
-RETURN_WEIGHT = 0.02
-LEAST_RETURN_SHARE = 0.05
+# The weight of one promise in the learned share of those that return: rather too much room is kept than too little.
+RETURN_WEIGHT, ABSENCE_WEIGHT = 0.05, 0.02
+LEAST_RETURN_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -119,5 +119,5 @@ class Promises:
         self._tokens[tenant] = max(0.0, self._tokens[tenant] + sign * promise.tokens)
 
     def _learn(self, returned: bool) -> None:
-        share = self.return_share + RETURN_WEIGHT * (returned - self.return_share)
-        self.return_share = max(LEAST_RETURN_SHARE, share)
+        weight = RETURN_WEIGHT if returned else ABSENCE_WEIGHT
+        self.return_share = max(LEAST_RETURN_SHARE, self.return_share + weight * (returned - self.return_share))

@@ -18,6 +18,8 @@ MIN_SAMPLES = 8
 BAND_RATIO = 1.5
 # The weight of one answer in the mean of its band; the first ones count alike.
 SAMPLE_WEIGHT = 0.1
+# Bands without an answer are forgotten: the speed of shards changes with prompts and with what else a machine does.
+MAX_AGE_SECONDS = 60.0
 # The least band counts that reaches this share of the best band's tokens per second.
 SATURATION_SHARE = 0.97
 MOST_RUNNING = 4096
@@ -64,9 +66,11 @@ class Band:
     # Tokens of all answers together in a second, and how many answers have measured it.
     rate: float = 0.0
     rates: int = 0
+    # When the last answer came.
+    at: float = 0.0
 
-    def add(self, running: float, seconds: float, rate: float | None) -> None:
-        self.answers += 1
+    def add(self, running: float, seconds: float, rate: float | None, at: float) -> None:
+        self.answers, self.at = self.answers + 1, at
         weight = max(SAMPLE_WEIGHT, 1 / self.answers)
         self.running += weight * (running - self.running)
         self.seconds += weight * (seconds - self.seconds)
@@ -85,14 +89,15 @@ class DecodeTimes:
         # Measured seconds divided by predicted ones.
         self._factors: deque[float] = deque(maxlen=WINDOW)
 
-    def observe(self, running: float, seconds: float, rate: float | None) -> None:
-        """Adds an answer: the mean number of running requests, itself included, its seconds per token, and the tokens
-        per second of all; None where that number has changed too much meanwhile.
+    def observe(self, running: float, seconds: float, rate: float | None, at: float) -> None:
+        """Adds an answer that ended at that time: the mean number of running requests, itself included, its seconds per
+        token, and the tokens per second of all; None where that number has changed too much meanwhile.
         """
         running = max(running, 1.0)
         if (predicted := self.seconds(running)) is not None:
             self._factors.append(seconds / predicted)
-        self._bands.setdefault(round(math.log(running, BAND_RATIO)), Band()).add(running, seconds, rate)
+        self._bands.setdefault(round(math.log(running, BAND_RATIO)), Band()).add(running, seconds, rate, at)
+        self._bands = {index: band for index, band in self._bands.items() if band.at >= at - MAX_AGE_SECONDS}
         self._ordered = sorted(self._bands.values(), key=lambda band: band.running)
 
     def seconds(self, running: float) -> float | None:

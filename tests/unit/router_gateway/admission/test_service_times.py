@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from router_gateway.admission.service_times import MIN_SAMPLES, WINDOW, AnswerLengths, DecodeTimes, mean, nearly_all
+from router_gateway.admission.service_times import (
+    MAX_AGE_SECONDS,
+    MIN_SAMPLES,
+    WINDOW,
+    AnswerLengths,
+    DecodeTimes,
+    mean,
+    nearly_all,
+)
 
 
 def decode_times(*running: int, seconds: float = 0.02, more: float = 0.005) -> DecodeTimes:
@@ -13,7 +21,7 @@ def decode_times(*running: int, seconds: float = 0.02, more: float = 0.005) -> D
     for number in running:
         for _ in range(3 * MIN_SAMPLES):
             pass_seconds = seconds + more * number
-            times.observe(number, pass_seconds, number / pass_seconds)
+            times.observe(number, pass_seconds, number / pass_seconds, at=0.0)
     return times
 
 
@@ -61,7 +69,7 @@ def test_factor_covers_nearly_all_answers() -> None:
     times = decode_times(4)
     assert times.factor == 1.0
     for _ in range(2):
-        times.observe(4, 0.08, 100.0)
+        times.observe(4, 0.08, 100.0, at=0.0)
     assert times.factor == pytest.approx(1.9, abs=0.15)
 
 
@@ -78,8 +86,14 @@ def test_limit_is_the_least_number_that_gives_nearly_all_tokens() -> None:
 def test_limit_takes_rates_of_steady_times_only() -> None:
     times = decode_times(4, 8)
     for _ in range(3 * MIN_SAMPLES):
-        times.observe(16, 0.1, None)
+        times.observe(16, 0.1, None, at=0.0)
     assert times.saturating == pytest.approx(12)
+
+
+def test_numbers_without_answers_are_forgotten_and_tried_again() -> None:
+    times = decode_times(4, 16, 64, seconds=0.0, more=0.01)
+    times.observe(16, 0.16, 100.0, at=MAX_AGE_SECONDS + 1)
+    assert times.saturating == pytest.approx(24)
 
 
 def test_number_that_may_run_within_seconds_per_token() -> None:
