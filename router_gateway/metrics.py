@@ -21,7 +21,7 @@ OUTCOMES = (
 STAGES = ("route", "queue", "bottom_prefill", "wire", "stitch", "top_prefill", "sample")
 REPLAY_CAUSES = ("unavailable", "draining", "cancelled", "unreachable", "cut", "out_of_step", "failed", "incompatible")
 EJECTION_CAUSES = ("failures", "unreachable", "suspected", "slow")
-REFUSAL_REASONS = ("deadline", "queue", "waiting", "rate", "late")
+REFUSAL_REASONS = ("deadline", "queue", "waiting", "rate", "late", "shards")
 CANCEL_CAUSES = ("client", "deadline", "shutdown")
 
 # Upper bounds in tokens of the prompt lengths by which the time to first token is split.

@@ -11,7 +11,8 @@ Invariant: a ticket whose block has ended holds nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from types import TracebackType
@@ -180,6 +181,10 @@ class Admission:
             self.start_waiting()
         ticket.status = Status.ENDED
         self._show(ticket.tenant)
+
+    def refuse(self, ticket: Ticket, refused: Exhausted) -> Exhausted:
+        """The error for a request that the shards had no room for, against what was expected."""
+        return self._refusal(ticket, "shards", str(refused), refused.retry_after_seconds)
 
     def size(self, tenant: str, route: str, prompt_tokens: int, max_tokens: int, is_exact: bool) -> Size:
         """See `Forecast.size`."""
@@ -465,6 +470,14 @@ class Ticket:
         else:
             self.status = Status.ENDED
             self._released.set_exception(error)
+
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Shards that have no room against what was expected refuse the request with a time for which room is kept."""
+        try:
+            yield
+        except Exhausted as error:
+            raise self._admission.refuse(self, error) from error
 
     def record_tokens(self, count: int) -> None:
         """Tokens came from the shards."""

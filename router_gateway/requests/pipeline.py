@@ -279,7 +279,7 @@ class Pipeline:
                 prepared = await self._preparer.prepare(request, waits)
                 recorder.record_prompt(prepared.prompt_tokens, request.routing.objectives.max_ttft_seconds)
                 recorder.record_wait(await self._start_on_shards(prepared, ticket))
-                with self._predictor.track(prepared.prompt_tokens) as tracked:
+                with self._predictor.track(prepared.prompt_tokens) as tracked, ticket.refusals():
                     async with aclosing(self._answer(prepared, ticket, recorder, tracked)) as responses:
                         async for response in responses:
                             yield response

@@ -1,0 +1,101 @@
+"""Tenants of a running cluster: their keys, their shares, and a keys file that is replaced while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from router_gateway.admission.tenants import hash_key
+from stitch.client import AsyncClient, Client
+from stitch.errors import Unauthenticated
+from tests.support.processes import Cluster, running_cluster
+from tests.support.tiny_cluster import write_tiny_cluster
+from tests.support.waiting import becomes_true
+
+pytestmark = pytest.mark.slow
+
+RELOAD_SECONDS = 10.0
+# Requests of each tenant, and how many answers are counted while both still have waiting ones.
+REQUESTS, COUNTED = 120, 100
+# Requests that may start before the other tenant's have arrived.
+FIRST = 32
+
+
+def sections(**weights: int) -> str:
+    """A keys file in which a tenant's key is its name."""
+    return "\n".join(
+        f'[tenants.{name}]\nkeys = ["{hash_key(name)}"]\nweight = {weight}' for name, weight in weights.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("keys") / "keys.toml"
+    file.write_text(sections(one=1, three=3))
+    return file
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Iterator[Cluster]:
+    file = write_tiny_cluster(tmp_path_factory.mktemp("pair"))
+    fields = json.loads(file.read_text())
+    fields["gateway"]["keys"] = str(keys)
+    file.write_text(json.dumps(fields))
+    with running_cluster(file, tmp_path_factory.mktemp("run")) as running:
+        yield running
+
+
+async def finished_by_tenant(gateway: str) -> Counter[str]:
+    """Of both tenants' requests, which arrive together, the number of the first answers by tenant."""
+    finished: list[str] = []
+    enough = asyncio.Event()
+
+    async def ask(name: str, client: AsyncClient, number: int) -> None:
+        await client.generate(f"{name} {number}", route="strong", max_tokens=24, ignore_eos=True)
+        finished.append(name)
+        if len(finished) >= COUNTED + FIRST:
+            enough.set()
+
+    async with AsyncClient(gateway, key="one") as one, AsyncClient(gateway, key="three") as three:
+        clients = {"one": one, "three": three}
+        tasks = [asyncio.create_task(ask(name, clients[name], i)) for i in range(REQUESTS) for name in clients]
+        await enough.wait()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return Counter(finished[FIRST : FIRST + COUNTED])
+
+
+def test_answers_of_waiting_tenants_are_shared_by_weight(cluster: Cluster) -> None:
+    counts = asyncio.run(finished_by_tenant(cluster.gateway))
+    assert 0.65 <= counts["three"] / COUNTED <= 0.85
+    for name in ("one", "three"):
+        assert cluster.metric("gateway", "stitch_tenant_work_total", tenant=name) > 0
+
+
+def test_replaced_keys_are_in_force_without_a_restart(cluster: Cluster, keys: Path) -> None:
+    with Client(cluster.gateway, key="one") as one, Client(cluster.gateway, key="new") as new:
+        one.generate("before", max_tokens=1)
+        with pytest.raises(Unauthenticated):
+            new.generate("before", max_tokens=1)
+        keys.write_text("broken")
+        keys.write_text(sections(new=1))
+
+        def is_known() -> bool:
+            try:
+                new.generate("after", max_tokens=1)
+            except Unauthenticated:
+                return False
+            return True
+
+        assert becomes_true(is_known, RELOAD_SECONDS)
+        with pytest.raises(Unauthenticated):
+            one.generate("after", max_tokens=1)
+    with Client(cluster.gateway) as stranger, pytest.raises(Unauthenticated, match="needs a key"):
+        stranger.describe()
+    assert hash_key("new") not in cluster.log("gateway")
