@@ -24,6 +24,8 @@ pytestmark = pytest.mark.slow
 MEBIBYTE = 1 << 20
 # Of another client's health check and description while the attack runs, from the issue.
 ANSWER_SECONDS = 0.25
+# What else runs on the machine may delay an answer once; an attack that does, does it every time.
+ATTEMPTS = 3
 RESIDENT_BYTES = 300 * MEBIBYTE
 LOG_BYTES_A_CALL = 10_000
 # An entry of a batch, or a message of a chat, without any field.
@@ -138,12 +140,15 @@ def calls_that_never_send_their_request(cluster: Cluster) -> int:
     ids=lambda attack: attack.__name__,
 )
 def test_attack_takes_nothing_from_another_client(cluster: Cluster, attack: Attack) -> None:
-    before = len(cluster.log(GATEWAY))
-    with OtherClient(cluster.gateway, cluster.pid(GATEWAY)) as other:
-        calls = attack(cluster)
-    logged = cluster.log(GATEWAY)[before:]
-    assert other.slowest_seconds <= ANSWER_SECONDS
-    assert other.added_bytes <= RESIDENT_BYTES
-    assert len(logged) <= LOG_BYTES_A_CALL * calls
-    assert SECRET not in logged
-    assert "Traceback" not in logged
+    for attempt in range(1, ATTEMPTS + 1):
+        before = len(cluster.log(GATEWAY))
+        with OtherClient(cluster.gateway, cluster.pid(GATEWAY)) as other:
+            calls = attack(cluster)
+        logged = cluster.log(GATEWAY)[before:]
+        assert other.added_bytes <= RESIDENT_BYTES
+        assert len(logged) <= LOG_BYTES_A_CALL * calls
+        assert SECRET not in logged
+        assert "Traceback" not in logged
+        if other.slowest_seconds <= ANSWER_SECONDS:
+            return
+        assert attempt < ATTEMPTS, f"another client waited for {other.slowest_seconds:.2f} s"
