@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import grpc
@@ -39,7 +39,7 @@ class ShardRegistry:
 
         def replica(shard: ShardConfig, channel: grpc.aio.Channel) -> Replica:
             record = Ejection(shard.name, ejection, clock, self._ejection_changed)
-            return Replica(shard, channel, health, record, clock, self.report_change, self.suspect)
+            return Replica(shard, channel, health, record, clock, self.report_change, self.take_suspects)
 
         self.replicas = {
             shard.name: replica(shard, channel) for shard, channel in zip(cluster.shards, self._channels, strict=True)
@@ -75,10 +75,14 @@ class ShardRegistry:
         while self.version == version:
             await self._changed.wait()
 
-    def suspect(self, name: str, reason: str) -> None:
-        """Avoids a shard for a time: another one, or a session, has found that it does not answer."""
-        if name in self.replicas:
-            self.replicas[name].ejection.eject("suspected", reason)
+    def take_suspects(self, shard: str, suspects: Collection[str]) -> None:
+        """`shard` waits in vain for replies of these shards, and of no others: they are avoided until it says so."""
+        for name, replica in self.replicas.items():
+            if name not in suspects:
+                replica.suspected_by.discard(shard)
+            elif shard not in replica.suspected_by:
+                replica.suspected_by.add(shard)
+                replica.ejection.eject("suspected", f"shard {shard} waits for its replies")
 
     def report_change(self) -> None:
         """Something that placement depends on has changed: wakes all who wait for that."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
 import grpc
@@ -48,7 +48,7 @@ class HealthPolicy(Settings):
 class Replica:
     """The state of one shard, and the calls to it.
 
-    `changed` is called after every change, `suspect` with the names of other shards that this one suspects.
+    `changed` is called after every change, `suspect` with its name and the names of the shards that it suspects.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Replica:
         ejection: Ejection,
         clock: Callable[[], float],
         changed: Callable[[], object],
-        suspect: Callable[[str, str], object],
+        suspect: Callable[[str, Collection[str]], object],
     ) -> None:
         self.config = config
         # Whether it answers: its streams run.
@@ -70,6 +70,8 @@ class Replica:
         self.mismatch: str | None = None
         # None before the first answer; kept while the shard is gone.
         self.identity: shard_pb2.ShardIdentity | None = None
+        # Names of the shards that wait for its replies in vain.
+        self.suspected_by: set[str] = set()
         self.load = ReplicaLoad()
         self.ejection = ejection
         # When the latest poll was sent.
@@ -96,7 +98,8 @@ class Replica:
     @property
     def avoided(self) -> bool:
         """Whether placement prefers other replicas."""
-        return self.ejection.avoided or self._silent_seconds >= self._policy.doubt_seconds
+        doubted = self._silent_seconds >= self._policy.doubt_seconds
+        return doubted or bool(self.suspected_by) or self.ejection.avoided
 
     @property
     def silent(self) -> bool:
@@ -177,8 +180,7 @@ class Replica:
         changed = self.identity != answer.identity
         self.identity = answer.identity
         self._update(serving=True, draining=answer.draining, changed=changed)
-        for name in answer.suspects:
-            self._suspect(name, f"shard {self.config.name} waits for its replies")
+        self._suspect(self.config.name, answer.suspects)
 
     def _poll_failed(self, error: grpc.aio.AioRpcError) -> None:
         self._failed_polls += 1
@@ -187,6 +189,7 @@ class Replica:
             _log.error("shard %s refuses polls: %s: %s", self.config.name, code.name, error.details())
         self._poll_error = code
         if self._failed_polls >= self._policy.max_failed_polls:
+            self._suspect(self.config.name, ())
             self._update(serving=False, draining=self.draining)
 
     def _update(self, serving: bool, draining: bool, changed: bool = False) -> None:

@@ -49,6 +49,8 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         # Number of parameters that this shard reads for one token, by route.
         self.parameters = {"weak": 600, "strong": 900} if role == "bottom" else {"weak": 500, "strong": 500}
         self.stitches = {"weak": "s1"} if role == "top" else {}
+        # Every session waits for it before its second token.
+        self.script_waits: asyncio.Event | None = None
         # A fault by the index of the generated token before which it happens once.
         self.faults: dict[int, Fault] = {}
         # Sessions that Describe reports; None: those that run.
@@ -146,6 +148,8 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
             await context.write(shard_pb2.ShardGenerateResponse(decision=self.decision))
         first = len(request.token_ids) - request.prompt_tokens
         for index in range(first, request.sampling.max_tokens):
+            if index == 1 and self.script_waits is not None:
+                await self.script_waits.wait()
             if index in self.faults:
                 await self.faults.pop(index)(context)
             response = self._token(index, request)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from router_gateway.config import GatewaySettings
+from router_gateway.config import GatewaySettings, HealthPolicy
+from router_gateway.metrics import EJECTION_CAUSES, REPLAY_CAUSES
 from router_gateway.routing.learned.artifact import RouterArtifact, fingerprint_of, save_router
 from router_gateway.routing.router import Query
 from router_gateway.server import open_gateway, open_router
@@ -138,3 +139,25 @@ async def test_open_router_opens_the_learned_router(tmp_path: Path) -> None:
 async def test_open_router_refuses_a_router_of_other_routes(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="disagree on large, strong"):
         open_router(await cluster_with(tmp_path, "weak", "large"))
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL])
+async def test_one_failed_poll_replays_no_answer(reach: Reach, code: grpc.StatusCode) -> None:
+    bottoms = [FakeShard(f"bottom-{index}", "bottom", tokens("hello world")) for index in range(2)]
+    tops = [FakeShard(f"top-{index}", "top") for index in range(2)]
+    hold = asyncio.Event()
+    for shard in bottoms:
+        shard.script_waits = hold
+    health = HealthPolicy(poll_seconds=0.02, confirm_seconds=5.0)
+    async with reach(*bottoms, *tops, health=health) as gateway:
+        answers = [asyncio.create_task(gateway.generate()) for _ in range(30)]
+        await eventually(lambda: sum(shard.running for shard in bottoms) == len(answers))
+        for shard in (*bottoms, *tops):
+            shard.describe_faults = [code]
+        polls = {shard: shard.polls for shard in (*bottoms, *tops)}
+        await eventually(lambda: all(shard.polls > polls[shard] + 1 for shard in polls))
+        hold.set()
+        await asyncio.gather(*answers)
+        assert sum(len(shard.requests) for shard in bottoms) == len(answers)
+        assert all(gateway.metric("stitch_replays_total", cause=cause) == 0 for cause in REPLAY_CAUSES)
+        assert all(gateway.metric("stitch_ejections_total", cause=cause) == 0 for cause in EJECTION_CAUSES)
