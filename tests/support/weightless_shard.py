@@ -18,6 +18,7 @@ from stitch.process import InFlightTracker
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.engine.first_stage import FirstStage
 from stitch_server.engine.next_stage import NextStage
+from stitch_server.engine.pass_age import PassAge
 from stitch_server.engine.types import LayerRange
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
 from stitch_server.neighbours import Neighbours
@@ -70,6 +71,7 @@ class InlineEngine:
     stage: FirstStage | NextStage
     downstream: FakeDownstream
     computes: bool = True
+    pass_age: PassAge = field(default_factory=PassAge)
 
     def post(self, command: Callable[[], None]) -> None:
         command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ import torch
 
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.engine.in_flight import MAX_UNANSWERED_STEPS
+from stitch_server.engine.pass_age import TICK_SECONDS, PassAge
 from stitch_server.rpc import link_server as link_server_module
 from stitch_server.rpc import servicer as servicer_module
 from stitch_server.rpc.handshake import PROTOCOL_VERSION
 from stitch_server.rpc.servicer import PIECE_BYTES
 from stitch_server.rpc.tensors import pack
-from tests.support.engine_fakes import TOKEN_ID, WIDTH
+from tests.support.engine_fakes import TOKEN_ID, WIDTH, ManualClock
 from tests.support.weightless_shard import (
     CONTEXT_LENGTH,
     VOCABULARY_SIZE,
@@ -216,6 +217,30 @@ class TestLink:
         assert [(one.session, one.token.id, one.token.position) for one in first.reply.tokens] == [(5, TOKEN_ID, 3)]
         assert (first.reply.step, second.reply.step) == (1, 2)
         assert last.received_bytes == [3 * WIDTH * 4] * 2
+
+    async def test_silent_link_has_heartbeats_until_pass_is_overdue(
+        self, last: WeightlessShard, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(link_server_module, "HEARTBEAT_SECONDS", 0.001)
+        clock = ManualClock()
+        last.engine.pass_age = age = PassAge(clock)
+        async with aclosing(link(last, stream([hello()], asyncio.Event()))) as responses:
+            await anext(responses)
+            assert [(await anext(responses)).HasField("heartbeat") for _ in range(3)] == [True] * 3
+            age.begin()
+            age.end()
+            age.tick()
+            age.begin()
+            while not age.is_overdue:
+                clock.advance(TICK_SECONDS)
+                age.tick()
+            came = list[shard_pb2.LinkResponse]()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    while True:
+                        came.append(await anext(responses))
+            # It was on its way.
+            assert len(came) <= 1
 
     async def test_end_of_link_frees_its_sessions(self, last: WeightlessShard) -> None:
         end = asyncio.Event()
