@@ -28,8 +28,9 @@ from router_gateway.metrics import Metrics
 from stitch.cluster import GatewayConfig
 from stitch.errors import Exhausted, Expired
 
-# Requests on one first shard: at least, and before anything is known of its speed.
-LEAST_RUNNING, FIRST_RUNNING = 4, 16
+# Requests on one first shard, unless deadlines or the KV cache allow fewer: beside less of them, some would wait for
+# whole answers of others instead of sharing the shard with them.
+LEAST_RUNNING = 16
 # A deadline that allows fewer running requests than this share of the limit is not kept at the cost of the others.
 LEAST_SHARE_FOR_DEADLINE = 0.25
 # Of the room for a tenant's requests, what is promised to those that were refused.
@@ -211,7 +212,7 @@ class Admission:
     def _limit(self) -> int:
         """How many requests the shards hold: as many as keep them busy, fit the KV cache, and end in time."""
         capacity, decode = self._capacity(), self._forecast.decode
-        limit = capacity.first_shards * max(LEAST_RUNNING, decode.saturating or FIRST_RUNNING)
+        limit = capacity.first_shards * max(LEAST_RUNNING, decode.saturating or 0.0)
         if capacity.kv_tokens and self._forecast.mean_tokens:
             limit = min(limit, KV_SHARE * capacity.kv_tokens / self._forecast.mean_tokens)
         within = (capacity.first_shards * one.running_within for one in self._running.values())

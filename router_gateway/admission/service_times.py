@@ -21,7 +21,7 @@ SAMPLE_WEIGHT = 0.1
 # Bands without an answer are forgotten: the speed of shards changes with prompts and with what else a machine does.
 MAX_AGE_SECONDS = 60.0
 # The least band counts that reaches this share of the best band's tokens per second.
-SATURATION_SHARE = 0.97
+SATURATION_SHARE = 0.95
 MOST_RUNNING = 4096
 
 
