@@ -11,6 +11,7 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc
@@ -42,6 +43,9 @@ class CallerPolicy:
             return "it shows no certificate"
         if self.is_revoked(peer):
             return f"its {peer} is revoked"
+        # A connection, or a resumed TLS session, may be older than that.
+        if peer.expires < datetime.now(UTC):
+            return f"its {peer} expired at {peer.expires}"
         if roles is None or any(identity.role in roles and self._contains(identity) for identity in peer.identities):
             return None
         return f"its {peer} names no {' or '.join(sorted(roles)) or 'caller'} of cluster {self._cluster}"

@@ -10,6 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from stitch import health
 from stitch.channels import serves
 from stitch.cli.main import main
 from stitch.client import Client
@@ -80,3 +81,12 @@ def test_gateway_accepts_client_without_a_certificate(cluster: Cluster, files: d
     with grpc.secure_channel(cluster.gateway, trusting) as channel:
         reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
     assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_health_check_of_a_container_asks_with_the_process_own_certificate(cluster: Cluster, tmp_path: Path) -> None:
+    assert [health.main([str(cluster.file), name]) for name in cluster.names] == [0, 0, 0]
+    fields = json.loads(cluster.file.read_text())
+    # Where another shard answers at the address, or nobody does.
+    fields["shards"][0]["address"], fields["gateway"]["address"] = cluster.address("top-0"), "127.0.0.1:1"
+    (tmp_path / "moved.json").write_text(json.dumps(fields))
+    assert [health.main([str(tmp_path / "moved.json"), name]) for name in cluster.names] == [1, 0, 1]

@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import grpc
@@ -15,7 +16,7 @@ import pytest
 from stitch.access import REFUSED, Access, CallerPolicy, check_shard_name
 from stitch.channels import listen, open_channel, open_server
 from stitch.cluster import ClusterConfig, load_cluster
-from stitch.identity import Identity, Role, peer_of
+from stitch.identity import Identity, Role, peer_of, read_certificate
 from stitch.issuing import Authority, Issued, new_authority
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -156,6 +157,13 @@ async def test_revoked_certificate_ends_its_running_calls_and_gets_no_others(ser
             await theirs.unary_unary("/t.T/Ask")(b"")
         await calls[0].write(b"two")
         assert await calls[0].read() == b"two"
+
+
+def test_certificate_that_has_expired_since_the_handshake_is_refused() -> None:
+    policy = CallerPolicy(load_cluster(CLUSTER), lambda peer: False)
+    peer = read_certificate(new_authority(CLUSTER, DAY).issue(GATEWAY, (), DAY).certificate)
+    assert policy.objection(peer, ROLES) is None
+    assert "expired at" in str(policy.objection(replace(peer, expires=datetime.now(UTC) - DAY), ROLES))
 
 
 class _Called:
