@@ -16,7 +16,7 @@ from stitch.errors import InvalidRequest, Unavailable
 from stitch.health import program_serves
 from stitch.local.processes import LocalProcess, spawn, stop
 from stitch.local.run_folder import RunFolder
-from stitch.tls import GATEWAY, load_tls
+from stitch.tls import GATEWAY, Tls, load_tls
 
 POLL_SECONDS = 0.1
 # Long enough for a large model from a slow disk.
@@ -75,6 +75,10 @@ class LocalCluster:
         listen = ["--listen", self.listen[name]] if name in self.listen else []
         return "stitch_server.cli", ["run", file, "--shard", name, *listen]
 
+    def serves(self, name: str, tls: Tls | None) -> bool:
+        """Whether the process reports SERVING to a program with these certificates."""
+        return program_serves(self.cluster, name, tls)
+
     def start_all(
         self, on_serving: Serving, timeout_seconds: float = START_SECONDS, on_waiting: Waiting | None = None
     ) -> None:
@@ -101,7 +105,7 @@ class LocalCluster:
         while waiting:
             for name in list(waiting):
                 self.check_running(name)
-                if program_serves(self.cluster, name, tls):
+                if self.serves(name, tls):
                     waiting.remove(name)
                     on_serving(name, time.monotonic() - begin)
             now = time.monotonic()

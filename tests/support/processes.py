@@ -24,7 +24,7 @@ from stitch.cluster import load_cluster
 from stitch.errors import Unavailable
 from stitch.local.cluster import LocalCluster, import_models, prepared
 from stitch.local.run_folder import RunFolder
-from stitch.tls import GATEWAY, load_tls
+from stitch.tls import GATEWAY, Tls, load_tls
 from tests.support.tcp_gate import TcpGate
 
 START_SECONDS = 180.0
@@ -70,6 +70,11 @@ class GatedCluster(LocalCluster):
             arguments[arguments.index(str(self.folder.cluster_file))] = str(self.files[name])
         return module, [*arguments, *self.flags.get(GATEWAY if name in self.more_gateways else name, ())]
 
+    def serves(self, name: str, tls: Tls | None) -> bool:
+        if name not in self.more_gateways:
+            return LocalCluster.serves(self, name, tls)
+        return channels.serves(self.address(name), tls.gateway_client() if tls else None)
+
     def write_file_of(self, caller: str, gates: Gates) -> None:
         """Writes the cluster file of a process, in which gates replace the addresses of its neighbours."""
         fields = json.loads(self.folder.cluster_file.read_text())
@@ -83,12 +88,11 @@ class GatedCluster(LocalCluster):
 class Cluster:
     """A running cluster. Each process has the name of its shard, or the name `gateway`."""
 
-    def __init__(self, local: LocalCluster, gates: Gates | None = None) -> None:
+    def __init__(self, local: GatedCluster, gates: Gates | None = None) -> None:
         self._local = local
         self._gates = gates or {}
         self._authority = local.cluster.gateway_endpoint[1]
-        tls = load_tls(local.cluster.tls, local.cluster.folder, GATEWAY)
-        self._credentials = tls.gateway_client() if tls else None
+        self._tls = load_tls(local.cluster.tls, local.cluster.folder, GATEWAY)
         self.client = Client(*local.cluster.gateway_endpoint)
 
     @property
@@ -186,7 +190,7 @@ class Cluster:
 
     def serves(self, name: str) -> bool:
         """Whether the process reports SERVING."""
-        return channels.serves(self.address(name), self._credentials)
+        return self._local.serves(name, self._tls)
 
     def all_serving(self) -> bool:
         """Whether the gateway reaches every shard whose process runs."""
