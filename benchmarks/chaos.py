@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import count, pairwise
+from itertools import count, cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +93,18 @@ class Chaos:
 
     def kill_and_restart(self, kills: int) -> None:
         """Kills the roles in turn, each as soon as both of its processes serve again."""
-        calm_since: dict[str, float] = {}
-        while self.kills.total() < kills:
-            for role, pair in self._roles.items():
-                if not all(map(self._serves, pair)):
-                    calm_since.pop(role, None)
-                elif time.monotonic() - calm_since.setdefault(role, time.monotonic()) > CALM_SECONDS:
-                    calm_since.pop(role)
-                    self._kill(pair[sum(self.kills[name] for name in pair) % 2])
+        for pair in islice(cycle(self._roles.values()), kills):
+            self._wait_until_calm(pair)
+            # One of the two, and the other one next time.
+            self._kill(pair[sum(self.kills[name] for name in pair) % 2])
+
+    def _wait_until_calm(self, pair: tuple[str, str]) -> None:
+        calm_since = None
+        while calm_since is None or time.monotonic() < calm_since + CALM_SECONDS:
+            if not all(map(self._serves, pair)):
+                calm_since = None
+            elif calm_since is None:
+                calm_since = time.monotonic()
             time.sleep(POLL_SECONDS)
 
     def _kill(self, name: str) -> None:
@@ -112,13 +116,15 @@ class Chaos:
         print(f"  {self.kills.total()} kills; {dict(self.tally.outcomes)}", file=sys.stderr, flush=True)
 
     def _serves(self, name: str) -> bool:
-        """Whether the process serves, and every gateway that serves places sessions on it."""
+        """Whether a gateway serves its clients, or a shard the sessions of every gateway that serves."""
         if not self._cluster.serves(name):
             return False
-        if name in self._clients:
+        if name not in self._clients:
+            return all(self._is_placed_by(gateway, name) for gateway in self._clients if self._cluster.serves(gateway))
+        with suppress(StitchError):
+            self._clients[name].describe(timeout=HUNG_SECONDS)
             self._down.discard(name)
-            return True
-        return all(self._is_placed_by(gateway, name) for gateway in self._clients if self._cluster.serves(gateway))
+        return name not in self._down
 
     def _is_placed_by(self, gateway: str, shard: str) -> bool:
         with suppress(StitchError):
