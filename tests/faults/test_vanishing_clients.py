@@ -13,8 +13,8 @@ from tests.support.waiting import becomes_true
 # The figure; a busy machine gets more.
 RELEASE_SECONDS = 2.0
 PATIENT_SECONDS = 20.0
-# What allocators and caches may keep after the first clients.
-RESIDENT_MB = 24.0
+# What allocators keep: over thousands of clients the last shard grows by some 60 MB, ever more slowly, and then stops.
+RESIDENT_MB = 48.0
 
 pytestmark = pytest.mark.slow
 
