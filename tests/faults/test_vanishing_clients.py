@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.support.processes import GATEWAY, Cluster
-from tests.support.vanishing_clients import AT_A_TIME, Footprint, vanish
+from tests.support.vanishing_clients import Footprint, vanish
 from tests.support.waiting import becomes_true
 
 # The figure; a busy machine gets more.
@@ -48,7 +48,7 @@ def grown(before: Footprint, after: Footprint) -> list[str]:
 def test_vanished_clients_leave_nothing(tiny_cluster: Cluster, clients: int, limit_seconds: float) -> None:
     cluster = tiny_cluster
     # Caches fill, and pools of threads grow, with the first ones.
-    asyncio.run(vanish(cluster, max(AT_A_TIME, clients // 4), seed=1))
+    asyncio.run(vanish(cluster, clients, seed=1))
     assert becomes_true(lambda: holds_nothing(cluster), PATIENT_SECONDS)
     before = Footprint(cluster)
     asyncio.run(vanish(cluster, clients, seed=2))
