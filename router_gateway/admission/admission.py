@@ -152,8 +152,6 @@ class Admission:
             is_preferred = ticket.promise is not None or self._is_owed(ticket.tenant)
             seconds = self._forecast.seconds if is_preferred else self._forecast.bound_seconds
             self._check(ticket, seconds(ticket.size, self._running_beside()))
-        if ticket.promise is not None:
-            self._metrics.admission_returns.labels(outcome="admitted").inc()
         self._queue.add(ticket)
         ticket.status = Status.WAITING
         self.start_waiting()
@@ -353,6 +351,8 @@ class Admission:
         self._account(tenant).running += 1
         if tenant.tokens_per_minute is not None:
             self._account(tenant).budget.take(size.tokens, tenant.tokens_per_minute, now)
+        if ticket.promise is not None:
+            self._metrics.admission_returns.labels(outcome="admitted").inc()
         ticket.started_at = now
         ticket.running_within = self._forecast.running_within(size, ticket.deadline - now)
         ticket.status = Status.RUNNING

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 # A client's timer and the network are this inexact.
 EARLY_SECONDS = 0.5
 GRACE_SECONDS = 5.0
-# Of all tenants; what is refused beyond them gets a time without a promise.
-MAX_PROMISES = 65_536
+# Of one tenant; what is refused beyond them gets a time without a promise.
+MAX_PROMISES = 16_384
 # The least time before a promise, and after it, in which its room is counted, and in how many steps room is looked for.
 LEAST_SPAN_SECONDS = 1.0
 MOST_STEPS = 64
@@ -78,8 +78,8 @@ class Promises:
         return at
 
     def add(self, tenant: str, promise: Promise) -> None:
-        """Keeps the promise, unless there are too many."""
-        if len(self) >= MAX_PROMISES:
+        """Keeps the promise, unless the tenant has too many."""
+        if len(self._pending[tenant]) >= MAX_PROMISES:
             return
         insort(self._pending[tenant], promise)
         insort(self._by_digest.setdefault((tenant, promise.digest), []), promise)

@@ -50,9 +50,19 @@ async def overloaded(load: float, returns: Returns) -> Counts:
     simulation = Simulation()
     await closed_loop(simulation, 24, 30.0)
     counts = simulation.counts["default"] = Counts()
+    returns_before = returned(simulation)
     await open_loop(simulation, load * PEAK_PER_SECOND, SECONDS, returns)
+    counted = returned(simulation) - returns_before
+    assert counted >= 0.95 * sum(counts.returned.values())
     await simulation.close()
     return counts
+
+
+def returned(simulation: Simulation) -> float:
+    """How many requests the metrics count as come back."""
+    value = simulation.metrics.registry.get_sample_value
+    counts = (value("stitch_admission_returns_total", {"outcome": outcome}) for outcome in ("admitted", "refused"))
+    return sum(count or 0.0 for count in counts)
 
 
 def simulate(story: Callable[[], Coroutine[Any, Any, Counts]]) -> Counts:

@@ -81,7 +81,8 @@ def test_next_gap_spaces_promises_by_their_rate(promises: Promises) -> None:
     assert times[-1] < 112
 
 
-def test_number_of_promises_is_bounded(promises: Promises) -> None:
+def test_number_of_a_tenants_promises_is_bounded(promises: Promises) -> None:
     for index in range(MAX_PROMISES + 5):
         promises.add("blue", promise(float(index)))
-    assert len(promises) == MAX_PROMISES
+    promises.add("red", promise(1.0))
+    assert len(promises) == MAX_PROMISES + 1
