@@ -74,7 +74,7 @@ class FailureRecord:
 
 
 class Failover:
-    """The chains of one answer, which its text has in common with shards that have these facts."""
+    """The chains of one answer. `facts` are what their shards must have in common, such as the gateway's tokenizer."""
 
     def __init__(self, routes: tuple[str, ...], dependencies: FailoverDependencies, facts: Facts) -> None:
         # The candidates between which a first shard decides, or the one route of the answer.

@@ -55,35 +55,33 @@ class ProgressMonitor:
     def check(self) -> None:
         """Polls and ends what is overdue now, and ejects what is slow."""
         now, sessions = self._placement.clock(), list(self._placement.sessions)
-        heard_at: dict[Replica, float] = {}
+        heard: set[Replica] = set()
         for session in sessions:
-            self._observe(session, now)
-            # A token passes every shard of its chain.
-            for replica in session.chain.replicas if session.tokens else ():
-                heard_at[replica] = max(heard_at.get(replica, 0.0), session.last_at)
+            if session.tokens != session.sampled[0]:
+                # A token passes every shard of its chain.
+                heard.update(session.chain.replicas)
+                self._observe(session, now)
         for replica in self._placement.replicas:
-            replica.check_silence(heard_at.get(replica, float("-inf")))
+            replica.check_silence(replica in heard)
         for session in sessions:
-            if now - session.last_at >= self._overdue_seconds(session):
+            if self._is_overdue(session, now):
                 self._check_shards(session, now)
         self._eject_slow(now)
 
     def _observe(self, session: PlacedSession, now: float) -> None:
         """Takes what came since the latest check as a sample of each of its shards."""
-        if not session.tokens:
-            return
         tokens, at = session.sampled
-        if session.tokens == tokens:
-            return
         session.sampled = (session.tokens, session.last_at)
-        for replica in session.chain.replicas:
-            if tokens:
-                time = self._token_times.setdefault(replica, MeanTokenTime())
-                time.observe((session.last_at - at) / (session.tokens - tokens), now)
+        for replica in session.chain.replicas if tokens else ():
+            time = self._token_times.setdefault(replica, MeanTokenTime())
+            time.observe((session.last_at - at) / (session.tokens - tokens), now)
 
-    def _overdue_seconds(self, session: PlacedSession) -> float:
+    def _is_overdue(self, session: PlacedSession, now: float) -> bool:
+        waits = now - session.last_at
+        if waits < self._health.overdue_seconds:
+            return False
         times = [self._token_times[one].seconds for one in session.chain.replicas if one in self._token_times]
-        return max(self._health.overdue_seconds, self._health.overdue_tokens * max(times, default=0.0))
+        return waits >= self._health.overdue_tokens * max(times, default=0.0)
 
     def _check_shards(self, session: PlacedSession, now: float) -> None:
         """Polls the shards of an overdue stream, and ends it where one of them is silent."""

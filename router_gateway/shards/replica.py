@@ -85,8 +85,6 @@ class Replica:
         # Whether a poll was sent after the last answer.
         self._unanswered = False
         self._silent_seconds = 0.0
-        # When the latest token came that it has a part in.
-        self._heard_at = float("-inf")
         self._polling: asyncio.Task[None] | None = None
         self._poll_error: grpc.StatusCode | None = None
 
@@ -106,15 +104,13 @@ class Replica:
         """Whether it neither answers a poll nor sends a token for the time of a poll."""
         return self._silent_seconds >= self._policy.poll_timeout_seconds
 
-    def check_silence(self, heard_at: float) -> None:
-        """Called at a fixed interval: counts it as silent where a poll waits and no token came since the last call.
+    def check_silence(self, heard: bool) -> None:
+        """Called at a fixed interval: it is silent while a poll waits and no token came since the last call.
 
-        Calls are counted, not seconds: a gateway that is late itself finds nobody silent. `heard_at` is when the latest
-        token of its sessions came.
+        Calls are counted, not seconds: a gateway that is late itself finds nobody silent.
         """
-        waits = self._unanswered and heard_at <= self._heard_at
+        waits = self._unanswered and not heard
         self._silent_seconds = self._silent_seconds + self._policy.check_seconds if waits else 0.0
-        self._heard_at = max(self._heard_at, heard_at)
 
     async def poll(self) -> None:
         """Asks the shard for its state, or waits for the poll in progress; reports what changed."""
