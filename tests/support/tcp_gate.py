@@ -20,6 +20,7 @@ CHUNK_BYTES = 4 * 1024
 # The chunks of one direction of a connection that the gate holds before the sender has to wait.
 MAX_CHUNKS = 64
 START_SECONDS = 10.0
+SETTLED_SECONDS = 0.01
 # With this option a closed socket sends RST instead of FIN.
 RESET = struct.pack("ii", 1, 0)
 
@@ -143,6 +144,8 @@ class TcpGate:
         self._listening.set()
         await self._closing.wait()
         server.close()
+        # Connections that were accepted at this moment appear a few turns of the event loop later.
+        await asyncio.sleep(SETTLED_SECONDS)
         tasks = [task for task, _ in self._connections]
         self._reset_all()
         await asyncio.gather(*tasks, return_exceptions=True)
