@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Sequence
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from stitch.channels import open_channel
 from stitch.errors import Incompatible, OutOfStep, StitchError, Unavailable, from_rpc_error, has_details, shown
-from stitch.v1 import shard_pb2, shard_pb2_grpc
+from stitch.v1 import shard_pb2
 from stitch_server.engine.types import LinkEvent, LinkLost, LinkReply, OutgoingStep
 from stitch_server.rpc.frames import reply_of, step_frames
 from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_welcome
@@ -27,9 +28,12 @@ from stitch_server.rpc.tensors import pack
 
 log = logging.getLogger(__name__)
 
+METHOD = "/stitch.v1.Shard/Link"
 HANDSHAKE_SECONDS = 10.0
 # Between two attempts to open a link to a suspect.
 PROBE_SECONDS = 0.5
+
+LinkCall = grpc.aio.StreamStreamCall[shard_pb2.LinkRequest, shard_pb2.LinkResponse]
 
 
 class LinkClient:
@@ -224,8 +228,7 @@ class _Link:
         self._owner.on_lost(self, error)
 
     async def _exchange(self, channel: grpc.aio.Channel) -> None:
-        stub: shard_pb2_grpc.ShardAsyncStub = shard_pb2_grpc.ShardStub(channel)
-        call = stub.Link(None)
+        call: LinkCall = channel.stream_stream(METHOD, shard_pb2.LinkRequest.SerializeToString, _response)(None)
         hello = shard_pb2.Hello(protocol_version=PROTOCOL_VERSION, identity=self._identity, caller=self.neighbour)
         async with asyncio.timeout(HANDSHAKE_SECONDS):
             await call.write(shard_pb2.LinkRequest(hello=hello))
@@ -259,7 +262,7 @@ class _Link:
             self._owner.on_heard(self.silent_seconds)
             self.silent_seconds = 0.0
 
-    async def _write(self, call: grpc.aio.StreamStreamCall[shard_pb2.LinkRequest, shard_pb2.LinkResponse]) -> None:
+    async def _write(self, call: LinkCall) -> None:
         while True:
             _, _, frame = await self._outbox.get()
             try:
@@ -280,3 +283,14 @@ class _Link:
 
     def _unavailable(self, reason: str) -> Unavailable:
         return Unavailable(f"{self.neighbour} {reason}", shard=self.neighbour)
+
+
+def _response(data: bytes) -> shard_pb2.LinkResponse:
+    """The frame in these bytes; for bytes that are none, one without content, which ends the link with a reason.
+
+    The stub would log such bytes as a defect of this program.
+    """
+    try:
+        return shard_pb2.LinkResponse.FromString(data)
+    except DecodeError:
+        return shard_pb2.LinkResponse()

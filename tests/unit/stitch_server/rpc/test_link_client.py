@@ -13,7 +13,7 @@ import torch
 
 from stitch.errors import Incompatible, StitchError, Unavailable
 from stitch.sampling import Token
-from stitch.v1 import shard_pb2, shard_pb2_grpc
+from stitch.v1 import shard_pb2
 from stitch_server.engine.types import (
     LayerRange,
     LinkEvent,
@@ -97,10 +97,7 @@ class LinkClientHarness:
             raise Unavailable(f"shard {neighbour} is not in the cluster", shard=neighbour)
         return self.addresses[neighbour]
 
-    def stub(self, channel: object) -> object:
-        return SimpleNamespace(Link=self._open)
-
-    def _open(self, requests: None) -> FakeCall:
+    def open_call(self, requests: None) -> FakeCall:
         self.calls.append(FakeCall(self.welcome))
         return self.calls[-1]
 
@@ -134,6 +131,13 @@ class LinkClientHarness:
 class FakeChannel:
     """Connects to nothing."""
 
+    def __init__(self, open_call: Callable[[None], FakeCall]) -> None:
+        self._open_call = open_call
+
+    def stream_stream(self, method: str, serialize: object, deserialize: object) -> Callable[[None], FakeCall]:
+        assert method == "/stitch.v1.Shard/Link"
+        return self._open_call
+
     async def __aenter__(self) -> FakeChannel:
         return self
 
@@ -144,8 +148,7 @@ class FakeChannel:
 @pytest.fixture
 async def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
     harness = LinkClientHarness()
-    monkeypatch.setattr(links_module, "open_channel", lambda address: FakeChannel())
-    monkeypatch.setattr(shard_pb2_grpc, "ShardStub", harness.stub)
+    monkeypatch.setattr(links_module, "open_channel", lambda address: FakeChannel(harness.open_call))
     yield harness
     await harness.links.aclose()
 
