@@ -56,6 +56,8 @@ def paused(cluster: Cluster, shard: str) -> Iterator[None]:
 
 
 def test_sessions_at_once_are_spread_evenly_and_none_is_refused(cluster: Cluster) -> None:
+    # The gateway serves as soon as it reaches one chain.
+    assert becomes_true(cluster.all_serving, START_SECONDS)
     with ThreadPoolExecutor(SESSIONS) as threads, Client(cluster.gateway) as client:
         answers = [threads.submit(client.generate, "stitch", **FIELDS) for _ in range(SESSIONS)]
         assert becomes_true(lambda: sum(sessions(cluster, name) for name in BOTTOMS) >= RUNNING, START_SECONDS)
