@@ -119,7 +119,8 @@ class Certificates:
                 elif found == previous:
                     self._take(found)
                 previous = found
-            except InvalidRequest as error:
+            # Whatever is wrong with the files, they are read again.
+            except Exception as error:
                 previous = None
                 self._complain(str(error))
 
