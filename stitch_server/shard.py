@@ -62,8 +62,8 @@ class Shard:
 
     @property
     def kv_free_tokens(self) -> int:
-        """The free KV blocks, in tokens."""
-        return self.pool.free_blocks * self.pool.block_tokens
+        """The KV tokens that new sessions may use."""
+        return self.pool.room_tokens
 
     @property
     def suspects(self) -> list[str]:
@@ -183,6 +183,7 @@ def _first_stage(
         loaded.layer_ranges,
         batching,
         close_downstream=in_flight.close_session,
+        credit=in_flight.credit,
         attention_cost_per_token=loaded.decoder.attention_cost_per_token,
         min_efficient_tokens=loaded.decoder.min_efficient_tokens,
         probe_tokens=0 if loaded.probe is None else loaded.probe.binding.tokens,

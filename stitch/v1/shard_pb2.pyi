@@ -107,24 +107,28 @@ class GeneratedToken(_message.Message):
     def __init__(self, id: _Optional[int] = ..., position: _Optional[int] = ..., logprobs: _Optional[_Union[_inference_pb2.TokenLogprobs, _Mapping]] = ...) -> None: ...
 
 class LinkRequest(_message.Message):
-    __slots__ = ("hello", "step", "close")
+    __slots__ = ("hello", "step", "close", "want")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
+    WANT_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     step: Step
     close: CloseSessions
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., close: _Optional[_Union[CloseSessions, _Mapping]] = ...) -> None: ...
+    want: KvWanted
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., close: _Optional[_Union[CloseSessions, _Mapping]] = ..., want: _Optional[_Union[KvWanted, _Mapping]] = ...) -> None: ...
 
 class LinkResponse(_message.Message):
-    __slots__ = ("welcome", "reply", "heartbeat")
+    __slots__ = ("welcome", "reply", "heartbeat", "room")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REPLY_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    ROOM_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     reply: StepReply
     heartbeat: Heartbeat
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., reply: _Optional[_Union[StepReply, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+    room: KvRoom
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., reply: _Optional[_Union[StepReply, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., room: _Optional[_Union[KvRoom, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol_version", "identity", "caller")
@@ -225,7 +229,7 @@ class Segment(_message.Message):
     def __init__(self, session: _Optional[int] = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ..., length: _Optional[int] = ..., wants_token: _Optional[bool] = ..., new_session: _Optional[_Union[NewSession, _Mapping]] = ...) -> None: ...
 
 class NewSession(_message.Message):
-    __slots__ = ("route", "chain", "sampling", "token_ids", "prompt_tokens", "reused_tokens", "tenant")
+    __slots__ = ("route", "chain", "sampling", "token_ids", "prompt_tokens", "reused_tokens", "tenant", "expected_tokens")
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     CHAIN_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -233,6 +237,7 @@ class NewSession(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REUSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     route: str
     chain: _containers.RepeatedScalarFieldContainer[str]
     sampling: _inference_pb2.Sampling
@@ -240,7 +245,8 @@ class NewSession(_message.Message):
     prompt_tokens: int
     reused_tokens: int
     tenant: str
-    def __init__(self, route: _Optional[str] = ..., chain: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., reused_tokens: _Optional[int] = ..., tenant: _Optional[str] = ...) -> None: ...
+    expected_tokens: int
+    def __init__(self, route: _Optional[str] = ..., chain: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., reused_tokens: _Optional[int] = ..., tenant: _Optional[str] = ..., expected_tokens: _Optional[int] = ...) -> None: ...
 
 class StepReply(_message.Message):
     __slots__ = ("step", "tokens", "failures", "stages", "kv_free_tokens")
@@ -285,6 +291,20 @@ class CloseSessions(_message.Message):
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     sessions: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, sessions: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class KvWanted(_message.Message):
+    __slots__ = ("tokens", "chain")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    chain: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, tokens: _Optional[int] = ..., chain: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class KvRoom(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    def __init__(self, tokens: _Optional[int] = ...) -> None: ...
 
 class ShardDescribeRequest(_message.Message):
     __slots__ = ()

@@ -86,6 +86,7 @@ class FirstStage:
         for index, request, _ in _requests_of(batch):
             if (decision := output.decisions.get(index)) is not None:
                 request.take_route(decision)
+                self._in_flight.credit.open(request)
                 self.scheduler.share_prefix(request)
         self._in_flight.send(batch, output, pipelined=self.scheduler.has_work)
         now = self._clock()
@@ -112,10 +113,15 @@ class FirstStage:
             elif answer.token is not None:
                 self._append(request, answer.token, reply.stages)
 
+    def on_kv_room(self, neighbour: str, tokens: int) -> None:
+        """Takes note of KV room that a next shard keeps for one of the waiting requests."""
+        self._in_flight.credit.grant(neighbour, tokens)
+
     def on_link_lost(self, neighbour: str, error: StitchError) -> None:
         """Ends the requests with KV on the lost shard, and where it is suspect those that wait for it."""
         for step, _ in self._in_flight.sent_to(neighbour):
             self._in_flight.settle(neighbour, StepReply(step))
+        self._in_flight.credit.forget(neighbour)
         is_suspect = self._in_flight.refusal([neighbour]) is not None
         for request in [one for one in self._requests.values() if neighbour in one.next_shards]:
             if request.open_downstream or is_suspect:

@@ -22,6 +22,7 @@ from torch import Tensor
 from stitch.errors import StitchError, Unavailable
 from stitch.sampling import Token
 from stitch.v1.shard_pb2 import FAILURE_CAUSE_UNAVAILABLE
+from stitch_server.engine.kv_room import KvCredit
 from stitch_server.engine.types import (
     Batch,
     OutgoingStep,
@@ -54,6 +55,9 @@ class Downstream(Protocol):
 
     def close(self, neighbour: str, session_ids: Sequence[int]) -> None: ...
 
+    def want(self, neighbour: str, tokens: int, chain: Sequence[str]) -> None:
+        """Asks for KV room for a session, which goes on to `chain`; 0 tokens: no longer."""
+
 
 class BatchSource(Protocol):
     """Where the engine's batches come from and their results go: `FirstStage` or `NextStage`.
@@ -68,6 +72,8 @@ class BatchSource(Protocol):
     def fail(self, batch: Batch, error: Exception) -> None: ...
 
     def on_reply(self, neighbour: str, reply: StepReply) -> None: ...
+
+    def on_kv_room(self, neighbour: str, tokens: int) -> None: ...
 
     def on_link_lost(self, neighbour: str, error: StitchError) -> None: ...
 
@@ -124,6 +130,8 @@ class StepsInFlight:
         """`count_strays` is called with the number of replies, tokens and failures that answer no step."""
         self._downstream = downstream
         self._count_strays = count_strays
+        # The KV room of the next shards.
+        self.credit = KvCredit(downstream)
         self._window_steps = window_steps
         self._clock = clock
         self._step_numbers = itertools.count(1)
@@ -191,6 +199,7 @@ class StepsInFlight:
             self._count_strays(1)
             return []
         self._remove(reply.step, sent)
+        self.credit.report(neighbour, reply.kv_free_tokens, sent.segments)
         replies, strays = _matched(sent, reply)
         if strays:
             self._count_strays(strays)
@@ -207,6 +216,7 @@ class StepsInFlight:
 
     def close_session(self, session: Session) -> None:
         """Frees the session's KV on the next shards; no effect where none of them knows its current epoch."""
+        self.credit.close(session)
         if session.open_downstream:
             self._downstream.close(session.chain[0], [session.id])
             for sent in self._window(session.chain[0]).steps.values():

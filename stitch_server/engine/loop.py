@@ -18,11 +18,11 @@ from typing import Protocol
 from stitch_server.devices import is_device_fault
 from stitch_server.engine.in_flight import BatchSource
 from stitch_server.engine.pass_age import PassAge
-from stitch_server.engine.types import Batch, LinkEvent, LinkLost, LinkReply, StepOutput
+from stitch_server.engine.types import Batch, KvRoom, LinkEvent, LinkLost, LinkReply, StepOutput
 
 log = logging.getLogger(__name__)
 
-# How long an idle engine waits for a message before it checks whether a preempted request may be admitted again.
+# How long an idle engine waits for a message before it looks for deadlines that have passed and room to give.
 IDLE_SECONDS = 0.02
 # The loop ends when the passes of this many prompts have failed and none has succeeded since. One prompt that no shard
 # can compute counts once, however often it is replayed.
@@ -150,6 +150,8 @@ class Engine:
             match message:
                 case LinkReply(neighbour, reply):
                     self._source.on_reply(neighbour, reply)
+                case KvRoom(neighbour, tokens):
+                    self._source.on_kv_room(neighbour, tokens)
                 case LinkLost(neighbour, error):
                     self._source.on_link_lost(neighbour, error)
                 case _:

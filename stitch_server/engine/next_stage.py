@@ -95,7 +95,7 @@ class NextStage:
         """
         self._shard = shard
         self._pool = pool
-        self._sessions = SessionTable(pool, layer_ranges, in_flight, check_chain, limits)
+        self._sessions = SessionTable(pool, layer_ranges, in_flight, check_chain, limits, clock)
         self._in_flight = in_flight
         self._max_merged_tokens = max_merged_tokens
         self._clock = clock
@@ -124,6 +124,15 @@ class NextStage:
         for pending in self._queue.of(upstream):
             pending.closed.update(one.session_id for one in pending.step.segments if one.session_id in closed)
 
+    def want(self, upstream: Upstream, tokens: int, chain: tuple[str, ...]) -> None:
+        """A link wishes for KV room for a session that goes on to `chain`; 0 tokens: no longer."""
+        self._sessions.grants.want(upstream, tokens, chain)
+
+    def on_kv_room(self, neighbour: str, tokens: int) -> None:
+        """Takes note of KV room that a next shard keeps for a session of this one."""
+        if self._in_flight is not None:
+            self._in_flight.credit.grant(neighbour, tokens)
+
     def drain(self) -> None:
         """Refuses new sessions from now on, with a cause that makes the gateway try another chain."""
         self._sessions.is_draining = True
@@ -135,6 +144,8 @@ class NextStage:
 
     def next_batch(self) -> Batch | None:
         """Queued steps up to `max_merged_tokens`, at least one; None where there is none that next shards take."""
+        # A draining shard refuses the sessions at once, instead of when it would have room.
+        self._sessions.grants.give(to_all=self._sessions.is_draining)
         segments: list[Segment] = []
         num_tokens, pipelined = 0, False
         held_sessions: set[tuple[Upstream, int]] = set()
@@ -166,7 +177,7 @@ class NextStage:
                 self._fail_non_finite(segment, slot, values)
             else:
                 self._pool.publish(segment.session.id, segment.position + segment.length)
-        _send_complete(_pending_of(slots))
+        self._send_complete(_pending_of(slots))
 
     def fail(self, batch: Batch, error: Exception) -> None:
         """Fails the sessions of a batch that could not be computed."""
@@ -175,7 +186,7 @@ class NextStage:
             failure = f"a shard failed to compute a step: {error}"
             self._fail(slot, SessionRefused(shard_pb2.FAILURE_CAUSE_UNAVAILABLE, failure, self._shard))
             slot.resolve()
-        _send_complete(_pending_of(slots))
+        self._send_complete(_pending_of(slots))
 
     def on_reply(self, neighbour: str, reply: StepReply) -> None:
         """Passes the tokens and failures of a step on to the steps that its segments came from."""
@@ -193,18 +204,22 @@ class NextStage:
         for pending in _pending_of(slots):
             pending.add_seconds(reply.stages)
             pending.add_seconds({"wire": wire})
+            pending.add_kv_free(reply.kv_free_tokens)
         for slot in slots:
             slot.resolve()
-        _send_complete(_pending_of(slots))
+        self._send_complete(_pending_of(slots))
 
     def on_link_lost(self, neighbour: str, error: StitchError) -> None:
         """Fails the sessions with KV on a next shard that is lost; those of other links continue."""
         is_refusal = isinstance(error, Incompatible | OutOfStep)
         cause = shard_pb2.FAILURE_CAUSE_PRECONDITION if is_refusal else shard_pb2.FAILURE_CAUSE_UNAVAILABLE
         shard = error.shard if isinstance(error, Unavailable) else ""
-        for step, segments in [] if self._in_flight is None else self._in_flight.sent_to(neighbour):
+        if self._in_flight is None:
+            return
+        for step, segments in self._in_flight.sent_to(neighbour):
             failures = (SessionFailure(one.session.id, one.session.epoch, cause, str(error), shard) for one in segments)
             self.on_reply(neighbour, StepReply(step, failures=tuple(failures)))
+        self._in_flight.credit.forget(neighbour)
         # Sessions without a step in flight: their next segments are refused.
         self._sessions.fail_downstream_of(neighbour, str(error), shard)
 
@@ -239,7 +254,9 @@ class NextStage:
                     again = contradiction(f"session {received.session_id} was opened again")
                     touched += self._withdraw(pending.upstream, received.session_id, again, segments)
                 segments.append(self._segment(session, rows, slot))
-        _send_complete(touched)
+            for preempted in self._sessions.take_preempted():
+                touched += self._withdraw(*preempted, segments)
+        self._send_complete(touched)
 
     def _segment(self, session: Session, rows: Tensor, slot: ReplySlot) -> Segment:
         return Segment(
@@ -285,6 +302,12 @@ class NextStage:
         self._fail(slot, SessionRefused(shard_pb2.FAILURE_CAUSE_PRECONDITION, message))
         slot.resolve()
 
+    def _send_complete(self, replies: Iterable[PendingReply]) -> None:
+        """Sends the replies whose segments are all resolved."""
+        for pending in dict.fromkeys(replies):
+            if pending.unresolved == 0:
+                pending.send(self._sessions.grants.room_for(pending.upstream))
+
     def _fail(self, slot: ReplySlot, reason: SessionRefused) -> None:
         """Ends the slot's session and adds the reason for which it first failed to the reply."""
         received = slot.segment
@@ -300,10 +323,3 @@ def _slot_of(segment: Segment) -> ReplySlot:
 def _pending_of(slots: Iterable[ReplySlot]) -> list[PendingReply]:
     """The replies that these slots belong to, each once, in order."""
     return list(dict.fromkeys(slot.pending for slot in slots))
-
-
-def _send_complete(replies: Iterable[PendingReply]) -> None:
-    """Sends the replies whose segments are all resolved."""
-    for pending in dict.fromkeys(replies):
-        if pending.unresolved == 0:
-            pending.send()

@@ -59,8 +59,6 @@ class Request(Session):
     first_scheduled_at: float | None = None
     last_sent_at: float = 0.0
     first_token_at: float | None = None
-    # The earliest time at which a preempted request may be admitted again.
-    retry_at: float = 0.0
     # The scheduler's pass that last held tokens of this request.
     last_pass: int = 0
     # Whether a downstream shard no longer had the prefix, so that this request recomputes all of its tokens.

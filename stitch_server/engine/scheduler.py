@@ -13,13 +13,14 @@ from types import MappingProxyType
 
 from stitch.cluster import BatchingConfig
 from stitch.errors import Exhausted
+from stitch_server.engine.kv_room import KvCredit
 from stitch_server.engine.request import Request, RequestStatus
 from stitch_server.engine.types import LayerRange, Segment
 from stitch_server.engine.waiting import WaitingRequests
 from stitch_server.kv_cache.block_pool import BlockPool
 
-# How long a preempted request waits before it is admitted again: the shard that had no room needs time to free some.
-BACKOFF_SECONDS = 0.05
+# The expected length of an answer until some have ended, and the weight of each that ends.
+INITIAL_ANSWER_TOKENS, ANSWER_WEIGHT = 64.0, 0.2
 # Every DECODES_PER_EXTRA_SHARE decoding requests add one more share to the prefill budget: their step takes longer
 # than that of one, so the same prefill delays it by a smaller part.
 DECODES_PER_EXTRA_SHARE = 2
@@ -77,6 +78,8 @@ class Scheduler:
        `max_num_batched_tokens`; while requests decode, it is one share of `prefill_budget_while_decoding` per prompt
        and per DECODES_PER_EXTRA_SHARE decodes.
     A pass holds only requests whose next shard has room for one more step; the others keep their place.
+    A request is admitted where this shard and the next one have KV room for all the tokens that it is expected to have
+    in the end: its known ones, and an answer of the mean length of the last ones within its `max_tokens`.
     A request that needs a block when none is free preempts the youngest running request, which is recomputed later.
     Tenants are charged every computed token by the parameters that its route reads.
     """
@@ -88,6 +91,8 @@ class Scheduler:
         batching: BatchingConfig,
         *,
         close_downstream: Callable[[Request], None],
+        credit: KvCredit,
+        answer_tokens: float = INITIAL_ANSWER_TOKENS,
         attention_cost_per_token: int = 0,
         min_efficient_tokens: int = 1,
         probe_tokens: int = 0,
@@ -101,6 +106,7 @@ class Scheduler:
         `route_costs`: what tenants are charged for one token of a route, relative to other routes.
 
         `close_downstream` is called with a preempted request, whose KV the next shards must free as well.
+        `credit` is the KV room of the next shards; `answer_tokens` is the expected length of the first answers.
         `has_room` and `is_late` tell about the next shards of a request.
         """
         self._pool = pool
@@ -109,6 +115,8 @@ class Scheduler:
         self._common_layers = min(layer_ranges.values(), key=lambda layers: layers.end)
         self._batching = batching
         self._close_downstream = close_downstream
+        self._credit = credit
+        self._answer_tokens = answer_tokens
         self._attention_cost_per_token = attention_cost_per_token
         self._min_efficient_tokens = min_efficient_tokens
         self._probe_tokens = probe_tokens
@@ -137,17 +145,20 @@ class Scheduler:
         """Finishes a request, waiting or running, and frees its KV on this shard."""
         if self.running.pop(request.id, None) is None:
             self.waiting.remove(request)
+        else:
+            self._learn_length(request)
         self._pool.release(request.id)
         request.status = RequestStatus.FINISHED
 
     def preempt(self, request: Request) -> None:
-        """Frees the request's KV on all shards and queues it first, to be recomputed after a pause."""
+        """Frees the request's KV on all shards and queues it first, to be recomputed when there is room."""
         self.running.pop(request.id, None)
+        if request.generated > self._answer_tokens:
+            self._learn_length(request)
         self._pool.release(request.id)
         self._close_downstream(request)
         request.reset_for_recompute()
         request.status = RequestStatus.PREEMPTED
-        request.retry_at = self._clock() + BACKOFF_SECONDS
         self.waiting.put_back(request)
 
     def share_prefix(self, request: Request) -> None:
@@ -181,6 +192,9 @@ class Scheduler:
             if request.status is RequestStatus.RUNNING:
                 self._prefill(request, budget, segments)
         self._admit_before(math.inf, budget, segments, may_send)
+        for neighbour in self._credit.wanting:
+            if neighbour not in self.waiting.next_shards:
+                self._credit.withdraw(neighbour)
         return segments
 
     def _unanswered(self) -> list[Request]:
@@ -261,22 +275,37 @@ class Scheduler:
         """The next waiting request, now running, if the budget and the KV blocks allow its first chunk."""
         if budget.is_exhausted or not self.waiting:
             return None
-        request = self.waiting.next(before, may_send)
+        request = self.waiting.next(before, lambda request: may_send(request) and self._has_kv_downstream(request))
         if request is None or not budget.affords(self._min_chunk(request)):
             return None
         # Cached prefixes belong to a route; and the probe reads hidden states that must be computed in this pass.
         hashes = [] if request.awaits_route else self._prefix_hashes(request)
         reused = 0 if request.skip_prefix_cache else self._pool.count_cached(hashes)
-        if self._pool.blocks_for(len(request.token_ids) + 1) > self._pool.free_blocks:
+        if not self._pool.has_room(request.expected_tokens):
             return None
         self.waiting.take(request)
-        self._pool.begin(request.id, hashes, reused)
+        self._pool.begin(request.id, hashes, reused, request.expected_tokens)
+        if not request.awaits_route:
+            self._credit.open(request)
         request.cached = request.reused = reused * self._pool.block_tokens
         request.status = RequestStatus.RUNNING
         self.running[request.id] = request
         if request.first_scheduled_at is None:
             request.first_scheduled_at = self._clock()
         return request
+
+    def _has_kv_downstream(self, request: Request) -> bool:
+        """Whether the next shard has KV room for the request: on any route, while it awaits one."""
+        known, left = len(request.token_ids), request.sampling.max_tokens - request.generated
+        # An answer that is longer than most will have half as many tokens again.
+        growth = max(1, min(left, max(int(self._answer_tokens) - request.generated, request.generated // 2)))
+        request.expected_tokens = min(known + growth, request.context_length)
+        chains = request.candidates.values() or [request.chain]
+        return all(self._credit.has_room(chain, request.expected_tokens) for chain in chains)
+
+    def _learn_length(self, request: Request) -> None:
+        """Takes the length of an answer into the mean."""
+        self._answer_tokens += ANSWER_WEIGHT * (request.generated - self._answer_tokens)
 
     def _schedule(self, request: Request, most: int, segments: list[Segment]) -> int:
         """Appends the request's next tokens, at most `most`; returns how many, 0 where it was preempted."""

@@ -8,6 +8,7 @@ shard; KV that is computed from one link's hidden states is found by sessions of
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from stitch.errors import InvalidRequest, plain
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
 from stitch_server.engine.in_flight import StepsInFlight
+from stitch_server.engine.kv_room import KvGrants
 from stitch_server.engine.types import IncomingSegment, LayerRange, Session, SessionRefused, Upstream
 from stitch_server.kv_cache.block_pool import BlockPool
 
@@ -88,15 +90,21 @@ class SessionTable:
         in_flight: StepsInFlight | None,
         check_chain: CheckChain,
         limits: OpeningLimits,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`in_flight` is None on the chain's last shard."""
         self._pool = pool
+        self.grants = KvGrants(pool, None if in_flight is None else in_flight.credit, clock)
         self._layer_ranges = layer_ranges
         self._in_flight = in_flight
         self._check_chain = check_chain
         self._limits = limits
         self._sessions: dict[Upstream, dict[int, Session]] = {}
         self._tombstones: dict[Upstream, dict[int, _Tombstone]] = {}
+        # By id on this shard, in the order in which they were opened: the link and the id there.
+        self._by_age: dict[int, tuple[Upstream, int]] = {}
+        # Sessions that were preempted and whose segments of the next batch are to be withdrawn.
+        self._preempted: list[tuple[Upstream, int, SessionRefused]] = []
         # Whether new sessions are refused, because the shard is shutting down.
         self.is_draining = False
 
@@ -120,6 +128,11 @@ class SessionTable:
                 self._replace_by_tombstone(upstream, segment.session_id, segment.epoch, reason)
             raise
 
+    def take_preempted(self) -> list[tuple[Upstream, int, SessionRefused]]:
+        """The sessions that were preempted since the last call, by link and id, each with the reason."""
+        preempted, self._preempted = self._preempted, []
+        return preempted
+
     def next_shards(self, upstream: Upstream, segment: IncomingSegment) -> tuple[str, ...]:
         """The shard to which the segment goes on; none from the chain's last shard, or for an unknown session."""
         session = segment.new_session or self._sessions.get(upstream, {}).get(segment.session_id)
@@ -138,6 +151,7 @@ class SessionTable:
 
     def close_all(self, upstream: Upstream) -> None:
         """Frees all sessions of a link that ended."""
+        self.grants.forget(upstream)
         self._tombstones.pop(upstream, None)
         for session in self._sessions.pop(upstream, {}).values():
             self._free(session)
@@ -178,14 +192,30 @@ class SessionTable:
         reused_blocks, rest = divmod(session.reused, self._pool.block_tokens)
         if rest:
             raise contradiction(f"{session.reused} reused tokens are no whole blocks of {self._pool.block_tokens}")
+        self.close(upstream, session_id)
+        expected = self._check_room(upstream, session_id, session)
         # Also on the next shards, which get the tenant from here.
         session.tenant = _scoped(upstream.prefix_scope, session.tenant)
         hashes = self._pool.hashes(session.tenant, session.route, session.token_ids[: session.prompt_tokens])
-        if not self._pool.begin(session.id, hashes, reused_blocks):
+        if not self._pool.begin(session.id, hashes, reused_blocks, expected):
             message = f"the first {session.reused} tokens of session {session_id} are not cached"
             raise SessionRefused(shard_pb2.FAILURE_CAUSE_PREFIX_MISSING, message)
-        self.close(upstream, session_id)
+        self.grants.opened(upstream)
+        if self._in_flight is not None:
+            self._in_flight.credit.open(session)
         self._sessions.setdefault(upstream, {})[session_id] = session
+        self._by_age[session.id] = (upstream, session_id)
+
+    def _check_room(self, upstream: Upstream, session_id: int, session: Session) -> int:
+        """The tokens for which KV room is kept. Raises SessionRefused before anything of the session is computed."""
+        known = len(session.token_ids)
+        expected = max(known, min(session.expected_tokens, self._pool.tokens))
+        if known > self._pool.tokens:
+            raise self._too_long(session_id, known)
+        if not self.grants.fits(upstream, expected):
+            message = f"session {session_id} is expected to have {expected} tokens, for which there is no KV room"
+            raise SessionRefused(shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED, message)
+        return expected
 
     def _check_downstream(self, session: Session) -> None:
         """Refuses a session that continues on shards other than those of its route."""
@@ -221,12 +251,22 @@ class SessionTable:
         return session
 
     def _grow(self, session: Session, tokens: int, session_id: int) -> None:
-        if self._pool.grow(session.id, tokens):
-            return
+        """Preempts the youngest sessions until this one has room. Raises SessionRefused where it is the youngest."""
         if tokens > self._pool.tokens:
-            message = f"session {session_id} has {tokens} tokens, but the KV cache holds {self._pool.tokens}"
-            raise SessionRefused(shard_pb2.FAILURE_CAUSE_TOO_LONG, message)
-        raise SessionRefused(shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED, f"no KV block is free for session {session_id}")
+            raise self._too_long(session_id, tokens)
+        while not self._pool.grow(session.id, tokens):
+            youngest = next(reversed(self._by_age))
+            upstream, its_id = self._by_age[youngest]
+            message = f"no KV block is free for session {its_id}, the youngest"
+            reason = SessionRefused(shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED, message)
+            if youngest == session.id:
+                raise reason
+            self._replace_by_tombstone(upstream, its_id, self._sessions[upstream][its_id].epoch, reason)
+            self._preempted.append((upstream, its_id, reason))
+
+    def _too_long(self, session_id: int, tokens: int) -> SessionRefused:
+        message = f"session {session_id} has {tokens} tokens, but the KV cache holds {self._pool.tokens}"
+        return SessionRefused(shard_pb2.FAILURE_CAUSE_TOO_LONG, message)
 
     def _why_not_open(self, upstream: Upstream, segment: IncomingSegment) -> SessionRefused:
         tombstone = self._tombstones.get(upstream, {}).get(segment.session_id)
@@ -242,6 +282,7 @@ class SessionTable:
 
     def _free(self, session: Session) -> None:
         self._pool.release(session.id)
+        del self._by_age[session.id]
         if self._in_flight is not None:
             self._in_flight.close_session(session)
 

@@ -43,6 +43,8 @@ class Session:
     cached: int = 0
     # Tokens of the prefix that another session had cached.
     reused: int = 0
+    # The length that it is expected to have in the end, for which shards keep KV room; at least that of `token_ids`.
+    expected_tokens: int = 0
     # Whether the next shard has received a segment of this epoch, and so holds KV that must be freed there.
     open_downstream: bool = False
 
@@ -209,10 +211,20 @@ class StepReply:
     failures: tuple[SessionFailure, ...] = ()
     # Seconds that the step spent downstream, by stage.
     stages: dict[str, float] = field(default_factory=dict)
+    # The KV room for new sessions, the least of all shards from the receiver on; None: it says nothing of it.
+    kv_free_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KvRoom:
+    """KV room that a next shard keeps for a session of this shard."""
+
+    neighbour: str
+    tokens: int
 
 
 class Upstream(Protocol):
-    """The link that a step came from; `reply` is called in the engine's thread."""
+    """The link that a step came from; its methods are called in the engine's thread."""
 
     @property
     def prefix_scope(self) -> str:
@@ -223,6 +235,9 @@ class Upstream(Protocol):
         """Routes whose sessions go over this link."""
 
     def reply(self, reply: StepReply) -> None: ...
+
+    def grant(self, tokens: int) -> None:
+        """Says that KV room is kept for a session of this link."""
 
 
 class SessionRefused(Exception):
@@ -250,14 +265,24 @@ class PendingReply:
     stages: dict[str, float] = field(default_factory=dict)
     # Sessions that the upstream shard closed while the step was queued.
     closed: set[int] = field(default_factory=set)
+    # The least KV room of the shards further downstream; None on the chain's last shard.
+    kv_free_downstream: int | None = None
 
     def add_seconds(self, stages: Mapping[str, float]) -> None:
         for stage, seconds in stages.items():
             self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
-    def send(self) -> None:
-        reply = StepReply(self.step.number, tuple(self.tokens), tuple(self.failures), dict(self.stages))
-        self.upstream.reply(reply)
+    def add_kv_free(self, tokens: int | None) -> None:
+        """The KV room that a next shard reports."""
+        known = [one for one in (tokens, self.kv_free_downstream) if one is not None]
+        self.kv_free_downstream = min(known, default=None)
+
+    def send(self, kv_free_tokens: int) -> None:
+        """Sends the reply, with this shard's KV room for new sessions of the link."""
+        if self.kv_free_downstream is not None:
+            kv_free_tokens = min(kv_free_tokens, self.kv_free_downstream)
+        tokens, failures = tuple(self.tokens), tuple(self.failures)
+        self.upstream.reply(StepReply(self.step.number, tokens, failures, dict(self.stages), kv_free_tokens))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -297,4 +322,4 @@ class LinkReply:
     reply: StepReply
 
 
-LinkEvent = LinkReply | LinkLost
+LinkEvent = LinkReply | KvRoom | LinkLost

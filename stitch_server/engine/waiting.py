@@ -42,6 +42,14 @@ class WaitingRequests:
         yield from self._resumed
         yield from self._queue
 
+    @property
+    def next_shards(self) -> set[str]:
+        """The next shards of the requests that wait."""
+        shards = {shard for request in self._resumed for shard in request.next_shards}
+        for group in self._queue.nonempty_groups:
+            shards.update(group if isinstance(group, tuple) else ())
+        return shards
+
     def add(self, request: Request) -> None:
         """Queues a new request. Raises Exhausted where too many wait, with the time at which a place will be free."""
         if request.generated:
@@ -63,14 +71,14 @@ class WaitingRequests:
 
     def next(self, before: float, has_room: Callable[[Request], bool]) -> Request | None:
         """The first request with room whose turn comes before `before`; None where there is none."""
-        now, full = self._clock(), set[str]()
+        full: set[str] = set()
 
         def is_open(shards: Hashable) -> bool:
             return isinstance(shards, tuple) and full.isdisjoint(shards)
 
         for resumed in self._resumed:
             if is_open(resumed.next_shards):
-                if resumed.retry_at <= now and has_room(resumed):
+                if has_room(resumed):
                     return resumed
                 full.update(resumed.next_shards)
         while (request := self._queue.peek(is_open)) is not None:

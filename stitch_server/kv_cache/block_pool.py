@@ -40,6 +40,13 @@ class _SequenceBlocks:
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     published: int = 0
+    # The blocks that it is expected to hold in the end.
+    expected: int = 0
+
+    @property
+    def expected_growth(self) -> int:
+        """The blocks that it is expected to take in addition to those that it holds."""
+        return max(0, self.expected - len(self.blocks))
 
 
 class BlockPool:
@@ -54,6 +61,8 @@ class BlockPool:
         self._block_by_hash: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._sequences: dict[int, _SequenceBlocks] = {}
+        # Blocks that sequences are expected to take, in addition to those that they hold.
+        self._expected_growth = 0
         # Prompt tokens that were looked up in the prefix cache, and those found there.
         self.queried_tokens = self.reused_tokens = 0
 
@@ -66,6 +75,15 @@ class BlockPool:
     def free_blocks(self) -> int:
         """Blocks that can be handed out now, including those cached only for their prefix."""
         return len(self._free) + len(self._cached)
+
+    @property
+    def room_tokens(self) -> int:
+        """What new sequences may take: the free blocks less those that the sequences are expected to grow by."""
+        return max(0, self.free_blocks - self._expected_growth) * self.block_tokens
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether a new sequence that is expected to have `tokens` tokens in the end fits."""
+        return self.blocks_for(tokens) * self.block_tokens <= self.room_tokens
 
     @property
     def usage(self) -> float:
@@ -87,17 +105,22 @@ class BlockPool:
             count += 1
         return count
 
-    def begin(self, session_id: int, hashes: Sequenced[bytes], reused: int) -> bool:
-        """Starts a sequence that shares its first `reused` blocks; False if one of them is no longer cached."""
+    def begin(self, session_id: int, hashes: Sequenced[bytes], reused: int, expected_tokens: int = 0) -> bool:
+        """Starts a sequence that shares its first `reused` blocks; False if one of them is no longer cached.
+
+        `expected_tokens`: its length in the end, for which `room_tokens` leaves blocks free. They are not its own: any
+        sequence may grow into them.
+        """
         if self.count_cached(hashes[:reused]) < reused:
             return False
-        held = _SequenceBlocks(hashes=list(hashes), published=reused)
+        held = _SequenceBlocks(hashes=list(hashes), published=reused, expected=self.blocks_for(expected_tokens))
         for content in hashes[:reused]:
             block = self._block_by_hash[content]
             self._holders[block] += 1
             self._cached.pop(block, None)
             held.blocks.append(block)
         self._sequences[session_id] = held
+        self._expected_growth += held.expected_growth
         self.queried_tokens += len(hashes) * self.block_tokens
         self.reused_tokens += reused * self.block_tokens
         return True
@@ -112,6 +135,7 @@ class BlockPool:
         missing = self.blocks_for(tokens) - len(held.blocks)
         if missing > self.free_blocks:
             return False
+        self._expected_growth -= max(0, min(missing, held.expected_growth))
         for _ in range(missing):
             block = self._allocate()
             self._holders[block] = 1
@@ -141,8 +165,11 @@ class BlockPool:
     def release(self, session_id: int) -> None:
         """Frees a sequence's blocks. Does nothing for one that is already released."""
         held = self._sequences.pop(session_id, None)
+        if held is None:
+            return
+        self._expected_growth -= held.expected_growth
         # Later blocks first, so that the start of a prefix, which most sequences share, is evicted last.
-        for block in reversed(held.blocks if held else []):
+        for block in reversed(held.blocks):
             self._holders[block] -= 1
             if self._holders[block] == 0:
                 self._free_block(block)

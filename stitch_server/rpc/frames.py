@@ -94,6 +94,7 @@ def _segment_message(segment: Segment, opens: bool) -> shard_pb2.Segment:
         new_session.prompt_tokens = session.prompt_tokens
         new_session.reused_tokens = session.reused
         new_session.tenant = session.tenant
+        new_session.expected_tokens = session.expected_tokens
     return message
 
 
@@ -242,6 +243,7 @@ def _new_session(message: shard_pb2.Segment) -> Session:
         token_ids=list(opened.token_ids),
         prompt_tokens=opened.prompt_tokens,
         tenant=opened.tenant,
+        expected_tokens=opened.expected_tokens,
         epoch=message.epoch,
         cached=opened.reused_tokens,
         reused=opened.reused_tokens,
@@ -250,7 +252,8 @@ def _new_session(message: shard_pb2.Segment) -> Session:
 
 def reply_frame(reply: StepReply) -> shard_pb2.LinkResponse:
     """The frame of a reply."""
-    message = shard_pb2.StepReply(step=reply.step, stages=stage_messages(reply.stages))
+    stages = stage_messages(reply.stages)
+    message = shard_pb2.StepReply(step=reply.step, stages=stages, kv_free_tokens=reply.kv_free_tokens)
     for one in reply.tokens:
         message.tokens.add(session=one.session_id, epoch=one.epoch, token=token_message(one.token))
     for failure in reply.failures:
@@ -275,6 +278,7 @@ def reply_of(message: shard_pb2.StepReply) -> StepReply:
             for stage in message.stages[:MAX_STAGES]
             if 0 <= stage.seconds < math.inf
         },
+        kv_free_tokens=message.kv_free_tokens if message.HasField("kv_free_tokens") else None,
     )
 
 

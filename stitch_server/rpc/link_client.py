@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 from stitch.channels import open_channel
 from stitch.errors import Incompatible, OutOfStep, StitchError, Unavailable, from_rpc_error, has_details, shown
 from stitch.v1 import shard_pb2
-from stitch_server.engine.types import LinkEvent, LinkLost, LinkReply, OutgoingStep
+from stitch_server.engine.types import KvRoom, LinkEvent, LinkLost, LinkReply, OutgoingStep
 from stitch_server.rpc.frames import reply_of, step_frames
 from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_welcome
 from stitch_server.rpc.silence import ALONE_SECONDS, OPENING_SECONDS, TICK_SECONDS, SilenceBound
@@ -80,6 +80,11 @@ class LinkClient:
     def close(self, neighbour: str, session_ids: Sequence[int]) -> None:
         """Ends sessions on the next shard of that name."""
         frame = shard_pb2.LinkRequest(close=shard_pb2.CloseSessions(sessions=session_ids))
+        self._loop.call_soon_threadsafe(self._put_if_open, neighbour, frame)
+
+    def want(self, neighbour: str, tokens: int, chain: Sequence[str]) -> None:
+        """Asks the next shard of that name for KV room."""
+        frame = shard_pb2.LinkRequest(want=shard_pb2.KvWanted(tokens=tokens, chain=chain))
         self._loop.call_soon_threadsafe(self._put_if_open, neighbour, frame)
 
     async def aclose(self) -> None:
@@ -243,10 +248,8 @@ class _Link:
         try:
             while isinstance(message := await call.read(), shard_pb2.LinkResponse):
                 self._hear()
-                if message.HasField("reply"):
-                    self._on_event(LinkReply(self.neighbour, reply_of(message.reply)))
-                elif not message.HasField("heartbeat"):
-                    raise Incompatible(f"{self.neighbour} sent no reply in the middle of a link")
+                if (event := self._event(message)) is not None:
+                    self._on_event(event)
         finally:
             writer.cancel()
         # A stream that ended with an error status raised it above.
@@ -261,6 +264,17 @@ class _Link:
         if self.silent_seconds:
             self._owner.on_heard(self.silent_seconds)
             self.silent_seconds = 0.0
+
+    def _event(self, message: shard_pb2.LinkResponse) -> LinkEvent | None:
+        """What the engine is told of a message; nothing of a heartbeat. Raises Incompatible for another greeting."""
+        match message.WhichOneof("frame"):
+            case "reply":
+                return LinkReply(self.neighbour, reply_of(message.reply))
+            case "room":
+                return KvRoom(self.neighbour, message.room.tokens)
+            case "heartbeat":
+                return None
+        raise Incompatible(f"{self.neighbour} sent no reply in the middle of a link")
 
     async def _write(self, call: LinkCall) -> None:
         while True:

@@ -58,6 +58,11 @@ class UpstreamLink:
         """Called in the engine's thread."""
         self._loop.call_soon_threadsafe(self._outbox.put_nowait, reply_frame(reply))
 
+    def grant(self, tokens: int) -> None:
+        """Called in the engine's thread."""
+        response = shard_pb2.LinkResponse(room=shard_pb2.KvRoom(tokens=tokens))
+        self._loop.call_soon_threadsafe(self._outbox.put_nowait, response)
+
     async def responses(self, requests: AsyncIterator[shard_pb2.LinkRequest]) -> AsyncIterator[shard_pb2.LinkResponse]:
         """Yields replies until the upstream shard ends the stream. Raises StitchError for an invalid frame."""
         reader, heart = asyncio.create_task(self._read(requests)), asyncio.create_task(self._beat())
@@ -102,6 +107,9 @@ class UpstreamLink:
             if session_ids := [one for one in request.close.sessions if one in self._sessions]:
                 self._leave(session_ids)
                 self._engine.post(partial(self._next_stage.close, self, session_ids))
+        elif kind == "want":
+            wanted = request.want
+            self._engine.post(partial(self._next_stage.want, self, wanted.tokens, tuple(wanted.chain)))
         else:
             raise Incompatible(f"a frame of kind {kind or 'unknown'} came in the middle of a link")
 

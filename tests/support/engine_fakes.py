@@ -38,6 +38,7 @@ class FakeDownstream:
 
     sent: list[tuple[str, OutgoingStep]] = field(default_factory=list)
     closed: list[tuple[str, int]] = field(default_factory=list)
+    wanted: list[tuple[str, int, tuple[str, ...]]] = field(default_factory=list)
     suspects: set[str] = field(default_factory=set)
 
     def send(self, neighbour: str, step: OutgoingStep) -> None:
@@ -45,6 +46,9 @@ class FakeDownstream:
 
     def close(self, neighbour: str, session_ids: Sequence[int]) -> None:
         self.closed += [(neighbour, session_id) for session_id in session_ids]
+
+    def want(self, neighbour: str, tokens: int, chain: Sequence[str]) -> None:
+        self.wanted.append((neighbour, tokens, tuple(chain)))
 
     @property
     def last(self) -> OutgoingStep:
@@ -73,8 +77,14 @@ class FakeUpstream:
     routes: frozenset[str] = frozenset({"weak", "strong"})
     prefix_scope: str = "bottom-0"
 
+    # The KV room that was kept for this link, in tokens.
+    granted: list[int] = field(default_factory=list)
+
     def reply(self, reply: StepReply) -> None:
         self.replies.append(reply)
+
+    def grant(self, tokens: int) -> None:
+        self.granted.append(tokens)
 
     @property
     def last(self) -> StepReply:

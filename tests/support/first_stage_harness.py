@@ -30,6 +30,7 @@ def new_first_stage(
         close_downstream=in_flight.close_session,
         has_room=in_flight.has_room,
         is_late=in_flight.is_late,
+        credit=in_flight.credit,
         clock=clock,
     )
     return FirstStage(pool, scheduler, in_flight, clock)

@@ -84,6 +84,10 @@ class LinksInProcess:
         end = self._end(neighbour)
         end.stage.close(end, session_ids)
 
+    def want(self, neighbour: str, tokens: int, chain: Sequence[str]) -> None:
+        end = self._end(neighbour)
+        end.stage.want(end, tokens, tuple(chain))
+
     def _end(self, neighbour: str) -> LinkEnd:
         if neighbour not in self.ends:
             self.ends[neighbour] = LinkEnd(self.chain.shards[self.own], self.chain.shards[neighbour])
@@ -115,3 +119,8 @@ class LinkEnd:
         source = self._sender.first_stage or self._sender.next_stage
         assert source is not None
         source.on_reply(self._receiver, reply_of(message))
+
+    def grant(self, tokens: int) -> None:
+        source = self._sender.first_stage or self._sender.next_stage
+        assert source is not None
+        source.on_kv_room(self._receiver, tokens)

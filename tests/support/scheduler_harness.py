@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from stitch.cluster import BatchingConfig
+from stitch_server.engine.kv_room import KvCredit
 from stitch_server.engine.request import Request
 from stitch_server.engine.scheduler import NO_COSTS, Scheduler
 from stitch_server.engine.types import LayerRange, Segment
 from stitch_server.kv_cache.block_pool import BlockPool
-from tests.support.engine_fakes import TOKEN_ID, ManualClock, new_request
+from tests.support.engine_fakes import TOKEN_ID, FakeDownstream, ManualClock, new_request
 
 LAYER_RANGES = {"weak": LayerRange(0, 3), "strong": LayerRange(0, 4)}
 
@@ -25,6 +26,7 @@ class SchedulerHarness:
         min_efficient_tokens: int = 1,
         probe_tokens: int = 0,
         route_costs: Mapping[str, float] = NO_COSTS,
+        answer_tokens: float = 0.0,
         **batching: int,
     ) -> None:
         self.pool, self.clock = BlockPool(blocks), ManualClock()
@@ -35,6 +37,8 @@ class SchedulerHarness:
             LAYER_RANGES,
             self.batching,
             close_downstream=self.closed_downstream.append,
+            credit=UnlimitedCredit(FakeDownstream()),
+            answer_tokens=answer_tokens,
             attention_cost_per_token=attention_cost_per_token,
             min_efficient_tokens=min_efficient_tokens,
             probe_tokens=probe_tokens,
@@ -64,6 +68,13 @@ class SchedulerHarness:
             self.scheduler.next_segments()
         self.answer(*requests)
         return requests
+
+
+class UnlimitedCredit(KvCredit):
+    """Next shards that have room for everything."""
+
+    def has_room(self, chain: Sequence[str], tokens: int) -> bool:
+        return True
 
 
 def new_batching(**fields: int) -> BatchingConfig:

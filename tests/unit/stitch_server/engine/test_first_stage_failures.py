@@ -9,7 +9,6 @@ import pytest
 from stitch.errors import Exhausted, Incompatible, OutOfStep, Unavailable
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
-from stitch_server.engine.scheduler import BACKOFF_SECONDS
 from stitch_server.engine.types import SessionFailure
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.engine_fakes import TOKEN_ID
@@ -29,7 +28,6 @@ class TestFailures:
         assert outputs == []
         assert (session.epoch, harness.stage.waiting_sessions) == (1, 1)
         assert harness.downstream.closed == [("top-0", session.id), ("top-0", other.id)]
-        harness.clock.advance(BACKOFF_SECONDS)
         step = harness.compute()
         # Its first block is still remembered here.
         assert (step.segments[0].position, step.opens) == (BLOCK_TOKENS, (True,))
@@ -42,7 +40,6 @@ class TestFailures:
         harness.reply(harness.compute(), 50)
         harness.admit(first_token=200)
         harness.refuse(harness.compute(), session, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED)
-        harness.clock.advance(BACKOFF_SECONDS)
         step = harness.compute()
         assert [one.length for one in step.segments if one.session is session] == [21 - BLOCK_TOKENS]
         harness.reply(step, 51)
@@ -68,7 +65,6 @@ class TestFailures:
         step = harness.compute()
         assert session.reused == 32
         harness.refuse(step, session, shard_pb2.FAILURE_CAUSE_PREFIX_MISSING)
-        harness.clock.advance(BACKOFF_SECONDS)
         step = harness.compute()
         assert (step.segments[0].session, step.segments[0].position) == (session, 0)
         harness.reply(step)

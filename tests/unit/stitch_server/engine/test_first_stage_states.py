@@ -11,7 +11,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from stitch.errors import Unavailable
 from stitch.v1 import shard_pb2
 from stitch_server.engine.request import Request, RequestOutput, RequestStatus
-from stitch_server.engine.scheduler import BACKOFF_SECONDS
 from stitch_server.engine.types import OutgoingStep, SessionFailure, StepReply
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
 from tests.support.engine_fakes import FakeDownstream, ManualClock, computed, new_request
@@ -114,7 +113,7 @@ class FirstStageMachine(RuleBasedStateMachine):
 
     @rule()
     def wait(self) -> None:
-        self.clock.advance(BACKOFF_SECONDS)
+        self.clock.advance(0.05)
 
     @invariant()
     def blocks_belong_to_running_requests(self) -> None:

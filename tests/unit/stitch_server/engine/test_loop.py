@@ -12,7 +12,17 @@ import torch
 
 from stitch.errors import StitchError, Unavailable
 from stitch_server.engine.loop import Engine, EngineBroken, Inbox
-from stitch_server.engine.types import Batch, LayerRange, LinkEvent, LinkLost, LinkReply, Segment, StepOutput, StepReply
+from stitch_server.engine.types import (
+    Batch,
+    KvRoom,
+    LayerRange,
+    LinkEvent,
+    LinkLost,
+    LinkReply,
+    Segment,
+    StepOutput,
+    StepReply,
+)
 from tests.support.engine_fakes import new_request
 
 # Only a broken engine takes this long.
@@ -45,6 +55,9 @@ class FakeBatchSource:
 
     def on_reply(self, neighbour: str, reply: StepReply) -> None:
         self.events.append(LinkReply(neighbour, reply))
+
+    def on_kv_room(self, neighbour: str, tokens: int) -> None:
+        self.events.append(KvRoom(neighbour, tokens))
 
     def on_link_lost(self, neighbour: str, error: StitchError) -> None:
         self.events.append(LinkLost(neighbour, error))

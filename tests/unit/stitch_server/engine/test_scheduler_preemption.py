@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from stitch_server.engine.scheduler import BACKOFF_SECONDS
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.engine_fakes import new_request
 from tests.support.scheduler_harness import SchedulerHarness
@@ -22,9 +21,10 @@ class TestPreemptionForBlocks:
 
     def test_youngest_request_preempts_itself(self) -> None:
         harness = SchedulerHarness(blocks=3, num_micro_batches=2)
-        old, young = harness.decoding(16, 16)
-        harness.next_pass()
-        harness.answer(old)
+        old, young = harness.decoding(16, 15)
+        for request in old, young, old:
+            assert [one for one, _, _ in harness.next_pass()] == [request]
+            harness.answer(request)
         assert harness.next_pass() == []
         assert harness.closed_downstream == [young]
         assert old.id in harness.scheduler.running
@@ -51,8 +51,6 @@ class TestPreemptionForBlocks:
         harness.next_pass()
         assert list(harness.scheduler.waiting) == [young, later]
         harness.scheduler.remove(old)
-        assert harness.next_pass() == []
-        harness.clock.advance(BACKOFF_SECONDS)
         assert harness.next_pass()[0][0] is young
 
     def test_preempted_request_recomputes_prompt_and_generated_tokens(self) -> None:
@@ -60,23 +58,17 @@ class TestPreemptionForBlocks:
         (session,) = harness.decoding(20)
         harness.answer(session)
         harness.scheduler.preempt(session)
-        harness.clock.advance(BACKOFF_SECONDS)
         (segment,) = harness.scheduler.next_segments()
         assert (segment.position, segment.length, segment.wants_token) == (0, 22, True)
 
 
-class TestBackoff:
-    def test_preempted_request_waits_for_backoff(self) -> None:
+class TestPreemptByNextShard:
+    def test_preempted_request_frees_its_blocks(self) -> None:
         harness, session = SchedulerHarness(), new_request()
         harness.add(session)
         harness.next_pass()
         harness.scheduler.preempt(session)
-        assert harness.closed_downstream == [session]
-        assert harness.pool.free_blocks == 64
-        assert harness.next_pass() == []
-        harness.clock.advance(BACKOFF_SECONDS * 0.9)
-        assert harness.next_pass() == []
-        harness.clock.advance(BACKOFF_SECONDS * 0.2)
+        assert (harness.closed_downstream, harness.pool.free_blocks) == ([session], 64)
         assert harness.next_pass() == [(session, 0, 20)]
 
     def test_last_preempted_request_is_first_in_queue(self) -> None:

@@ -8,7 +8,6 @@ import pytest
 
 from stitch.sampling import Token
 from stitch_server.engine.request import Request
-from stitch_server.engine.scheduler import BACKOFF_SECONDS
 from stitch_server.engine.types import RouteDecision, Segment
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.engine_fakes import TOKEN_ID, new_request
@@ -189,7 +188,6 @@ class TestRequestsWithoutRoute:
         harness.add(session)
         harness.next_pass()
         harness.scheduler.preempt(session)
-        harness.clock.advance(BACKOFF_SECONDS)
         assert session.awaits_route
         assert harness.next_pass() == [(session, 0, 20)]
 
@@ -200,6 +198,5 @@ class TestRequestsWithoutRoute:
         harness.next_pass()
         self.settled(harness, session)
         harness.scheduler.preempt(session)
-        harness.clock.advance(BACKOFF_SECONDS)
         (segment,) = harness.scheduler.next_segments()
         assert (segment.layers, segment.candidates) == (LAYER_RANGES["strong"], ())

@@ -117,13 +117,59 @@ def test_chain_of_another_route_is_refused(pool: BlockPool, upstream: FakeUpstre
     assert (len(table), pool.free_blocks) == (0, 8)
 
 
-def test_segment_without_free_block_is_refused_as_kv_exhausted(
+def test_youngest_session_without_free_block_is_refused_as_kv_exhausted(
     table: SessionTable, upstream: FakeUpstream, pool: BlockPool
 ) -> None:
     table.accept(upstream, first())
     table.accept(upstream, first(6))
-    assert refusal(table, upstream, replace(NEXT, length=100)) == ("KV_EXHAUSTED", "no KV block is free for session 5")
+    cause, message = refusal(table, upstream, replace(NEXT, session_id=6, length=100))
+    assert (cause, message) == ("KV_EXHAUSTED", "no KV block is free for session 6, the youngest")
     assert (len(table), pool.free_blocks) == (1, 6)
+
+
+def test_older_session_without_free_block_preempts_the_youngest_of_any_link(
+    table: SessionTable, upstream: FakeUpstream
+) -> None:
+    other = FakeUpstream()
+    older = table.accept(upstream, first())
+    table.accept(other, first(6))
+    assert table.accept(upstream, replace(NEXT, length=100)) is older
+    ((link, session_id, reason),) = table.take_preempted()
+    assert (link, session_id, reason.cause) == (other, 6, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED)
+    assert refusal(table, other, replace(NEXT, session_id=6))[0] == "KV_EXHAUSTED"
+
+
+class TestRoom:
+    """A session is opened where its expected tokens have room, or not at all."""
+
+    def expecting(self, tokens: int, session_id: int = 5) -> IncomingSegment:
+        segment = first(session_id)
+        assert segment.new_session is not None
+        segment.new_session.expected_tokens = tokens
+        return segment
+
+    def test_session_without_room_is_refused_before_its_first_segment(
+        self, table: SessionTable, upstream: FakeUpstream, pool: BlockPool
+    ) -> None:
+        table.accept(upstream, self.expecting(80))
+        cause, message = refusal(table, upstream, self.expecting(49, 6))
+        assert (cause, len(table), pool.room_tokens) == ("KV_EXHAUSTED", 1, 48)
+        assert message == "session 6 is expected to have 49 tokens, for which there is no KV room"
+        table.accept(upstream, self.expecting(48, 7))
+
+    def test_prompt_longer_than_kv_cache_is_refused_as_too_long(
+        self, table: SessionTable, upstream: FakeUpstream
+    ) -> None:
+        segment = self.expecting(0)
+        assert segment.new_session is not None
+        segment.new_session.token_ids += range(100)
+        assert refusal(table, upstream, segment)[0] == "TOO_LONG"
+
+    def test_expectation_beyond_kv_cache_takes_all_of_it(
+        self, table: SessionTable, upstream: FakeUpstream, pool: BlockPool
+    ) -> None:
+        table.accept(upstream, self.expecting(10_000))
+        assert pool.room_tokens == 0
 
 
 def test_segment_larger_than_kv_cache_is_refused_as_too_long(
@@ -269,11 +315,11 @@ class TestClosingDownstream:
     def test_end_of_link_closes_its_sessions_downstream(
         self, table: SessionTable, upstream: FakeUpstream, downstream: FakeDownstream, pool: BlockPool
     ) -> None:
-        numbers = [self.open_one(table, upstream, session) for session in (5, 6)]
+        number = self.open_one(table, upstream)
         other = FakeUpstream()
         self.open_one(table, other)
         table.close_all(upstream)
-        assert downstream.closed == [("end", number) for number in numbers]
+        assert downstream.closed == [("end", number)]
         assert (len(table), pool.free_blocks) == (1, 6)
 
     def test_session_refused_for_position_is_closed_downstream(

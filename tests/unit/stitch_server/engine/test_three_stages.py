@@ -53,6 +53,7 @@ class LateLink:
     # The sender's, and the name of the receiver.
     on_reply: Callable[[str, StepReply], None] | None = None
     name: str = ""
+    on_room: Callable[[int], None] | None = None
 
     def send(self, neighbour: str, step: OutgoingStep) -> None:
         assert self.receiver is not None
@@ -66,10 +67,18 @@ class LateLink:
         assert self.receiver is not None
         self.forward.append((False, partial(self.receiver.close, self, list(session_ids))))
 
+    def want(self, neighbour: str, tokens: int, chain: Sequence[str]) -> None:
+        assert self.receiver is not None
+        self.forward.append((False, partial(self.receiver.want, self, tokens, tuple(chain))))
+
     def reply(self, reply: StepReply) -> None:
         assert self.on_reply is not None
         self.assembler.answered(reply.step)
         self.backward.append(partial(self.on_reply, self.name, reply))
+
+    def grant(self, tokens: int) -> None:
+        assert self.on_room is not None
+        self.backward.append(partial(self.on_room, tokens))
 
     def carry(self, draw: random.Random) -> None:
         """Delivers one frame, in either direction."""
@@ -101,6 +110,7 @@ class Simulation:
             LAYER_RANGES,
             batching,
             close_downstream=in_flight.close_session,
+            credit=in_flight.credit,
             clock=self.clock,
         )
         self.first = FirstStage(self.pools[0], scheduler, in_flight, self.clock)
@@ -109,6 +119,8 @@ class Simulation:
         self.links[0].name, self.links[1].name = CHAIN
         self.links[0].receiver, self.links[0].on_reply = self.middle, self.first.on_reply
         self.links[1].receiver, self.links[1].on_reply = self.last, self.middle.on_reply
+        self.links[0].on_room = partial(self.first.on_kv_room, CHAIN[0])
+        self.links[1].on_room = partial(self.middle.on_kv_room, CHAIN[1])
         self.live: dict[int, tuple[Request, list[RequestOutput]]] = {}
         self.outcomes: list[str] = []
 

@@ -47,22 +47,18 @@ class TestOrder:
         add(waiting, tokens=9, prompt_tokens=5)
         assert len(waiting) == 5
 
-    def test_preempted_request_waits_for_its_retry_and_holds_up_its_next_shard(
-        self, waiting: WaitingRequests, clock: ManualClock
-    ) -> None:
-        preempted, other = new_request(), add(waiting, chain=("top:2",))
+    def test_preempted_request_without_room_holds_up_its_next_shard(self, waiting: WaitingRequests) -> None:
+        preempted, other = new_request(), add(waiting, chain=("top-9",))
         add(waiting)
-        preempted.retry_at = clock.now + 1.0
         waiting.put_back(preempted)
-        assert next_of(waiting) is other
+        assert next_of(waiting, full="top-0") is other
         waiting.take(other)
-        assert next_of(waiting) is None
-        clock.advance(1.0)
+        assert next_of(waiting, full="top-0") is None
         assert next_of(waiting) is preempted
 
     def test_full_next_shard_holds_up_its_own_requests_alone(self, waiting: WaitingRequests) -> None:
         add(waiting, chain=("top-0",))
-        other = add(waiting, chain=("top:2",))
+        other = add(waiting, chain=("top-9",))
         assert next_of(waiting, full="top-0") is other
 
     def test_request_awaiting_its_route_needs_room_on_all_candidates(self, waiting: WaitingRequests) -> None:

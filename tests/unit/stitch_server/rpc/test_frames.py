@@ -124,12 +124,12 @@ class TestSteps:
     def test_new_session_carries_route_chain_tenant_sampling_and_tokens(self) -> None:
         sampling = Sampling(temperature=0.5, top_k=3, seed=9, max_tokens=7, stop_token_ids=(1, 2), logprobs=2)
         session = new_request(5, "strong", chain=("a", "b", "c"), prompt_tokens=4, tenant="acme")
-        session.sampling, session.reused = sampling, 16
+        session.sampling, session.reused, session.expected_tokens = sampling, 16, 90
         (received,) = only(frames_of(new_step(2, sessions=[session], opens=True)), assembler()).segments
         assert received.new_session is not None
         opened = received.new_session
         assert (opened.route, opened.chain, opened.tenant) == ("strong", ("b", "c"), "acme")
-        assert opened.sampling == sampling
+        assert (opened.sampling, opened.expected_tokens) == (sampling, 90)
         assert (opened.token_ids, opened.prompt_tokens, opened.reused) == ([0, 1, 2, 3, 4], 4, 16)
         assert (opened.cached, opened.epoch) == (16, session.epoch)
 
@@ -295,6 +295,7 @@ class TestReplies:
             tokens=(SessionToken(1, 0, Token(7, 20, logprobs)), SessionToken(2, 3, Token(0, 0))),
             failures=(SessionFailure(5, 1, shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED, "no block"),),
             stages={"queue": 0.5, "sample": 0.25},
+            kv_free_tokens=0,
         )
         assert self.roundtrip(reply) == reply
 

@@ -15,6 +15,7 @@ from stitch.errors import Incompatible, StitchError, Unavailable
 from stitch.sampling import Token
 from stitch.v1 import shard_pb2
 from stitch_server.engine.types import (
+    KvRoom,
     LayerRange,
     LinkEvent,
     LinkLost,
@@ -174,6 +175,15 @@ async def test_reply_becomes_link_event(harness: LinkClientHarness) -> None:
     call, reply = await harness.connected(), StepReply(1, tokens=(SessionToken(5, 0, Token(7, 3)),))
     call.say(reply_frame(reply))
     await eventually(lambda: harness.events == [LinkReply("top-0", reply)])
+
+
+async def test_kv_room_is_asked_for_and_becomes_link_event(harness: LinkClientHarness) -> None:
+    call = await harness.connected()
+    harness.links.want("top-0", 40, ("top-1",))
+    await eventually(lambda: call.written[-1].HasField("want"))
+    assert call.written[-1].want == shard_pb2.KvWanted(tokens=40, chain=["top-1"])
+    call.say(shard_pb2.LinkResponse(room=shard_pb2.KvRoom(tokens=40)))
+    await eventually(lambda: harness.events == [KvRoom("top-0", 40)])
 
 
 async def test_urgent_step_overtakes_queued_frames(harness: LinkClientHarness) -> None:
