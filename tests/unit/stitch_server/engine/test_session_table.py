@@ -11,8 +11,9 @@ import pytest
 from stitch.errors import InvalidRequest
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2
+from stitch_server.engine import session_table
 from stitch_server.engine.in_flight import StepsInFlight
-from stitch_server.engine.session_table import MAX_IDS_PER_KV_TOKEN, OpeningLimits, SessionTable
+from stitch_server.engine.session_table import OpeningLimits, SessionTable
 from stitch_server.engine.types import IncomingSegment, LayerRange, Session, SessionRefused
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
 from tests.support.engine_fakes import FakeDownstream, FakeUpstream, any_chain
@@ -448,19 +449,19 @@ class TestOpenings:
         expected = ("PRECONDITION", "session 5 has 65 tokens, but the context holds 64")
         assert refusal(table, upstream, replace(NEXT, length=45)) == expected
 
-    def test_token_ids_of_a_link_are_bounded_by_the_kv_cache(self, pool: BlockPool, upstream: FakeUpstream) -> None:
-        table = SessionTable(pool, LAYER_RANGES, None, any_chain, OpeningLimits())
-        tokens = MAX_IDS_PER_KV_TOKEN * pool.tokens // 2 - 100
-        for session_id in (1, 2, 3):
-            segment = first(session_id, length=1)
-            assert segment.new_session is not None
-            segment.new_session.token_ids = [1] * tokens
-            if session_id < 3:
-                table.accept(upstream, segment)
-        cause, said = refusal(table, upstream, segment)
+    def test_token_ids_of_a_link_are_bounded_by_the_kv_cache(
+        self, upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(session_table, "MAX_IDS_PER_KV_TOKEN", 1)
+        table, other = SessionTable(BlockPool(4), LAYER_RANGES, None, any_chain, OpeningLimits()), FakeUpstream()
+        table.accept(upstream, first())
+        cause, said = refusal(table, upstream, first(6))
         assert cause == "KV_EXHAUSTED"
-        assert said == f"the sessions of this link hold {2 * tokens} token ids, and 8192 is the limit"
-        table.accept(FakeUpstream(), segment)
+        assert said == "the sessions of this link hold 33 token ids, and 64 is the limit"
+        assert (
+            refusal(table, other, first(6))[1]
+            == "session 6 is expected to have 33 tokens, for which there is no KV room"
+        )
 
     def test_route_in_a_refusal_is_plain(self, table: SessionTable, upstream: FakeUpstream) -> None:
         _, said = refusal(table, upstream, first(route="x\n" * 1_000))

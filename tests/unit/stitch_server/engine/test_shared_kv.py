@@ -31,6 +31,7 @@ class QueuedLink:
     top: NextStage
     routes: frozenset[str] = frozenset(LAYER_RANGES)
     name: str = "bottom"
+    prefix_scope: str = "bottom"
     suspects: frozenset[str] = frozenset()
     frames: deque[Callable[[], None]] = field(default_factory=deque)
     sender: FirstStage | None = None
