@@ -147,7 +147,7 @@ class KvGrants:
         else:
             self._wishes.pop(upstream, None)
 
-    def opened(self, upstream: Upstream) -> None:
+    def use_grant(self, upstream: Upstream) -> None:
         """A link opened a session in the room that was kept for it."""
         self._grants.pop(upstream, None)
 

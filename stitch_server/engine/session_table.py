@@ -200,7 +200,7 @@ class SessionTable:
         if not self._pool.begin(session.id, hashes, reused_blocks, expected):
             message = f"the first {session.reused} tokens of session {session_id} are not cached"
             raise SessionRefused(shard_pb2.FAILURE_CAUSE_PREFIX_MISSING, message)
-        self.grants.opened(upstream)
+        self.grants.use_grant(upstream)
         if self._in_flight is not None:
             self._in_flight.credit.open(session)
         self._sessions.setdefault(upstream, {})[session_id] = session

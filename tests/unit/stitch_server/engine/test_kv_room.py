@@ -107,7 +107,7 @@ class TestGrants:
         grants.want(link, 100, ())
         grants.give()
         assert (grants.fits(other, 64), grants.fits(link, 160)) == (False, True)
-        grants.opened(link)
+        grants.use_grant(link)
         assert grants.fits(other, 64)
 
     def test_links_take_turns(self, grants: KvGrants, pool: BlockPool) -> None:
@@ -119,7 +119,7 @@ class TestGrants:
         for link in links:
             grants.give()
             assert [one.granted for one in links].count([100]) == links.index(link) + 1
-            grants.opened(link)
+            grants.use_grant(link)
             grants.want(link, 100, ())
         assert [one.granted for one in links] == [[100], [100], [100]]
 
