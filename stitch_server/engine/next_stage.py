@@ -126,7 +126,7 @@ class NextStage:
 
     def want(self, upstream: Upstream, tokens: int, chain: tuple[str, ...]) -> None:
         """A link wishes for KV room for a session that goes on to `chain`; 0 tokens: no longer."""
-        self._sessions.grants.want(upstream, tokens, chain)
+        self._sessions.want(upstream, tokens, chain)
 
     def on_kv_room(self, neighbour: str, tokens: int) -> None:
         """Takes note of KV room that a next shard keeps for a session of this one."""

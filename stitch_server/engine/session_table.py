@@ -138,6 +138,11 @@ class SessionTable:
         session = segment.new_session or self._sessions.get(upstream, {}).get(segment.session_id)
         return () if session is None else session.next_shards
 
+    def want(self, upstream: Upstream, tokens: int, chain: tuple[str, ...]) -> None:
+        """A link wishes for KV room; 0 tokens: no longer. A wish on a chain of none of its routes has no effect."""
+        if not tokens or any(self._is_chain_of(route, chain) for route in upstream.routes):
+            self.grants.want(upstream, tokens, chain)
+
     def layers_of(self, session: Session) -> LayerRange:
         """The layers of this shard that the session's route passes."""
         return self._layer_ranges[session.route]
@@ -223,6 +228,13 @@ class SessionTable:
             self._check_chain(session.route, session.chain)
         except InvalidRequest as error:
             raise contradiction(str(error)) from error
+
+    def _is_chain_of(self, route: str, chain: tuple[str, ...]) -> bool:
+        try:
+            self._check_chain(route, chain)
+        except InvalidRequest:
+            return False
+        return True
 
     def _check_memory(self, upstream: Upstream, session: Session) -> None:
         """Refuses a session while its link's sessions hold too many token ids, which take memory without KV blocks."""

@@ -507,3 +507,18 @@ class TestPrefixScopes:
         scopes = [("a", "acme"), ("b", "acme"), ("a", "other"), ("a\0acme", ""), ("a", "")]
         sent = {self.leave(table, pool, FakeUpstream(prefix_scope=one), tenant).tenant for one, tenant in scopes}
         assert len(sent) == len(scopes)
+
+
+@pytest.mark.parametrize(("chain", "granted"), [(("top-1",), [16]), ((), []), (("top-1", "top-2"), [])])
+def test_wish_for_room_counts_on_a_chain_of_the_links_routes_alone(
+    pool: BlockPool, upstream: FakeUpstream, chain: tuple[str, ...], granted: list[int]
+) -> None:
+    def check_chain(route: str, chain: Sequence[str]) -> None:
+        if chain != ("top-1",):
+            raise InvalidRequest("chain", list(chain), "route weak passes top-1")
+
+    in_flight = StepsInFlight(FakeDownstream())
+    table = SessionTable(pool, LAYER_RANGES, in_flight, check_chain, OpeningLimits())
+    table.want(upstream, 16, chain)
+    table.grants.give()
+    assert upstream.granted == granted
