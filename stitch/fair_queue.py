@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Generic, TypeVar
 
-# The deadline, in seconds after its arrival, by which an item without one is ordered within its tenant: it comes after
-# urgent ones, and new ones do not overtake it for ever.
-DEFAULT_DEADLINE_SECONDS = 60.0
+# The latest deadline, in seconds after its arrival, by which an item is ordered within its tenant: one without a
+# deadline or with a late one comes after urgent ones, and new ones do not overtake it for ever.
+LATEST_DUE_SECONDS = 60.0
 # A heap is rebuilt where its entries exceed twice the number of items by more than this: most of them left the queue.
 SPARE_ENTRIES = 64
 
@@ -68,10 +68,10 @@ class FairQueue(Generic[Item]):
     Iteration yields the items in order of arrival.
     """
 
-    def __init__(self, clock: Callable[[], float], default_deadline_seconds: float = DEFAULT_DEADLINE_SECONDS) -> None:
+    def __init__(self, clock: Callable[[], float], latest_due_seconds: float = LATEST_DUE_SECONDS) -> None:
         """`clock` is in seconds, like the deadlines."""
         self._clock = clock
-        self._default_deadline_seconds = default_deadline_seconds
+        self._latest_due_seconds = latest_due_seconds
         self._numbers = itertools.count()
         self._entries: dict[Item, _Entry[Item]] = {}
         self._accounts: dict[str, _Account] = {}
@@ -114,7 +114,8 @@ class FairQueue(Generic[Item]):
             heappush(self._flow_order.setdefault(group, []), place)
         entry, number = _Entry(item, flow), next(self._numbers)
         self._entries[item] = entry
-        due = self._clock() + self._default_deadline_seconds if deadline is None else deadline
+        latest = self._clock() + self._latest_due_seconds
+        due = latest if deadline is None else min(deadline, latest)
         heappush(flow.due, (due, number, entry))
         if deadline is not None:
             heappush(self._deadlines, (deadline, number, entry))

@@ -43,7 +43,7 @@ MAX_LINKS = 8
 MIN_WINDOW_BYTES = 64 << 20
 # Links that have not said who they are.
 MAX_SILENT_LINKS = 64
-MAX_TENANT_WEIGHT = 1e6
+MIN_TENANT_WEIGHT, MAX_TENANT_WEIGHT = 0.01, 100.0
 # The size of the messages in which the tokenizer's files are sent.
 PIECE_BYTES = 256 << 10
 
@@ -238,8 +238,10 @@ def _check(request: shard_pb2.ShardGenerateRequest, vocabulary_size: int, contex
             raise InvalidRequest(f"sampling.{field}_token_ids", f"{count} ids", f"it holds at most {limit}")
     if len(request.tenant) > MAX_TENANT_CHARACTERS:
         raise InvalidRequest("tenant", request.tenant, f"it has at most {MAX_TENANT_CHARACTERS} characters")
-    if not 0 <= request.tenant_weight <= MAX_TENANT_WEIGHT:
-        raise InvalidRequest("tenant_weight", request.tenant_weight, f"it must be 0 to {MAX_TENANT_WEIGHT:g}")
+    # 0 is a weight that is not set; NaN is outside, too.
+    if request.tenant_weight != 0 and not MIN_TENANT_WEIGHT <= request.tenant_weight <= MAX_TENANT_WEIGHT:
+        limit = f"it must be {MIN_TENANT_WEIGHT:g} to {MAX_TENANT_WEIGHT:g}"
+        raise InvalidRequest("tenant_weight", request.tenant_weight, limit)
 
 
 def _check_candidates(request: shard_pb2.ShardGenerateRequest, routes: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stitch.fair_queue import DEFAULT_DEADLINE_SECONDS, SPARE_ENTRIES, FairQueue
+from stitch.fair_queue import LATEST_DUE_SECONDS, SPARE_ENTRIES, FairQueue
 from tests.support.engine_fakes import ManualClock
 
 tenants = st.sampled_from(["one", "two", "three"])
@@ -108,19 +108,20 @@ class TestWithinATenant:
             queue.push(item, deadline=10.0)
         assert [queue.pop(), queue.pop(), queue.pop()] == ["first", "second", "third"]
 
-    def test_item_without_deadline_is_last_but_is_not_put_off_for_ever(
-        self, queue: FairQueue[str], clock: ManualClock
+    @pytest.mark.parametrize("deadline", [None, 600.0])
+    def test_item_without_urgent_deadline_is_last_but_is_not_put_off_for_ever(
+        self, queue: FairQueue[str], clock: ManualClock, deadline: float | None
     ) -> None:
-        queue.push("patient")
+        queue.push("patient", deadline=deadline)
         for number in range(20):
             queue.push(f"urgent-{number}", deadline=clock.now + 10.0)
             served = queue.pop()
             if served == "patient":
                 break
-            clock.advance(DEFAULT_DEADLINE_SECONDS / 10)
+            clock.advance(LATEST_DUE_SECONDS / 10)
             queue.push(f"more-{number}", deadline=clock.now + 10.0)
         assert "patient" not in queue
-        assert clock.now >= DEFAULT_DEADLINE_SECONDS / 2
+        assert clock.now >= LATEST_DUE_SECONDS / 2
 
     def test_expired_items_are_removed(self, queue: FairQueue[str], clock: ManualClock) -> None:
         queue.push("late", "a", deadline=10.0)

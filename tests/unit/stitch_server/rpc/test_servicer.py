@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
@@ -134,6 +135,9 @@ class TestGenerate:
             ({"route": "medium"}, "route is 'medium', but this cluster has: weak, auto"),
             ({"sampling": inference_pb2.Sampling(temperature=-1.0)}, "sampling.temperature is -1.0"),
             ({"sampling": inference_pb2.Sampling(max_tokens=0)}, "sampling.max_tokens is 0"),
+            ({"tenant_weight": 5e-324}, "tenant_weight is 5e-324, but it must be 0.01 to 100"),
+            ({"tenant_weight": -1.0}, "tenant_weight is -1.0, but it must be 0.01 to 100"),
+            ({"tenant_weight": math.nan}, "tenant_weight is nan, but it must be 0.01 to 100"),
         ],
     )
     async def test_invalid_request_is_refused_by_field(
