@@ -240,8 +240,8 @@ def _check(request: shard_pb2.ShardGenerateRequest, vocabulary_size: int, contex
         raise InvalidRequest("tenant", request.tenant, f"it has at most {MAX_TENANT_CHARACTERS} characters")
     # 0 is a weight that is not set; NaN is outside, too.
     if request.tenant_weight != 0 and not MIN_TENANT_WEIGHT <= request.tenant_weight <= MAX_TENANT_WEIGHT:
-        limit = f"it must be {MIN_TENANT_WEIGHT:g} to {MAX_TENANT_WEIGHT:g}"
-        raise InvalidRequest("tenant_weight", request.tenant_weight, limit)
+        allowed = f"it must be {MIN_TENANT_WEIGHT:g} to {MAX_TENANT_WEIGHT:g}"
+        raise InvalidRequest("tenant_weight", request.tenant_weight, allowed)
 
 
 def _check_candidates(request: shard_pb2.ShardGenerateRequest, routes: Sequence[str]) -> None:

@@ -91,7 +91,7 @@ async def test_full_blocks_of_a_common_prefix_are_reused(tmp_path: Path) -> None
 
 
 async def test_preempted_sessions_equal_the_reference(tmp_path: Path) -> None:
-    """Both prompts fit into the KV cache and are computed in one pass; their answers do not fit."""
+    """Both prompts fit into the KV cache and are computed in one pass; their answers, longer than expected, don't."""
     file = write(
         tmp_path,
         kv_tokens=4 * PAGE_TOKENS,
@@ -101,6 +101,7 @@ async def test_preempted_sessions_equal_the_reference(tmp_path: Path) -> None:
     )
     references = {route: reference_for(tmp_path, route) for route in CUTS}
     async with open_shards(file) as shards:
+        await shards.answer_briefly("weak")
         await check(shards, references.__getitem__, [prompt(2 * PAGE_TOKENS - 5)])
         queried = shards.running["bottom-0"].shard.pool.queried_tokens
         assert queried > len(CUTS) * PAGE_TOKENS, "no session was preempted"

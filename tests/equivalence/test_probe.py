@@ -80,8 +80,9 @@ async def test_probe_gain_is_independent_of_tokens_after_the_window(tmp_path: Pa
 
 
 async def test_preempted_session_keeps_its_route(tmp_path: Path) -> None:
-    # Three prompts fit at once, but not with their answers.
+    # Three prompts fit at once, but not with their answers, which are longer than the first shard expects.
     async with open_shards(with_probe(tmp_path, kv_tokens=10 * BLOCK_TOKENS)) as shards:
+        await shards.answer_briefly("weak")
         pool = shards.running["bottom-0"].shard.pool
         await asyncio.gather(*(shards.generate_with_probe(random_prompt(seed, 45), ANSWER_TOKENS) for seed in range(4)))
         assert pool.queried_tokens > 0, "no session was preempted: undecided ones query no prefix"

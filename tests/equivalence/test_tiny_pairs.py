@@ -143,8 +143,9 @@ async def test_answer_with_reused_prefix_equals_the_reference(tmp_path: Path, re
 
 
 async def test_preempted_sessions_equal_the_reference(tmp_path: Path, references: Any) -> None:
-    # Three prompts fit at once, but not with their answers.
+    # Three prompts fit at once, but not with their answers, which are longer than the first shard expects.
     async with open_shards(write_tiny_cluster(tmp_path, kv_tokens=10 * BLOCK_TOKENS)) as shards:
+        await shards.answer_briefly("weak")
         assert await differences(shards, references, "llama", [drawn_prompt(9), drawn_prompt(10)]) == []
         queried = shards.running["bottom-0"].shard.pool.queried_tokens
         assert queried > 4 * 2 * BLOCK_TOKENS, "no session was preempted"

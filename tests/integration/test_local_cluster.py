@@ -171,7 +171,7 @@ def test_each_distinct_model_is_imported_once(capfd: pytest.CaptureFixture[str])
 
 def test_failed_import_names_the_model() -> None:
     preset = load_cluster("smollm2")
-    nowhere = preset.models.top.model_copy(update={"source": "nowhere"})
+    nowhere = preset.models.top.model_copy(update={"source": "nowhere", "sha256": None})
     models = preset.models.model_copy(update={"bottom": nowhere, "top": nowhere})
     with pytest.raises(Unavailable, match="the model nowhere could not be imported"):
         import_models(preset.model_copy(update={"models": models}), ignore_model)

@@ -18,6 +18,10 @@ from stitch_server.server import RunningShard, open_shard
 ANY_PORT = "127.0.0.1:0"
 
 
+# After this many answers of one token, the expected length of the next one is one token.
+BRIEF_ANSWERS = 24
+
+
 @dataclass(frozen=True)
 class Shards:
     """The running shards by name, and a stub for each."""
@@ -47,6 +51,11 @@ class Shards:
             sampling=Sampling(max_tokens=count, **sampling).to_proto(),
         )
         return [token.id async for response in self.stubs[first].Generate(request) for token in response.tokens]
+
+    async def answer_briefly(self, route: str) -> None:
+        """Lets the first shard expect short answers, so that it admits sessions whose answers do not fit together."""
+        for _ in range(BRIEF_ANSWERS):
+            await self.generate([1], route, 1)
 
     async def generate_with_probe(
         self, token_ids: Sequence[int], count: int, **sampling: Any

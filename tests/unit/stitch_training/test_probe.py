@@ -203,8 +203,8 @@ def test_prompts_are_tokenized_as_by_the_gateway(model_folder: Path, text: str) 
         name: (model_folder / name).read_bytes() for name in tokenizer_files.NAMES if (model_folder / name).is_file()
     }
     vocabulary = Vocabulary.from_files(files)
-    assert plain_encoder(model_folder)(text) == tokenize(text, vocabulary)
-    assert chat_encoder(model_folder)(text) == tokenize((Turn("user", text),), vocabulary)
+    assert plain_encoder(model_folder)(text) == tokenize(text, vocabulary, context_tokens=4_096)
+    assert chat_encoder(model_folder)(text) == tokenize((Turn("user", text),), vocabulary, context_tokens=4_096)
 
 
 def test_empty_prompt_is_refused_by_its_number(model_folder: Path) -> None:
