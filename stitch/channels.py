@@ -24,7 +24,7 @@ HEALTH_CHECK_SECONDS = 1.0
 
 # A connection on which nothing comes for KEEPALIVE_MS is pinged, and ended where no answer comes for PING_TIMEOUT_MS.
 # gRPC answers pings in threads of its own, also while a process computes. In grpcio 1.85 `grpc.keepalive_timeout_ms`
-# has no effect: measured behind a relay that stalled, nothing was found in 20 s with it, and in 3 to 4 s with these.
+# has no effect: measured through a relay that stalled, nothing was found in 20 s with it, and in 3 to 4 s with these.
 KEEPALIVE_MS = 2_000
 PING_TIMEOUT_MS = 2_500
 # How long one attempt to connect may take. gRPC has no other name for it: TCP, TLS and HTTP/2 take four round trips.

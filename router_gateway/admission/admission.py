@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 from types import TracebackType
 from typing import Self
@@ -23,7 +23,7 @@ from router_gateway.admission.fair_queue import FairQueue
 from router_gateway.admission.forecast import Forecast, Size
 from router_gateway.admission.promises import Promise, Promises
 from router_gateway.admission.tenants import Credentials, Tenant, Tenants
-from router_gateway.admission.token_budget import TokenBudget
+from router_gateway.admission.token_budget import Account
 from router_gateway.metrics import Metrics
 from stitch.cluster import GatewayConfig
 from stitch.errors import Exhausted, Expired
@@ -69,14 +69,6 @@ class Status(Enum):
     WAITING = auto()
     RUNNING = auto()
     ENDED = auto()
-
-
-@dataclass(slots=True)
-class Account:
-    """What the running requests of one tenant hold, and what it has used."""
-
-    running: int = 0
-    budget: TokenBudget = field(default_factory=TokenBudget)
 
 
 class Admission:

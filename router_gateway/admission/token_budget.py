@@ -1,6 +1,8 @@
-"""A tenant's tokens a minute: a budget that refills steadily, up to one minute's tokens."""
+"""What one tenant uses: its running requests, and a budget that refills steadily, up to one minute's tokens."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 
 class TokenBudget:
@@ -24,3 +26,11 @@ class TokenBudget:
     def _refill(self, limit: int, now: float) -> None:
         self._taken = max(0.0, self._taken - (now - self._at) * limit / 60)
         self._at = now
+
+
+@dataclass(slots=True)
+class Account:
+    """What the running requests of one tenant hold, and what it has used."""
+
+    running: int = 0
+    budget: TokenBudget = field(default_factory=TokenBudget)

@@ -147,7 +147,7 @@ class StepsInFlight:
 
     @property
     def age_seconds(self) -> float:
-        """How long the next shard that is furthest behind has answered nothing; 0 where nothing is in flight.
+        """The longest time for which a next shard has left its steps unanswered; 0 where nothing is in flight.
 
         Callable from any thread.
         """

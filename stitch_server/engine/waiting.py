@@ -1,7 +1,7 @@
 """The requests that wait on a first shard, and which of them is admitted next.
 
 In: requests with tenant, weight and deadline, and what is computed for each tenant. Out: the next request to admit.
-Answers that have begun, preempted here or replayed after a fault, come first, then tenants by their virtual time, and
+Answers that have started, preempted here or replayed after a fault, come first, then tenants by their virtual time, and
 within a tenant the earliest deadline. A request whose next shards have no room holds up only those for the same shards.
 """
 
@@ -22,10 +22,10 @@ DEFAULT_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 60.0
 
 
 class WaitingRequests:
-    """Requests without KV blocks. Iteration yields answers that have begun, then the others in order of arrival."""
+    """Requests without KV blocks. Iteration yields answers that have started, then the others in order of arrival."""
 
     def __init__(self, max_waiting: int, clock: Callable[[], float]) -> None:
-        """Further requests than `max_waiting` are refused, except answers that have begun."""
+        """Further requests than `max_waiting` are refused, except answers that have started."""
         self._max_waiting = max_waiting
         self._clock = clock
         self._queue: FairQueue[Request] = FairQueue(clock)
@@ -114,7 +114,7 @@ class WaitingRequests:
         self._queue.charge(request.tenant, cost)
 
     def turn_of(self, request: Request) -> float:
-        """Requests are served in this order: the virtual time of their tenant, but an answer that has begun at once."""
+        """Requests are served in this order: the virtual time of their tenant, but started answers at once."""
         return -math.inf if request.generated else self._queue.virtual_time(request.tenant)
 
     def _seconds_to_next_place(self) -> float:
