@@ -45,6 +45,16 @@ class InferenceStub:
                 request_serializer=stitch_dot_v1_dot_inference__pb2.GenerateBatchRequest.SerializeToString,
                 response_deserializer=stitch_dot_v1_dot_inference__pb2.GenerateBatchResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/stitch.v1.Inference/Tokenize',
+                request_serializer=stitch_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=stitch_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/stitch.v1.Inference/Detokenize',
+                request_serializer=stitch_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=stitch_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.Route = channel.unary_unary(
                 '/stitch.v1.Inference/Route',
                 request_serializer=stitch_dot_v1_dot_inference__pb2.RouteRequest.SerializeToString,
@@ -76,6 +86,20 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """Tokenizes a prompt as Generate does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Decodes token ids to text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Route(self, request, context):
         """Decides the route of a query without generating anything.
         """
@@ -102,6 +126,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GenerateBatch,
                     request_deserializer=stitch_dot_v1_dot_inference__pb2.GenerateBatchRequest.FromString,
                     response_serializer=stitch_dot_v1_dot_inference__pb2.GenerateBatchResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=stitch_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=stitch_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=stitch_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=stitch_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
             ),
             'Route': grpc.unary_unary_rpc_method_handler(
                     servicer.Route,
@@ -169,6 +203,60 @@ class Inference:
             '/stitch.v1.Inference/GenerateBatch',
             stitch_dot_v1_dot_inference__pb2.GenerateBatchRequest.SerializeToString,
             stitch_dot_v1_dot_inference__pb2.GenerateBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stitch.v1.Inference/Tokenize',
+            stitch_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            stitch_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stitch.v1.Inference/Detokenize',
+            stitch_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            stitch_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

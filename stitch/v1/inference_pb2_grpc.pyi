@@ -39,6 +39,10 @@ class InferenceStub:
     """Generates many answers; events of different requests interleave and name their request by index.
     A request that fails has its own error and leaves the others unchanged.
     """
+    Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
+    """Tokenizes a prompt as Generate does."""
+    Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
+    """Decodes token ids to text."""
     Route: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RouteRequest, _inference_pb2.RouteResponse]
     """Decides the route of a query without generating anything."""
     Describe: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DescribeRequest, _inference_pb2.DescribeResponse]
@@ -55,6 +59,10 @@ class InferenceAsyncStub(InferenceStub):
     """Generates many answers; events of different requests interleave and name their request by index.
     A request that fails has its own error and leaves the others unchanged.
     """
+    Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """Tokenizes a prompt as Generate does."""
+    Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
+    """Decodes token ids to text."""
     Route: _aio.UnaryUnaryMultiCallable[_inference_pb2.RouteRequest, _inference_pb2.RouteResponse]  # type: ignore[assignment]
     """Decides the route of a query without generating anything."""
     Describe: _aio.UnaryUnaryMultiCallable[_inference_pb2.DescribeRequest, _inference_pb2.DescribeResponse]  # type: ignore[assignment]
@@ -80,6 +88,22 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         """Generates many answers; events of different requests interleave and name their request by index.
         A request that fails has its own error and leaves the others unchanged.
         """
+
+    @_abc_1.abstractmethod
+    def Tokenize(
+        self,
+        request: _inference_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
+        """Tokenizes a prompt as Generate does."""
+
+    @_abc_1.abstractmethod
+    def Detokenize(
+        self,
+        request: _inference_pb2.DetokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.DetokenizeResponse, _abc.Awaitable[_inference_pb2.DetokenizeResponse]]:
+        """Decodes token ids to text."""
 
     @_abc_1.abstractmethod
     def Route(

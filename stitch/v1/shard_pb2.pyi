@@ -39,7 +39,7 @@ FAILURE_CAUSE_TOO_LONG: FailureCause
 FAILURE_CAUSE_DRAINING: FailureCause
 
 class ShardGenerateRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "prompt_tokens", "route", "chain", "sampling", "candidates", "tenant", "tenant_weight")
+    __slots__ = ("request_id", "token_ids", "prompt_tokens", "route", "chain", "sampling", "candidates", "tenant", "tenant_weight", "grammar", "traceparent")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,8 @@ class ShardGenerateRequest(_message.Message):
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     TENANT_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     prompt_tokens: int
@@ -58,7 +60,19 @@ class ShardGenerateRequest(_message.Message):
     candidates: _containers.RepeatedCompositeFieldContainer[CandidateChain]
     tenant: str
     tenant_weight: float
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., route: _Optional[str] = ..., chain: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[CandidateChain, _Mapping]]] = ..., tenant: _Optional[str] = ..., tenant_weight: _Optional[float] = ...) -> None: ...
+    grammar: Grammar
+    traceparent: str
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., route: _Optional[str] = ..., chain: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[CandidateChain, _Mapping]]] = ..., tenant: _Optional[str] = ..., tenant_weight: _Optional[float] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
+
+class Grammar(_message.Message):
+    __slots__ = ("json_schema", "regex", "lark")
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    REGEX_FIELD_NUMBER: _ClassVar[int]
+    LARK_FIELD_NUMBER: _ClassVar[int]
+    json_schema: str
+    regex: str
+    lark: str
+    def __init__(self, json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., lark: _Optional[str] = ...) -> None: ...
 
 class CandidateChain(_message.Message):
     __slots__ = ("route", "chain")
@@ -69,16 +83,18 @@ class CandidateChain(_message.Message):
     def __init__(self, route: _Optional[str] = ..., chain: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ShardGenerateResponse(_message.Message):
-    __slots__ = ("tokens", "finish_reason", "stages", "decision")
+    __slots__ = ("tokens", "finish_reason", "stages", "decision", "cached_tokens")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
     DECISION_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[GeneratedToken]
     finish_reason: _inference_pb2.FinishReason
     stages: _containers.RepeatedCompositeFieldContainer[_inference_pb2.Stage]
     decision: ProbeDecision
-    def __init__(self, tokens: _Optional[_Iterable[_Union[GeneratedToken, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stages: _Optional[_Iterable[_Union[_inference_pb2.Stage, _Mapping]]] = ..., decision: _Optional[_Union[ProbeDecision, _Mapping]] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, tokens: _Optional[_Iterable[_Union[GeneratedToken, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., stages: _Optional[_Iterable[_Union[_inference_pb2.Stage, _Mapping]]] = ..., decision: _Optional[_Union[ProbeDecision, _Mapping]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class ProbeDecision(_message.Message):
     __slots__ = ("route", "score", "gains", "thresholds", "failure", "preferred")
@@ -229,7 +245,7 @@ class Segment(_message.Message):
     def __init__(self, session: _Optional[int] = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ..., length: _Optional[int] = ..., wants_token: _Optional[bool] = ..., new_session: _Optional[_Union[NewSession, _Mapping]] = ...) -> None: ...
 
 class NewSession(_message.Message):
-    __slots__ = ("route", "chain", "sampling", "token_ids", "prompt_tokens", "reused_tokens", "tenant", "expected_tokens")
+    __slots__ = ("route", "chain", "sampling", "token_ids", "prompt_tokens", "reused_tokens", "tenant", "expected_tokens", "grammar", "traceparent")
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     CHAIN_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -238,6 +254,8 @@ class NewSession(_message.Message):
     REUSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     route: str
     chain: _containers.RepeatedScalarFieldContainer[str]
     sampling: _inference_pb2.Sampling
@@ -246,7 +264,9 @@ class NewSession(_message.Message):
     reused_tokens: int
     tenant: str
     expected_tokens: int
-    def __init__(self, route: _Optional[str] = ..., chain: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., reused_tokens: _Optional[int] = ..., tenant: _Optional[str] = ..., expected_tokens: _Optional[int] = ...) -> None: ...
+    grammar: Grammar
+    traceparent: str
+    def __init__(self, route: _Optional[str] = ..., chain: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., reused_tokens: _Optional[int] = ..., tenant: _Optional[str] = ..., expected_tokens: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class StepReply(_message.Message):
     __slots__ = ("step", "tokens", "failures", "stages", "kv_free_tokens")
