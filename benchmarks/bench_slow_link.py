@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from statistics import mean, median
 
 from benchmarks.bench_hop import HIDDEN_BYTES, REPLY_BYTES
-from benchmarks.clusters import first_shard, free_ports, not_started, preset, prompt, quiet, run
+from benchmarks.clusters import first_shard, not_started, preset, prompt, quiet, run
 from benchmarks.report import Options, options, write
 from benchmarks.slow_link import SlowLink, slow_link
 from benchmarks.steps import Step, step_logs
 from benchmarks.tcp_echo import Echo, tcp_echo
 from stitch.cluster import ClusterConfig
-from stitch.local.cluster import LocalCluster
+from stitch.local.cluster import LocalCluster, keep_port
 
 # Round trip in milliseconds, bits per second.
 LINKS = ((0, 1e9), (5, 1e9), (20, 1e9), (20, 1e8))
@@ -64,10 +64,9 @@ async def measure(options: Options) -> None:
 @asynccontextmanager
 async def running_over_slow_link(cluster: ClusterConfig, shard: str) -> AsyncIterator[tuple[LocalCluster, SlowLink]]:
     """Runs the cluster; all others reach that shard over the link, which has its address in the cluster file."""
-    with not_started(cluster) as local:
-        (free,) = free_ports(1)
+    with not_started(cluster) as local, ExitStack() as bound:
         _, _, port = local.address(shard).rpartition(":")
-        local.listen[shard] = f"127.0.0.1:{free}"
+        local.listen[shard] = f"127.0.0.1:{keep_port(bound)}"
         async with slow_link(local.listen[shard], int(port)) as link:
             # The link runs in this event loop.
             await asyncio.to_thread(local.start_all, quiet)

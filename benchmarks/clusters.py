@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,8 @@ def running(cluster: ClusterConfig) -> Iterator[LocalCluster]:
 def not_started(cluster: ClusterConfig) -> Iterator[LocalCluster]:
     """The cluster with free ports, before any process starts; those that run at the end of the block are stopped."""
     import_models(cluster, quiet)
-    with tempfile.TemporaryDirectory() as folder:
-        local = prepared(cluster, RunFolder(Path(folder)))
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as bound:
+        local = prepared(cluster, RunFolder(Path(folder)), bound)
         try:
             yield local
         finally:
@@ -115,15 +114,6 @@ def prompt(tokens: int, seed: int = 0) -> list[int]:
 
 def quiet(name: str, progress: str | float) -> None:
     """Benchmarks print figures only."""
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nothing listens on now."""
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
 
 
 def run(question: Coroutine[Any, Any, None]) -> None:

@@ -16,12 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
-from benchmarks.clusters import free_ports, prompt, run
+from benchmarks.clusters import prompt, run
 from benchmarks.report import Options, ratio, write
 from stitch.channels import open_channel
+from stitch.local.cluster import keep_port
 from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
 
 SESSIONS = 16
@@ -82,8 +83,8 @@ async def measure(earlier: Path, options: Options) -> None:
 @asynccontextmanager
 async def running_tree(tree: Path) -> AsyncIterator[Tree]:
     """Starts both shards of a tree, and stops them at the end of the block."""
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as bound, tempfile.TemporaryDirectory() as folder:
+        addresses = [f"127.0.0.1:{keep_port(bound)}" for _ in range(2)]
         file = cluster_file(tree, Path(folder), addresses)
         shards = [start_shard(tree, name, file) for name in ("bottom-0", "top-0")]
         try:

@@ -64,7 +64,8 @@ class Gateway:
         await self.health.shut_down()
         self.in_flight.close()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.in_flight.wait_until_empty(), seconds)
+            async with asyncio.timeout(seconds):
+                await self.in_flight.wait_until_empty()
 
     async def stop(self) -> None:
         """Ends all remaining calls, and with them their sessions on every shard."""

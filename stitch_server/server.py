@@ -115,7 +115,8 @@ class RunningShard:
         self.shard.start_draining()
         await self.health.enter_graceful_shutdown()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.shard.in_flight.wait_until_empty(), seconds)
+            async with asyncio.timeout(seconds):
+                await self.shard.in_flight.wait_until_empty()
         await asyncio.sleep(LAST_STATUS_SECONDS)
 
 

@@ -1,11 +1,12 @@
-"""The cluster that tests share, and the default handling of SIGINT for all of them."""
+"""The cluster that tests share, the default handling of SIGINT, and a check that tests stop their servers."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 
 if TYPE_CHECKING:
@@ -15,6 +16,21 @@ if TYPE_CHECKING:
 # that: Ctrl-C could not be tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _servers_are_stopped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails a test that leaves a server running: collected as garbage, it would fail a later test."""
+    opened: list[Any] = []
+    make = grpc.aio.server
+
+    def server(*arguments: Any, **options: Any) -> grpc.aio.Server:
+        opened.append(make(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(grpc.aio, "server", server)
+    yield
+    assert not [one for one in opened if one._server.is_running()]
 
 
 @pytest.fixture(scope="session")

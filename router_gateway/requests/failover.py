@@ -6,10 +6,8 @@ failure; so is the search where no chain accepts requests. Every new token clear
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pydantic import Field
@@ -177,8 +175,7 @@ class Failover:
         if left <= 0:
             raise self._final_error(generated_tokens)
         pause = policy.first_pause_seconds * 2.0**self._failures.count
-        with suppress(TimeoutError):
-            await asyncio.wait_for(registry.changed_since(version), min(pause, left))
+        await registry.changed_since(version, min(pause, left))
 
     def _left_seconds(self) -> float:
         """What is left of the wait; 0 for an answer that no chain has started."""

@@ -66,14 +66,16 @@ class ShardRegistry:
     async def refresh(self, names: Iterable[str] | None = None, within_seconds: float | None = None) -> None:
         """Polls these shards now, None: all of them, and waits for their answers, at most for that time."""
         chosen = self.replicas if names is None else names
-        polls = asyncio.gather(*(self.replicas[name].poll() for name in chosen))
         with suppress(TimeoutError):
-            await asyncio.wait_for(polls, within_seconds)
+            async with asyncio.timeout(within_seconds):
+                await asyncio.gather(*(self.replicas[name].poll() for name in chosen))
 
-    async def changed_since(self, version: int) -> None:
-        """Returns once `version` is no longer the latest."""
-        while self.version == version:
-            await self._changed.wait()
+    async def changed_since(self, version: int, within_seconds: float | None = None) -> None:
+        """Returns once `version` is no longer the latest, at most after that time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_seconds):
+                while self.version == version:
+                    await self._changed.wait()
 
     def take_suspects(self, shard: str, suspects: Collection[str]) -> None:
         """`shard` waits in vain for replies of these shards, and of no others: they are avoided until it says so."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 
 import grpc
 
@@ -69,8 +68,7 @@ class VocabularySource:
             for replica in self._first_shards:
                 if replica.accepts_requests and await self._load_from(replica) and self.current is not None:
                     return self.current
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._registry.changed_since(version), pause_seconds)
+            await self._registry.changed_since(version, pause_seconds)
 
     async def _load_from(self, replica: Replica) -> bool:
         """Whether the shard has sent a valid vocabulary, and still has the tokenizer that the shards agree on."""

@@ -6,7 +6,7 @@ import argparse
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 from rich.console import Console
@@ -58,8 +58,8 @@ def bring_up(console: Console, name_or_path: str) -> LocalCluster:
     """Imports the models, starts every process, and returns when all serve."""
     described = load_cluster(name_or_path)
     folder = run_folder(described.name)
-    with folder.locked():
-        cluster = prepared(described, folder)
+    with folder.locked(), ExitStack() as bound:
+        cluster = prepared(described, folder, bound)
         import_models(cluster.cluster, lambda name, model_folder: _show(console, name, model_folder))
         with console.status(f"starting {', '.join(cluster.names)}"):
             cluster.start_all(

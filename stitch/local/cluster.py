@@ -138,16 +138,16 @@ class LocalCluster:
         self.folder.end()
 
 
-def prepared(cluster: ClusterConfig, folder: RunFolder) -> LocalCluster:
+def prepared(cluster: ClusterConfig, folder: RunFolder, bound: ExitStack) -> LocalCluster:
     """A cluster with free ports and a written cluster file, before any process starts.
 
-    Raises Unavailable where it runs already.
+    The ports are kept for it until `bound` closes. Raises Unavailable where it runs already.
     """
     running = folder.processes()
     if running:
         names = ", ".join(process.name for process in running)
         raise Unavailable(f"{folder.name} runs already ({names}) at {folder.cluster().gateway.address}")
-    folder.begin(with_ports(cluster))
+    folder.begin(with_ports(cluster, bound))
     return LocalCluster(folder, folder.cluster())
 
 
@@ -171,15 +171,13 @@ def import_models(cluster: ClusterConfig, imported: Callable[[str, str], None]) 
         imported(name, result.stdout.strip())
 
 
-def with_ports(cluster: ClusterConfig) -> ClusterConfig:
-    """The cluster with a free port in place of every 0.
+def with_ports(cluster: ClusterConfig, bound: ExitStack) -> ClusterConfig:
+    """The cluster with a free port in place of every 0; until `bound` closes, no other program is given its ports.
 
     Raises InvalidRequest for an address that is not of this machine, or whose port is in use.
     """
-    # Every port stays bound until the last one is found; otherwise two processes could get the same.
-    with ExitStack() as bound:
-        shards = tuple(_with_ports(bound, shard.name, shard) for shard in cluster.shards)
-        gateway = _with_ports(bound, GATEWAY, cluster.gateway)
+    shards = tuple(_with_ports(bound, shard.name, shard) for shard in cluster.shards)
+    gateway = _with_ports(bound, GATEWAY, cluster.gateway)
     return cluster.model_copy(update={"shards": shards, "gateway": gateway})
 
 
@@ -187,17 +185,25 @@ def _with_ports(bound: ExitStack, name: str, config: Endpoint) -> Endpoint:
     host, _, port = config.address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise InvalidRequest(f"{name}.address", config.address, "it must be host:port")
-    address = f"{host}:{_bind(bound, f'{name}.address', host, int(port))}"
-    metrics_port = _bind(bound, f"{name}.metrics_port", config.metrics_host, config.metrics_port)
+    address = f"{host}:{_keep_port(bound, f'{name}.address', host, int(port))}"
+    metrics_port = _keep_port(bound, f"{name}.metrics_port", config.metrics_host, config.metrics_port)
     return config.model_copy(update={"address": address, "metrics_port": metrics_port})
 
 
-def _bind(bound: ExitStack, field: str, host: str, port: int) -> int:
-    """Binds the port, any free one for 0, until `bound` closes."""
-    bare = host.removeprefix("[").removesuffix("]")
-    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+def _keep_port(bound: ExitStack, field: str, host: str, port: int) -> int:
     try:
-        listener = bound.enter_context(socket.create_server((bare, port), family=family))
+        return keep_port(bound, host, port)
     except OSError as error:
         raise InvalidRequest(field, f"{host}:{port}", f"this machine can't listen there: {error.strerror}") from error
-    return int(listener.getsockname()[1])
+
+
+def keep_port(bound: ExitStack, host: str = "127.0.0.1", port: int = 0) -> int:
+    """Binds the port, any free one for 0, until `bound` closes, and returns it.
+
+    It doesn't listen, so a server can, since servers set SO_REUSEADDR. Raises OSError where one listens already.
+    """
+    bare = host.removeprefix("[").removesuffix("]")
+    kept = bound.enter_context(socket.socket(socket.AF_INET6 if ":" in bare else socket.AF_INET))
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind((bare, port))
+    return int(kept.getsockname()[1])

@@ -13,10 +13,11 @@ import grpc
 import pytest
 
 from stitch.certificates import Certificates
-from stitch.channels import KEEPALIVE_MS, listen, open_channel, open_server
+from stitch.channels import KEEPALIVE_MS, open_channel, open_server
 from stitch.cluster import load_cluster
 from stitch.tls import TlsFiles
 from tests.support.certificates import write_certificates
+from tests.support.listening import listening
 from tests.support.tcp_gate import TcpGate
 
 DETECTED_SECONDS = 5.0
@@ -42,14 +43,11 @@ async def gated_server(certificates: Certificates | None = None) -> AsyncIterato
         "Words": grpc.unary_stream_rpc_method_handler(first_word),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t.T", methods),))
-    port = listen(server, "127.0.0.1:0", None if certificates is None else certificates.to_programs())
-    await server.start()
-    try:
-        with TcpGate(f"127.0.0.1:{port}") as gate:
+    credentials = None if certificates is None else certificates.to_programs()
+    async with listening(server, credentials) as address:
+        with TcpGate(address) as gate:
             yield gate
             gate.heal()
-    finally:
-        await server.stop(None)
 
 
 @pytest.mark.slow

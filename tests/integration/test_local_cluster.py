@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -18,17 +20,21 @@ from tests.support.fake_programs import DYING, LOADING, STUBBORN
 
 pytestmark = pytest.mark.usefixtures("programs")
 START_SECONDS = 60.0
+Prepare = Callable[[], LocalCluster]
 
 
-def local() -> LocalCluster:
-    return prepared(load_cluster("smollm2"), run_folder("smollm2"))
+@pytest.fixture
+def local(programs: None) -> Iterator[Prepare]:
+    """Prepares a cluster of fake programs, whose ports are kept for the length of the test."""
+    with ExitStack() as bound:
+        yield lambda: prepared(load_cluster("smollm2"), run_folder("smollm2"), bound)
 
 
 def ignore(name: str, seconds: float) -> None:
     pass
 
 
-def test_local_cluster_starts_answers_and_stops() -> None:
+def test_local_cluster_starts_answers_and_stops(local: Prepare) -> None:
     cluster = local()
     served: list[str] = []
     cluster.start_all(lambda name, seconds: served.append(name), START_SECONDS)
@@ -44,7 +50,7 @@ def test_local_cluster_starts_answers_and_stops() -> None:
     assert not serves(cluster.gateway)
 
 
-def test_attached_cluster_can_be_stopped() -> None:
+def test_attached_cluster_can_be_stopped(local: Prepare) -> None:
     cluster = local()
     cluster.start_all(ignore, START_SECONDS)
     later = attached(run_folder("smollm2"))
@@ -54,7 +60,7 @@ def test_attached_cluster_can_be_stopped() -> None:
     assert running_clusters() == []
 
 
-def test_running_cluster_is_not_prepared_again() -> None:
+def test_running_cluster_is_not_prepared_again(local: Prepare) -> None:
     cluster = local()
     cluster.start_all(ignore, START_SECONDS)
     try:
@@ -65,14 +71,14 @@ def test_running_cluster_is_not_prepared_again() -> None:
         cluster.stop()
 
 
-def test_stale_run_folder_does_not_prevent_a_start() -> None:
+def test_stale_run_folder_does_not_prevent_a_start(local: Prepare) -> None:
     cluster = local()
     cluster.folder.record([LocalProcess(GATEWAY, pid=2**22 + 1, start_seconds=1.0)])
     local().start_all(ignore, START_SECONDS)
     attached(run_folder("smollm2")).stop()
 
 
-def test_early_exit_is_reported_with_last_log_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_exit_is_reported_with_last_log_lines(local: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DYING, "top-0")
     cluster = local()
     with pytest.raises(Unavailable, match="top-0 has ended with exit code 3") as caught:
@@ -82,7 +88,7 @@ def test_early_exit_is_reported_with_last_log_lines(monkeypatch: pytest.MonkeyPa
     assert running_clusters() == []
 
 
-def test_start_timeout_names_the_processes_that_do_not_serve() -> None:
+def test_start_timeout_names_the_processes_that_do_not_serve(local: Prepare) -> None:
     cluster = local()
     with pytest.raises(Unavailable, match=r"bottom-0, top-0, gateway did not serve within 0 s; their logs end:"):
         cluster.start_all(ignore, timeout_seconds=0)
@@ -90,6 +96,7 @@ def test_start_timeout_names_the_processes_that_do_not_serve() -> None:
 
 
 def test_slow_start_is_reported_with_last_log_line(
+    local: Prepare,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(LOADING, "top-0")
@@ -107,7 +114,9 @@ def test_slow_start_is_reported_with_last_log_line(
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
-def test_local_cluster_starts_with_a_proxy_in_the_environment(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+def test_local_cluster_starts_with_a_proxy_in_the_environment(
+    local: Prepare, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
     for name in ("no_proxy", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "http://127.0.0.1:1")
@@ -120,7 +129,7 @@ def test_local_cluster_starts_with_a_proxy_in_the_environment(monkeypatch: pytes
         cluster.stop()
 
 
-def test_process_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_that_ignores_sigterm_is_killed(local: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(STUBBORN, "bottom-0")
     cluster = local()
     cluster.start_all(ignore, START_SECONDS)
@@ -130,7 +139,7 @@ def test_process_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch)
     assert "not now" in cluster.folder.last_lines("bottom-0")
 
 
-def test_killed_process_can_be_started_again() -> None:
+def test_killed_process_can_be_started_again(local: Prepare) -> None:
     cluster = local()
     cluster.start_all(ignore, START_SECONDS)
     try:
@@ -149,7 +158,7 @@ def test_killed_process_can_be_started_again() -> None:
         cluster.stop()
 
 
-def test_every_process_has_its_own_address_and_metrics_port() -> None:
+def test_every_process_has_its_own_address_and_metrics_port(local: Prepare) -> None:
     cluster = local()
     addresses = {cluster.address(name) for name in cluster.names}
     assert len(addresses) == 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -12,6 +12,7 @@ import grpc
 from stitch import channels
 from stitch.cluster import ClusterConfig, GatewayConfig, ModelConfig, PairConfig, RouteConfig, ShardConfig
 from stitch.errors import StitchError, Unavailable, translated_errors
+from stitch.local.cluster import keep_port
 from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
 from tests.support.byte_tokenizer import tokenizer_files
 
@@ -76,27 +77,28 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         self.polls = 0
         self.running = 0
         self.cancelled = 0
+        # Where it listens; `fake_cluster` keeps it from other programs while the shard is stopped.
+        self.port = 0
         self._server: grpc.aio.Server | None = None
-        self._port = 0
 
     @property
     def config(self) -> ShardConfig:
-        address = f"127.0.0.1:{self._port}"
+        address = f"127.0.0.1:{self.port}"
         role: Any = self.role
         return ShardConfig(name=self.name, role=role, layers=LAYERS[self.role], address=address)
 
     async def start(self) -> None:
-        """Listens on its previous port, or on any free port at the first start."""
-        self._server = channels.open_server()
-        shard_pb2_grpc.add_ShardServicer_to_server(self, self._server)
-        self._port = channels.listen(self._server, f"127.0.0.1:{self._port}")
-        await self._server.start()
+        server = channels.open_server()
+        shard_pb2_grpc.add_ShardServicer_to_server(self, server)
+        channels.listen(server, f"127.0.0.1:{self.port}")
+        self._server = server
+        await server.start()
 
     async def stop(self) -> None:
         """Closes all connections at once, as a killed process does."""
-        if self._server is not None:
-            await self._server.stop(None)
-            self._server = None
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(None)
 
     async def Generate(  # type: ignore[override]
         self, request: shard_pb2.ShardGenerateRequest, context: Context
@@ -226,10 +228,13 @@ async def fake_cluster(*shards: FakeShard, **gateway: Any) -> AsyncIterator[Clus
 
     `gateway` is passed to `GatewayConfig`.
     """
-    for shard in shards:
-        await shard.start()
     source = ModelConfig(id="fake", source="nowhere")
-    try:
+    async with AsyncExitStack() as stack:
+        bound = stack.enter_context(ExitStack())
+        for shard in shards:
+            shard.port = keep_port(bound)
+            stack.push_async_callback(shard.stop)
+            await shard.start()
         yield ClusterConfig(
             name="fake",
             models=PairConfig(bottom=source, top=source),
@@ -237,9 +242,6 @@ async def fake_cluster(*shards: FakeShard, **gateway: Any) -> AsyncIterator[Clus
             shards=tuple(shard.config for shard in shards),
             gateway=GatewayConfig(address="127.0.0.1:0", **gateway),
         )
-    finally:
-        for shard in shards:
-            await shard.stop()
 
 
 def _finish(index: int, token_id: int, request: shard_pb2.ShardGenerateRequest) -> inference_pb2.FinishReason:

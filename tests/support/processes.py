@@ -5,10 +5,8 @@ Gates may stand between its processes, and it may have several gateways: `runnin
 
 from __future__ import annotations
 
-import itertools
 import json
 import signal
-import socket
 import time
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,14 +19,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from stitch import channels
 from stitch.client import Answer, Client
-from stitch.cluster import ClusterConfig, load_cluster
+from stitch.cluster import load_cluster
 from stitch.errors import Unavailable
-from stitch.local.cluster import LocalCluster, import_models, prepared
+from stitch.local.cluster import LocalCluster, import_models, keep_port, prepared
 from stitch.local.run_folder import RunFolder
 from stitch.tls import GATEWAY, Tls, load_tls
 from tests.support.tcp_gate import TcpGate
 
-START_ATTEMPTS = 3
 START_SECONDS = 180.0
 END_SECONDS = 30.0
 POLL_SECONDS = 0.1
@@ -251,8 +248,19 @@ def running_cluster(
     apply to all gateways. `absent` names shards that are not started. Where the block fails, the last lines of every
     log are added to the error.
     """
+    described = load_cluster(str(name_or_path))
     with ExitStack() as stack:
-        local, opened = _started(stack, load_cluster(str(name_or_path)), folder, tuple(gates), gateways, flags, absent)
+        # Its ports are kept from other programs also while a process is down.
+        first = prepared(described, RunFolder(folder / described.name), stack)
+        local = GatedCluster(first.folder, first.cluster, flags=dict(flags), absent=frozenset(absent))
+        local.more_gateways = {
+            f"{GATEWAY}-{number}": (f"127.0.0.1:{keep_port(stack)}", keep_port(stack)) for number in range(1, gateways)
+        }
+        import_models(local.cluster, _ignore_model)
+        opened = {pair: stack.enter_context(TcpGate(local.address(pair[1]))) for pair in gates}
+        for caller in {caller for caller, _ in opened} - {CLIENT}:
+            local.write_file_of(caller, opened)
+        local.start_all(_ignore, START_SECONDS)
         cluster = Cluster(local, opened)
         try:
             yield cluster
@@ -264,45 +272,6 @@ def running_cluster(
             for gate in opened.values():
                 gate.heal()
             cluster.stop()
-
-
-def _started(
-    stack: ExitStack,
-    described: ClusterConfig,
-    folder: Path,
-    gates: Sequence[tuple[str, str]],
-    gateways: int,
-    flags: Mapping[str, Sequence[str]],
-    absent: Iterable[str],
-) -> tuple[GatedCluster, dict[tuple[str, str], TcpGate]]:
-    """A cluster that serves, and its gates, which `stack` closes.
-
-    It starts again with other ports where another program has taken one between the choice and the start.
-    """
-    attempts = itertools.count(1)
-    while True:
-        first = prepared(described, RunFolder(folder / described.name))
-        local = GatedCluster(first.folder, first.cluster, flags=dict(flags), absent=frozenset(absent))
-        local.more_gateways = {f"{GATEWAY}-{number}": _free_ports() for number in range(1, gateways)}
-        import_models(local.cluster, _ignore_model)
-        with ExitStack() as opening:
-            opened = {pair: opening.enter_context(TcpGate(local.address(pair[1]))) for pair in gates}
-            for caller in {caller for caller, _ in opened} - {CLIENT}:
-                local.write_file_of(caller, opened)
-            try:
-                local.start_all(_ignore, START_SECONDS)
-            except Unavailable as error:
-                if "Address already in use" not in str(error) or next(attempts) == START_ATTEMPTS:
-                    raise
-            else:
-                stack.push(opening.pop_all())
-                return local, opened
-
-
-def _free_ports() -> tuple[str, int]:
-    """An address with a free port, and another free port."""
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        return f"127.0.0.1:{one.getsockname()[1]}", int(other.getsockname()[1])
 
 
 def _sample_name(name: str, labels: dict[str, str]) -> str:

@@ -14,6 +14,7 @@ import pytest
 from stitch.channels import open_channel, open_server
 from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
 from tests.support.link_peer import describe, open_link_peer, opening_step
+from tests.support.listening import listening
 from tests.support.processes import Cluster, running_cluster
 from tests.support.tiny_cluster import BOTTOM, TOP, write_tiny_cluster
 from tests.support.waiting import becomes_true
@@ -37,7 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @asynccontextmanager
-async def listening(folder: Path) -> AsyncIterator[tuple[list[str], list[object]]]:
+async def strange_addresses(folder: Path) -> AsyncIterator[tuple[list[str], list[object]]]:
     """Addresses that a stranger listens on, in the forms that gRPC takes, and the connections that arrive there."""
     arrived: list[object] = []
 
@@ -70,7 +71,7 @@ async def generate(address: str, chain: list[str]) -> list[int]:
 
 async def test_shard_connects_to_no_address_that_a_caller_says(cluster: Cluster, tmp_path: Path) -> None:
     bottom, top = cluster.address("bottom-0"), cluster.address("top-0")
-    async with listening(tmp_path) as (addresses, arrived):
+    async with strange_addresses(tmp_path) as (addresses, arrived):
         for address in addresses:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await generate(bottom, [address])
@@ -133,12 +134,8 @@ async def lying_shard(cluster: Cluster, name: str) -> AsyncIterator[LyingShard]:
     cluster.kill(name)
     server = open_server()
     shard_pb2_grpc.add_ShardServicer_to_server(shard, server)  # type: ignore[no-untyped-call]
-    server.add_insecure_port(address)
-    await server.start()
-    try:
+    async with listening(server, address=address):
         yield shard
-    finally:
-        await server.stop(None)
 
 
 async def test_replies_of_another_link_change_no_answer(cluster: Cluster) -> None:

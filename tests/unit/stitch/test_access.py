@@ -14,10 +14,11 @@ import grpc
 import pytest
 
 from stitch.access import REFUSED, Access, CallerPolicy, check_shard_name
-from stitch.channels import listen, open_channel, open_server
+from stitch.channels import open_channel, open_server
 from stitch.cluster import ClusterConfig, load_cluster
 from stitch.identity import Identity, Role, peer_of, read_certificate
 from stitch.issuing import Authority, Issued, new_authority
+from tests.support.listening import listening
 
 Context = grpc.aio.ServicerContext[Any, Any]
 DAY = timedelta(days=1)
@@ -36,7 +37,7 @@ class Server:
         self.access = Access(CallerPolicy(cluster, lambda peer: peer.serial in self.revoked), METHODS)
         self.decoded: list[bytes] = []
         self.stream_ended = asyncio.Event()
-        self.port = 0
+        self.address = ""
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Server]:
@@ -47,17 +48,13 @@ class Server:
         ask = grpc.unary_unary_rpc_method_handler(self._ask, request_deserializer=self._decode)
         handlers = {"Ask": ask, "Unnamed": ask, "Stream": grpc.stream_stream_rpc_method_handler(self._stream)}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t.T", handlers),))
-        self.port = listen(server, "127.0.0.1:0", credentials)
-        await server.start()
-        try:
+        async with listening(server, credentials) as self.address:
             yield self
-        finally:
-            await server.stop(None)
 
     def channel(self, own: Issued) -> grpc.aio.Channel:
         credentials = grpc.ssl_channel_credentials(self.authority.pem.certificate, own.key, own.certificate)
         host = Identity(CLUSTER, "shard", "top-0").host
-        return open_channel(f"127.0.0.1:{self.port}", credentials, host=host)
+        return open_channel(self.address, credentials, host=host)
 
     async def call(self, identity: Identity, method: str = "Ask", request: bytes = b"hello") -> str:
         """The reply to a caller with a certificate of this identity. Raises AioRpcError."""

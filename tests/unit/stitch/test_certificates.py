@@ -16,13 +16,14 @@ from grpc_health.v1._async import HealthServicer
 from prometheus_client import CollectorRegistry
 
 from stitch.certificates import Certificates, revocations
-from stitch.channels import listen, open_server
+from stitch.channels import open_server
 from stitch.cli.certs import CertificateSet
 from stitch.cluster import load_cluster
 from stitch.errors import InvalidRequest
 from stitch.identity import read_certificate
 from stitch.tls import TlsFiles
 from tests.support.certificates import write_certificates
+from tests.support.listening import listening
 from tests.support.waiting import eventually
 
 CLUSTER = load_cluster("smollm2")
@@ -163,8 +164,8 @@ async def test_new_calls_take_a_new_authority_and_running_ones_go_on(files: TlsF
     both_sides = [shard(files), Certificates(CLUSTER, files, "gateway", "gateway")]
     serving = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
     async with (
-        health_server(both_sides[0]) as (health, port),
-        both_sides[1].rotating_channel("top-0", f"127.0.0.1:{port}") as channel,
+        health_server(both_sides[0]) as (health, address),
+        both_sides[1].rotating_channel("top-0", address) as channel,
         following(both_sides[0]),
         following(both_sides[1]),
     ):
@@ -181,14 +182,12 @@ async def test_new_calls_take_a_new_authority_and_running_ones_go_on(files: TlsF
 
 
 @asynccontextmanager
-async def health_server(certificates: Certificates) -> AsyncIterator[tuple[HealthServicer, int]]:
+async def health_server(certificates: Certificates) -> AsyncIterator[tuple[HealthServicer, str]]:
     server, health = open_server(options=certificates.server_options), HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    port = listen(server, "127.0.0.1:0", certificates.to_programs())
     await health.set("", health_pb2.HealthCheckResponse.SERVING)
-    await server.start()
-    yield health, port
-    await server.stop(None)
+    async with listening(server, certificates.to_programs()) as address:
+        yield health, address
 
 
 def trust_both(folder: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from stitch.channels import MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, listen, open_channel, open_server, open_sync_channel
 from stitch.errors import InvalidRequest
+from tests.support.listening import listening
 
 
 async def length(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
@@ -28,23 +29,15 @@ def length_server() -> grpc.aio.Server:
 
 
 async def test_message_beyond_grpc_default_limit_passes() -> None:
-    server = length_server()
-    port = listen(server, "127.0.0.1:0")
-    await server.start()
-    async with open_channel(f"127.0.0.1:{port}") as channel:
+    async with listening(length_server()) as address, open_channel(address) as channel:
         assert await channel.unary_unary("/t.T/Length")(bytes(5 << 20)) == str(5 << 20).encode()
-    await server.stop(None)
 
 
 async def test_message_beyond_limit_is_refused() -> None:
-    server = length_server()
-    port = listen(server, "127.0.0.1:0")
-    await server.start()
-    async with open_channel(f"127.0.0.1:{port}") as channel:
+    async with listening(length_server()) as address, open_channel(address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await channel.unary_unary("/t.T/Length")(bytes(MAX_MESSAGE_BYTES + 1))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    await server.stop(None)
 
 
 async def test_second_server_on_port_is_refused() -> None:
@@ -81,15 +74,12 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpProxy]:
 async def test_channels_are_direct_whatever_proxy_is_set(proxy: HttpProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.setenv(name, proxy.url)
-    server = length_server()
-    address = f"127.0.0.1:{listen(server, '127.0.0.1:0')}"
-    await server.start()
-    async with open_channel(address) as channel:
-        assert await channel.unary_unary("/t.T/Length")(b"abc") == b"3"
-    with open_sync_channel(address) as blocking:
-        assert await asyncio.to_thread(blocking.unary_unary("/t.T/Length"), b"abc") == b"3"
+    async with listening(length_server()) as address:
+        async with open_channel(address) as channel:
+            assert await channel.unary_unary("/t.T/Length")(b"abc") == b"3"
+        with open_sync_channel(address) as blocking:
+            assert await asyncio.to_thread(blocking.unary_unary("/t.T/Length"), b"abc") == b"3"
     assert proxy.asked == []
-    await server.stop(None)
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
@@ -97,13 +87,9 @@ async def test_channel_with_proxy_connects_through_it(
     proxy: HttpProxy, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, proxy.url)
-    server = length_server()
-    address = f"127.0.0.1:{listen(server, '127.0.0.1:0')}"
-    await server.start()
-    async with open_channel(address, proxy=True) as channel:
+    async with listening(length_server()) as address, open_channel(address, proxy=True) as channel:
         assert await channel.unary_unary("/t.T/Length")(b"abc", timeout=20) == b"3"
     assert proxy.asked == [address]
-    await server.stop(None)
 
 
 async def test_proxy_without_variable_is_refused(proxy: HttpProxy) -> None:

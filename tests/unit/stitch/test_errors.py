@@ -10,7 +10,7 @@ import grpc
 import pytest
 from google.rpc import code_pb2
 
-from stitch.channels import listen, open_channel, open_server
+from stitch.channels import open_channel, open_server
 from stitch.errors import (
     Exhausted,
     Expired,
@@ -28,6 +28,7 @@ from stitch.errors import (
     to_status,
     translated_errors,
 )
+from tests.support.listening import listening
 
 ERRORS = [
     InvalidRequest("sampling.top_p", 2.0, "it must be at most 1"),
@@ -52,11 +53,8 @@ async def failing_call(raised: Exception) -> AsyncIterator[grpc.aio.UnaryUnaryCa
     handler = grpc.method_handlers_generic_handler("t.T", {"M": grpc.unary_unary_rpc_method_handler(method)})
     server = open_server()
     server.add_generic_rpc_handlers((handler,))
-    port = listen(server, "127.0.0.1:0")
-    await server.start()
-    async with open_channel(f"127.0.0.1:{port}") as channel:
+    async with listening(server) as address, open_channel(address) as channel:
         yield channel.unary_unary("/t.T/M")(b"")
-    await server.stop(None)
 
 
 async def received(raised: Exception) -> grpc.RpcError:

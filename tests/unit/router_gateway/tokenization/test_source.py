@@ -56,6 +56,21 @@ async def test_invalid_files_are_named_to_clients_and_logged_once(caplog: pytest
     assert sum("eos_token_id" in record.message for record in caplog.records) == 1
 
 
+async def test_load_ends_when_it_is_cancelled_while_the_shards_change() -> None:
+    async with registry_of(FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")) as (_, registry):
+        source = VocabularySource(registry, [registry.replicas["bottom-0"]])
+        for turns in range(6):
+            loading = asyncio.create_task(source.load(pause_seconds=60.0))
+            await asyncio.sleep(0.01)
+            registry.report_change()
+            # Turns of the event loop between the change and the cancellation.
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            loading.cancel()
+            await asyncio.wait({loading}, timeout=5)
+            assert loading.cancelled()
+
+
 async def test_fetch_files_limits_names_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     greedy = FakeShard("bottom-0", "bottom")
     async with registry_of(greedy, FakeShard("top-0", "top")) as (_, registry):
