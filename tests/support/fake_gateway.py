@@ -72,6 +72,12 @@ class FakeGateway(inference_pb2_grpc.InferenceServicer):
     def Describe(self, request: inference_pb2.DescribeRequest, context: Any) -> inference_pb2.DescribeResponse:
         return description()
 
+    def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Any) -> inference_pb2.TokenizeResponse:
+        return inference_pb2.TokenizeResponse(token_ids=[len(word) for word in _words(request)])
+
+    def Detokenize(self, request: inference_pb2.DetokenizeRequest, context: Any) -> inference_pb2.DetokenizeResponse:
+        return inference_pb2.DetokenizeResponse(text=" ".join("x" * length for length in request.token_ids))
+
     def _events(self, request: inference_pb2.GenerateRequest) -> Iterator[inference_pb2.GenerateResponse]:
         failure = self.failure(request)
         if failure is not None:
