@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stitch import tokenizer_files
 from stitch.cluster import BatchingConfig, ClusterConfig, ShardConfig
+from stitch.grammar import GrammarCompiler
 from stitch.process import InFlightTracker
 from stitch.tls import is_loopback
 from stitch.v1 import inference_pb2, shard_pb2
@@ -28,6 +29,7 @@ from stitch_server.engine.session_table import OpeningLimits
 from stitch_server.engine.types import Batch, LinkEvent
 from stitch_server.kv_cache.block_pool import BlockPool
 from stitch_server.metrics import Metrics, PassObserver
+from stitch_server.model.constraint import Constraints
 from stitch_server.model.probe import MAX_PROBE_TOKENS
 from stitch_server.neighbours import Neighbours
 from stitch_server.rpc.tensors import DTYPES, Packed, unpack
@@ -140,6 +142,7 @@ def build_shard(
             batching.max_merged_tokens,
             limits=_opening_limits(loaded),
             shard=config.name,
+            constrain=_constraints(loaded),
         )
 
     probe_tokens = 0 if cluster.gateway.probe is None else MAX_PROBE_TOKENS
@@ -192,6 +195,13 @@ def _first_stage(
         route_costs={name: loaded.describe(cluster.route(name)).parameters for name in loaded.layer_ranges},
     )
     return FirstStage(pool, scheduler, in_flight, shard=shard)
+
+
+def _constraints(loaded: LoadedStage) -> Constraints | None:
+    if loaded.head is None:
+        return None
+    tokenizer, logits = loaded.folder / "tokenizer.json", loaded.head.vocabulary_size
+    return Constraints(GrammarCompiler(tokenizer.read_text, logits), logits)
 
 
 def _opening_limits(loaded: LoadedStage) -> OpeningLimits:

@@ -25,6 +25,7 @@ class FailureCause(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FAILURE_CAUSE_PRECONDITION: _ClassVar[FailureCause]
     FAILURE_CAUSE_TOO_LONG: _ClassVar[FailureCause]
     FAILURE_CAUSE_DRAINING: _ClassVar[FailureCause]
+    FAILURE_CAUSE_NOT_COMPILED: _ClassVar[FailureCause]
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_FLOAT32: Dtype
 DTYPE_BFLOAT16: Dtype
@@ -37,6 +38,7 @@ FAILURE_CAUSE_UNAVAILABLE: FailureCause
 FAILURE_CAUSE_PRECONDITION: FailureCause
 FAILURE_CAUSE_TOO_LONG: FailureCause
 FAILURE_CAUSE_DRAINING: FailureCause
+FAILURE_CAUSE_NOT_COMPILED: FailureCause
 
 class ShardGenerateRequest(_message.Message):
     __slots__ = ("request_id", "token_ids", "prompt_tokens", "route", "chain", "sampling", "candidates", "tenant", "tenant_weight", "grammar", "traceparent")

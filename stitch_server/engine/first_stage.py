@@ -150,7 +150,7 @@ class FirstStage:
             case shard_pb2.FAILURE_CAUSE_PREFIX_MISSING:
                 request.skip_prefix_cache = True
                 self.scheduler.preempt(request)
-            case shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED:
+            case shard_pb2.FAILURE_CAUSE_KV_EXHAUSTED | shard_pb2.FAILURE_CAUSE_NOT_COMPILED:
                 self.scheduler.preempt(request)
             case shard_pb2.FAILURE_CAUSE_TOO_LONG:
                 self._finish(request, RequestOutput(error=Exhausted(failure.message, TOO_LARGE_RETRY_SECONDS)))

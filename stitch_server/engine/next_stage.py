@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from stitch.errors import Incompatible, OutOfStep, StitchError, Unavailable
 from stitch.v1 import shard_pb2
 from stitch_server.engine.in_flight import StepsInFlight
-from stitch_server.engine.session_table import CheckChain, OpeningLimits, SessionTable, contradiction
+from stitch_server.engine.session_table import CheckChain, Constrain, OpeningLimits, SessionTable, contradiction
 from stitch_server.engine.types import (
     Batch,
     IncomingStep,
@@ -88,14 +88,15 @@ class NextStage:
         clock: Callable[[], float] = time.perf_counter,
         limits: OpeningLimits = OpeningLimits(),  # noqa: B008  # frozen
         shard: str = "",
+        constrain: Constrain | None = None,
     ) -> None:
-        """`in_flight` is None on the chain's last shard.
+        """`in_flight` is None on the chain's last shard, which has `constrain`.
 
         `max_merged_tokens`: of several steps in one pass. `shard` is the name of this one.
         """
         self._shard = shard
         self._pool = pool
-        self._sessions = SessionTable(pool, layer_ranges, in_flight, check_chain, limits, clock)
+        self._sessions = SessionTable(pool, layer_ranges, in_flight, check_chain, limits, clock, constrain)
         self._in_flight = in_flight
         self._max_merged_tokens = max_merged_tokens
         self._clock = clock
@@ -161,7 +162,7 @@ class NextStage:
         return Batch(in_layer_order(segments), pipelined) if segments else None
 
     def deliver(self, batch: Batch, output: StepOutput) -> None:
-        """Sends hidden states to the next shards, or sampled tokens upstream; fails sessions with non-finite values."""
+        """Sends hidden states to the next shards, or sampled tokens upstream; fails the sessions that have neither."""
         slots = [_slot_of(segment) for segment in batch.segments]
         for pending in _pending_of(slots):
             pending.add_seconds(output.stages)
@@ -175,8 +176,12 @@ class NextStage:
         for index, (segment, slot) in enumerate(zip(batch.segments, slots, strict=True)):
             if (values := output.non_finite.get(index)) is not None:
                 self._fail_non_finite(segment, slot, values)
-            else:
-                self._pool.publish(segment.session.id, segment.position + segment.length)
+                continue
+            # Also of a session that is refused: it is recomputed from its prefix.
+            self._pool.publish(segment.session.id, segment.position + segment.length)
+            if (reason := output.refused.get(index)) is not None:
+                self._fail(slot, reason)
+                slot.resolve()
         self._send_complete(_pending_of(slots))
 
     def fail(self, batch: Batch, error: Exception) -> None:
@@ -289,10 +294,12 @@ class NextStage:
         """Adds the tokens that this shard sampled to the replies and to the sessions' tokens."""
         for index, segment in enumerate(batch.segments):
             slot = _slot_of(segment)
-            if index not in output.non_finite:
+            if index not in output.non_finite and index not in output.refused:
                 slot.resolve()
             if (token := output.tokens.get(index)) is not None:
                 segment.session.token_ids.append(token.id)
+                if segment.session.constraint is not None:
+                    segment.session.constraint.accept(token.id)
                 slot.add_token(slot.segment.epoch, token)
 
     def _fail_non_finite(self, segment: Segment, slot: ReplySlot, values: str) -> None:

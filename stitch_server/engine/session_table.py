@@ -11,8 +11,10 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from stitch.errors import InvalidRequest, plain
+from stitch.grammar import Grammar
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
 from stitch_server.engine.in_flight import StepsInFlight
@@ -20,11 +22,16 @@ from stitch_server.engine.kv_room import KvGrants
 from stitch_server.engine.types import IncomingSegment, LayerRange, Session, SessionRefused, Upstream
 from stitch_server.kv_cache.block_pool import BlockPool
 
+if TYPE_CHECKING:
+    from stitch_server.model.constraint import Constraint
+
 # Token ids are 32 bits wide.
 UNLIMITED = 1 << 32
 # Takes a route, and the names of the shards that a session takes after this one; raises InvalidRequest where these are
 # not those of the route.
 CheckChain = Callable[[str, Sequence[str]], None]
+# Takes a grammar, the tokens generated so far, and those that end an answer.
+Constrain = Callable[[Grammar, Sequence[int], Sequence[int]], "Constraint"]
 MAX_TENANT_CHARACTERS = 256
 MAX_STOP_TOKENS = 2_048
 # Token ids that the open sessions of one link may hold, for each token of the KV cache; sessions that share a prefix
@@ -91,14 +98,16 @@ class SessionTable:
         check_chain: CheckChain,
         limits: OpeningLimits,
         clock: Callable[[], float] = time.perf_counter,
+        constrain: Constrain | None = None,
     ) -> None:
-        """`in_flight` is None on the chain's last shard."""
+        """`in_flight` is None on the chain's last shard, which has `constrain`."""
         self._pool = pool
         self.grants = KvGrants(pool, None if in_flight is None else in_flight.credit, clock)
         self._layer_ranges = layer_ranges
         self._in_flight = in_flight
         self._check_chain = check_chain
         self._limits = limits
+        self._constrain = constrain
         self._sessions: dict[Upstream, dict[int, Session]] = {}
         self._tombstones: dict[Upstream, dict[int, _Tombstone]] = {}
         # By id on this shard, in the order in which they were opened: the link and the id there.
@@ -206,6 +215,9 @@ class SessionTable:
             message = f"the first {session.reused} tokens of session {session_id} are not cached"
             raise SessionRefused(shard_pb2.FAILURE_CAUSE_PREFIX_MISSING, message)
         self.grants.use_grant(upstream)
+        if session.grammar is not None and self._constrain is not None:
+            generated = session.token_ids[session.prompt_tokens :]
+            session.constraint = self._constrain(session.grammar, generated, session.sampling.stop_token_ids)
         if self._in_flight is not None:
             self._in_flight.credit.open(session)
         self._sessions.setdefault(upstream, {})[session_id] = session

@@ -12,11 +12,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from stitch.errors import StitchError
+from stitch.grammar import Grammar
 from stitch.sampling import Sampling, Token
 from stitch.v1.shard_pb2 import FailureCause
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from stitch_server.model.constraint import Constraint
 
 
 _session_ids = itertools.count(1)
@@ -45,6 +48,10 @@ class Session:
     reused: int = 0
     # The length that it is expected to have in the end, for which shards keep KV room; at least that of `token_ids`.
     expected_tokens: int = 0
+    # What the generated tokens match; None: anything.
+    grammar: Grammar | None = None
+    # On the chain's last shard: the tokens that the grammar allows next.
+    constraint: Constraint | None = None
     # Whether the next shard has received a segment of this epoch, and so holds KV that must be freed there.
     open_downstream: bool = False
 
@@ -134,6 +141,8 @@ class StepOutput:
     tokens: dict[int, Token] = field(default_factory=dict)
     # By index of the segment: which of its values are not finite, the incoming `hidden states` or the `logits`.
     non_finite: dict[int, str] = field(default_factory=dict)
+    # By index of the segment: why no token could be sampled by the session's grammar.
+    refused: dict[int, SessionRefused] = field(default_factory=dict)
     # Seconds by stage of the time to first token.
     stages: dict[str, float] = field(default_factory=dict)
     # By the index of the segment that has candidates.

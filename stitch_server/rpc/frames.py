@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from stitch.errors import InvalidRequest, OutOfStep, plain
+from stitch.grammar import Grammar
 from stitch.sampling import Sampling, Token, TokenLogprobs
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.engine.in_flight import MAX_UNANSWERED_STEPS
@@ -95,6 +96,8 @@ def _segment_message(segment: Segment, opens: bool) -> shard_pb2.Segment:
         new_session.reused_tokens = session.reused
         new_session.tenant = session.tenant
         new_session.expected_tokens = session.expected_tokens
+        if session.grammar is not None:
+            new_session.grammar.CopyFrom(session.grammar.to_proto())
     return message
 
 
@@ -234,7 +237,7 @@ def _incoming_segment(message: shard_pb2.Segment) -> IncomingSegment:
 
 
 def _new_session(message: shard_pb2.Segment) -> Session:
-    """The session as it is before its first segment. Raises InvalidRequest for sampling outside of its limits."""
+    """The session as it is before its first segment. Raises InvalidRequest for a value outside of its limits."""
     opened = message.new_session
     return Session(
         route=opened.route,
@@ -244,6 +247,7 @@ def _new_session(message: shard_pb2.Segment) -> Session:
         prompt_tokens=opened.prompt_tokens,
         tenant=opened.tenant,
         expected_tokens=opened.expected_tokens,
+        grammar=Grammar.from_proto(opened.grammar) if opened.HasField("grammar") else None,
         epoch=message.epoch,
         cached=opened.reused_tokens,
         reused=opened.reused_tokens,

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from stitch.access import check_shard_name
 from stitch.errors import Exhausted, Incompatible, InvalidRequest, translated_errors
+from stitch.grammar import Grammar
 from stitch.sampling import Sampling
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.engine.in_flight import WINDOW_STEPS
@@ -186,6 +187,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             sampling=Sampling.from_proto(message.sampling),
             token_ids=list(message.token_ids),
             prompt_tokens=message.prompt_tokens,
+            grammar=Grammar.from_proto(message.grammar) if message.HasField("grammar") else None,
             tenant=message.tenant,
             tenant_weight=message.tenant_weight or 1.0,
             context_length=model.context_length,

@@ -19,12 +19,15 @@ from itertools import accumulate, groupby, pairwise
 import torch
 from torch import Tensor
 
+from stitch.grammar import InvalidGrammar
 from stitch.sampling import Token
+from stitch.v1 import shard_pb2
 from stitch_server.attention import AttentionBackend, BatchAttention, Rotary, leading
 from stitch_server.devices import to_device_async
-from stitch_server.engine.types import Batch, LayerRange, RouteDecision, Segment, StepOutput
+from stitch_server.engine.types import Batch, LayerRange, RouteDecision, Segment, SessionRefused, StepOutput
 from stitch_server.kv_cache.store import Span
 from stitch_server.model.adapters import Adapters
+from stitch_server.model.constraint import Forbidden, Masks
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.sampler import SampleRequest, sample
 from stitch_server.worker.cuda_graphs import DecodeGraphs
@@ -37,6 +40,9 @@ from stitch_server.worker.parallelism import (
     set_threads,
 )
 from stitch_server.worker.route_probe import RouteProbe, decide_inside_pass
+
+# The masks by index of the segment, and the sessions that can't have one.
+_Masks = tuple[dict[int, Forbidden], dict[int, SessionRefused]]
 
 
 @dataclass(slots=True)
@@ -65,6 +71,7 @@ class ModelRunner:
     graphs: DecodeGraphs | None = None
     synchronize: Callable[[], None] | None = None
     micro_batches: MicroBatchPool = field(default_factory=MicroBatchPool)
+    masks: Masks = field(default_factory=Masks)
     # Seconds spent in `run` so far.
     busy_seconds: float = 0.0
 
@@ -74,6 +81,7 @@ class ModelRunner:
         shape = PassShape.of(batch, self.decoder, self.device)
         parallelism = self.tuner.choose(shape)
         started = time.perf_counter()
+        masks = self._begin_masks(batch.segments)
         set_threads(parallelism.threads)
         hidden, non_finite = self._embed_or_stitch(batch.segments)
         stitched = time.perf_counter()
@@ -83,12 +91,26 @@ class ModelRunner:
         if self.stitches:
             stages["stitch"] = stitched - started
         tokens: dict[int, Token] = {}
+        refused: dict[int, SessionRefused] = {}
         if self.head is not None:
-            tokens = self._sample(self.head, batch.segments, hidden, non_finite, stages)
+            forbidden, refused = masks()
+            tokens = self._sample(self.head, batch.segments, hidden, non_finite, refused, forbidden, stages)
         seconds = time.perf_counter() - started
         self.tuner.record(shape, parallelism, seconds)
         self.busy_seconds += seconds
-        return StepOutput(hidden if self.head is None else None, tokens, non_finite, stages, decisions)
+        return StepOutput(hidden if self.head is None else None, tokens, non_finite, refused, stages, decisions)
+
+    def _begin_masks(self, segments: Sequenced[Segment]) -> Callable[[], _Masks]:
+        """Fills the masks of the grammars in another thread; the function waits for them."""
+        constraints = {
+            index: one.session.constraint
+            for index, one in enumerate(segments)
+            if one.wants_token and one.session.constraint is not None
+        }
+        if not constraints:
+            return lambda: ({}, {})
+        filling = self.masks.begin(list(constraints.values()))
+        return lambda: _by_outcome(dict(zip(constraints, filling.result(), strict=True)))
 
     def _embed_or_stitch(self, segments: Sequenced[Segment]) -> tuple[Tensor, dict[int, str]]:
         """The first layers' input `[tokens, hidden]`, and the segments with non-finite hidden states."""
@@ -184,6 +206,8 @@ class ModelRunner:
         segments: Sequenced[Segment],
         hidden: Tensor,
         non_finite: dict[int, str],
+        refused: Mapping[int, SessionRefused],
+        forbidden: Mapping[int, Forbidden],
         stages: dict[str, float],
     ) -> dict[int, Token]:
         """The tokens by index of the segment that wants one.
@@ -192,7 +216,8 @@ class ModelRunner:
         """
         started = time.perf_counter()
         ends = list(accumulate(segment.length for segment in segments))
-        wanting = [index for index, one in enumerate(segments) if one.wants_token and index not in non_finite]
+        without = {*non_finite, *refused}
+        wanting = [index for index, one in enumerate(segments) if one.wants_token and index not in without]
         if not wanting:
             return {}
         last_rows = torch.tensor([ends[index] - 1 for index in wanting])
@@ -201,7 +226,7 @@ class ModelRunner:
             non_finite |= {wanting[row]: "logits" for row in broken}
             finite = [row for row in range(len(wanting)) if row not in broken]
             logits, wanting = logits[finite], [wanting[row] for row in finite]
-        sampled = sample(logits, [_sample_request(segments[index]) for index in wanting])
+        sampled = sample(logits, [_sample_request(segments[index], forbidden.get(index)) for index in wanting])
         stages["sample"] = time.perf_counter() - started
         return dict(zip(wanting, sampled, strict=True))
 
@@ -261,11 +286,25 @@ def _find_non_finite(values: Tensor, lengths: list[int]) -> list[int]:
     return [index for index, rows in enumerate(by_segment) if not bool(torch.isfinite(rows).all())]
 
 
-def _sample_request(segment: Segment) -> SampleRequest:
+def _by_outcome(masks: Mapping[int, Forbidden | InvalidGrammar | None]) -> _Masks:
+    """The masks by index of the segment, and the sessions that have none."""
+    forbidden, refused = dict[int, Forbidden](), dict[int, SessionRefused]()
+    for index, mask in masks.items():
+        if mask is None:
+            refused[index] = SessionRefused(shard_pb2.FAILURE_CAUSE_NOT_COMPILED, "the grammar is still being compiled")
+        elif isinstance(mask, InvalidGrammar):
+            refused[index] = SessionRefused(shard_pb2.FAILURE_CAUSE_PRECONDITION, f"the grammar fails: {mask}")
+        else:
+            forbidden[index] = mask
+    return forbidden, refused
+
+
+def _sample_request(segment: Segment, forbidden: Forbidden | None) -> SampleRequest:
     session = segment.session
     return SampleRequest(
         sampling=session.sampling,
         position=segment.position + segment.length,
         history=session.token_ids,
         prompt_tokens=session.prompt_tokens,
+        forbidden=forbidden,
     )
