@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence, Sized
 
 from router_gateway.requests.types import Prompt
 from router_gateway.routing.objectives import Objectives
+from router_gateway.tokenization.chat_template import Turn
 from stitch.errors import InvalidRequest
 
 # An id appears in every log line about its request, on every shard.
@@ -130,4 +131,9 @@ def size_bytes(prompt: Prompt) -> int:
     """UTF-8 bytes of all text in the prompt."""
     if isinstance(prompt, str):
         return len(prompt.encode())
-    return sum(len(turn.role.encode()) + len(turn.content.encode()) for turn in prompt)
+    return sum(_turn_bytes(turn) for turn in prompt)
+
+
+def _turn_bytes(turn: Turn) -> int:
+    texts = turn.role, turn.content, turn.tool_call_id, turn.name
+    return sum(len(text.encode()) for call in (texts, *turn.tool_calls) for text in call)

@@ -18,24 +18,27 @@ from router_gateway.admission.admission import Admission, Demand, Ticket
 from router_gateway.admission.tenants import Credentials, Tenant
 from router_gateway.metrics import Metrics
 from router_gateway.requests import limits
+from router_gateway.requests.answer_format import answer_grammar, tool_call_parser, tool_syntax
 from router_gateway.requests.failover import Failover, FailoverDependencies
 from router_gateway.requests.recorder import Recorder
 from router_gateway.requests.request_log import Write, write_line
 from router_gateway.requests.stream import FinishReason, Step, StreamInput, TokenStream
-from router_gateway.requests.types import Prompt, Request, user_turns
+from router_gateway.requests.types import Prompt, Request, Tools, user_turns
 from router_gateway.routing.router import RouteDecision
 from router_gateway.routing.selector import Selector
 from router_gateway.routing.ttft_predictor import TrackedRequest, TtftPredictor
 from router_gateway.shards.models import ModelRegistry
-from router_gateway.tokenization.chat_template import TemplateRefusal
+from router_gateway.tokenization.chat_template import TemplateRefusal, ToolCall
 from router_gateway.tokenization.control_tokens import ControlTokenInText
 from router_gateway.tokenization.detokenizer import Detokenizer
 from router_gateway.tokenization.source import VocabularySource
 from router_gateway.tokenization.stop_strings import StopStrings
 from router_gateway.tokenization.text_queues import TextQueues
+from router_gateway.tokenization.tool_calls import ToolCallParser
 from router_gateway.tokenization.vocabulary import TextTooLong, Vocabulary
 from stitch.cluster import ClusterConfig
 from stitch.errors import InvalidRequest, Unavailable, shown
+from stitch.grammar import Grammar
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2, shard_pb2
 
@@ -84,20 +87,29 @@ class RequestPreparer:
         smallest = min(self._models.vocabulary_size, vocabulary.size)
         for field in ("stop_token_ids", "forced_token_ids"):
             limits.check_tokens(field, getattr(request.sampling, field), smallest)
-        ids = await self._tokenize(request.prompt, vocabulary)
+        ids = await self._tokenize(request.prompt, vocabulary, request.tools)
         sampling = request.sampling
         if request.forced_answer is not None:
             sampling = await self._force(request.forced_answer, sampling, len(ids), vocabulary)
         sampling = complete_sampling(sampling, len(ids), self._models.context_tokens, vocabulary.end_tokens)
+        grammar = await self._grammar(replace(request, sampling=sampling), vocabulary)
         decision = self._selector.select(request.routing, user_turns(request.prompt), len(ids), waited_seconds())
         return Prepared(
-            request, StreamInput(request.request_id, tuple(ids), decision, sampling, facts=facts), vocabulary
+            request,
+            StreamInput(request.request_id, tuple(ids), decision, sampling, facts=facts, grammar=grammar),
+            vocabulary,
         )
 
-    async def _tokenize(self, prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
+    async def _grammar(self, request: Request, vocabulary: Vocabulary) -> Grammar | None:
+        if request.response_format is None and request.tools is None:
+            return None
+        return await self._queues.compile(lambda: answer_grammar(request, vocabulary))
+
+    async def _tokenize(self, prompt: Prompt, vocabulary: Vocabulary, tools: Tools | None) -> list[int]:
         context_tokens = self._models.context_tokens
         limits.check_size(prompt, context_tokens, vocabulary.max_token_bytes)
-        ids = await self._queues.run(limits.size_bytes(prompt), lambda: tokenize(prompt, vocabulary, context_tokens))
+        size = limits.size_bytes(prompt) + (0 if tools is None else tools.size_bytes)
+        ids = await self._queues.run(size, lambda: tokenize(prompt, vocabulary, context_tokens, tools))
         limits.check_fits(prompt, len(ids), context_tokens)
         limits.check_text_tokens(limits.field_of(prompt), ids, self._models.prompt_vocabulary_size)
         return ids
@@ -114,7 +126,7 @@ class RequestPreparer:
         return replace(sampling, forced_token_ids=tuple(ids), max_tokens=min(sampling.max_tokens, len(ids)))
 
 
-def tokenize(prompt: Prompt, vocabulary: Vocabulary, context_tokens: int) -> list[int]:
+def tokenize(prompt: Prompt, vocabulary: Vocabulary, context_tokens: int, tools: Tools | None = None) -> list[int]:
     """Token ids of a prompt.
 
     Raises InvalidRequest where the chat template refuses the conversation, or for a text over `context_tokens`; one
@@ -126,8 +138,10 @@ def tokenize(prompt: Prompt, vocabulary: Vocabulary, context_tokens: int) -> lis
         roles = ", ".join(turn.role for turn in prompt)
         if vocabulary.template is None:
             raise InvalidRequest("chat", roles, f"{vocabulary.template_absence}, so it takes a prompt only")
+        if tools is not None or any(turn.tool_calls for turn in prompt):
+            tool_syntax(vocabulary)
         try:
-            return vocabulary.encode_chat(prompt, context_tokens)
+            return vocabulary.encode_chat(prompt, context_tokens, () if tools is None else tools.offered)
         except TemplateRefusal as error:
             raise InvalidRequest("chat", roles, f"the chat template refuses it: {shown(str(error), 200)}") from error
 
@@ -177,16 +191,22 @@ class DeltaBuilder:
     A token without final text waits for the next delta, so that every token is in exactly one.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str]) -> None:
+    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str], parser: ToolCallParser | None = None) -> None:
         self._detokenizer = detokenizer
+        self._parser = parser
         self._stop = StopStrings(stop)
         self._waiting: list[shard_pb2.GeneratedToken] = []
+        self._calls = 0
         self.generated_tokens = 0
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was found, which completes the answer."""
-        return self._stop.found
+        """Whether a stop string was found, or the only call that may be made, which completes the answer."""
+        return self._stop.found or (self._parser is not None and self._parser.done)
+
+    @property
+    def calls_tools(self) -> bool:
+        return self._parser is not None and self._parser.calls > 0
 
     def push(self, tokens: Iterable[shard_pb2.GeneratedToken]) -> inference_pb2.Delta | None:
         """The next delta; None while no further text is final. Tokens after a stop string are dropped."""
@@ -202,15 +222,24 @@ class DeltaBuilder:
     def finish(self) -> inference_pb2.Delta | None:
         """The delta of the remaining text and tokens; None where there are neither."""
         text = "" if self.stopped else self._stop.push(self._detokenizer.finish()) + self._stop.finish()
-        return self._delta(text) if text or self._waiting else None
+        return self._delta(text, final=True) if text or self._waiting or self._parser is not None else None
 
-    def _delta(self, text: str) -> inference_pb2.Delta:
+    def _delta(self, text: str, final: bool = False) -> inference_pb2.Delta | None:
+        found = [text] if self._parser is None else self._parser.push(text, final)
+        if not (found or (final and self._waiting)):
+            return None
         tokens, self._waiting = self._waiting, []
         return inference_pb2.Delta(
-            text=text,
+            text="".join(one for one in found if isinstance(one, str)),
+            tool_calls=[self._call(one) for one in found if not isinstance(one, str)],
             token_ids=[token.id for token in tokens],
             logprobs=[token.logprobs for token in tokens if token.HasField("logprobs")],
         )
+
+    def _call(self, call: ToolCall) -> inference_pb2.ToolCallDelta:
+        """A call, which is sent whole: only a whole one is known to be a call."""
+        index, self._calls = self._calls, self._calls + 1
+        return inference_pb2.ToolCallDelta(index=index, id=call.id, name=call.name, arguments=call.arguments)
 
 
 class Pipeline:
@@ -287,7 +316,9 @@ class Pipeline:
     async def _answer(
         self, prepared: Prepared, ticket: Ticket, recorder: Recorder, tracked: TrackedRequest
     ) -> AsyncGenerator[Response, None]:
-        builder = DeltaBuilder(prepared.vocabulary.detokenizer(), prepared.request.stop)
+        parser = tool_call_parser(prepared.request.tools, prepared.vocabulary)
+        shown = () if parser is None else parser.shown
+        builder = DeltaBuilder(prepared.vocabulary.detokenizer(shown), prepared.request.stop, parser)
         reason = inference_pb2.FINISH_REASON_LENGTH
         if isinstance(decision := prepared.stream_input.decision, RouteDecision):
             yield self._start(prepared, decision, recorder, tracked)
@@ -308,6 +339,8 @@ class Pipeline:
         if (delta := builder.finish()) is not None:
             yield _delta(delta, recorder, tracked)
         reason = inference_pb2.FINISH_REASON_STOP if builder.stopped else reason
+        if reason == inference_pb2.FINISH_REASON_STOP and builder.calls_tools:
+            reason = inference_pb2.FINISH_REASON_TOOL_CALLS
         ticket.record_finish(at_limit=reason == inference_pb2.FINISH_REASON_LENGTH)
         yield _finish(reason, prepared, builder.generated_tokens, recorder)
 
@@ -369,7 +402,8 @@ def _digest(request: Request) -> bytes:
     """Of what a client sends again when it comes back; where it sets no seed, each request is drawn another one."""
     sampling = replace(request.sampling, seed=0)
     content = (request.prompt, sampling, request.stop, request.routing, request.forced_answer)
-    return hashlib.blake2b(repr(content).encode(errors="surrogatepass"), digest_size=16).digest()
+    asked = repr((content, request.response_format, request.tools))
+    return hashlib.blake2b(asked.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def _seconds_to_start(recorder: Recorder, ticket: Ticket) -> float:

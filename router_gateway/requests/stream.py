@@ -32,6 +32,7 @@ from stitch.errors import (
     from_rpc_error,
     has_details,
 )
+from stitch.grammar import Grammar
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2, shard_pb2
 
@@ -57,6 +58,8 @@ class StreamInput:
     tenant_weight: float = 1.0
     # What the shards must have in common with the gateway: its tokenizer.
     facts: Facts = field(default_factory=dict)
+    # What the answer matches; None: anything.
+    grammar: Grammar | None = None
 
     @property
     def routes(self) -> tuple[str, ...]:
@@ -147,6 +150,7 @@ class TokenStream:
             sampling=given.sampling.to_proto(),
             tenant=given.tenant,
             tenant_weight=given.tenant_weight,
+            grammar=None if given.grammar is None else given.grammar.to_proto(),
         )
         if isinstance(chain, CandidateChains):
             for route, candidate in chain.by_route.items():

@@ -5,11 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from router_gateway.routing.selector import NO_OPTIONS, RoutingOptions
-from router_gateway.tokenization.chat_template import Turn
+from router_gateway.tokenization.chat_template import Tool, Turn
+from stitch.grammar import Grammar
 from stitch.sampling import Sampling
 
 # Plain text, tokenized as it is, or a conversation for the model's chat template.
 Prompt = str | tuple[Turn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """The tools that the model may call."""
+
+    offered: tuple[Tool, ...]
+    # Whether the answer is a call.
+    required: bool = False
+    # The only tool that may be called; empty: each.
+    name: str = ""
+    # Whether one answer may call several tools.
+    parallel: bool = True
+
+    @property
+    def size_bytes(self) -> int:
+        """About the size of their text."""
+        return sum(len(repr(tool)) for tool in self.offered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +42,9 @@ class Request:
     forced_answer: str | None = None
     # Whether the client has set `sampling.max_tokens`; where not, a tenant's limit lowers the default.
     sets_max_tokens: bool = True
+    # What the answer matches, unless it calls tools.
+    response_format: Grammar | None = None
+    tools: Tools | None = None
 
 
 def user_turns(prompt: Prompt) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ not set is decided here.
 from __future__ import annotations
 
 import functools
+import json
+import re
 import secrets
 import uuid
 from collections.abc import Iterator
@@ -21,12 +23,13 @@ from google.protobuf.message import DecodeError, Message
 
 from router_gateway.requests import limits
 from router_gateway.requests.limits import Amount
-from router_gateway.requests.types import Prompt, Request
+from router_gateway.requests.types import Prompt, Request, Tools
 from router_gateway.routing.objectives import Objectives
 from router_gateway.routing.selector import RoutingOptions
 from router_gateway.rpc.wire_format import fields, has_more_fields
-from router_gateway.tokenization.chat_template import Turn
+from router_gateway.tokenization.chat_template import Tool, ToolCall, Turn
 from stitch.errors import InvalidRequest
+from stitch.grammar import Grammar
 from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2
 
@@ -38,6 +41,12 @@ AUTO = "auto"
 MAX_MESSAGES = 2_048
 MAX_STOP_TOKENS = 1_024
 MAX_FORCED_TOKENS = 32_768
+# As at OpenAI.
+MAX_TOOLS = 128
+_TOOL_NAME = re.compile("[a-zA-Z0-9_-]{1,64}")
+_NO_PARAMETERS = {"type": "object", "properties": {}}
+# Of a schema, or of the arguments of a call.
+MAX_JSON_CHARACTERS = 1 << 18
 # An error shows this many bytes of a string before the invalid one.
 SHOWN_BYTES = 12
 # The field of an invalid string is looked for in messages up to this size.
@@ -59,6 +68,8 @@ def to_request(message: inference_pb2.GenerateRequest) -> Request:
         routing=replace(_to_routing(message), route=None if message.route in ("", AUTO) else message.route),
         forced_answer=message.forced_answer if message.HasField("forced_answer") else None,
         sets_max_tokens=message.sampling.HasField("max_tokens"),
+        response_format=_to_response_format(message.response_format),
+        tools=to_tools(message.chat),
     )
 
 
@@ -73,9 +84,67 @@ def to_prompt(message: inference_pb2.GenerateRequest | inference_pb2.RouteReques
             return message.prompt
         case "chat":
             limits.check_count("chat.messages", message.chat.messages, MAX_MESSAGES, "messages")
-            return tuple(Turn(turn.role, turn.content) for turn in message.chat.messages)
+            return tuple(_to_turn(turn, f"chat.messages[{i}]") for i, turn in enumerate(message.chat.messages))
         case _:
             raise InvalidRequest("input", Amount("not set"), "a request has a prompt or a chat")
+
+
+def _to_turn(message: inference_pb2.ChatMessage, field: str) -> Turn:
+    for index, call in enumerate(message.tool_calls):
+        _json_object(f"{field}.tool_calls[{index}].arguments", call.arguments)
+    calls = tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls)
+    return Turn(message.role, message.content, calls, message.tool_call_id, message.name)
+
+
+def to_tools(chat: inference_pb2.Chat) -> Tools | None:
+    """The tools that the model may call; None where there are none, or it may call none."""
+    limits.check_count("chat.tools", chat.tools, MAX_TOOLS, "tools")
+    offered = tuple(_to_tool(tool, f"chat.tools[{index}]") for index, tool in enumerate(chat.tools))
+    names, choice = [tool.name for tool in offered], chat.tool_choice
+    if len(set(names)) < len(names):
+        raise InvalidRequest("chat.tools", ", ".join(names), "every tool has a name of its own")
+    if choice.name and choice.name not in names:
+        raise InvalidRequest("chat.tool_choice.name", choice.name, f"it is one of {', '.join(names) or 'no tools'}")
+    required = bool(choice.name) or choice.mode == inference_pb2.TOOL_CHOICE_MODE_REQUIRED
+    if required and not offered:
+        raise InvalidRequest("chat.tool_choice.mode", Amount("required"), "there are no tools")
+    if not offered or (choice.mode == inference_pb2.TOOL_CHOICE_MODE_NONE and not choice.name):
+        return None
+    parallel = chat.parallel_tool_calls if chat.HasField("parallel_tool_calls") else True
+    return Tools(offered, required, choice.name, parallel)
+
+
+def _to_tool(message: inference_pb2.Tool, field: str) -> Tool:
+    if not _TOOL_NAME.fullmatch(message.name):
+        raise InvalidRequest(f"{field}.name", message.name, "it has 1 to 64 letters, digits, underscores and dashes")
+    schema = _json_object(f"{field}.parameters", message.parameters or "{}")
+    if schema.get("type", "object") != "object":
+        raise InvalidRequest(f"{field}.parameters", message.parameters, "it is the JSON schema of an object")
+    return Tool(message.name, message.description, schema or dict(_NO_PARAMETERS), message.strict)
+
+
+def _to_response_format(message: inference_pb2.ResponseFormat) -> Grammar | None:
+    match message.WhichOneof("format"):
+        case None:
+            return None
+        case "json_object":
+            return Grammar("json_schema", '{"type": "object"}') if message.json_object else None
+        case kind:
+            source = getattr(message, kind)
+            if kind == "json_schema":
+                _json_object(f"response_format.{kind}", source)
+            return Grammar(kind, source)
+
+
+def _json_object(field: str, text: str) -> dict[str, Any]:
+    limits.check_count(field, text, MAX_JSON_CHARACTERS, "characters")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(field, text, f"it must be JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest(field, text, "it must be a JSON object")
+    return value
 
 
 def _to_routing(message: inference_pb2.GenerateRequest | inference_pb2.RouteRequest) -> RoutingOptions:

@@ -14,18 +14,31 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import AddedToken, Tokenizer
 
-from router_gateway.tokenization.chat_template import ChatTemplate, TemplateRefusal, Turn
+from router_gateway.tokenization.chat_template import ChatTemplate, TemplateRefusal, Tool, Turn
 
-# A template may write these as a part of a control token, as in `'<|' + message.role + '|>'`.
-ROLES = frozenset(("system", "user", "assistant", "tool", "function", "developer"))
 # Private-use characters: they have no case and are no space, so that templates leave them where they are.
 _STAND_INS = range(0xF0000, 0xFFFFE)
 _TURNS = (Turn("user", "x"), Turn("assistant", "x"), Turn("user", "x"))
 _PLAIN_CHATS = ((Turn("system", "x"), *_TURNS), _TURNS)
+
+
+class RenderedChat:
+    """A conversation as its template renders it, with the texts in it and whether each is only a part of JSON."""
+
+    def __init__(self, template: ChatTemplate, turns: Sequence[Turn], tools: Sequence[Tool] = ()) -> None:
+        """Raises TemplateRefusal where the template refuses the conversation."""
+        self.turns = turns
+        self.tools = tools
+        self.texts: dict[str, bool] = {}
+        self.text = template.render(turns, tools, self._record)
+
+    def _record(self, text: str, in_json: bool) -> str:
+        self.texts[text] = in_json and self.texts.get(text, True)
+        return text
 
 
 class ControlTokenInText(Exception):
@@ -57,22 +70,16 @@ class ControlTokens:
         """Whether the tokenizer would encode a part of the text as a control token."""
         return next(self._whole(text), None) is not None
 
-    def mark(self, template: ChatTemplate, turns: Sequence[Turn], rendered: str) -> str | None:
-        """The rendered conversation for `text_tokenizer`; None where `rendered` can be encoded as it is.
+    def mark(self, template: ChatTemplate, prompt: RenderedChat) -> str | None:
+        """The rendered conversation for `text_tokenizer`; None where it can be encoded as it is.
 
         Raises TemplateRefusal where the template refuses the conversation with stand-ins.
         """
-        stand_ins = _StandIns([text for turn in turns for text in turn])
-        hidden = [
-            Turn(
-                turn.role if turn.role in ROLES else self._hide(turn.role, stand_ins),
-                self._hide(turn.content, stand_ins),
-            )
-            for turn in turns
-        ]
+        stand_ins, rendered = _StandIns(prompt.texts), prompt.text
+        hidden = {text: self._hide(text, in_json, stand_ins) for text, in_json in prompt.texts.items()}
         if not stand_ins.used:
             return None
-        shown = template.render(hidden)
+        shown = template.render(prompt.turns, prompt.tools, lambda text, in_json: hidden[text])
         if not self._normalized and self._spans(shown) == self._spans(rendered) and stand_ins.undo(shown) == rendered:
             return None
         return stand_ins.undo(self._pattern.sub(lambda match: self._aliases[match[0]], shown))
@@ -83,8 +90,9 @@ class ControlTokens:
             raise ControlTokenInText
         return [self._real_ids.get(id, id) for id in ids]
 
-    def _hide(self, text: str, stand_ins: _StandIns) -> str:
-        for start, end in self._risks(text):
+    def _hide(self, text: str, in_json: bool, stand_ins: _StandIns) -> str:
+        # A template reads the names in a JSON value, and writes the value as a whole.
+        for start, end in self._whole(text) if in_json and text.isidentifier() else self._risks(text):
             text = text[:start] + stand_ins.replace(text[start:end]) + text[end:]
         return text
 
@@ -128,7 +136,7 @@ class ControlTokens:
 class _StandIns:
     """Unused characters in place of others, one for one; `texts` are all the texts of a conversation."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    def __init__(self, texts: Iterable[str]) -> None:
         self._free = (chr(code) for code in _STAND_INS if not any(chr(code) in text for text in texts))
         self._by_character: dict[str, str] = {}
 

@@ -1,4 +1,4 @@
-"""Queues of texts to tokenize: one for short texts and one for long ones, for which no short text waits.
+"""Queues of texts to tokenize and of grammars: one for short texts, for which no long text and no grammar waits.
 
 Each has one thread, comes first in, first out, and its predicted wait is bounded: a text that would wait longer is
 refused with the time after which to try again. A caller that is cancelled while it waits leaves the queue.
@@ -21,6 +21,8 @@ Result = TypeVar("Result")
 INLINE_BYTES = 2_048
 # Some 10 ms.
 SHORT_BYTES = 32_768
+# A grammar counts as a text whose tokenization takes as long at first: a few ms.
+GRAMMAR_BYTES = 8_192
 # Before the first text: 3 MB take a second.
 SECONDS_PER_BYTE = 1 / 3e6
 # The weight of the latest text in the rate.
@@ -33,6 +35,7 @@ class TextQueues:
     def __init__(self, max_wait_seconds: float) -> None:
         self._short = _Queue("text", max_wait_seconds)
         self._long = _Queue("long-text", max_wait_seconds)
+        self._grammars = _Queue("grammar", max_wait_seconds)
 
     async def run(self, size_bytes: int, tokenize: Callable[[], Result]) -> Result:
         """The result of `tokenize`, for a text of that size. Raises Exhausted where it would wait for too long."""
@@ -40,13 +43,17 @@ class TextQueues:
             return tokenize()
         return await (self._short if size_bytes <= SHORT_BYTES else self._long).run(size_bytes, tokenize)
 
+    async def compile(self, compile: Callable[[], Result]) -> Result:
+        """The result of a function that compiles a grammar. Raises Exhausted where it would wait for too long."""
+        return await self._grammars.run(GRAMMAR_BYTES, compile)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for queue in (self._short, self._long):
+        for queue in (self._short, self._long, self._grammars):
             queue.thread.shutdown(cancel_futures=True)
 
 

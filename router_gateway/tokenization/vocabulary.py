@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 
-from router_gateway.tokenization.chat_template import ChatTemplate, TemplateRefusal, Turn
-from router_gateway.tokenization.control_tokens import ControlTokens
+from router_gateway.tokenization.chat_template import ChatTemplate, TemplateRefusal, Tool, Turn
+from router_gateway.tokenization.control_tokens import ControlTokens, RenderedChat
 from router_gateway.tokenization.detokenizer import Detokenizer
+from router_gateway.tokenization.tool_calls import ToolSyntax, tool_syntax
 from stitch import tokenizer_files
 from stitch.errors import Incompatible
+from stitch.grammar import GrammarCompiler
 from stitch.tokenizer_files import CONFIG, Files
 
 # The byte that a token of this name stands for where the decoder has a step `ByteFallback`.
@@ -44,7 +47,9 @@ class Vocabulary:
         template: ChatTemplate | None,
         template_absence: str,
         end_tokens: Sequence[int],
+        response_template: dict[str, Any] | None = None,
     ) -> None:
+        """`response_template` is that of `transformers`, by which an answer is parsed."""
         self._tokenizer = tokenizer
         self._silent = silent
         self._bytes = _byte_tokens(tokenizer)
@@ -54,6 +59,10 @@ class Vocabulary:
         self.template_absence = template_absence
         # Ids with which the model ends an answer.
         self.end_tokens = tuple(end_tokens)
+        self._response_template = response_template
+        # Ids by content.
+        self.added_tokens = {one.content: id for id, one in tokenizer.get_added_tokens_decoder().items()}
+        self.grammars = GrammarCompiler(tokenizer.to_str)
         # An upper bound of a token's UTF-8 bytes (byte-level vocabularies spell a byte with up to two bytes).
         self.max_token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
         # Token ids are below this.
@@ -71,7 +80,9 @@ class Vocabulary:
         template, absence = _chat_template(files, special.named)
         ends = _end_tokens(files, tokenizer, special.named.get("eos_token"), template)
         # A token that was special once stays so for the decoder.
-        return cls(tokenizer, silent | _special(tokenizer), template, absence, ends)
+        given = tokenizer_files.json_object(files, CONFIG).get("response_template")
+        response_template = given if isinstance(given, dict) else None
+        return cls(tokenizer, silent | _special(tokenizer), template, absence, ends, response_template)
 
     # The methods below raise TextTooLong for a text that surely has more than `limit` tokens; one that has a few more
     # may be returned whole. They take long for long texts and release the GIL: 3 MB of text take a second.
@@ -87,17 +98,17 @@ class Vocabulary:
         """Token ids of a rendered conversation, whose special tokens the template has written."""
         return _encode(self._tokenizer, text, limit)
 
-    def encode_chat(self, turns: Sequence[Turn], limit: int | None = None) -> list[int]:
+    def encode_chat(self, turns: Sequence[Turn], limit: int | None = None, tools: Sequence[Tool] = ()) -> list[int]:
         """Token ids of a conversation by its template, which alone writes control tokens.
 
         Raises TemplateRefusal where the template refuses the conversation, and ControlTokenInText.
         """
         if self.template is None:
             raise TemplateRefusal(self.template_absence)
-        rendered = self.template.render(turns)
-        marked = self._control.mark(self.template, turns, rendered)
+        rendered = RenderedChat(self.template, turns, tools)
+        marked = self._control.mark(self.template, rendered)
         if marked is None:
-            return self.encode_rendered(rendered, limit)
+            return self.encode_rendered(rendered.text, limit)
         return self._control.real_ids(_encode(self._control.text_tokenizer, marked, limit))
 
     def encode_text(self, text: str, limit: int | None = None) -> list[int]:
@@ -106,9 +117,20 @@ class Vocabulary:
             return self.encode_rendered(text, limit)
         return self._control.real_ids(_encode(self._control.text_tokenizer, text, limit))
 
-    def detokenizer(self) -> Detokenizer:
-        """A new detokenizer for one answer; special tokens have no text."""
-        return Detokenizer(self._tokenizer.decode, self._silent, self._bytes)
+    def detokenizer(self, shown: Collection[int] = ()) -> Detokenizer:
+        """A new detokenizer for one answer; special tokens have no text, but for those in `shown`."""
+        if not shown:
+            return Detokenizer(self._tokenizer.decode, self._silent, self._bytes)
+        decode = partial(self._tokenizer.decode, skip_special_tokens=False)
+        return Detokenizer(decode, self._silent.difference(shown), self._bytes)
+
+    @cached_property
+    def tool_syntax(self) -> ToolSyntax:
+        """How the model calls tools. Raises TemplateRefusal where its template shows none."""
+        if self.template is None:
+            raise TemplateRefusal(self.template_absence)
+        ends = [token for token, id in self.added_tokens.items() if id in self.end_tokens]
+        return tool_syntax(self.template, ends, self.added_tokens, self._response_template)
 
 
 def _encode(tokenizer: Tokenizer, text: str, limit: int | None, add_special_tokens: bool = False) -> list[int]:
