@@ -1,16 +1,18 @@
 """What an answer matches: a JSON schema, a regular expression or a grammar in Lark's notation.
 
 In go a grammar's source and a tokenizer.json, out comes a matcher that knows the tokens that may come next. The gateway
-compiles a grammar to refuse an invalid one, the last shard of a chain to mask logits; the limits of both are the same,
-and none of them is a time, so that both decide alike. Text in a grammar is never a control token; a Lark grammar names
-these as `<name>` or `<[id]>`.
+compiles a grammar to refuse an invalid one, the last shard of a chain to mask logits, both within the same limits. Text
+in a grammar is never a control token; a Lark grammar names these as `<name>` or `<[id]>`.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from threading import Lock
 
@@ -21,6 +23,9 @@ from stitch.errors import InvalidRequest, plain
 from stitch.v1 import shard_pb2
 
 MAX_GRAMMAR_BYTES = 64 << 10
+# The least common multiple of 95,000 takes a second to compile.
+MAX_MULTIPLE = 20_000
+_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*(\d{1,20}(?:\.\d{1,20})?)(?![\d.eE])')
 MAX_REASON_CHARACTERS = 200
 # Compiled ones, which take up to some MB each.
 MAX_COMPILED = 64
@@ -115,12 +120,21 @@ def _llguidance(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema":
             # The library's own parser accepts a surplus after the schema.
-            json.loads(grammar.source)
+            _check_multiples(json.dumps(json.loads(grammar.source)))
             return LLMatcher.grammar_from_json_schema(grammar.source, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.source)
         case _:
+            _check_multiples(grammar.source)
             return LLMatcher.grammar_from_lark(grammar.source)
+
+
+def _check_multiples(source: str) -> None:
+    """Raises ValueError where an automaton of remainders would be large: no limit of the library bounds its time."""
+    given = [Fraction(value) for value in set(_MULTIPLE.findall(source))]
+    common = math.lcm(*(value.numerator for value in given)) * math.lcm(*(value.denominator for value in given))
+    if not 0 < common <= MAX_MULTIPLE:
+        raise ValueError(f"multipleOf: the least common multiple of all is {common:,}, and at most {MAX_MULTIPLE:,}")
 
 
 def _tokenizer(tokenizer_json: str, tokens: int) -> LLTokenizer:

@@ -38,6 +38,7 @@ def answer_grammar(request: Request, vocabulary: Vocabulary) -> Grammar | None:
     started = time.thread_time()
     try:
         matcher = vocabulary.grammars.compile(grammar)
+        matcher.deep_copy().compute_bitmask()
     except InvalidGrammar as error:
         raise InvalidRequest(field, size, f"it must compile: {error}") from error
     if (seconds := time.thread_time() - started) > MAX_COMPILE_SECONDS:

@@ -27,6 +27,7 @@ Forbidden = NDArray[np.bool_]
 class Constraint:
     """The grammar of one session's answer; the engine's thread calls it."""
 
+    compiler: GrammarCompiler
     compiled: Future[LLMatcher]
     # Token ids that end the answer.
     ends: Sequence[int]
@@ -55,6 +56,8 @@ class Constraint:
         if matcher.is_error():
             raise InvalidGrammar(matcher.get_error())
         forbidden: Forbidden = np.unpackbits(bits, count=self.logits, bitorder="little") == 0
+        # What the library takes for ends of any answer.
+        forbidden[[end for end in self.compiler.tokenizer.eos_tokens if end < self.logits]] = True
         forbidden[[end for end in self.ends if end < self.logits]] = not matcher.is_accepting()
         if forbidden.all():
             raise InvalidGrammar("it allows no token of this model")
@@ -78,7 +81,7 @@ class Constraints:
     def __call__(self, grammar: Grammar, generated: Sequence[int], ends: Sequence[int]) -> Constraint:
         """The constraint of a session that has generated these tokens so far."""
         compiled = self._compiling.submit(self._start, grammar, tuple(generated))
-        return Constraint(compiled, ends, self._logits)
+        return Constraint(self._compiler, compiled, ends, self._logits)
 
     def _start(self, grammar: Grammar, generated: Sequence[int]) -> LLMatcher:
         matcher = self._compiler.compile(grammar)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from tokenizers import AddedToken, Tokenizer
 
-from router_gateway.tokenization.vocabulary import Vocabulary
 from tests.support.byte_tokenizer import byte_tokenizer
 
 _CHATML_TAGGED = """\
@@ -171,9 +170,7 @@ _TAGGED = f"<tool_call>\n{WEATHER}\n</tool_call>"
 _TWO_TAGGED = f"{_TAGGED}\n<tool_call>\n{TIME}\n</tool_call>"
 
 FAMILIES = {
-    "qwen2.5": Family(
-        _CHATML_TAGGED, "<|im_end|>", (), ("<tool_call>", "</tool_call>"), _TAGGED, _TWO_TAGGED
-    ),
+    "qwen2.5": Family(_CHATML_TAGGED, "<|im_end|>", (), ("<tool_call>", "</tool_call>"), _TAGGED, _TWO_TAGGED),
     "hermes": Family(_PYTHON_TYPES, "<|im_end|>", (), (), _TAGGED, _TWO_TAGGED),
     "llama3": Family(
         _HEADERS,
