@@ -32,11 +32,11 @@ _THOUGHT_END = "</think>"
 
 
 class Mark(NamedTuple):
-    """Where an opening or closing text is in an answer; `groups` are those of a response template's pattern."""
+    """Where an opening or closing text is in an answer; `captures` are those of a response template's pattern."""
 
     start: int
     end: int
-    groups: Mapping[str, str]
+    captures: Mapping[str, str]
 
 
 # Finds a mark in a text from an index on; `final`: no further text comes. Without a mark it returns the index before
@@ -116,7 +116,7 @@ class ToolCallParser:
                 self._text = self._text[end:]
                 if isinstance(mark, int):
                     return
-                self._open = Mark(0, mark.end - mark.start, mark.groups)
+                self._open = Mark(0, mark.end - mark.start, mark.captures)
             close = self._syntax.find_close(self._text, self._open.end, final)
             if isinstance(close, int) and not final:
                 return
@@ -135,7 +135,9 @@ class ToolCallParser:
         self._open = None
         end = len(self._text) if close is None else close.end
         whole, self._text = self._text[:end], self._text[end:]
-        calls = [] if close is None else self._calls(whole[opened.end : close.start], {**opened.groups, **close.groups})
+        calls = (
+            [] if close is None else self._calls(whole[opened.end : close.start], {**opened.captures, **close.captures})
+        )
         if not calls:
             # Another call may open within.
             self._text = whole[opened.end :] + self._text if opened.end else self._text
@@ -147,9 +149,9 @@ class ToolCallParser:
             yield call
         self._blank, self._has_content = "", False
 
-    def _calls(self, text: str, groups: Mapping[str, str]) -> list[ToolCall]:
+    def _calls(self, text: str, captures: Mapping[str, str]) -> list[ToolCall]:
         try:
-            calls = self._syntax.parse(text, groups)
+            calls = self._syntax.parse(text, captures)
         # A parser of a response template raises whatever its content makes it raise.
         except Exception:
             return []
@@ -241,7 +243,7 @@ def _end_of_answer(text: str, start: int, final: bool) -> Mark | int:
     return Mark(len(text), len(text), {}) if final else len(text)
 
 
-def _json_calls(text: str, groups: Mapping[str, str]) -> list[tuple[str, Any]]:
+def _json_calls(text: str, captures: Mapping[str, str]) -> list[tuple[str, Any]]:
     """JSON objects one after another or in lists."""
     calls: list[tuple[str, Any]] = []
     rest = text.strip()
@@ -266,8 +268,8 @@ def _of_response_template(spec: dict[str, Any], written: WrittenCalls | None) ->
     if field is None or field.open_re is None:
         return None
 
-    def parse(text: str, groups: Mapping[str, str]) -> list[tuple[str, Any]]:
-        value = process_field(text, field, dict(groups))
+    def parse(text: str, captures: Mapping[str, str]) -> list[tuple[str, Any]]:
+        value = process_field(text, field, dict(captures))
         functions = [one.get("function", one) for one in (value if isinstance(value, list) else [value])]
         return [(one["name"], one["arguments"]) for one in functions]
 
