@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -34,7 +35,7 @@ from router_gateway.shards.models import ModelRegistry
 from router_gateway.shards.placement import Placement
 from router_gateway.shards.progress import ProgressMonitor
 from router_gateway.shards.registry import ShardRegistry
-from router_gateway.tokenization.source import VocabularySource, first_shard_names
+from router_gateway.tokenization.source import VocabularySource
 from router_gateway.tokenization.text_queues import TextQueues
 from stitch import channels
 from stitch.access import Access
@@ -103,13 +104,14 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         connect = certificates.rotating_channel if certificates else channels.open_plain_channel
         registry = ShardRegistry(cluster, connect, settings.health, settings.ejection, metrics)
         await stack.enter_async_context(registry.polling())
-        placement, models = Placement(cluster, registry), ModelRegistry(cluster, registry)
+        placement, models = Placement(registry), ModelRegistry(cluster, registry)
         progress = ProgressMonitor(placement, settings.health, settings.ejection)
         await stack.enter_async_context(background_tasks(progress.run()))
-        first_shards = [registry.replicas[name] for name in first_shard_names(cluster)]
-        source = VocabularySource(registry, first_shards)
+        source = VocabularySource(registry)
 
-        predictor = TtftPredictor(routes, lambda: sum(one.accepts_requests for one in first_shards), time.monotonic)
+        predictor = TtftPredictor(
+            routes, lambda: sum(one.accepts_requests for one in registry.first_shards), time.monotonic
+        )
         router, calibration = open_router(cluster)
         monitor = DriftMonitor(metrics, calibration)
         selector = Selector(router, models, predictor, conversation_routes(time.monotonic), monitor)
@@ -122,7 +124,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
             open_tenants(cluster.keys_file, routes),
             cluster.gateway,
             Forecast(predictor.predict_seconds, models.costs),
-            capacity_of(cluster, registry),
+            partial(capacity_of, registry),
             metrics,
             time.monotonic,
         )
@@ -134,7 +136,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         server, port = await _listening(servicer, admission, health, settings, certificates)
         gateway = Gateway(port, metrics_port, metrics, server, health, in_flight)
         stack.push_async_callback(gateway.stop)
-        readiness = health.follow(registry, lambda: _is_ready(source, placement, cluster))
+        readiness = health.follow(registry, lambda: _is_ready(source, placement, routes))
         loading = source.follow(settings.health.poll_seconds)
         observed = observe_event_loop(metrics.event_loop_delay, metrics.event_loop_tasks)
         following = [] if certificates is None else [certificates.follow()]
@@ -143,9 +145,9 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         yield gateway
 
 
-def _is_ready(source: VocabularySource, placement: Placement, cluster: ClusterConfig) -> bool:
+def _is_ready(source: VocabularySource, placement: Placement, routes: Sequence[str]) -> bool:
     """Whether the shards' tokenizer is loaded, and the shards of at least one route accept requests."""
-    return source.is_current and any(map(placement.reachable, cluster.routes))
+    return source.is_current and any(map(placement.reachable, routes))
 
 
 async def _listening(

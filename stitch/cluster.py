@@ -23,6 +23,12 @@ from stitch.tls import TlsFiles
 Quantization = Literal["none", "int8", "int4"]
 Role = Literal["bottom", "top"]
 ROLES: tuple[Role, Role] = ("bottom", "top")
+# Layers [first, end) of one model: what all replicas of a stage hold.
+Stage = tuple[Role, tuple[int, int]]
+# Begins the address of a shard whose replicas are the addresses behind a name.
+DNS_SCHEME = "dns:"
+# A replica's name has the entry's name and up to 39 characters of an address.
+MAX_DNS_ENTRY_NAME = 23
 
 
 class ModelConfig(Settings):
@@ -71,18 +77,56 @@ class ShardConfig(Settings):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     role: Role
     layers: tuple[int, int] = Field(strict=False)
-    # host:port for other shards and the gateway. Port 0 is for `stitch up` alone, which chooses one.
+    # host:port for other shards and the gateway. Port 0 is for `stitch up` alone, which chooses one. `dns:host:port`:
+    # every address that DNS has for the host is a replica of this shard.
     address: str
     metrics_port: int = Field(default=0, ge=0, le=65535)
     # Beyond loopback, metrics are served over HTTPS, to programs and monitors with a certificate of the cluster.
     metrics_host: str = "127.0.0.1"
+
+    @property
+    def certified_name(self) -> str:
+        """The name in its certificate."""
+        return self.name
+
+    @property
+    def stage(self) -> Stage:
+        """What its replicas hold, too."""
+        return self.role, self.layers
+
+    @property
+    def dns_host(self) -> str | None:
+        """The host whose addresses are its replicas; None: it is one process at its address."""
+        return self.address[len(DNS_SCHEME) :].rpartition(":")[0] if self.address.startswith(DNS_SCHEME) else None
+
+    def at(self, address: str) -> FoundShard:
+        """The replica at an IP address that DNS has for this shard."""
+        name = f"{self.name}-{address.replace('.', '-').replace(':', '-')}"
+        host, port = f"[{address}]" if ":" in address else address, self.address.rpartition(":")[2]
+        found = {**self.model_dump(), "name": name, "address": f"{host}:{port}", "entry": self.name}
+        return FoundShard.model_validate(found)
 
     @model_validator(mode="after")
     def _range_is_not_empty(self) -> ShardConfig:
         first, end = self.layers
         if not 0 <= first < end:
             raise ValueError(f"layers {first} to {end} are an empty range")
+        if self.dns_host is not None and len(self.name) > MAX_DNS_ENTRY_NAME:
+            limit = f"such a name has at most {MAX_DNS_ENTRY_NAME} characters"
+            raise ValueError(f"{self.name} has replicas by DNS with longer names: {limit}")
         return self
+
+
+class FoundShard(ShardConfig):
+    """One of the replicas that DNS has for an entry of the cluster file."""
+
+    # The entry's name, which all of its replicas have in their certificates.
+    entry: str
+
+    @property
+    def certified_name(self) -> str:
+        """The name in its certificate."""
+        return self.entry
 
 
 class GatewayLimits(Settings):
@@ -191,8 +235,11 @@ class ClusterConfig(Settings):
     batching: BatchingConfig = BatchingConfig()
     # None: connections are not encrypted.
     tls: TlsFiles | None = None
-    # The folder of relative paths; set by `load_cluster`.
+    # The folder of relative paths, and the file; set by `load_cluster`.
     folder: Path = Field(default=Path("."), strict=False)
+    file: Path | None = Field(default=None, exclude=True)
+    # The replicas behind names; set by `stitch.membership`.
+    found: tuple[FoundShard, ...] = Field(default=(), exclude=True)
 
     @model_validator(mode="after")
     def _sections_fit(self) -> ClusterConfig:
@@ -253,8 +300,13 @@ class ClusterConfig(Settings):
         known = ", ".join(route.name for route in self.routes)
         raise InvalidRequest("route", name, f"this cluster has: {known}, auto")
 
+    @property
+    def members(self) -> tuple[ShardConfig, ...]:
+        """The shards that are processes: those of the file with the replicas behind a name in its place."""
+        return *(shard for shard in self.shards if shard.dns_host is None), *self.found
+
     def shard(self, name: str) -> ShardConfig:
-        """The shard with that name; raises InvalidRequest where there is none."""
+        """The entry of the file with that name; raises InvalidRequest where there is none."""
         for shard in self.shards:
             if shard.name == name:
                 return shard
@@ -298,10 +350,11 @@ class ClusterConfig(Settings):
 
     def stages(self, route: RouteConfig) -> list[list[ShardConfig]]:
         """The chain of a route: for every stage, in order, the replicas that compute it."""
-        ranges: list[tuple[Role, tuple[int, int]]] = []
-        for role in ROLES:
-            ranges += [(role, layers) for layers in self._ranges(role) if _is_stage(role, layers, route)]
-        return [[shard for shard in self.shards if (shard.role, shard.layers) == stage] for stage in ranges]
+        return [[shard for shard in self.members if shard.stage == stage] for stage in self.stage_layers(route)]
+
+    def stage_layers(self, route: RouteConfig) -> list[Stage]:
+        """The layers of every stage of a route, in order."""
+        return [(role, layers) for role in ROLES for layers in self._ranges(role) if _is_stage(role, layers, route)]
 
 
 def _is_stage(role: Role, layers: tuple[int, int], route: RouteConfig) -> bool:
@@ -324,7 +377,7 @@ def load_cluster(name_or_path: str) -> ClusterConfig:
     try:
         text = path.read_text(encoding="utf-8-sig")
         fields = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-        return ClusterConfig.model_validate({**fields, "folder": path.parent})
+        return ClusterConfig.model_validate({**fields, "folder": path.parent, "file": path, "found": ()})
     except (TypeError, ValueError) as error:
         raise _invalid(path, error) from error
 

@@ -91,7 +91,7 @@ async def background_tasks(*coroutines: Coroutine[Any, Any, object]) -> AsyncIte
     """Runs coroutines within the block and cancels them at its end; one that fails is logged and stops no other."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     for task in tasks:
-        task.add_done_callback(_log_failure)
+        task.add_done_callback(log_failure)
     try:
         yield
     finally:
@@ -100,7 +100,8 @@ async def background_tasks(*coroutines: Coroutine[Any, Any, object]) -> AsyncIte
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _log_failure(task: asyncio.Task[object]) -> None:
+def log_failure(task: asyncio.Task[Any]) -> None:
+    """Logs why a background task has ended, as the callback of its end."""
     if not task.cancelled() and (error := task.exception()) is not None:
         _log.critical("%s failed", task.get_coro(), exc_info=error)
 

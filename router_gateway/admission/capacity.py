@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from router_gateway.shards.registry import ShardRegistry
 from router_gateway.shards.replica import Replica
-from stitch.cluster import ClusterConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,17 +16,11 @@ class Capacity:
     kv_tokens: int
 
 
-def capacity_of(cluster: ClusterConfig, registry: ShardRegistry) -> Callable[[], Capacity]:
-    """A function for the capacity now."""
-    stages = {tuple(shard.name for shard in stage) for route in cluster.routes for stage in cluster.stages(route)}
-    first = {shard.name for route in cluster.routes for shard in cluster.stages(route)[0]}
-
-    def current() -> Capacity:
-        accepting = {name: one for name, one in registry.replicas.items() if one.accepts_requests}
-        held = [sum(_kv_tokens(accepting[name]) for name in stage if name in accepting) for stage in stages]
-        return Capacity(max(1, len(first & accepting.keys())), min(held))
-
-    return current
+def capacity_of(registry: ShardRegistry) -> Capacity:
+    """The capacity now."""
+    stages = [stage for route in registry.stages.values() for stage in route]
+    held = [sum(_kv_tokens(replica) for replica in stage if replica.accepts_requests) for stage in stages]
+    return Capacity(max(1, sum(replica.accepts_requests for replica in registry.first_shards)), min(held))
 
 
 def _kv_tokens(replica: Replica) -> int:

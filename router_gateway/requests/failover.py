@@ -143,7 +143,7 @@ class Failover:
     async def _find_reason(self, session: PlacedSession, error: ChainLost, named: bool) -> None:
         """Polls the chain's shards where the error does not say which of them is gone, drains or differs."""
         if error.cause in ("draining", "incompatible") or (error.cause == "unavailable" and not named):
-            serving = [replica.config.name for replica in session.chain.replicas if replica.serving]
+            serving = [replica for replica in session.chain.replicas if replica.serving]
             await self._dependencies.registry.refresh(serving, self._dependencies.policy.refresh_seconds)
 
     def _is_drain_refusal(self, chain: Chain, error: ChainLost | Exhausted, generated_tokens: int) -> bool:
@@ -167,8 +167,8 @@ class Failover:
         """Waits until the shards' state changes, at most for the pause. Raises where the wait is used up."""
         registry, policy = self._dependencies.registry, self._dependencies.policy
         version = registry.version
-        names = {name for route in self.routes for name in self._dependencies.placement.shards(route)}
-        await registry.refresh(names, policy.refresh_seconds)
+        replicas = {one for route in self.routes for stage in registry.stages[route] for one in stage}
+        await registry.refresh(replicas, policy.refresh_seconds)
         if registry.version != version:
             return
         left = self._left_seconds()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from router_gateway.shards.registry import ShardRegistry
 from router_gateway.shards.replica import Replica
-from stitch.cluster import ClusterConfig, ModelConfig, RouteConfig, ShardConfig
+from stitch.cluster import ClusterConfig, ModelConfig, RouteConfig
 from stitch.errors import Unavailable
 from stitch.v1 import inference_pb2, shard_pb2
 
@@ -63,7 +63,7 @@ class ModelRegistry:
 
     def _route(self, route: RouteConfig) -> inference_pb2.RouteDescription:
         """A route as the file describes it; its parameters are 0 until every stage has stated its own."""
-        stages = [self._stage_of(route, stage) for stage in self._cluster.stages(route)]
+        stages = [self._stage_of(route, stage) for stage in self._registry.stages[route.name]]
         return inference_pb2.RouteDescription(
             name=route.name,
             bottom_layers=route.bottom_layers,
@@ -72,10 +72,9 @@ class ModelRegistry:
             parameters=sum(stage.parameters for stage in stages) if all(stage.parameters for stage in stages) else 0,
         )
 
-    def _stage_of(self, route: RouteConfig, stage: Iterable[ShardConfig]) -> inference_pb2.RouteDescription:
+    def _stage_of(self, route: RouteConfig, stage: Iterable[Replica]) -> inference_pb2.RouteDescription:
         """The stitch and the parameters that any replica of a stage states for its layers of the route."""
-        for shard in stage:
-            replica = self._registry.replicas[shard.name]
+        for replica in stage:
             for stated in replica.identity.routes if replica.identity and replica.mismatch is None else ():
                 if stated.name == route.name:
                     return stated

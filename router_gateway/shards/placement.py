@@ -16,7 +16,6 @@ from typing import Self
 from router_gateway.shards.compatibility import Facts
 from router_gateway.shards.registry import ShardRegistry
 from router_gateway.shards.replica import Replica
-from stitch.cluster import ClusterConfig, RouteConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,15 +140,15 @@ class PlacedSession:
 class Placement:
     """Chooses among the replicas of a registry, and has all sessions that are placed now."""
 
-    def __init__(self, cluster: ClusterConfig, registry: ShardRegistry) -> None:
+    def __init__(self, registry: ShardRegistry) -> None:
         self._registry = registry
         self.clock = registry.clock
-        self._stages = {
-            route.name: [[registry.replicas[shard.name] for shard in stage] for stage in cluster.stages(route)]
-            for route in cluster.routes
-        }
-        self.replicas = tuple(registry.replicas.values())
         self.sessions: set[PlacedSession] = set()
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """All that may have sessions."""
+        return self._registry.all_replicas
 
     def choose(self, route: str, failures: Counter[str], tokens: int = 0, facts: Facts | None = None) -> Chain | None:
         """The chain for a session of `route` that may need `tokens` of KV.
@@ -160,7 +159,7 @@ class Placement:
         if facts is not None and not self._registry.compatibility.continues(facts, (route,)):
             return None
         chosen = []
-        for stage in self._stages[route]:
+        for stage in self._registry.stages[route]:
             candidates = [replica for replica in stage if replica.accepts_requests]
             if not candidates:
                 return None
@@ -195,16 +194,11 @@ class Placement:
 
     def peers(self, replica: Replica) -> list[Replica]:
         """The other replicas of its stage."""
-        stage = (replica.config.role, replica.config.layers)
-        return [one for one in self.replicas if one is not replica and (one.config.role, one.config.layers) == stage]
+        return [one for one in self.replicas if one is not replica and one.config.stage == replica.config.stage]
 
-    def reachable(self, route: RouteConfig) -> bool:
+    def reachable(self, route: str) -> bool:
         """Whether every stage of the route has a replica that accepts requests."""
-        return all(any(replica.accepts_requests for replica in stage) for stage in self._stages[route.name])
-
-    def shards(self, route: str) -> list[str]:
-        """Names of all shards of the route's stages, replicas included."""
-        return [replica.config.name for stage in self._stages[route] for replica in stage]
+        return all(any(replica.accepts_requests for replica in stage) for stage in self._registry.stages[route])
 
 
 def _preference(replica: Replica, failures: Counter[str], tokens: int) -> tuple[bool, int, bool, float, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from statistics import median
+from weakref import WeakKeyDictionary
 
 from router_gateway.shards.ejection import EjectionPolicy
 from router_gateway.shards.placement import PlacedSession, Placement
@@ -44,7 +45,7 @@ class ProgressMonitor:
         self._placement = placement
         self._health = health
         self._ejection = ejection
-        self._token_times: dict[Replica, MeanTokenTime] = {}
+        self._token_times: WeakKeyDictionary[Replica, MeanTokenTime] = WeakKeyDictionary()
 
     async def run(self) -> None:
         """Checks until it is cancelled."""

@@ -1,11 +1,15 @@
-"""All shards of a cluster as replicas, polled at a fixed interval, and a version that counts their changes."""
+"""All shards of a cluster as replicas, polled at a fixed interval, and a version that counts their changes.
+
+In: the clusters that membership wants, one after the other. Out: the replicas of every stage. Nothing else in the
+gateway keeps shards: placement, retries and capacity read the registry.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 
 import grpc
 
@@ -14,14 +18,19 @@ from router_gateway.shards.compatibility import CompatibilityCheck, Voter
 from router_gateway.shards.ejection import Ejection, EjectionPolicy
 from router_gateway.shards.replica import HealthPolicy, Replica
 from stitch.cluster import ClusterConfig, ShardConfig
-from stitch.process import background_tasks
+from stitch.process import log_failure
 
-# Opens a channel to the shard of that name, at that address.
+# Opens a channel to a shard, whose certificate has that name, at that address.
 Connect = Callable[[str, str], grpc.aio.Channel]
+# For calls that are no sessions on a channel that is not needed any more.
+LAST_CALLS_SECONDS = 60.0
 
 
 class ShardRegistry:
-    """A replica for every shard of the cluster file, by name."""
+    """A replica for every shard that the cluster wants, by name; `take` changes them.
+
+    A replica that is not wanted any more gets no sessions, and is polled until its own have ended.
+    """
 
     def __init__(
         self,
@@ -32,43 +41,70 @@ class ShardRegistry:
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._channels = [connect(shard.name, shard.address) for shard in cluster.shards]
-        self._poll_seconds = health.poll_seconds
+        self._connect = connect
+        self._health = health
+        self._ejection = ejection
         self._metrics = metrics
         self.clock = clock
-
-        def replica(shard: ShardConfig, channel: grpc.aio.Channel) -> Replica:
-            record = Ejection(shard.name, ejection, clock, self._ejection_changed)
-            return Replica(shard, channel, health, record, clock, self.report_change, self.take_suspects)
-
-        self.replicas = {
-            shard.name: replica(shard, channel) for shard, channel in zip(cluster.shards, self._channels, strict=True)
-        }
+        self.replicas: dict[str, Replica] = {}
+        # Not wanted any more, and not idle yet.
+        self.leaving: set[Replica] = set()
+        # The replicas of every stage of a route, by its name.
+        self.stages: dict[str, list[list[Replica]]] = {}
         self.compatibility = CompatibilityCheck(cluster)
         self.version = 0
         self._changed = asyncio.Event()
+        # Of the replicas that are polled.
+        self._tasks: dict[Replica, asyncio.Task[None]] = {}
+        self._is_polling = False
+        self.take(cluster)
+
+    @property
+    def all_replicas(self) -> list[Replica]:
+        """The replicas that are wanted, and those that finish their sessions."""
+        return [*self.replicas.values(), *self.leaving]
+
+    @property
+    def first_shards(self) -> list[Replica]:
+        """The replicas that hold the embedding, and so the tokenizer."""
+        return [one for one in self.replicas.values() if one.config.role == "bottom" and one.config.layers[0] == 0]
+
+    def take(self, cluster: ClusterConfig) -> None:
+        """These shards are wanted now. One with another address or other layers takes the place of its namesake."""
+        wanted = {shard.name: shard for shard in cluster.members}
+        for name, replica in list(self.replicas.items()):
+            if wanted.get(name) != replica.config:
+                self.leaving.add(self.replicas.pop(name))
+                replica.wanted = False
+        for name, shard in wanted.items():
+            if name not in self.replicas:
+                self.replicas[name] = self._new_replica(shard)
+        self.stages = {
+            route.name: [[self.replicas[shard.name] for shard in stage] for stage in cluster.stages(route)]
+            for route in cluster.routes
+        }
+        self.compatibility.cluster = cluster
+        if self._is_polling:
+            self._start_polling()
+        self.report_change()
 
     @asynccontextmanager
     async def polling(self) -> AsyncIterator[None]:
         """Polls every shard within the block, independently of the others, and closes the channels at its end."""
-
-        async def poll_forever(replica: Replica) -> None:
-            while True:
-                next_at = self.clock() + self._poll_seconds
-                await replica.poll()
-                await asyncio.sleep(max(0.0, next_at - self.clock()))
-
-        async with AsyncExitStack() as stack:
-            stack.push_async_callback(self.close)
-            await stack.enter_async_context(background_tasks(*map(poll_forever, self.replicas.values())))
+        self._is_polling = True
+        self._start_polling()
+        try:
             yield
+        finally:
+            self._is_polling = False
+            await self.close()
 
-    async def refresh(self, names: Iterable[str] | None = None, within_seconds: float | None = None) -> None:
-        """Polls these shards now, None: all of them, and waits for their answers, at most for that time."""
-        chosen = self.replicas if names is None else names
+    async def refresh(self, replicas: Iterable[Replica] | None = None, within_seconds: float | None = None) -> None:
+        """Polls these replicas now, None: all that are wanted, and waits for their answers, at most for that time."""
+        chosen = self.replicas.values() if replicas is None else replicas
         with suppress(TimeoutError):
             async with asyncio.timeout(within_seconds):
-                await asyncio.gather(*(self.replicas[name].poll() for name in chosen))
+                await asyncio.gather(*(replica.poll() for replica in chosen))
 
     async def changed_since(self, version: int, within_seconds: float | None = None) -> None:
         """Returns once `version` is no longer the latest, at most after that time."""
@@ -95,8 +131,33 @@ class ShardRegistry:
         self._changed = asyncio.Event()
 
     async def close(self) -> None:
-        await asyncio.gather(*(replica.close() for replica in self.replicas.values()))
-        await asyncio.gather(*(channel.close(None) for channel in self._channels))
+        """Ends all polls, and closes the channels."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(replica.close() for replica in self.all_replicas))
+
+    def _new_replica(self, shard: ShardConfig) -> Replica:
+        record = Ejection(shard.name, self._ejection, self.clock, self._ejection_changed)
+        channel = self._connect(shard.certified_name, shard.address)
+        return Replica(shard, channel, self._health, record, self.clock, self.report_change, self.take_suspects)
+
+    def _start_polling(self) -> None:
+        for replica in self.replicas.values():
+            if replica not in self._tasks:
+                self._tasks[replica] = task = asyncio.create_task(self._attend(replica))
+                task.add_done_callback(log_failure)
+
+    async def _attend(self, replica: Replica) -> None:
+        """Polls a replica until it is idle and not wanted any more, and closes its channel."""
+        while replica.wanted or replica.load.placed().sessions:
+            next_at = self.clock() + self._health.poll_seconds
+            await replica.poll()
+            await asyncio.sleep(max(0.0, next_at - self.clock()))
+        await replica.close(LAST_CALLS_SECONDS)
+        self.leaving.discard(replica)
+        del self._tasks[replica]
 
     def _ejection_changed(self, cause: str | None) -> None:
         if cause is not None:

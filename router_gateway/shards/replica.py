@@ -62,6 +62,8 @@ class Replica:
         suspect: Callable[[str, Collection[str]], object],
     ) -> None:
         self.config = config
+        # Whether it is a shard of the cluster still; one that isn't finishes its sessions.
+        self.wanted = True
         # Whether it answers: its streams run.
         self.serving = False
         # Whether it finishes its streams and refuses new ones.
@@ -76,6 +78,7 @@ class Replica:
         self.ejection = ejection
         # When the latest poll was sent.
         self.polled_at = float("-inf")
+        self._channel = channel
         self._stub = shard_pb2_grpc.ShardStub(channel)
         self._policy = policy
         self._clock = clock
@@ -91,7 +94,7 @@ class Replica:
     @property
     def accepts_requests(self) -> bool:
         """Whether new sessions may be placed on it."""
-        return self.serving and not self.draining and self.mismatch is None
+        return self.wanted and self.serving and not self.draining and self.mismatch is None
 
     @property
     def avoided(self) -> bool:
@@ -129,12 +132,13 @@ class Replica:
             _log.error("shard %s at %s gets no sessions: %s", self.config.name, self.config.address, mismatch)
         self.mismatch = mismatch
 
-    async def close(self) -> None:
-        """Ends the poll in progress."""
+    async def close(self, calls_seconds: float | None = None) -> None:
+        """Ends the poll in progress, and closes the channel; other calls have that time to end."""
         if self._polling is not None:
             self._polling.cancel()
             with suppress(asyncio.CancelledError):
                 await self._polling
+        await self._channel.close(calls_seconds)
 
     def generate(self, request: shard_pb2.ShardGenerateRequest, timeout_seconds: float | None) -> GenerateCall:
         return self._stub.Generate(request, timeout=timeout_seconds)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 
 import grpc
 
@@ -13,7 +12,6 @@ from router_gateway.shards.registry import ShardRegistry
 from router_gateway.shards.replica import Replica
 from router_gateway.tokenization.vocabulary import Vocabulary
 from stitch import tokenizer_files
-from stitch.cluster import ClusterConfig
 from stitch.errors import Incompatible, Unavailable
 
 _log = logging.getLogger(__name__)
@@ -24,14 +22,13 @@ FETCH_TIMEOUT_SECONDS = 60.0
 
 
 class VocabularySource:
-    """Has the vocabulary in `current` once `load` has fetched it from one of `first_shards`.
+    """Has the vocabulary in `current` once `load` has fetched it from one of the registry's first shards.
 
     It is loaded again when the shards agree on another tokenizer.
     """
 
-    def __init__(self, registry: ShardRegistry, first_shards: Sequence[Replica]) -> None:
+    def __init__(self, registry: ShardRegistry) -> None:
         self._registry = registry
-        self._first_shards = first_shards
         # By shard whose tokenizer is invalid.
         self._reasons: dict[str, str] = {}
         self.current: Vocabulary | None = None
@@ -46,7 +43,7 @@ class VocabularySource:
     def require(self) -> Vocabulary:
         """The vocabulary. Raises Unavailable until a shard has sent it."""
         if self.current is None or not self.is_current:
-            names = ", ".join(replica.config.name for replica in self._first_shards)
+            names = ", ".join(replica.config.name for replica in self._registry.first_shards)
             reasons = "".join(f"; {name}: {reason}" for name, reason in self._reasons.items())
             what = "its tokenizer" if self.current is None else "the tokenizer that the shards have changed to"
             raise Unavailable(f"no shard with the embedding has sent {what} yet: {names}{reasons}")
@@ -65,7 +62,7 @@ class VocabularySource:
         """Asks the shards in turn, with a pause after each round, until one has sent a valid vocabulary."""
         while True:
             version = self._registry.version
-            for replica in self._first_shards:
+            for replica in self._registry.first_shards:
                 if replica.accepts_requests and await self._load_from(replica) and self.current is not None:
                     return self.current
             await self._registry.changed_since(version, pause_seconds)
@@ -98,11 +95,6 @@ class VocabularySource:
 
 def _tokenizer(replica: Replica) -> str:
     return replica.identity.tokenizer if replica.identity is not None else ""
-
-
-def first_shard_names(cluster: ClusterConfig) -> list[str]:
-    """The shards that hold the embedding, and so the tokenizer."""
-    return [shard.name for shard in cluster.shards if shard.role == "bottom" and shard.layers[0] == 0]
 
 
 async def fetch_files(replica: Replica) -> dict[str, bytes]:

@@ -59,7 +59,7 @@ def test_toml_and_json_load_equal_clusters(tmp_path: Path) -> None:
     preset = load_cluster("smollm2")
     path = tmp_path / "copy.json"
     path.write_text(json.dumps(preset.model_dump(mode="json", exclude={"folder"})))
-    assert load_cluster(str(path)) == preset.model_copy(update={"folder": tmp_path})
+    assert load_cluster(str(path)) == preset.model_copy(update={"folder": tmp_path, "file": path})
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])

@@ -74,8 +74,8 @@ def router() -> AlwaysWeak:
 
 @pytest.fixture
 def source() -> VocabularySource:
-    registry = SimpleNamespace(compatibility=CompatibilityCheck(CLUSTER))
-    source = VocabularySource(cast(ShardRegistry, registry), [])
+    registry = SimpleNamespace(compatibility=CompatibilityCheck(CLUSTER), first_shards=[])
+    source = VocabularySource(cast(ShardRegistry, registry))
     source.current = VOCABULARY
     return source
 

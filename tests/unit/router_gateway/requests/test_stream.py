@@ -85,10 +85,10 @@ async def streaming(
     clock: Callable[[], float] = time.monotonic,
 ) -> AsyncIterator[StreamBench]:
     metrics = Metrics(["weak", "strong"], ["requested"])
-    async with registry_of(*shards, metrics=metrics) as (cluster, registry):
+    async with registry_of(*shards, metrics=metrics) as (_, registry):
         await registry.refresh()
         policy = RetryPolicy(wait_seconds=wait_seconds, first_pause_seconds=0.005, max_failures=max_failures)
-        placement = Placement(cluster, registry)
+        placement = Placement(registry)
         progress = ProgressMonitor(placement, QUICK, EjectionPolicy())
         dependencies = FailoverDependencies(registry, placement, metrics, policy, clock)
         async with background_tasks(progress.run()):

@@ -67,9 +67,9 @@ async def test_routes_are_ordered_by_parameters_once_all_are_known() -> None:
     async with registry_of(bottom, FakeShard("top-0", "top")) as (cluster, registry):
         models = ModelRegistry(cluster, registry)
         assert models.routes() == ["weak", "strong"]
-        await registry.refresh(["bottom-0"])
+        await registry.refresh([registry.replicas["bottom-0"]])
         assert models.routes() == ["weak", "strong"]
-        await registry.refresh(["top-0"])
+        await registry.refresh([registry.replicas["top-0"]])
         assert models.routes() == ["strong", "weak"]
 
 
@@ -85,9 +85,9 @@ async def test_costs_are_relative_to_the_costliest_route() -> None:
     bottom = FakeShard("bottom-0", "bottom")
     async with registry_of(bottom, FakeShard("top-0", "top")) as (cluster, registry):
         models = ModelRegistry(cluster, registry)
-        await registry.refresh(["bottom-0"])
+        await registry.refresh([registry.replicas["bottom-0"]])
         assert models.costs() == {}
-        await registry.refresh(["top-0"])
+        await registry.refresh([registry.replicas["top-0"]])
         assert models.costs() == {"weak": 1_100 / 1_400, "strong": 1.0}
 
 

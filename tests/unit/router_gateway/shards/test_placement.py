@@ -28,15 +28,15 @@ async def test_choose_takes_the_most_free_kv_on_every_stage() -> None:
     fakes = shards()
     for fake, free in zip(fakes, (10, 20, 40, 30), strict=True):
         fake.free_kv_tokens = free
-    async with registry_of(*fakes) as (cluster, registry):
+    async with registry_of(*fakes) as (_, registry):
         await registry.refresh()
-        assert chosen(Placement(cluster, registry)) == ("bottom-1", "top-0")
+        assert chosen(Placement(registry)) == ("bottom-1", "top-0")
 
 
 async def test_reserved_kv_spreads_requests_between_polls() -> None:
-    async with registry_of(*shards()) as (cluster, registry):
+    async with registry_of(*shards()) as (_, registry):
         await registry.refresh()
-        placement = Placement(cluster, registry)
+        placement = Placement(registry)
         taken = []
         with ExitStack() as stack:
             for _ in range(4):
@@ -50,29 +50,29 @@ async def test_reserved_kv_spreads_requests_between_polls() -> None:
 async def test_failed_replicas_come_last() -> None:
     fakes = shards()
     fakes[1].free_kv_tokens = 1
-    async with registry_of(*fakes) as (cluster, registry):
+    async with registry_of(*fakes) as (_, registry):
         await registry.refresh()
-        assert chosen(Placement(cluster, registry), Counter({"bottom-0": 1})) == ("bottom-1", "top-0")
+        assert chosen(Placement(registry), Counter({"bottom-0": 1})) == ("bottom-1", "top-0")
 
 
 async def test_route_with_a_stage_without_replicas_has_no_chain() -> None:
     fakes = shards()
-    async with registry_of(*fakes) as (cluster, registry):
-        placement, strong = Placement(cluster, registry), cluster.route("strong")
-        await registry.refresh(["bottom-0", "bottom-1"])
+    async with registry_of(*fakes) as (_, registry):
+        placement = Placement(registry)
+        await registry.refresh([registry.replicas["bottom-0"], registry.replicas["bottom-1"]])
         assert placement.choose("strong", NO_FAILURES) is None
-        assert not placement.reachable(strong)
-        await registry.refresh(["top-1"])
+        assert not placement.reachable("strong")
+        await registry.refresh([registry.replicas["top-1"]])
         assert chosen(placement) == ("bottom-0", "top-1")
-        assert placement.reachable(strong)
+        assert placement.reachable("strong")
 
 
 async def test_draining_replica_is_never_chosen() -> None:
     fakes = shards()
     fakes[0].free_kv_tokens += 1
     fakes[0].draining = True
-    async with registry_of(*fakes) as (cluster, registry):
-        placement = Placement(cluster, registry)
+    async with registry_of(*fakes) as (_, registry):
+        placement = Placement(registry)
         await registry.refresh()
         # Neither for its free KV nor because the other replica failed.
         assert chosen(placement) == ("bottom-1", "top-0")
@@ -84,15 +84,15 @@ async def test_draining_replica_is_never_chosen() -> None:
 
 async def test_route_whose_only_replica_drains_is_not_reachable() -> None:
     bottom = FakeShard("bottom-0", "bottom")
-    async with registry_of(bottom, FakeShard("top-0", "top")) as (cluster, registry):
-        placement, strong = Placement(cluster, registry), cluster.route("strong")
+    async with registry_of(bottom, FakeShard("top-0", "top")) as (_, registry):
+        placement = Placement(registry)
         await registry.refresh()
         chain = placement.choose("strong", NO_FAILURES)
         assert chain is not None
         bottom.draining = True
         await registry.refresh()
         assert placement.choose("strong", NO_FAILURES) is None
-        assert not placement.reachable(strong)
+        assert not placement.reachable("strong")
         assert chain.draining
 
 
@@ -103,11 +103,6 @@ async def test_next_names_leave_out_the_first_shard() -> None:
         assert chain.first is registry.replicas["bottom-0"]
 
 
-async def test_shards_of_a_route_include_all_replicas() -> None:
-    async with registry_of(*shards()) as (cluster, registry):
-        assert Placement(cluster, registry).shards("weak") == ["bottom-0", "bottom-1", "top-0", "top-1"]
-
-
 async def _only(registry: ShardRegistry) -> Chain:
     await registry.refresh()
     return Chain(tuple(registry.replicas.values()))
@@ -116,9 +111,9 @@ async def _only(registry: ShardRegistry) -> Chain:
 async def test_candidate_chains_share_their_first_shard() -> None:
     fakes = shards()
     fakes[1].free_kv_tokens += 1
-    async with registry_of(*fakes) as (cluster, registry):
+    async with registry_of(*fakes) as (_, registry):
         await registry.refresh()
-        placement = Placement(cluster, registry)
+        placement = Placement(registry)
         fork = placement.choose_candidates(("weak", "strong"), NO_FAILURES)
         assert fork is not None
         assert {route: chain.names for route, chain in fork.by_route.items()} == {
@@ -133,6 +128,6 @@ async def test_candidate_chains_share_their_first_shard() -> None:
 
 async def test_candidate_chains_need_a_chain_for_every_route() -> None:
     fakes = shards()
-    async with registry_of(*fakes) as (cluster, registry):
-        await registry.refresh(["bottom-0", "bottom-1"])
-        assert Placement(cluster, registry).choose_candidates(("weak", "strong"), NO_FAILURES) is None
+    async with registry_of(*fakes) as (_, registry):
+        await registry.refresh([registry.replicas["bottom-0"], registry.replicas["bottom-1"]])
+        assert Placement(registry).choose_candidates(("weak", "strong"), NO_FAILURES) is None

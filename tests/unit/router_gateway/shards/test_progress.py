@@ -61,8 +61,8 @@ def shards() -> list[FakeShard]:
 @asynccontextmanager
 async def bench_of(*fakes: FakeShard) -> AsyncIterator[Bench]:
     metrics, clock = Metrics(["weak", "strong"], ["requested"]), Clock()
-    async with registry_of(*fakes, metrics=metrics, clock=clock) as (cluster, registry):
-        placement = Placement(cluster, registry)
+    async with registry_of(*fakes, metrics=metrics, clock=clock) as (_, registry):
+        placement = Placement(registry)
         await registry.refresh()
         yield Bench(registry, placement, ProgressMonitor(placement, QUICK, EjectionPolicy()), metrics, clock)
         for fake in fakes:

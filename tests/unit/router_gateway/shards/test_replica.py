@@ -16,7 +16,7 @@ async def test_replica_with_another_tokenizer_does_not_serve(caplog: pytest.LogC
     other = FakeShard("top-0", "top")
     other.tokenizer = "words"
     async with registry_of(FakeShard("bottom-0", "bottom"), other) as (_, registry):
-        await registry.refresh(["bottom-0"])
+        await registry.refresh([registry.replicas["bottom-0"]])
         await registry.refresh()
         assert [replica.accepts_requests for replica in registry.replicas.values()] == [True, False]
     assert "its tokenizer is words, but that of bottom-0 is bytes" in caplog.text
@@ -77,7 +77,7 @@ async def test_replica_with_other_layers_does_not_serve(
     shard = FakeShard("bottom-0", "bottom")
     async with registry_of(shard, FakeShard("top-0", "top")) as (_, registry):
         monkeypatch.setitem(LAYERS, "bottom", (0, 3))
-        await registry.refresh(["bottom-0"])
+        await registry.refresh([registry.replicas["bottom-0"]])
         assert not registry.replicas["bottom-0"].accepts_requests
     assert "it holds bottom layers 0 to 3, but the cluster file says 0 to 4 of bottom" in caplog.text
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from router_gateway.tokenization import source as vocabulary_source
-from router_gateway.tokenization.source import VocabularySource, fetch_files, first_shard_names
+from router_gateway.tokenization.source import VocabularySource, fetch_files
 from stitch.errors import Incompatible, Unavailable
 from stitch.process import background_tasks
 from tests.support.byte_tokenizer import tokenizer_files, tokens
@@ -23,10 +23,10 @@ async def test_fetch_files_returns_every_file_complete() -> None:
 
 async def test_load_skips_a_shard_that_is_gone() -> None:
     away = FakeShard("bottom-0", "bottom")
-    async with registry_of(away, FakeShard("bottom-1", "bottom"), FakeShard("top-0", "top")) as (cluster, registry):
+    async with registry_of(away, FakeShard("bottom-1", "bottom"), FakeShard("top-0", "top")) as (_, registry):
         await registry.refresh()
         await away.stop()
-        source = VocabularySource(registry, [registry.replicas[name] for name in first_shard_names(cluster)])
+        source = VocabularySource(registry)
         with pytest.raises(Unavailable, match="bottom-0, bottom-1"):
             source.require()
         vocabulary = await source.load(pause_seconds=0.0)
@@ -37,9 +37,9 @@ async def test_load_skips_a_shard_that_is_gone() -> None:
 async def test_load_skips_a_shard_with_invalid_files() -> None:
     broken = FakeShard("bottom-0", "bottom")
     broken.files = {"tokenizer.json": b"{}"}
-    async with registry_of(broken, FakeShard("bottom-1", "bottom"), FakeShard("top-0", "top")) as (cluster, registry):
+    async with registry_of(broken, FakeShard("bottom-1", "bottom"), FakeShard("top-0", "top")) as (_, registry):
         await registry.refresh()
-        source = VocabularySource(registry, [registry.replicas[name] for name in first_shard_names(cluster)])
+        source = VocabularySource(registry)
         assert (await source.load(pause_seconds=0.0)).end_tokens == (2, 0)
 
 
@@ -48,7 +48,7 @@ async def test_invalid_files_are_named_to_clients_and_logged_once(caplog: pytest
     broken.files = tokenizer_files() | {"generation_config.json": b'{"eos_token_id": -1}'}
     async with registry_of(broken, FakeShard("top-0", "top")) as (_, registry):
         await registry.refresh()
-        source = VocabularySource(registry, [registry.replicas["bottom-0"]])
+        source = VocabularySource(registry)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(source.load(pause_seconds=0.01), 0.3)
         with pytest.raises(Unavailable, match=r"bottom-0: generation_config\.json: eos_token_id is -1, but"):
@@ -87,7 +87,7 @@ async def test_tokenizer_that_the_shards_change_is_loaded_again(caplog: pytest.L
     bottom, top = FakeShard("bottom-0", "bottom"), FakeShard("top-0", "top")
     async with registry_of(bottom, top) as (_, registry):
         await registry.refresh()
-        source = VocabularySource(registry, [registry.replicas["bottom-0"]])
+        source = VocabularySource(registry)
         async with background_tasks(source.follow(pause_seconds=0.01)):
             await eventually(lambda: source.is_current)
             before = source.require()
@@ -104,8 +104,8 @@ async def test_tokenizer_of_a_shard_that_differs_from_the_others_is_not_loaded()
     other = FakeShard("bottom-0", "bottom")
     other.tokenizer = "other"
     other.files = {"tokenizer.json": b"{}"}
-    async with registry_of(other, FakeShard("bottom-1", "bottom"), FakeShard("top-0", "top")) as (cluster, registry):
+    async with registry_of(other, FakeShard("bottom-1", "bottom"), FakeShard("top-0", "top")) as (_, registry):
         await registry.refresh()
-        source = VocabularySource(registry, [registry.replicas[name] for name in first_shard_names(cluster)])
+        source = VocabularySource(registry)
         await source.load(pause_seconds=0.0)
         assert source.is_current
