@@ -13,6 +13,7 @@ from router_gateway.shards.ejection import EjectionPolicy
 from router_gateway.shards.replica import HealthPolicy
 from stitch.cluster import ClusterConfig, load_cluster
 from stitch.errors import InvalidRequest
+from stitch.membership import check_addresses
 from stitch.settings import Settings
 from stitch.tls import check_exposure, is_loopback
 
@@ -80,10 +81,7 @@ def check(settings: GatewaySettings) -> None:
     for field, address in ("listen", settings.address), ("metrics_host", settings.metrics_address):
         check_exposure(field, address, settings.cluster.tls is not None, settings.insecure)
     _check_clients(settings)
-    for shard in settings.cluster.shards:
-        if shard.address.endswith(":0"):
-            limit = "it needs a port; only `stitch up` chooses free ones"
-            raise InvalidRequest(f"shards.{shard.name}.address", shard.address, limit)
+    check_addresses(settings.cluster)
     check_thresholds(settings.cluster.gateway.thresholds, len(settings.cluster.routes))
 
 

@@ -12,6 +12,7 @@ from itertools import product
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from stitch import buckets
+from stitch.membership import CHANGES
 
 # The route label of a request that ended before its route was decided.
 NO_ROUTE = "none"
@@ -99,6 +100,8 @@ class Metrics:
         self.drain_refusals = Counter(name, about, registry=self.registry)
         name, about = "stitch_ejections_total", "Times that a shard got no new sessions for a while, by cause."
         self.ejections = self._counter(name, about, cause=EJECTION_CAUSES)
+        name, about = "stitch_membership_changes_total", "Shards that came or went, and sources that were refused."
+        self.membership_changes = self._counter(name, about, kind=CHANGES)
         name, about = "stitch_cancelled_total", "Answers cancelled before their end, by cause."
         self.cancelled = self._counter(name, about, cause=CANCEL_CAUSES)
 

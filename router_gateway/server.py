@@ -42,6 +42,7 @@ from stitch.access import Access
 from stitch.certificates import Certificates, open_certificates
 from stitch.cluster import ClusterConfig
 from stitch.errors import InvalidRequest
+from stitch.membership import Membership, Resolve, resolve_by_system
 from stitch.metrics_server import serving_metrics
 from stitch.process import InFlightTracker, StopSignals, background_tasks, observe_event_loop
 from stitch.thresholds import Thresholds
@@ -74,11 +75,11 @@ class Gateway:
         await self.server.stop(None)
 
 
-async def serve(settings: GatewaySettings) -> None:
+async def serve(settings: GatewaySettings, resolve: Resolve = resolve_by_system) -> None:
     """Runs a gateway until SIGTERM or SIGINT, drains it, and stops. Raises like `open_gateway`."""
     signals = StopSignals()
     signals.install()
-    async with open_gateway(settings) as gateway:
+    async with open_gateway(settings, resolve) as gateway:
         host = settings.host
         print(f"router-gateway: listening on {host}:{gateway.port}", flush=True)
         where = f"{settings.cluster.gateway.metrics_host}:{gateway.metrics_port}"
@@ -88,8 +89,11 @@ async def serve(settings: GatewaySettings) -> None:
 
 
 @asynccontextmanager
-async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
-    """A gateway that listens within the block. Raises InvalidRequest, or OSError where a port is in use."""
+async def open_gateway(settings: GatewaySettings, resolve: Resolve = resolve_by_system) -> AsyncIterator[Gateway]:
+    """A gateway that listens within the block. `resolve` finds the addresses of names in the cluster file.
+
+    Raises InvalidRequest, or OSError where a port is in use.
+    """
     check(settings)
     cluster = settings.cluster
     certificates = open_certificates(cluster, "gateway", "gateway")
@@ -102,9 +106,12 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         metrics_port = await stack.enter_async_context(serving)
 
         connect = certificates.rotating_channel if certificates else channels.open_plain_channel
+        membership = Membership(cluster, resolve, lambda change: metrics.membership_changes.labels(kind=change).inc())
         registry = ShardRegistry(cluster, connect, settings.health, settings.ejection, metrics)
+        membership.on_change.append(registry.take)
         await stack.enter_async_context(registry.polling())
-        placement, models = Placement(registry), ModelRegistry(cluster, registry)
+        await stack.enter_async_context(background_tasks(membership.follow()))
+        placement, models = Placement(registry), ModelRegistry(membership, registry)
         progress = ProgressMonitor(placement, settings.health, settings.ejection)
         await stack.enter_async_context(background_tasks(progress.run()))
         source = VocabularySource(registry)

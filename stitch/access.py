@@ -35,6 +35,10 @@ class CallerPolicy:
     def __init__(self, cluster: ClusterConfig, is_revoked: Callable[[Peer], bool]) -> None:
         self.is_revoked = is_revoked
         self._cluster = cluster.name
+        self.take(cluster)
+
+    def take(self, cluster: ClusterConfig) -> None:
+        """The cluster has these shards now."""
         self._shards = frozenset(shard.name for shard in cluster.shards)
 
     def objection(self, peer: Peer | None, roles: frozenset[Role] | None) -> str | None:
@@ -50,6 +54,13 @@ class CallerPolicy:
             return None
         return f"its {peer} names no {' or '.join(sorted(roles)) or 'caller'} of cluster {self._cluster}"
 
+    def misses_shard(self, peer: Peer | None) -> bool:
+        """Whether the certificate names a shard of this cluster that is not in it."""
+        return peer is not None and any(
+            (one.cluster, one.role) == (self._cluster, "shard") and one.name not in self._shards
+            for one in peer.identities
+        )
+
     def _contains(self, identity: Identity) -> bool:
         return identity.cluster == self._cluster and (identity.role != "shard" or identity.name in self._shards)
 
@@ -57,10 +68,16 @@ class CallerPolicy:
 class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone
     """Refuses calls before their requests are decoded, and ends running calls whose certificate is revoked."""
 
-    def __init__(self, policy: CallerPolicy, methods: Methods | None) -> None:
-        """Without `methods`, every caller with a certificate may call every method."""
+    def __init__(
+        self, policy: CallerPolicy, methods: Methods | None, refresh: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        """Without `methods`, every caller with a certificate may call every method.
+
+        `refresh` is awaited before a caller is refused, who may be a shard that the cluster has only just got.
+        """
         self._policy = policy
         self._methods = methods
+        self._refresh = refresh
         self._running: dict[asyncio.Timeout, Peer] = {}
 
     async def intercept_service(
@@ -96,7 +113,7 @@ class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
     @asynccontextmanager
     async def _admitted(self, method: str, context: Context) -> AsyncIterator[None]:
         """Raises Forbidden where the caller may not call the method, and once its certificate is revoked."""
-        peer = self._checked(method, context)
+        peer = await self._checked(method, context)
         scope = asyncio.timeout(None)
         try:
             async with scope:
@@ -110,12 +127,14 @@ class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
                 raise self._refusal(method, context, f"its {peer} has been revoked") from None
             raise
 
-    def _checked(self, method: str, context: Context) -> Peer:
+    async def _checked(self, method: str, context: Context) -> Peer:
         roles = None if self._methods is None else self._methods.get(method, frozenset())
         try:
             peer = peer_of(context)
         except ValueError as error:
             raise self._refusal(method, context, f"its certificate can't be read: {error}") from error
+        if self._refresh is not None and self._policy.misses_shard(peer):
+            await self._refresh()
         objection = self._policy.objection(peer, roles)
         if peer is None or objection is not None:
             raise self._refusal(method, context, str(objection))

@@ -7,6 +7,7 @@ after it has chosen every port. A `ClusterConfig` is valid as a whole: its shard
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from importlib import resources
 from itertools import pairwise
@@ -25,6 +26,7 @@ Role = Literal["bottom", "top"]
 ROLES: tuple[Role, Role] = ("bottom", "top")
 # Layers [first, end) of one model: what all replicas of a stage hold.
 Stage = tuple[Role, tuple[int, int]]
+SHARD_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 # Begins the address of a shard whose replicas are the addresses behind a name.
 DNS_SCHEME = "dns:"
 # A replica's name has the entry's name and up to 39 characters of an address.
@@ -74,7 +76,7 @@ class RouteConfig(Settings):
 class ShardConfig(Settings):
     """A process that computes layers [first, end) of one model, and its address."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    name: str = Field(pattern=rf"^{SHARD_NAME.pattern}$")
     role: Role
     layers: tuple[int, int] = Field(strict=False)
     # host:port for other shards and the gateway. Port 0 is for `stitch up` alone, which chooses one. `dns:host:port`:

@@ -6,6 +6,8 @@ frozen and within its limits, and its address is one that the cluster's TLS sett
 
 from __future__ import annotations
 
+from ipaddress import ip_address
+
 from pydantic import Field, ValidationError
 
 from stitch.cluster import ClusterConfig, ShardConfig
@@ -55,7 +57,7 @@ def shard_settings(
 
     Raises InvalidRequest for an unknown shard, a value outside its limits, or an address that needs TLS.
     """
-    config = cluster.shard(shard)
+    config = _own(cluster.shard(shard), listen)
     try:
         settings = ShardSettings(
             cluster=cluster,
@@ -72,3 +74,18 @@ def shard_settings(
     for field, address in ("listen", settings.listen), ("metrics_host", settings.metrics_address):
         check_exposure(field, address, cluster.tls is not None, insecure)
     return settings
+
+
+def _own(entry: ShardConfig, listen: str | None) -> ShardConfig:
+    """This process among the replicas of an entry with a name of DNS, else the entry."""
+    if entry.dns_host is None:
+        return entry
+    host = (listen or "").rpartition(":")[0].strip("[]")
+    try:
+        address = ip_address(host)
+    except ValueError:
+        address = None
+    if address is None or address.is_unspecified:
+        limit = f"replicas of {entry.name} have an IP address that DNS has for {entry.dns_host}, and listen on it"
+        raise InvalidRequest("listen", listen, limit)
+    return entry.at(str(address))

@@ -24,6 +24,7 @@ from stitch import channels
 from stitch.access import Access, Methods
 from stitch.certificates import Certificates, open_certificates
 from stitch.environment import step_log_folder
+from stitch.membership import Membership, Resolve, resolve_by_system
 from stitch.metrics_server import serving_metrics
 from stitch.process import StopSignals, background_tasks, observe_event_loop
 from stitch.v1 import shard_pb2, shard_pb2_grpc
@@ -64,13 +65,13 @@ CALLERS: Methods = {
 }
 
 
-async def serve(settings: ShardSettings) -> None:
+async def serve(settings: ShardSettings, resolve: Resolve = resolve_by_system) -> None:
     """Runs a shard until SIGTERM or SIGINT, lets running sessions finish, and stops."""
     sys.setswitchinterval(SWITCH_SECONDS)
     signals = StopSignals()
     signals.install()
     print(f"stitch-server: shard {settings.shard.name} loads; the first start here compiles its kernels", flush=True)
-    async with open_shard(settings) as running:
+    async with open_shard(settings, resolve) as running:
         # What exists now lives as long as the process: no collection needs to visit it, least of all the one at exit.
         gc.freeze()
         print(f"stitch-server: shard {settings.shard.name} listens on {settings.host}:{running.port}", flush=True)
@@ -121,24 +122,29 @@ class RunningShard:
 
 
 @asynccontextmanager
-async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
-    """A shard that listens inside of the block.
+async def open_shard(settings: ShardSettings, resolve: Resolve = resolve_by_system) -> AsyncIterator[RunningShard]:
+    """A shard that listens inside of the block. `resolve` finds the addresses of names in the cluster file.
 
     Raises Incompatible, InvalidRequest for a certificate, or OSError for a port that is taken.
     """
-    certificates = open_certificates(settings.cluster, "shard", settings.shard.name)
+    certificates = open_certificates(settings.cluster, "shard", settings.shard.certified_name)
+    membership = Membership(settings.cluster, resolve)
     device = pick_device(settings.cluster.compute.device)
     loaded = await asyncio.to_thread(load_stage, settings.cluster, settings.shard, device)
     async with AsyncExitStack() as stack:
         folder, name = step_log_folder(), settings.shard.name
-        metrics, neighbours = Metrics(name), Neighbours(settings.cluster, name)
+        metrics, neighbours = Metrics(name), Neighbours(membership, settings.shard)
         step_log = None if folder is None else stack.enter_context(StepLog(folder, name))
 
-        connect = None if certificates is None else certificates.open_channel
+        def connect(neighbour: str, address: str) -> grpc.aio.Channel:
+            if certificates is None:
+                return channels.open_channel(address)
+            return certificates.open_channel(neighbours.certified_name(neighbour), address)
 
         def open_links(identity: shard_pb2.ShardIdentity, on_event: Callable[[LinkEvent], None]) -> LinkClient:
             sent = metrics.link_bytes_sent.inc
             links = LinkClient(identity, on_event, sent, neighbours.address_of, connect, neighbours.has_replica)
+            membership.on_change.append(lambda cluster: links.end_moved())
             stack.push_async_callback(links.aclose)
             return links
 
@@ -150,17 +156,21 @@ async def open_shard(settings: ShardSettings) -> AsyncIterator[RunningShard]:
         serving = serving_metrics(metrics.registry, settings.metrics_address, certificates)
         metrics_port = await stack.enter_async_context(serving)
         health = HealthServicer()
-        server, port = await _listening(shard, health, settings, certificates)
+        server, port = await _listening(shard, health, settings, membership, certificates)
         stack.push_async_callback(server.stop, None)
         observed = observe_event_loop(metrics.event_loop_delay, metrics.event_loop_tasks)
         watched = end_when_stuck(shard.engine.pass_age)
         following = [] if certificates is None else [certificates.follow()]
-        await stack.enter_async_context(background_tasks(observed, watched, *following))
+        await stack.enter_async_context(background_tasks(observed, watched, membership.follow(), *following))
         yield RunningShard(port, metrics_port, shard, health)
 
 
 async def _listening(
-    shard: Shard, health: HealthServicer, settings: ShardSettings, certificates: Certificates | None
+    shard: Shard,
+    health: HealthServicer,
+    settings: ShardSettings,
+    membership: Membership,
+    certificates: Certificates | None,
 ) -> tuple[grpc.aio.Server, int]:
     interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [LenientDecoding()]
     largest = channels.MAX_FRAME_BYTES + ID_BYTES * shard.loaded.model.context_length
@@ -168,7 +178,8 @@ async def _listening(
     if certificates is None:
         server, credentials = channels.open_server(interceptors, options), None
     else:
-        access = Access(certificates.policy, CALLERS)
+        access = Access(certificates.policy, CALLERS, membership.refresh)
+        membership.on_change.append(certificates.policy.take)
         certificates.on_change.append(access.end_revoked)
         server = channels.open_server([access, *interceptors], [*options, *certificates.server_options])
         credentials = certificates.to_programs()

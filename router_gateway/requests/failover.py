@@ -14,7 +14,7 @@ from pydantic import Field
 
 from router_gateway.metrics import Metrics
 from router_gateway.shards.compatibility import Facts
-from router_gateway.shards.placement import Chain, PlacedSession, Placement
+from router_gateway.shards.placement import NO_PROMPT, Chain, PlacedSession, Placement, Prompt
 from router_gateway.shards.registry import ShardRegistry
 from stitch.errors import Exhausted, StitchError, Unavailable
 from stitch.settings import Settings
@@ -74,11 +74,20 @@ class FailureRecord:
 class Failover:
     """The chains of one answer. `facts` are what their shards must have in common, such as the gateway's tokenizer."""
 
-    def __init__(self, routes: tuple[str, ...], dependencies: FailoverDependencies, facts: Facts) -> None:
+    def __init__(
+        self,
+        routes: tuple[str, ...],
+        dependencies: FailoverDependencies,
+        facts: Facts,
+        prompt: Prompt = NO_PROMPT,
+    ) -> None:
         # The candidates between which a first shard decides, or the one route of the answer.
         self.routes = routes
         self._dependencies = dependencies
         self._facts = facts
+        self._prompt = prompt
+        # The session that has computed the prompt.
+        self._computed_by: PlacedSession | None = None
         self._failures = FailureRecord()
         # KV tokens that the answer may need.
         self._reserved_tokens = 0
@@ -94,6 +103,10 @@ class Failover:
         if self._failures.count or self._failures.last_error is not None:
             self._failures = FailureRecord()
         self._facts = session.facts
+        if self._computed_by is not session:
+            self._computed_by = session
+            tenant, token_ids = self._prompt
+            self._dependencies.placement.prefixes.record(tenant, self.routes[0], token_ids, session.chain.names)
 
     async def record_failure(self, session: PlacedSession, error: ChainLost | Exhausted, generated_tokens: int) -> None:
         """Records that the session was lost. Raises the error for the client after too many failures.
@@ -156,9 +169,9 @@ class Failover:
     def _choose(self, allow_failed: bool) -> Chain | None:
         placement, by_shard = self._dependencies.placement, self._failures.by_shard
         chain = (
-            placement.choose(self.routes[0], by_shard, self._reserved_tokens, self._facts)
+            placement.choose(self.routes[0], by_shard, self._reserved_tokens, self._facts, self._prompt)
             if len(self.routes) == 1
-            else placement.choose_candidates(self.routes, by_shard, self._reserved_tokens, self._facts)
+            else placement.choose_candidates(self.routes, by_shard, self._reserved_tokens, self._facts, self._prompt)
         )
         failed = chain is not None and chain.names in self._failures.chains
         return None if failed and not allow_failed else chain

@@ -28,6 +28,7 @@ from router_gateway.routing.router import RouteDecision
 from router_gateway.routing.selector import Selector
 from router_gateway.routing.ttft_predictor import TrackedRequest, TtftPredictor
 from router_gateway.shards.models import ModelRegistry
+from router_gateway.shards.placement import Prompt as PlacedPrompt
 from router_gateway.tokenization.chat_template import TemplateRefusal, ToolCall
 from router_gateway.tokenization.control_tokens import ControlTokenInText
 from router_gateway.tokenization.detokenizer import Detokenizer
@@ -354,7 +355,8 @@ class Pipeline:
     def _steps(self, prepared: Prepared, ticket: Ticket) -> AsyncGenerator[Step, None]:
         tenant = ticket.tenant
         given = replace(prepared.stream_input, tenant=tenant.name, tenant_weight=tenant.weight)
-        failover = Failover(given.routes, self._dependencies, given.facts)
+        prompt = PlacedPrompt(tenant.name, given.token_ids)
+        failover = Failover(given.routes, self._dependencies, given.facts, prompt)
         return TokenStream(given, failover, ticket.deadline, self._dependencies.clock).steps()
 
     def _start(

@@ -10,6 +10,9 @@ from typing import NamedTuple, Protocol
 
 from stitch.v1 import shard_pb2
 
+# How far placement lets replicas differ for the sake of prefixes that one of them has computed.
+MORE_SHARE, MORE_SESSIONS = 1.1, 1
+
 
 class KvHolder(Protocol):
     """A session as its KV tokens."""
@@ -55,6 +58,11 @@ class ReplicaLoad:
     def share(self) -> float:
         """Sessions relative to the KV capacity, which stands for the size of the shard's device."""
         return self.sessions / max(self._capacity_tokens, 1)
+
+    def is_about(self, least_share: float) -> bool:
+        """Whether it has hardly more sessions for its size than a replica of the least share."""
+        extra = MORE_SESSIONS / max(self._capacity_tokens, 1)
+        return self.share <= MORE_SHARE * least_share + extra
 
     def add(self, session: KvHolder) -> None:
         self._sessions.add(session)

@@ -6,16 +6,19 @@ from collections.abc import Iterable, Iterator
 
 from router_gateway.shards.registry import ShardRegistry
 from router_gateway.shards.replica import Replica
-from stitch.cluster import ClusterConfig, ModelConfig, RouteConfig
+from stitch.cluster import ModelConfig, RouteConfig
 from stitch.errors import Unavailable
+from stitch.membership import Membership
 from stitch.v1 import inference_pb2, shard_pb2
 
 
 class ModelRegistry:
     """Merges the cluster file with the identities of the shards, which are kept while a shard is gone."""
 
-    def __init__(self, cluster: ClusterConfig, registry: ShardRegistry) -> None:
-        self._cluster = cluster
+    def __init__(self, membership: Membership, registry: ShardRegistry) -> None:
+        self._membership = membership
+        # Models and routes never change.
+        self._cluster = membership.cluster
         self._registry = registry
 
     @property
@@ -58,7 +61,13 @@ class ModelRegistry:
             bottom=self._model("bottom", self._cluster.models.bottom),
             top=self._model("top", self._cluster.models.top),
             routes=[self._route(self._cluster.route(name)) for name in self.routes()],
-            shards=[_shard(replica, addresses) for replica in self._registry.replicas.values()],
+            shards=[_shard(replica, addresses) for replica in self._registry.all_replicas],
+            membership=inference_pb2.Membership(
+                source=self._membership.source,
+                last_change=self._membership.last_change,
+                seconds_since_change=self._membership.seconds_since_change,
+                problems=[f"{source}: {reason}" for source, reason in self._membership.problems.items() if addresses],
+            ),
         )
 
     def _route(self, route: RouteConfig) -> inference_pb2.RouteDescription:
@@ -115,4 +124,5 @@ def _shard(replica: Replica, addresses: bool) -> inference_pb2.ShardDescription:
         dtype=identity.compute_dtype,
         kv_capacity_tokens=identity.kv_capacity_tokens,
         serving=replica.accepts_requests,
+        state=replica.state,
     )

@@ -1,8 +1,9 @@
 """Chooses the chain of replicas for a request, and keeps the sessions that this gateway has placed.
 
 For every stage of the route, of the replicas that accept requests: one that is not avoided, did not fail this request,
-has room for its KV, and has the fewest sessions for its size; where these are equal the one with the most free KV. Each
-of these is a preference, so a stage is never without a replica that accepts requests.
+has room for its KV, has computed most of its prompt already, and has the fewest sessions for its size; where these are
+equal the one with the most free KV. What a replica has computed counts only while it has hardly more sessions than
+others. Each of these is a preference, so a stage is never without a replica that accepts requests.
 """
 
 from __future__ import annotations
@@ -11,11 +12,24 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from router_gateway.shards.compatibility import Facts
+from router_gateway.shards.prefixes import Names, Prefixes
 from router_gateway.shards.registry import ShardRegistry
 from router_gateway.shards.replica import Replica
+
+Preference = tuple[bool, int, bool, int, float, int]
+
+
+class Prompt(NamedTuple):
+    """The tokens of a prompt, and the tenant whose sessions share their KV."""
+
+    tenant: str
+    token_ids: Sequence[int]
+
+
+NO_PROMPT = Prompt("", ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +157,7 @@ class Placement:
     def __init__(self, registry: ShardRegistry) -> None:
         self._registry = registry
         self.clock = registry.clock
+        self.prefixes = Prefixes()
         self.sessions: set[PlacedSession] = set()
 
     @property
@@ -150,7 +165,14 @@ class Placement:
         """All that may have sessions."""
         return self._registry.all_replicas
 
-    def choose(self, route: str, failures: Counter[str], tokens: int = 0, facts: Facts | None = None) -> Chain | None:
+    def choose(
+        self,
+        route: str,
+        failures: Counter[str],
+        tokens: int = 0,
+        facts: Facts | None = None,
+        prompt: Prompt = NO_PROMPT,
+    ) -> Chain | None:
         """The chain for a session of `route` that may need `tokens` of KV.
 
         `failures` has the request's failures by shard. None where a stage has no replica that accepts requests, or
@@ -158,22 +180,35 @@ class Placement:
         """
         if facts is not None and not self._registry.compatibility.continues(facts, (route,)):
             return None
-        chosen = []
+        computed = self.prefixes.computed(prompt.tenant, route, prompt.token_ids)
+        chosen: list[Replica] = []
         for stage in self._registry.stages[route]:
             candidates = [replica for replica in stage if replica.accepts_requests]
             if not candidates:
                 return None
-            chosen.append(min(candidates, key=lambda one: _preference(one, failures, tokens)))
+            names = tuple(replica.config.name for replica in chosen)
+            least = min((one.load.share for one in candidates if not one.avoided), default=0.0)
+
+            def preference(replica: Replica, names: Names = names, least: float = least) -> Preference:
+                held = computed.get((*names, replica.config.name), 0) if replica.load.is_about(least) else 0
+                return _preference(replica, failures, tokens, held)
+
+            chosen.append(min(candidates, key=preference))
         return Chain(tuple(chosen))
 
     def choose_candidates(
-        self, routes: Sequence[str], failures: Counter[str], tokens: int = 0, facts: Facts | None = None
+        self,
+        routes: Sequence[str],
+        failures: Counter[str],
+        tokens: int = 0,
+        facts: Facts | None = None,
+        prompt: Prompt = NO_PROMPT,
     ) -> CandidateChains | None:
         """A chain as `choose` finds it for each route; None where one of them has none.
 
         All have the same first shard, since all routes have the same first stage.
         """
-        chains = {route: self.choose(route, failures, tokens, facts) for route in routes}
+        chains = {route: self.choose(route, failures, tokens, facts, prompt) for route in routes}
         found = {route: chain for route, chain in chains.items() if chain is not None}
         if len(found) < len(chains):
             return None
@@ -201,13 +236,14 @@ class Placement:
         return all(any(replica.accepts_requests for replica in stage) for stage in self._registry.stages[route])
 
 
-def _preference(replica: Replica, failures: Counter[str], tokens: int) -> tuple[bool, int, bool, float, int]:
+def _preference(replica: Replica, failures: Counter[str], tokens: int, computed_tokens: int) -> Preference:
     """The smallest is chosen, the first of equals."""
     load = replica.load
     return (
         replica.avoided,
         failures[replica.config.name],
         load.free_tokens < tokens,
+        -computed_tokens,
         load.share,
         -load.free_tokens,
     )

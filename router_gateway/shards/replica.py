@@ -97,6 +97,15 @@ class Replica:
         return self.wanted and self.serving and not self.draining and self.mismatch is None
 
     @property
+    def state(self) -> str:
+        """As `ShardDescription.state` has it."""
+        if self.accepts_requests:
+            return "ready"
+        if self.serving and (self.draining or not self.wanted):
+            return "draining"
+        return "wanted" if self.serving or self.identity is None else "gone"
+
+    @property
     def avoided(self) -> bool:
         """Whether placement prefers other replicas."""
         doubted = self._silent_seconds >= self._policy.doubt_seconds

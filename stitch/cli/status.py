@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from datetime import timedelta
 
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console, Group
@@ -29,10 +30,12 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def show_description(console: Console, found: inference_pb2.DescribeResponse) -> None:
-    """Prints one table each of models, routes and shards."""
+    """Prints one table each of models, routes and shards, and where the shards come from."""
     for drawn in (models_table(found), routes_table(found), shards_table(found)):
         console.print()
         console.print(drawn)
+    for line in membership_lines(found.membership):
+        console.print(line, highlight=False, markup=False)
 
 
 def models_table(found: inference_pb2.DescribeResponse) -> Group:
@@ -71,9 +74,16 @@ def shards_table(found: inference_pb2.DescribeResponse) -> Group:
             shard.address,
             f"{shard.device} {shard.dtype}".strip(),
             f"{shard.kv_capacity_tokens:,}" if shard.kv_capacity_tokens else "–",
-            "serving" if shard.serving else "unreachable",
+            shard.state,
         )
         for shard in found.shards
     ]
     columns = ("shard", "layers", "address", "device", "KV tokens", "state")
     return table("shards", columns, rows, right=("KV tokens",))
+
+
+def membership_lines(membership: inference_pb2.Membership) -> list[str]:
+    """The source of the shards, its last change, and what is wrong with it."""
+    since = timedelta(seconds=round(membership.seconds_since_change))
+    changed = f"{membership.last_change}, {since} ago" if membership.last_change else f"no change for {since}"
+    return [f"shards from {membership.source}: {changed}", *(f"refused: {one}" for one in membership.problems)]

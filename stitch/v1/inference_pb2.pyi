@@ -371,18 +371,32 @@ class DescribeRequest(_message.Message):
     def __init__(self, addresses: _Optional[bool] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("cluster", "bottom", "top", "routes", "shards")
+    __slots__ = ("cluster", "bottom", "top", "routes", "shards", "membership")
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     BOTTOM_FIELD_NUMBER: _ClassVar[int]
     TOP_FIELD_NUMBER: _ClassVar[int]
     ROUTES_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
+    MEMBERSHIP_FIELD_NUMBER: _ClassVar[int]
     cluster: str
     bottom: Model
     top: Model
     routes: _containers.RepeatedCompositeFieldContainer[RouteDescription]
     shards: _containers.RepeatedCompositeFieldContainer[ShardDescription]
-    def __init__(self, cluster: _Optional[str] = ..., bottom: _Optional[_Union[Model, _Mapping]] = ..., top: _Optional[_Union[Model, _Mapping]] = ..., routes: _Optional[_Iterable[_Union[RouteDescription, _Mapping]]] = ..., shards: _Optional[_Iterable[_Union[ShardDescription, _Mapping]]] = ...) -> None: ...
+    membership: Membership
+    def __init__(self, cluster: _Optional[str] = ..., bottom: _Optional[_Union[Model, _Mapping]] = ..., top: _Optional[_Union[Model, _Mapping]] = ..., routes: _Optional[_Iterable[_Union[RouteDescription, _Mapping]]] = ..., shards: _Optional[_Iterable[_Union[ShardDescription, _Mapping]]] = ..., membership: _Optional[_Union[Membership, _Mapping]] = ...) -> None: ...
+
+class Membership(_message.Message):
+    __slots__ = ("source", "last_change", "seconds_since_change", "problems")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    LAST_CHANGE_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_SINCE_CHANGE_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    last_change: str
+    seconds_since_change: float
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, source: _Optional[str] = ..., last_change: _Optional[str] = ..., seconds_since_change: _Optional[float] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("id", "revision", "architecture", "layers", "hidden_size", "vocabulary_size", "context_length")
@@ -417,7 +431,7 @@ class RouteDescription(_message.Message):
     def __init__(self, name: _Optional[str] = ..., bottom_layers: _Optional[int] = ..., top_from: _Optional[int] = ..., stitch: _Optional[str] = ..., parameters: _Optional[int] = ...) -> None: ...
 
 class ShardDescription(_message.Message):
-    __slots__ = ("name", "address", "role", "first_layer", "end_layer", "device", "dtype", "kv_capacity_tokens", "serving")
+    __slots__ = ("name", "address", "role", "first_layer", "end_layer", "device", "dtype", "kv_capacity_tokens", "serving", "state")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -427,6 +441,7 @@ class ShardDescription(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SERVING_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     name: str
     address: str
     role: str
@@ -436,4 +451,5 @@ class ShardDescription(_message.Message):
     dtype: str
     kv_capacity_tokens: int
     serving: bool
-    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., role: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_capacity_tokens: _Optional[int] = ..., serving: _Optional[bool] = ...) -> None: ...
+    state: str
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., role: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_capacity_tokens: _Optional[int] = ..., serving: _Optional[bool] = ..., state: _Optional[str] = ...) -> None: ...

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stitch.errors import InvalidRequest, plain
+from stitch.errors import InvalidRequest, Unavailable, plain
 from stitch.grammar import Grammar
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Token ids are 32 bits wide.
 UNLIMITED = 1 << 32
 # Takes a route, and the names of the shards that a session takes after this one; raises InvalidRequest where these are
-# not those of the route.
+# not those of the route, Unavailable where one is not in the cluster.
 CheckChain = Callable[[str, Sequence[str]], None]
 # Takes a grammar, the tokens generated so far, and those that end an answer.
 Constrain = Callable[[Grammar, Sequence[int], Sequence[int]], "Constraint"]
@@ -240,11 +240,13 @@ class SessionTable:
             self._check_chain(session.route, session.chain)
         except InvalidRequest as error:
             raise contradiction(str(error)) from error
+        except Unavailable as error:
+            raise SessionRefused(shard_pb2.FAILURE_CAUSE_UNAVAILABLE, str(error), error.shard) from error
 
     def _is_chain_of(self, route: str, chain: tuple[str, ...]) -> bool:
         try:
             self._check_chain(route, chain)
-        except InvalidRequest:
+        except (InvalidRequest, Unavailable):
             return False
         return True
 

@@ -13,6 +13,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -60,6 +61,8 @@ class LinkClient:
         self._address_of = address_of
         self._connect = connect or (lambda neighbour, address: open_channel(address))
         self._links: dict[str, _Link] = {}
+        # Where the latest link to each shard went.
+        self._addresses: dict[str, str] = {}
         self._loop = asyncio.get_running_loop()
         self._has_replica = has_replica
         self._silence = SilenceBound()
@@ -113,7 +116,18 @@ class LinkClient:
 
     def _channel(self, neighbour: str) -> grpc.aio.Channel:
         """A channel to the address that the shard has now. Raises Unavailable where the cluster has no such shard."""
-        return self._connect(neighbour, self._address_of(neighbour))
+        address = self._addresses[neighbour] = self._address_of(neighbour)
+        return self._connect(neighbour, address)
+
+    def end_moved(self) -> None:
+        """Ends the links to shards that have another address now."""
+        for link in list(self._links.values()):
+            # One that has left the cluster keeps its link until its sessions have ended.
+            with suppress(Unavailable):
+                address = self._address_of(link.neighbour)
+                if address != self._addresses.get(link.neighbour, address):
+                    link.end()
+                    self.on_lost(link, Unavailable(f"{link.neighbour} has another address", shard=link.neighbour))
 
     def _open(self, neighbour: str) -> _Link:
         return _Link(neighbour, self._channel, self._identity, self._on_event, self)

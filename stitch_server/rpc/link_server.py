@@ -8,7 +8,7 @@ whatever reason, all of its sessions are freed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 
@@ -29,6 +29,13 @@ HEARTBEAT_SECONDS = 0.25
 _HEARTBEAT = shard_pb2.LinkResponse(heartbeat=shard_pb2.Heartbeat())
 
 
+Meet = Callable[[Iterable[str]], Awaitable[None]]
+
+
+async def _meet_nobody(names: Iterable[str]) -> None:
+    """The names mean nothing."""
+
+
 class UpstreamLink:
     """The stream of one upstream shard."""
 
@@ -40,14 +47,19 @@ class UpstreamLink:
         in_flight: InFlightTracker,
         routes: frozenset[str],
         prefix_scope: str = "",
+        meet: Meet = _meet_nobody,
     ) -> None:
-        """`in_flight` counts the sessions that are open over this link, for the drain to wait for them."""
+        """`in_flight` counts the sessions that are open over this link, for the drain to wait for them.
+
+        `meet` is awaited with the names of the shards after this one before a session that has them is opened.
+        """
         self.routes = routes
         self.prefix_scope = prefix_scope
         self._engine = engine
         self._next_stage = next_stage
         self._assembler = assembler
         self._in_flight = in_flight
+        self._meet = meet
         self._loop = asyncio.get_running_loop()
         # None ends the stream.
         self._outbox: asyncio.Queue[shard_pb2.LinkResponse | StitchError | None] = asyncio.Queue()
@@ -89,17 +101,19 @@ class UpstreamLink:
     async def _read(self, requests: AsyncIterator[shard_pb2.LinkRequest]) -> None:
         try:
             async for request in requests:
-                self._handle(request)
+                await self._handle(request)
         except StitchError as error:
             self._outbox.put_nowait(error)
         else:
             self._outbox.put_nowait(None)
 
-    def _handle(self, request: shard_pb2.LinkRequest) -> None:
+    async def _handle(self, request: shard_pb2.LinkRequest) -> None:
         kind = request.WhichOneof("frame")
         if kind == "step":
             step = self._assembler.add(request.step)
             if step is not None:
+                opened = [one.new_session for one in step.segments if one.new_session is not None]
+                await self._meet([name for session in opened for name in session.chain])
                 self._enter(step.segments)
                 self._engine.post(partial(self._next_stage.receive, self, step))
         elif kind == "close":

@@ -66,6 +66,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             if first_stage is None:
                 name, role = shard.config.name, shard.config.role
                 raise Incompatible(f"shard {name} holds {role} layers without the embedding: it is no first shard")
+            await shard.neighbours.meet(_chain_names(request))
             with shard.in_flight.admit():
                 outbox: asyncio.Queue[RequestOutput] = asyncio.Queue()
                 generation = self._request(request, outbox)
@@ -88,12 +89,16 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             if next_stage is None:
                 raise Incompatible(f"shard {shard.config.name} is the first of its chain: it has no upstream shard")
             frames = decoded(requests)
-            caller, scope = self._admit_link(await self._hello(frames), context)
+            hello = await self._hello(frames)
+            await shard.neighbours.meet([hello.identity.shard])
+            caller, scope = self._admit_link(hello, context)
             with self._counted(caller.shard):
                 yield shard_pb2.LinkResponse(welcome=shard_pb2.Welcome(identity=shard.identity))
                 assembler = self._assembler(caller)
                 routes = routes_between(caller, shard.identity)
-                link = UpstreamLink(shard.engine, next_stage, assembler, shard.in_flight, routes, scope)
+                link = UpstreamLink(
+                    shard.engine, next_stage, assembler, shard.in_flight, routes, scope, shard.neighbours.meet
+                )
                 async for response in link.responses(frames):
                     yield response
 
@@ -120,7 +125,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         knows who the caller is, and every link is a scope of its own. Raises Forbidden or Incompatible.
         """
         shard, caller = self._shard, hello.identity
-        is_certified = check_shard_name(context, caller.shard)
+        is_certified = check_shard_name(context, shard.neighbours.certified_name(caller.shard))
         check_hello(hello, shard.identity, shard.check_stitch)
         shard.neighbours.check_upstream(caller)
         return caller, caller.shard if is_certified else f"{caller.shard}/{secrets.token_hex(8)}"
@@ -222,6 +227,11 @@ def _decode(decode: Callable[[bytes], Any], data: bytes) -> Any:
         return decode(data)
     except DecodeError:
         return None
+
+
+def _chain_names(request: shard_pb2.ShardGenerateRequest | None) -> list[str]:
+    """The names of shards in a request."""
+    return [] if request is None else [*request.chain, *(name for one in request.candidates for name in one.chain)]
 
 
 def _check(request: shard_pb2.ShardGenerateRequest, vocabulary_size: int, context_length: int) -> None:

@@ -154,9 +154,22 @@ def description() -> inference_pb2.DescribeResponse:
     found.top.CopyFrom(_model("org/small", layers=24, hidden_size=896))
     found.routes.add(name="weak", bottom_layers=15, top_from=13, stitch="abcdef0123456789", parameters=900_000_000)
     found.routes.add(name="strong", bottom_layers=20, top_from=15, stitch="0123456789abcdef", parameters=1_200_000_000)
-    found.shards.add(name="bottom-0", role="bottom", first_layer=0, end_layer=20, serving=True, kv_capacity_tokens=4096)
-    found.shards.add(name="top-0", role="top", first_layer=13, end_layer=24, serving=True, kv_capacity_tokens=2048)
-    found.shards.add(name="top-1", role="top", first_layer=13, end_layer=24, serving=False)
+    found.shards.add(
+        name="bottom-0",
+        role="bottom",
+        first_layer=0,
+        end_layer=20,
+        serving=True,
+        state="ready",
+        kv_capacity_tokens=4096,
+    )
+    found.shards.add(
+        name="top-0", role="top", first_layer=13, end_layer=24, serving=True, state="ready", kv_capacity_tokens=2048
+    )
+    found.shards.add(name="top-1", role="top", first_layer=13, end_layer=24, state="gone")
+    found.membership.source, found.membership.last_change = "file fake.toml", "added top-1"
+    found.membership.seconds_since_change = 75.4
+    found.membership.problems.append("DNS top.test: it has no address")
     for index, shard in enumerate(found.shards):
         shard.address, shard.device, shard.dtype = f"127.0.0.1:{7001 + index}", "cpu", "float32"
     return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from stitch.cluster import ClusterConfig
+from stitch.membership import Membership
 from stitch.v1 import shard_pb2
 from stitch_server.build import load_stage
 from stitch_server.engine.request import RequestOutput
@@ -34,7 +35,7 @@ class ChainInProcess:
         for config in self.cluster.shards:
             loaded = load_stage(self.cluster, config, CPU)
             name = config.name
-            links, neighbours = LinksInProcess(self, name), Neighbours(self.cluster, name)
+            links, neighbours = LinksInProcess(self, name), Neighbours(Membership(self.cluster), config)
             self.shards[name] = build_shard(self.cluster, config, loaded, CPU, links.opened, Metrics(name), neighbours)
 
     def generate(

@@ -46,6 +46,8 @@ class GatedCluster(LocalCluster):
     more_gateways: dict[str, tuple[str, int]] = field(default_factory=dict)
     # Shards of the cluster file that the test serves itself, or nobody.
     absent: frozenset[str] = frozenset()
+    # A module that runs the programs: its first argument is the module of one. None: they run themselves.
+    runner: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -67,7 +69,8 @@ class GatedCluster(LocalCluster):
             module, arguments = LocalCluster.command(self, name)
         if name in self.files:
             arguments[arguments.index(str(self.folder.cluster_file))] = str(self.files[name])
-        return module, [*arguments, *self.flags.get(GATEWAY if name in self.more_gateways else name, ())]
+        arguments += self.flags.get(GATEWAY if name in self.more_gateways else name, ())
+        return (module, arguments) if self.runner is None else (self.runner, [module, *arguments])
 
     def serves(self, name: str, tls: Tls | None) -> bool:
         if name not in self.more_gateways:
@@ -162,9 +165,23 @@ class Cluster:
         """Sends SIGTERM: the process drains and then ends."""
         self.signal(name, signal.SIGTERM)
 
-    def start(self, name: str) -> None:
-        """Starts an ended process again at the same address, and does not wait for it."""
+    def start(self, name: str, listen: str | None = None) -> None:
+        """Starts a process, or an ended one again at the same address, and does not wait for it."""
+        if listen is not None:
+            self._local.listen[name] = listen
         self._local.start(name)
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        """The shards of the cluster file."""
+        return list(json.loads(self.file.read_text())["shards"])
+
+    def write_shards(self, shards: Sequence[Mapping[str, Any]]) -> None:
+        """Replaces the shards of the cluster file while the cluster runs."""
+        draft = self.file.with_suffix(".draft")
+        draft.write_text(json.dumps({**json.loads(self.file.read_text()), "shards": shards}))
+        draft.replace(self.file)
+        self._local.cluster = load_cluster(str(self.file))
 
     def restart(self, *names: str) -> None:
         """Kills the processes where they still run, and starts them again at the same addresses.
@@ -240,19 +257,20 @@ def running_cluster(
     gateways: int = 1,
     flags: Mapping[str, Sequence[str]] = NO_FLAGS,
     absent: Iterable[str] = (),
+    runner: str | None = None,
 ) -> Iterator[Cluster]:
     """Runs a cluster of real processes on free ports, with its state and its logs in `folder`.
 
     `gates` are pairs of names, caller and callee: the caller reaches the callee through a gate. `CLIENT` as the caller
     makes a gate before a gateway. `flags` are further command-line arguments of processes by name; those of `gateway`
-    apply to all gateways. `absent` names shards that are not started. Where the block fails, the last lines of every
-    log are added to the error.
+    apply to all gateways. `absent` names shards that are not started. `runner` is a module that runs the
+    programs. Where the block fails, the last lines of every log are added to the error.
     """
     described = load_cluster(str(name_or_path))
     with ExitStack() as stack:
         # Its ports are kept from other programs also while a process is down.
         first = prepared(described, RunFolder(folder / described.name), stack)
-        local = GatedCluster(first.folder, first.cluster, flags=dict(flags), absent=frozenset(absent))
+        local = GatedCluster(first.folder, first.cluster, flags=dict(flags), absent=frozenset(absent), runner=runner)
         local.more_gateways = {
             f"{GATEWAY}-{number}": (f"127.0.0.1:{keep_port(stack)}", keep_port(stack)) for number in range(1, gateways)
         }

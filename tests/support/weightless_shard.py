@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stitch.cluster import ClusterConfig, GatewayConfig, ModelConfig, PairConfig, RouteConfig, ShardConfig
+from stitch.membership import Membership
 from stitch.process import InFlightTracker
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.engine.first_stage import FirstStage
@@ -94,7 +95,7 @@ class WeightlessShard:
     def __post_init__(self) -> None:
         self.pool, self.downstream = BlockPool(BLOCKS), FakeDownstream()
         name, role = ("bottom-0", "bottom") if self.first else ("top-0", "top")
-        self.neighbours = Neighbours(CLUSTER, name)
+        self.neighbours = Neighbours(Membership(CLUSTER), CLUSTER.shard(name))
         self.first_stage = self.next_stage = None
         if self.first:
             clock = ManualClock()

@@ -6,6 +6,7 @@ import pytest
 
 from stitch.cluster import ClusterConfig, GatewayConfig, ModelConfig, PairConfig, RouteConfig, ShardConfig
 from stitch.errors import Incompatible, InvalidRequest, Unavailable
+from stitch.membership import Membership
 from stitch.v1 import shard_pb2
 from stitch_server.neighbours import Neighbours
 
@@ -33,14 +34,18 @@ CLUSTER = ClusterConfig(
 )
 
 
+def neighbours_of(own: str, cluster: ClusterConfig = CLUSTER) -> Neighbours:
+    return Neighbours(Membership(cluster), CLUSTER.shard(own))
+
+
 def test_address_is_that_of_the_cluster_file() -> None:
-    assert Neighbours(CLUSTER, "bottom-0").address_of("top-1") == "top-1.example:7000"
+    assert neighbours_of("bottom-0").address_of("top-1") == "top-1.example:7000"
 
 
 @pytest.mark.parametrize("name", ["top-9", "", "127.0.0.1:7000", "unix:/tmp/socket", "top-1.example:7000"])
 def test_name_that_the_cluster_lacks_has_no_address(name: str) -> None:
     with pytest.raises(Unavailable, match="is not in the cluster") as caught:
-        Neighbours(CLUSTER, "bottom-0").address_of(name)
+        neighbours_of("bottom-0").address_of(name)
     assert caught.value.shard == name
 
 
@@ -56,7 +61,7 @@ def test_name_that_the_cluster_lacks_has_no_address(name: str) -> None:
     ],
 )
 def test_replicas_of_the_stages_that_follow_are_a_chain(own: str, route: str, chain: tuple[str, ...]) -> None:
-    Neighbours(CLUSTER, own).check_chain(route, chain)
+    neighbours_of(own).check_chain(route, chain)
 
 
 @pytest.mark.parametrize(
@@ -75,14 +80,14 @@ def test_replicas_of_the_stages_that_follow_are_a_chain(own: str, route: str, ch
 )
 def test_other_chain_is_refused_by_value_and_limit(own: str, route: str, chain: tuple[str, ...], message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        Neighbours(CLUSTER, own).check_chain(route, chain)
+        neighbours_of(own).check_chain(route, chain)
     assert caught.value.field == "chain"
     assert message in str(caught.value)
 
 
 def test_route_that_does_not_pass_the_shard_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="route is 'strong', but it does not pass top-0"):
-        Neighbours(CLUSTER, "top-0").check_chain("strong", ("top-2",))
+        neighbours_of("top-0").check_chain("strong", ("top-2",))
 
 
 def identity(name: str, role: str, first: int, end: int) -> shard_pb2.ShardIdentity:
@@ -90,7 +95,7 @@ def identity(name: str, role: str, first: int, end: int) -> shard_pb2.ShardIdent
 
 
 def test_upstream_shard_has_the_layers_of_the_cluster_file() -> None:
-    Neighbours(CLUSTER, "top-0").check_upstream(identity("bottom-0", "bottom", 0, 4))
+    neighbours_of("top-0").check_upstream(identity("bottom-0", "bottom", 0, 4))
 
 
 @pytest.mark.parametrize(
@@ -98,10 +103,10 @@ def test_upstream_shard_has_the_layers_of_the_cluster_file() -> None:
 )
 def test_other_upstream_shard_is_refused(stated: tuple[str, str, int, int]) -> None:
     with pytest.raises(Incompatible, match="is not in the cluster of top-0"):
-        Neighbours(CLUSTER, "top-0").check_upstream(identity(*stated))
+        neighbours_of("top-0").check_upstream(identity(*stated))
 
 
 def test_refusal_names_the_field_of_the_request() -> None:
     with pytest.raises(InvalidRequest) as caught:
-        Neighbours(CLUSTER, "bottom-0").check_chain("weak", (), "candidates.chain")
+        neighbours_of("bottom-0").check_chain("weak", (), "candidates.chain")
     assert caught.value.field == "candidates.chain"

@@ -10,6 +10,7 @@ from prometheus_client import generate_latest
 
 from stitch.cluster import ClusterConfig
 from stitch.errors import Incompatible, StitchError
+from stitch.membership import Membership
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.build import load_stage
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
@@ -31,9 +32,8 @@ CPU = torch.device("cpu")
 def new_shard(cluster: ClusterConfig, name: str) -> Shard:
     config, downstream = cluster.shard(name), FakeDownstream()
     loaded = load_stage(cluster, config, CPU)
-    return build_shard(
-        cluster, config, loaded, CPU, lambda identity, on_event: downstream, Metrics(name), Neighbours(cluster, name)
-    )
+    neighbours = Neighbours(Membership(cluster), config)
+    return build_shard(cluster, config, loaded, CPU, lambda identity, on_event: downstream, Metrics(name), neighbours)
 
 
 class TestShards:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import ExitStack
 
-from router_gateway.shards.placement import Chain, Placement
+from router_gateway.shards.placement import Chain, Placement, Prompt
 from router_gateway.shards.registry import ShardRegistry
 from tests.support.fake_shard import FakeShard
 from tests.support.registries import registry_of
@@ -131,3 +131,47 @@ async def test_candidate_chains_need_a_chain_for_every_route() -> None:
     async with registry_of(*fakes) as (_, registry):
         await registry.refresh([registry.replicas["bottom-0"], registry.replicas["bottom-1"]])
         assert Placement(registry).choose_candidates(("weak", "strong"), NO_FAILURES) is None
+
+
+PROMPT = Prompt("someone", tuple(range(40)))
+
+
+def names_for(placement: Placement, prompt: Prompt) -> tuple[str, ...]:
+    chain = placement.choose("strong", NO_FAILURES, prompt=prompt)
+    assert chain is not None
+    return chain.names
+
+
+async def test_replica_that_has_computed_the_prefix_is_preferred_to_the_one_with_most_free_kv() -> None:
+    async with registry_of(*shards()) as (_, registry):
+        await registry.refresh()
+        placement = Placement(registry)
+        assert names_for(placement, PROMPT) == ("bottom-0", "top-0")
+        placement.prefixes.record("someone", "strong", PROMPT.token_ids, ("bottom-1", "top-1"))
+        assert names_for(placement, PROMPT) == ("bottom-1", "top-1")
+        assert names_for(placement, Prompt("another", PROMPT.token_ids)) == ("bottom-0", "top-0")
+
+
+async def test_prefix_counts_only_behind_the_first_shard_that_computed_it() -> None:
+    async with registry_of(*shards()) as (_, registry):
+        await registry.refresh()
+        placement = Placement(registry)
+        placement.prefixes.record("someone", "strong", PROMPT.token_ids, ("bottom-1", "top-1"))
+        chain = placement.choose("strong", Counter({"bottom-1": 1}), prompt=PROMPT)
+        assert chain is not None
+        assert chain.names == ("bottom-0", "top-0")
+
+
+async def test_prefixes_make_no_replica_busier_than_others_by_more_than_a_bound() -> None:
+    async with registry_of(*shards()) as (_, registry):
+        await registry.refresh()
+        placement = Placement(registry)
+        placement.prefixes.record("someone", "strong", PROMPT.token_ids, ("bottom-1", "top-1"))
+        with ExitStack() as running:
+            placed = Counter[str]()
+            for _number in range(20):
+                chain = placement.choose("strong", NO_FAILURES, prompt=PROMPT)
+                assert chain is not None
+                placed.update(chain.names)
+                running.enter_context(placement.place(chain, 40, 50))
+        assert placed["bottom-0"] < placed["bottom-1"] <= placed["bottom-0"] + 3

@@ -438,8 +438,10 @@ def test_status_shows_models_routes_and_shards(gateway: FakeGateway, capsys: pyt
     assert f"fake at {gateway.address}" in shown
     assert "bottom org/large qwen2 28 1,536 32,768" in shown
     assert "weak 0–14 1536 → 896 abcdef012345 13–23 900.0 M" in shown
-    assert "bottom-0 bottom 0–19 127.0.0.1:7001 cpu float32 4,096 serving" in shown
-    assert "top-1 top 13–23 127.0.0.1:7003 cpu float32 – unreachable" in shown
+    assert "bottom-0 bottom 0–19 127.0.0.1:7001 cpu float32 4,096 ready" in shown
+    assert "top-1 top 13–23 127.0.0.1:7003 cpu float32 – gone" in shown
+    assert "shards from file fake.toml: added top-1, 0:01:15 ago" in shown
+    assert "refused: DNS top.test: it has no address" in shown
 
 
 def test_status_json_includes_false_values(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:

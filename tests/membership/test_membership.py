@@ -1,0 +1,136 @@
+"""Replicas that come and go in the cluster file and in DNS while streams run, in a cluster of real processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.processes import GATEWAY, Cluster, free_ports, running_cluster
+from tests.support.resolved_program import ADDRESSES
+from tests.support.running_streams import RunningStreams
+from tests.support.tiny_cluster import TOP, write_tiny_cluster
+from tests.support.waiting import becomes_true
+
+STREAMS, TOKENS = 16, 200
+PATIENCE_SECONDS = 30.0
+ENTRY, HOST, FOUND = "more", "more.test", "more-127-0-0-2"
+
+
+@pytest.fixture(scope="module")
+def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The file that has the addresses of hosts."""
+    file = tmp_path_factory.mktemp("dns") / "addresses.json"
+    file.write_text("{}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ADDRESSES, str(file))
+        yield file
+
+
+@pytest.fixture(scope="module")
+def cluster(addresses: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    file = write_tiny_cluster(tmp_path_factory.mktemp("pair"), name="members", tops=[TOP, TOP])
+    run = tmp_path_factory.mktemp("run")
+    with running_cluster(file, run, runner="tests.support.resolved_program") as running:
+        assert becomes_true(running.all_serving, PATIENCE_SECONDS)
+        yield running
+
+
+def start_streams(cluster: Cluster) -> RunningStreams:
+    """Sixteen streams, each with a prompt of its own."""
+    requests: list[dict[str, Any]] = [
+        {"prompt": f"{number} streams", "route": "weak", "max_tokens": TOKENS, "ignore_eos": True, "seed": number}
+        for number in range(STREAMS)
+    ]
+    streams = RunningStreams(cluster.client, requests)
+    assert becomes_true(lambda: streams.have_more_than([0] * STREAMS), PATIENCE_SECONDS)
+    return streams
+
+
+def assert_none_failed(cluster: Cluster, *all_streams: RunningStreams) -> None:
+    """Every stream has all of its tokens, and none was continued on another chain."""
+    for streams in all_streams:
+        assert streams.ended(PATIENCE_SECONDS)
+        assert [stream.error for stream in streams.streams] == [None] * STREAMS
+        assert streams.tokens == [TOKENS] * STREAMS
+    assert cluster.metric(GATEWAY, "stitch_replays_total") == 0
+
+
+def sessions(cluster: Cluster, shard: str) -> int:
+    return int(cluster.metric(shard, "stitch_sessions_running"))
+
+
+def passes(cluster: Cluster, shard: str) -> int:
+    """How many batches the shard has computed."""
+    return int(cluster.metric(shard, "stitch_batch_tokens_count"))
+
+
+def states(cluster: Cluster) -> dict[str, bool]:
+    return {shard.name: shard.serving for shard in cluster.client.describe().shards}
+
+
+def changes(cluster: Cluster, kind: str) -> int:
+    return int(cluster.metric(GATEWAY, "stitch_membership_changes_total", kind=kind))
+
+
+def test_replica_removed_from_the_file_ends_its_own_streams_and_one_added_takes_new_ones(cluster: Cluster) -> None:
+    shards, before = cluster.shards, start_streams(cluster)
+    assert sessions(cluster, "top-1") > 0
+    cluster.write_shards([shard for shard in shards if shard["name"] != "top-1"])
+    assert becomes_true(lambda: not states(cluster).get("top-1"), PATIENCE_SECONDS)
+    assert changes(cluster, "removed") == 1
+    while_away = start_streams(cluster)
+    assert_none_failed(cluster, before, while_away)
+    assert sessions(cluster, "top-0") == sessions(cluster, "top-1") == 0
+    computed = passes(cluster, "top-1")
+    answer = cluster.generate("nobody else", route="weak", max_tokens=4)
+    assert answer.token_ids
+    assert passes(cluster, "top-1") == computed
+
+    running = start_streams(cluster)
+    cluster.write_shards(shards)
+    assert becomes_true(lambda: states(cluster).get("top-1", False), PATIENCE_SECONDS)
+    after = start_streams(cluster)
+    assert sessions(cluster, "top-1") > 0
+    assert_none_failed(cluster, running, after)
+    assert passes(cluster, "top-1") > computed
+
+
+@pytest.mark.parametrize("broken", ["", '{"shards": [', "other models"])
+def test_file_that_can_not_be_taken_changes_nothing(cluster: Cluster, broken: str) -> None:
+    content, refused, before = cluster.file.read_text(), changes(cluster, "refused"), states(cluster)
+    if broken == "other models":
+        fields = json.loads(content)
+        fields["models"]["bottom"]["id"], fields["shards"] = "another", fields["shards"][:2]
+        broken = json.dumps(fields)
+    cluster.file.write_text(broken)
+    try:
+        assert becomes_true(lambda: changes(cluster, "refused") > refused, PATIENCE_SECONDS)
+        assert states(cluster) == before
+        assert cluster.generate("still there", route="weak", max_tokens=4).token_ids
+    finally:
+        cluster.file.write_text(content)
+    assert f"the shards from file {cluster.file.name} stay as they are" in cluster.log(GATEWAY)
+
+
+def test_address_that_dns_gets_is_a_replica_and_one_that_it_loses_ends_its_own_streams(
+    cluster: Cluster, addresses: Path
+) -> None:
+    address, metrics_port = free_ports("127.0.0.2")
+    named = {"name": ENTRY, "address": f"dns:{HOST}:{address.rpartition(':')[2]}", "metrics_port": metrics_port}
+    cluster.write_shards([*cluster.shards, {**cluster.shards[-1], **named}])
+    cluster.start(ENTRY, listen=address)
+    before = start_streams(cluster)
+    addresses.write_text(json.dumps({HOST: ["127.0.0.2"]}))
+    assert becomes_true(lambda: states(cluster).get(FOUND, False), PATIENCE_SECONDS)
+    running = start_streams(cluster)
+    assert sessions(cluster, ENTRY) > 0
+    # Nobody is at that address.
+    addresses.write_text(json.dumps({HOST: ["127.0.0.3"]}))
+    assert becomes_true(lambda: not states(cluster).get(FOUND), PATIENCE_SECONDS)
+    while_away = start_streams(cluster)
+    assert_none_failed(cluster, before, running, while_away)
+    assert sessions(cluster, ENTRY) == 0
