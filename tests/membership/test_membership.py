@@ -99,6 +99,27 @@ def test_replica_removed_from_the_file_ends_its_own_streams_and_one_added_takes_
     assert passes(cluster, "top-1") > computed
 
 
+def test_second_turn_goes_to_the_replica_that_has_computed_the_first(cluster: Cluster) -> None:
+    def reused() -> dict[str, int]:
+        metric = "stitch_prefix_tokens_reused_total"
+        return {name: int(cluster.metric(name, metric)) for name in ("bottom-0", "top-0", "top-1")}
+
+    # While one runs, the other top shard gets the first turn of each conversation; idle, it would get no second one.
+    first_turns = [f"{number} talks at some length, so that its prompt fills several blocks of KV" for number in "ab"]
+    with cluster.client_of(cluster.gateway) as client:
+        streams = RunningStreams(
+            client, [{"prompt": one, "route": "weak", "max_tokens": 100, "ignore_eos": True} for one in first_turns]
+        )
+        assert streams.ended(PATIENCE_SECONDS)
+    before = reused()
+    for prompt in first_turns:
+        cluster.generate(f"{prompt}, and goes on", route="weak", max_tokens=2)
+    after = reused()
+    assert after["bottom-0"] > before["bottom-0"]
+    assert after["top-0"] > before["top-0"]
+    assert after["top-1"] > before["top-1"]
+
+
 @pytest.mark.parametrize("broken", ["", '{"shards": [', "other models"])
 def test_file_that_can_not_be_taken_changes_nothing(cluster: Cluster, broken: str) -> None:
     content, refused, before = cluster.file.read_text(), changes(cluster, "refused"), states(cluster)

@@ -177,11 +177,14 @@ class Cluster:
         return list(json.loads(self.file.read_text())["shards"])
 
     def write_shards(self, shards: Sequence[Mapping[str, Any]]) -> None:
-        """Replaces the shards of the cluster file while the cluster runs."""
+        """Replaces the shards of the cluster file while the cluster runs; those that it loses are known still."""
         draft = self.file.with_suffix(".draft")
         draft.write_text(json.dumps({**json.loads(self.file.read_text()), "shards": shards}))
         draft.replace(self.file)
-        self._local.cluster = load_cluster(str(self.file))
+        known = {
+            shard.name: shard for one in (self._local.cluster, load_cluster(str(self.file))) for shard in one.shards
+        }
+        self._local.cluster = self._local.cluster.model_copy(update={"shards": tuple(known.values())})
 
     def restart(self, *names: str) -> None:
         """Kills the processes where they still run, and starts them again at the same addresses.

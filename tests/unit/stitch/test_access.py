@@ -34,7 +34,8 @@ class Server:
     def __init__(self, cluster: ClusterConfig, authority: Authority) -> None:
         self.authority = authority
         self.revoked: set[int] = set()
-        self.access = Access(CallerPolicy(cluster, lambda peer: peer.serial in self.revoked), METHODS)
+        self.policy = CallerPolicy(cluster, lambda peer: peer.serial in self.revoked)
+        self.access = Access(self.policy, METHODS)
         self.decoded: list[bytes] = []
         self.stream_ended = asyncio.Event()
         self.address = ""
@@ -154,6 +155,28 @@ async def test_revoked_certificate_ends_its_running_calls_and_gets_no_others(ser
             await theirs.unary_unary("/t.T/Ask")(b"")
         await calls[0].write(b"two")
         assert await calls[0].read() == b"two"
+
+
+async def test_shard_that_the_cluster_has_just_got_is_served_and_another_one_is_not() -> None:
+    cluster = load_cluster(CLUSTER)
+    server = Server(cluster, new_authority(CLUSTER, DAY))
+    added = cluster.shards[0].model_copy(update={"name": "bottom-7"})
+    refreshed: list[str] = []
+
+    async def refresh() -> None:
+        refreshed.append("once")
+        server.policy.take(cluster.model_copy(update={"shards": (*cluster.shards, added)}))
+
+    server.access = Access(server.policy, METHODS, refresh)
+    async with server.serving():
+        newcomer = Identity(CLUSTER, "shard", "bottom-7")
+        assert await server.call(newcomer) == newcomer.uri
+        assert await server.call(newcomer) == newcomer.uri
+        assert refreshed == ["once"]
+        for stranger in Identity(CLUSTER, "shard", "bottom-8"), Identity("other", "shard", "bottom-7"):
+            with pytest.raises(grpc.aio.AioRpcError, match=REFUSED):
+                await server.call(stranger)
+        assert refreshed == ["once"] * 2
 
 
 def test_certificate_that_has_expired_since_the_handshake_is_refused() -> None:

@@ -36,6 +36,26 @@ def test_flags_override_the_cluster_file() -> None:
     assert (made.listen, made.host, made.metrics_port, made.drain_seconds) == ("localhost:7", "localhost", 9, 1.5)
 
 
+def by_dns(listen: str | None) -> ShardSettings:
+    cluster = load_cluster("smollm2")
+    entry = cluster.shard("top-0").model_copy(update={"name": "top", "address": "dns:top.test:7001"})
+    return shard_settings(
+        cluster.model_copy(update={"shards": (*cluster.shards, entry)}), "top", **{**FLAGS, "listen": listen}
+    )
+
+
+def test_replica_of_a_name_is_the_one_at_the_address_on_which_it_listens() -> None:
+    shard = by_dns("127.0.0.2:7001").shard
+    assert (shard.name, shard.certified_name, shard.layers) == ("top-127-0-0-2", "top", (20, 30))
+    assert by_dns("[::1]:7001").shard.name == "top---1"
+
+
+@pytest.mark.parametrize("listen", [None, "0.0.0.0:7001", "[::]:7001", "localhost:7001"])
+def test_replica_of_a_name_needs_an_address_to_listen_on(listen: str | None) -> None:
+    with pytest.raises(InvalidRequest, match=r"listen is .*an IP address that DNS has for top\.test"):
+        by_dns(listen)
+
+
 @pytest.mark.parametrize("listen", ["127.0.0.1:7", "localhost:7", "[::1]:7"])
 def test_loopback_address_is_allowed(listen: str) -> None:
     assert settings(listen=listen).listen == listen

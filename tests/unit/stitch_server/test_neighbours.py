@@ -106,6 +106,53 @@ def test_other_upstream_shard_is_refused(stated: tuple[str, str, int, int]) -> N
         neighbours_of("top-0").check_upstream(identity(*stated))
 
 
+@pytest.mark.parametrize("chain", [("top-9", "top-2"), ("top-0", "gone")])
+def test_name_of_no_shard_yet_is_unavailable_and_not_invalid(chain: tuple[str, ...]) -> None:
+    with pytest.raises(Unavailable, match="is not in the cluster of bottom-0") as caught:
+        neighbours_of("bottom-0").check_chain("weak", chain)
+    assert caught.value.shard in ("top-9", "gone")
+
+
+class Found:
+    """A resolver of one name, and how often it was asked."""
+
+    def __init__(self) -> None:
+        self.addresses: list[str] = []
+        self.asked = 0
+
+    async def __call__(self, host: str) -> list[str]:
+        self.asked += 1
+        return self.addresses
+
+
+def with_dns() -> ClusterConfig:
+    entry = CLUSTER.shard("top-1").model_copy(update={"name": "top", "address": "dns:top.test:7000"})
+    return CLUSTER.model_copy(update={"shards": (*CLUSTER.shards, entry)})
+
+
+async def test_unknown_name_is_looked_up_before_it_is_refused() -> None:
+    found, cluster = Found(), with_dns()
+    neighbours = Neighbours(Membership(cluster, found), cluster.shard("bottom-0"))
+    found.addresses = ["10.0.0.7"]
+    chain = ("top-10-0-0-7", "top-2")
+    with pytest.raises(Unavailable):
+        neighbours.check_chain("weak", chain)
+    await neighbours.meet(chain)
+    neighbours.check_chain("weak", chain)
+    assert neighbours.address_of("top-10-0-0-7") == "10.0.0.7:7000"
+    assert neighbours.certified_name("top-10-0-0-7") == "top"
+    neighbours.check_upstream(identity("top-10-0-0-7", "top", 2, 3))
+    assert neighbours.has_replica("top-10-0-0-7")
+    await neighbours.meet(["top-0", "127.0.0.1:7", "unix:/tmp/socket", "", *chain])
+    assert found.asked == 1
+
+
+async def test_shard_that_dns_does_not_have_yet_knows_what_follows_it() -> None:
+    cluster = with_dns()
+    neighbours = Neighbours(Membership(cluster, Found()), cluster.shard("top").at("10.0.0.7"))
+    neighbours.check_chain("weak", ("top-2",))
+
+
 def test_refusal_names_the_field_of_the_request() -> None:
     with pytest.raises(InvalidRequest) as caught:
         neighbours_of("bottom-0").check_chain("weak", (), "candidates.chain")

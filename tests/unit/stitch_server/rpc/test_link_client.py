@@ -154,6 +154,30 @@ async def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
     await harness.links.aclose()
 
 
+async def test_link_to_a_shard_with_another_address_ends_and_the_next_one_goes_there(
+    harness: LinkClientHarness,
+) -> None:
+    await harness.connected()
+    harness.links.end_moved()
+    assert harness.losses == []
+    harness.addresses["top-0"] = "127.0.0.1:3"
+    harness.links.end_moved()
+    error = await harness.loss()
+    assert isinstance(error, Unavailable)
+    assert (error.shard, str(error)) == ("top-0", "top-0 has another address")
+    harness.send(2)
+    await eventually(lambda: len(harness.calls) == 2 and harness.calls[-1].steps)
+
+
+async def test_link_to_a_shard_that_left_the_cluster_goes_on(harness: LinkClientHarness) -> None:
+    call = await harness.connected()
+    del harness.addresses["top-0"]
+    harness.links.end_moved()
+    harness.send(2)
+    await eventually(lambda: call.steps == [1, 2])
+    assert harness.losses == []
+
+
 async def test_first_step_opens_link(harness: LinkClientHarness) -> None:
     call = await harness.connected()
     hello = call.written[0].hello
