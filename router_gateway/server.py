@@ -109,6 +109,8 @@ async def open_gateway(settings: GatewaySettings, resolve: Resolve = resolve_by_
         membership = Membership(cluster, resolve, lambda change: metrics.membership_changes.labels(kind=change).inc())
         registry = ShardRegistry(cluster, connect, settings.health, settings.ejection, metrics)
         membership.on_change.append(registry.take)
+        if certificates is not None:
+            membership.on_change.append(certificates.policy.take)
         await stack.enter_async_context(registry.polling())
         await stack.enter_async_context(background_tasks(membership.follow()))
         placement, models = Placement(registry), ModelRegistry(membership, registry)

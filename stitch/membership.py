@@ -88,8 +88,8 @@ class Membership:
             try:
                 await self.refresh(resolve_seconds=RESOLVE_SECONDS)
             # Whatever is wrong with the source, it is read again.
-            except Exception:
-                _log.exception("the cluster's source could not be read")
+            except Exception as error:
+                self._refuse(self.source, repr(error))
             await asyncio.sleep(CHECK_SECONDS)
 
     async def refresh(self, resolve_seconds: float = 0.0) -> None:

@@ -88,7 +88,10 @@ class CertificateSet:
     def _processes(self) -> dict[str, tuple[Identity, list[str]]]:
         """The identity of each process, and the hosts at which it is called."""
         cluster = self.cluster
-        found = {one.name: (Identity(cluster.name, "shard", one.name), [_host(one.address)]) for one in cluster.shards}
+        found = {
+            one.name: (Identity(cluster.name, "shard", one.name), [one.dns_host or _host(one.address)])
+            for one in cluster.shards
+        }
         for name in {GATEWAY, MONITOR} & found.keys():
             raise InvalidRequest("shards.name", name, f"{GATEWAY} and {MONITOR} have certificates of their own")
         found[GATEWAY] = Identity(cluster.name, "gateway", GATEWAY), [_host(cluster.gateway.address), "localhost"]

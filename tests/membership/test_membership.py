@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from stitch import channels
 from tests.support.processes import GATEWAY, Cluster, free_ports, running_cluster
 from tests.support.resolved_program import ADDRESSES
 from tests.support.running_streams import RunningStreams
@@ -17,6 +18,7 @@ from tests.support.waiting import becomes_true
 
 STREAMS, TOKENS = 16, 200
 PATIENCE_SECONDS = 30.0
+START_SECONDS = 120.0
 ENTRY, HOST, FOUND = "more", "more.test", "more-127-0-0-2"
 
 
@@ -144,6 +146,7 @@ def test_address_that_dns_gets_is_a_replica_and_one_that_it_loses_ends_its_own_s
     named = {"name": ENTRY, "address": f"dns:{HOST}:{address.rpartition(':')[2]}", "metrics_port": metrics_port}
     cluster.write_shards([*cluster.shards, {**cluster.shards[-1], **named}])
     cluster.start(ENTRY, listen=address)
+    assert becomes_true(lambda: channels.serves(address), START_SECONDS)
     before = start_streams(cluster)
     addresses.write_text(json.dumps({HOST: ["127.0.0.2"]}))
     assert becomes_true(lambda: states(cluster).get(FOUND, False), PATIENCE_SECONDS)
