@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stitch import channels
-from tests.support.processes import GATEWAY, Cluster, free_ports, running_cluster
+from stitch.local.cluster import keep_port
+from tests.support.processes import GATEWAY, Cluster, running_cluster
 from tests.support.resolved_program import ADDRESSES
 from tests.support.running_streams import RunningStreams
 from tests.support.tiny_cluster import TOP, write_tiny_cluster
@@ -139,14 +141,21 @@ def test_file_that_can_not_be_taken_changes_nothing(cluster: Cluster, broken: st
     assert f"the shards from file {cluster.file.name} stay as they are" in cluster.log(GATEWAY)
 
 
+@pytest.fixture(scope="module")
+def found_shard(cluster: Cluster) -> Iterator[str]:
+    """The address of a replica for which the cluster file has a name that has no address yet."""
+    with ExitStack() as ports:
+        port, metrics_port = keep_port(ports, "127.0.0.2"), keep_port(ports)
+        named = {"name": ENTRY, "address": f"dns:{HOST}:{port}", "metrics_port": metrics_port}
+        cluster.write_shards([*cluster.shards, {**cluster.shards[-1], **named}])
+        cluster.start(ENTRY, listen=f"127.0.0.2:{port}")
+        yield f"127.0.0.2:{port}"
+
+
 def test_address_that_dns_gets_is_a_replica_and_one_that_it_loses_ends_its_own_streams(
-    cluster: Cluster, addresses: Path
+    cluster: Cluster, addresses: Path, found_shard: str
 ) -> None:
-    address, metrics_port = free_ports("127.0.0.2")
-    named = {"name": ENTRY, "address": f"dns:{HOST}:{address.rpartition(':')[2]}", "metrics_port": metrics_port}
-    cluster.write_shards([*cluster.shards, {**cluster.shards[-1], **named}])
-    cluster.start(ENTRY, listen=address)
-    assert becomes_true(lambda: channels.serves(address), START_SECONDS)
+    assert becomes_true(lambda: channels.serves(found_shard), START_SECONDS)
     before = start_streams(cluster)
     addresses.write_text(json.dumps({HOST: ["127.0.0.2"]}))
     assert becomes_true(lambda: states(cluster).get(FOUND, False), PATIENCE_SECONDS)
