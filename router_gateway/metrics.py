@@ -17,7 +17,8 @@ from stitch.membership import CHANGES
 # The route label of a request that ended before its route was decided.
 NO_ROUTE = "none"
 OUTCOMES = (
-    *("stop", "length", "invalid", "forbidden", "unmet", "exhausted", "unavailable", "cancelled", "expired", "failed"),
+    *("stop", "length", "tool_calls", "invalid", "forbidden", "unmet", "exhausted", "unavailable", "cancelled"),
+    *("expired", "failed"),
 )
 STAGES = ("route", "queue", "bottom_prefill", "wire", "stitch", "top_prefill", "sample")
 REPLAY_CAUSES = ("unavailable", "draining", "cancelled", "unreachable", "cut", "out_of_step", "failed", "incompatible")

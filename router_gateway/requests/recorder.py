@@ -22,7 +22,11 @@ from stitch.v1 import inference_pb2
 _TIMEOUT_ROUNDING = 0.01
 _TRANSIT_SECONDS = 0.05
 
-_FINISH_OUTCOMES = {inference_pb2.FINISH_REASON_STOP: "stop", inference_pb2.FINISH_REASON_LENGTH: "length"}
+_FINISH_OUTCOMES = {
+    inference_pb2.FINISH_REASON_STOP: "stop",
+    inference_pb2.FINISH_REASON_LENGTH: "length",
+    inference_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
+}
 _ERROR_OUTCOMES: dict[type[BaseException], str] = {
     InvalidRequest: "invalid",
     Forbidden: "forbidden",
