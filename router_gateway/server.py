@@ -139,9 +139,7 @@ async def open_gateway(settings: GatewaySettings, resolve: Resolve = resolve_by_
         )
         pipeline = Pipeline(preparer, selector, failover, admission, predictor, metrics, lambda: in_flight.aborting)
 
-        servicer = InferenceServicer(  # type: ignore[abstract]
-            pipeline, models, in_flight, metrics, settings.batch_concurrency
-        )
+        servicer = InferenceServicer(pipeline, models, in_flight, metrics, settings.batch_concurrency)
         server, port = await _listening(servicer, admission, health, settings, certificates)
         gateway = Gateway(port, metrics_port, metrics, server, health, in_flight)
         stack.push_async_callback(gateway.stop)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from hashlib import blake2b
 
 from stitch.errors import InvalidRequest
 from stitch.v1 import inference_pb2
 
 MAX_LOGPROBS = 20
+MAX_BIASED_TOKENS = 1_024
 DEFAULT_MAX_TOKENS = 1024
 # Below it sampling is greedy: float32 logits could not be divided by it, and no second token would have a share.
 MIN_TEMPERATURE = 1e-5
@@ -53,6 +55,10 @@ class Sampling:
     logprobs: int | None = None
     # The first tokens of the answer, whatever their probability.
     forced_token_ids: tuple[int, ...] = ()
+    # Token ids, ascending, each with what is added to its logit.
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    # No end token and no stop string ends the answer before it has this many tokens.
+    min_tokens: int = 0
 
     @property
     def greedy(self) -> bool:
@@ -69,6 +75,17 @@ class Sampling:
         """Whether unlikely tokens are never sampled."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
+    def ends_at(self, token_id: int, generated: int) -> bool:
+        """Whether this token, the last one of `generated`, ends the answer as an end token."""
+        return token_id in self.stop_token_ids and generated > self.min_tokens
+
+    def of_answer(self, index: int) -> Sampling:
+        """The sampling of one of several answers to a request; the first one has the request's own seed."""
+        if index == 0:
+            return self
+        digest = blake2b(self.seed.to_bytes(8, "little") + index.to_bytes(8, "little"), digest_size=8).digest()
+        return replace(self, seed=int.from_bytes(digest, "little"))
+
     @classmethod
     def from_proto(cls, message: inference_pb2.Sampling) -> Sampling:
         """The parameters of a message, with the default for each field that is not set.
@@ -77,6 +94,7 @@ class Sampling:
         """
         given = {field.name: getattr(message, field.name) for field in fields(cls) if _is_set(message, field.name)}
         given |= {name: tuple(getattr(message, name)) for name in _REPEATED}
+        given["logit_bias"] = tuple(sorted(message.logit_bias.items()))
         sampling = cls(**given)
         sampling._check()
         return sampling
@@ -84,6 +102,7 @@ class Sampling:
     def to_proto(self) -> inference_pb2.Sampling:
         """The message from which `from_proto` makes an equal object."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given["logit_bias"] = dict(self.logit_bias)
         return inference_pb2.Sampling(**{name: value for name, value in given.items() if value is not None})
 
     def _check(self) -> None:
@@ -97,12 +116,19 @@ class Sampling:
             raise InvalidRequest("sampling.max_tokens", self.max_tokens, "it must be at least 1")
         if self.logprobs is not None and self.logprobs > MAX_LOGPROBS:
             raise InvalidRequest("sampling.logprobs", self.logprobs, f"it must be at most {MAX_LOGPROBS}")
+        if len(self.logit_bias) > MAX_BIASED_TOKENS:
+            entries = f"{len(self.logit_bias):,} entries"
+            raise InvalidRequest("sampling.logit_bias", entries, f"it holds at most {MAX_BIASED_TOKENS:,}")
+        for token_id, bias in self.logit_bias:
+            _in_range(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+        if self.min_tokens > self.max_tokens:
+            raise InvalidRequest("sampling.min_tokens", self.min_tokens, f"it must be at most {self.max_tokens:,}")
 
 
 def _is_set(message: inference_pb2.Sampling, name: str) -> bool:
-    if name in _REPEATED:
+    if name in (*_REPEATED, "logit_bias"):
         return False
-    return name == "ignore_eos" or message.HasField(name)
+    return name in ("ignore_eos", "min_tokens") or message.HasField(name)
 
 
 def _in_range(name: str, value: float, low: float, high: float, open_below: bool = False) -> None:

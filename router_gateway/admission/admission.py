@@ -60,6 +60,8 @@ class Demand:
     deadline: float | None
     # A digest of its input and parameters, by which it is recognized when it comes back.
     digest: Callable[[], bytes]
+    # Each of `max_tokens`; they run as that many requests.
+    answers: int = 1
 
 
 class Status(Enum):
@@ -119,7 +121,7 @@ class Admission:
         max_tokens = demand.max_tokens or tenant.max_tokens or 1
         promise = self._promises.redeem(tenant.name, demand.digest(), now) if len(self._promises) else None
         ticket = Ticket(self, tenant, demand, deadline, promise)
-        ticket.resize(self._forecast.size(tenant.name, "", 0, max_tokens, is_exact=False))
+        ticket.resize(self._forecast.size(tenant.name, "", 0, max_tokens, is_exact=False, answers=demand.answers))
         if not self._starts_now(ticket):
             self._check(ticket, self._forecast.seconds(ticket.size, self._running_beside()))
         return ticket
@@ -177,9 +179,9 @@ class Admission:
         """The error for a request that the shards had no room for, against what was expected."""
         return self._refusal(ticket, "shards", str(refused), refused.retry_after_seconds)
 
-    def size(self, tenant: str, route: str, prompt_tokens: int, max_tokens: int, is_exact: bool) -> Size:
+    def size(self, tenant: str, route: str, prompt_tokens: int, max_tokens: int, is_exact: bool, answers: int) -> Size:
         """See `Forecast.size`."""
-        return self._forecast.size(tenant, route, prompt_tokens, max_tokens, is_exact)
+        return self._forecast.size(tenant, route, prompt_tokens, max_tokens, is_exact, answers)
 
     def service_seconds(self, size: Size) -> float:
         """How long such a request runs in the mean while the shards are full."""
@@ -188,14 +190,14 @@ class Admission:
     def running_seconds(self) -> float:
         """The number of running requests summed over time; the difference ÷ seconds is their mean number."""
         now = self.clock()
-        self._running_seconds += len(self._running) * (now - self._summed_at)
+        self._running_seconds += self.running * (now - self._summed_at)
         self._summed_at = now
         return self._running_seconds
 
     @property
     def running(self) -> int:
-        """The number of requests on shards."""
-        return len(self._running)
+        """The number of requests on shards; one with several answers is as many."""
+        return sum(ticket.size.answers for ticket in self._running.values())
 
     # How many may run.
 
@@ -215,11 +217,11 @@ class Admission:
         tenant, account = ticket.tenant, self._account(ticket.tenant)
         if tenant.max_running is not None and account.running >= tenant.max_running:
             return False
-        return (len(self._running) < self._limit() or self._is_owed(tenant)) and self._fits_kv(ticket)
+        return (self.running < self._limit() or self._is_owed(tenant)) and self._fits_kv(ticket)
 
     def _is_owed(self, tenant: Tenant) -> bool:
         """Whether it runs less than half of its share of what the shards hold; others may then run beyond theirs."""
-        running, limit = len(self._running), self._limit()
+        running, limit = self.running, self._limit()
         return self._account(tenant).running < self._share(tenant) * limit / 2 and running < 2 * limit
 
     def _fits_kv(self, ticket: Ticket) -> bool:
@@ -232,7 +234,7 @@ class Admission:
 
     def _is_calm(self) -> bool:
         """Whether so little runs that a request which can't end in time takes nothing from others."""
-        return not len(self._queue) and len(self._running) <= self._limit() / 2
+        return not len(self._queue) and self.running <= self._limit() / 2
 
     def _share(self, tenant: Tenant) -> float:
         """The tenant's share of the shards among those that have requests."""
@@ -242,7 +244,7 @@ class Admission:
 
     def _running_beside(self) -> float:
         """How many requests will run on each first shard when one more has come."""
-        running = min(self._limit(), len(self._running) + len(self._queue) + 1)
+        running = min(self._limit(), self.running + len(self._queue) + 1)
         return running / self._capacity().first_shards
 
     # What is refused.
@@ -355,26 +357,27 @@ class Admission:
         total = self.running_seconds()
         del self._running[id(ticket)]
         self._account(tenant).running -= 1
-        excess = ticket.tokens - size.answer_tokens
+        excess = ticket.tokens - size.answers * size.answer_tokens
         self._queue.correct(tenant, size.cost * excess)
         if tenant.tokens_per_minute is not None:
             self._account(tenant).budget.take(excess, tenant.tokens_per_minute, now)
         self._metrics.tenant_work.labels(tenant=tenant.name).inc(size.cost * (size.prompt_tokens + ticket.tokens))
         if ticket.first_token_at is None:
             return
-        decoding = now - ticket.first_token_at
-        if ticket.tokens >= LEAST_DECODED_TOKENS and decoding > 0:
+        decoding, tokens = now - ticket.first_token_at, ticket.tokens / size.answers
+        if tokens >= LEAST_DECODED_TOKENS and decoding > 0:
             divisor = decoding * self._capacity().first_shards
             running = (total - ticket.running_seconds_at_first) / divisor
             # While their number falls, fewer prompts are computed than that number of requests brings.
-            is_steady = abs(len(self._running) + 1 - ticket.running_at_first) <= STEADY_SHARE * ticket.running_at_first
+            change = self.running + size.answers - ticket.running_at_first
+            is_steady = abs(change) <= STEADY_SHARE * ticket.running_at_first
             rate = (self.tokens - ticket.tokens_at_first) / divisor if is_steady else None
-            self._forecast.decode.observe(running, decoding / (ticket.tokens - 1), rate, now)
-        if ticket.ended_itself is not None:
-            self._forecast.lengths.observe(tenant.name, size.route, ticket.tokens, ticket.ended_itself)
+            self._forecast.decode.observe(running, decoding / (tokens - 1), rate, now)
+        for length, ended_itself in ticket.ended:
+            self._forecast.lengths.observe(tenant.name, size.route, length, ended_itself)
         if ticket.is_complete:
-            tokens = size.prompt_tokens + ticket.tokens
-            self._forecast.observe(ticket.first_token_at - ticket.started_at, now - ticket.started_at, tokens)
+            tokens += size.prompt_tokens / size.answers
+            self._forecast.observe(ticket.first_token_at - ticket.started_at, now - ticket.started_at, round(tokens))
 
     def _account(self, tenant: Tenant) -> Account:
         account = self._accounts.get(tenant.name)
@@ -416,9 +419,9 @@ class Ticket:
         self.tokens_at_first = 0
         # Generated ones.
         self.tokens = 0
-        # Whether the answer ended before its limit; None: it has not ended, or its length was given.
-        self.ended_itself: bool | None = None
-        self.is_complete = False
+        # The lengths of the answers that have ended, and whether before their limit; none where lengths are given.
+        self.ended: list[tuple[int, bool]] = []
+        self._open_answers = demand.answers
         self._is_exact = False
         self._released: asyncio.Future[None] | None = None
 
@@ -435,6 +438,11 @@ class Ticket:
         """Whether its client left while it waited."""
         return self._released is not None and self._released.cancelled()
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all answers are."""
+        return not self._open_answers
+
     def resize(self, size: Size) -> None:
         """More is known of what it takes."""
         self.size, self.service_seconds = size, self._admission.service_seconds(size)
@@ -446,9 +454,10 @@ class Ticket:
     async def start(self, route: str, prompt_tokens: int, max_tokens: int, is_exact: bool) -> None:
         """Returns once the request may run on shards. Raises Exhausted or Expired.
 
-        `is_exact`: the answer has `max_tokens` whatever the model says.
+        `is_exact`: each answer has `max_tokens` whatever the model says.
         """
-        self.resize(self._admission.size(self.tenant.name, route, prompt_tokens, max_tokens, is_exact))
+        size = self._admission.size(self.tenant.name, route, prompt_tokens, max_tokens, is_exact, self.demand.answers)
+        self.resize(size)
         self._is_exact = is_exact
         self._released = asyncio.get_running_loop().create_future()
         self._admission.enqueue(self)
@@ -482,11 +491,11 @@ class Ticket:
         self.tokens += count
         self._admission.tokens += count
 
-    def record_finish(self, at_limit: bool) -> None:
-        """The answer is complete; `at_limit`: by its number of tokens."""
-        self.is_complete = True
+    def record_finish(self, tokens: int, at_limit: bool) -> None:
+        """An answer is complete; `at_limit`: by its number of tokens."""
+        self._open_answers -= 1
         if not self._is_exact:
-            self.ended_itself = not at_limit
+            self.ended.append((tokens, not at_limit))
 
     def __enter__(self) -> Self:
         return self

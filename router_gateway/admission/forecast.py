@@ -24,10 +24,12 @@ class Size:
     most_answer_tokens: int
     # Parameters that its route reads for a token, relative to the costliest route.
     cost: float
+    # Answers that share the prompt, each of that length.
+    answers: int = 1
 
     @property
     def tokens(self) -> float:
-        return self.prompt_tokens + self.answer_tokens
+        return self.prompt_tokens + self.answers * self.answer_tokens
 
     @property
     def work(self) -> float:
@@ -53,11 +55,14 @@ class Forecast:
         self.mean_seconds: float | None = None
         self.mean_tokens: float | None = None
 
-    def size(self, tenant: str, route: str, prompt_tokens: int, max_tokens: int, is_exact: bool) -> Size:
+    def size(
+        self, tenant: str, route: str, prompt_tokens: int, max_tokens: int, is_exact: bool, answers: int = 1
+    ) -> Size:
         """`is_exact`: the answer has `max_tokens` whatever the model says. An empty route is not decided yet."""
         lengths = [] if is_exact else self.lengths.tokens_within(tenant, route, max_tokens)
         cost = self._costs().get(route, 1.0) if route else 1.0
-        return Size(route, prompt_tokens, mean(lengths, max_tokens), nearly_all(lengths, max_tokens), cost)
+        expected, most = mean(lengths, max_tokens), nearly_all(lengths, max_tokens)
+        return Size(route, prompt_tokens, expected, most, cost, answers)
 
     def seconds(self, size: Size, running: float) -> float:
         """In the mean, beside `running` requests of a first shard, itself included."""

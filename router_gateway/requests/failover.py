@@ -80,6 +80,7 @@ class Failover:
         dependencies: FailoverDependencies,
         facts: Facts,
         prompt: Prompt = NO_PROMPT,
+        preferred: Chain | None = None,
     ) -> None:
         # The candidates between which a first shard decides, or the one route of the answer.
         self.routes = routes
@@ -93,6 +94,10 @@ class Failover:
         self._reserved_tokens = 0
         # Generated tokens when the current chain was chosen.
         self._tokens_at_start = 0
+        # The first choice, where its shards accept requests: they have cached the prompt.
+        self._preferred = preferred
+        # How often the answer went on with another chain.
+        self.replays = 0
 
     def fix_route(self, route: str) -> None:
         """The first shard has decided: every further chain is of this route."""
@@ -146,6 +151,7 @@ class Failover:
             paused = True
         if isinstance(self._failures.last_error, ChainLost):
             self._dependencies.metrics.replays.labels(cause=self._failures.last_error.cause).inc()
+            self.replays += 1
         self._tokens_at_start = generated_tokens
         return chain
 
@@ -173,6 +179,9 @@ class Failover:
             if len(self.routes) == 1
             else placement.choose_candidates(self.routes, by_shard, self._reserved_tokens, self._facts, self._prompt)
         )
+        preferred, self._preferred = self._preferred, None
+        if chain is not None and preferred is not None and all(one.accepts_requests for one in preferred.replicas):
+            return preferred
         failed = chain is not None and chain.names in self._failures.chains
         return None if failed and not allow_failed else chain
 

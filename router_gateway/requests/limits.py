@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence, Sized
 
-from router_gateway.requests.types import Prompt
+from router_gateway.requests.types import Prompt, TokenIds
 from router_gateway.routing.objectives import Objectives
 from router_gateway.tokenization.chat_template import Turn
 from stitch.errors import InvalidRequest
@@ -17,6 +17,7 @@ from stitch.errors import InvalidRequest
 MAX_ID_CHARACTERS = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1_024
+MAX_ANSWERS = 16
 
 
 class Amount(str):
@@ -30,6 +31,8 @@ class Amount(str):
 
 def field_of(prompt: Prompt) -> str:
     """The request's field that holds such a prompt."""
+    if isinstance(prompt, TokenIds):
+        return "token_ids"
     return "prompt" if isinstance(prompt, str) else "chat"
 
 
@@ -42,6 +45,8 @@ def check_prompt(prompt: Prompt) -> None:
     if isinstance(prompt, str):
         if not prompt:
             raise InvalidRequest("prompt", prompt, "it must not be empty")
+        return
+    if isinstance(prompt, TokenIds):
         return
     if not prompt:
         raise InvalidRequest("chat.messages", Amount("empty"), "a conversation has at least one")
@@ -68,6 +73,22 @@ def check_objectives(objectives: Objectives) -> None:
         raise InvalidRequest("objectives.min_quality", quality, "it must be finite")
 
 
+def check_answers(n: int) -> None:
+    if not 1 <= n <= MAX_ANSWERS:
+        raise InvalidRequest("n", n, f"it must be at least 1 and at most {MAX_ANSWERS}")
+
+
+def check_threshold(threshold: float | None, route: str) -> None:
+    """`route` is the one that the request names, empty where the router decides."""
+    if threshold is None:
+        return
+    # NaN fails this comparison, too.
+    if not 0 <= threshold <= 1:
+        raise InvalidRequest("threshold", threshold, "it must be at least 0 and at most 1")
+    if route:
+        raise InvalidRequest("threshold", threshold, f"the request names route {route}, so that no router decides")
+
+
 def check_stop(stop: Sequence[str]) -> None:
     check_count("stop", stop, MAX_STOP_STRINGS, "strings")
     for index, string in enumerate(stop):
@@ -80,7 +101,7 @@ def check_tokens(field: str, ids: Iterable[int], vocabulary_size: int) -> None:
     for index, token_id in enumerate(ids):
         if token_id >= vocabulary_size:
             limit = f"the vocabulary ends at {vocabulary_size - 1:,}"
-            raise InvalidRequest(f"sampling.{field}[{index}]", token_id, limit)
+            raise InvalidRequest(f"{field}[{index}]", token_id, limit)
 
 
 def check_text_tokens(field: str, ids: Iterable[int], vocabulary_size: int) -> None:
@@ -107,7 +128,7 @@ def check_answer_fits(tokens: int, room_tokens: int) -> None:
         raise InvalidRequest("forced_answer", Amount(f"{tokens:,} tokens"), limit)
 
 
-def check_size(prompt: Prompt, context_tokens: int, max_token_bytes: int) -> None:
+def check_size(prompt: str | tuple[Turn, ...], context_tokens: int, max_token_bytes: int) -> None:
     """Refuses text that can't fit, however it is tokenized, before it is tokenized."""
     size, max_bytes = size_bytes(prompt), context_tokens * max_token_bytes
     if size > max_bytes:
@@ -127,7 +148,7 @@ def check_fits(prompt: Prompt, prompt_tokens: int, context_tokens: int) -> None:
         raise InvalidRequest(field_of(prompt), Amount(f"{prompt_tokens:,} tokens"), limit)
 
 
-def size_bytes(prompt: Prompt) -> int:
+def size_bytes(prompt: str | tuple[Turn, ...]) -> int:
     """UTF-8 bytes of all text in the prompt."""
     if isinstance(prompt, str):
         return len(prompt.encode())

@@ -1,17 +1,18 @@
 """One request, top to bottom: check, tokenize, select a route, stream tokens, detokenize, finish.
 
-In goes a `Request`, out come the messages of its answer: `started` once, any number of `delta`s, `finished` once. Every
-refusal is raised before a shard is asked. Texts are tokenized on the event loop where they are short, else in a thread
-(`tokenization/text_queues.py`).
+In goes a `Request`, out come the messages of its answers: `started` once, and for each any number of `delta`s and
+`finished` once. Every refusal is raised before a shard is asked. Texts are tokenized on the event loop where they are
+short, else in a thread (`tokenization/text_queues.py`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from router_gateway.admission.admission import Admission, Demand, Ticket
@@ -22,16 +23,16 @@ from router_gateway.requests.answer_format import answer_grammar, tool_call_pars
 from router_gateway.requests.failover import Failover, FailoverDependencies
 from router_gateway.requests.recorder import Recorder
 from router_gateway.requests.request_log import Write, write_line
-from router_gateway.requests.stream import FinishReason, Step, StreamInput, TokenStream
-from router_gateway.requests.types import Prompt, Request, Tools, user_turns
+from router_gateway.requests.stream import StreamInput, TokenStream
+from router_gateway.requests.types import Prompt, Request, TokenIds, Tools, user_turns
 from router_gateway.routing.router import RouteDecision
 from router_gateway.routing.selector import Selector
 from router_gateway.routing.ttft_predictor import TrackedRequest, TtftPredictor
 from router_gateway.shards.models import ModelRegistry
+from router_gateway.shards.placement import Chain
 from router_gateway.shards.placement import Prompt as PlacedPrompt
-from router_gateway.tokenization.chat_template import TemplateRefusal, ToolCall
+from router_gateway.tokenization.chat_template import TemplateRefusal, ToolCall, Turn
 from router_gateway.tokenization.control_tokens import ControlTokenInText
-from router_gateway.tokenization.detokenizer import Detokenizer
 from router_gateway.tokenization.source import VocabularySource
 from router_gateway.tokenization.stop_strings import StopStrings
 from router_gateway.tokenization.text_queues import TextQueues
@@ -44,6 +45,11 @@ from stitch.sampling import Sampling
 from stitch.v1 import inference_pb2, shard_pb2
 
 Response = inference_pb2.GenerateResponse
+
+# A token's text, by which decoding is queued.
+BYTES_PER_TOKEN = 4
+# Messages of several answers that wait for a slow client; when they are this many, generating waits too.
+QUEUED_MESSAGES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +91,20 @@ class RequestPreparer:
             self._cluster.route(request.routing.route)
         limits.check_prompt(request.prompt)
         vocabulary, facts = self._source.require(), self._source.facts
-        smallest = min(self._models.vocabulary_size, vocabulary.size)
-        for field in ("stop_token_ids", "forced_token_ids"):
-            limits.check_tokens(field, getattr(request.sampling, field), smallest)
+        sampling, smallest = request.sampling, min(self._models.vocabulary_size, vocabulary.size)
+        limits.check_tokens("sampling.stop_token_ids", sampling.stop_token_ids, smallest)
+        limits.check_tokens("sampling.forced_token_ids", sampling.forced_token_ids, smallest)
+        limits.check_tokens("sampling.logit_bias", (token_id for token_id, _ in sampling.logit_bias), smallest)
         ids = await self._tokenize(request.prompt, vocabulary, request.tools)
-        sampling = request.sampling
         if request.forced_answer is not None:
             sampling = await self._force(request.forced_answer, sampling, len(ids), vocabulary)
         sampling = complete_sampling(sampling, len(ids), self._models.context_tokens, vocabulary.end_tokens)
         grammar = await self._grammar(replace(request, sampling=sampling), vocabulary)
-        decision = self._selector.select(request.routing, user_turns(request.prompt), len(ids), waited_seconds())
+        if grammar is not None and sampling.min_tokens:
+            limit = "the format of the answer says where it ends"
+            raise InvalidRequest("sampling.min_tokens", sampling.min_tokens, limit)
+        turns = await self._turns(request.prompt, vocabulary)
+        decision = self._selector.select(request.routing, turns, len(ids), waited_seconds())
         return Prepared(
             request,
             StreamInput(request.request_id, tuple(ids), decision, sampling, facts=facts, grammar=grammar),
@@ -106,14 +116,48 @@ class RequestPreparer:
             return None
         return await self._queues.compile(lambda: answer_grammar(request, vocabulary))
 
-    async def _tokenize(self, prompt: Prompt, vocabulary: Vocabulary, tools: Tools | None) -> list[int]:
+    async def tokenize(
+        self, prompt: Prompt, tools: Tools | None = None, plain: bool = False
+    ) -> inference_pb2.TokenizeResponse:
+        """The tokens of a prompt; `plain`: without the special tokens that the tokenizer adds to a text.
+
+        Raises as `prepare` does.
+        """
+        limits.check_prompt(prompt)
+        vocabulary, context_tokens = self._source.require(), self._models.context_tokens
+        ids = await self._tokenize(prompt, vocabulary, tools, plain)
+        tokens = await self._queues.run(len(ids), lambda: list(map(vocabulary.token_bytes, ids)))
+        return inference_pb2.TokenizeResponse(token_ids=ids, tokens=tokens, context_length=context_tokens)
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of ids, control tokens by their names. Raises as `prepare` does."""
+        vocabulary, context_tokens = self._source.require(), self._models.context_tokens
+        limits.check_count("token_ids", ids, context_tokens, "ids")
+        limits.check_tokens("token_ids", ids, vocabulary.size)
+        return await self._queues.run(BYTES_PER_TOKEN * len(ids), lambda: vocabulary.decode(ids, control_tokens=True))
+
+    async def _tokenize(
+        self, prompt: Prompt, vocabulary: Vocabulary, tools: Tools | None, plain: bool = False
+    ) -> list[int]:
         context_tokens = self._models.context_tokens
+        if isinstance(prompt, TokenIds):
+            limits.check_fits(prompt, len(prompt.ids), context_tokens)
+            largest = min(self._models.prompt_vocabulary_size, vocabulary.size)
+            limits.check_tokens("token_ids.ids", prompt.ids, largest)
+            return list(prompt.ids)
         limits.check_size(prompt, context_tokens, vocabulary.max_token_bytes)
         size = limits.size_bytes(prompt) + (0 if tools is None else tools.size_bytes)
-        ids = await self._queues.run(size, lambda: tokenize(prompt, vocabulary, context_tokens, tools))
+        ids = await self._queues.run(size, lambda: tokenize(prompt, vocabulary, context_tokens, tools, plain))
         limits.check_fits(prompt, len(ids), context_tokens)
         limits.check_text_tokens(limits.field_of(prompt), ids, self._models.prompt_vocabulary_size)
         return ids
+
+    async def _turns(self, prompt: Prompt, vocabulary: Vocabulary) -> tuple[str, ...]:
+        """The user's texts, by which the router decides; token ids are one, as their text."""
+        if not isinstance(prompt, TokenIds):
+            return user_turns(prompt)
+        ids = prompt.ids
+        return (await self._queues.run(BYTES_PER_TOKEN * len(ids), lambda: vocabulary.decode(ids)),)
 
     async def _force(self, answer: str, sampling: Sampling, prompt_tokens: int, vocabulary: Vocabulary) -> Sampling:
         """The sampling that gives exactly this answer."""
@@ -127,15 +171,21 @@ class RequestPreparer:
         return replace(sampling, forced_token_ids=tuple(ids), max_tokens=min(sampling.max_tokens, len(ids)))
 
 
-def tokenize(prompt: Prompt, vocabulary: Vocabulary, context_tokens: int, tools: Tools | None = None) -> list[int]:
-    """Token ids of a prompt.
+def tokenize(
+    prompt: str | tuple[Turn, ...],
+    vocabulary: Vocabulary,
+    context_tokens: int,
+    tools: Tools | None = None,
+    plain: bool = False,
+) -> list[int]:
+    """Token ids of a prompt; `plain`: of a text without the special tokens that the tokenizer adds.
 
     Raises InvalidRequest where the chat template refuses the conversation, or for a text over `context_tokens`; one
     that has a few more may be returned.
     """
     with _refused_texts(limits.field_of(prompt), context_tokens):
         if isinstance(prompt, str):
-            return vocabulary.encode(prompt, context_tokens)
+            return (vocabulary.encode_rendered if plain else vocabulary.encode)(prompt, context_tokens)
         roles = ", ".join(turn.role for turn in prompt)
         if vocabulary.template is None:
             raise InvalidRequest("chat", roles, f"{vocabulary.template_absence}, so it takes a prompt only")
@@ -169,11 +219,12 @@ def _refused_texts(field: str, context_tokens: int) -> Iterator[None]:
 def complete_sampling(
     sampling: Sampling, prompt_tokens: int, context_tokens: int, end_tokens: tuple[int, ...]
 ) -> Sampling:
-    """With max_tokens limited to the context, and with the model's end tokens unless they are ignored."""
+    """With both numbers of tokens limited to the context, and with the model's end tokens unless they are ignored."""
     stop = sampling.stop_token_ids
     if not sampling.ignore_eos:
         stop = tuple(dict.fromkeys((*stop, *end_tokens)))
-    return replace(sampling, max_tokens=min(sampling.max_tokens, context_tokens - prompt_tokens), stop_token_ids=stop)
+    most = min(sampling.max_tokens, context_tokens - prompt_tokens)
+    return replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most), stop_token_ids=stop)
 
 
 def within_tenant(request: Request, tenant: Tenant) -> Request:
@@ -189,13 +240,22 @@ def within_tenant(request: Request, tenant: Tenant) -> Request:
 class DeltaBuilder:
     """Turns the tokens of one answer into deltas.
 
-    A token without final text waits for the next delta, so that every token is in exactly one.
+    A token without final text waits for the next delta, so that every token is in exactly one. No stop string ends
+    with the first `min_tokens`.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str], parser: ToolCallParser | None = None) -> None:
-        self._detokenizer = detokenizer
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        stop: Sequence[str],
+        parser: ToolCallParser | None = None,
+        min_tokens: int = 0,
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._detokenizer = vocabulary.detokenizer(() if parser is None else parser.shown)
         self._parser = parser
         self._stop = StopStrings(stop)
+        self._min_tokens = min_tokens
         self._waiting: list[shard_pb2.GeneratedToken] = []
         self._calls = 0
         self.generated_tokens = 0
@@ -217,7 +277,7 @@ class DeltaBuilder:
                 break
             self.generated_tokens += 1
             self._waiting.append(token)
-            text += self._stop.push(self._detokenizer.push(token.id))
+            text += self._stop.push(self._detokenizer.push(token.id), self.generated_tokens > self._min_tokens)
         return self._delta(text) if text else None
 
     def finish(self) -> inference_pb2.Delta | None:
@@ -234,13 +294,60 @@ class DeltaBuilder:
             text="".join(one for one in found if isinstance(one, str)),
             tool_calls=[self._call(one) for one in found if not isinstance(one, str)],
             token_ids=[token.id for token in tokens],
-            logprobs=[token.logprobs for token in tokens if token.HasField("logprobs")],
+            logprobs=[self._spelled(token.logprobs) for token in tokens if token.HasField("logprobs")],
         )
 
     def _call(self, call: ToolCall) -> inference_pb2.ToolCallDelta:
         """A call, which is sent whole: only a whole one is known to be a call."""
         index, self._calls = self._calls, self._calls + 1
         return inference_pb2.ToolCallDelta(index=index, id=call.id, name=call.name, arguments=call.arguments)
+
+    def _spelled(self, logprobs: inference_pb2.TokenLogprobs) -> inference_pb2.TokenLogprobs:
+        """With the bytes of each token, which shards don't know."""
+        logprobs.token = self._vocabulary.token_bytes(logprobs.token_id)
+        for one in logprobs.alternatives:
+            one.token = self._vocabulary.token_bytes(one.token_id)
+        return logprobs
+
+
+@dataclass(slots=True)
+class AnswersInCommon:
+    """What the answers to one request share."""
+
+    unfinished: int
+    # The first answer has its first token: the others can reuse the KV of the prompt on the shards of this chain.
+    prompt_computed: asyncio.Event = field(default_factory=asyncio.Event)
+    decision: RouteDecision | None = None
+    chain: Chain | None = None
+
+
+async def interleaved(answers: Sequence[AsyncGenerator[Response, None]]) -> AsyncGenerator[Response, None]:
+    """The messages of all answers as they come. One that fails ends the others, as closing the iterator does."""
+    queue: asyncio.Queue[Response | None] = asyncio.Queue(QUEUED_MESSAGES)
+
+    async def forward(answer: AsyncGenerator[Response, None]) -> None:
+        async with aclosing(answer):
+            async for response in answer:
+                await queue.put(response)
+
+    async def run() -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for answer in answers:
+                    group.create_task(forward(answer))
+        except BaseExceptionGroup as failures:
+            await queue.put(None)
+            raise failures.exceptions[0] from None
+        await queue.put(None)
+
+    work = asyncio.create_task(run())
+    try:
+        while (response := await queue.get()) is not None:
+            yield response
+        await work
+    finally:
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
 
 
 class Pipeline:
@@ -268,19 +375,31 @@ class Pipeline:
         """The time by the clock of arrivals and deadlines, in seconds."""
         return self._dependencies.clock()
 
+    async def tokenize(
+        self, credentials: Credentials, prompt: Prompt, tools: Tools | None = None, plain: bool = False
+    ) -> inference_pb2.TokenizeResponse:
+        """The tokens of a prompt. Raises Unauthenticated, and as `RequestPreparer.tokenize` does."""
+        self._admission.authenticate(credentials)
+        return await self._preparer.tokenize(prompt, tools, plain)
+
+    async def detokenize(self, credentials: Credentials, ids: Sequence[int]) -> str:
+        """The text of token ids. Raises Unauthenticated, and as `RequestPreparer.detokenize` does."""
+        self._admission.authenticate(credentials)
+        return await self._preparer.detokenize(ids)
+
     async def decide(self, credentials: Credentials, request: Request) -> tuple[RouteDecision, int]:
         """The route of a query and its number of prompt tokens, without an answer.
 
         A deferred decision is the first shard's: its session asks for one token and is closed once it has decided.
         """
-        query = replace(request, request_id=uuid.uuid4().hex, sampling=Sampling(max_tokens=1))
+        query = replace(request, request_id=uuid.uuid4().hex, sampling=Sampling(max_tokens=1), n=1)
         with self._admission.admit(credentials, _demand(query, None)) as ticket:
             prepared = await self._preparer.prepare(within_tenant(query, ticket.tenant))
             decision = prepared.stream_input.decision
             if isinstance(decision, RouteDecision):
                 return decision, prepared.prompt_tokens
             await self._start_on_shards(prepared, ticket)
-            async with aclosing(self._steps(prepared, ticket)) as steps:
+            async with aclosing(self._stream(prepared.stream_input, ticket).steps()) as steps:
                 async for step in steps:
                     if step.decision is not None:
                         return step.decision, prepared.prompt_tokens
@@ -294,7 +413,7 @@ class Pipeline:
         deadline: float | None,
         write: Write = write_line,
     ) -> AsyncGenerator[Response, None]:
-        """The messages of one answer. Closing the iterator cancels its session on every shard.
+        """The messages of a request's answers. Closing the iterator cancels their sessions on every shard.
 
         `read` makes the request from the client's message; it is called here so that its refusal is recorded too.
         `write` logs the request.
@@ -310,40 +429,79 @@ class Pipeline:
                 recorder.record_prompt(prepared.prompt_tokens, request.routing.objectives.max_ttft_seconds)
                 recorder.record_wait(await self._start_on_shards(prepared, ticket))
                 with self._predictor.track(prepared.prompt_tokens) as tracked, ticket.refusals():
-                    async with aclosing(self._answer(prepared, ticket, recorder, tracked)) as responses:
+                    async with aclosing(self._answers(prepared, ticket, recorder, tracked)) as responses:
                         async for response in responses:
                             yield response
 
-    async def _answer(
+    def _answers(
         self, prepared: Prepared, ticket: Ticket, recorder: Recorder, tracked: TrackedRequest
     ) -> AsyncGenerator[Response, None]:
-        parser = tool_call_parser(prepared.request.tools, prepared.vocabulary)
-        shown = () if parser is None else parser.shown
-        builder = DeltaBuilder(prepared.vocabulary.detokenizer(shown), prepared.request.stop, parser)
-        reason = inference_pb2.FINISH_REASON_LENGTH
-        if isinstance(decision := prepared.stream_input.decision, RouteDecision):
-            yield self._start(prepared, decision, recorder, tracked)
-        recorder.record_placement()
-        async with aclosing(self._steps(prepared, ticket)) as steps:
+        """The first answer's shards compute the prompt; the others start then, and reuse its KV there."""
+        common = AnswersInCommon(prepared.request.n)
+        answers = [
+            self._answer(prepared, ticket, recorder, tracked, common, index) for index in range(prepared.request.n)
+        ]
+        return answers[0] if len(answers) == 1 else interleaved(answers)
+
+    async def _answer(
+        self,
+        prepared: Prepared,
+        ticket: Ticket,
+        recorder: Recorder,
+        tracked: TrackedRequest,
+        common: AnswersInCommon,
+        index: int,
+    ) -> AsyncGenerator[Response, None]:
+        given, request = prepared.stream_input, prepared.request
+        if index:
+            await common.prompt_computed.wait()
+            sampling = given.sampling.of_answer(index)
+            given = replace(given, decision=common.decision or given.decision, sampling=sampling)
+        elif isinstance(given.decision, RouteDecision):
+            yield self._start(prepared, given.decision, recorder, tracked)
+        if not index:
+            recorder.record_placement()
+        parser = tool_call_parser(request.tools, prepared.vocabulary)
+        builder = DeltaBuilder(prepared.vocabulary, request.stop, parser, given.sampling.min_tokens)
+        reason, cached_tokens = inference_pb2.FINISH_REASON_LENGTH, 0
+        stream = self._stream(given, ticket, common.chain)
+        async with aclosing(stream.steps()) as steps:
             async for step in steps:
                 if step.decision is not None:
+                    common.decision = step.decision
                     yield self._start(prepared, step.decision, recorder, tracked)
                 if step.tokens:
                     tracked.prompt_computed()
                     ticket.record_tokens(len(step.tokens))
-                    recorder.record_tokens(len(step.tokens), step.stages)
+                    recorder.record_tokens(len(step.tokens), step.stages, index)
+                    cached_tokens += step.cached_tokens
+                    common.chain = common.chain or stream.chain
+                    common.prompt_computed.set()
                 if (delta := builder.push(step.tokens)) is not None:
-                    yield _delta(delta, recorder, tracked)
+                    yield _delta(delta, recorder, tracked, index)
                 if builder.stopped:
                     break
                 reason = step.finish or reason
         if (delta := builder.finish()) is not None:
-            yield _delta(delta, recorder, tracked)
+            yield _delta(delta, recorder, tracked, index)
         reason = inference_pb2.FINISH_REASON_STOP if builder.stopped else reason
         if reason == inference_pb2.FINISH_REASON_STOP and builder.calls_tools:
             reason = inference_pb2.FINISH_REASON_TOOL_CALLS
-        ticket.record_finish(at_limit=reason == inference_pb2.FINISH_REASON_LENGTH)
-        yield _finish(reason, prepared, builder.generated_tokens, recorder)
+        ticket.record_finish(builder.generated_tokens, at_limit=reason == inference_pb2.FINISH_REASON_LENGTH)
+        common.unfinished -= 1
+        if not common.unfinished:
+            recorder.record_finish(reason)
+        finished = inference_pb2.Finished(
+            reason=reason,
+            prompt_tokens=prepared.prompt_tokens,
+            generated_tokens=builder.generated_tokens,
+            ttft_seconds=recorder.ttft_seconds.get(index),
+            total_seconds=recorder.elapsed_seconds(),
+            stages=() if index else recorder.stages,
+            cached_tokens=cached_tokens,
+            replays=stream.replays,
+        )
+        yield Response(finished=finished, answer=index)
 
     async def _start_on_shards(self, prepared: Prepared, ticket: Ticket) -> float:
         """Waits until shards have room for the request, and returns for how many seconds."""
@@ -352,12 +510,12 @@ class Pipeline:
         await ticket.start(given.routes[-1], prepared.prompt_tokens, given.sampling.max_tokens, is_exact)
         return self.now() - began
 
-    def _steps(self, prepared: Prepared, ticket: Ticket) -> AsyncGenerator[Step, None]:
-        tenant = ticket.tenant
-        given = replace(prepared.stream_input, tenant=tenant.name, tenant_weight=tenant.weight)
-        prompt = PlacedPrompt(tenant.name, given.token_ids)
-        failover = Failover(given.routes, self._dependencies, given.facts, prompt)
-        return TokenStream(given, failover, ticket.deadline, self._dependencies.clock).steps()
+    def _stream(self, given: StreamInput, ticket: Ticket, chain: Chain | None = None) -> TokenStream:
+        """The tokens of one answer, if possible on that chain."""
+        given = replace(given, tenant=ticket.tenant.name, tenant_weight=ticket.tenant.weight)
+        prompt = PlacedPrompt(given.tenant, given.token_ids)
+        failover = Failover(given.routes, self._dependencies, given.facts, prompt, chain)
+        return TokenStream(given, failover, ticket.deadline, self._dependencies.clock)
 
     def _start(
         self, prepared: Prepared, decision: RouteDecision, recorder: Recorder, tracked: TrackedRequest
@@ -374,36 +532,22 @@ class Pipeline:
         )
 
 
-def _delta(delta: inference_pb2.Delta, recorder: Recorder, tracked: TrackedRequest) -> Response:
+def _delta(delta: inference_pb2.Delta, recorder: Recorder, tracked: TrackedRequest, answer: int) -> Response:
     if delta.text:
-        recorder.record_text()
+        recorder.record_text(answer)
         tracked.text_sent()
-    return Response(delta=delta)
-
-
-def _finish(reason: FinishReason, prepared: Prepared, generated_tokens: int, recorder: Recorder) -> Response:
-    recorder.record_finish(reason)
-    return Response(
-        finished=inference_pb2.Finished(
-            reason=reason,
-            prompt_tokens=prepared.prompt_tokens,
-            generated_tokens=generated_tokens,
-            ttft_seconds=recorder.ttft_seconds,
-            total_seconds=recorder.elapsed_seconds(),
-            stages=recorder.stages,
-        )
-    )
+    return Response(delta=delta, answer=answer)
 
 
 def _demand(request: Request, deadline: float | None) -> Demand:
     max_tokens = request.sampling.max_tokens if request.sets_max_tokens else None
-    return Demand(max_tokens, request.routing.route, deadline, partial(_digest, request))
+    return Demand(max_tokens, request.routing.route, deadline, partial(_digest, request), request.n)
 
 
 def _digest(request: Request) -> bytes:
     """Of what a client sends again when it comes back; where it sets no seed, each request is drawn another one."""
     sampling = replace(request.sampling, seed=0)
-    content = (request.prompt, sampling, request.stop, request.routing, request.forced_answer)
+    content = (request.prompt, sampling, request.stop, request.routing, request.forced_answer, request.n)
     asked = repr((content, request.response_format, request.tools))
     return hashlib.blake2b(asked.encode(errors="surrogatepass"), digest_size=16).digest()
 

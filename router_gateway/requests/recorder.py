@@ -62,13 +62,14 @@ class Recorder:
         self._route = NO_ROUTE
         self._prompt_tokens = 0
         self._generated_tokens = 0
-        self._last_token: float | None = None
+        # By answer: when its last token came, and the time to its first text.
+        self._last_token: dict[int, float] = {}
+        self.ttft_seconds: dict[int, float] = {}
         self._queue_seconds = 0.0
         # The gauge that counts the request now.
         self._gauge = metrics.requests_waiting
         self._finish: FinishReason = inference_pb2.FINISH_REASON_UNSPECIFIED
         self._max_ttft_seconds: float | None = None
-        self.ttft_seconds: float | None = None
         self.stages: list[inference_pb2.Stage] = []
 
     def __enter__(self) -> Self:
@@ -99,34 +100,37 @@ class Recorder:
         self._gauge = self._metrics.requests_running
         self._gauge.inc()
 
-    def record_tokens(self, count: int, stages: Iterable[inference_pb2.Stage]) -> None:
-        """`count` tokens came in one step; they share the time since the previous step."""
+    def record_tokens(self, count: int, stages: Iterable[inference_pb2.Stage], answer: int = 0) -> None:
+        """`count` tokens of an answer came in one step; they share the time since its previous step."""
         if not count:
             return
-        self._add_stages(stages)
+        if not answer:
+            self._add_stages(stages)
         now = self._clock()
-        if self._last_token is not None:
+        if (last := self._last_token.get(answer)) is not None:
             latency = self._metrics.inter_token_latency.labels(route=self._route)
             for _ in range(count):
-                latency.observe((now - self._last_token) / count)
-        self._last_token = now
+                latency.observe((now - last) / count)
+        self._last_token[answer] = now
         self._generated_tokens += count
         self._metrics.generated_tokens.labels(route=self._route).inc(count)
 
-    def record_text(self) -> None:
-        """Text goes to the client; the first one sets the time to first token."""
-        if self.ttft_seconds is not None:
+    def record_text(self, answer: int = 0) -> None:
+        """Text of an answer goes to the client; the first one sets the time to first token."""
+        if answer in self.ttft_seconds:
             return
-        self.ttft_seconds = self.elapsed_seconds()
-        self._metrics.time_to_first_token.labels(route=self._route).observe(self.ttft_seconds)
+        seconds = self.ttft_seconds[answer] = self.elapsed_seconds()
+        if len(self.ttft_seconds) > 1:
+            return
+        self._metrics.time_to_first_token.labels(route=self._route).observe(seconds)
         if self._max_ttft_seconds is not None:
-            outcome = "met" if self.ttft_seconds <= self._max_ttft_seconds else "missed"
+            outcome = "met" if seconds <= self._max_ttft_seconds else "missed"
             self._metrics.ttft_objectives.labels(route=self._route, outcome=outcome).inc()
         by_prompt = self._metrics.time_to_first_token_by_prompt
-        by_prompt.labels(route=self._route, prompt_bucket=prompt_bucket(self._prompt_tokens)).observe(self.ttft_seconds)
+        by_prompt.labels(route=self._route, prompt_bucket=prompt_bucket(self._prompt_tokens)).observe(seconds)
 
     def record_finish(self, reason: FinishReason) -> None:
-        """The answer is complete."""
+        """All answers are complete."""
         self._finish = reason
 
     def elapsed_seconds(self) -> float:

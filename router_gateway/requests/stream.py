@@ -74,6 +74,8 @@ class Step:
     tokens: Sequence[shard_pb2.GeneratedToken] = ()
     # With the first token.
     stages: Sequence[inference_pb2.Stage] = ()
+    # With the first token: prompt tokens whose KV was cached.
+    cached_tokens: int = 0
     # On the last step, else unspecified.
     finish: FinishReason = inference_pb2.FINISH_REASON_UNSPECIFIED
     # The first shard's decision where it was deferred: once, before the first token.
@@ -94,6 +96,13 @@ class TokenStream:
         self._deadline = deadline
         self._clock = clock
         self._generated: list[int] = []
+        # The one that the latest tokens came from.
+        self.chain: Chain | None = None
+
+    @property
+    def replays(self) -> int:
+        """How often the answer went on with other shards."""
+        return self._failover.replays
 
     async def steps(self) -> AsyncGenerator[Step, None]:
         """Raises Unavailable where no chain is left, Expired, or the error that a shard raised."""
@@ -135,7 +144,7 @@ class TokenStream:
     def _finished(self) -> FinishReason:
         """Why the answer is complete, for the case that its last token came and the message of its end was lost."""
         sampling = self._input.sampling
-        if self._generated and self._generated[-1] in sampling.stop_token_ids:
+        if self._generated and sampling.ends_at(self._generated[-1], len(self._generated)):
             return inference_pb2.FINISH_REASON_STOP
         if len(self._generated) >= sampling.max_tokens:
             return inference_pb2.FINISH_REASON_LENGTH
@@ -167,13 +176,14 @@ class TokenStream:
         for position, token in enumerate(response.tokens, self._length):
             if token.position != position:
                 raise ChainLost("out_of_step", f"token {token.position} came in place of {position}")
-        stages = () if self._generated else response.stages
+        stages, cached = ((), 0) if self._generated else (response.stages, response.cached_tokens)
         self._generated += [token.id for token in response.tokens]
         if response.tokens:
             self._failover.record_progress(session)
+            self.chain = session.chain
         complete = response.finish_reason in _COMPLETE
         finish = response.finish_reason if complete else inference_pb2.FINISH_REASON_UNSPECIFIED
-        return Step(response.tokens, stages, finish, decision)
+        return Step(response.tokens, stages, cached, finish, decision)
 
     def _shard_decision(
         self, session: PlacedSession, response: shard_pb2.ShardGenerateResponse

@@ -9,8 +9,16 @@ from router_gateway.tokenization.chat_template import Tool, Turn
 from stitch.grammar import Grammar
 from stitch.sampling import Sampling
 
-# Plain text, tokenized as it is, or a conversation for the model's chat template.
-Prompt = str | tuple[Turn, ...]
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """A prompt that is tokenized already."""
+
+    ids: tuple[int, ...]
+
+
+# Plain text, tokenized as it is, a conversation for the model's chat template, or tokens.
+Prompt = str | tuple[Turn, ...] | TokenIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +53,11 @@ class Request:
     # What the answer matches, unless it calls tools.
     response_format: Grammar | None = None
     tools: Tools | None = None
+    # The number of answers.
+    n: int = 1
 
 
-def user_turns(prompt: Prompt) -> tuple[str, ...]:
+def user_turns(prompt: str | tuple[Turn, ...]) -> tuple[str, ...]:
     """The user's texts, oldest first; a plain prompt is one."""
     if isinstance(prompt, str):
         return (prompt,)

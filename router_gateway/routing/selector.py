@@ -14,7 +14,7 @@ from cachetools import TTLCache
 
 from router_gateway.routing.drift import DriftMonitor
 from router_gateway.routing.objectives import NO_OBJECTIVES, Forecast, Objectives, apply_objectives, restrict
-from router_gateway.routing.router import DeferredDecision, Query, ReasonKind, RouteDecision, Router
+from router_gateway.routing.router import DeferredDecision, Ladder, Query, ReasonKind, RouteDecision, Router
 from router_gateway.routing.ttft_predictor import TtftPredictor
 from router_gateway.shards.models import ModelRegistry
 from stitch.errors import InvalidRequest
@@ -33,6 +33,8 @@ class RoutingOptions:
     objectives: Objectives = NO_OBJECTIVES
     # Empty: the request belongs to no conversation.
     conversation_id: str = ""
+    # In place of the router's: the score from which on the most expensive route answers; None: the router's.
+    threshold: float | None = None
 
 
 NO_OPTIONS = RoutingOptions()
@@ -69,6 +71,8 @@ class Selector:
         """
         query = Query(tuple(turns), tuple(self._models.routes()))
         routed = self._router.decide(query)
+        if options.threshold is not None:
+            routed = _by_threshold(routed, options.threshold, query.routes)
         preferred = self._preferred(options, routed)
         objectives = _applicable(options.objectives, routed)
         if not objectives.given:
@@ -123,6 +127,24 @@ class Selector:
                 cost=costs.get(route),
                 quality=None if qualities is None else qualities[index],
             )
+
+
+def _by_threshold(
+    routed: RouteDecision | DeferredDecision, threshold: float, routes: Sequence[str]
+) -> RouteDecision | DeferredDecision:
+    """The router's score on a ladder of equal steps, the last of which is at `threshold`; a fallback is kept.
+
+    Raises InvalidRequest where a probe decides, whose score comes with its decision.
+    """
+    if isinstance(routed, DeferredDecision):
+        limit = "the probe of the first shard decides here, by its own thresholds"
+        raise InvalidRequest("threshold", threshold, limit)
+    if routed.score is None or routed.kind == "fallback":
+        return routed
+    steps = [threshold * step / (len(routes) - 1) for step in range(1, len(routes))]
+    route, compared = Ladder(steps).pick(routed.score, routes)
+    why = f"by the request's threshold; the router would take {routed.route} ({routed.reason})"
+    return replace(routed, route=route, reason=f"{compared}, {why}")
 
 
 def _override(routed: RouteDecision | DeferredDecision, route: str, why: str, kind: ReasonKind) -> RouteDecision:

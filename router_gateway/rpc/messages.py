@@ -23,14 +23,14 @@ from google.protobuf.message import DecodeError, Message
 
 from router_gateway.requests import limits
 from router_gateway.requests.limits import Amount
-from router_gateway.requests.types import Prompt, Request, Tools
+from router_gateway.requests.types import Prompt, Request, TokenIds, Tools
 from router_gateway.routing.objectives import Objectives
 from router_gateway.routing.selector import RoutingOptions
 from router_gateway.rpc.wire_format import fields, has_more_fields
 from router_gateway.tokenization.chat_template import Tool, ToolCall, Turn
 from stitch.errors import InvalidRequest
 from stitch.grammar import Grammar
-from stitch.sampling import Sampling
+from stitch.sampling import MAX_BIASED_TOKENS, Sampling
 from stitch.v1 import inference_pb2
 
 Decoded = TypeVar("Decoded", bound=Message)
@@ -47,6 +47,7 @@ _TOOL_NAME = re.compile("[a-zA-Z0-9_-]{1,64}")
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 # Of a schema, or of the arguments of a call.
 MAX_JSON_CHARACTERS = 1 << 18
+MAX_PROMPT_TOKENS = 1_048_576
 # An error shows this many bytes of a string before the invalid one.
 SHOWN_BYTES = 12
 # The field of an invalid string is looked for in messages up to this size.
@@ -60,16 +61,19 @@ def to_request(message: inference_pb2.GenerateRequest) -> Request:
     """Raises InvalidRequest for a message without input, or with a value outside its limits."""
     limits.check_id("request_id", message.request_id)
     limits.check_stop(message.stop)
+    n = message.n if message.HasField("n") else 1
+    limits.check_answers(n)
     return Request(
         request_id=message.request_id or uuid.uuid4().hex,
         prompt=to_prompt(message),
         sampling=_to_sampling(message.sampling),
         stop=tuple(message.stop),
-        routing=replace(_to_routing(message), route=None if message.route in ("", AUTO) else message.route),
+        routing=_to_named_routing(message),
         forced_answer=message.forced_answer if message.HasField("forced_answer") else None,
         sets_max_tokens=message.sampling.HasField("max_tokens"),
         response_format=_to_response_format(message.response_format),
         tools=to_tools(message.chat),
+        n=n,
     )
 
 
@@ -78,15 +82,20 @@ def to_route_query(message: inference_pb2.RouteRequest) -> Request:
     return Request(request_id="", prompt=to_prompt(message), sampling=Sampling(), routing=_to_routing(message))
 
 
-def to_prompt(message: inference_pb2.GenerateRequest | inference_pb2.RouteRequest) -> Prompt:
+def to_prompt(
+    message: inference_pb2.GenerateRequest | inference_pb2.RouteRequest | inference_pb2.TokenizeRequest,
+) -> Prompt:
     match message.WhichOneof("input"):
         case "prompt":
             return message.prompt
         case "chat":
             limits.check_count("chat.messages", message.chat.messages, MAX_MESSAGES, "messages")
             return tuple(_to_turn(turn, f"chat.messages[{i}]") for i, turn in enumerate(message.chat.messages))
+        case "token_ids" if isinstance(message, inference_pb2.GenerateRequest):
+            limits.check_count("token_ids.ids", message.token_ids.ids, MAX_PROMPT_TOKENS, "ids")
+            return TokenIds(tuple(message.token_ids.ids))
         case _:
-            raise InvalidRequest("input", Amount("not set"), "a request has a prompt or a chat")
+            raise InvalidRequest("input", Amount("not set"), "a request has a prompt, a chat or token ids")
 
 
 def _to_turn(message: inference_pb2.ChatMessage, field: str) -> Turn:
@@ -148,7 +157,7 @@ def _json_object(field: str, text: str) -> dict[str, Any]:
 
 
 def _to_routing(message: inference_pb2.GenerateRequest | inference_pb2.RouteRequest) -> RoutingOptions:
-    """Everything but the route, which a RouteRequest can't name."""
+    """Everything but route and threshold, which a RouteRequest hasn't."""
     given = {field.name: value for field, value in message.objectives.ListFields()}
     objectives = Objectives(**given)
     limits.check_objectives(objectives)
@@ -156,9 +165,17 @@ def _to_routing(message: inference_pb2.GenerateRequest | inference_pb2.RouteRequ
     return RoutingOptions(objectives=objectives, conversation_id=message.conversation_id)
 
 
+def _to_named_routing(message: inference_pb2.GenerateRequest) -> RoutingOptions:
+    route = "" if message.route == AUTO else message.route
+    threshold = message.threshold if message.HasField("threshold") else None
+    limits.check_threshold(threshold, route)
+    return replace(_to_routing(message), route=route or None, threshold=threshold)
+
+
 def _to_sampling(message: inference_pb2.Sampling) -> Sampling:
     limits.check_count("sampling.stop_token_ids", message.stop_token_ids, MAX_STOP_TOKENS, "ids")
     limits.check_count("sampling.forced_token_ids", message.forced_token_ids, MAX_FORCED_TOKENS, "ids")
+    limits.check_count("sampling.logit_bias", message.logit_bias, MAX_BIASED_TOKENS, "entries")
     sampling = Sampling.from_proto(message)
     return sampling if message.HasField("seed") else replace(sampling, seed=secrets.randbits(64))
 
@@ -240,6 +257,9 @@ def _invalid_strings(message: Message, prefix: str) -> Iterator[tuple[str, bytes
     """Path, bytes and index of the first invalid byte, of every string that is not UTF-8."""
     for field, value in message.ListFields():
         path = f"{prefix}{field.name}"
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            # Of numbers alone.
+            continue
         if field.is_repeated:
             for index, item in enumerate(value):
                 yield from _invalid_in_field(field, item, f"{path}[{index}]")

@@ -28,7 +28,7 @@ from router_gateway.requests.pipeline import Pipeline
 from router_gateway.requests.request_log import RequestLog, Write, client_of, counted
 from router_gateway.requests.types import Request
 from router_gateway.rpc.callers import credentials_of
-from router_gateway.rpc.messages import BatchEntries, decode, to_request, to_route_query
+from router_gateway.rpc.messages import BatchEntries, decode, to_prompt, to_request, to_route_query, to_tools
 from router_gateway.rpc.receiver import Context, Receiver
 from router_gateway.shards.models import ModelRegistry
 from stitch.cluster import GatewayLimits
@@ -96,6 +96,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         query = to_route_query(request)
         decision, prompt_tokens = await self._pipeline.decide(credentials_of(context), query)
         return inference_pb2.RouteResponse(decision=decision.to_proto(), prompt_tokens=prompt_tokens)
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        prompt, tools, plain = to_prompt(request), to_tools(request.chat), request.omit_special_tokens
+        return await self._pipeline.tokenize(credentials_of(context), prompt, tools, plain)
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: Context
+    ) -> inference_pb2.DetokenizeResponse:
+        text = await self._pipeline.detokenize(credentials_of(context), list(request.token_ids))
+        return inference_pb2.DetokenizeResponse(text=text)
 
     async def Describe(
         self, request: inference_pb2.DescribeRequest, context: Context

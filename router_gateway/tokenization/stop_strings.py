@@ -17,14 +17,17 @@ class StopStrings:
         self._held = ""
         self.found = False
 
-    def push(self, text: str) -> str:
-        """The text that surely precedes any stop string; empty after one was found."""
+    def push(self, text: str, may_end: bool = True) -> str:
+        """The text that surely precedes any stop string; empty after one was found.
+
+        Without `may_end` a string that ends in this text is none.
+        """
         if self.found or not self._automata:
             return "" if self.found else text
         joined = self._held + text
         for index in range(len(self._held), len(joined)):
             matched = self._advance(joined[index])
-            if matched:
+            if matched and may_end:
                 self.found, self._held = True, ""
                 return joined[: index + 1 - matched]
         keep = max(automaton.state for automaton in self._automata)
@@ -50,6 +53,8 @@ class _Automaton:
 
     def advance(self, character: str) -> bool:
         """Whether the string ends with this character."""
+        if self.state == len(self.string):
+            self.state = self._fallback[-1]
         while self.state and self.string[self.state] != character:
             self.state = self._fallback[self.state - 1]
         if self.string[self.state] == character:

@@ -21,6 +21,15 @@ from stitch.tokenizer_files import CONFIG, Files
 
 # The byte that a token of this name stands for where the decoder has a step `ByteFallback`.
 _BYTE = re.compile("<0x[+0-9A-Fa-f][0-9A-Fa-f]>")
+# The letters with which byte-level vocabularies spell bytes, as the decoder reads them.
+_LETTERS = {
+    letter: byte
+    for byte, letter in zip(
+        (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100), *range(0x21), *range(0x7F, 0xA1), 0xAD),
+        (*map(chr, (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))), *map(chr, range(0x100, 0x144))),
+        strict=True,
+    )
+}
 # An answer that no template contains, with which its end-of-turn token is found.
 _ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}answer"
 # A text with more characters for each token of the limit is encoded in parts first; usual texts have 2 to 5.
@@ -53,6 +62,9 @@ class Vocabulary:
         self._tokenizer = tokenizer
         self._silent = silent
         self._bytes = _byte_tokens(tokenizer)
+        self._added = tokenizer.get_added_tokens_decoder()
+        self._spells_bytes = _has_step(tokenizer, "ByteLevel")
+        self._token_bytes: dict[int, bytes] = {}
         self.template = template
         self._control = ControlTokens(tokenizer, template)
         # Why there is no template.
@@ -83,6 +95,28 @@ class Vocabulary:
         given = tokenizer_files.json_object(files, CONFIG).get("response_template")
         response_template = given if isinstance(given, dict) else None
         return cls(tokenizer, silent | _special(tokenizer), template, absence, ends, response_template)
+
+    def decode(self, ids: Sequence[int], control_tokens: bool = False) -> str:
+        """The text of ids, with or without the names of control tokens."""
+        return self._tokenizer.decode(ids, skip_special_tokens=not control_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token within a text, which may be a part of a character; empty for an unused id."""
+        if (known := self._token_bytes.get(token_id)) is None:
+            known = self._token_bytes[token_id] = self._bytes_of(token_id)
+        return known
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id].content.encode()
+        token = self._tokenizer.id_to_token(token_id) or ""
+        if token_id in self._bytes:
+            return bytes([int(token[3:-1], 16)])
+        if self._spells_bytes and all(letter in _LETTERS for letter in token):
+            return bytes(_LETTERS[letter] for letter in token)
+        # A decoder may treat the first token of a sequence differently.
+        once, twice = self._tokenizer.decode([token_id]), self._tokenizer.decode([token_id, token_id])
+        return twice[len(once) :].encode()
 
     # The methods below raise TextTooLong for a text that surely has more than `limit` tokens; one that has a few more
     # may be returned whole. They take long for long texts and release the GIL: 3 MB of text take a second.
@@ -188,9 +222,14 @@ def _unused(tokenizer: Tokenizer) -> frozenset[int]:
 
 def _byte_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     """The tokens of bytes that the decoder puts together to characters."""
-    if tokenizer.decoder is None or b'"ByteFallback"' not in tokenizer.decoder.__getstate__():
+    if not _has_step(tokenizer, "ByteFallback"):
         return frozenset()
     return frozenset(id for token, id in tokenizer.get_vocab().items() if _BYTE.fullmatch(token))
+
+
+def _has_step(tokenizer: Tokenizer, name: str) -> bool:
+    """Whether the decoder has a step of that type."""
+    return tokenizer.decoder is not None and f'"{name}"'.encode() in tokenizer.decoder.__getstate__()
 
 
 def _chat_template(files: Files, special: dict[str, str]) -> tuple[ChatTemplate | None, str]:

@@ -17,6 +17,8 @@ _Kind = Callable[[str], Any]
 # Name, type, metavar, explanation.
 _SAMPLING: tuple[tuple[str, _Kind, str, str], ...] = (
     ("max_tokens", int, "N", "the most tokens to generate"),
+    ("min_tokens", int, "N", "no end token and no stop text before N tokens"),
+    ("n", int, "N", "N answers, which share the prompt's computation"),
     ("temperature", float, "T", "0 is greedy, which is the default"),
     ("top_k", int, "K", "keep the K likeliest tokens"),
     ("top_p", float, "P", "keep the likeliest tokens that make up P"),
@@ -27,7 +29,7 @@ _SAMPLING: tuple[tuple[str, _Kind, str, str], ...] = (
     ("seed", int, "N", "same seed, same text"),
     ("logprobs", int, "N", "report log-probabilities and N alternatives (with --json)"),
 )
-_OTHERS = ("route", "stop", "stop_token_ids", "forced_token_ids", "forced_answer", "ignore_eos")
+_OTHERS = ("route", "threshold", "stop", "stop_token_ids", "forced_token_ids", "forced_answer", "ignore_eos")
 _OBJECTIVES: tuple[tuple[str, _Kind, str, str], ...] = (
     ("max_ttft_seconds", float, "S", "take a route whose first text is predicted to come within S seconds"),
     ("max_cost", float, "C", "take a route that costs at most C times as much as the most expensive"),
@@ -39,6 +41,7 @@ def add_generation(verb: argparse.ArgumentParser) -> None:
     """The flags of the route's choice and of sampling."""
     group = verb.add_argument_group("route")
     group.add_argument("--route", metavar="R", help="a route's name; by default the router decides")
+    group.add_argument("--threshold", type=float, metavar="T", help="the most expensive route from this score on")
     for name, kind, metavar, explanation in _OBJECTIVES:
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=explanation)
     group = verb.add_argument_group("generation")
@@ -61,6 +64,13 @@ def add_generation(verb: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--forced-answer", type=utf8, metavar="TEXT", help="return this text (with --logprobs: how likely it is)"
     )
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        type=token_bias,
+        metavar="ID=B",
+        help="add B to the logit of this token; may be repeated",
+    )
     group.add_argument("--ignore-eos", action="store_true", default=None, help="generate past the model's end token")
 
 
@@ -68,6 +78,8 @@ def request_fields(parsed: argparse.Namespace) -> dict[str, Any]:
     """The flags of `add_generation` as fields of a request, without those that were not given."""
     names = (*_OTHERS, *(name for name, *_ in (*_OBJECTIVES, *_SAMPLING)))
     given = {name: getattr(parsed, name) for name in names}
+    if parsed.logit_bias is not None:
+        given["logit_bias"] = dict(parsed.logit_bias)
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -147,6 +159,14 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return number
+
+
+def token_bias(text: str) -> tuple[int, float]:
+    """`ID=B`, for argparse."""
+    token_id, _, bias = text.partition("=")
+    if not (token_id.isascii() and token_id.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text} is not ID=B")
+    return int(token_id), float(bias)
 
 
 def tenant_name(text: str) -> str:

@@ -86,10 +86,13 @@ def show_stream(console: Console, stream: Stream) -> Answer:
     for event in stream:
         if isinstance(event, RouteDecision):
             console.print(Text(for_terminal(decision_line(event)), style="cyan"), soft_wrap=True)
-        else:
+        elif not event.answer:
             console.out(for_terminal(event.text) if console.is_terminal else event.text, end="", highlight=False)
             console.file.flush()
     answer = stream.answer
+    for index, other in enumerate(answer.others, 2):
+        console.print(Text(f"\nanswer {index}:", style="cyan"))
+        console.out(for_terminal(other.text) if console.is_terminal else other.text, end="", highlight=False)
     console.out()
     console.print(Text(for_terminal(timing_line(answer)), style="dim"), soft_wrap=True)
     if answer.stages:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
@@ -18,14 +18,17 @@ from stitch.client.messages import (
     Answer,
     Collector,
     Delta,
+    Message,
     RequestFields,
     RouteDecision,
     RouteFields,
     deadline,
     decision_of,
+    detokenize_request,
     generate_request,
     key_metadata,
     route_request,
+    tokenize_request,
 )
 from stitch.errors import translated_rpc_errors
 from stitch.tls import gateway_credentials
@@ -36,7 +39,7 @@ Call = UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResp
 
 
 class AsyncStream:
-    """The events of one answer: a RouteDecision, then Deltas. A loop over it sends the request; leaving it cancels."""
+    """The events of a request: a RouteDecision, then Deltas. A loop over it sends the request; leaving it cancels."""
 
     def __init__(self, start: Callable[[], Call]) -> None:
         self._start = start
@@ -55,10 +58,10 @@ class AsyncStream:
             call.cancel()
 
     async def text(self) -> AsyncGenerator[str, None]:
-        """The pieces of the answer's text, without the route decision."""
+        """The pieces of the first answer's text, without the route decision."""
         async with aclosing(aiter(self)) as events:
             async for event in events:
-                if isinstance(event, Delta):
+                if isinstance(event, Delta) and not event.answer:
                     yield event.text
 
     @property
@@ -91,7 +94,7 @@ class AsyncClient:
     async def generate(
         self, prompt: str | None = None, *, timeout: float | None = None, **fields: Unpack[RequestFields]
     ) -> Answer:
-        """The answer to a prompt, or to `messages`."""
+        """The answer to a prompt, to `messages` or to `token_ids`; with `n` the others are in it."""
         stream = self.stream(prompt, timeout=timeout, **fields)
         async for _ in stream:
             pass
@@ -137,6 +140,22 @@ class AsyncClient:
         request = route_request({"prompt": prompt, **fields})
         with translated_rpc_errors():
             return decision_of(await self._stub.Route(request, timeout=deadline(timeout), metadata=self._metadata))
+
+    async def tokenize(
+        self, prompt: str | None = None, *, messages: Sequence[Message] | None = None, timeout: float | None = None
+    ) -> list[int]:
+        """The token ids of a prompt, or of `messages`, as an answer to it is generated from."""
+        request = tokenize_request({"prompt": prompt, "messages": messages})
+        with translated_rpc_errors():
+            reply = await self._stub.Tokenize(request, timeout=deadline(timeout), metadata=self._metadata)
+            return list(reply.token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = None) -> str:
+        """The text of token ids; control tokens are written by their names."""
+        request = detokenize_request(token_ids)
+        with translated_rpc_errors():
+            reply = await self._stub.Detokenize(request, timeout=deadline(timeout), metadata=self._metadata)
+            return reply.text
 
     async def describe(
         self, *, addresses: bool = False, timeout: float | None = None

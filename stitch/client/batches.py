@@ -59,7 +59,7 @@ class Batch:
     def fail(self, failure: Exception, call: int = 0) -> None:
         """Makes the error that ended a call the outcome of those of its requests that have no whole answer."""
         for index, collector in zip(self._indices[call], self._collectors[call], strict=True):
-            if self._outcomes[index] is None and collector.finished is None:
+            if self._outcomes[index] is None and not collector.is_complete:
                 self._outcomes[index] = failure
 
     def outcomes(self) -> list[Outcome]:

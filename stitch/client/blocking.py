@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -15,14 +15,17 @@ from stitch.client.messages import (
     Answer,
     Collector,
     Delta,
+    Message,
     RequestFields,
     RouteDecision,
     RouteFields,
     deadline,
     decision_of,
+    detokenize_request,
     generate_request,
     key_metadata,
     route_request,
+    tokenize_request,
 )
 from stitch.errors import translated_rpc_errors
 from stitch.tls import gateway_credentials
@@ -31,7 +34,7 @@ from stitch.v1.inference_pb2_grpc import InferenceStub
 
 
 class Stream:
-    """The events of one answer: a RouteDecision, then Deltas. A loop over it sends the request; leaving it cancels."""
+    """The events of a request: a RouteDecision, then Deltas. A loop over it sends the request; leaving it cancels."""
 
     def __init__(self, start: Callable[[], grpc.CallIterator[inference_pb2.GenerateResponse]]) -> None:
         self._start = start
@@ -50,8 +53,8 @@ class Stream:
             call.cancel()  # type: ignore[no-untyped-call]
 
     def text(self) -> Iterator[str]:
-        """The pieces of the answer's text, without the route decision."""
-        return (event.text for event in self if isinstance(event, Delta))
+        """The pieces of the first answer's text, without the route decision."""
+        return (event.text for event in self if isinstance(event, Delta) and not event.answer)
 
     @property
     def answer(self) -> Answer:
@@ -83,7 +86,7 @@ class Client:
     def generate(
         self, prompt: str | None = None, *, timeout: float | None = None, **fields: Unpack[RequestFields]
     ) -> Answer:
-        """The answer to a prompt, or to `messages`."""
+        """The answer to a prompt, to `messages` or to `token_ids`; with `n` the others are in it."""
         stream = self.stream(prompt, timeout=timeout, **fields)
         for _ in stream:
             pass
@@ -127,6 +130,22 @@ class Client:
         request = route_request({"prompt": prompt, **fields})
         with translated_rpc_errors():
             return decision_of(self._stub.Route(request, timeout=deadline(timeout), metadata=self._metadata))
+
+    def tokenize(
+        self, prompt: str | None = None, *, messages: Sequence[Message] | None = None, timeout: float | None = None
+    ) -> list[int]:
+        """The token ids of a prompt, or of `messages`, as an answer to it is generated from."""
+        request = tokenize_request({"prompt": prompt, "messages": messages})
+        with translated_rpc_errors():
+            reply = self._stub.Tokenize(request, timeout=deadline(timeout), metadata=self._metadata)
+            return list(reply.token_ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = None) -> str:
+        """The text of token ids; control tokens are written by their names."""
+        request = detokenize_request(token_ids)
+        with translated_rpc_errors():
+            reply = self._stub.Detokenize(request, timeout=deadline(timeout), metadata=self._metadata)
+            return reply.text
 
     def describe(self, *, addresses: bool = False, timeout: float | None = None) -> inference_pb2.DescribeResponse:
         """The models, routes and shards that the gateway serves; the shards' addresses where they are asked for."""

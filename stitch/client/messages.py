@@ -6,7 +6,7 @@ A request is checked only as far as its fields must be encoded; the gateway chec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypedDict
 
@@ -37,6 +37,10 @@ class RouteFields(TypedDict, total=False):
 class RequestFields(RouteFields, total=False):
     """The fields of a request besides its prompt."""
 
+    # A prompt that is tokenized already, in place of the prompt.
+    token_ids: Sequence[int] | None
+    # Answers that share the prompt's computation.
+    n: int | None
     # 0 is greedy.
     temperature: float | None
     top_k: int | None
@@ -49,12 +53,17 @@ class RequestFields(RouteFields, total=False):
     max_tokens: int | None
     stop_token_ids: Sequence[int] | None
     ignore_eos: bool | None
+    # Added to the logits of token ids.
+    logit_bias: Mapping[int, float] | None
+    # Nothing but `max_tokens` ends the answer before it has this many.
+    min_tokens: int | None
     # Alternatives to report for each token.
     logprobs: int | None
     # The answer ends before any of these strings.
     stop: str | Sequence[str] | None
-    # A route's name, or `auto`.
+    # A route's name, or `auto`; with `auto` the score from which on the most expensive route answers.
     route: str | None
+    threshold: float | None
     # The first tokens of the answer, and the text of the whole answer.
     forced_token_ids: Sequence[int] | None
     forced_answer: str | None
@@ -63,9 +72,9 @@ class RequestFields(RouteFields, total=False):
 
 _SAMPLING = frozenset(inference_pb2.Sampling.DESCRIPTOR.fields_by_name)
 _OBJECTIVES = frozenset(inference_pb2.Objectives.DESCRIPTOR.fields_by_name)
-_PLAIN = ("stop", "route", "request_id", "conversation_id", "forced_answer")
+_PLAIN = ("stop", "route", "request_id", "conversation_id", "forced_answer", "n", "threshold")
 _ROUTE_FIELDS = frozenset((*_OBJECTIVES, "conversation_id"))
-_INPUT = ("prompt", "messages")
+_INPUT = ("prompt", "messages", "token_ids")
 
 # gRPC's clock overflows at larger ones.
 MAX_TIMEOUT_SECONDS = 1e9
@@ -81,12 +90,18 @@ _KINDS = {
 
 
 def generate_request(fields: Mapping[str, Any]) -> inference_pb2.GenerateRequest:
-    """The message of a request with these fields: `prompt` or `messages`, and any of RequestFields.
+    """The message of a request with these fields: `prompt`, `messages` or `token_ids`, and any of RequestFields.
 
     Raises InvalidRequest for a field that is unknown or can't be encoded.
     """
     request = inference_pb2.GenerateRequest()
-    _set_input(request, fields)
+    if fields.get("token_ids") is None:
+        _set_input(request, fields)
+    else:
+        if not all(fields.get(name) is None for name in ("prompt", "messages")):
+            raise InvalidRequest("token_ids", fields["token_ids"], "a request has one of: " + ", ".join(_INPUT))
+        request.token_ids.SetInParent()
+        _assign(request.token_ids, "ids", fields["token_ids"], path="token_ids")
     for name, value in fields.items():
         if name not in _INPUT and value is not None:
             _assign(_owner(request, name, value), name, value)
@@ -128,7 +143,7 @@ def route_request(fields: Mapping[str, Any]) -> inference_pb2.RouteRequest:
     for name, value in fields.items():
         if name not in _INPUT and value is not None:
             if name not in _ROUTE_FIELDS:
-                known = [*_INPUT, *sorted(_ROUTE_FIELDS)]
+                known = ["prompt", "messages", *sorted(_ROUTE_FIELDS)]
                 raise InvalidRequest(name, value, f"a route request has: {', '.join(known)}")
             _assign(request.objectives if name in _OBJECTIVES else request, name, value)
     _check_size(request)
@@ -152,7 +167,29 @@ def _owner(request: inference_pb2.GenerateRequest, name: str, value: object) -> 
     raise InvalidRequest(name, value, f"a request has: {', '.join(known)}")
 
 
-def _set_input(request: inference_pb2.GenerateRequest | inference_pb2.RouteRequest, fields: Mapping[str, Any]) -> None:
+def tokenize_request(fields: Mapping[str, Any]) -> inference_pb2.TokenizeRequest:
+    """The message that asks for the tokens of `prompt` or `messages`.
+
+    Raises InvalidRequest as `generate_request` does.
+    """
+    request = inference_pb2.TokenizeRequest()
+    _set_input(request, fields)
+    _check_size(request)
+    return request
+
+
+def detokenize_request(token_ids: Sequence[int]) -> inference_pb2.DetokenizeRequest:
+    """The message that asks for the text of token ids. Raises InvalidRequest as `generate_request` does."""
+    request = inference_pb2.DetokenizeRequest()
+    _assign(request, "token_ids", token_ids)
+    _check_size(request)
+    return request
+
+
+def _set_input(
+    request: inference_pb2.GenerateRequest | inference_pb2.RouteRequest | inference_pb2.TokenizeRequest,
+    fields: Mapping[str, Any],
+) -> None:
     prompt, messages = fields.get("prompt"), fields.get("messages")
     if (prompt is None) == (messages is None):
         raise InvalidRequest("prompt", prompt, "a request needs either a prompt or messages")
@@ -182,12 +219,26 @@ def _listed(name: str, value: object) -> Iterable[Any]:
 def _assign(message: ProtoMessage, name: str, value: Any, path: str | None = None) -> None:
     """Sets one field; raises InvalidRequest with `path` and the type that the field needs."""
     field = message.DESCRIPTOR.fields_by_name[name]
+    path = path or name
     if not field.is_repeated:
-        _store(path or name, value, field.cpp_type, partial(setattr, message, name))
+        _store(path, value, field.cpp_type, partial(setattr, message, name))
         return
-    items = [value] if isinstance(value, str) else _listed(name, value)
+    if field.message_type is not None:
+        _assign_map(getattr(message, name), field.message_type, value, path)
+        return
+    items = [value] if isinstance(value, str) else _listed(path, value)
     for index, item in enumerate(items):
-        _store(f"{name}[{index}]", item, field.cpp_type, getattr(message, name).append)
+        _store(f"{path}[{index}]", item, field.cpp_type, getattr(message, name).append)
+
+
+def _assign_map(stored: Any, entry: Any, value: object, path: str) -> None:
+    """Sets a map from token ids; in JSON they are text."""
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(path, value, "it must be an object")
+    kinds = {name: entry.fields_by_name[name].cpp_type for name in ("key", "value")}
+    for key, item in value.items():
+        token_id = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+        _store(f"{path}[{key}]", item, kinds["value"], partial(stored.__setitem__, token_id))
 
 
 def _store(path: str, value: object, kind: int, store: Callable[[Any], None]) -> None:
@@ -228,6 +279,8 @@ class RouteDecision:
 class Alternative:
     token_id: int
     logprob: float
+    # Its bytes, which may be a part of a character.
+    token: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +288,8 @@ class TokenLogprobs:
     token_id: int
     logprob: float
     alternatives: tuple[Alternative, ...]
+    # Its bytes, which may be a part of a character.
+    token: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +300,8 @@ class Delta:
     token_ids: tuple[int, ...]
     # One entry per token where the request asked for log-probabilities, else none.
     logprobs: tuple[TokenLogprobs, ...]
+    # The answer that it belongs to, from 0.
+    answer: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,56 +322,75 @@ class Answer:
     # The parts of the time to the first token, in seconds by stage.
     stages: dict[str, float]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    # Prompt tokens whose KV was cached already.
+    cached_tokens: int = 0
+    # How often the answer went on with other shards.
+    replays: int = 0
+    # The further answers of a request for several.
+    others: tuple[Answer, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """The answer as plain JSON values; `logprobs` only where the request asked for them."""
+        """The answer as plain JSON values; `logprobs` and `others` only where the request asked for them."""
         fields = {name: getattr(self, name) for name in _JSON_FIELDS}
         fields["token_ids"] = list(self.token_ids)
         if self.logprobs:
             fields["logprobs"] = [_logprobs_json(token) for token in self.logprobs]
+        if self.others:
+            fields["others"] = [other.as_json() for other in self.others]
         return fields
 
 
 _JSON_FIELDS = (
     *("text", "token_ids", "route", "score", "reason", "prompt_tokens", "generated_tokens"),
-    *("finish_reason", "ttft_seconds", "total_seconds", "stages"),
+    *("finish_reason", "ttft_seconds", "total_seconds", "stages", "cached_tokens", "replays"),
 )
 
 
 @dataclass(slots=True)
 class Collector:
-    """Assembles one answer from the events of its stream."""
+    """Assembles the answers of a request from the events of its stream."""
 
     decision: RouteDecision | None = None
     deltas: list[Delta] = field(default_factory=list)
-    finished: inference_pb2.Finished | None = None
+    # By answer.
+    ends: dict[int, inference_pb2.Finished] = field(default_factory=dict)
 
     def add(self, response: inference_pb2.GenerateResponse) -> RouteDecision | Delta | None:
-        """Adds the event of one message and returns it; None for the one that ends the stream."""
+        """Adds the event of one message and returns it; None for one that ends an answer."""
         match response.WhichOneof("event"):
             case "started":
                 self.decision = decision_of(response.started)
                 return self.decision
             case "delta":
-                self.deltas.append(_delta(response.delta))
+                self.deltas.append(_delta(response.delta, response.answer))
                 return self.deltas[-1]
             case "finished":
-                self.finished = response.finished
+                self.ends[response.answer] = response.finished
         return None
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every answer that has begun has ended, and the first one has."""
+        return {0, *(delta.answer for delta in self.deltas)} <= self.ends.keys()
+
     def answer(self) -> Answer:
-        """The whole answer; raises Unavailable where the stream ended before its `finished` event."""
-        tokens = tuple(token for delta in self.deltas for token in delta.token_ids)
-        if self.decision is None or self.finished is None:
-            raise Unavailable(f"the stream of the answer broke off after {len(tokens)} tokens", len(tokens))
+        """The first answer with the others; raises Unavailable where the stream ended before a `finished` event."""
+        if self.decision is None or not self.is_complete:
+            tokens = sum(len(delta.token_ids) for delta in self.deltas)
+            raise Unavailable(f"the stream of the answer broke off after {tokens} tokens", tokens)
+        first, *others = (self._answer(self.decision, index) for index in sorted(self.ends))
+        return replace(first, others=tuple(others))
+
+    def _answer(self, decision: RouteDecision, index: int) -> Answer:
+        deltas = [delta for delta in self.deltas if delta.answer == index]
         return Answer(
-            text="".join(delta.text for delta in self.deltas),
-            token_ids=tokens,
-            route=self.decision.route,
-            score=self.decision.score,
-            reason=self.decision.reason,
-            logprobs=tuple(token for delta in self.deltas for token in delta.logprobs),
-            **_finished_fields(self.finished),
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+            route=decision.route,
+            score=decision.score,
+            reason=decision.reason,
+            logprobs=tuple(token for delta in deltas for token in delta.logprobs),
+            **_finished_fields(self.ends[index]),
         )
 
 
@@ -332,6 +408,8 @@ def _finished_fields(finished: inference_pb2.Finished) -> dict[str, Any]:
         "ttft_seconds": finished.ttft_seconds if finished.HasField("ttft_seconds") else None,
         "total_seconds": finished.total_seconds,
         "stages": {stage.name: stage.seconds for stage in sorted(finished.stages, key=_stage_order)},
+        "cached_tokens": finished.cached_tokens,
+        "replays": finished.replays,
     }
 
 
@@ -340,18 +418,21 @@ def _stage_order(stage: inference_pb2.Stage) -> int:
     return _STAGES.index(stage.name) if stage.name in _STAGES else len(_STAGES)
 
 
-def _delta(message: inference_pb2.Delta) -> Delta:
-    return Delta(message.text, tuple(message.token_ids), _logprobs(message.logprobs))
+def _delta(message: inference_pb2.Delta, answer: int) -> Delta:
+    return Delta(message.text, tuple(message.token_ids), _logprobs(message.logprobs), answer)
 
 
 def _logprobs(tokens: Iterable[inference_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
-    return tuple(TokenLogprobs(token.token_id, token.logprob, _alternatives(token)) for token in tokens)
+    return tuple(TokenLogprobs(one.token_id, one.logprob, _alternatives(one), one.token) for one in tokens)
 
 
 def _alternatives(token: inference_pb2.TokenLogprobs) -> tuple[Alternative, ...]:
-    return tuple(Alternative(other.token_id, other.logprob) for other in token.alternatives)
+    return tuple(Alternative(other.token_id, other.logprob, other.token) for other in token.alternatives)
 
 
 def _logprobs_json(token: TokenLogprobs) -> dict[str, Any]:
-    alternatives = [{"token_id": other.token_id, "logprob": other.logprob} for other in token.alternatives]
-    return {"token_id": token.token_id, "logprob": token.logprob, "alternatives": alternatives}
+    return {**_token_json(token), "alternatives": [_token_json(other) for other in token.alternatives]}
+
+
+def _token_json(token: TokenLogprobs | Alternative) -> dict[str, Any]:
+    return {"token_id": token.token_id, "token": token.token.decode(errors="replace"), "logprob": token.logprob}

@@ -72,7 +72,8 @@ class InferenceServicer:
     """
 
     def Generate(self, request, context):
-        """Generates one answer and streams it: `started` once, any number of `delta`s, `finished` once.
+        """Generates the answers to a request, by default one, and streams them: `started` once, and for each answer any
+        number of `delta`s and `finished` once. An answer that fails ends the others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,7 +95,7 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Detokenize(self, request, context):
-        """Decodes token ids to text.
+        """Decodes token ids to text; control tokens are written by their names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

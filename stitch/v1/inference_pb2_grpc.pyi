@@ -34,7 +34,9 @@ class InferenceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
-    """Generates one answer and streams it: `started` once, any number of `delta`s, `finished` once."""
+    """Generates the answers to a request, by default one, and streams them: `started` once, and for each answer any
+    number of `delta`s and `finished` once. An answer that fails ends the others.
+    """
     GenerateBatch: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateBatchRequest, _inference_pb2.GenerateBatchResponse]
     """Generates many answers; events of different requests interleave and name their request by index.
     A request that fails has its own error and leaves the others unchanged.
@@ -42,7 +44,7 @@ class InferenceStub:
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Tokenizes a prompt as Generate does."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
-    """Decodes token ids to text."""
+    """Decodes token ids to text; control tokens are written by their names."""
     Route: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RouteRequest, _inference_pb2.RouteResponse]
     """Decides the route of a query without generating anything."""
     Describe: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DescribeRequest, _inference_pb2.DescribeResponse]
@@ -54,7 +56,9 @@ class InferenceAsyncStub(InferenceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Generates one answer and streams it: `started` once, any number of `delta`s, `finished` once."""
+    """Generates the answers to a request, by default one, and streams them: `started` once, and for each answer any
+    number of `delta`s and `finished` once. An answer that fails ends the others.
+    """
     GenerateBatch: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateBatchRequest, _inference_pb2.GenerateBatchResponse]  # type: ignore[assignment]
     """Generates many answers; events of different requests interleave and name their request by index.
     A request that fails has its own error and leaves the others unchanged.
@@ -62,7 +66,7 @@ class InferenceAsyncStub(InferenceStub):
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Tokenizes a prompt as Generate does."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
-    """Decodes token ids to text."""
+    """Decodes token ids to text; control tokens are written by their names."""
     Route: _aio.UnaryUnaryMultiCallable[_inference_pb2.RouteRequest, _inference_pb2.RouteResponse]  # type: ignore[assignment]
     """Decides the route of a query without generating anything."""
     Describe: _aio.UnaryUnaryMultiCallable[_inference_pb2.DescribeRequest, _inference_pb2.DescribeResponse]  # type: ignore[assignment]
@@ -77,7 +81,9 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
-        """Generates one answer and streams it: `started` once, any number of `delta`s, `finished` once."""
+        """Generates the answers to a request, by default one, and streams them: `started` once, and for each answer any
+        number of `delta`s and `finished` once. An answer that fails ends the others.
+        """
 
     @_abc_1.abstractmethod
     def GenerateBatch(
@@ -103,7 +109,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.DetokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.DetokenizeResponse, _abc.Awaitable[_inference_pb2.DetokenizeResponse]]:
-        """Decodes token ids to text."""
+        """Decodes token ids to text; control tokens are written by their names."""
 
     @_abc_1.abstractmethod
     def Route(

@@ -129,13 +129,14 @@ class FirstStage:
 
     def _append(self, request: Request, token: Token, downstream: dict[str, float]) -> None:
         """Appends a sampled token, which the scheduler feeds into the next decode step unless it is the last one."""
-        stages = {}
+        stages, cached_tokens = {}, 0
         if request.first_token_at is None:
+            cached_tokens = request.reused
             request.first_token_at = self._clock()
             stages = _ttft_stages(request, request.first_token_at, downstream)
         request.token_ids.append(token.id)
         reason = request.finish_reason_at(token)
-        output = RequestOutput(token, reason, stages)
+        output = RequestOutput(token, reason, stages, cached_tokens)
         if reason is not None:
             self._finish(request, output)
         elif token.id >= request.vocabulary_size:

@@ -32,8 +32,9 @@ class RequestOutput:
 
     token: Token | None = None
     finish_reason: FinishReason | None = None
-    # With the first token: the time to first token in seconds by stage.
+    # With the first token: the time to first token in seconds by stage, and the length of the prefix that was cached.
     stages: dict[str, float] = field(default_factory=dict)
+    cached_tokens: int = 0
     error: StitchError | None = None
     decision: RouteDecision | None = None
 
@@ -99,7 +100,7 @@ class Request(Session):
 
     def finish_reason_at(self, token: Token) -> FinishReason | None:
         """The reason why `token`, just appended, is the last one; None where generation continues."""
-        if token.id in self.sampling.stop_token_ids:
+        if self.sampling.ends_at(token.id, self.generated):
             return FINISH_REASON_STOP
         if self.generated >= self.sampling.max_tokens or len(self.token_ids) >= self.context_length:
             return FINISH_REASON_LENGTH

@@ -47,7 +47,7 @@ class OpeningLimits:
     context_length: int = UNLIMITED
     # The tokens of a prompt are below it.
     vocabulary_size: int = UNLIMITED
-    # On the chain's last shard: the logits of its head, which every forced token must be one of.
+    # On the chain's last shard: the logits of its head, which every forced or biased token must be one of.
     logits: int = UNLIMITED
 
     def check(self, session: Session) -> None:
@@ -63,8 +63,9 @@ class OpeningLimits:
             counts = f"{len(forced)} forced and {len(session.sampling.stop_token_ids)} stop tokens"
             limits = f"{self.context_length} and {MAX_STOP_TOKENS} are the limits"
             raise contradiction(f"a session opens with {counts}, but {limits}")
-        if (largest := max(forced, default=0)) >= self.logits:
-            raise contradiction(f"token {largest} is forced, but the head has {self.logits} logits")
+        biased = (token_id for token_id, _ in session.sampling.logit_bias)
+        if (largest := max((*forced, *biased), default=0)) >= self.logits:
+            raise contradiction(f"token {largest} is forced or biased, but the head has {self.logits} logits")
         if len(session.tenant) > MAX_TENANT_CHARACTERS:
             raise contradiction(f"the tenant has {len(session.tenant)} characters, but at most {MAX_TENANT_CHARACTERS}")
 

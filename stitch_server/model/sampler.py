@@ -1,8 +1,8 @@
 """Samples the next tokens from logits.
 
-Grammar, penalties, temperature, top-k, top-p, min-p, in this order, as in vLLM and `transformers`. The draw depends
-on the request's seed and the token's position alone, not on the batch or on earlier draws, so an answer that is
-replayed on another shard continues with the same tokens.
+Grammar, logit bias and least number of tokens, penalties, temperature, top-k, top-p, min-p, in this order, as in vLLM
+and `transformers`. The draw depends on the request's seed and the token's position alone, not on the batch or on
+earlier draws, so an answer that is replayed on another shard continues with the same tokens.
 
 A draw is a race: each token has an exponential time by seed, position and its own id, divided by its probability, and
 the first one wins (the Gumbel-max trick, https://arxiv.org/abs/1611.01144). Shards whose logits differ in the last
@@ -49,12 +49,17 @@ class SampleRequest:
     # The tokens that a grammar forbids, bool `[vocabulary]`; None: there is no grammar.
     forbidden: Forbidden | None = None
 
+    @property
+    def may_end(self) -> bool:
+        """Whether the token may be an end token, and so the last one."""
+        return self.position - self.prompt_tokens >= self.sampling.min_tokens
+
 
 def sample(logits: Tensor, requests: Sequence[SampleRequest]) -> list[Token]:
     """Chooses n tokens from logits float32 `[n, vocabulary]` by n requests.
 
-    The logits are finite, and may be changed; the log-probabilities, if requested, are those before grammars,
-    penalties and filters.
+    The logits are finite, and may be changed; the log-probabilities, if requested, are the model's: those before
+    grammars, bias, penalties and filters.
     """
     ids = _choose_ids(_without_forbidden(logits, requests), requests)
     return [
@@ -80,7 +85,7 @@ def _without_forbidden(logits: Tensor, requests: Sequence[SampleRequest]) -> Ten
 
 
 def _choose_ids(logits: Tensor, requests: Sequence[SampleRequest]) -> list[int]:
-    plain = [_is_plain(request.sampling) for request in requests]
+    plain = [_is_plain(request) for request in requests]
     ids = _argmax(logits) if any(plain) else [0] * len(requests)
     for index, request in enumerate(requests):
         if not plain[index]:
@@ -95,8 +100,11 @@ def _argmax(logits: Tensor) -> list[int]:
     return ids
 
 
-def _is_plain(sampling: Sampling) -> bool:
-    return sampling.greedy and not sampling.penalizes and not sampling.forced_token_ids
+def _is_plain(request: SampleRequest) -> bool:
+    """Whether the likeliest token is chosen; others don't slow down for one that is not."""
+    sampling = request.sampling
+    changes = sampling.penalizes or sampling.logit_bias or sampling.forced_token_ids
+    return sampling.greedy and not changes and request.may_end
 
 
 def _logprobs(logits: Tensor, row: int, token: int, alternatives: int | None) -> TokenLogprobs | None:
@@ -113,6 +121,8 @@ def _choose(row: Tensor, request: SampleRequest) -> int:
     forced, generated = request.sampling.forced_token_ids, request.position - request.prompt_tokens
     if 0 <= generated < len(forced):
         return forced[generated]
+    if request.sampling.logit_bias or not request.may_end:
+        row = apply_bias(row, request)
     if request.sampling.penalizes:
         row = apply_penalties(row, request)
     if request.sampling.greedy:
@@ -121,6 +131,20 @@ def _choose(row: Tensor, request: SampleRequest) -> int:
         return _draw(*top_candidates(row, request.sampling), request)
     weights = (row - row.max()).div_(request.sampling.temperature).softmax(dim=0)
     return _draw(weights, None, request)
+
+
+def apply_bias(row: Tensor, request: SampleRequest) -> Tensor:
+    """Returns finite logits `[vocabulary]`, biased and with the least one for end tokens too early, as a new tensor."""
+    row = row.clone()
+    if request.sampling.logit_bias:
+        ids, biases = zip(*request.sampling.logit_bias, strict=True)
+        row.index_add_(0, torch.tensor(ids, device=row.device), torch.tensor(biases, dtype=row.dtype).to(row.device))
+    if not request.may_end:
+        # Of several ends none is likelier, also where a request names the whole vocabulary. A model's end tokens may
+        # only pad its vocabulary, and have no logit here.
+        ends = [end for end in request.sampling.stop_token_ids if end < len(row)]
+        row[torch.tensor(ends, dtype=torch.int64, device=row.device)] = torch.finfo(row.dtype).min
+    return row
 
 
 def apply_penalties(row: Tensor, request: SampleRequest) -> Tensor:

@@ -241,7 +241,8 @@ def _check(request: shard_pb2.ShardGenerateRequest, vocabulary_size: int, contex
     if not 1 <= request.prompt_tokens <= tokens:
         raise InvalidRequest("prompt_tokens", request.prompt_tokens, f"it must be 1 to {tokens}")
     forced, stop = request.sampling.forced_token_ids, request.sampling.stop_token_ids
-    for field, ids in ("token_ids", request.token_ids), ("sampling.forced_token_ids", forced):
+    given = {"token_ids": request.token_ids, "sampling.forced_token_ids": forced}
+    for field, ids in (given | {"sampling.logit_bias": request.sampling.logit_bias}).items():
         if (largest := max(ids, default=0)) >= vocabulary_size:
             raise InvalidRequest(field, largest, f"the vocabulary has {vocabulary_size} tokens")
     # Both travel on the link, whose frames are limited.
@@ -289,7 +290,8 @@ def _put(loop: asyncio.AbstractEventLoop, outbox: asyncio.Queue[RequestOutput], 
 def _response(output: RequestOutput) -> shard_pb2.ShardGenerateResponse:
     if output.error is not None:
         raise output.error
-    response = shard_pb2.ShardGenerateResponse(stages=stage_messages(output.stages))
+    stages = stage_messages(output.stages)
+    response = shard_pb2.ShardGenerateResponse(stages=stages, cached_tokens=output.cached_tokens)
     if output.decision is not None:
         response.decision.CopyFrom(_decision_message(output.decision))
     if output.token is not None:

@@ -22,6 +22,14 @@ RUNNING = 32
 # One replica has room for thirty sessions, and twenty may wait at once: both together have room for all.
 KV_TOKENS, MAX_WAITING = 8_192, 20
 FIELDS: dict[str, Any] = {"route": "weak", "max_tokens": 240, "ignore_eos": True, "temperature": 1.0, "seed": 3}
+# The end token of the tiny models, and the tokens of a KV block.
+END_TOKEN, BLOCK_TOKENS = 2, 16
+# With these the end token comes as soon as it may, at once, and never.
+BIASED: list[dict[str, Any]] = [
+    {"max_tokens": 120, "temperature": 1.0, "seed": 3, "logit_bias": {END_TOKEN: 100.0}, "min_tokens": 100},
+    {"max_tokens": 120, "logit_bias": {END_TOKEN: 100.0}},
+    {"max_tokens": 120, "temperature": 1.0, "top_p": 0.9, "seed": 3, "logit_bias": {END_TOKEN: -100.0}},
+]
 START_SECONDS = 30.0
 # From the signal to the next token: the bound on silence, and a prefill on a machine that has other work.
 PAUSE_SECONDS = 4.0
@@ -66,6 +74,53 @@ def test_sessions_at_once_are_spread_evenly_and_none_is_refused(cluster: Cluster
             assert most <= 1.5 * fewest
         # One request refused would raise Exhausted.
         assert len({tuple(answer.result().token_ids) for answer in answers}) == 1
+
+
+def test_answers_with_bias_and_least_tokens_are_the_same_alone_in_a_batch_and_over_replay(cluster: Cluster) -> None:
+    alone = [cluster.generate("stitch", **one) for one in BIASED]
+    assert [answer.finish_reason for answer in alone] == ["stop", "stop", "length"]
+    # The end token is forced by its bias as soon as it may come, and by another one it never comes.
+    assert [answer.generated_tokens for answer in alone] == [101, 1, 120]
+    client = cluster.client
+    together = client.batch([{"prompt": "stitch", **one} for one in (*BIASED, FIELDS, *BIASED)])
+    batched = [one.token_ids for one in together if isinstance(one, Answer)]
+    assert [*batched[:3], *batched[4:]] == [answer.token_ids for answer in alone] * 2
+    assert batched[3] == cluster.generate("stitch", **FIELDS).token_ids
+    assert over_replay(cluster, TOPS, BIASED[0]).token_ids == alone[0].token_ids
+
+
+def test_several_answers_compute_the_prompt_once(cluster: Cluster) -> None:
+    prompt, fields = "one prompt for many answers " * 8, {**FIELDS, "max_tokens": 48}
+    reused = "stitch_prefix_tokens_reused_total"
+    before = {name: cluster.metric(name, reused) for name in (*BOTTOMS, *TOPS)}
+    first = cluster.generate(prompt, n=4, **fields)
+    answers = (first, *first.others)
+    assert len({answer.token_ids for answer in answers}) == len(answers) == 4
+    whole_blocks = (first.prompt_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    assert whole_blocks > 100
+    assert [answer.cached_tokens for answer in answers] == [0, *[whole_blocks] * 3]
+    for role in BOTTOMS, TOPS:
+        assert sorted(cluster.metric(name, reused) - before[name] for name in role) == [0, 3 * whole_blocks]
+    alone = cluster.generate(prompt, **fields)
+    assert alone.token_ids == first.token_ids
+    # Each of the answers goes on with other shards by itself.
+    replayed = over_replay(cluster, BOTTOMS, {**fields, "n": 4}, prompt)
+    assert [one.token_ids for one in (replayed, *replayed.others)] == [answer.token_ids for answer in answers]
+    assert replayed.replays + sum(one.replays for one in replayed.others) >= 1
+
+
+def over_replay(cluster: Cluster, role: tuple[str, str], fields: dict[str, Any], prompt: str = "stitch") -> Answer:
+    """The answers of a request whose shard of that role stops after the first token."""
+    with Client(cluster.gateway) as client:
+        stream = client.stream(prompt, **fields)
+        events = iter(stream)
+        while not isinstance(next(events), Delta):
+            pass
+        [used] = [name for name in role if sessions(cluster, name)]
+        with paused(cluster, used):
+            for _ in events:
+                pass
+        return stream.answer
 
 
 @pytest.mark.parametrize("role", [BOTTOMS, TOPS], ids=["first", "last"])

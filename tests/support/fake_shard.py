@@ -68,6 +68,8 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
         self.position_error = 0
         self.omits_finish_reason = False
         self.logprob: float | None = None
+        # What it says of every session's prompt.
+        self.cached_tokens = 0
         # The decision of its probe for a request with candidates; None sends no decision.
         self.decision: shard_pb2.ProbeDecision | None = shard_pb2.ProbeDecision(
             route="weak", score=0.3, gains=[0.0, 0.25], thresholds=[0.5]
@@ -157,6 +159,7 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
             response = self._token(index, request)
             if index == first:
                 response.stages.add(name="bottom_prefill", seconds=0.25)
+                response.cached_tokens = self.cached_tokens
             finish = _finish(index, response.tokens[0].id, request)
             if not self.omits_finish_reason:
                 response.finish_reason = finish

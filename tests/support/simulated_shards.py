@@ -158,7 +158,7 @@ class Simulation:
                             counts.tokens += 1
 
                         await self.shards.answer(prompt, tokens, on_token)
-                    ticket.record_finish(at_limit=most is None or tokens == most)
+                    ticket.record_finish(tokens, at_limit=most is None or tokens == most)
         except Exhausted as error:
             counts.refusal_seconds.append(self.clock() - arrival)
             return "refused", error.retry_after_seconds

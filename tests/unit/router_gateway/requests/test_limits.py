@@ -37,9 +37,9 @@ def test_check_stop_limits_count_and_length() -> None:
 
 
 def test_check_tokens_refuses_ids_beyond_the_vocabulary() -> None:
-    message = refused(lambda: limits.check_tokens("stop_token_ids", [399, 400], 400))
+    message = refused(lambda: limits.check_tokens("sampling.stop_token_ids", [399, 400], 400))
     assert message == "sampling.stop_token_ids[1] is 400, but the vocabulary ends at 399"
-    limits.check_tokens("forced_token_ids", [0, 399], 400)
+    limits.check_tokens("sampling.forced_token_ids", [0, 399], 400)
 
 
 def test_check_text_tokens_refuses_tokens_that_the_model_has_not() -> None:

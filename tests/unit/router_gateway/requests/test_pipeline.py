@@ -13,7 +13,7 @@ import pytest
 
 from router_gateway.metrics import Metrics
 from router_gateway.requests.pipeline import DeltaBuilder, RequestPreparer, complete_sampling, tokenize
-from router_gateway.requests.types import Prompt, Request, user_turns
+from router_gateway.requests.types import Prompt, Request, TokenIds, user_turns
 from router_gateway.routing.drift import DriftMonitor
 from router_gateway.routing.router import REASON_KINDS, Query, RouteDecision
 from router_gateway.routing.selector import NO_OPTIONS, RoutingOptions, Selector, conversation_routes
@@ -28,10 +28,10 @@ from router_gateway.tokenization.vocabulary import Vocabulary
 from stitch.cluster import ClusterConfig, GatewayConfig, ModelConfig, PairConfig, ShardConfig
 from stitch.errors import InvalidRequest, Unavailable
 from stitch.sampling import Sampling
-from stitch.v1.inference_pb2 import Delta, TokenLogprobs
+from stitch.v1.inference_pb2 import Alternative, Delta, TokenLogprobs
 from stitch.v1.shard_pb2 import GeneratedToken
 from tests.support.byte_tokenizer import byte_tokenizer, tokenizer_files, tokens
-from tests.support.fake_shard import ROUTES
+from tests.support.fake_shard import END_TOKEN, ROUTES
 
 VOCABULARY = Vocabulary.from_files(tokenizer_files())
 SOURCE = ModelConfig(id="fake", source="nowhere")
@@ -154,7 +154,7 @@ async def test_prepare_raises_unavailable_without_tokenizer(
 async def test_long_text_is_tokenized_in_a_thread(preparer: RequestPreparer, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
 
-    def spy(prompt: Prompt, vocabulary: Vocabulary, context_tokens: int) -> list[int]:
+    def spy(prompt: Prompt, vocabulary: Vocabulary, context_tokens: int, *options: object) -> list[int]:
         threads.append(threading.current_thread())
         return [5]
 
@@ -179,6 +179,37 @@ def test_tokenize_passes_on_the_refusal_of_the_template() -> None:
         tokenize((Turn("user", "hello"), Turn("wizard", "hello")), VOCABULARY, 99)
 
 
+async def test_token_ids_are_taken_as_they_are_and_routed_by_their_text(
+    preparer: RequestPreparer, router: AlwaysWeak
+) -> None:
+    ids = (1, *tokens("hello world"), END_TOKEN)
+    prepared = await preparer.prepare(request(TokenIds(ids)))
+    assert prepared.stream_input.token_ids == ids
+    assert router.queries == [Query(("hello world",), ("weak", "strong"))]
+
+
+@pytest.mark.parametrize(("count", "found"), [(0, "0 tokens"), (128, "128 tokens")])
+async def test_token_ids_that_leave_no_room_are_refused(preparer: RequestPreparer, count: int, found: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"token_ids is {found}"):
+        await preparer.prepare(request(TokenIds((5,) * count)))
+
+
+async def test_tokens_of_a_prompt_are_those_of_a_request_with_their_bytes(preparer: RequestPreparer) -> None:
+    text = "hello wörld<|im_end|>"
+    found = await preparer.tokenize(text)
+    assert tuple(found.token_ids) == (await preparer.prepare(request(text))).stream_input.token_ids
+    assert b"".join(found.tokens) == text.encode()
+    assert found.context_length == SmallModel.context_tokens
+    assert await preparer.detokenize(list(found.token_ids)) == text
+
+
+async def test_ids_beyond_the_vocabulary_or_the_context_are_not_decoded(preparer: RequestPreparer) -> None:
+    with pytest.raises(InvalidRequest, match=rf"token_ids\[1\] is {VOCABULARY.size}"):
+        await preparer.detokenize([1, VOCABULARY.size])
+    with pytest.raises(InvalidRequest, match="token_ids is 129 ids, but it holds at most 128"):
+        await preparer.detokenize([1] * 129)
+
+
 def test_user_turns_leaves_out_other_roles() -> None:
     assert user_turns("plain") == ("plain",)
     assert user_turns((Turn("system", "s"), Turn("user", "u"), Turn("assistant", "a"))) == ("u",)
@@ -198,8 +229,8 @@ def test_complete_sampling_adds_end_tokens_unless_ignored() -> None:
 VOCABULARY = Vocabulary.from_files(tokenizer_files())
 
 
-def output(*stop: str) -> DeltaBuilder:
-    return DeltaBuilder(VOCABULARY.detokenizer(), stop)
+def output(*stop: str, min_tokens: int = 0) -> DeltaBuilder:
+    return DeltaBuilder(VOCABULARY, stop, min_tokens=min_tokens)
 
 
 def run(output: DeltaBuilder, ids: Sequence[int]) -> list[Delta]:
@@ -257,16 +288,28 @@ def test_incomplete_stop_string_is_in_the_last_delta() -> None:
     assert not held.stopped
 
 
+def test_stop_string_within_the_least_number_of_tokens_is_text() -> None:
+    ids = tokens("the end of the end of it")
+    first = tokens("the end of")
+    assert ids[: len(first)] == first
+    for min_tokens, text in ((0, "the"), (len(first), "the end of the"), (len(ids), "the end of the end of it")):
+        assert text_of(run(output(" end", min_tokens=min_tokens), ids)) == text
+
+
 def test_answer_without_tokens_has_no_delta() -> None:
     assert run(output("x"), []) == []
 
 
 def test_delta_has_the_log_probabilities_of_its_tokens() -> None:
-    logprobs = TokenLogprobs(token_id=8, logprob=-1.5)
-    [first, *_] = ids = tokens("hello")
-    delta = output().push([GeneratedToken(id=first), GeneratedToken(id=ids[-1], logprobs=logprobs)])
+    [first, *_], [last] = tokens("hello"), tokens("!")
+    bytes_of_a_character = tokens("❤")
+    alternatives = [Alternative(token_id=token_id, logprob=-2.0) for token_id in (bytes_of_a_character[0], END_TOKEN)]
+    logprobs = TokenLogprobs(token_id=last, logprob=-1.5, alternatives=alternatives)
+    delta = output().push([GeneratedToken(id=first), GeneratedToken(id=last, logprobs=logprobs)])
     assert delta is not None
-    assert list(delta.logprobs) == [logprobs]
+    [found] = delta.logprobs
+    assert (found.token_id, found.logprob, found.token) == (last, -1.5, b"!")
+    assert [one.token for one in found.alternatives] == [b"\xe2", b"<|im_end|>"]
 
 
 async def test_tokens_that_a_model_has_not_are_refused(preparer: RequestPreparer) -> None:
@@ -274,6 +317,8 @@ async def test_tokens_that_a_model_has_not_are_refused(preparer: RequestPreparer
     for bad, field in [
         (request(sampling=Sampling(forced_token_ids=(1, size))), "sampling.forced_token_ids[1]"),
         (request(sampling=Sampling(stop_token_ids=(size,))), "sampling.stop_token_ids[0]"),
+        (request(sampling=Sampling(logit_bias=((3, 1.0), (size, 1.0)))), "sampling.logit_bias[1]"),
+        (request(TokenIds((1, 2, size))), "token_ids.ids[2]"),
     ]:
         with pytest.raises(InvalidRequest, match=f"the vocabulary ends at {size - 1}") as caught:
             await preparer.prepare(bad)

@@ -111,12 +111,12 @@ def test_only_the_first_text_sets_the_ttft(recorders: RecordersOnClock) -> None:
     with recorders.record() as recorder:
         recorder.record_prompt(100, None)
         recorder.record_decision(DECISION)
-        assert recorder.ttft_seconds is None
+        assert not recorder.ttft_seconds
         recorders.now = 100.5
         recorder.record_text()
         recorders.now = 109.0
         recorder.record_text()
-    assert recorder.ttft_seconds == 0.5
+    assert recorder.ttft_seconds == {0: 0.5}
     assert recorders.value("stitch_time_to_first_token_seconds_sum", route="strong") == 0.5
     by_prompt = "stitch_time_to_first_token_by_prompt_seconds_count"
     assert recorders.value(by_prompt, route="strong", prompt_bucket="le128") == 1

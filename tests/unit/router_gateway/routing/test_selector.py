@@ -87,6 +87,44 @@ def setup() -> SelectorSetup:
     return setup
 
 
+class TestThreshold:
+    @pytest.mark.parametrize(("threshold", "route"), [(0.0, "strong"), (0.3, "strong"), (0.31, "weak"), (1.0, "weak")])
+    def test_takes_the_place_of_the_router_s(self, threshold: float, route: str) -> None:
+        setup = SelectorSetup()
+        setup.router.decision = RouteDecision("weak", 0.3, "easy", "content", qualities=(0.5, 0.6))
+        decision = setup.ask(threshold=threshold)
+        assert (decision.route, decision.score, decision.kind, decision.qualities) == (
+            route,
+            0.3,
+            "content",
+            (0.5, 0.6),
+        )
+        compared = f"at least {threshold:.2f}" if route == "strong" else f"below {threshold:.2f}"
+        assert decision.reason == (f"0.30, {compared}, by the request's threshold; the router would take weak (easy)")
+
+    def test_has_equal_steps_below_it_with_more_routes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        setup, ladder = SelectorSetup(), ["a", "b", "c", "d"]
+        monkeypatch.setattr(Pair, "routes", lambda self: ladder)
+        taken = []
+        for score in (0.19, 0.2, 0.4, 0.59, 0.6, 1.0):
+            setup.router.decision = RouteDecision("a", score, "", "content")
+            decision = setup.explain(threshold=0.6)
+            assert isinstance(decision, RouteDecision)
+            taken.append(decision.route)
+        assert taken == ["a", "b", "c", "c", "d", "d"]
+
+    def test_conversation_and_fallback_keep_their_route(self, setup: SelectorSetup) -> None:
+        setup.ask(conversation_id="mine")
+        assert setup.ask(conversation_id="mine", threshold=1.0).route == "strong"
+        setup.router_decides("weak", kind="fallback")
+        assert setup.ask(threshold=0.0).route == "weak"
+
+    def test_is_refused_where_a_probe_decides(self, setup: SelectorSetup) -> None:
+        setup.router.defers = True
+        with pytest.raises(InvalidRequest, match=r"threshold is 0\.5, but the probe of the first shard decides"):
+            setup.explain(threshold=0.5)
+
+
 class TestObjectives:
     def test_without_objectives_the_router_decides(self, setup: SelectorSetup) -> None:
         assert setup.ask() is setup.router.decision

@@ -7,6 +7,7 @@ import math
 import pytest
 from google.protobuf.message import Message
 
+from router_gateway.requests.types import TokenIds
 from router_gateway.routing.objectives import Objectives
 from router_gateway.routing.selector import RoutingOptions
 from router_gateway.rpc.messages import BatchEntries, decode, to_prompt, to_request, to_route_query
@@ -40,6 +41,18 @@ def test_set_fields_are_kept() -> None:
     request = to_request(message(request_id="mine", route="strong", stop=["a", "b"], sampling=sampling))
     assert (request.request_id, request.routing.route, request.stop) == ("mine", "strong", ("a", "b"))
     assert (request.sampling.seed, request.sampling.temperature, request.sampling.max_tokens) == (0, 0.5, 7)
+
+
+def test_answers_and_threshold_are_one_and_none_unless_set() -> None:
+    request = to_request(message())
+    assert (request.n, request.routing.threshold) == (1, None)
+    request = to_request(message(n=16, route="auto", threshold=0.0))
+    assert (request.n, request.routing.threshold) == (16, 0.0)
+
+
+def test_token_ids_become_a_prompt() -> None:
+    ids = inference_pb2.TokenIds(ids=[5, 6])
+    assert to_request(inference_pb2.GenerateRequest(token_ids=ids)).prompt == TokenIds((5, 6))
 
 
 def test_auto_is_no_route() -> None:
@@ -88,6 +101,13 @@ def test_chat_becomes_turns() -> None:
         (message(sampling=inference_pb2.Sampling(temperature=-1)), "sampling.temperature"),
         (message(sampling=inference_pb2.Sampling(top_p=2)), "sampling.top_p"),
         (message(sampling=inference_pb2.Sampling(min_p=float("nan"))), "sampling.min_p"),
+        (message(sampling=inference_pb2.Sampling(logit_bias=dict.fromkeys(range(1_025), 1.0))), "sampling.logit_bias"),
+        (message(sampling=inference_pb2.Sampling(max_tokens=3, min_tokens=4)), "sampling.min_tokens"),
+        (message(n=0), "n"),
+        (message(n=17), "n"),
+        (message(threshold=1.01), "threshold"),
+        (message(threshold=math.nan), "threshold"),
+        (message(threshold=0.5, route="weak"), "threshold"),
     ],
 )
 def test_value_outside_its_limits_is_refused_by_field(bad: inference_pb2.GenerateRequest, field: str) -> None:
@@ -115,6 +135,7 @@ def chat(content: str) -> inference_pb2.Chat:
         (inference_pb2.GenerateRequest(prompt="caf??"), "prompt"),
         (inference_pb2.GenerateRequest(prompt="fine", stop=["a", "caf??"]), "stop[1]"),
         (inference_pb2.GenerateRequest(chat=chat("caf??")), "chat.messages[1].content"),
+        (inference_pb2.GenerateRequest(prompt="caf??", sampling=inference_pb2.Sampling(logit_bias={1: 2.0})), "prompt"),
         (inference_pb2.RouteRequest(prompt="caf??"), "prompt"),
         (
             inference_pb2.GenerateBatchRequest(requests=[inference_pb2.GenerateRequest(route="caf??")]),

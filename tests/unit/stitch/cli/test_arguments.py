@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stitch.cli.arguments import add_generation, duration, lengths, output_file, positive, request_fields
+from stitch.cli.arguments import add_generation, duration, lengths, output_file, positive, request_fields, token_bias
 from stitch.client.messages import generate_request
 from stitch.v1 import inference_pb2
 
@@ -33,17 +33,25 @@ def test_request_fields_has_every_flag() -> None:
             *("--min-p", "0.1", "--repetition-penalty", "1.1", "--presence-penalty", "-1", "--frequency-penalty", "1"),
             *("--max-ttft-seconds", "0.5", "--max-cost", "0.9", "--min-quality", "-0.5"),
             *("--seed", "7", "--logprobs", "2", "--stop", "a", "--stop", "b", "--stop-token-id", "5", "--ignore-eos"),
+            *("--logit-bias", "42=-1.5", "--logit-bias", "7=2", "--min-tokens", "2", "--n", "3", "--threshold", "0.5"),
             *("--forced-token-id", "8", "--forced-token-id", "9", "--forced-answer", "so"),
         )
     )
     request = generate_request({"prompt": "x", **fields})
     assert request.route == "weak"
     assert list(request.stop) == ["a", "b"]
+    assert (dict(request.sampling.logit_bias), request.n, request.threshold) == ({42: -1.5, 7: 2.0}, 3, 0.5)
     assert (list(request.sampling.forced_token_ids), request.forced_answer) == ([8, 9], "so")
     assert {field.name for field, _ in request.sampling.ListFields()} == set(
         inference_pb2.Sampling.DESCRIPTOR.fields_by_name
     )
     assert request.objectives == inference_pb2.Objectives(max_ttft_seconds=0.5, max_cost=0.9, min_quality=-0.5)
+
+
+@pytest.mark.parametrize("text", ["42", "42=", "=1", "x=1", "42=x", "-1=1"])
+def test_token_bias_needs_an_id_and_a_number(text: str) -> None:
+    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+        token_bias(text)
 
 
 def test_lengths_are_sorted_and_distinct() -> None:

@@ -106,3 +106,10 @@ async def test_batch_returns_one_outcome_per_request_in_order(gateway: FakeGatew
 async def test_batch_without_gateway_returns_errors() -> None:
     async with AsyncClient("127.0.0.1:1") as client:
         assert [type(outcome) for outcome in await client.batch(["a", "b"])] == [Unavailable, Unavailable]
+
+
+async def test_tokenize_and_detokenize_return_ids_and_text(gateway: FakeGateway) -> None:
+    async with AsyncClient(gateway.address) as client:
+        assert await client.tokenize("to be or not") == [2, 2, 2, 3]
+        assert await client.tokenize(messages=[{"role": "user", "content": "hi"}]) == [2]
+        assert await client.detokenize([1, 3]) == "x xxx"

@@ -210,3 +210,10 @@ def test_describe_returns_models_routes_and_shards(gateway: FakeGateway) -> None
 def test_missing_gateway_is_unavailable() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(Unavailable):
         client.describe()
+
+
+def test_tokenize_and_detokenize_return_ids_and_text(gateway: FakeGateway) -> None:
+    with Client(gateway.address) as client:
+        assert client.tokenize("to be or not") == [2, 2, 2, 3]
+        assert client.tokenize(messages=[{"role": "user", "content": "hi"}]) == [2]
+        assert client.detokenize([1, 3]) == "x xxx"

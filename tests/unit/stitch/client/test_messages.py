@@ -41,6 +41,35 @@ def test_generate_request_turns_messages_into_chat() -> None:
     assert [(turn.role, turn.content) for turn in chat.messages] == [("system", "Be brief."), ("user", "Hi")]
 
 
+def test_generate_request_takes_token_ids_in_place_of_a_prompt() -> None:
+    request = generate_request({"token_ids": [3, 4], "prompt": None, "n": 3, "threshold": 0.0})
+    assert (list(request.token_ids.ids), request.n, request.threshold) == ([3, 4], 3, 0.0)
+    assert request.HasField("threshold")
+    assert generate_request({"token_ids": []}).WhichOneof("input") == "token_ids"
+    with pytest.raises(InvalidRequest, match="a request has one of: prompt, messages, token_ids"):
+        generate_request({"token_ids": [3], "prompt": "x"})
+    with pytest.raises(InvalidRequest, match=r"token_ids\[1\] is -1"):
+        generate_request({"token_ids": [3, -1]})
+
+
+@pytest.mark.parametrize(
+    ("bias", "field"),
+    [
+        ([1.0], "logit_bias"),
+        ({"x": 1.0}, r"logit_bias\[x\]"),
+        ({-1: 1.0}, r"logit_bias\[-1\]"),
+        ({4: "a"}, r"logit_bias\[4\]"),
+    ],
+)
+def test_generate_request_names_a_bias_that_is_none(bias: object, field: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{field} is"):
+        generate_request({"prompt": "x", "logit_bias": bias})
+
+
+def test_generate_request_takes_the_biases_of_json() -> None:
+    assert dict(generate_request({"prompt": "x", "logit_bias": {"42": 5}}).sampling.logit_bias) == {42: 5.0}
+
+
 def test_generate_request_accepts_empty_prompt() -> None:
     assert generate_request({"prompt": ""}).WhichOneof("input") == "prompt"
 
@@ -62,6 +91,8 @@ def test_generate_request_sets_every_sampling_field() -> None:
         "max_tokens": 3,
         "ignore_eos": True,
         "logprobs": 2,
+        "logit_bias": {7: 1.5, 9: -100.0},
+        "min_tokens": 2,
     }
     sampling = generate_request({"prompt": "x", **given, "stop_token_ids": [1, 2]}).sampling
     assert {name: getattr(sampling, name) for name in given} == given
@@ -72,9 +103,8 @@ def test_request_fields_match_fields_of_proto_messages() -> None:
     nested = inference_pb2.Sampling, inference_pb2.Objectives
     within = {name for message in nested for name in message.DESCRIPTOR.fields_by_name}
     request = set(inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name)
-    assert set(RequestFields.__annotations__) == within | (request - {"prompt", "chat", "sampling", "objectives"}) | {
-        "messages"
-    }
+    enclosing = {"prompt", "chat", "sampling", "objectives", "response_format"}
+    assert set(RequestFields.__annotations__) - {"response_format"} == within | (request - enclosing) | {"messages"}
 
 
 OBJECTIVES = {"max_ttft_seconds": 0.5, "max_cost": 0.9, "min_quality": -1.5}
@@ -240,19 +270,34 @@ def test_answer_keeps_ttft_of_zero() -> None:
 
 def test_answer_has_logprobs() -> None:
     response = delta("Hi", 1)
-    response.delta.logprobs.add(token_id=1, logprob=-0.5).alternatives.add(token_id=2, logprob=-1.5)
+    logprobs = response.delta.logprobs.add(token_id=1, logprob=-0.5, token=b"Hi")
+    logprobs.alternatives.add(token_id=2, logprob=-1.5, token=b"\xe2")
     answer = collected(started(), response, finished())
-    assert answer.logprobs == (TokenLogprobs(1, -0.5, (Alternative(2, -1.5),)),)
-    assert answer.as_json()["logprobs"] == [
-        {"token_id": 1, "logprob": -0.5, "alternatives": [{"token_id": 2, "logprob": -1.5}]}
-    ]
+    assert answer.logprobs == (TokenLogprobs(1, -0.5, (Alternative(2, -1.5, b"\xe2"),), b"Hi"),)
+    other = {"token_id": 2, "token": "\N{REPLACEMENT CHARACTER}", "logprob": -1.5}
+    assert answer.as_json()["logprobs"] == [{"token_id": 1, "token": "Hi", "logprob": -0.5, "alternatives": [other]}]
+
+
+def of(answer: int, response: GenerateResponse) -> GenerateResponse:
+    response.answer = answer
+    return response
+
+
+def test_several_answers_are_the_first_one_with_the_others() -> None:
+    events = [started(), delta("A", 1), of(1, delta("B", 2)), of(1, finished()), delta("a", 3), finished()]
+    answer = collected(*events)
+    assert (answer.text, [other.text for other in answer.others]) == ("Aa", ["B"])
+    assert (answer.token_ids, answer.others[0].token_ids) == ((1, 3), (2,))
+    assert answer.as_json()["others"][0]["text"] == "B"
+    with pytest.raises(Unavailable, match="broke off after 3 tokens"):
+        collected(*events[:3], *events[4:])
 
 
 def test_answer_json_has_documented_fields_in_order() -> None:
     fields = json.loads(json.dumps(collected(started(), delta("Hi", 1), finished()).as_json()))
     assert list(fields) == [
         *("text", "token_ids", "route", "score", "reason", "prompt_tokens", "generated_tokens"),
-        *("finish_reason", "ttft_seconds", "total_seconds", "stages"),
+        *("finish_reason", "ttft_seconds", "total_seconds", "stages", "cached_tokens", "replays"),
     ]
     assert fields["token_ids"] == [1]
 

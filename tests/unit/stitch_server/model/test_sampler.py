@@ -22,7 +22,7 @@ from transformers import (
 
 from stitch.sampling import Sampling
 from stitch_server.model import sampler
-from stitch_server.model.sampler import SampleRequest, apply_penalties, sample, top_candidates
+from stitch_server.model.sampler import SampleRequest, apply_bias, apply_penalties, sample, top_candidates
 
 VOCABULARY = 50
 HISTORY = (3, 7, 7, 1, 12, 7, 12)
@@ -68,6 +68,68 @@ class TestForced:
         rows = logits(2)
         drawn = sample(rows, [request(position=3, forced_token_ids=(9,)), request(position=3)])
         assert [token.id for token in drawn] == [9, int(rows[1].argmax())]
+
+
+class TestBias:
+    def test_adds_to_the_logit_before_penalties(self) -> None:
+        row = logits()
+        likeliest, other = int(row.argmax()), int(row.argmin())
+        assert sample(row, [request(logit_bias=((likeliest, -100.0),))])[0].id == int(row[0].topk(2).indices[1])
+        assert sample(row, [request(logit_bias=((other, 100.0),))])[0].id == other
+        # 3 is in the history: with its bias its logit is positive, and the penalty divides it.
+        biased = apply_bias(row[0], request(logit_bias=((3, 20.0),)))
+        penalized = apply_penalties(biased, request(repetition_penalty=2.0))
+        assert float(penalized[3]) == pytest.approx((float(row[0, 3]) + 20) / 2)
+
+    def test_draws_by_the_biased_distribution(self) -> None:
+        row, draws = logits(), 2000
+        share = float((row[0] + 2 * (torch.arange(VOCABULARY) == 5)).softmax(0)[5])
+        wanted = request(temperature=1.0, logit_bias=((5, 2.0),))
+        count = sum(sample(row, [replace(wanted, position=at)])[0].id == 5 for at in range(draws))
+        assert abs(count - share * draws) < 4 * (share * (1 - share) * draws) ** 0.5
+
+    def test_leaves_the_logits_the_log_probabilities_and_the_other_rows(self) -> None:
+        rows = logits(2)
+        before = rows.clone()
+        biased, other = sample(rows, [request(logit_bias=((9, 100.0),), logprobs=1), request()])
+        assert torch.equal(rows, before)
+        assert (biased.id, other.id) == (9, int(rows[1].argmax()))
+        assert biased.logprobs is not None
+        assert biased.logprobs.logprob == pytest.approx(float(rows[0].log_softmax(0)[9]))
+
+    def test_alone_as_in_a_batch(self) -> None:
+        rows = logits(4)
+        asked = [
+            request(logit_bias=((1, 3.0), (2, -3.0)), temperature=0.8),
+            request(),
+            request(min_tokens=9, stop_token_ids=(int(rows[2].argmax()),)),
+            request(temperature=1.0, top_p=0.9, min_tokens=9, stop_token_ids=(1, 2), frequency_penalty=0.5),
+        ]
+        alone = [sample(rows[index][None], [one])[0] for index, one in enumerate(asked)]
+        assert sample(rows, asked) == alone
+
+
+class TestMinTokens:
+    def test_end_token_is_not_chosen_before_the_least_number_of_tokens(self) -> None:
+        row = logits()
+        first, second = row[0].topk(2).indices.tolist()
+        asked = [request(position=at, prompt_tokens=3, min_tokens=2, stop_token_ids=(first,)) for at in (3, 4, 5)]
+        assert [sample(row, [one])[0].id for one in asked] == [second, second, first]
+
+    def test_end_token_is_never_drawn_too_early(self) -> None:
+        row = logits()
+        ends = tuple(row[0].topk(45).indices.tolist())
+        for filters in ({}, {"top_k": 10}, {"top_p": 0.5}, {"min_p": 0.1}, {"repetition_penalty": 10.0}):
+            wanted = request(temperature=5.0, prompt_tokens=3, min_tokens=1_000, stop_token_ids=ends, **filters)
+            drawn = {sample(row, [replace(wanted, position=at)])[0].id for at in range(3, 103)}
+            assert drawn.isdisjoint(ends)
+
+    @pytest.mark.parametrize("temperature", [0.0, 1e-5, 1.0])
+    def test_end_tokens_that_are_the_whole_vocabulary_still_give_a_token(self, temperature: float) -> None:
+        # One of them only pads the vocabulary.
+        ends = tuple(range(VOCABULARY + 1))
+        wanted = request(min_tokens=100, stop_token_ids=ends, temperature=temperature, repetition_penalty=10.0)
+        assert 0 <= sample(logits(), [wanted])[0].id < VOCABULARY
 
 
 class TestGreedy:
