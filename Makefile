@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# Each file stays in one process, with its fixtures.
-PARALLEL := --numprocesses auto --dist loadfile
+# Each file stays in one process, with its fixtures. tests/conftest.py says which files come first.
+PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 TYPED := stitch stitch_server router_gateway stitch_training tests/support tests/contract benchmarks
 
 .PHONY: help demo up test test-fast check bench protos breaking lock install

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+
+ROOT = Path(__file__).parent
 
 if TYPE_CHECKING:
     from tests.support.processes import Cluster
@@ -16,6 +19,16 @@ if TYPE_CHECKING:
 # that: Ctrl-C could not be tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests run first: at the end of a parallel run, no process waits long for a file of another one."""
+    quick = [ROOT / "unit", ROOT / "contract"]
+
+    def is_quick(item: pytest.Item) -> bool:
+        return item.get_closest_marker("slow") is None and any(map(item.path.is_relative_to, quick))
+
+    items.sort(key=is_quick)
 
 
 @pytest.fixture(autouse=True)

@@ -15,14 +15,13 @@ from stitch.channels import MAX_BATCH_REQUESTS, MAX_REQUEST_BYTES
 from stitch.client import Client
 from stitch.v1 import inference_pb2
 from tests.support.other_client import OtherClient
-from tests.support.processes import GATEWAY, Cluster, running_cluster
-from tests.support.tiny_cluster import write_tiny_cluster
+from tests.support.processes import GATEWAY, Cluster
 from tests.support.tiny_model import CONTEXT_LENGTH
 
 pytestmark = pytest.mark.slow
 
 MEBIBYTE = 1 << 20
-# Of another client's health check and description while the attack runs, from the issue.
+# Of another client's health check and description while the attack runs.
 ANSWER_SECONDS = 0.25
 # What else runs on the machine may delay an answer once; an attack that does, does it every time.
 ATTEMPTS = 3
@@ -36,13 +35,6 @@ LONG_PROMPT = "é" * (CONTEXT_LENGTH * 3)
 SECRET = "the client's own words"
 
 Attack = Callable[[Cluster], int]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    file = write_tiny_cluster(tmp_path_factory.mktemp("pair"))
-    with running_cluster(file, tmp_path_factory.mktemp("run")) as running:
-        yield running
 
 
 def send(channel: grpc.Channel, method: str, data: bytes) -> grpc.StatusCode:
@@ -139,12 +131,12 @@ def calls_that_never_send_their_request(cluster: Cluster) -> int:
     ],
     ids=lambda attack: attack.__name__,
 )
-def test_attack_takes_nothing_from_another_client(cluster: Cluster, attack: Attack) -> None:
+def test_attack_takes_nothing_from_another_client(tiny_cluster: Cluster, attack: Attack) -> None:
     for attempt in range(1, ATTEMPTS + 1):
-        before = len(cluster.log(GATEWAY))
-        with OtherClient(cluster.gateway, cluster.pid(GATEWAY)) as other:
-            calls = attack(cluster)
-        logged = cluster.log(GATEWAY)[before:]
+        before = len(tiny_cluster.log(GATEWAY))
+        with OtherClient(tiny_cluster.gateway, tiny_cluster.pid(GATEWAY)) as other:
+            calls = attack(tiny_cluster)
+        logged = tiny_cluster.log(GATEWAY)[before:]
         assert other.added_bytes <= RESIDENT_BYTES
         assert len(logged) <= LOG_BYTES_A_CALL * calls
         assert SECRET not in logged

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from stitch.cli.main import main
 from stitch.client import Answer, AsyncClient
 from stitch.errors import InvalidRequest
-from tests.support.processes import Cluster, running_cluster
-from tests.support.tiny_cluster import write_tiny_cluster
+from tests.support.processes import Cluster
 
 
 def test_answer_has_tokens_times_and_stages(tiny_cluster: Cluster) -> None:
@@ -91,33 +88,25 @@ def test_missing_metric_is_named(tiny_cluster: Cluster) -> None:
         tiny_cluster.metric("gateway", "stitch_nothing")
 
 
-class TestRestarts:
-    """A cluster whose processes are killed, paused and started again."""
+def test_restarted_shard_gives_the_same_answer(tiny_cluster: Cluster) -> None:
+    before = tiny_cluster.generate("stitch", route="weak", max_tokens=6, ignore_eos=True)
+    first = tiny_cluster.pid("top-0")
+    tiny_cluster.kill("top-0")
+    assert not tiny_cluster.running("top-0")
+    tiny_cluster.restart("top-0")
+    assert tiny_cluster.pid("top-0") != first
+    after = tiny_cluster.generate("stitch", route="weak", max_tokens=6, ignore_eos=True)
+    assert after.token_ids == before.token_ids
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def cluster(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-        folder: Path = tmp_path_factory.mktemp("broken")
-        with running_cluster(write_tiny_cluster(folder), folder / "run") as cluster:
-            yield cluster
 
-    def test_restarted_shard_gives_the_same_answer(self, cluster: Cluster) -> None:
-        before = cluster.generate("stitch", route="weak", max_tokens=6, ignore_eos=True)
-        first = cluster.pid("top-0")
-        cluster.kill("top-0")
-        assert not cluster.running("top-0")
-        cluster.restart("top-0")
-        assert cluster.pid("top-0") != first
-        after = cluster.generate("stitch", route="weak", max_tokens=6, ignore_eos=True)
-        assert after.token_ids == before.token_ids
+def test_resumed_shard_answers(tiny_cluster: Cluster) -> None:
+    tiny_cluster.pause("top-0")
+    tiny_cluster.resume("top-0")
+    assert len(tiny_cluster.generate("stitch", max_tokens=3, ignore_eos=True).token_ids) == 3
 
-    def test_resumed_shard_answers(self, cluster: Cluster) -> None:
-        cluster.pause("top-0")
-        cluster.resume("top-0")
-        assert len(cluster.generate("stitch", max_tokens=3, ignore_eos=True).token_ids) == 3
 
-    def test_sigterm_stops_a_shard_with_exit_code_0(self, cluster: Cluster) -> None:
-        cluster.signal("top-0", signal.SIGTERM)
-        assert cluster.wait_for_end("top-0") == 0
-        assert "top-0" in cluster.log("top-0")
-        cluster.restart("top-0")
+def test_sigterm_stops_a_shard_with_exit_code_0(tiny_cluster: Cluster) -> None:
+    tiny_cluster.signal("top-0", signal.SIGTERM)
+    assert tiny_cluster.wait_for_end("top-0") == 0
+    assert "top-0" in tiny_cluster.log("top-0")
+    tiny_cluster.restart("top-0")

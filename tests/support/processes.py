@@ -26,7 +26,7 @@ from stitch.local.run_folder import RunFolder
 from stitch.tls import GATEWAY, Tls, load_tls
 from tests.support.tcp_gate import TcpGate
 
-START_SECONDS = 180.0
+START_SECONDS = 240.0
 END_SECONDS = 30.0
 POLL_SECONDS = 0.1
 # The caller's name of a gate between a test's clients and a gateway.
