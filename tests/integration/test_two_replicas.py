@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import grpc
 import pytest
 
 from stitch.client import Answer, Client, Delta
+from stitch.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.processes import GATEWAY, Cluster, running_cluster
 from tests.support.tiny_cluster import BOTTOM, TOP, write_tiny_cluster
 from tests.support.waiting import becomes_true
@@ -143,3 +146,29 @@ def test_stopped_replica_costs_a_pause(cluster: Cluster, role: tuple[str, str]) 
     assert answer.token_ids == expected.token_ids
     assert cluster.metric(GATEWAY, "stitch_replays_total") == before + 1
     assert longest < PAUSE_SECONDS
+
+
+def test_object_goes_on_after_its_last_shard_is_killed(cluster: Cluster) -> None:
+    word = {"type": "string", "minLength": 4, "maxLength": 8}
+    names = [f"field {index}" for index in range(12)]
+    schema = {"type": "object", "properties": dict.fromkeys(names, word), "required": names}
+    request = inference_pb2.GenerateRequest(
+        prompt="stitch",
+        route="weak",
+        sampling={"temperature": 1.0, "seed": 3, "max_tokens": 400},
+        response_format={"json_schema": json.dumps(schema | {"additionalProperties": False})},
+    )
+    with grpc.insecure_channel(cluster.gateway) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        expected = "".join(event.delta.text for event in stub.Generate(request))
+        before, text, killed = cluster.metric(GATEWAY, "stitch_replays_total"), "", list[str]()
+        for event in stub.Generate(request):
+            text += event.delta.text
+            if len(text) > 60 and not killed:
+                killed = [name for name in TOPS if sessions(cluster, name)]
+                cluster.kill(*killed)
+    cluster.start(*killed)
+    cluster.wait_until_serving(*killed)
+    assert text == expected
+    assert list(json.loads(text)) == names
+    assert cluster.metric(GATEWAY, "stitch_replays_total") == before + 1
