@@ -70,6 +70,8 @@ def _check_sampling(sampling: Sampling, vocabulary: Vocabulary) -> None:
     limit = "an answer that matches a grammar ends where the grammar does"
     if sampling.ignore_eos:
         raise InvalidRequest("sampling.ignore_eos", True, limit)
+    if sampling.min_tokens:
+        raise InvalidRequest("sampling.min_tokens", sampling.min_tokens, limit)
     if not (vocabulary.end_tokens or sampling.stop_token_ids):
         raise InvalidRequest("sampling.stop_token_ids", Amount("empty"), f"the model has no end token, and {limit}")
 

@@ -100,9 +100,6 @@ class RequestPreparer:
             sampling = await self._force(request.forced_answer, sampling, len(ids), vocabulary)
         sampling = complete_sampling(sampling, len(ids), self._models.context_tokens, vocabulary.end_tokens)
         grammar = await self._grammar(replace(request, sampling=sampling), vocabulary)
-        if grammar is not None and sampling.min_tokens:
-            limit = "the format of the answer says where it ends"
-            raise InvalidRequest("sampling.min_tokens", sampling.min_tokens, limit)
         turns = await self._turns(request.prompt, vocabulary)
         decision = self._selector.select(request.routing, turns, len(ids), waited_seconds())
         return Prepared(
@@ -146,6 +143,9 @@ class RequestPreparer:
             limits.check_tokens("token_ids.ids", prompt.ids, largest)
             return list(prompt.ids)
         limits.check_size(prompt, context_tokens, vocabulary.max_token_bytes)
+        if tools is not None or (not isinstance(prompt, str) and any(turn.tool_calls for turn in prompt)):
+            # In a thread: the parsers of a response template take a second to import.
+            await self._queues.compile(lambda: tool_syntax(vocabulary))
         size = limits.size_bytes(prompt) + (0 if tools is None else tools.size_bytes)
         ids = await self._queues.run(size, lambda: tokenize(prompt, vocabulary, context_tokens, tools, plain))
         limits.check_fits(prompt, len(ids), context_tokens)
@@ -189,8 +189,6 @@ def tokenize(
         roles = ", ".join(turn.role for turn in prompt)
         if vocabulary.template is None:
             raise InvalidRequest("chat", roles, f"{vocabulary.template_absence}, so it takes a prompt only")
-        if tools is not None or any(turn.tool_calls for turn in prompt):
-            tool_syntax(vocabulary)
         try:
             return vocabulary.encode_chat(prompt, context_tokens, () if tools is None else tools.offered)
         except TemplateRefusal as error:

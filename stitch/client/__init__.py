@@ -15,6 +15,7 @@ from stitch.client.messages import (
     RouteDecision,
     RouteFields,
     TokenLogprobs,
+    ToolCall,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "RouteFields",
     "Stream",
     "TokenLogprobs",
+    "ToolCall",
 ]

@@ -5,8 +5,9 @@ A request is checked only as far as its fields must be encoded; the gateway chec
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypedDict
 
@@ -17,8 +18,11 @@ from stitch.channels import MAX_REQUEST_BYTES
 from stitch.errors import InvalidRequest, Unavailable
 from stitch.v1 import inference_pb2
 
-Message = Mapping[str, str]
-"""One turn of a conversation: `{"role": "user", "content": "…"}`."""
+Message = Mapping[str, Any]
+"""One turn of a conversation: `{"role": "user", "content": "…"}`.
+
+An assistant's turn may have `tool_calls`, a list of `ToolCall`s; that of a tool has the call's `tool_call_id`.
+"""
 
 
 class RouteFields(TypedDict, total=False):
@@ -64,6 +68,13 @@ class RequestFields(RouteFields, total=False):
     # A route's name, or `auto`; with `auto` the score from which on the most expensive route answers.
     route: str | None
     threshold: float | None
+    # What the answer matches: one of json_schema, json_object (true), regex and lark.
+    response_format: Mapping[str, Any] | None
+    # Functions that the model may call, with `messages`: each has a name, a description, parameters, strict.
+    tools: Sequence[Mapping[str, Any]] | None
+    # `auto`, `none`, `required`, or a tool's name.
+    tool_choice: str | None
+    parallel_tool_calls: bool | None
     # The first tokens of the answer, and the text of the whole answer.
     forced_token_ids: Sequence[int] | None
     forced_answer: str | None
@@ -74,8 +85,16 @@ _SAMPLING = frozenset(inference_pb2.Sampling.DESCRIPTOR.fields_by_name)
 _OBJECTIVES = frozenset(inference_pb2.Objectives.DESCRIPTOR.fields_by_name)
 _PLAIN = ("stop", "route", "request_id", "conversation_id", "forced_answer", "n", "threshold")
 _ROUTE_FIELDS = frozenset((*_OBJECTIVES, "conversation_id"))
+_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 _INPUT = ("prompt", "messages", "token_ids")
 
+_CHOICES = {
+    "auto": inference_pb2.TOOL_CHOICE_MODE_AUTO,
+    "none": inference_pb2.TOOL_CHOICE_MODE_NONE,
+    "required": inference_pb2.TOOL_CHOICE_MODE_REQUIRED,
+}
+# Fields that hold JSON.
+_JSON_VALUES = ("json_schema", "parameters", "arguments")
 # gRPC's clock overflows at larger ones.
 MAX_TIMEOUT_SECONDS = 1e9
 
@@ -103,7 +122,12 @@ def generate_request(fields: Mapping[str, Any]) -> inference_pb2.GenerateRequest
         request.token_ids.SetInParent()
         _assign(request.token_ids, "ids", fields["token_ids"], path="token_ids")
     for name, value in fields.items():
-        if name not in _INPUT and value is not None:
+        if name in _TOOLS and value is not None:
+            if fields.get("messages") is None:
+                raise InvalidRequest(name, value, "a request with tools has messages")
+        elif name == "response_format" and value is not None:
+            _set_object(request.response_format, name, value)
+        elif name not in _INPUT and value is not None:
             _assign(_owner(request, name, value), name, value)
     _check_size(request)
     return request
@@ -163,7 +187,7 @@ def _owner(request: inference_pb2.GenerateRequest, name: str, value: object) -> 
         return request.objectives
     if name in _PLAIN:
         return request
-    known = [*_INPUT, *_PLAIN, *sorted(_OBJECTIVES), *sorted(_SAMPLING)]
+    known = [*_INPUT, *_TOOLS, "response_format", *_PLAIN, *sorted(_OBJECTIVES), *sorted(_SAMPLING)]
     raise InvalidRequest(name, value, f"a request has: {', '.join(known)}")
 
 
@@ -199,15 +223,50 @@ def _set_input(
     request.chat.SetInParent()
     for index, message in enumerate(_listed("messages", messages)):
         _add_message(request.chat, index, message)
+    _set_tools(request.chat, fields)
+
+
+def _set_tools(chat: inference_pb2.Chat, fields: Mapping[str, Any]) -> None:
+    for index, tool in enumerate(_listed("tools", fields.get("tools") or ())):
+        _set_object(chat.tools.add(), f"tools[{index}]", tool)
+    if (choice := fields.get("tool_choice")) is not None:
+        if choice in _CHOICES:
+            chat.tool_choice.mode = _CHOICES[choice]
+        else:
+            _assign(chat.tool_choice, "name", choice, path="tool_choice")
+    if (parallel := fields.get("parallel_tool_calls")) is not None:
+        _assign(chat, "parallel_tool_calls", parallel)
 
 
 def _add_message(chat: inference_pb2.Chat, index: int, message: object) -> None:
     path = f"messages[{index}]"
-    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        raise InvalidRequest(path, message, "it must have a role and a content, nothing else")
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise InvalidRequest(path, message, "it must have a role and a content")
     turn = chat.messages.add()
-    for name in ("role", "content"):
-        _assign(turn, name, message[name], path=f"{path}.{name}")
+    calls = message.get("tool_calls") or ()
+    _set_object(turn, path, {name: value for name, value in message.items() if name != "tool_calls"})
+    for number, call in enumerate(_listed(f"{path}.tool_calls", calls)):
+        _set_object(turn.tool_calls.add(), f"{path}.tool_calls[{number}]", call)
+
+
+def _set_object(message: ProtoMessage, path: str, given: object) -> None:
+    """Sets the fields that an object names; what is JSON in the message may be a value."""
+    given = asdict(given) if isinstance(given, ToolCall) else given
+    if not isinstance(given, Mapping):
+        raise InvalidRequest(path, given, "it must be an object")
+    for name, value in given.items():
+        if name not in message.DESCRIPTOR.fields_by_name or name == "tool_calls":
+            raise InvalidRequest(path, given, f"it has: {', '.join(message.DESCRIPTOR.fields_by_name)}")
+        if name in _JSON_VALUES and not isinstance(value, str):
+            value = _json(f"{path}.{name}", value)
+        _assign(message, name, value, path=f"{path}.{name}")
+
+
+def _json(path: str, value: object) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(path, value, f"it must be JSON: {error}") from error
 
 
 def _listed(name: str, value: object) -> Iterable[Any]:
@@ -253,11 +312,12 @@ def _store(path: str, value: object, kind: int, store: Callable[[Any], None]) ->
         raise InvalidRequest(path, value, f"it must be {_KINDS[kind]}")
 
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 _FINISH_REASONS: dict[int, FinishReason] = {
     inference_pb2.FINISH_REASON_STOP: "stop",
     inference_pb2.FINISH_REASON_LENGTH: "length",
+    inference_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
 }
 
 # In the order in which a request goes through them.
@@ -293,6 +353,16 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool by the model."""
+
+    id: str
+    name: str
+    # A JSON object.
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """The next piece of an answer: whole characters, and the tokens that they were decoded from."""
 
@@ -302,6 +372,8 @@ class Delta:
     logprobs: tuple[TokenLogprobs, ...]
     # The answer that it belongs to, from 0.
     answer: int = 0
+    # The calls that are whole now.
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,15 +398,18 @@ class Answer:
     cached_tokens: int = 0
     # How often the answer went on with other shards.
     replays: int = 0
+    tool_calls: tuple[ToolCall, ...] = ()
     # The further answers of a request for several.
     others: tuple[Answer, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """The answer as plain JSON values; `logprobs` and `others` only where the request asked for them."""
+        """The answer as plain JSON values; `logprobs`, `tool_calls` and `others` only where there are some."""
         fields = {name: getattr(self, name) for name in _JSON_FIELDS}
         fields["token_ids"] = list(self.token_ids)
         if self.logprobs:
             fields["logprobs"] = [_logprobs_json(token) for token in self.logprobs]
+        if self.tool_calls:
+            fields["tool_calls"] = [asdict(call) for call in self.tool_calls]
         if self.others:
             fields["others"] = [other.as_json() for other in self.others]
         return fields
@@ -390,6 +465,7 @@ class Collector:
             score=decision.score,
             reason=decision.reason,
             logprobs=tuple(token for delta in deltas for token in delta.logprobs),
+            tool_calls=tuple(call for delta in deltas for call in delta.tool_calls),
             **_finished_fields(self.ends[index]),
         )
 
@@ -419,7 +495,9 @@ def _stage_order(stage: inference_pb2.Stage) -> int:
 
 
 def _delta(message: inference_pb2.Delta, answer: int) -> Delta:
-    return Delta(message.text, tuple(message.token_ids), _logprobs(message.logprobs), answer)
+    # This gateway sends each call in one piece.
+    calls = tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls)
+    return Delta(message.text, tuple(message.token_ids), _logprobs(message.logprobs), answer, calls)
 
 
 def _logprobs(tokens: Iterable[inference_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:

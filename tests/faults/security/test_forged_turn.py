@@ -158,7 +158,9 @@ def test_benign_chats_have_the_ids_of_transformers(smollm2: Path) -> None:
     vocabulary = Vocabulary.from_files(tokenizer_files.read(smollm2))
     reference = AutoTokenizer.from_pretrained(smollm2)
     for turns in benign_chats(BENIGN_CHATS, seed=2):
-        expected = reference.apply_chat_template([turn._asdict() for turn in turns], add_generation_prompt=True)
+        expected = reference.apply_chat_template(
+            [{"role": turn.role, "content": turn.content} for turn in turns], add_generation_prompt=True
+        )
         assert vocabulary.encode_chat(turns) == expected["input_ids"]
 
 

@@ -139,6 +139,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no grammar": ({"response_format": {"lark": "start: x"}}, "unknown name"),
     "too long": ({"response_format": {"regex": "a" * (MAX_GRAMMAR_BYTES + 1)}}, "at most 65,536"),
     "past the end": ({"response_format": {"regex": "a"}, "sampling": {"ignore_eos": True}}, "sampling.ignore_eos"),
+    "at least": ({"response_format": {"regex": "a"}, "sampling": {"min_tokens": 2}}, "sampling.min_tokens"),
     "other forced tokens": (
         {"response_format": {"regex": "a"}, "sampling": {"forced_token_ids": [66]}},
         "sampling.forced_token_ids[0]",

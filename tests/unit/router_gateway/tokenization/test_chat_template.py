@@ -37,7 +37,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_template_renders_as_in_transformers(name: str) -> None:
-    conversation = [turn._asdict() for turn in TURNS]
+    conversation = [{"role": turn.role, "content": turn.content} for turn in TURNS]
     expected, _ = render_jinja_template(
         [conversation], chat_template=TEMPLATES[name], add_generation_prompt=True, **SPECIAL
     )

@@ -89,7 +89,7 @@ def check_equal(folder: Path) -> None:
     expected, files = AutoTokenizer.from_pretrained(folder), tokenizer_files.read(folder)
     vocabulary = Vocabulary.from_files(files)
     assert vocabulary.encode(TEXT) == expected.encode(TEXT)
-    messages = [turn._asdict() for turn in TURNS]
+    messages = [{"role": turn.role, "content": turn.content} for turn in TURNS]
     assert vocabulary.template is not None
     rendered = expected.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert vocabulary.template.render(TURNS) == rendered
@@ -171,7 +171,9 @@ def test_text_after_special_tokens_has_the_ids_of_transformers(
         assert shown == expected.decode(ids, skip_special_tokens=True)
     turns = [Turn("user", "Hi")]
     assert vocabulary.template is not None
-    rendered = expected.apply_chat_template([turn._asdict() for turn in turns], tokenize=False)
+    rendered = expected.apply_chat_template(
+        [{"role": turn.role, "content": turn.content} for turn in turns], tokenize=False
+    )
     assert vocabulary.template.render(turns) == rendered
 
 

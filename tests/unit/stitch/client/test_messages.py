@@ -16,6 +16,7 @@ from stitch.client.messages import (
     RouteDecision,
     RouteFields,
     TokenLogprobs,
+    ToolCall,
     generate_request,
     route_request,
 )
@@ -104,7 +105,8 @@ def test_request_fields_match_fields_of_proto_messages() -> None:
     within = {name for message in nested for name in message.DESCRIPTOR.fields_by_name}
     request = set(inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name)
     enclosing = {"prompt", "chat", "sampling", "objectives", "response_format"}
-    assert set(RequestFields.__annotations__) - {"response_format"} == within | (request - enclosing) | {"messages"}
+    of_chat = {"messages", *inference_pb2.Chat.DESCRIPTOR.fields_by_name}
+    assert set(RequestFields.__annotations__) - {"response_format"} == within | (request - enclosing) | of_chat
 
 
 OBJECTIVES = {"max_ttft_seconds": 0.5, "max_cost": 0.9, "min_quality": -1.5}
@@ -192,8 +194,13 @@ def test_generate_request_refuses_no_input_and_two_inputs(fields: dict[str, obje
     ("messages", "expected"),
     [
         ("Hi", "messages is 'Hi', but it must be a list"),
-        (["Hi"], "messages[0] is 'Hi', but it must have a role and a content, nothing else"),
-        ([{"role": "user"}], "messages[0] is {'role': 'user'}, but it must have a role and a content, nothing else"),
+        (["Hi"], "messages[0] is 'Hi', but it must have a role and a content"),
+        ([{"role": "user"}], "messages[0] is {'role': 'user'}, but it must have a role and a content"),
+        (
+            [{"role": "user", "content": "", "id": ""}],
+            "messages[0] is {'role': 'user', 'content': '', 'id': ''}, but it has: role, content, tool_calls, "
+            "tool_call_id, name",
+        ),
         ([{"role": "user", "content": 1}], "messages[0].content is 1, but it must be text in valid Unicode"),
     ],
 )
@@ -201,6 +208,75 @@ def test_generate_request_refuses_malformed_messages(messages: object, expected:
     with pytest.raises(InvalidRequest) as caught:
         generate_request({"messages": messages})
     assert str(caught.value) == expected
+
+
+def test_generate_request_has_tools_and_their_calls() -> None:
+    call = ToolCall("abc", "add", '{"a": 1}')
+    schema = {"type": "object"}
+    request = generate_request(
+        {
+            "messages": [
+                {"role": "assistant", "content": "", "tool_calls": [call, {"id": "x", "name": "y", "arguments": {}}]},
+                {"role": "tool", "content": "2", "tool_call_id": "abc"},
+            ],
+            "tools": [{"name": "add", "parameters": schema, "strict": True}, {"name": "none"}],
+            "tool_choice": "add",
+            "parallel_tool_calls": False,
+            "response_format": {"json_schema": schema},
+        }
+    )
+    first, second = request.chat.messages
+    assert [(one.id, one.name, one.arguments) for one in first.tool_calls] == [
+        ("abc", "add", '{"a": 1}'),
+        ("x", "y", "{}"),
+    ]
+    assert second.tool_call_id == "abc"
+    assert [(tool.name, tool.parameters, tool.strict) for tool in request.chat.tools] == [
+        ("add", '{"type": "object"}', True),
+        ("none", "", False),
+    ]
+    assert (request.chat.tool_choice.name, request.chat.parallel_tool_calls) == ("add", False)
+    assert request.response_format.json_schema == '{"type": "object"}'
+
+
+@pytest.mark.parametrize(
+    ("choice", "mode"),
+    [("auto", 1), ("none", 2), ("required", 3), ("AUTO", 0)],
+    ids=["auto", "none", "required", "name"],
+)
+def test_generate_request_has_the_choice_of_tools(choice: str, mode: int) -> None:
+    sent = generate_request({"messages": [], "tool_choice": choice}).chat.tool_choice
+    assert (sent.mode, sent.name) == (mode, "" if mode else choice)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"prompt": "x", "tools": []}, "tools is [], but a request with tools has messages"),
+        ({"messages": [], "tools": ["x"]}, "tools[0] is 'x', but it must be an object"),
+        ({"messages": [], "tools": [{"function": {}}]}, "it has: name, description, parameters, strict"),
+        ({"messages": [], "tools": [{"name": "a", "parameters": {1j}}]}, "tools[0].parameters"),
+        ({"prompt": "x", "response_format": {"type": "json_object"}}, "json_schema, json_object, regex, lark"),
+        ({"messages": [], "tool_choice": 1}, "tool_choice is 1"),
+    ],
+)
+def test_generate_request_refuses_malformed_tools(fields: dict[str, object], expected: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        generate_request(fields)
+    assert expected in str(caught.value)
+
+
+def test_answer_has_the_calls_of_its_deltas() -> None:
+    calls = [inference_pb2.ToolCallDelta(index=index, id=f"{index}", name="a", arguments="{}") for index in (0, 1)]
+    collector = Collector()
+    collector.add(GenerateResponse(started={}))
+    for call in calls:
+        collector.add(GenerateResponse(delta={"tool_calls": [call]}))
+    collector.add(GenerateResponse(finished={"reason": inference_pb2.FINISH_REASON_TOOL_CALLS}))
+    answer = collector.answer()
+    assert answer.finish_reason == "tool_calls"
+    assert answer.tool_calls == (ToolCall("0", "a", "{}"), ToolCall("1", "a", "{}"))
+    assert answer.as_json()["tool_calls"][1] == {"id": "1", "name": "a", "arguments": "{}"}
 
 
 def test_route_request_accepts_prompt_or_messages() -> None:
