@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help=purpose, description=purpose)
     run.add_argument("cluster", metavar="CLUSTER", help="a cluster file, or the name of a preset")
     run.add_argument("--listen", metavar="HOST:PORT", help="address for clients; default: the cluster file's")
+    run.add_argument("--http", metavar="HOST:PORT", help="address for OpenAI's API; default: the cluster file's")
     run.add_argument("--metrics-port", metavar="N", type=int, help="0: any free port; default: the cluster file's")
     run.add_argument("--insecure", action="store_true", help="allow an address that other machines reach, without TLS")
     run.add_argument("--reflection", action="store_true", help="answer gRPC reflection beyond loopback, too")

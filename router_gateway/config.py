@@ -23,6 +23,7 @@ class GatewaySettings(Settings):
 
     cluster: ClusterConfig
     listen: str | None = None
+    http: str | None = None
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     # Allows to listen on an address that other machines reach, without TLS.
     insecure: bool = False
@@ -45,6 +46,11 @@ class GatewaySettings(Settings):
         return self.address.rpartition(":")[0]
 
     @property
+    def http_address(self) -> str | None:
+        """Where HTTP is served; None: nowhere."""
+        return self.http or self.cluster.gateway.http
+
+    @property
     def metrics_address(self) -> str:
         config = self.cluster.gateway
         port = config.metrics_port if self.metrics_port is None else self.metrics_port
@@ -61,7 +67,7 @@ def from_flags(flags: Mapping[str, Any]) -> GatewaySettings:
 
     Raises InvalidRequest for an invalid cluster file or value.
     """
-    names = ("listen", "metrics_port", "insecure", "reflection", "drain_seconds")
+    names = ("listen", "http", "metrics_port", "insecure", "reflection", "drain_seconds")
     given = {name: flags[name] for name in names if flags[name] is not None}
     if flags["replay_wait_seconds"] is not None:
         given["retry"] = {"wait_seconds": flags["replay_wait_seconds"]}
@@ -75,21 +81,26 @@ def from_flags(flags: Mapping[str, Any]) -> GatewaySettings:
 
 def check(settings: GatewaySettings) -> None:
     """Raises InvalidRequest for settings that a gateway can't, or must not, start with."""
-    host, _, port = settings.address.rpartition(":")
-    if not host or not port.isdigit():
-        raise InvalidRequest("listen", settings.address, "it must be host:port")
-    for field, address in ("listen", settings.address), ("metrics_host", settings.metrics_address):
+    served = {"listen": settings.address}
+    if settings.http_address is not None:
+        served["http"] = settings.http_address
+    for field, address in served.items():
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise InvalidRequest(field, address, "it must be host:port")
+    for field, address in {**served, "metrics_host": settings.metrics_address}.items():
         check_exposure(field, address, settings.cluster.tls is not None, settings.insecure)
-    _check_clients(settings)
+    for field, address in served.items():
+        _check_clients(settings, field, address)
     check_addresses(settings.cluster)
     check_thresholds(settings.cluster.gateway.thresholds, len(settings.cluster.routes))
 
 
-def _check_clients(settings: GatewaySettings) -> None:
+def _check_clients(settings: GatewaySettings, field: str, address: str) -> None:
     """Raises InvalidRequest where everybody on other machines may ask, and `insecure` doesn't allow it."""
     tls = settings.cluster.tls
     by_certificate = tls is not None and tls.client_authority is not None
     known = by_certificate or settings.cluster.gateway.keys is not None
-    if not known and not settings.insecure and not is_loopback(settings.host):
+    if not known and not settings.insecure and not is_loopback(address.rpartition(":")[0]):
         limit = "everybody may ask there: set [gateway] keys or [tls] client_authority, or --insecure allows it"
-        raise InvalidRequest("listen", settings.address, limit)
+        raise InvalidRequest(field, address, limit)

@@ -19,6 +19,9 @@ from router_gateway.admission.capacity import capacity_of
 from router_gateway.admission.forecast import Forecast
 from router_gateway.admission.tenants import open_tenants
 from router_gateway.config import GatewaySettings, check
+from router_gateway.http.app import build_app
+from router_gateway.http.calls import Services
+from router_gateway.http.server import HttpServer
 from router_gateway.metrics import Metrics
 from router_gateway.requests.failover import FailoverDependencies
 from router_gateway.requests.pipeline import Pipeline, RequestPreparer
@@ -30,6 +33,7 @@ from router_gateway.routing.router import REASON_KINDS, FallbackRouter, Ladder, 
 from router_gateway.routing.selector import Selector, conversation_routes
 from router_gateway.routing.ttft_predictor import TtftPredictor
 from router_gateway.rpc.health import SERVICES, Health
+from router_gateway.rpc.receiver import Receiver
 from router_gateway.rpc.servicer import InferenceServicer, ReceivingInterceptor, inference_methods
 from router_gateway.shards.models import ModelRegistry
 from router_gateway.shards.placement import Placement
@@ -60,11 +64,16 @@ class Gateway:
     server: grpc.aio.Server
     health: Health
     in_flight: InFlightTracker
+    # Where HTTP is served, its port.
+    http: HttpServer | None
+    http_port: int
 
     async def drain(self, seconds: float) -> None:
         """Reports NOT_SERVING, refuses new calls, and waits for running answers, at most `seconds`."""
         await self.health.shut_down()
         self.in_flight.close()
+        if self.http is not None:
+            self.http.drain()
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self.in_flight.wait_until_empty()
@@ -72,6 +81,8 @@ class Gateway:
     async def stop(self) -> None:
         """Ends all remaining calls, and with them their sessions on every shard."""
         self.in_flight.aborting = True
+        if self.http is not None:
+            await self.http.stop()
         await self.server.stop(None)
 
 
@@ -82,6 +93,10 @@ async def serve(settings: GatewaySettings, resolve: Resolve = resolve_by_system)
     async with open_gateway(settings, resolve) as gateway:
         host = settings.host
         print(f"router-gateway: listening on {host}:{gateway.port}", flush=True)
+        if settings.http_address is not None:
+            scheme = "http" if settings.cluster.tls is None else "https"
+            host = settings.http_address.rpartition(":")[0]
+            print(f"router-gateway: OpenAI's API at {scheme}://{host}:{gateway.http_port}/v1", flush=True)
         where = f"{settings.cluster.gateway.metrics_host}:{gateway.metrics_port}"
         print(f"router-gateway: metrics on {where}/metrics", flush=True)
         await signals.first.wait()
@@ -140,8 +155,25 @@ async def open_gateway(settings: GatewaySettings, resolve: Resolve = resolve_by_
         pipeline = Pipeline(preparer, selector, failover, admission, predictor, metrics, lambda: in_flight.aborting)
 
         servicer = InferenceServicer(pipeline, models, in_flight, metrics, settings.batch_concurrency)
-        server, port = await _listening(servicer, admission, health, settings, certificates)
-        gateway = Gateway(port, metrics_port, metrics, server, health, in_flight)
+        receiver, access = Receiver(cluster.gateway.limits), _client_access(certificates)
+        interceptor = ReceivingInterceptor(
+            inference_methods(), admission.authenticate, cluster.gateway.limits, receiver
+        )
+        interceptors = [interceptor] if access is None else [access, interceptor]
+        server, port = await _listening(servicer, interceptors, health, settings, certificates)
+        services = Services(
+            cluster.gateway,
+            pipeline,
+            models,
+            source,
+            admission.authenticate,
+            receiver,
+            in_flight,
+            lambda: health.serving,
+            access,
+        )
+        http, http_port = await _listening_http(services, settings, certificates)
+        gateway = Gateway(port, metrics_port, metrics, server, health, in_flight, http, http_port)
         stack.push_async_callback(gateway.stop)
         readiness = health.follow(registry, lambda: _is_ready(source, placement, routes))
         loading = source.follow(settings.health.poll_seconds)
@@ -159,7 +191,7 @@ def _is_ready(source: VocabularySource, placement: Placement, routes: Sequence[s
 
 async def _listening(
     servicer: InferenceServicer,
-    admission: Admission,
+    interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]],
     health: Health,
     settings: GatewaySettings,
     certificates: Certificates | None,
@@ -170,15 +202,8 @@ async def _listening(
         ("grpc.max_concurrent_streams", limits.calls_per_connection),
         ("grpc.max_allowed_incoming_connections", limits.connections),
     ]
-    interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [
-        ReceivingInterceptor(inference_methods(), admission.authenticate, limits)
-    ]
     if certificates is not None:
         options += certificates.server_options
-        if certificates.files.client_authority is not None:
-            access = Access(certificates.policy, methods=None)
-            certificates.on_change.append(access.end_revoked)
-            interceptors.insert(0, access)
     server = channels.open_server(interceptors, options)
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
@@ -189,6 +214,26 @@ async def _listening(
     port = channels.listen(server, settings.address, certificates.to_clients() if certificates else None)
     await server.start()
     return server, port
+
+
+def _client_access(certificates: Certificates | None) -> Access | None:
+    """What checks the certificates of clients; None where they show none."""
+    if certificates is None or certificates.files.client_authority is None:
+        return None
+    access = Access(certificates.policy, methods=None)
+    certificates.on_change.append(access.end_revoked)
+    return access
+
+
+async def _listening_http(
+    services: Services, settings: GatewaySettings, certificates: Certificates | None
+) -> tuple[HttpServer | None, int]:
+    """The HTTP server and its port; None and 0 where the settings name no address for it."""
+    if settings.http_address is None:
+        return None, 0
+    secured = None if certificates is None else certificates.https_to_clients()
+    server = HttpServer(build_app(services), services.config.limits, secured, services.end_calls)
+    return server, await server.start(settings.http_address)
 
 
 def open_router(cluster: ClusterConfig) -> tuple[Router, Callable[[], Thresholds | None] | None]:

@@ -102,7 +102,7 @@ class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
         call = getattr(handler, kind)
 
         async def guarded(request: Any, context: Context) -> Any:
-            async with translated_errors(context), self._admitted(method, context):
+            async with translated_errors(context), self.admitted(method, _peer(context), context.peer()):
                 message = request if handler.request_streaming else _decoded(decode, request)
                 return await _respond(call, message, context)
 
@@ -111,9 +111,17 @@ class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
         return handler._replace(**{kind: guarded, "request_deserializer": kept})
 
     @asynccontextmanager
-    async def _admitted(self, method: str, context: Context) -> AsyncIterator[None]:
-        """Raises Forbidden where the caller may not call the method, and once its certificate is revoked."""
-        peer = await self._checked(method, context)
+    async def admitted(self, method: str, peer: Peer | None, caller: str) -> AsyncIterator[None]:
+        """Raises Forbidden where the caller may not call the method, and once its certificate is revoked.
+
+        `caller` is its address, for the log; a `peer` of None shows no certificate that can be read.
+        """
+        roles = None if self._methods is None else self._methods.get(method, frozenset())
+        if self._refresh is not None and self._policy.misses_shard(peer):
+            await self._refresh()
+        objection = self._policy.objection(peer, roles)
+        if peer is None or objection is not None:
+            raise _refusal(method, caller, str(objection))
         scope = asyncio.timeout(None)
         try:
             async with scope:
@@ -124,25 +132,22 @@ class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
                     del self._running[scope]
         except TimeoutError:
             if scope.expired():
-                raise self._refusal(method, context, f"its {peer} has been revoked") from None
+                raise _refusal(method, caller, f"its {peer} has been revoked") from None
             raise
 
-    async def _checked(self, method: str, context: Context) -> Peer:
-        roles = None if self._methods is None else self._methods.get(method, frozenset())
-        try:
-            peer = peer_of(context)
-        except ValueError as error:
-            raise self._refusal(method, context, f"its certificate can't be read: {error}") from error
-        if self._refresh is not None and self._policy.misses_shard(peer):
-            await self._refresh()
-        objection = self._policy.objection(peer, roles)
-        if peer is None or objection is not None:
-            raise self._refusal(method, context, str(objection))
-        return peer
 
-    def _refusal(self, method: str, context: Context, reason: str) -> Forbidden:
-        _log.warning("refused %s to %s: %s", method, context.peer(), reason)
-        return Forbidden(REFUSED)
+def _refusal(method: str, caller: str, reason: str) -> Forbidden:
+    _log.warning("refused %s to %s: %s", method, caller, reason)
+    return Forbidden(REFUSED)
+
+
+def _peer(context: Context) -> Peer | None:
+    """What the caller's certificate says; None where it shows none that can be read."""
+    try:
+        return peer_of(context)
+    except ValueError as error:
+        _log.warning("the certificate of %s can't be read: %s", context.peer(), error)
+        return None
 
 
 def check_shard_name(context: Context, name: str) -> bool:

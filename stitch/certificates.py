@@ -68,17 +68,30 @@ class Certificates:
         """The credentials of a gateway."""
         return self._following(Tls.to_clients, self.files.client_authority is not None)
 
-    def https_context(self) -> ssl.SSLContext:
+    def https_to_programs(self) -> ssl.SSLContext:
         """The context of an HTTPS server whose callers are programs of the cluster."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations(cadata=self.current.authority.decode())
-        # It takes no other than files.
-        with TemporaryDirectory() as folder:
-            file = Path(folder, "certificate-and-key.pem")
-            file.touch(mode=0o600)
-            file.write_bytes(self.current.certificate + b"\n" + self.current.key)
-            context.load_cert_chain(file)
+        return self._https(lambda: (self.current.certificate, self.current.key, self.current.authority))
+
+    def https_to_clients(self) -> ssl.SSLContext:
+        """The context of a gateway's HTTPS server."""
+        return self._https(lambda: self.current.https_to_clients)
+
+    def _https(self, files: Callable[[], tuple[bytes, bytes, bytes]]) -> ssl.SSLContext:
+        """A server's context for the certificate, the key and the authority of callers, empty where they need none.
+
+        Each new connection takes the files that count then.
+        """
+        made = self.version, _https_context(*files())
+
+        def follow(connection: Any, host: object, context: object) -> None:
+            # Called in every handshake, whether or not the caller names a host.
+            nonlocal made
+            if made[0] != self.version:
+                made = self.version, _https_context(*files())
+            connection.context = made[1]
+
+        context = _https_context(*files())
+        context.sni_callback = follow
         return context
 
     @property
@@ -196,6 +209,20 @@ def _revocation(word: str) -> int | str:
     except ValueError as error:
         limit = f"a line is a serial number in hexadecimal, or a URI that begins with {SCHEME}"
         raise InvalidRequest("tls.revoked", word, limit) from error
+
+
+def _https_context(certificate: bytes, key: bytes, authority: bytes) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    if authority:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(cadata=authority.decode())
+    # It takes no other than files.
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "certificate-and-key.pem")
+        file.touch(mode=0o600)
+        file.write_bytes(certificate + b"\n" + key)
+        context.load_cert_chain(file)
+    return context
 
 
 def _chain(field: str, pem: bytes) -> Sequence[x509.Certificate]:

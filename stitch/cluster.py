@@ -155,7 +155,10 @@ class GatewayLimits(Settings):
 
 
 class GatewayConfig(Settings):
+    # host:port for clients that speak gRPC.
     address: str
+    # host:port for clients of OpenAI's API over HTTP; None: there is no such port.
+    http: str | None = None
     metrics_port: int = Field(default=0, ge=0, le=65535)
     # As for a shard.
     metrics_host: str = "127.0.0.1"
@@ -328,6 +331,12 @@ class ClusterConfig(Settings):
     def gateway_endpoint(self) -> tuple[str, Path | None]:
         """What a client of this cluster takes: the gateway's address and the authority's file; None: no TLS."""
         return self.gateway.address, None if self.tls is None else self.tls.trusted_by_clients(self.folder)
+
+    @property
+    def openai_url(self) -> str | None:
+        """The base URL for clients of OpenAI's API; None where the gateway serves no HTTP."""
+        scheme = "http" if self.tls is None else "https"
+        return None if self.gateway.http is None else f"{scheme}://{self.gateway.http}/v1"
 
     @property
     def keys_file(self) -> Path | None:

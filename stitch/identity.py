@@ -48,8 +48,13 @@ class Peer:
     # The URIs that it names, and those of them that name a process of a cluster.
     uris: tuple[str, ...]
     identities: tuple[Identity, ...]
-    # For people: the first URI, else the first host name, else the common name.
-    name: str
+    # All of its names: URIs, host names, mail addresses, common names.
+    names: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """For people: the first URI, else the first host name, else another."""
+        return next(iter(self.names), "")
 
     def __str__(self) -> str:
         # Shown in logs: the names are the caller's words, so line breaks and escapes in them stay quoted.
@@ -73,13 +78,13 @@ def read_certificate(pem: bytes) -> Peer:
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = tuple(names.get_values_for_type(x509.UniformResourceIdentifier))
-        hosts = names.get_values_for_type(x509.DNSName)
+        others = [*names.get_values_for_type(x509.DNSName), *names.get_values_for_type(x509.RFC822Name)]
     except x509.ExtensionNotFound:
-        uris, hosts = (), []
+        uris, others = (), []
     common = [str(attribute.value) for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     identities = tuple(identity for uri in uris if (identity := parse_uri(uri)) is not None)
     expires = certificate.not_valid_after_utc
-    return Peer(certificate.serial_number, expires, uris, identities, next(iter((*uris, *hosts, *common)), ""))
+    return Peer(certificate.serial_number, expires, uris, identities, (*uris, *others, *common))
 
 
 def parse_uri(uri: str) -> Identity | None:

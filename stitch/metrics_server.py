@@ -56,8 +56,8 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     daemon_threads = True
     certificates: Certificates | None = None
-    # The version of the certificates, and a context of them.
-    _made: tuple[int, ssl.SSLContext] | None = None
+    # The context of the certificates.
+    _context: ssl.SSLContext | None = None
 
     def __init__(self, *arguments: Any) -> None:
         self._room = threading.Semaphore(MAX_CALLERS)
@@ -78,7 +78,9 @@ class _Server(ThreadingMixIn, WSGIServer):
         if self.certificates is None:
             super().finish_request(request, client_address)
             return
-        with self._context(self.certificates).wrap_socket(request, server_side=True) as secured:
+        if self._context is None:
+            self._context = self.certificates.https_to_programs()
+        with self._context.wrap_socket(request, server_side=True) as secured:
             shown = ssl.DER_cert_to_PEM_cert(secured.getpeercert(binary_form=True) or b"")
             objection = self.certificates.policy.objection(read_certificate(shown.encode()), READERS)
             if objection is not None:
@@ -87,12 +89,6 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         _log.warning("metrics were not sent to %s: %s", client_address[0], sys.exception())
-
-    def _context(self, certificates: Certificates) -> ssl.SSLContext:
-        """The context of the files that count now."""
-        if self._made is None or self._made[0] != certificates.version:
-            self._made = certificates.version, certificates.https_context()
-        return self._made[1]
 
 
 class _Server6(_Server):

@@ -88,10 +88,15 @@ class Tls:
 
     def to_clients(self) -> grpc.ServerCertificateConfiguration:
         """What a gateway shows, and which authorities its clients must have a certificate of, if any."""
-        own = (self.public_key or self.key, self.public_certificate or self.certificate)
+        certificate, key, trusted = self.https_to_clients
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], trusted or None)
+
+    @property
+    def https_to_clients(self) -> tuple[bytes, bytes, bytes]:
+        """The gateway's certificate and key, and the authorities of its clients, which are empty where it takes all."""
         # Programs of the cluster ask for the gateway's health.
-        trusted = self.client_authority + b"\n" + self.authority if self.client_authority else None
-        return grpc.ssl_server_certificate_configuration([own], trusted)
+        trusted = self.client_authority + b"\n" + self.authority if self.client_authority else b""
+        return self.public_certificate or self.certificate, self.public_key or self.key, trusted
 
 
 def load_tls(files: TlsFiles | None, folder: Path, name: str) -> Tls | None:

@@ -43,6 +43,8 @@ DEFAULTS = {
 }
 # The families whose `tokenizer_class` counts.
 DECLARING_FAMILIES = ("llama", "gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe", "smollm3")
+# The fields of generation_config.json that are defaults of requests.
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
@@ -182,6 +184,15 @@ def end_tokens(files: Files, tokens: int) -> list[int]:
                     raise _invalid(name, "eos_token_id", token_id, f"it must be a token's id, 0 to {end - 1}")
             return ids
     return []
+
+
+def sampling_defaults(files: Files) -> dict[str, float]:
+    """Returns what generation_config.json says of sampling, by the names of `Sampling`; what is no number is left out.
+
+    As vLLM does, it takes no notice of `do_sample`.
+    """
+    given = json_object(files, "generation_config.json")
+    return {name: given[name] for name in SAMPLING if type(given.get(name)) in (int, float)}
 
 
 def chat_template(files: Files) -> tuple[str | None, str]:

@@ -1,4 +1,4 @@
-"""Who calls: the key in a gRPC call's metadata, and the names in the certificate of its connection."""
+"""Who calls: the key in a call's metadata or header, and the names in the certificate of its connection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ def credentials_of(context: Context) -> Credentials:
     """What the caller of a method shows of itself."""
     metadata: Any = context.invocation_metadata() or ()
     sent = next((value for name, value in metadata if name == "authorization"), None)
-    key = sent[len(_BEARER) :].strip() if isinstance(sent, str) and sent.lower().startswith(_BEARER) else None
     proven: Any = context.auth_context()
     names = [name.decode(errors="replace") for one in _NAME_PROPERTIES for name in proven.get(one, ())]
-    return Credentials(key, names)
+    return Credentials(key_of(sent), names)
+
+
+def key_of(authorization: object) -> str | None:
+    """The key in a header `authorization`; None where it has none."""
+    if not isinstance(authorization, str) or not authorization.lower().startswith(_BEARER):
+        return None
+    return authorization[len(_BEARER) :].strip()

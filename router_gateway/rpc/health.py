@@ -23,6 +23,9 @@ class Health:
     def __init__(self) -> None:
         # The stubs have only the servicer of threaded servers.
         self.servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        # What the status of every service is.
+        self.serving = False
+        self._ends = False
 
     async def follow(self, registry: ShardRegistry, ready: Callable[[], bool]) -> None:
         """Sets the status by `ready` now and after every change of a shard; never returns."""
@@ -32,9 +35,11 @@ class Health:
             await registry.changed_since(version)
 
     async def set(self, serving: bool) -> None:
+        self.serving = serving and not self._ends
         for service in SERVICES:
             await self.servicer.set(service, _STATUS[serving])
 
     async def shut_down(self) -> None:
         """Sets NOT_SERVING for good; later calls of `set` have no effect."""
+        self._ends, self.serving = True, False
         await self.servicer.enter_graceful_shutdown()

@@ -7,17 +7,12 @@ their number the oldest ones are ended, so that neither silent nor slow clients 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
-
-import grpc
 
 from stitch.cluster import GatewayLimits
 from stitch.errors import Exhausted, Expired, InvalidRequest
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 # A call may wait this long for its request, however many do.
 GRACE_SECONDS = 1.0
@@ -45,13 +40,13 @@ class Receiver:
         finally:
             self._calls -= 1
 
-    async def receive(self, context: Context) -> bytes:
-        """The call's message. Raises Expired where it takes too long, and InvalidRequest where there is none."""
+    async def receive(self, read: Callable[[], Awaitable[object]]) -> bytes:
+        """What `read` returns. Raises Expired where it takes too long, and InvalidRequest where it is no bytes."""
         try:
             async with asyncio.timeout(self._limits.receive_seconds) as timeout:
                 self._waiting[timeout] = asyncio.get_running_loop().time()
                 try:
-                    data = await context.read()
+                    data = await read()
                 finally:
                     del self._waiting[timeout]
         except TimeoutError as error:

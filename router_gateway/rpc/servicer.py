@@ -29,7 +29,7 @@ from router_gateway.requests.request_log import RequestLog, Write, client_of, co
 from router_gateway.requests.types import Request
 from router_gateway.rpc.callers import credentials_of
 from router_gateway.rpc.messages import BatchEntries, decode, to_prompt, to_request, to_route_query, to_tools
-from router_gateway.rpc.receiver import Context, Receiver
+from router_gateway.rpc.receiver import Receiver
 from router_gateway.shards.models import ModelRegistry
 from stitch.cluster import GatewayLimits
 from stitch.errors import StitchError, to_status, translated_errors
@@ -45,6 +45,7 @@ QUEUED_MESSAGES = 64
 # Of a traceback in the log: a defect may recur with every call.
 MAX_TRACEBACK_CHARACTERS = 4_000
 
+Context = grpc.aio.ServicerContext[Any, Any]
 Method = Callable[[Any, Context], Awaitable[Any]]
 BatchResponse = inference_pb2.GenerateBatchResponse
 
@@ -203,7 +204,7 @@ class Batch:
             await self._queue.put(BatchResponse(index=index, error=_request_error(error)))
         # A defect that one request hits must not end the others.
         except Exception as error:
-            internal = StitchError(_log_defect(error, read.request_id))
+            internal = StitchError(log_defect(error, read.request_id))
             await self._queue.put(BatchResponse(index=index, error=_request_error(internal)))
 
     def _count(self, outcome: str, line: str) -> None:
@@ -220,7 +221,7 @@ def _request_error(error: StitchError) -> inference_pb2.RequestError:
     return inference_pb2.RequestError(code=status.code, message=status.message)
 
 
-def _log_defect(error: Exception, request_id: str) -> str:
+def log_defect(error: Exception, request_id: str) -> str:
     """Logs a defect without the text of its error, which may quote the request, and returns what a client is told."""
     frames = "".join(traceback.format_tb(error.__traceback__))[-MAX_TRACEBACK_CHARACTERS:]
     name = type(error).__name__
@@ -243,11 +244,12 @@ class ReceivingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
         methods: dict[str, type[Message]],
         authenticate: Callable[[Credentials], object],
         limits: GatewayLimits,
+        receiver: Receiver,
     ) -> None:
         self._methods = methods
         self._authenticate = authenticate
         self._limits = limits
-        self._receiver = Receiver(limits)
+        self._receiver = receiver
 
     async def intercept_service(
         self,
@@ -283,7 +285,7 @@ class ReceivingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
                     # Before anything is read, whose size anybody may choose.
                     self._authenticate(credentials_of(context))
                     with self._receiver.call():
-                        data = await self._receiver.receive(context)
+                        data = await self._receiver.receive(context.read)
                         with self._receiver.held(data):
                             message = decoded(data)
                             return await method(message, context)
@@ -291,7 +293,7 @@ class ReceivingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
                 raise
             except Exception as error:
                 request_id = getattr(message, "request_id", "") or uuid.uuid4().hex
-                await context.abort(grpc.StatusCode.INTERNAL, _log_defect(error, request_id))
+                await context.abort(grpc.StatusCode.INTERNAL, log_defect(error, request_id))
 
         return received
 

@@ -57,6 +57,7 @@ class Vocabulary:
         template_absence: str,
         end_tokens: Sequence[int],
         response_template: dict[str, Any] | None = None,
+        sampling_defaults: Mapping[str, float] | None = None,
     ) -> None:
         """`response_template` is that of `transformers`, by which an answer is parsed."""
         self._tokenizer = tokenizer
@@ -75,6 +76,8 @@ class Vocabulary:
         # Ids by content.
         self.added_tokens = {one.content: id for id, one in tokenizer.get_added_tokens_decoder().items()}
         self.grammars = GrammarCompiler(tokenizer.to_str)
+        # What the model's generation_config.json sets, by the names of `Sampling`.
+        self.sampling_defaults = sampling_defaults or {}
         # An upper bound of a token's UTF-8 bytes (byte-level vocabularies spell a byte with up to two bytes).
         self.max_token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
         # Token ids are below this.
@@ -94,7 +97,9 @@ class Vocabulary:
         # A token that was special once stays so for the decoder.
         given = tokenizer_files.json_object(files, CONFIG).get("response_template")
         response_template = given if isinstance(given, dict) else None
-        return cls(tokenizer, silent | _special(tokenizer), template, absence, ends, response_template)
+        silent |= _special(tokenizer)
+        defaults = tokenizer_files.sampling_defaults(files)
+        return cls(tokenizer, silent, template, absence, ends, response_template, defaults)
 
     def decode(self, ids: Sequence[int], control_tokens: bool = False) -> str:
         """The text of ids, with or without the names of control tokens."""

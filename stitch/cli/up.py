@@ -96,6 +96,8 @@ def report_ended(console: Console, cluster: LocalCluster) -> None:
 
 def _announce(console: Console, cluster: LocalCluster, ending: str) -> None:
     console.print(f'{cluster.cluster.name} serves at {cluster.gateway}: try [bold]stitch ask[/] "…"', highlight=False)
+    if cluster.cluster.openai_url is not None:
+        console.print(f"OpenAI's API is at {cluster.cluster.openai_url}", highlight=False)
     console.print(ending, highlight=False)
 
 

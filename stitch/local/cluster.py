@@ -177,17 +177,28 @@ def with_ports(cluster: ClusterConfig, bound: ExitStack) -> ClusterConfig:
     Raises InvalidRequest for an address that is not of this machine, or whose port is in use.
     """
     shards = tuple(_with_ports(bound, shard.name, shard) for shard in cluster.shards)
-    gateway = _with_ports(bound, GATEWAY, cluster.gateway)
+    gateway = _with_http_port(bound, _with_ports(bound, GATEWAY, cluster.gateway))
     return cluster.model_copy(update={"shards": shards, "gateway": gateway})
 
 
 def _with_ports(bound: ExitStack, name: str, config: Endpoint) -> Endpoint:
-    host, _, port = config.address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise InvalidRequest(f"{name}.address", config.address, "it must be host:port")
-    address = f"{host}:{_keep_port(bound, f'{name}.address', host, int(port))}"
+    address = _kept_address(bound, f"{name}.address", config.address)
     metrics_port = _keep_port(bound, f"{name}.metrics_port", config.metrics_host, config.metrics_port)
     return config.model_copy(update={"address": address, "metrics_port": metrics_port})
+
+
+def _with_http_port(bound: ExitStack, config: GatewayConfig) -> GatewayConfig:
+    if config.http is None:
+        return config
+    return config.model_copy(update={"http": _kept_address(bound, "gateway.http", config.http)})
+
+
+def _kept_address(bound: ExitStack, field: str, address: str) -> str:
+    """The address with a free port in place of 0, which is bound until `bound` closes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise InvalidRequest(field, address, "it must be host:port")
+    return f"{host}:{_keep_port(bound, field, host, int(port))}"
 
 
 def _keep_port(bound: ExitStack, field: str, host: str, port: int) -> int:

@@ -50,6 +50,8 @@ def test_process_listens_on_the_address_of_the_cluster_file(name: str, cluster: 
     host, _, port = config.address.rpartition(":")
     assert host == name
     assert parsed.listen == f"0.0.0.0:{port}"
+    if name == "gateway":
+        assert (cluster.gateway.http, parsed.http) == ("gateway:8000", "0.0.0.0:8000")
     assert not parsed.insecure
     assert (ROOT / parsed.cluster).samefile(DEPLOY / "compose.toml")
 
@@ -77,7 +79,7 @@ def test_nothing_allows_unencrypted_connections() -> None:
 @pytest.mark.parametrize("file", sorted(DEPLOY.glob("*.toml")), ids=lambda path: path.name)
 def test_programs_may_listen_to_other_machines(file: Path) -> None:
     cluster = load_cluster(str(file))
-    check(GatewaySettings(cluster=cluster, listen="0.0.0.0:7000"))
+    check(GatewaySettings(cluster=cluster, listen="0.0.0.0:7000", http="0.0.0.0:8000"))
     for shard in cluster.shards:
         assert shard_settings(cluster, shard.name, "0.0.0.0:7100", None, False, False, 30.0).listen
 

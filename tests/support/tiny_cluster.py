@@ -44,7 +44,7 @@ def write_tiny_cluster(
             for route, cut in CUTS.items()
         ],
         "shards": [*_shards("bottom", bottoms), *_shards("top", tops)],
-        "gateway": {"address": "127.0.0.1:0"},
+        "gateway": {"address": "127.0.0.1:0", "http": "127.0.0.1:0"},
         # Small enough that a prompt of some hundred tokens is prefilled in many chunks.
         "compute": {"kv_tokens": 8192, "threads": 1, **compute},
         "batching": {"max_merged_tokens": 64, **batching},

@@ -13,6 +13,7 @@ from stitch.errors import InvalidRequest
 
 FLAGS: dict[str, Any] = {
     "listen": None,
+    "http": None,
     "metrics_port": None,
     "insecure": False,
     "reflection": False,
@@ -60,6 +61,15 @@ def test_check_refuses_an_exposed_address_without_insecure(cluster_file: Path) -
         check(settings(cluster_file, listen="0.0.0.0:7000"))
     check(settings(cluster_file, listen="0.0.0.0:7000", insecure=True))
     check(settings(cluster_file))
+
+
+def test_check_refuses_an_exposed_http_port_without_insecure(cluster_file: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"http is '0\.0\.0\.0:8000', but .* --insecure"):
+        check(settings(cluster_file, http="0.0.0.0:8000"))
+    with pytest.raises(InvalidRequest, match=r"http is '8000', but it must be host:port"):
+        check(settings(cluster_file, http="8000"))
+    check(settings(cluster_file, http="0.0.0.0:8000", insecure=True))
+    check(settings(cluster_file, http="127.0.0.1:8000"))
 
 
 @pytest.mark.parametrize("by", ['keys = "k.toml"\n', 'client_authority = "a.pem"\n', None])

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any, cast
 
 import grpc
 import pytest
 
-from router_gateway.rpc.receiver import Context, Receiver
+from router_gateway.rpc.receiver import Receiver
 from stitch.cluster import GatewayLimits
 from stitch.errors import Exhausted, Expired, InvalidRequest
-
-
-class Call:
-    """Stands in for the context of a call whose request arrives when `read` returns."""
-
-    def __init__(self, read: Callable[[], Awaitable[Any]]) -> None:
-        self.read = read
 
 
 async def never() -> None:
@@ -29,16 +20,12 @@ async def arrived() -> bytes:
     return b"request"
 
 
-def context(read: Callable[[], Awaitable[Any]]) -> Context:
-    return cast(Context, Call(read))
-
-
 async def test_call_beyond_the_most_is_refused_until_another_ends() -> None:
     receiver = Receiver(GatewayLimits(calls=1))
     with receiver.call():
         with pytest.raises(Exhausted, match="1 calls, its most"), receiver.call():
             pass
-        assert await receiver.receive(context(arrived)) == b"request"
+        assert await receiver.receive(arrived) == b"request"
     with receiver.call():
         pass
 
@@ -57,7 +44,7 @@ def test_bytes_beyond_the_budget_are_refused_until_others_are_released() -> None
 async def test_request_that_does_not_arrive_in_time_expires() -> None:
     receiver = Receiver(GatewayLimits(receive_seconds=0.01))
     with pytest.raises(Expired, match="not arrived in time"):
-        await receiver.receive(context(never))
+        await receiver.receive(never)
 
 
 async def test_call_without_request_is_refused() -> None:
@@ -65,12 +52,12 @@ async def test_call_without_request_is_refused() -> None:
         return grpc.aio.EOF
 
     with pytest.raises(InvalidRequest, match="the call has none"):
-        await Receiver(GatewayLimits()).receive(context(end))
+        await Receiver(GatewayLimits()).receive(end)
 
 
 async def test_oldest_calls_without_request_are_ended_beyond_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     receiver = Receiver(GatewayLimits(receiving_calls=2))
-    waiting = [asyncio.create_task(receiver.receive(context(never))) for _ in range(4)]
+    waiting = [asyncio.create_task(receiver.receive(never)) for _ in range(4)]
     await asyncio.sleep(0)
     with receiver.call():
         # They are young.

@@ -1,0 +1,97 @@
+"""How a client of HTTP sees an error: its status, OpenAI's body, and its headers.
+
+In: an error of `stitch.errors`. Out: what OpenAI's clients raise their own errors from. Invariant: every class of the
+tree has a row, its own or its parent's; `docs/http.md` shows the table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from stitch import errors
+from stitch.errors import InvalidRequest, StitchError
+
+# Clients may come back after this, where an error says nothing else.
+RETRY_SECONDS = 1.0
+
+
+class Row(NamedTuple):
+    """What a class of errors is over HTTP; `kind` and `code` are the fields `type` and `code` of the body."""
+
+    status: int
+    kind: str
+    code: str
+
+
+class Refusal(StitchError):
+    """A request that HTTP alone can carry: a path, a method or a size that this gateway has not."""
+
+    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.row = Row(status, "invalid_request_error", code)
+        self.param = param
+
+
+class UnknownParameter(InvalidRequest):
+    """A field of a body that this gateway has not."""
+
+
+TABLE: Mapping[type[StitchError], Row] = {
+    StitchError: Row(500, "server_error", "internal_error"),
+    errors.InvalidRequest: Row(400, "invalid_request_error", "invalid_value"),
+    UnknownParameter: Row(400, "invalid_request_error", "unsupported_parameter"),
+    errors.Incompatible: Row(500, "server_error", "incompatible"),
+    errors.OutOfStep: Row(500, "server_error", "out_of_step"),
+    errors.Unauthenticated: Row(401, "authentication_error", "invalid_api_key"),
+    errors.Forbidden: Row(403, "permission_error", "permission_denied"),
+    errors.Exhausted: Row(429, "rate_limit_error", "rate_limit_exceeded"),
+    errors.ObjectivesUnmet: Row(422, "invalid_request_error", "objectives_unmet"),
+    errors.Unavailable: Row(503, "server_error", "unavailable"),
+    errors.Draining: Row(503, "server_error", "shutting_down"),
+    errors.Expired: Row(504, "timeout_error", "deadline_exceeded"),
+}
+
+# The names that the pipeline gives to fields which OpenAI's API calls otherwise.
+_PARAMS = {"route": "model", "threshold": "model", "chat": "messages", "request_id": "x-request-id"}
+_PARAMS_OF_SAMPLING = {"logprobs": "top_logprobs"}
+
+
+def row_of(error: StitchError) -> Row:
+    """The row of an error's class, or of the nearest class above it that has one."""
+    if isinstance(error, Refusal):
+        return error.row
+    return next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
+
+
+def body_of(error: StitchError) -> bytes:
+    """OpenAI's JSON for an error."""
+    row, message, param = row_of(error), str(error), None
+    if isinstance(error, InvalidRequest):
+        param = param_of(error.field)
+        message = param + message.removeprefix(error.field) if message.startswith(error.field) else message
+    elif isinstance(error, Refusal):
+        param = error.param
+    return json.dumps({"error": {"message": message, "type": row.kind, "param": param, "code": row.code}}).encode()
+
+
+def headers_of(error: StitchError) -> dict[str, str]:
+    """What the head of the reply says beside the status."""
+    if isinstance(error, errors.Unauthenticated):
+        return {"www-authenticate": "Bearer"}
+    if isinstance(error, (errors.Exhausted, errors.Unavailable)):
+        seconds = error.retry_after_seconds if isinstance(error, errors.Exhausted) else RETRY_SECONDS
+        # OpenAI's clients know the second one, too.
+        return {"retry-after": str(max(1, math.ceil(seconds))), "retry-after-ms": str(math.ceil(1000 * seconds))}
+    return {}
+
+
+def param_of(field: str) -> str:
+    """The name of a request's field in OpenAI's API."""
+    name = field.removeprefix("chat.")
+    if name.startswith("sampling."):
+        name = name.removeprefix("sampling.")
+        return _PARAMS_OF_SAMPLING.get(name, name)
+    return _PARAMS.get(name, name)
