@@ -172,7 +172,7 @@ class Call:
         Raises ClientGone, what `end` was called with, or Expired where the client reads nothing until its deadline.
         """
         deadline = self.arrival + services.config.default_deadline_seconds if self.deadline is None else self.deadline
-        watching = asyncio.create_task(self._watch(receive))
+        watching = asyncio.create_task(self._await_end(receive))
         services.calls.add(self)
         try:
             async with asyncio.timeout(deadline - services.pipeline.now() + UNREAD_SECONDS) as self._ends:
@@ -186,7 +186,7 @@ class Call:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
 
-    async def _watch(self, receive: Receive) -> None:
+    async def _await_end(self, receive: Receive) -> None:
         """Ends the call when its client goes away; between events, sends comments."""
         while not self._complete:
             try:

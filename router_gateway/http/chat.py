@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -141,9 +141,11 @@ class ChatBody(GenerationBody):
     parallel_tool_calls: bool | None = None
     metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA)] | None = None
 
-    def to_proto(self, call: Call, services: Services) -> inference_pb2.GenerateRequest:
-        """The whole message. Raises InvalidRequest for fields that exclude or need each other."""
-        message = super().to_proto(call, services)
+    def message(
+        self, request_id: str, routes: Sequence[str], defaults: Mapping[str, float]
+    ) -> inference_pb2.GenerateRequest:
+        """The whole message. Raises InvalidRequest for fields that exclude or need each other, too."""
+        message = super().message(request_id, routes, defaults)
         self._limit_tokens(message.sampling)
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs", self.top_logprobs, "it needs logprobs")
@@ -318,5 +320,4 @@ def token_logprob(given: inference_pb2.TokenLogprobs | inference_pb2.Alternative
 
 async def chat(services: Services, call: Call, body: ChatBody) -> None:
     """Answers a conversation."""
-    message = body.to_proto(call, services)
-    await respond(call, services, message, ChatShape(call, body), bool(body.stream))
+    await respond(call, services, body, ChatShape(call, body))

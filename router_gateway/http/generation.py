@@ -85,27 +85,30 @@ class GenerationBody(Body):
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def to_proto(self, call: Call, services: Services) -> inference_pb2.GenerateRequest:
-        """A message with everything but the prompt. Raises InvalidRequest, or Refusal for an unknown model."""
+    def message(
+        self, request_id: str, routes: Sequence[str], defaults: Mapping[str, float]
+    ) -> inference_pb2.GenerateRequest:
+        """A message with everything but the prompt; `defaults` are the model's, by the names of `Sampling`.
+
+        Raises InvalidRequest, or Refusal where `model` is none of the routes.
+        """
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options", self.stream_options, "it needs stream")
-        route, threshold = _route(self.model, services.models.routes())
+        route, threshold = _route(self.model, routes)
         objectives = {} if self.objectives is None else self.objectives.model_dump(exclude_none=True)
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         return inference_pb2.GenerateRequest(
-            sampling=self._sampling(services),
+            sampling=self._sampling({**OPENAI_DEFAULTS, **defaults}),
             stop=stop or (),
             route=route,
-            request_id=call.request_id,
+            request_id=request_id,
             objectives=inference_pb2.Objectives(**objectives),
             conversation_id=self.conversation_id or "",
             n=self.n,
             threshold=threshold,
         )
 
-    def _sampling(self, services: Services) -> inference_pb2.Sampling:
-        vocabulary = services.source.current
-        defaults = {**OPENAI_DEFAULTS, **({} if vocabulary is None else vocabulary.sampling_defaults)}
+    def _sampling(self, defaults: Mapping[str, float]) -> inference_pb2.Sampling:
         given = {name: getattr(self, name) for name in _SAMPLING}
         chosen: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in given.items()}
         return inference_pb2.Sampling(
@@ -188,10 +191,11 @@ class Shape(ABC):
         return [getattr(one, field) for one in self._finished.values()]
 
 
-async def respond(
-    call: Call, services: Services, message: inference_pb2.GenerateRequest, shape: Shape, stream: bool
-) -> None:
+async def respond(call: Call, services: Services, body: GenerationBody, shape: Shape) -> None:
     """Generates, and replies by `shape`. Raises what the pipeline raises."""
+    vocabulary, stream = services.source.current, bool(body.stream)
+    defaults = {} if vocabulary is None else vocabulary.sampling_defaults
+    message = body.message(call.request_id, services.models.routes(), defaults)
     read = RequestReader(lambda: message)
     responses = services.pipeline.generate(call.credentials, read, call.arrival, call.deadline, call.write)
     async with aclosing(responses):

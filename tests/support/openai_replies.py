@@ -1,4 +1,4 @@
-"""Reads replies of the HTTP port as OpenAI's own types, which accept any field, and finds those that they don't know."""
+"""Reads replies of the HTTP port as OpenAI's own types, which take any field, and finds those that they don't know."""
 
 from __future__ import annotations
 
