@@ -143,6 +143,11 @@ class HttpServer:
         self._state = ServerState()
         self._server: asyncio.Server | None = None
 
+    @property
+    def connections(self) -> int:
+        """The number of open ones."""
+        return len(self._state.connections)
+
     async def start(self, address: str) -> int:
         """Listens at `host:port` and returns the port, a free one for 0. Raises OSError where it is in use."""
         host, _, port = address.rpartition(":")

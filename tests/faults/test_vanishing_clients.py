@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from tests.support.processes import GATEWAY, Cluster
-from tests.support.vanishing_clients import Footprint, vanish
+from tests.support.processes import Cluster
+from tests.support.vanishing_clients import Footprint, holds_nothing, vanish
 from tests.support.waiting import becomes_true
 
 # The issue's figure; a busy machine gets more.
@@ -17,15 +17,6 @@ PATIENT_SECONDS = 20.0
 RESIDENT_MB = 48.0
 
 pytestmark = pytest.mark.slow
-
-
-def holds_nothing(cluster: Cluster) -> bool:
-    """Whether no session and no request is left."""
-    shards = [name for name in cluster.names if name != GATEWAY]
-    held = [cluster.metric(name, "stitch_kv_cache_usage_ratio") for name in shards]
-    sessions = [cluster.metric(name, f"stitch_sessions_{state}") for name in shards for state in ("running", "waiting")]
-    requests = [cluster.metric(GATEWAY, f"stitch_requests_{state}") for state in ("running", "waiting")]
-    return not any((*held, *sessions, *requests))
 
 
 def grown(before: Footprint, after: Footprint) -> list[str]:
@@ -42,16 +33,19 @@ def grown(before: Footprint, after: Footprint) -> list[str]:
 
 
 @pytest.mark.timeout(1_200)
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
 @pytest.mark.parametrize(
     ("clients", "limit_seconds"), [(50, PATIENT_SECONDS), pytest.param(1_000, RELEASE_SECONDS, marks=pytest.mark.full)]
 )
-def test_vanished_clients_leave_nothing(tiny_cluster: Cluster, clients: int, limit_seconds: float) -> None:
+def test_vanished_clients_leave_nothing(
+    tiny_cluster: Cluster, clients: int, limit_seconds: float, protocol: str
+) -> None:
     cluster = tiny_cluster
     # Caches fill, and pools of threads grow, with the first ones.
-    asyncio.run(vanish(cluster, clients, seed=1))
+    asyncio.run(vanish(cluster, clients, 1, protocol))
     assert becomes_true(lambda: holds_nothing(cluster), PATIENT_SECONDS)
     before = Footprint(cluster)
-    asyncio.run(vanish(cluster, clients, seed=2))
+    asyncio.run(vanish(cluster, clients, 2, protocol))
     assert becomes_true(lambda: holds_nothing(cluster), limit_seconds)
     assert becomes_true(lambda: not grown(before, Footprint(cluster)), limit_seconds), grown(before, Footprint(cluster))
     assert cluster.generate("stitch", route="weak", max_tokens=4, ignore_eos=True).generated_tokens == 4

@@ -103,11 +103,11 @@ class Cluster:
         return self._local.gateway
 
     @property
-    def openai_url(self) -> str:
-        """The base URL of the gateway for clients of OpenAI's API."""
-        url = self._local.cluster.openai_url
-        assert url is not None
-        return url
+    def http(self) -> str:
+        """`host:port` of the gateway's HTTP port."""
+        address = self._local.cluster.gateway.http
+        assert address is not None
+        return address
 
     @property
     def file(self) -> Path:

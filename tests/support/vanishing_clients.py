@@ -1,7 +1,7 @@
 """Clients that vanish in the middle of an answer: they cancel, lose their connection, or are killed.
 
-As a program, `python -m tests.support.vanishing_clients GATEWAY COUNT` opens that many answers, prints a line, and
-reads until it is killed.
+They speak gRPC or HTTP. As a program, `python -m tests.support.vanishing_clients PROTOCOL ADDRESS COUNT` opens that
+many answers, prints a line, and reads until it is killed.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine
-from contextlib import AsyncExitStack, aclosing, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import httpx2
 import psutil
 
 from stitch.client import AsyncClient
 from stitch.errors import StitchError
-from tests.support.processes import Cluster
+from tests.support.processes import GATEWAY, Cluster
 from tests.support.tcp_gate import TcpGate
 
 ROOT = Path(__file__).parents[2]
@@ -44,22 +45,52 @@ def request(draw: Random) -> dict[str, Any]:
     }
 
 
-async def read(client: AsyncClient, draw: Random) -> None:
-    """Reads one answer to its end, or until the connection ends."""
-    with suppress(StitchError):
-        async with aclosing(aiter(client.stream(**request(draw)))) as events:
-            async for _ in events:
-                pass
+# Reads one answer to its end, or until the connection ends.
+Read = Callable[[Random], Awaitable[None]]
 
 
-async def vanish(cluster: Cluster, count: int, seed: int) -> None:
+@asynccontextmanager
+async def grpc_reader(address: str) -> AsyncIterator[Read]:
+    """Reads answers over gRPC, all over one connection."""
+
+    async def read(draw: Random) -> None:
+        with suppress(StitchError):
+            async with aclosing(aiter(client.stream(**request(draw)))) as events:
+                async for _ in events:
+                    pass
+
+    async with AsyncClient(address) as client:
+        yield read
+
+
+@asynccontextmanager
+async def http_reader(address: str) -> AsyncIterator[Read]:
+    """Reads answers over HTTP, half of them as a stream, each over a connection of its own."""
+
+    async def read(draw: Random) -> None:
+        fields = request(draw) | {"stream": draw.random() < 0.5}
+        fields["model"] = fields.pop("route")
+        fields["messages"] = [{"role": "user", "content": fields.pop("prompt")}]
+        with suppress(httpx2.HTTPError):
+            await client.post("/v1/chat/completions", json=fields)
+
+    limits = httpx2.Limits(max_connections=None)
+    async with httpx2.AsyncClient(base_url=f"http://{address}", timeout=60, limits=limits, trust_env=False) as client:
+        yield read
+
+
+READERS = {"grpc": grpc_reader, "http": http_reader}
+
+
+async def vanish(cluster: Cluster, count: int, seed: int, protocol: str = "grpc") -> None:
     """`count` clients come and vanish: six of ten cancel, three lose their connection, one is killed."""
+    address = cluster.gateway if protocol == "grpc" else cluster.http
     draw, room = Random(seed), asyncio.Semaphore(AT_A_TIME // GROUP)
     kinds = [_cancel] * 6 + [_cut] * 3 + [_kill]
 
     async def one_group(kind: Any, own: Random) -> None:
         async with room:
-            await kind(cluster, own)
+            await kind(protocol, address, own)
 
     groups: list[Coroutine[Any, Any, None]] = [
         one_group(kinds[number % len(kinds)], Random(draw.random())) for number in range(count // GROUP)
@@ -67,39 +98,48 @@ async def vanish(cluster: Cluster, count: int, seed: int) -> None:
     await asyncio.gather(*groups)
 
 
-async def _cancel(cluster: Cluster, draw: Random) -> None:
+async def _cancel(protocol: str, address: str, draw: Random) -> None:
     """Every client at a moment of its own."""
-    async with AsyncClient(cluster.gateway) as client:
-        reading = [asyncio.create_task(_read_for(draw.uniform(0, LIFE_SECONDS), client, draw)) for _ in range(GROUP)]
+    async with READERS[protocol](address) as read:
+        reading = [asyncio.create_task(_read_for(draw.uniform(0, LIFE_SECONDS), read, draw)) for _ in range(GROUP)]
         await asyncio.gather(*reading)
 
 
-async def _read_for(seconds: float, client: AsyncClient, draw: Random) -> None:
+async def _read_for(seconds: float, read: Read, draw: Random) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
-            await read(client, draw)
+            await read(draw)
 
 
-async def _cut(cluster: Cluster, draw: Random) -> None:
-    """All over one connection, which is reset."""
+async def _cut(protocol: str, address: str, draw: Random) -> None:
+    """All connections are reset at the same time."""
     async with AsyncExitStack() as stack:
-        gate = stack.enter_context(TcpGate(cluster.gateway))
-        client = await stack.enter_async_context(AsyncClient(gate.address))
-        reading = [asyncio.create_task(read(client, draw)) for _ in range(GROUP)]
+        gate = stack.enter_context(TcpGate(address))
+        read = await stack.enter_async_context(READERS[protocol](gate.address))
+        reading = [asyncio.ensure_future(read(draw)) for _ in range(GROUP)]
         await asyncio.sleep(draw.uniform(0, LIFE_SECONDS))
         await asyncio.to_thread(gate.cut)
         await asyncio.gather(*reading)
 
 
-async def _kill(cluster: Cluster, draw: Random) -> None:
+async def _kill(protocol: str, address: str, draw: Random) -> None:
     """All in one process, which is killed."""
-    command = [sys.executable, "-m", __name__, cluster.gateway, str(GROUP)]
+    command = [sys.executable, "-m", __name__, protocol, address, str(GROUP)]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, cwd=ROOT)
     assert process.stdout is not None
     assert await process.stdout.readline() == b"reading\n"
     await asyncio.sleep(draw.uniform(0, LIFE_SECONDS))
     process.kill()
     await process.wait()
+
+
+def holds_nothing(cluster: Cluster) -> bool:
+    """Whether no session and no request is left."""
+    shards = [name for name in cluster.names if name != GATEWAY]
+    held = [cluster.metric(name, "stitch_kv_cache_usage_ratio") for name in shards]
+    sessions = [cluster.metric(name, f"stitch_sessions_{state}") for name in shards for state in ("running", "waiting")]
+    requests = [cluster.metric(GATEWAY, f"stitch_requests_{state}") for state in ("running", "waiting")]
+    return not any((*held, *sessions, *requests))
 
 
 class Footprint:
@@ -115,13 +155,13 @@ class Footprint:
         self.resident_mb = {name: process.memory_info().rss / 2**20 for name, process in processes.items()}
 
 
-async def _read_until_killed(gateway: str, count: int) -> None:
-    async with AsyncClient(gateway) as client:
-        reading = [asyncio.create_task(read(client, Random(number))) for number in range(count)]
+async def _read_until_killed(protocol: str, address: str, count: int) -> None:
+    async with READERS[protocol](address) as read:
+        reading = [asyncio.ensure_future(read(Random(number))) for number in range(count)]
         print("reading", flush=True)
         await asyncio.gather(*reading)
         await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(_read_until_killed(sys.argv[1], int(sys.argv[2])))
+    asyncio.run(_read_until_killed(sys.argv[1], sys.argv[2], int(sys.argv[3])))
