@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from router_gateway.http.errors import UnknownParameter
+from router_gateway.http.errors import Refusal
 from router_gateway.requests.limits import Amount
 from router_gateway.rpc.messages import MAX_FIELDS, UNCOUNTED_BYTES
 from stitch.errors import InvalidRequest
@@ -31,7 +31,7 @@ BodyType = TypeVar("BodyType", bound=Body)
 
 
 def parse(kind: type[BodyType], data: bytes) -> BodyType:
-    """The body in `data`. Raises InvalidRequest, or UnknownParameter for a field that it doesn't have."""
+    """The body in `data`. Raises InvalidRequest, or Refusal for a field that it doesn't have."""
     try:
         content = from_json(data, allow_inf_nan=False)
     except ValueError as error:
@@ -58,14 +58,14 @@ def _has_more_values(content: Any, limit: int) -> bool:
     return False
 
 
-def _invalid(error: ValidationError, content: Any) -> InvalidRequest:
+def _invalid(error: ValidationError, content: Any) -> InvalidRequest | Refusal:
     """The error for the innermost field of those that are invalid, which says most."""
     errors = error.errors(include_url=False, include_context=False)
     found = [(_path(one["loc"], content, one["type"] == "missing"), one) for one in errors]
     path, first = max(found, key=lambda pair: len(pair[0]))
     name = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".") or "body"
     if first["type"] == "extra_forbidden":
-        return UnknownParameter(name, first["input"], "this gateway does not support it")
+        return Refusal(400, "unsupported_parameter", f"{name[:80]} is not supported by this gateway", name[:80])
     if first["type"] == "missing":
         return InvalidRequest(name, Amount("not set"), "it is required")
     text = first["msg"].removeprefix("Value error, ")

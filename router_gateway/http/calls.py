@@ -51,7 +51,7 @@ _JSON = {"content-type": "application/json"}
 _EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", "x-accel-buffering": "no"}
 
 
-class ClientGone(StitchError):
+class ClientGone(Exception):
     """The client has closed its connection: nobody reads a reply."""
 
 
@@ -106,7 +106,7 @@ class Call:
         # The head of a stream whose first event has not come.
         self._head: dict[str, Any] | None = None
         self._ends: asyncio.Timeout | None = None
-        self._reason: StitchError | None = None
+        self._reason: StitchError | ClientGone | None = None
         self._complete = False
 
     def read_headers(self, content_limit: int | None) -> None:
@@ -146,9 +146,9 @@ class Call:
             await self._start(200, head)
         await self._write(events, last)
 
-    async def fail(self, error: StitchError) -> None:
+    async def fail(self, error: StitchError | Refusal) -> None:
         """Sends an error: a reply where none has begun, else an event without `[DONE]`."""
-        if isinstance(error, ClientGone) or self._complete:
+        if self._complete:
             return
         if isinstance(error, Expired) and self._ends is not None and self._ends.expired():
             # The client reads nothing, so it can't be told.
@@ -159,7 +159,7 @@ class Call:
             self._head = None
             await self.reply(body_of(error), row_of(error).status, headers_of(error))
 
-    def end(self, reason: StitchError) -> None:
+    def end(self, reason: StitchError | ClientGone) -> None:
         """Ends the block of `attended` by raising `reason` in it."""
         if self._ends is not None and not self._ends.expired():
             self._reason = self._reason or reason
@@ -242,7 +242,9 @@ class Endpoint(Generic[BodyType]):
         call = Call(scope, send, self._services)
         try:
             await self._run(call, receive)
-        except StitchError as error:
+        except ClientGone:
+            return
+        except (StitchError, Refusal) as error:
             await call.fail(error)
         # A defect that one request hits must not show its text to anybody.
         except Exception as error:

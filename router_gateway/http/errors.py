@@ -26,8 +26,8 @@ class Row(NamedTuple):
     code: str
 
 
-class Refusal(StitchError):
-    """A request that HTTP alone can carry: a path, a method or a size that this gateway has not."""
+class Refusal(Exception):
+    """The refusal of a request that HTTP alone can carry: a path, a type or a parameter that this gateway hasn't."""
 
     def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -35,14 +35,9 @@ class Refusal(StitchError):
         self.param = param
 
 
-class UnknownParameter(InvalidRequest):
-    """A field of a body that this gateway has not."""
-
-
 TABLE: Mapping[type[StitchError], Row] = {
     StitchError: Row(500, "server_error", "internal_error"),
     errors.InvalidRequest: Row(400, "invalid_request_error", "invalid_value"),
-    UnknownParameter: Row(400, "invalid_request_error", "unsupported_parameter"),
     errors.Incompatible: Row(500, "server_error", "incompatible"),
     errors.OutOfStep: Row(500, "server_error", "out_of_step"),
     errors.Unauthenticated: Row(401, "authentication_error", "invalid_api_key"),
@@ -59,14 +54,14 @@ _PARAMS = {"route": "model", "threshold": "model", "chat": "messages", "request_
 _PARAMS_OF_SAMPLING = {"logprobs": "top_logprobs"}
 
 
-def row_of(error: StitchError) -> Row:
+def row_of(error: StitchError | Refusal) -> Row:
     """The row of an error's class, or of the nearest class above it that has one."""
     if isinstance(error, Refusal):
         return error.row
     return next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
 
 
-def body_of(error: StitchError) -> bytes:
+def body_of(error: StitchError | Refusal) -> bytes:
     """OpenAI's JSON for an error."""
     row, message, param = row_of(error), str(error), None
     if isinstance(error, InvalidRequest):
@@ -77,7 +72,7 @@ def body_of(error: StitchError) -> bytes:
     return json.dumps({"error": {"message": message, "type": row.kind, "param": param, "code": row.code}}).encode()
 
 
-def headers_of(error: StitchError) -> dict[str, str]:
+def headers_of(error: StitchError | Refusal) -> dict[str, str]:
     """What the head of the reply says beside the status."""
     if isinstance(error, errors.Unauthenticated):
         return {"www-authenticate": "Bearer"}

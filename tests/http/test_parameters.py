@@ -10,7 +10,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsNon
 
 from router_gateway.http.bodies import MAX_FIELDS, UNCOUNTED_BYTES, parse
 from router_gateway.http.chat import ChatBody
-from router_gateway.http.errors import UnknownParameter
+from router_gateway.http.errors import Refusal, body_of
 from stitch.errors import InvalidRequest
 from stitch.v1 import inference_pb2
 from tests.http.conftest import USER, Serve
@@ -156,9 +156,9 @@ def test_tools_and_formats_are_taken_over() -> None:
     ],
 )
 def test_invalid_parameter_is_refused_by_its_path(fields: dict[str, Any], param: str) -> None:
-    with pytest.raises(InvalidRequest) as caught:
+    with pytest.raises((InvalidRequest, Refusal)) as caught:
         message_of(**fields)
-    assert caught.value.field == param
+    assert json.loads(body_of(caught.value))["error"]["param"] == param
 
 
 @pytest.mark.parametrize(
@@ -179,9 +179,8 @@ def test_large_bodies_are_counted_before_a_model_is_built() -> None:
 
 
 def test_long_list_ends_at_its_first_invalid_item() -> None:
-    with pytest.raises(InvalidRequest, match=r"^stop\[0\] is 1") as caught:
+    with pytest.raises(InvalidRequest, match=r"^stop\[0\] is 1"):
         parse(ChatBody, json.dumps({"model": "auto", "messages": USER, "stop": [1] * 100_000}).encode())
-    assert not isinstance(caught.value, UnknownParameter)
 
 
 async def test_defaults_are_the_models_then_openais(serve: Serve) -> None:
