@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from router_gateway.http.errors import Refusal
 from router_gateway.requests.limits import Amount
@@ -24,18 +23,20 @@ Items = Annotated[list[Item], Field(fail_fast=True)]
 class Body(BaseModel):
     """An object of a request's JSON. A field that is null is not set."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+_CONTENT: TypeAdapter[Any] = TypeAdapter(Any)
 BodyType = TypeVar("BodyType", bound=Body)
 
 
 def parse(kind: type[BodyType], data: bytes) -> BodyType:
     """The body in `data`. Raises InvalidRequest, or Refusal for a field that it doesn't have."""
     try:
-        content = from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        raise InvalidRequest("body", Amount(f"{len(data):,} bytes"), f"it is no JSON: {error}") from error
+        content = _CONTENT.validate_json(data)
+    except ValidationError as error:
+        reason = error.errors(include_url=False, include_input=False)[0]["msg"]
+        raise InvalidRequest("body", Amount(f"{len(data):,} bytes"), f"it is no JSON: {reason}") from error
     if len(data) > UNCOUNTED_BYTES and _has_more_values(content, MAX_FIELDS):
         raise InvalidRequest("body", Amount(f"{len(data):,} bytes"), f"they have more than {MAX_FIELDS:,} values")
     try:
