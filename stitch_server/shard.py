@@ -69,8 +69,8 @@ class Shard:
 
     @property
     def suspects(self) -> list[str]:
-        """The next shards that have been silent for too long, by name."""
-        return sorted(self.links.suspects)
+        """The next shards that get no new sessions from this one, by name."""
+        return sorted(self.links.suspects | self.links.doubted)
 
     @property
     def running_sessions(self) -> int:

@@ -65,6 +65,9 @@ class ProgressMonitor:
         for replica in self._placement.replicas:
             replica.check_silence(replica in heard)
         for session in sessions:
+            if not session.tokens and session.chain.first.polled_at <= session.last_at:
+                # The next shards are watched by those before them.
+                session.chain.first.start_poll()
             if self._is_overdue(session, now):
                 self._check_shards(session, now)
         self._eject_slow(now)
@@ -89,16 +92,20 @@ class ProgressMonitor:
         for replica in session.chain.replicas:
             if now - replica.polled_at >= self._health.overdue_seconds:
                 replica.start_poll()
-            if not self._is_lost(replica):
+            if not self._is_lost(session, replica, now):
                 continue
             replica.ejection.eject("unreachable", "it does not answer while sessions wait for tokens")
             session.end_for_silence(replica)
             return
 
-    def _is_lost(self, replica: Replica) -> bool:
-        """Whether its streams go on elsewhere: it is gone, or silent while a peer of it is not."""
+    def _is_lost(self, session: PlacedSession, replica: Replica, now: float) -> bool:
+        """Whether the session goes on elsewhere: the replica is gone, or silent while a peer of it is not.
+
+        Before its first token a session loses what it has waited for, so it goes as soon as half of that was silence.
+        """
         peers = (one for one in self._placement.peers(replica) if one.accepts_requests and not one.avoided)
-        return not replica.serving or (replica.silent and any(peers))
+        loses_little = not session.tokens and now - session.last_at <= 2 * replica.unanswered_seconds
+        return not replica.serving or ((replica.silent or (replica.doubted and loses_little)) and any(peers))
 
     def _eject_slow(self, now: float) -> None:
         policy = self._ejection

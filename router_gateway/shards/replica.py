@@ -32,7 +32,7 @@ class HealthPolicy(Settings):
     poll_seconds: float = Field(default=1.0, gt=0)
     # A poll without an answer fails after this; a shard that says nothing for so long loses streams that wait for it.
     poll_timeout_seconds: float = Field(default=1.0, gt=0)
-    # While a poll waits for longer than this, new sessions prefer other replicas.
+    # While a poll waits for longer than this, new sessions prefer other replicas, and those without a token go there.
     doubt_seconds: float = Field(default=0.3, gt=0)
     # A shard is gone after this many failed polls in a row.
     max_failed_polls: int = Field(default=3, ge=1)
@@ -87,6 +87,8 @@ class Replica:
         self._failed_polls = 0
         # Whether a poll was sent after the last answer.
         self._unanswered = False
+        # How long a poll has waited, whether or not tokens came.
+        self.unanswered_seconds = 0.0
         self._silent_seconds = 0.0
         self._polling: asyncio.Task[None] | None = None
         self._poll_error: grpc.StatusCode | None = None
@@ -108,8 +110,12 @@ class Replica:
     @property
     def avoided(self) -> bool:
         """Whether placement prefers other replicas."""
-        doubted = self._silent_seconds >= self._policy.doubt_seconds
-        return doubted or bool(self.suspected_by) or self.ejection.avoided
+        return self.doubted or bool(self.suspected_by) or self.ejection.avoided
+
+    @property
+    def doubted(self) -> bool:
+        """Whether a poll waits for too long for new sessions; tokens may come still if one direction is cut off."""
+        return self.unanswered_seconds >= self._policy.doubt_seconds
 
     @property
     def silent(self) -> bool:
@@ -121,8 +127,9 @@ class Replica:
 
         Calls are counted, not seconds: a gateway that is late itself finds nobody silent.
         """
-        waits = self._unanswered and not heard
-        self._silent_seconds = self._silent_seconds + self._policy.check_seconds if waits else 0.0
+        passed = self._policy.check_seconds
+        self.unanswered_seconds = self.unanswered_seconds + passed if self._unanswered else 0.0
+        self._silent_seconds = self._silent_seconds + passed if self._unanswered and not heard else 0.0
 
     async def poll(self) -> None:
         """Asks the shard for its state, or waits for the poll in progress; reports what changed."""
@@ -184,7 +191,7 @@ class Replica:
 
     def _poll_answered(self, answer: shard_pb2.ShardDescribeResponse, placed: Placed) -> None:
         self._failed_polls, self._poll_error = 0, None
-        self._unanswered, self._silent_seconds = False, 0.0
+        self._unanswered, self._silent_seconds, self.unanswered_seconds = False, 0.0, 0.0
         self.load.reconcile(answer, placed)
         changed = self.identity != answer.identity
         self.identity = answer.identity

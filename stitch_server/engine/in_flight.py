@@ -49,7 +49,11 @@ class Downstream(Protocol):
 
     @property
     def suspects(self) -> AbstractSet[str]:
-        """The next shards that have been silent for too long; they get no new sessions."""
+        """The next shards that have been silent for too long, and have lost their links; they get no sessions."""
+
+    @property
+    def doubted(self) -> AbstractSet[str]:
+        """Other next shards that are silent for now; they get no new sessions."""
 
     def send(self, neighbour: str, step: OutgoingStep) -> None: ...
 
@@ -163,11 +167,11 @@ class StepsInFlight:
         return any(self._is_late(neighbour) for neighbour in neighbours)
 
     def refusal(self, neighbours: Sequence[str]) -> Unavailable | None:
-        """Why no session may be opened on these next shards: one of them is suspect; None where none is."""
-        suspects = self._downstream.suspects
+        """Why no session may be opened on these next shards: one of them is silent; None where none is."""
+        silent = self._downstream.suspects | self._downstream.doubted
         for neighbour in neighbours:
-            if neighbour in suspects:
-                return Unavailable(f"{neighbour} has not answered in time and is suspect", shard=neighbour)
+            if neighbour in silent:
+                return Unavailable(f"{neighbour} does not answer in time", shard=neighbour)
         return None
 
     def send(self, batch: Batch, output: StepOutput, pipelined: bool) -> list[int]:
@@ -245,6 +249,8 @@ class StepsInFlight:
 
     def _is_late(self, neighbour: str) -> bool:
         age = self._window(neighbour).age_at(self._clock())
+        if age and neighbour in self._downstream.doubted:
+            return True
         return age > LATE_SECONDS and age > LATE_FACTOR * max(self._reply_seconds, default=0.0)
 
     def _may_overtake(self, segments: tuple[Segment, ...]) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from stitch.errors import Incompatible, plain
 from stitch.v1 import inference_pb2, shard_pb2
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 # Characters of what a peer states that a refusal repeats.
 MAX_SHOWN = 200
 

@@ -1,9 +1,9 @@
 """This shard's links to the next shards: opened with the first step for a shard, dropped when they break or are silent.
 
 In: steps and session ends from the engine's thread. Out: `LinkEvent`s, which `on_event` puts into the engine's inbox.
-A next shard that is silent for too long is suspect: its link is ended, so that nothing it may still send counts, and it
-gets no sessions until a new link is welcomed. Invariant: after `send`, the engine receives the step's reply or the loss
-of its link.
+A next shard that is silent is doubted, and gets no new sessions until it is heard. One that is silent for too long is
+suspect: its link is ended, so that nothing it may still send counts, and it gets no sessions until a new link is
+welcomed. Invariant: after `send`, the engine receives the step's reply or the loss of its link.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 
 import grpc
@@ -24,7 +24,16 @@ from stitch.v1 import shard_pb2
 from stitch_server.engine.types import KvRoom, LinkEvent, LinkLost, LinkReply, OutgoingStep
 from stitch_server.rpc.frames import reply_of, step_frames
 from stitch_server.rpc.handshake import PROTOCOL_VERSION, check_welcome
-from stitch_server.rpc.silence import ALONE_SECONDS, OPENING_SECONDS, TICK_SECONDS, SilenceBound
+from stitch_server.rpc.silence import (
+    ALONE_SECONDS,
+    ASK_SECONDS,
+    DOUBTED_SHARE,
+    IDLE_ASK_SECONDS,
+    LEAST_SECONDS,
+    OPENING_SECONDS,
+    TICK_SECONDS,
+    SilenceBound,
+)
 from stitch_server.rpc.tensors import pack
 
 log = logging.getLogger(__name__)
@@ -68,6 +77,8 @@ class LinkClient:
         self._silence = SilenceBound()
         # Next shards that have been silent for too long.
         self.suspects: set[str] = set()
+        # Others that are silent for now.
+        self.doubted: Set[str] = frozenset()
         self._tasks = {self._loop.create_task(self._count_silence(), name="silence of the links")}
 
     def send(self, neighbour: str, step: OutgoingStep) -> None:
@@ -78,7 +89,7 @@ class LinkClient:
         packed = pack(step.hidden, self._identity.wire_dtype)
         frames = list(step_frames(step, packed))
         self._count_bytes(len(packed.data))
-        self._loop.call_soon_threadsafe(self._put, neighbour, frames, step.urgent)
+        self._loop.call_soon_threadsafe(self._put, neighbour, frames, step.urgent, len(packed.data))
 
     def close(self, neighbour: str, session_ids: Sequence[int]) -> None:
         """Ends sessions on the next shard of that name."""
@@ -98,7 +109,7 @@ class LinkClient:
         for link in list(self._links.values()):
             await link.aclose()
 
-    def _put(self, neighbour: str, frames: Sequence[shard_pb2.LinkRequest], urgent: bool) -> None:
+    def _put(self, neighbour: str, frames: Sequence[shard_pb2.LinkRequest], urgent: bool, size: int) -> None:
         link = self._links.get(neighbour)
         if link is None and neighbour in self.suspects:
             self._on_event(LinkLost(neighbour, Unavailable(f"{neighbour} is suspect", shard=neighbour)))
@@ -107,6 +118,8 @@ class LinkClient:
             link = self._links[neighbour] = self._open(neighbour)
         for frame in frames:
             link.put(frame, urgent)
+        link.waiting_steps += 1
+        link.unheard_bytes += size
 
     def _put_if_open(self, neighbour: str, frame: shard_pb2.LinkRequest) -> None:
         """Without a link nothing is to be closed: a session does not outlive the link that opened it."""
@@ -157,15 +170,26 @@ class LinkClient:
             await asyncio.sleep(TICK_SECONDS)
             now = time.monotonic()
             passed, before = min(now - before, 2 * TICK_SECONDS), now
+            doubted = set[str]()
             for link in list(self._links.values()):
-                link.silent_seconds += passed
-                if link.silent_seconds > self._longest_silence(link):
-                    self._suspect(link)
+                link.count_silence(passed)
+                if link.silent_seconds > DOUBTED_SHARE * LEAST_SECONDS and self._doubts(link):
+                    doubted.add(link.neighbour)
+            self.doubted = doubted
 
-    def _longest_silence(self, link: _Link) -> float:
+    def _doubts(self, link: _Link) -> bool:
+        """Whether a next shard is doubted for its silence; one that has been silent for too long becomes suspect."""
         if not self._has_replica(link.neighbour):
-            return ALONE_SECONDS
-        return self._silence.seconds if link.is_welcomed else OPENING_SECONDS
+            longest, doubtful = ALONE_SECONDS, ALONE_SECONDS
+        elif not link.is_welcomed:
+            longest, doubtful = OPENING_SECONDS, OPENING_SECONDS
+        else:
+            longest = self._silence.seconds(link.unheard_bytes)
+            doubtful = DOUBTED_SHARE * longest
+        if link.silent_seconds > longest:
+            self._suspect(link)
+            return False
+        return link.silent_seconds > doubtful
 
     def _suspect(self, link: _Link) -> None:
         """Ends a link with all that it holds, and tries to open another one."""
@@ -203,15 +227,22 @@ class _Link:
         owner: LinkClient,
     ) -> None:
         self.neighbour = neighbour
-        # Since the link was opened, or the next shard last sent something.
+        # For how long the next shard has sent nothing while it owed an answer: a welcome, a reply or a heartbeat.
         self.silent_seconds = 0.0
         self.is_welcomed = False
+        # Steps without a reply, and the bytes of hidden states that were sent since the next shard was heard.
+        self.waiting_steps = 0
+        self.unheard_bytes = 0
         # Set when the link is open, or has ended.
         self.settled = asyncio.Event()
         self._connect = connect
         self._identity = identity
         self._on_event = on_event
         self._owner = owner
+        # Since the next shard was heard, whether or not it owed anything.
+        self._quiet_seconds = 0.0
+        # Whether it owes a heartbeat.
+        self._asked = False
         self._order = itertools.count()
         # Urgent frames first; within each class in order.
         self._outbox: asyncio.PriorityQueue[tuple[int, int, shard_pb2.LinkRequest]] = asyncio.PriorityQueue()
@@ -219,6 +250,16 @@ class _Link:
 
     def put(self, frame: shard_pb2.LinkRequest, urgent: bool) -> None:
         self._outbox.put_nowait((0 if urgent else 1, next(self._order), frame))
+
+    def count_silence(self, seconds: float) -> None:
+        """Called at a fixed interval with the time since the last call; asks for a heartbeat where one is due."""
+        self._quiet_seconds += seconds
+        if self._asked or self.waiting_steps or not self.is_welcomed:
+            self.silent_seconds += seconds
+        patience = ASK_SECONDS if self.waiting_steps else IDLE_ASK_SECONDS
+        if self.is_welcomed and not self._asked and self._quiet_seconds >= patience:
+            self._asked = True
+            self.put(shard_pb2.LinkRequest(heartbeat=shard_pb2.Heartbeat()), urgent=True)
 
     def end(self) -> None:
         """Ends the link without a report of its loss."""
@@ -270,19 +311,20 @@ class _Link:
         raise self._unavailable(f"ended the link: {await call.details()}")
 
     def _welcome(self) -> None:
-        self.is_welcomed, self.silent_seconds = True, 0.0
+        self.is_welcomed, self.silent_seconds, self._quiet_seconds = True, 0.0, 0.0
         self.settled.set()
         self._owner.on_welcome(self)
 
     def _hear(self) -> None:
-        if self.silent_seconds:
+        if self.silent_seconds or self._asked:
             self._owner.on_heard(self.silent_seconds)
-            self.silent_seconds = 0.0
+        self.silent_seconds, self._quiet_seconds, self.unheard_bytes, self._asked = 0.0, 0.0, 0, False
 
     def _event(self, message: shard_pb2.LinkResponse) -> LinkEvent | None:
         """What the engine is told of a message; nothing of a heartbeat. Raises Incompatible for another greeting."""
         match message.WhichOneof("frame"):
             case "reply":
+                self.waiting_steps = max(0, self.waiting_steps - 1)
                 return LinkReply(self.neighbour, reply_of(message.reply))
             case "room":
                 return KvRoom(self.neighbour, message.room.tokens)

@@ -1,8 +1,8 @@
 """The receiving end of one link: frames of an upstream shard to the engine, replies of the engine back.
 
 In: decoded frames, after the handshake. Out: steps and session ends as commands for the engine, in the order of the
-frames; reply frames; and heartbeats, as long as the engine isn't stuck in a pass. Invariant: when the stream ends, for
-whatever reason, all of its sessions are freed.
+frames; reply frames; and heartbeats when asked, unless the engine is stuck in a pass. Invariant: when the stream ends,
+for whatever reason, all of its sessions are freed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from stitch_server.rpc.frames import MAX_SEGMENTS, StepAssembler, reply_frame
 # Sessions of one link that its upstream shard has opened and not closed; it closes every one, also a refused one.
 MAX_SESSIONS = 2 * MAX_SEGMENTS
 
-HEARTBEAT_SECONDS = 0.25
 _HEARTBEAT = shard_pb2.LinkResponse(heartbeat=shard_pb2.Heartbeat())
 
 
@@ -77,7 +76,7 @@ class UpstreamLink:
 
     async def responses(self, requests: AsyncIterator[shard_pb2.LinkRequest]) -> AsyncIterator[shard_pb2.LinkResponse]:
         """Yields replies until the upstream shard ends the stream. Raises StitchError for an invalid frame."""
-        reader, heart = asyncio.create_task(self._read(requests)), asyncio.create_task(self._beat())
+        reader = asyncio.create_task(self._read(requests))
         try:
             while (response := await self._outbox.get()) is not None:
                 if isinstance(response, StitchError):
@@ -87,16 +86,8 @@ class UpstreamLink:
                 self._assembler.answered(response.reply.step)
         finally:
             reader.cancel()
-            heart.cancel()
             self._leave(list(self._sessions))
             self._engine.post(partial(self._next_stage.on_upstream_lost, self))
-
-    async def _beat(self) -> None:
-        """Shows the upstream shard that this process runs; replies that wait show it as well."""
-        while True:
-            await asyncio.sleep(HEARTBEAT_SECONDS)
-            if self._outbox.empty() and not self._engine.pass_age.is_overdue:
-                self._outbox.put_nowait(_HEARTBEAT)
 
     async def _read(self, requests: AsyncIterator[shard_pb2.LinkRequest]) -> None:
         try:
@@ -124,6 +115,10 @@ class UpstreamLink:
         elif kind == "want":
             wanted = request.want
             self._engine.post(partial(self._next_stage.want, self, wanted.tokens, tuple(wanted.chain)))
+        elif kind == "heartbeat":
+            # Replies that wait show as much; and a peer that reads none of them gets no more.
+            if self._outbox.empty() and not self._engine.pass_age.is_overdue:
+                self._outbox.put_nowait(_HEARTBEAT)
         else:
             raise Incompatible(f"a frame of kind {kind or 'unknown'} came in the middle of a link")
 

@@ -1,8 +1,9 @@
 """How long the next shards may be silent before they are suspect.
 
-A next shard sends a heartbeat four times a second, so silence shows that its process is stopped, that its link is cut
-off, or that its engine is stuck: none of them depends on how long its passes take, or on how many sessions of others
-wait there. The bound is learned from the silences of all next shards: on busy machines they are longer.
+A next shard is asked for a heartbeat while it owes an answer, and answers at once. So silence shows that its process is
+stopped, that its link is cut off in one direction or both, or that its engine is stuck: none of them depends on how
+long its passes take, or on how many sessions of others wait there. The bound is learned from the silences of all next
+shards: on busy machines they are longer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 from collections import deque
 
 # How often the silences are counted up.
-TICK_SECONDS = 0.1
+TICK_SECONDS = 0.05
+# A next shard that sends nothing is asked for a heartbeat after this, where no step waits after the longer time.
+ASK_SECONDS, IDLE_ASK_SECONDS = 0.2, 1.0
 # The bound is this many times the silence that nine of ten latest ones do not exceed, within these limits.
 FACTOR = 4.0
 LEAST_SECONDS, MOST_SECONDS = 1.0, 4.0
@@ -21,6 +24,10 @@ FEW, RECENT = 8, 128
 ALONE_SECONDS = 10.0
 # From the opening of a link to its welcome.
 OPENING_SECONDS = 2.0
+# Hidden states may take a link this long, at a rate that slow links have, before a heartbeat passes.
+SLOW_BYTES_PER_SECOND = 1 << 20
+# After this share of the bound a next shard is doubted: it keeps its sessions, and gets no new ones.
+DOUBTED_SHARE = 0.5
 
 
 class SilenceBound:
@@ -33,10 +40,9 @@ class SilenceBound:
         """A silence that ended."""
         self._recent.append(seconds)
 
-    @property
-    def seconds(self) -> float:
-        """How long a next shard with a replica may be silent."""
-        if len(self._recent) < FEW:
-            return FIRST_SECONDS
-        usual = sorted(self._recent)[len(self._recent) * 9 // 10]
-        return min(max(LEAST_SECONDS, FACTOR * usual), MOST_SECONDS)
+    def seconds(self, unheard_bytes: int = 0) -> float:
+        """How long a next shard with a replica may be silent, after it was sent that much."""
+        bound = FIRST_SECONDS
+        if len(self._recent) >= FEW:
+            bound = max(LEAST_SECONDS, FACTOR * sorted(self._recent)[len(self._recent) * 9 // 10])
+        return min(bound + unheard_bytes / SLOW_BYTES_PER_SECOND, MOST_SECONDS)

@@ -40,6 +40,7 @@ class FakeDownstream:
     closed: list[tuple[str, int]] = field(default_factory=list)
     wanted: list[tuple[str, int, tuple[str, ...]]] = field(default_factory=list)
     suspects: set[str] = field(default_factory=set)
+    doubted: set[str] = field(default_factory=set)
 
     def send(self, neighbour: str, step: OutgoingStep) -> None:
         self.sent.append((neighbour, step))

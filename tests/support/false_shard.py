@@ -40,6 +40,8 @@ class FalseShard:
             if request.WhichOneof("frame") == "step":
                 self.steps += 1
                 yield self.script.popleft()(request.step) if self.script else refusal(request.step)
+            elif request.WhichOneof("frame") == "heartbeat":
+                yield shard_pb2.LinkResponse(heartbeat=request.heartbeat).SerializeToString()
 
 
 def refusal(step: shard_pb2.Step) -> bytes:

@@ -70,6 +70,7 @@ class LinksInProcess:
     ends: dict[str, LinkEnd] = field(default_factory=dict)
     identity: shard_pb2.ShardIdentity = field(default_factory=shard_pb2.ShardIdentity)
     suspects: frozenset[str] = frozenset()
+    doubted: frozenset[str] = frozenset()
 
     def opened(self, identity: shard_pb2.ShardIdentity, on_event: Callable[[LinkEvent], None]) -> LinksInProcess:
         """These links, for `build_shard`; replies are handled at once instead of by `on_event`."""

@@ -14,7 +14,7 @@ import grpc
 from stitch.channels import open_channel
 from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 @dataclass(frozen=True)

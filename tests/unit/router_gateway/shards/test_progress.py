@@ -109,6 +109,53 @@ async def test_stream_that_gets_tokens_goes_on_whatever_polls_say() -> None:
             assert not bench.registry.replicas["bottom-0"].silent
 
 
+async def test_replica_that_sends_tokens_and_answers_no_poll_is_avoided() -> None:
+    fakes = shards()
+    async with bench_of(*fakes) as bench:
+        with bench.place("bottom-0") as session:
+            ended: list[bool] = []
+            session.cancel = lambda: ended.append(True)
+            await stops(bench, fakes[0])
+            for _ in range(20):
+                session.record(1)
+                bench.wait(QUICK.check_seconds)
+            assert not ended
+            assert bench.registry.replicas["bottom-0"].avoided
+
+
+async def test_new_session_leaves_replica_that_answers_no_poll_as_soon_as_it_is_avoided() -> None:
+    fakes = shards()
+    async with bench_of(*fakes) as bench:
+        fakes[0].answers_describe.clear()
+        with bench.place("bottom-0") as session:
+            ended: list[bool] = []
+            session.cancel = lambda: ended.append(True)
+            polls = fakes[0].polls
+            bench.wait(QUICK.check_seconds)
+            await eventually(lambda: fakes[0].polls > polls)
+            bench.wait(QUICK.doubt_seconds - 2 * QUICK.check_seconds)
+            assert not ended
+            bench.wait(4 * QUICK.check_seconds)
+            assert ended == [True]
+            assert session.silent_shard == "bottom-0"
+
+
+async def test_session_that_has_waited_for_long_leaves_only_where_half_of_it_was_silence() -> None:
+    fakes = shards()
+    async with bench_of(*fakes) as bench:
+        with bench.place("bottom-0") as session:
+            ended: list[bool] = []
+            session.cancel = lambda: ended.append(True)
+            # A long prefill, in which polls are answered.
+            bench.wait(3 * QUICK.doubt_seconds)
+            await bench.registry.refresh()
+            await stops(bench, fakes[0])
+            bench.wait(QUICK.doubt_seconds + 2 * QUICK.check_seconds)
+            assert not ended
+            bench.wait(QUICK.poll_timeout_seconds - QUICK.doubt_seconds)
+            assert ended == [True]
+
+
 async def test_stream_without_tokens_goes_on_while_its_shards_answer_polls() -> None:
     async with bench_of(*shards()) as bench:
         with bench.place("bottom-0") as session:

@@ -105,6 +105,23 @@ class TestWindows:
         self.clock.advance(0.1)
         assert self.in_flight.is_late([SILENT])
 
+    def test_doubted_next_shard_is_late_with_any_step(self) -> None:
+        self.downstream.doubted.add(SILENT)
+        assert not self.in_flight.is_late([SILENT])
+        self.send(new_request(chain=(SILENT,)))
+        self.clock.advance(0.01)
+        assert self.in_flight.is_late([SILENT])
+        assert not self.in_flight.is_late([SOUND])
+
+    @pytest.mark.parametrize("kind", ["suspects", "doubted"])
+    def test_silent_next_shard_gets_no_new_session(self, kind: str) -> None:
+        assert self.in_flight.refusal([SOUND, SILENT]) is None
+        getattr(self.downstream, kind).add(SILENT)
+        refusal = self.in_flight.refusal([SOUND, SILENT])
+        assert refusal is not None
+        assert refusal.shard == SILENT
+        assert self.in_flight.refusal([SOUND]) is None
+
     def test_lost_steps_of_suspect_teach_nothing(self) -> None:
         number = self.send(new_request(chain=(SILENT,)))
         self.clock.advance(60.0)

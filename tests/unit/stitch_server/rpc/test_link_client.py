@@ -27,8 +27,16 @@ from stitch_server.engine.types import (
 )
 from stitch_server.rpc import link_client as links_module
 from stitch_server.rpc.frames import reply_frame
+from stitch_server.rpc.handshake import PROTOCOL_VERSION
 from stitch_server.rpc.link_client import LinkClient
-from stitch_server.rpc.silence import ALONE_SECONDS, FIRST_SECONDS
+from stitch_server.rpc.silence import (
+    ALONE_SECONDS,
+    ASK_SECONDS,
+    DOUBTED_SHARE,
+    FIRST_SECONDS,
+    IDLE_ASK_SECONDS,
+    SLOW_BYTES_PER_SECOND,
+)
 from tests.support.engine_fakes import WIDTH, ManualClock, new_request
 from tests.support.waiting import eventually
 from tests.support.weightless_shard import new_identity
@@ -69,6 +77,10 @@ class FakeCall:
     @property
     def steps(self) -> list[int]:
         return [frame.step.step for frame in self.written if frame.WhichOneof("frame") == "step"]
+
+    @property
+    def heartbeats(self) -> int:
+        return sum(frame.HasField("heartbeat") for frame in self.written)
 
     @property
     def closed(self) -> list[int]:
@@ -181,7 +193,7 @@ async def test_link_to_a_shard_that_left_the_cluster_goes_on(harness: LinkClient
 async def test_first_step_opens_link(harness: LinkClientHarness) -> None:
     call = await harness.connected()
     hello = call.written[0].hello
-    assert (hello.identity.shard, hello.caller, hello.protocol_version) == ("bottom-0", "top-0", 2)
+    assert (hello.identity.shard, hello.caller, hello.protocol_version) == ("bottom-0", "top-0", PROTOCOL_VERSION)
     assert call.steps == [1]
     assert harness.sent_bytes == [WIDTH * 4]
 
@@ -343,6 +355,42 @@ class TestSilence:
         assert error.shard == "top-0"
         assert str(error).startswith("top-0 has been silent for 2.0 s")
         assert harness.links.suspects == {"top-0"}
+
+    async def test_next_shard_is_asked_for_heartbeat_while_a_step_waits(self, harness: LinkClientHarness) -> None:
+        call = await harness.connected()
+        link = harness.links._links["top-0"]
+        link.count_silence(ASK_SECONDS)
+        await eventually(lambda: call.heartbeats == 1)
+        # One at a time.
+        link.count_silence(ASK_SECONDS)
+        call.say(BEAT)
+        await eventually(lambda: link.silent_seconds < ASK_SECONDS)
+        assert call.heartbeats == 1
+
+    async def test_idle_link_is_silent_from_its_heartbeat_on(self, harness: LinkClientHarness) -> None:
+        call = await harness.connected()
+        call.say(reply_frame(StepReply(1)))
+        await eventually(lambda: harness.events)
+        link = harness.links._links["top-0"]
+        link.count_silence(0.9 * IDLE_ASK_SECONDS)
+        assert (call.heartbeats, link.silent_seconds) == (0, 0.0)
+        await eventually(lambda: call.heartbeats == 1 and link.silent_seconds > 0)
+
+    async def test_silent_next_shard_is_doubted_until_it_is_heard(self, harness: LinkClientHarness) -> None:
+        call = await harness.connected()
+        await harness.be_silent(FIRST_SECONDS * DOUBTED_SHARE)
+        await eventually(lambda: harness.links.doubted == {"top-0"})
+        assert (harness.events, harness.links.suspects) == ([], set())
+        call.say(BEAT)
+        await eventually(lambda: not harness.links.doubted)
+
+    async def test_bytes_on_their_way_give_a_next_shard_time(self, harness: LinkClientHarness) -> None:
+        await harness.connected()
+        harness.links._links["top-0"].unheard_bytes = SLOW_BYTES_PER_SECOND
+        await harness.be_silent(FIRST_SECONDS + 0.5)
+        assert harness.links.suspects == set()
+        await harness.be_silent(0.5)
+        await harness.loss()
 
     async def test_heartbeat_ends_silence(self, harness: LinkClientHarness) -> None:
         call = await harness.connected()

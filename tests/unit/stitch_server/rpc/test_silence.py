@@ -11,7 +11,7 @@ def bound(*silences: float) -> float:
     learned = SilenceBound()
     for seconds in silences:
         learned.learn(seconds)
-    return learned.seconds
+    return learned.seconds()
 
 
 def test_bound_is_fixed_while_little_is_known() -> None:
