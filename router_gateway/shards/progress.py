@@ -20,6 +20,8 @@ MIN_SAMPLES = 20
 SAMPLE_WEIGHT = 0.05
 # Means without a sample for this long are of another load.
 MAX_AGE_SECONDS = 10.0
+# A shard says that another one is suspect after so much silence at least: `stitch_server/rpc/silence.py`.
+SUSPECTED_SECONDS = 0.5
 
 
 @dataclass(slots=True)
@@ -84,6 +86,8 @@ class ProgressMonitor:
         waits = now - session.last_at
         if waits < self._health.overdue_seconds:
             return False
+        if not session.tokens:
+            return True
         times = [self._token_times[one].seconds for one in session.chain.replicas if one in self._token_times]
         return waits >= self._health.overdue_tokens * max(times, default=0.0)
 
@@ -101,11 +105,15 @@ class ProgressMonitor:
     def _is_lost(self, session: PlacedSession, replica: Replica, now: float) -> bool:
         """Whether the session goes on elsewhere: the replica is gone, or silent while a peer of it is not.
 
-        Before its first token a session loses what it has waited for, so it goes as soon as half of that was silence.
+        Before its first token a session loses what it has waited for, so it goes as soon as half of that was silence:
+        of the replica to this gateway, or to another shard of the chain.
         """
         peers = (one for one in self._placement.peers(replica) if one.accepts_requests and not one.avoided)
-        loses_little = not session.tokens and now - session.last_at <= 2 * replica.unanswered_seconds
-        return not replica.serving or ((replica.silent or (replica.doubted and loses_little)) and any(peers))
+        silence = replica.unanswered_seconds if replica.doubted else 0.0
+        if not replica.suspected_by.isdisjoint(session.chain.names):
+            silence = max(silence, SUSPECTED_SECONDS)
+        loses_little = not session.tokens and now - session.last_at <= 2 * silence
+        return not replica.serving or ((replica.silent or loses_little) and any(peers))
 
     def _eject_slow(self, now: float) -> None:
         policy = self._ejection

@@ -2,8 +2,12 @@
 
 Each cell is one story. Four answers run, greedy and sampled, on both routes; a process is struck; a newcomer asks; the
 fault ends. Then every answer is the one that the models give, or UNAVAILABLE with the number of tokens that came, all
-KV is free, and the next story begins. By default a few of the cells run, by `-m full` all of them, and by
-`-m full -k pairwise` a choice in which all pairs occur.
+KV is free, and the next story begins. By default a few of the cells run, by `-m full` all of them with one micro-batch
+and with two, and by `-m full -k pairwise` a choice in which all pairs occur.
+
+Where `-m full` makes a shard silent that has a replica, newcomers ask five short questions a second, at random moments
+from BEFORE_SECONDS before the fault until AFTER_SECONDS after its end. It lasts SILENT_SECONDS. What they wait for the
+last token of their answers is compared with the waits of others, beside the same answers without a fault.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -25,6 +29,7 @@ from stitch.errors import Unavailable
 from tests.support.certificates import write_certificates
 from tests.support.exact_answers import ExactAnswers
 from tests.support.fault_cells import SLOW, Cell, End, Fault, Moment, Role, all_cells, few_cells, pairwise_cells
+from tests.support.newcomers import newcomers, newcomers_of, percentile
 from tests.support.processes import CLIENT, GATEWAY, Cluster, running_cluster
 from tests.support.running_streams import RunningStream, RunningStreams
 from tests.support.tiny_cluster import write_tiny_cluster
@@ -45,6 +50,11 @@ REPLAY_WAIT_SECONDS = 1.0
 SLOW_BYTES_PER_SECOND = 400_000
 # What is only slow lasts this long.
 SLOW_SECONDS = 0.5
+# Of the newcomers.
+ALONE_SECONDS, BEFORE_SECONDS, SILENT_SECONDS, AFTER_SECONDS = 10.0, 1.0, 12.0, 4.0
+# A newcomer that waits for longer was not moved, and so many of them may be slow; the time is for busy machines, too.
+NEWCOMER_SECONDS = 1.0
+SLOW_SHARE = 0.05
 PROMPT_TOKENS, LONG_PROMPT_CHARACTERS = 12, 900
 SAMPLING: tuple[dict[str, Any], ...] = (
     {"route": "weak"},
@@ -54,9 +64,9 @@ SAMPLING: tuple[dict[str, Any], ...] = (
 )
 
 
-def requests_of(cell: Cell) -> list[dict[str, Any]]:
+def requests_of(cell: Cell, seed: str = "") -> list[dict[str, Any]]:
     """Four requests: long prompts that no earlier cell has sent, or short ones with long answers."""
-    draw = Random(str(cell))
+    draw = Random(f"{cell}{seed}")
     is_long = cell.moment is Moment.PREFILL
     length, answer = (LONG_PROMPT_CHARACTERS, 12) if is_long else (PROMPT_TOKENS, 120)
     return [
@@ -209,9 +219,11 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """The parameter is the number of micro-batches."""
     folder: Path = tmp_path_factory.mktemp("pair")
-    file = write_tiny_cluster(folder, bottoms=[(0, 2), (0, 2), (2, 4), (2, 4)], tops=[(2, 4), (2, 4)])
+    layers: dict[str, Any] = {"bottoms": [(0, 2), (0, 2), (2, 4), (2, 4)], "tops": [(2, 4), (2, 4)]}
+    file = write_tiny_cluster(folder, num_micro_batches=request.param, **layers)
     # Garbled bytes must be found out, so everything is encrypted.
     tls = write_certificates(load_cluster(str(file)), folder / "certificates")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tls": tls}))
@@ -222,8 +234,11 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         stage.repair()
 
 
-def tell(stage: Stage, cell: Cell) -> tuple[str, RunningStreams]:
-    """Strikes at the cell's moment and ends the fault; returns the process that was struck, and the answers."""
+def tell(stage: Stage, cell: Cell, lasts_seconds: float = 0.0) -> tuple[str, RunningStreams]:
+    """Strikes at the cell's moment and ends the fault, which lasts so long at least.
+
+    Returns the process that was struck, and the answers.
+    """
     if cell.moment is Moment.BEFORE:
         target = stage.target(cell)
         stage.strike(cell.fault, target)
@@ -235,7 +250,9 @@ def tell(stage: Stage, cell: Cell) -> tuple[str, RunningStreams]:
         target = stage.reach(cell, streams)
         stage.heal_links()
         stage.strike(cell.fault, target)
+    ends_at = time.monotonic() + lasts_seconds
     stage.wait_for_the_end_of_the_fault(cell, streams)
+    time.sleep(max(0.0, ends_at - time.monotonic()))
     stage.repair()
     assert streams.ended(HUNG_SECONDS), streams.tokens
     return target, streams
@@ -258,7 +275,30 @@ def check_end(stage: Stage, cell: Cell, stream: RunningStream) -> None:
         assert stream.error.generated_tokens >= len(stream.token_ids)
 
 
-def play(stage: Stage, cell: Cell, record_property: Any) -> None:
+def tell_among_newcomers(stage: Stage, cell: Cell) -> tuple[str, RunningStreams]:
+    """Tells the story while newcomers come, of whom at most SLOW_SHARE wait for long."""
+    answers = RunningStreams(stage.client, requests_of(cell, "alone"))
+    alone = newcomers_of(stage.client, f"{cell} alone", ALONE_SECONDS)
+    assert answers.ended(HUNG_SECONDS)
+    with newcomers(stage.client, str(cell)) as come:
+        time.sleep(BEFORE_SECONDS)
+        told = tell(stage, cell, SILENT_SECONDS)
+        time.sleep(AFTER_SECONDS)
+    waits = come.waits
+    usual, most = percentile(alone.waits), percentile(waits)
+    slow = [wait for wait in waits if wait > 2 * usual]
+    print(f"newcomers: p95 of {len(alone.waits)} without the fault {usual:.3f} s; of {len(waits)} with it {most:.3f} s")
+    print(f"{most / usual:.2f} times as long; {len(slow)} over twice that, the longest {max(waits):.2f} s")
+    assert sum(wait > 2 * usual + NEWCOMER_SECONDS for wait in waits) <= SLOW_SHARE * len(waits), sorted(slow)
+    return told
+
+
+def play(
+    stage: Stage,
+    cell: Cell,
+    record_property: Any,
+    tell: Callable[[Stage, Cell], tuple[str, RunningStreams]] = tell,
+) -> None:
     stage.prepare(cell)
     try:
         target, streams = tell(stage, cell)
@@ -275,6 +315,7 @@ def play(stage: Stage, cell: Cell, record_property: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [1], ids=["one-group"], indirect=True)
 @pytest.mark.parametrize("cell", few_cells(), ids=str)
 def test_fault(stage: Stage, cell: Cell, record_property: Any) -> None:
     play(stage, cell, record_property)
@@ -282,6 +323,7 @@ def test_fault(stage: Stage, cell: Cell, record_property: Any) -> None:
 
 # `-k pairwise` selects a tenth of them.
 @pytest.mark.full
+@pytest.mark.parametrize("stage", [1, 2], ids=["one-group", "two-groups"], indirect=True)
 @pytest.mark.parametrize("cell", all_cells(), ids=lambda cell: f"{cell}-pairwise" if cell in PAIRWISE else str(cell))
 def test_fault_of_the_whole_matrix(stage: Stage, cell: Cell, record_property: Any) -> None:
-    play(stage, cell, record_property)
+    play(stage, cell, record_property, tell_among_newcomers if cell.is_silent else tell)

@@ -70,6 +70,11 @@ class Cell:
         return self.fault in (Fault.KILL, Fault.TERM) or self.moment is Moment.DRAINING
 
     @property
+    def is_silent(self) -> bool:
+        """Whether a shard with a replica says nothing while the fault lasts."""
+        return self.fault in SILENT and self.replica and self.role is not Role.GATEWAY
+
+    @property
     def ends(self) -> frozenset[End]:
         """How the streams may end that run, or start, while the fault lasts."""
         if self.role is Role.GATEWAY:
