@@ -6,7 +6,8 @@ The families are in a registry of their own, so that two gateways in one process
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -25,6 +26,8 @@ REPLAY_CAUSES = ("unavailable", "draining", "cancelled", "unreachable", "cut", "
 EJECTION_CAUSES = ("failures", "unreachable", "suspected", "slow")
 REFUSAL_REASONS = ("deadline", "queue", "waiting", "rate", "late", "shards")
 CANCEL_CAUSES = ("client", "deadline", "shutdown")
+# Of a line of times to first token over prompt lengths: seconds, and seconds per token.
+FIT_TERMS = ("intercept", "slope")
 
 # Upper bounds in tokens of the prompt lengths by which the time to first token is split.
 PROMPT_BOUNDS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -49,6 +52,12 @@ class Metrics:
         self.time_to_first_token_by_prompt = self._histogram(
             f"{name}_by_prompt_seconds", about, bounds, route=routes, prompt_bucket=PROMPT_BUCKETS
         )
+        about = "Tokens of the prompts whose first text has come, by prompt length."
+        self.ttft_prompt_tokens = self._counter(
+            "stitch_ttft_prompt_tokens_total", about, route=routes, prompt_bucket=PROMPT_BUCKETS
+        )
+        name, about = "stitch_ttft_fit_seconds", "The line by which times to first token are predicted; NaN: none yet."
+        self.ttft_fit = Gauge(name, about, ["route", "term"], registry=self.registry)
         name, about = "stitch_inter_token_latency_seconds", "Between the arrivals of successive tokens at the gateway."
         self.inter_token_latency = self._histogram(name, about, buckets.INTER_TOKEN_LATENCY, route=routes)
         name, about = "stitch_request_duration_seconds", "Arrival at the gateway to the end of the answer."
@@ -78,6 +87,10 @@ class Metrics:
         self.route_mean_cost = Gauge(name, about, registry=self.registry)
         name, about = "stitch_route_budget", "The mean cost that the router is calibrated to; NaN: not calibrated."
         self.route_budget = Gauge(name, about, registry=self.registry)
+        name, about = "stitch_route_ready", "Whether a whole chain of shards takes requests of the route."
+        self.route_ready = Gauge(name, about, ["route"], registry=self.registry)
+        for route in routes:
+            self.route_ready.labels(route=route)
         name, about = "stitch_route_drift", "Distance of the latest scores from those of the calibration, 0 to 1."
         self.route_drift = Gauge(name, about, registry=self.registry)
         name, about = "stitch_requests_running", "Requests that run on a chain of shards."
@@ -134,6 +147,11 @@ class Metrics:
             for reason in REFUSAL_REASONS:
                 self.admission_refused.labels(tenant=name, reason=reason)
 
+    def read_fits(self, routes: Sequence[str], fit: Callable[[str], tuple[float, float]]) -> None:
+        """Exports what `fit` returns for each route at a scrape: intercept and slope."""
+        for route, (index, term) in product(routes, enumerate(FIT_TERMS)):
+            self.ttft_fit.labels(route=route, term=term).set_function(partial(_term, fit, route, index))
+
     def _histogram(self, name: str, about: str, bounds: Sequence[float], **labels: Sequence[str]) -> Histogram:
         family = Histogram(name, about, list(labels), buckets=bounds, registry=self.registry)
         for values in _combinations(labels):
@@ -145,6 +163,10 @@ class Metrics:
         for values in _combinations(labels):
             family.labels(**values)
         return family
+
+
+def _term(fit: Callable[[str], tuple[float, float]], route: str, index: int) -> float:
+    return fit(route)[index]
 
 
 def prompt_bucket(tokens: int) -> str:

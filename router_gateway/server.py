@@ -136,6 +136,7 @@ async def open_gateway(settings: GatewaySettings, resolve: Resolve = resolve_by_
         predictor = TtftPredictor(
             routes, lambda: sum(one.accepts_requests for one in registry.first_shards), time.monotonic
         )
+        metrics.read_fits(routes, predictor.fit)
         router, calibration = open_router(cluster)
         monitor = DriftMonitor(metrics, calibration)
         selector = Selector(router, models, predictor, conversation_routes(time.monotonic), monitor)
@@ -175,7 +176,7 @@ async def open_gateway(settings: GatewaySettings, resolve: Resolve = resolve_by_
         http, http_port = await _listening_http(services, settings, certificates)
         gateway = Gateway(port, metrics_port, metrics, server, health, in_flight, http, http_port)
         stack.push_async_callback(gateway.stop)
-        readiness = health.follow(registry, lambda: _is_ready(source, placement, routes))
+        readiness = health.follow(registry, lambda: _is_ready(source, placement, routes, metrics))
         loading = source.follow(settings.health.poll_seconds)
         observed = observe_event_loop(metrics.event_loop_delay, metrics.event_loop_tasks)
         following = [] if certificates is None else [certificates.follow()]
@@ -184,9 +185,12 @@ async def open_gateway(settings: GatewaySettings, resolve: Resolve = resolve_by_
         yield gateway
 
 
-def _is_ready(source: VocabularySource, placement: Placement, routes: Sequence[str]) -> bool:
+def _is_ready(source: VocabularySource, placement: Placement, routes: Sequence[str], metrics: Metrics) -> bool:
     """Whether the shards' tokenizer is loaded, and the shards of at least one route accept requests."""
-    return source.is_current and any(map(placement.reachable, routes))
+    ready = {route: placement.reachable(route) for route in routes}
+    for route, is_ready in ready.items():
+        metrics.route_ready.labels(route=route).set(is_ready)
+    return source.is_current and any(ready.values())
 
 
 async def _listening(

@@ -1,6 +1,6 @@
 """The bucket boundaries of every histogram, which all processes share, so that one dashboard fits them all.
 
-Boundaries are in seconds where no comment has another unit. Each list contains the boundaries of `deploy/alerts.yml`.
+Boundaries are in seconds where no comment has another unit. Each list contains those of `deploy/prometheus/rules.yml`.
 """
 
 from __future__ import annotations

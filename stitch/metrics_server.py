@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import platform
 import socket
 import ssl
 import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry, Info, make_wsgi_app
 
 from stitch.certificates import Certificates
 from stitch.identity import Role, read_certificate
@@ -36,7 +38,12 @@ MAX_CALLERS = 32
 async def serving_metrics(
     registry: CollectorRegistry, address: str, certificates: Certificates | None
 ) -> AsyncIterator[int]:
-    """Serves the metrics at `host:port` within the block and yields the port. Raises OSError where it is in use."""
+    """Serves the metrics at `host:port` within the block and yields the port. Raises OSError where it is in use.
+
+    Adds the program's version to them.
+    """
+    build = {"version": version("stitch-serving"), "python": platform.python_version()}
+    Info("stitch_build", "What this process runs.", registry=registry).info(build)
     host, _, port = address.rpartition(":")
     kind = _Server6 if ":" in host else _Server
     server = make_server(host.strip("[]"), int(port), make_wsgi_app(registry), kind, _QuietHandler)

@@ -229,6 +229,8 @@ def _share_cores(cluster: ClusterConfig, device: torch.device) -> bool:
 def _register_metrics(metrics: Metrics, shard: Shard, runner: ModelRunner) -> None:
     about = "The share of KV blocks that sessions hold; blocks that only cache a prefix count as free."
     metrics.read_gauge("stitch_kv_cache_usage_ratio", about, lambda: shard.pool.usage)
+    about = "The tokens that the KV cache holds."
+    metrics.read_gauge("stitch_kv_cache_capacity_tokens", about, lambda: shard.pool.tokens)
     metrics.read_gauge("stitch_sessions_running", "Sessions with KV blocks.", lambda: shard.running_sessions)
     metrics.read_gauge("stitch_sessions_waiting", "Sessions that wait for KV blocks.", lambda: shard.waiting_sessions)
     metrics.read_counter("stitch_busy_seconds", "Seconds spent in forward passes.", lambda: runner.busy_seconds)

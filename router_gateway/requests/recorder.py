@@ -126,8 +126,9 @@ class Recorder:
         if self._max_ttft_seconds is not None:
             outcome = "met" if seconds <= self._max_ttft_seconds else "missed"
             self._metrics.ttft_objectives.labels(route=self._route, outcome=outcome).inc()
-        by_prompt = self._metrics.time_to_first_token_by_prompt
-        by_prompt.labels(route=self._route, prompt_bucket=prompt_bucket(self._prompt_tokens)).observe(seconds)
+        labels = {"route": self._route, "prompt_bucket": prompt_bucket(self._prompt_tokens)}
+        self._metrics.time_to_first_token_by_prompt.labels(**labels).observe(seconds)
+        self._metrics.ttft_prompt_tokens.labels(**labels).inc(self._prompt_tokens)
 
     def record_finish(self, reason: FinishReason) -> None:
         """All answers are complete."""

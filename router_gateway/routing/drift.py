@@ -28,7 +28,7 @@ WINDOW = 2_000
 MIN_SCORES = 200
 _BINS = 100
 
-# The alert in deploy/alerts.yml has the same. A budget of 0.30 may then have become a share of 0.15 or 0.45.
+# The alert in deploy/prometheus/alerts.yml has the same. A budget of 0.30 may then have become a share of 0.15 or 0.45.
 DRIFT_LIMIT = 0.15
 # Drift below this share of the limit ends the warning.
 _RECOVERED = 0.8

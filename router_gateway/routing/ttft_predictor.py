@@ -14,6 +14,7 @@ does not widen it.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -49,37 +50,37 @@ class TtftRegression:
     def observe(self, tokens: float, seconds: float, at: float) -> None:
         """Adds a sample: work of `tokens` took `seconds`, above 0, until the first text at `at`."""
         self._expire(at)
-        line = self._line()
+        line = self.line(at)
         factor = None if line is None else seconds / _evaluate(line, tokens)
         self._samples.append(_Sample(tokens, seconds, at, factor))
 
     def bound(self, tokens: float, at: float) -> float | None:
         """Seconds that nearly all requests with this much work stay below; None with too few samples."""
         self._expire(at)
-        line, factor = self._line(), self._factor()
+        line, factor = self.line(at), self._factor()
         return None if line is None or factor is None else _evaluate(line, tokens) * factor
 
     def slope(self, at: float) -> float | None:
         """Seconds per token; None with too few samples."""
-        self._expire(at)
-        line = self._line()
+        line = self.line(at)
         return None if line is None else line[1]
 
-    def _expire(self, at: float) -> None:
-        while self._samples and self._samples[0].at < at - MAX_AGE_SECONDS:
-            self._samples.popleft()
-
-    def _line(self) -> tuple[float, float] | None:
-        """Intercept and slope."""
-        if len(self._samples) < MIN_SAMPLES:
+    def line(self, at: float) -> tuple[float, float] | None:
+        """Intercept and slope; None with too few samples. Callable from any thread."""
+        samples = [sample for sample in tuple(self._samples) if sample.at >= at - MAX_AGE_SECONDS]
+        if len(samples) < MIN_SAMPLES:
             return None
         # Each sample has the weight 1 / seconds², which makes its error relative.
         sums = [0.0] * 5
-        for sample in self._samples:
+        for sample in samples:
             a, b = 1 / sample.seconds, sample.tokens / sample.seconds
             for index, term in enumerate((a * a, a * b, b * b, a, b)):
                 sums[index] += term
         return _least_squares(*sums)
+
+    def _expire(self, at: float) -> None:
+        while self._samples and self._samples[0].at < at - MAX_AGE_SECONDS:
+            self._samples.popleft()
 
     def _factor(self) -> float | None:
         factors = [sample.factor for sample in self._samples if sample.factor is not None]
@@ -122,6 +123,13 @@ class TtftPredictor:
     def predict_seconds(self, route: str, prompt_tokens: int) -> float | None:
         """From now to the first text, a bound that nearly all requests keep; None with too few samples."""
         return self._regressions[route].bound(self._work_tokens(prompt_tokens), self._clock())
+
+    def fit(self, route: str) -> tuple[float, float]:
+        """Intercept in seconds, and slope in seconds per token, of a route; NaN with too few samples.
+
+        Callable from any thread.
+        """
+        return self._regressions[route].line(self._clock()) or (math.nan, math.nan)
 
     def track(self, prompt_tokens: int, route: str | None = None) -> TrackedRequest:
         """Adds a request to those whose prompt is pending; without a route, set `TrackedRequest.route` later."""

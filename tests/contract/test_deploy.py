@@ -118,17 +118,19 @@ def test_stitches_of_the_cluster_exist(cluster: ClusterConfig) -> None:
 
 
 def test_prometheus_scrapes_every_process(cluster: ClusterConfig) -> None:
-    config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
+    config = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
     scraped = [target for job in config["scrape_configs"] for one in job["static_configs"] for target in one["targets"]]
     configs: list[GatewayConfig | ShardConfig] = [cluster.gateway, *cluster.shards]
     assert sorted(scraped) == sorted(f"{one.address.rpartition(':')[0]}:{one.metrics_port}" for one in configs)
 
 
-def test_prometheus_mounts_its_alert_rules() -> None:
-    config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
+def test_prometheus_mounts_its_rules_and_knows_the_alertmanager() -> None:
+    config = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
     mounted = {Path(target).name for mount in SERVICES["prometheus"]["volumes"] for target in mount.split(":")[1:2]}
     assert set(config["rule_files"]) <= mounted
-    assert all((DEPLOY / name).is_file() for name in config["rule_files"])
+    assert all((DEPLOY / "prometheus" / name).is_file() for name in config["rule_files"])
+    [manager] = config["alerting"]["alertmanagers"]
+    assert {target.split(":")[0] for one in manager["static_configs"] for target in one["targets"]} <= set(SERVICES)
 
 
 @pytest.mark.parametrize("name", PROCESSES)

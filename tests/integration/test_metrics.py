@@ -1,4 +1,4 @@
-"""Every metric and label that the dashboard and `docs/metrics.md` name is served by a running cluster."""
+"""Every metric and label that the dashboard, the rules and `docs/metrics.md` name is served by a running cluster."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/stitch.json").read_text())
 EXPRESSIONS = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
-ALERTS = [
-    rule for group in yaml.safe_load((ROOT / "deploy/alerts.yml").read_text())["groups"] for rule in group["rules"]
+RULES = [
+    rule
+    for file in ("rules.yml", "alerts.yml")
+    for group in yaml.safe_load((ROOT / "deploy/prometheus" / file).read_text())["groups"]
+    for rule in group["rules"]
 ]
+ALERTS = [rule for rule in RULES if "alert" in rule]
+RECORDED = {rule["record"] for rule in RULES if "record" in rule}
 # Labels that the processes do not set: a histogram's bound, and those that Prometheus adds to every scrape.
 FOREIGN_LABELS = {"le", "instance", "job"}
 Labels = dict[str, dict[str, set[str]]]
@@ -42,14 +47,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Labels]:
         yield _scraped(cluster)
 
 
-@pytest.mark.parametrize("expression", [*EXPRESSIONS, *(rule["expr"] for rule in ALERTS)])
-def test_panels_and_alerts_query_served_metrics(expression: str, served: Labels) -> None:
-    for name, matchers in re.findall(r"(stitch_\w+)(?:\{([^}]*)\})?", expression):
+@pytest.mark.parametrize("expression", [*EXPRESSIONS, *(rule["expr"] for rule in RULES)])
+def test_panels_and_rules_query_served_metrics(expression: str, served: Labels) -> None:
+    queried = re.findall(r"(stitch_\w+)(?:\{([^}]*)\})?", expression)
+    for name, matchers in queried:
         assert name in served
+        assert set(re.findall(r"(\w+)=~", matchers)) - FOREIGN_LABELS <= set(served[name])
         for label, value in re.findall(r'(\w+)="([^"]*)"', matchers):
             assert value in served[name][label]
-        grouped = {label for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(", ")}
-        assert grouped - FOREIGN_LABELS <= set(served[name])
+    grouped = {label for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(", ")}
+    assert grouped - FOREIGN_LABELS <= {label for name, _ in queried for label in served[name]}
 
 
 def test_legends_use_labels_of_their_query() -> None:
@@ -76,10 +83,25 @@ def test_dashboard_shows_all_documented_metrics() -> None:
     assert {name for name, _ in _documented()} == queried
 
 
-def test_alerts_have_summary_and_description() -> None:
+def test_alerts_and_panels_read_recorded_ratios() -> None:
+    read = {
+        name for one in (*EXPRESSIONS, *(rule["expr"] for rule in ALERTS)) for name in re.findall(r"stitch:[\w:]+", one)
+    }
+    assert read == RECORDED
+
+
+def test_every_alert_has_a_section_in_the_runbook() -> None:
+    runbook = (ROOT / "docs/runbook.md").read_text()
+    sections = re.findall(
+        r"^## (\w+)\n- \*\*Means\*\*: .*?\((\w+)\).*?^- \*\*Look at\*\*: .*?^- \*\*Do\*\*: ", runbook, re.M | re.S
+    )
+    assert sections == [(rule["alert"], rule["labels"]["severity"]) for rule in ALERTS]
     for rule in ALERTS:
-        assert set(rule) == {"alert", "expr", "for", "annotations"}
-        assert set(rule["annotations"]) == {"summary", "description"}
+        assert set(rule) - {"for"} == {"alert", "expr", "labels", "annotations"}
+        assert rule["annotations"].keys() == {"summary", "runbook"}
+        assert rule["annotations"]["runbook"] == f"docs/runbook.md#{rule['alert'].lower()}"
+    panels = {panel["title"] for panel in DASHBOARD["panels"]}
+    assert set(re.findall(r"\"([\w ]+)\"", runbook)) <= panels
 
 
 def test_drift_alert_uses_the_limit_of_the_gateway() -> None:

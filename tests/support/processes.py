@@ -227,6 +227,10 @@ class Cluster:
             return False
         return all(shard.serving for shard in shards if self.running(shard.name))
 
+    def metrics_address(self, name: str) -> str:
+        """`host:port` of the metrics of a process."""
+        return f"127.0.0.1:{self._local.metrics_port(name)}"
+
     def metrics(self, name: str) -> dict[str, float]:
         """All samples of a process now, as `name` or `name{label="value",…}` with its labels in alphabetical order."""
         return {_sample_name(sample.name, sample.labels): sample.value for sample in self._samples(name)}
@@ -252,7 +256,7 @@ class Cluster:
         self._local.stop(END_SECONDS)
 
     def _samples(self, name: str) -> Iterator[Any]:
-        url = f"http://127.0.0.1:{self._local.metrics_port(name)}/metrics"
+        url = f"http://{self.metrics_address(name)}/metrics"
         with urllib.request.urlopen(url, timeout=END_SECONDS) as reply:
             text = reply.read().decode()
         for family in text_string_to_metric_families(text):
