@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--metrics-port", metavar="N", type=int, help="0: any free port; default: the cluster file's")
     run.add_argument("--insecure", action="store_true", help="allow an address that other machines reach, without TLS")
     run.add_argument("--reflection", action="store_true", help="answer gRPC reflection beyond loopback, too")
+    run.add_argument("--log-format", choices=("text", "json"), default="text", help="of the log; default: text")
     run.add_argument(
         "--drain-seconds", metavar="S", type=float, help="running answers' time after SIGTERM; default: 30"
     )
@@ -55,7 +56,7 @@ def _run(parsed: argparse.Namespace) -> int:
     from router_gateway.server import serve
     from stitch.logs import set_up_logging
 
-    set_up_logging()
+    set_up_logging(parsed.log_format)
     uvloop.run(serve(from_flags(vars(parsed))))
     return 0
 

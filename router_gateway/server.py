@@ -49,6 +49,7 @@ from stitch.errors import InvalidRequest
 from stitch.membership import Membership, Resolve, resolve_by_system
 from stitch.metrics_server import serving_metrics
 from stitch.process import InFlightTracker, StopSignals, background_tasks, observe_event_loop
+from stitch.telemetry import NO_TRACES, Tracer, tracing
 from stitch.thresholds import Thresholds
 from stitch.v1 import inference_pb2_grpc
 
@@ -90,7 +91,9 @@ async def serve(settings: GatewaySettings, resolve: Resolve = resolve_by_system)
     """Runs a gateway until SIGTERM or SIGINT, drains it, and stops. Raises like `open_gateway`."""
     signals = StopSignals()
     signals.install()
-    async with open_gateway(settings, resolve) as gateway:
+    async with AsyncExitStack() as stack:
+        tracer = stack.enter_context(tracing(settings.cluster.traces, "router-gateway", settings.address))
+        gateway = await stack.enter_async_context(open_gateway(settings, resolve, tracer))
         host = settings.host
         print(f"router-gateway: listening on {host}:{gateway.port}", flush=True)
         if settings.http_address is not None:
@@ -104,8 +107,12 @@ async def serve(settings: GatewaySettings, resolve: Resolve = resolve_by_system)
 
 
 @asynccontextmanager
-async def open_gateway(settings: GatewaySettings, resolve: Resolve = resolve_by_system) -> AsyncIterator[Gateway]:
+async def open_gateway(
+    settings: GatewaySettings, resolve: Resolve = resolve_by_system, tracer: Tracer = NO_TRACES
+) -> AsyncIterator[Gateway]:
     """A gateway that listens within the block. `resolve` finds the addresses of names in the cluster file.
+
+    `tracer` records its requests.
 
     Raises InvalidRequest, or OSError where a port is in use.
     """
@@ -153,7 +160,8 @@ async def open_gateway(settings: GatewaySettings, resolve: Resolve = resolve_by_
             metrics,
             time.monotonic,
         )
-        pipeline = Pipeline(preparer, selector, failover, admission, predictor, metrics, lambda: in_flight.aborting)
+        aborting = lambda: in_flight.aborting  # noqa: E731
+        pipeline = Pipeline(preparer, selector, failover, admission, predictor, metrics, aborting, tracer)
 
         servicer = InferenceServicer(pipeline, models, in_flight, metrics, settings.batch_concurrency)
         receiver, access = Receiver(cluster.gateway.limits), _client_access(certificates)

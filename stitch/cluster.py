@@ -240,6 +240,8 @@ class ClusterConfig(Settings):
     batching: BatchingConfig = BatchingConfig()
     # None: connections are not encrypted.
     tls: TlsFiles | None = None
+    # Whether every process sends traces of requests over OTLP, as the `OTEL_*` variables say.
+    traces: bool = False
     # The folder of relative paths, and the file; set by `load_cluster`.
     folder: Path = Field(default=Path("."), strict=False)
     file: Path | None = Field(default=None, exclude=True)

@@ -1,11 +1,14 @@
-"""The log of a server: one line on standard error for each record, and indented lines for a traceback.
+"""The log of a server on standard error: a line for each record, as text with indented tracebacks, or as JSON.
 
 Invariant: text of a caller or a peer in a record neither begins a line nor sends control characters to a terminal.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+from contextvars import ContextVar
+from datetime import UTC, datetime
 from types import TracebackType
 
 from stitch.errors import plain
@@ -13,6 +16,9 @@ from stitch.errors import plain
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+# The request that the current task is about, and its trace.
+_ids: ContextVar[dict[str, str]] = ContextVar("ids", default={})  # noqa: B039  # never changed in place
 
 
 class LineFormatter(logging.Formatter):
@@ -25,8 +31,29 @@ class LineFormatter(logging.Formatter):
         return "\n".join(f"    {plain(line)}" for line in super().formatException(ei).splitlines())
 
 
-def set_up_logging() -> None:
-    """Logs records of level INFO and above."""
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line, in ASCII, with the ids of the request that its task is about."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_ids.get(),
+        }
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
+def name_in_log(request_id: str, trace_id: str = "") -> None:
+    """Adds both ids, unless they are empty, to what the current task logs as JSON from now on."""
+    _ids.set({name: value for name, value in (("request_id", request_id), ("trace_id", trace_id)) if value})
+
+
+def set_up_logging(log_format: str = "text") -> None:
+    """Logs records of level INFO and above, as `text` or as `json`."""
     handler = logging.StreamHandler()
-    handler.setFormatter(LineFormatter(FORMAT))
+    handler.setFormatter(JsonFormatter() if log_format == "json" else LineFormatter(FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -55,6 +55,7 @@ def _add_run(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     )
     run.add_argument("--insecure", action="store_true", help="allow an address that other machines reach without TLS")
     run.add_argument("--reflection", action="store_true", help="answer gRPC reflection beyond loopback, too")
+    run.add_argument("--log-format", choices=("text", "json"), default="text", help="of the log; default: text")
     run.add_argument(
         "--drain-seconds",
         metavar="S",
@@ -103,7 +104,7 @@ def _run(parsed: argparse.Namespace) -> None:
         parsed.reflection,
         parsed.drain_seconds,
     )
-    set_up_logging()
+    set_up_logging(parsed.log_format)
     share_cores()
     from stitch_server.server import serve
 

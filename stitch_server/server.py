@@ -27,6 +27,7 @@ from stitch.environment import step_log_folder
 from stitch.membership import Membership, Resolve, resolve_by_system
 from stitch.metrics_server import serving_metrics
 from stitch.process import StopSignals, background_tasks, observe_event_loop
+from stitch.telemetry import NO_TRACES, Tracer, tracing
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.build import load_stage
 from stitch_server.config import ShardSettings
@@ -71,7 +72,9 @@ async def serve(settings: ShardSettings, resolve: Resolve = resolve_by_system) -
     signals = StopSignals()
     signals.install()
     print(f"stitch-server: shard {settings.shard.name} loads; the first start here compiles its kernels", flush=True)
-    async with open_shard(settings, resolve) as running:
+    async with AsyncExitStack() as stack:
+        tracer = stack.enter_context(tracing(settings.cluster.traces, "stitch-server", settings.shard.name))
+        running = await stack.enter_async_context(open_shard(settings, resolve, tracer))
         # What exists now lives as long as the process: no collection needs to visit it, least of all the one at exit.
         gc.freeze()
         print(f"stitch-server: shard {settings.shard.name} listens on {settings.host}:{running.port}", flush=True)
@@ -122,8 +125,12 @@ class RunningShard:
 
 
 @asynccontextmanager
-async def open_shard(settings: ShardSettings, resolve: Resolve = resolve_by_system) -> AsyncIterator[RunningShard]:
+async def open_shard(
+    settings: ShardSettings, resolve: Resolve = resolve_by_system, tracer: Tracer = NO_TRACES
+) -> AsyncIterator[RunningShard]:
     """A shard that listens inside of the block. `resolve` finds the addresses of names in the cluster file.
+
+    `tracer` records its sessions.
 
     Raises Incompatible, InvalidRequest for a certificate, or OSError for a port that is taken.
     """
@@ -156,7 +163,7 @@ async def open_shard(settings: ShardSettings, resolve: Resolve = resolve_by_syst
         serving = serving_metrics(metrics.registry, settings.metrics_address, certificates)
         metrics_port = await stack.enter_async_context(serving)
         health = HealthServicer()
-        server, port = await _listening(shard, health, settings, membership, certificates)
+        server, port = await _listening(shard, health, settings, membership, certificates, tracer)
         stack.push_async_callback(server.stop, None)
         observed = observe_event_loop(metrics.event_loop_delay, metrics.event_loop_tasks)
         watched = end_when_stuck(shard.engine.pass_age)
@@ -171,6 +178,7 @@ async def _listening(
     settings: ShardSettings,
     membership: Membership,
     certificates: Certificates | None,
+    tracer: Tracer,
 ) -> tuple[grpc.aio.Server, int]:
     interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [LenientDecoding()]
     largest = channels.MAX_FRAME_BYTES + ID_BYTES * shard.loaded.model.context_length
@@ -183,7 +191,7 @@ async def _listening(
         certificates.on_change.append(access.end_revoked)
         server = channels.open_server([access, *interceptors], [*options, *certificates.server_options])
         credentials = certificates.to_programs()
-    shard_pb2_grpc.add_ShardServicer_to_server(ShardServicer(shard), server)
+    shard_pb2_grpc.add_ShardServicer_to_server(ShardServicer(shard, tracer), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     if settings.reflects:
         reflection.enable_server_reflection((SERVICE, HEALTH, REFLECTION), server)

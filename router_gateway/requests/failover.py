@@ -18,6 +18,7 @@ from router_gateway.shards.placement import NO_PROMPT, Chain, PlacedSession, Pla
 from router_gateway.shards.registry import ShardRegistry
 from stitch.errors import Exhausted, StitchError, Unavailable
 from stitch.settings import Settings
+from stitch.telemetry import NO_SPAN, Span
 
 
 class RetryPolicy(Settings):
@@ -72,7 +73,10 @@ class FailureRecord:
 
 
 class Failover:
-    """The chains of one answer. `facts` are what their shards must have in common, such as the gateway's tokenizer."""
+    """The chains of one answer. `facts` are what their shards must have in common, such as the gateway's tokenizer.
+
+    Replays are events of `span`.
+    """
 
     def __init__(
         self,
@@ -81,7 +85,9 @@ class Failover:
         facts: Facts,
         prompt: Prompt = NO_PROMPT,
         preferred: Chain | None = None,
+        span: Span = NO_SPAN,
     ) -> None:
+        self._span = span
         # The candidates between which a first shard decides, or the one route of the answer.
         self.routes = routes
         self._dependencies = dependencies
@@ -149,9 +155,11 @@ class Failover:
         while (chain := self._choose(allow_failed=paused)) is None:
             await self._pause(generated_tokens)
             paused = True
-        if isinstance(self._failures.last_error, ChainLost):
-            self._dependencies.metrics.replays.labels(cause=self._failures.last_error.cause).inc()
+        if isinstance(error := self._failures.last_error, ChainLost):
+            self._dependencies.metrics.replays.labels(cause=error.cause).inc()
             self.replays += 1
+            replay = {"stitch.replay.cause": error.cause, "stitch.replay.shard": error.shard}
+            self._span.event("replay", {**replay, "stitch.generated_tokens": generated_tokens})
         self._tokens_at_start = generated_tokens
         return chain
 

@@ -23,6 +23,7 @@ from router_gateway.requests.answer_format import answer_grammar, tool_call_pars
 from router_gateway.requests.failover import Failover, FailoverDependencies
 from router_gateway.requests.recorder import Recorder
 from router_gateway.requests.request_log import Write, write_line
+from router_gateway.requests.request_trace import RequestTrace
 from router_gateway.requests.stream import StreamInput, TokenStream
 from router_gateway.requests.types import Prompt, Request, TokenIds, Tools, user_turns
 from router_gateway.routing.router import RouteDecision
@@ -42,6 +43,7 @@ from stitch.cluster import ClusterConfig
 from stitch.errors import InvalidRequest, Unavailable, shown
 from stitch.grammar import Grammar
 from stitch.sampling import Sampling
+from stitch.telemetry import NO_SPAN, NO_TRACES, Span, Tracer
 from stitch.v1 import inference_pb2, shard_pb2
 
 Response = inference_pb2.GenerateResponse
@@ -360,7 +362,9 @@ class Pipeline:
         predictor: TtftPredictor,
         metrics: Metrics,
         aborting: Callable[[], bool],
+        tracer: Tracer = NO_TRACES,
     ) -> None:
+        self._tracer = tracer
         self._preparer = preparer
         self._selector = selector
         self._dependencies = dependencies
@@ -410,16 +414,18 @@ class Pipeline:
         arrival: float,
         deadline: float | None,
         write: Write = write_line,
+        traceparent: str = "",
     ) -> AsyncGenerator[Response, None]:
         """The messages of a request's answers. Closing the iterator cancels their sessions on every shard.
 
         `read` makes the request from the client's message; it is called here so that its refusal is recorded too.
-        `write` logs the request.
+        `write` logs the request. `traceparent` is the client's, as W3C's Trace Context has it.
         Raises any StitchError; see `Admission.admit`, `RequestPreparer.prepare` and `TokenStream.steps`.
         """
-        with Recorder(arrival, deadline, self._metrics, self._dependencies.clock, self._aborting, write) as recorder:
+        trace, clock = RequestTrace(self._tracer, traceparent, arrival, self.now()), self._dependencies.clock
+        with Recorder(arrival, deadline, self._metrics, clock, self._aborting, write, trace) as recorder:
             request = read()
-            recorder.request_id = request.request_id
+            recorder.record_request(request)
             with self._admission.admit(credentials, _demand(request, deadline)) as ticket:
                 request = within_tenant(request, ticket.tenant)
                 waits = partial(_seconds_to_start, recorder, ticket)
@@ -462,7 +468,7 @@ class Pipeline:
         parser = tool_call_parser(request.tools, prepared.vocabulary)
         builder = DeltaBuilder(prepared.vocabulary, request.stop, parser, given.sampling.min_tokens)
         reason, cached_tokens = inference_pb2.FINISH_REASON_LENGTH, 0
-        stream = self._stream(given, ticket, common.chain)
+        stream = self._stream(given, ticket, common.chain, recorder.trace.span)
         async with aclosing(stream.steps()) as steps:
             async for step in steps:
                 if step.decision is not None:
@@ -508,11 +514,14 @@ class Pipeline:
         await ticket.start(given.routes[-1], prepared.prompt_tokens, given.sampling.max_tokens, is_exact)
         return self.now() - began
 
-    def _stream(self, given: StreamInput, ticket: Ticket, chain: Chain | None = None) -> TokenStream:
-        """The tokens of one answer, if possible on that chain."""
-        given = replace(given, tenant=ticket.tenant.name, tenant_weight=ticket.tenant.weight)
+    def _stream(
+        self, given: StreamInput, ticket: Ticket, chain: Chain | None = None, span: Span = NO_SPAN
+    ) -> TokenStream:
+        """The tokens of one answer, if possible on that chain; its sessions and replays are recorded under `span`."""
+        tenant = ticket.tenant
+        given = replace(given, tenant=tenant.name, tenant_weight=tenant.weight, traceparent=span.traceparent)
         prompt = PlacedPrompt(given.tenant, given.token_ids)
-        failover = Failover(given.routes, self._dependencies, given.facts, prompt, chain)
+        failover = Failover(given.routes, self._dependencies, given.facts, prompt, chain, span)
         return TokenStream(given, failover, ticket.deadline, self._dependencies.clock)
 
     def _start(

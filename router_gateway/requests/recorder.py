@@ -1,4 +1,4 @@
-"""Records one request in metrics and log: its events in, counters, histograms and one log line out.
+"""Records one request in metrics, trace and log: its events in, counters, histograms, spans and one log line out.
 
 `with Recorder(...)` spans the request. However the block is left, exactly one outcome is counted.
 """
@@ -12,9 +12,12 @@ from typing import Self
 
 from router_gateway.metrics import NO_ROUTE, STAGES, Metrics, prompt_bucket
 from router_gateway.requests.request_log import Write, write_line
+from router_gateway.requests.request_trace import RequestTrace
 from router_gateway.requests.stream import FinishReason
+from router_gateway.requests.types import Request
 from router_gateway.routing.router import RouteDecision
 from stitch.errors import Exhausted, Expired, Forbidden, InvalidRequest, ObjectivesUnmet, Unavailable
+from stitch.logs import name_in_log
 from stitch.v1 import inference_pb2
 
 # A client ends its call by its own clock, and that may arrive before the deadline computed here: gRPC rounds a timeout
@@ -51,8 +54,10 @@ class Recorder:
         clock: Callable[[], float],
         aborting: Callable[[], bool],
         write: Write = write_line,
+        trace: RequestTrace | None = None,
     ) -> None:
         self.request_id = "without id"
+        self.trace = trace or RequestTrace()
         self._arrival = arrival
         self._deadline = deadline
         self._metrics = metrics
@@ -76,6 +81,12 @@ class Recorder:
         self._gauge.inc()
         return self
 
+    def record_request(self, request: Request) -> None:
+        """The client's message is a request."""
+        self.request_id = request.request_id
+        name_in_log(request.request_id, self.trace.span.trace_id)
+        self.trace.request(request)
+
     def record_prompt(self, tokens: int, max_ttft_seconds: float | None) -> None:
         """The prompt is tokenized."""
         self._prompt_tokens = tokens
@@ -88,6 +99,7 @@ class Recorder:
         self._metrics.routed.labels(route=self._route, reason=decision.kind).inc()
         if decision.score is not None:
             self._metrics.route_score.observe(decision.score)
+        self.trace.decision(decision)
 
     def record_wait(self, seconds: float) -> None:
         """The request has waited at the gateway until shards had room, which counts as the stage `queue`."""
@@ -95,7 +107,9 @@ class Recorder:
 
     def record_placement(self) -> None:
         """The request leaves the gateway for its shards."""
-        self._add_stages([inference_pb2.Stage(name="route", seconds=self.elapsed_seconds() - self._queue_seconds)])
+        route_seconds = self.elapsed_seconds() - self._queue_seconds
+        self._add_stages([inference_pb2.Stage(name="route", seconds=route_seconds)])
+        self.trace.placement(route_seconds, self._queue_seconds)
         self._gauge.dec()
         self._gauge = self._metrics.requests_running
         self._gauge.inc()
@@ -107,6 +121,8 @@ class Recorder:
         if not answer:
             self._add_stages(stages)
         now = self._clock()
+        if not self._last_token:
+            self.trace.first_token({stage.name: stage.seconds for stage in self.stages if stage.name in STAGES})
         if (last := self._last_token.get(answer)) is not None:
             latency = self._metrics.inter_token_latency.labels(route=self._route)
             for _ in range(count):
@@ -122,7 +138,10 @@ class Recorder:
         seconds = self.ttft_seconds[answer] = self.elapsed_seconds()
         if len(self.ttft_seconds) > 1:
             return
-        self._metrics.time_to_first_token.labels(route=self._route).observe(seconds)
+        self.trace.first_text(seconds)
+        trace_id = self.trace.span.trace_id
+        exemplar = {"trace_id": trace_id} if trace_id else None
+        self._metrics.time_to_first_token.labels(route=self._route).observe(seconds, exemplar)
         if self._max_ttft_seconds is not None:
             outcome = "met" if seconds <= self._max_ttft_seconds else "missed"
             self._metrics.ttft_objectives.labels(route=self._route, outcome=outcome).inc()
@@ -149,6 +168,7 @@ class Recorder:
         counts = f"{self._prompt_tokens} prompt tokens, {self._generated_tokens} generated"
         line = f"request {self.request_id}: {outcome}, route {self._route}, {counts}, {self.elapsed_seconds():.3f} s"
         self._write(outcome, line)
+        self.trace.end(outcome, self._prompt_tokens, self._generated_tokens, bool(self._finish))
 
     def _add_stages(self, stages: Iterable[inference_pb2.Stage]) -> None:
         for stage in stages:

@@ -56,6 +56,8 @@ class StreamInput:
     # Empty: no tenant is known.
     tenant: str = ""
     tenant_weight: float = 1.0
+    # W3C `traceparent` for the first shard's span; empty: no trace.
+    traceparent: str = ""
     # What the shards must have in common with the gateway: its tokenizer.
     facts: Facts = field(default_factory=dict)
     # What the answer matches; None: anything.
@@ -160,6 +162,7 @@ class TokenStream:
             tenant=given.tenant,
             tenant_weight=given.tenant_weight,
             grammar=None if given.grammar is None else given.grammar.to_proto(),
+            traceparent=given.traceparent,
         )
         if isinstance(chain, CandidateChains):
             for route, candidate in chain.by_route.items():

@@ -22,6 +22,12 @@ def credentials_of(context: Context) -> Credentials:
     return Credentials(key_of(sent), names)
 
 
+def traceparent_of(context: Context) -> str:
+    """The span of the caller, as W3C's Trace Context has it; empty where it sends none."""
+    metadata: Any = context.invocation_metadata() or ()
+    return next((value for name, value in metadata if name == "traceparent" and isinstance(value, str)), "")
+
+
 def key_of(authorization: object) -> str | None:
     """The key in a header `authorization`; None where it has none."""
     if not isinstance(authorization, str) or not authorization.lower().startswith(_BEARER):

@@ -27,7 +27,7 @@ from router_gateway.metrics import Metrics
 from router_gateway.requests.pipeline import Pipeline
 from router_gateway.requests.request_log import RequestLog, Write, client_of, counted
 from router_gateway.requests.types import Request
-from router_gateway.rpc.callers import credentials_of
+from router_gateway.rpc.callers import credentials_of, traceparent_of
 from router_gateway.rpc.messages import BatchEntries, decode, to_prompt, to_request, to_route_query, to_tools
 from router_gateway.rpc.receiver import Receiver
 from router_gateway.shards.models import ModelRegistry
@@ -75,7 +75,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         with self._in_flight.admit():
             read, write = RequestReader(lambda: request), self._log.of(client_of(context.peer()))
             responses = self._pipeline.generate(
-                credentials_of(context), read, arrival, _deadline(arrival, context), write
+                credentials_of(context), read, arrival, _deadline(arrival, context), write, traceparent_of(context)
             )
             async with aclosing(responses):
                 async for response in responses:
@@ -86,7 +86,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         arrival = self._pipeline.now()
         write, waiting = self._log.of(client_of(context.peer())), self._metrics.requests_waiting
-        batch = Batch(self._pipeline, credentials_of(context), self._batch_concurrency, waiting, write)
+        caller, traceparent = credentials_of(context), traceparent_of(context)
+        batch = Batch(self._pipeline, caller, self._batch_concurrency, waiting, write, traceparent)
         with self._in_flight.admit():
             responses = batch.responses(requests, arrival, _deadline(arrival, context))
             async with aclosing(responses):
@@ -143,8 +144,15 @@ class Batch:
     """
 
     def __init__(
-        self, pipeline: Pipeline, credentials: Credentials, concurrency: int, waiting: Gauge, write: Write
+        self,
+        pipeline: Pipeline,
+        credentials: Credentials,
+        concurrency: int,
+        waiting: Gauge,
+        write: Write,
+        traceparent: str = "",
     ) -> None:
+        self._traceparent = traceparent
         self._pipeline = pipeline
         self._credentials = credentials
         self._concurrency = concurrency
@@ -196,7 +204,9 @@ class Batch:
     ) -> None:
         read = RequestReader(message)
         try:
-            responses = self._pipeline.generate(self._credentials, read, arrival, deadline, self._count)
+            responses = self._pipeline.generate(
+                self._credentials, read, arrival, deadline, self._count, self._traceparent
+            )
             async with aclosing(responses):
                 async for response in responses:
                     await self._queue.put(BatchResponse(index=index, response=response))

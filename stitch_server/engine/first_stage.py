@@ -14,7 +14,7 @@ from stitch.errors import Draining, Exhausted, Expired, Incompatible, OutOfStep,
 from stitch.sampling import Token
 from stitch.v1 import shard_pb2
 from stitch_server.engine.in_flight import StepsInFlight
-from stitch_server.engine.request import Request, RequestOutput, RequestStatus
+from stitch_server.engine.request import Chunk, Request, RequestOutput, RequestStatus
 from stitch_server.engine.scheduler import TOO_LARGE_RETRY_SECONDS, Scheduler
 from stitch_server.engine.types import Batch, Segment, SessionFailure, StepOutput, StepReply, in_layer_order
 from stitch_server.kv_cache.block_pool import BlockPool
@@ -92,6 +92,8 @@ class FirstStage:
         now = self._clock()
         for _, request, segment in _requests_of(batch):
             request.last_sent_at = now
+            if request.first_token_at is None:
+                request.chunks.append(Chunk(segment.position, segment.length, now))
             if request.status is RequestStatus.RUNNING:
                 self._pool.publish(request.id, segment.position + segment.length)
 

@@ -39,6 +39,15 @@ class RequestOutput:
     decision: RouteDecision | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of a prompt, and when their hidden states were sent, in seconds of the engine's clock."""
+
+    position: int
+    length: int
+    sent_at: float
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request(Session):
     """A session that this shard drives."""
@@ -60,6 +69,8 @@ class Request(Session):
     first_scheduled_at: float | None = None
     last_sent_at: float = 0.0
     first_token_at: float | None = None
+    # What was sent before the first token.
+    chunks: list[Chunk] = field(default_factory=list)
     # The scheduler's pass that last held tokens of this request.
     last_pass: int = 0
     # Whether a downstream shard no longer had the prefix, so that this request recomputes all of its tokens.

@@ -54,6 +54,8 @@ class Session:
     constraint: Constraint | None = None
     # Whether the next shard has received a segment of this epoch, and so holds KV that must be freed there.
     open_downstream: bool = False
+    # W3C `traceparent` for the next shard; empty: no trace.
+    traceparent: str = ""
 
     @property
     def next_shards(self) -> tuple[str, ...]:

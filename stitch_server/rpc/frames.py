@@ -98,6 +98,7 @@ def _segment_message(segment: Segment, opens: bool) -> shard_pb2.Segment:
         new_session.expected_tokens = session.expected_tokens
         if session.grammar is not None:
             new_session.grammar.CopyFrom(session.grammar.to_proto())
+        new_session.traceparent = session.traceparent
     return message
 
 
@@ -248,6 +249,7 @@ def _new_session(message: shard_pb2.Segment) -> Session:
         tenant=opened.tenant,
         expected_tokens=opened.expected_tokens,
         grammar=Grammar.from_proto(opened.grammar) if opened.HasField("grammar") else None,
+        traceparent=opened.traceparent,
         epoch=message.epoch,
         cached=opened.reused_tokens,
         reused=opened.reused_tokens,

@@ -16,11 +16,13 @@ from google.protobuf.message import DecodeError
 
 from stitch.errors import Incompatible, InvalidRequest, OutOfStep, StitchError, Unavailable
 from stitch.process import InFlightTracker
+from stitch.telemetry import NO_TRACES
 from stitch.v1 import shard_pb2
 from stitch_server.engine.loop import Engine
 from stitch_server.engine.next_stage import NextStage
 from stitch_server.engine.types import IncomingSegment, StepReply
 from stitch_server.rpc.frames import MAX_SEGMENTS, StepAssembler, reply_frame
+from stitch_server.rpc.traces import LinkTraces
 
 # Sessions of one link that its upstream shard has opened and not closed; it closes every one, also a refused one.
 MAX_SESSIONS = 2 * MAX_SEGMENTS
@@ -47,11 +49,13 @@ class UpstreamLink:
         routes: frozenset[str],
         prefix_scope: str = "",
         meet: Meet = _meet_nobody,
+        traces: LinkTraces | None = None,
     ) -> None:
         """`in_flight` counts the sessions that are open over this link, for the drain to wait for them.
 
         `meet` is awaited with the names of the shards after this one before a session that has them is opened.
         """
+        self._traces = traces or LinkTraces(NO_TRACES, "")
         self.routes = routes
         self.prefix_scope = prefix_scope
         self._engine = engine
@@ -84,6 +88,7 @@ class UpstreamLink:
                 yield response
                 # Sent: a peer that reads no replies fills its own window.
                 self._assembler.answered(response.reply.step)
+                self._traces.reply(response.reply)
         finally:
             reader.cancel()
             self._leave(list(self._sessions))
@@ -106,6 +111,7 @@ class UpstreamLink:
                 opened = [one.new_session for one in step.segments if one.new_session is not None]
                 await self._meet([name for session in opened for name in session.chain])
                 self._enter(step.segments)
+                self._traces.receive(step)
                 self._engine.post(partial(self._next_stage.receive, self, step))
         elif kind == "close":
             # Others are not open over this link.
@@ -133,11 +139,13 @@ class UpstreamLink:
             if segment.new_session is not None and segment.session_id not in self._sessions:
                 if len(self._sessions) >= MAX_SESSIONS:
                     raise OutOfStep(f"{MAX_SESSIONS} sessions are open over this link, which is the limit")
+                self._traces.open(segment.session_id, segment.new_session)
                 entered = self._sessions[segment.session_id] = ExitStack()
                 with suppress(Unavailable):
                     entered.enter_context(self._in_flight.admit())
 
     def _leave(self, session_ids: Sequence[int]) -> None:
+        self._traces.close(session_ids)
         for session_id in session_ids:
             if (entered := self._sessions.pop(session_id, None)) is not None:
                 entered.close()

@@ -20,7 +20,9 @@ from google.protobuf.message import DecodeError
 from stitch.access import check_shard_name
 from stitch.errors import Exhausted, Incompatible, InvalidRequest, translated_errors
 from stitch.grammar import Grammar
+from stitch.logs import name_in_log
 from stitch.sampling import Sampling
+from stitch.telemetry import NO_SPAN, NO_TRACES, Tracer
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.engine.in_flight import WINDOW_STEPS
 from stitch_server.engine.request import Request, RequestOutput
@@ -30,6 +32,7 @@ from stitch_server.rpc.frames import MAX_SEGMENTS, StepAssembler, StepLimits, st
 from stitch_server.rpc.handshake import check_hello, routes_between
 from stitch_server.rpc.link_server import UpstreamLink, decoded
 from stitch_server.rpc.tensors import WIRE_NAMES, bytes_per_token
+from stitch_server.rpc.traces import LinkTraces, record_first_token, start_span
 from stitch_server.worker.route_probe import fallback_decision
 
 if TYPE_CHECKING:
@@ -52,8 +55,9 @@ PIECE_BYTES = 256 << 10
 class ShardServicer(shard_pb2_grpc.ShardServicer):
     """Serves one shard."""
 
-    def __init__(self, shard: Shard) -> None:
+    def __init__(self, shard: Shard, tracer: Tracer = NO_TRACES) -> None:
         self._shard = shard
+        self._tracer = tracer
         # By the name of the upstream shard.
         self._links: Counter[str] = Counter()
         self._silent_links = 0
@@ -71,15 +75,23 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
                 outbox: asyncio.Queue[RequestOutput] = asyncio.Queue()
                 generation = self._request(request, outbox)
                 generation.deadline = _deadline(context)
+                span = start_span(self._tracer, shard.config.name, generation)
+                name_in_log(request.request_id, span.trace_id)
                 shard.engine.post(partial(first_stage.admit, generation))
+                error = "cancelled"
                 try:
                     finished = False
                     while not finished:
                         output = await outbox.get()
                         finished = output.finish_reason is not None
+                        if output.stages and span is not NO_SPAN:
+                            record_first_token(span, generation, output.stages)
+                        if finished or output.error is not None:
+                            error = "" if output.error is None else type(output.error).__name__
                         yield _response(output)
                 finally:
                     shard.engine.post(partial(first_stage.abandon, generation))
+                    span.end(error)
 
     async def Link(
         self, requests: AsyncIterator[shard_pb2.LinkRequest], context: Context
@@ -96,8 +108,9 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
                 yield shard_pb2.LinkResponse(welcome=shard_pb2.Welcome(identity=shard.identity))
                 assembler = self._assembler(caller)
                 routes = routes_between(caller, shard.identity)
+                traces = LinkTraces(self._tracer, shard.config.name)
                 link = UpstreamLink(
-                    shard.engine, next_stage, assembler, shard.in_flight, routes, scope, shard.neighbours.meet
+                    shard.engine, next_stage, assembler, shard.in_flight, routes, scope, shard.neighbours.meet, traces
                 )
                 async for response in link.responses(frames):
                     yield response
@@ -195,6 +208,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             grammar=Grammar.from_proto(message.grammar) if message.HasField("grammar") else None,
             tenant=message.tenant,
             tenant_weight=message.tenant_weight or 1.0,
+            traceparent=message.traceparent,
             context_length=model.context_length,
             vocabulary_size=model.vocabulary_size,
             # Called in the engine's thread.

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("stitch", "stitch_server", "router_gateway", "stitch_training")
 EXTRAS = {
     # `stitch.process` is for both programs.
-    "stitch": ("cli", "gateway"),
+    "stitch": ("cli", "gateway", "otel"),
     "stitch_server": ("shard",),
     "router_gateway": ("gateway",),
     # Training loads a shard's models and writes what a gateway's router reads.

@@ -11,6 +11,7 @@ from typing import Any
 from stitch.channels import open_channel
 from stitch.cluster import ClusterConfig, load_cluster
 from stitch.sampling import Sampling
+from stitch.telemetry import NO_TRACES, Tracer
 from stitch.v1 import shard_pb2, shard_pb2_grpc
 from stitch_server.config import ShardSettings
 from stitch_server.server import RunningShard, open_shard
@@ -79,8 +80,8 @@ class Shards:
 
 
 @asynccontextmanager
-async def open_shards(cluster_file: Path) -> AsyncIterator[Shards]:
-    """Starts all shards of a cluster file, and stops them after the block."""
+async def open_shards(cluster_file: Path, tracer: Tracer = NO_TRACES) -> AsyncIterator[Shards]:
+    """Starts all shards of a cluster file, and stops them after the block; `tracer` records their sessions."""
     cluster = load_cluster(str(cluster_file))
     async with AsyncExitStack() as stack:
         running: dict[str, RunningShard] = {}
@@ -91,10 +92,10 @@ async def open_shards(cluster_file: Path) -> AsyncIterator[Shards]:
             settings = ShardSettings(
                 cluster=_with_ports(cluster, running), shard=config, listen=ANY_PORT, metrics_port=0
             )
-            running[config.name] = await stack.enter_async_context(open_shard(settings))
+            running[config.name] = await stack.enter_async_context(open_shard(settings, tracer=tracer))
             channel = await stack.enter_async_context(open_channel(f"127.0.0.1:{running[config.name].port}"))
             stubs[config.name] = shard_pb2_grpc.ShardStub(channel)
-        yield Shards(cluster, running, stubs)
+        yield Shards(_with_ports(cluster, running), running, stubs)
 
 
 def _with_ports(cluster: ClusterConfig, running: Mapping[str, RunningShard]) -> ClusterConfig:

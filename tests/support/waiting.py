@@ -6,6 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable
 
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 TRY_AGAIN_SECONDS = 0.005
 
 
@@ -16,6 +19,15 @@ async def eventually(happened: Callable[[], object], timeout_seconds: float = 10
         if time.monotonic() > give_up:
             raise TimeoutError(f"it did not happen within {timeout_seconds:g} s")
         await asyncio.sleep(TRY_AGAIN_SECONDS)
+
+
+async def until_serving(channel: grpc.aio.Channel) -> None:
+    """Returns as soon as the server of the channel reports SERVING."""
+    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=20)
+    async for answer in watch:
+        if answer.status == health_pb2.HealthCheckResponse.SERVING:
+            watch.cancel()
+            return
 
 
 def becomes_true(happened: Callable[[], bool], timeout_seconds: float) -> bool:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from socketserver import BaseServer
 from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from router_gateway.config import GatewaySettings, HealthPolicy, RetryPolicy
 from router_gateway.server import Gateway, open_gateway
 from stitch import channels
 from stitch.cluster import ClusterConfig
+from stitch.telemetry import NO_TRACES, Tracer
 from stitch.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.fake_shard import FakeShard, fake_cluster
+from tests.support.waiting import until_serving
 
 QUICK = {
     "health": HealthPolicy(poll_seconds=0.02, poll_timeout_seconds=0.5, confirm_seconds=0.1, max_failed_polls=1),
@@ -58,20 +59,14 @@ def reach() -> Reach:
 
     @asynccontextmanager
     async def opened(
-        *shards: FakeShard, cluster: dict[str, Any] | None = None, **settings: Any
+        *shards: FakeShard, cluster: dict[str, Any] | None = None, tracer: Tracer = NO_TRACES, **settings: Any
     ) -> AsyncIterator[Reached]:
         async with fake_cluster(*shards, **(cluster or {})) as described:
             given = GatewaySettings(cluster=described, **(QUICK | settings))
-            async with open_gateway(given) as gateway, channels.open_channel(f"127.0.0.1:{gateway.port}") as channel:
-                await _serving(channel)
+            async with AsyncExitStack() as stack:
+                gateway = await stack.enter_async_context(open_gateway(given, tracer=tracer))
+                channel = await stack.enter_async_context(channels.open_channel(f"127.0.0.1:{gateway.port}"))
+                await until_serving(channel)
                 yield Reached(gateway, channel, inference_pb2_grpc.InferenceStub(channel), described)
 
     return opened
-
-
-async def _serving(channel: grpc.aio.Channel) -> None:
-    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=20)
-    async for answer in watch:
-        if answer.status == health_pb2.HealthCheckResponse.SERVING:
-            watch.cancel()
-            return
