@@ -18,7 +18,7 @@ from stitch_server.engine.types import IncomingStep, Session
 
 def start_span(tracer: Tracer, shard: str, session: Session) -> Span:
     """The span of a session, under that of the sender; the next shard's will be under this one."""
-    attributes = {
+    attributes: dict[str, str | int] = {
         "stitch.shard": shard,
         "stitch.prompt_tokens": session.prompt_tokens,
         "stitch.replayed_tokens": len(session.token_ids) - session.prompt_tokens,
