@@ -26,7 +26,7 @@ class RequestTrace:
     def request(self, request: Request) -> None:
         """The request is read."""
         sampling, routing = request.sampling, request.routing
-        operation, model = "text_completion" if isinstance(request.prompt, str) else "chat", routing.route or "auto"
+        operation, model = "chat" if isinstance(request.prompt, tuple) else "text_completion", routing.route or "auto"
         attributes: dict[str, str | float] = {
             "gen_ai.operation.name": operation,
             "gen_ai.request.model": model,
@@ -39,6 +39,8 @@ class RequestTrace:
             "gen_ai.request.frequency_penalty": sampling.frequency_penalty,
             "gen_ai.response.id": request.request_id,
         }
+        if request.n > 1:
+            attributes["gen_ai.request.choice.count"] = request.n
         if routing.conversation_id:
             attributes["gen_ai.conversation.id"] = routing.conversation_id
         self.span.set(attributes, f"{operation} {model}")

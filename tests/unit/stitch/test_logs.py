@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
+from datetime import datetime
 
 import pytest
 
 from stitch.errors import plain
-from stitch.logs import FORMAT, LineFormatter
+from stitch.logs import FORMAT, JsonFormatter, LineFormatter, name_in_log
 
 FORGED = "gone\n2026-01-01 00:00:00 INFO stitch: all is well\r\x1b[31m"
 
@@ -43,3 +46,36 @@ def test_lines_of_a_traceback_are_indented_and_escaped() -> None:
 )
 def test_plain_text_is_printable_and_bounded(text: str, expected: str) -> None:
     assert plain(text, 5) == expected
+
+
+def logged_as_json(message: str, *arguments: object, error: BaseException | None = None) -> dict[str, str]:
+    info = None if error is None else (type(error), error, None)
+    record = logging.LogRecord("stitch_server.rpc", logging.WARNING, __file__, 1, message, arguments, info)
+    line = JsonFormatter().format(record)
+    assert line.isascii()
+    assert line.isprintable()
+    fields: dict[str, str] = json.loads(line)
+    return fields
+
+
+def test_json_line_has_time_level_logger_and_message() -> None:
+    fields = logged_as_json("link to %s: %s", "top-0", FORGED)
+    assert datetime.fromisoformat(fields.pop("time")).tzinfo is not None
+    assert fields == {"level": "WARNING", "logger": "stitch_server.rpc", "message": f"link to top-0: {FORGED}"}
+
+
+def test_json_line_has_a_traceback() -> None:
+    assert logged_as_json("it broke", error=ValueError("世界\ud800"))["traceback"] == "ValueError: 世界\ud800"
+
+
+async def test_json_line_has_the_ids_of_its_task_alone() -> None:
+    async def ids(request_id: str, trace_id: str) -> dict[str, str]:
+        name_in_log(request_id, trace_id)
+        await asyncio.sleep(0)
+        fields = logged_as_json("answered")
+        return {name: fields[name] for name in ("request_id", "trace_id") if name in fields}
+
+    first, second = await asyncio.gather(ids("a", "1"), ids("b", ""))
+    assert first == {"request_id": "a", "trace_id": "1"}
+    assert second == {"request_id": "b"}
+    assert "request_id" not in logged_as_json("nobody's")

@@ -121,6 +121,7 @@ def test_only_the_first_text_sets_the_ttft(recorders: RecordersOnClock) -> None:
     by_prompt = "stitch_time_to_first_token_by_prompt_seconds_count"
     assert recorders.value(by_prompt, route="strong", prompt_bucket="le128") == 1
     assert recorders.value(by_prompt, route="strong", prompt_bucket="le64") == 0
+    assert recorders.value("stitch_ttft_prompt_tokens_total", route="strong", prompt_bucket="le128") == 100
 
 
 def test_tokens_of_one_step_share_its_latency(recorders: RecordersOnClock) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -286,3 +287,16 @@ def test_predictions_hold_at_any_load(mean_gap: float) -> None:
 def test_predictions_hold_when_shards_change_speed(seconds: float) -> None:
     kept = simulate(lambda now: 1.0 if int(now / seconds) % 2 else 2.0, 0.6)
     assert kept.met / kept.taken >= 0.95
+
+
+def test_fit_is_the_line_of_a_route_and_unknown_with_too_few_samples() -> None:
+    now = 0.0
+    predictor = TtftPredictor(["weak", "strong"], lambda: 1, lambda: now)
+    for tokens in range(10, 10 * (MIN_SAMPLES + 1), 10):
+        with predictor.track(tokens, "weak") as request:
+            now += seconds_of(tokens)
+            request.text_sent()
+    assert predictor.fit("weak") == pytest.approx((0.05, 0.001))
+    assert all(map(math.isnan, predictor.fit("strong")))
+    now += MAX_AGE_SECONDS
+    assert all(map(math.isnan, predictor.fit("weak")))
