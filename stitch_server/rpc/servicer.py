@@ -76,7 +76,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
                 generation = self._request(request, outbox)
                 generation.deadline = _deadline(context)
                 span = start_span(self._tracer, shard.config.name, generation)
-                name_in_log(request.request_id, span.trace_id)
+                name_in_log(request.request_id if request else "", span.trace_id)
                 shard.engine.post(partial(first_stage.admit, generation))
                 error = "cancelled"
                 try:
