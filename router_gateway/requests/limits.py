@@ -12,6 +12,7 @@ from router_gateway.requests.types import Prompt, TokenIds
 from router_gateway.routing.objectives import Objectives
 from router_gateway.tokenization.chat_template import Turn
 from stitch.errors import InvalidRequest
+from stitch.sampling import Sampling
 
 # An id appears in every log line about its request, on every shard.
 MAX_ID_CHARACTERS = 128
@@ -76,6 +77,17 @@ def check_objectives(objectives: Objectives) -> None:
 def check_answers(n: int) -> None:
     if not 1 <= n <= MAX_ANSWERS:
         raise InvalidRequest("n", n, f"it must be at least 1 and at most {MAX_ANSWERS}")
+
+
+def check_prompt_logprobs(sampling: Sampling, decided: bool) -> None:
+    """`decided`: whether the route is known before a shard computes."""
+    if sampling.logprobs is None:
+        raise InvalidRequest("prompt_logprobs", True, "sampling.logprobs is not set")
+    for field in ("presence_penalty", "frequency_penalty"):
+        if penalty := getattr(sampling, field):
+            raise InvalidRequest(f"sampling.{field}", penalty, "with the log-probabilities of the prompt it must be 0")
+    if not decided:
+        raise InvalidRequest("prompt_logprobs", True, "the request must name its route, since a probe decides here")
 
 
 def check_threshold(threshold: float | None, route: str) -> None:

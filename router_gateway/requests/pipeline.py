@@ -66,6 +66,25 @@ class Prepared:
     def prompt_tokens(self) -> int:
         return len(self.stream_input.token_ids)
 
+    def input_of(self, answer: int) -> StreamInput:
+        """What shards compute an answer from: its own seed and, for the prompt's log-probabilities, forced tokens."""
+        given = self.stream_input
+        if answer or not self.scored_tokens:
+            return replace(given, sampling=given.sampling.of_answer(answer))
+        sampling, count = given.sampling, self.scored_tokens
+        forced = replace(
+            sampling,
+            forced_token_ids=(*given.token_ids[1:], *sampling.forced_token_ids),
+            max_tokens=sampling.max_tokens + count,
+            min_tokens=sampling.min_tokens + count,
+        )
+        return replace(given, token_ids=given.token_ids[:1], sampling=forced)
+
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens of the prompt whose log-probabilities come before the first answer: all but the first."""
+        return self.prompt_tokens - 1 if self.request.prompt_logprobs else 0
+
 
 class RequestPreparer:
     """Checks and tokenizes requests, and selects their routes."""
@@ -104,6 +123,8 @@ class RequestPreparer:
         grammar = await self._grammar(replace(request, sampling=sampling), vocabulary)
         turns = await self._turns(request.prompt, vocabulary)
         decision = self._selector.select(request.routing, turns, len(ids), waited_seconds())
+        if request.prompt_logprobs:
+            limits.check_prompt_logprobs(sampling, isinstance(decision, RouteDecision))
         return Prepared(
             request,
             StreamInput(request.request_id, tuple(ids), decision, sampling, facts=facts, grammar=grammar),
@@ -241,7 +262,7 @@ class DeltaBuilder:
     """Turns the tokens of one answer into deltas.
 
     A token without final text waits for the next delta, so that every token is in exactly one. No stop string ends
-    with the first `min_tokens`.
+    with the first `min_tokens`. Before the answer come `scored` tokens of the prompt, whose deltas have no text.
     """
 
     def __init__(
@@ -250,12 +271,14 @@ class DeltaBuilder:
         stop: Sequence[str],
         parser: ToolCallParser | None = None,
         min_tokens: int = 0,
+        scored: int = 0,
     ) -> None:
         self._vocabulary = vocabulary
         self._detokenizer = vocabulary.detokenizer(() if parser is None else parser.shown)
         self._parser = parser
         self._stop = StopStrings(stop)
         self._min_tokens = min_tokens
+        self._scored = scored
         self._waiting: list[shard_pb2.GeneratedToken] = []
         self._calls = 0
         self.generated_tokens = 0
@@ -271,14 +294,17 @@ class DeltaBuilder:
 
     def push(self, tokens: Iterable[shard_pb2.GeneratedToken]) -> inference_pb2.Delta | None:
         """The next delta; None while no further text is final. Tokens after a stop string are dropped."""
-        text = ""
+        text, scored = "", self._scored
         for token in tokens:
             if self.stopped:
                 break
-            self.generated_tokens += 1
             self._waiting.append(token)
+            if self._scored:
+                self._scored -= 1
+                continue
+            self.generated_tokens += 1
             text += self._stop.push(self._detokenizer.push(token.id), self.generated_tokens > self._min_tokens)
-        return self._delta(text) if text else None
+        return self._delta(text) if text or scored else None
 
     def finish(self) -> inference_pb2.Delta | None:
         """The delta of the remaining text and tokens; None where there are neither."""
@@ -456,17 +482,17 @@ class Pipeline:
         common: AnswersInCommon,
         index: int,
     ) -> AsyncGenerator[Response, None]:
-        given, request = prepared.stream_input, prepared.request
+        given, request = prepared.input_of(index), prepared.request
         if index:
             await common.prompt_computed.wait()
-            sampling = given.sampling.of_answer(index)
-            given = replace(given, decision=common.decision or given.decision, sampling=sampling)
+            given = replace(given, decision=common.decision or given.decision)
         elif isinstance(given.decision, RouteDecision):
             yield self._start(prepared, given.decision, recorder, tracked)
         if not index:
             recorder.record_placement()
         parser = tool_call_parser(request.tools, prepared.vocabulary)
-        builder = DeltaBuilder(prepared.vocabulary, request.stop, parser, given.sampling.min_tokens)
+        min_tokens, scored = prepared.stream_input.sampling.min_tokens, 0 if index else prepared.scored_tokens
+        builder = DeltaBuilder(prepared.vocabulary, request.stop, parser, min_tokens, scored)
         reason, cached_tokens = inference_pb2.FINISH_REASON_LENGTH, 0
         stream = self._stream(given, ticket, common.chain, recorder.trace.span)
         async with aclosing(stream.steps()) as steps:
@@ -509,9 +535,10 @@ class Pipeline:
 
     async def _start_on_shards(self, prepared: Prepared, ticket: Ticket) -> float:
         """Waits until shards have room for the request, and returns for how many seconds."""
-        began, given, request = self.now(), prepared.stream_input, prepared.request
+        began, given, request = self.now(), prepared.input_of(0), prepared.request
         is_exact = request.forced_answer is not None or (given.sampling.ignore_eos and not request.stop)
-        await ticket.start(given.routes[-1], prepared.prompt_tokens, given.sampling.max_tokens, is_exact)
+        is_exact = is_exact or bool(prepared.scored_tokens)
+        await ticket.start(given.routes[-1], len(given.token_ids), given.sampling.max_tokens, is_exact)
         return self.now() - began
 
     def _stream(

@@ -55,6 +55,8 @@ class Request:
     tools: Tools | None = None
     # The number of answers.
     n: int = 1
+    # Whether the log-probabilities of the prompt's tokens are reported, too.
+    prompt_logprobs: bool = False
 
 
 def user_turns(prompt: str | tuple[Turn, ...]) -> tuple[str, ...]:

@@ -74,6 +74,7 @@ def to_request(message: inference_pb2.GenerateRequest) -> Request:
         response_format=_to_response_format(message.response_format),
         tools=to_tools(message.chat),
         n=n,
+        prompt_logprobs=message.prompt_logprobs,
     )
 
 

@@ -63,6 +63,8 @@ class RequestFields(RouteFields, total=False):
     min_tokens: int | None
     # Alternatives to report for each token.
     logprobs: int | None
+    # Report the prompt's tokens but the first one, too, before those of the answer.
+    prompt_logprobs: bool | None
     # The answer ends before any of these strings.
     stop: str | Sequence[str] | None
     # A route's name, or `auto`; with `auto` the score from which on the most expensive route answers.
@@ -83,7 +85,7 @@ class RequestFields(RouteFields, total=False):
 
 _SAMPLING = frozenset(inference_pb2.Sampling.DESCRIPTOR.fields_by_name)
 _OBJECTIVES = frozenset(inference_pb2.Objectives.DESCRIPTOR.fields_by_name)
-_PLAIN = ("stop", "route", "request_id", "conversation_id", "forced_answer", "n", "threshold")
+_PLAIN = ("stop", "route", "request_id", "conversation_id", "forced_answer", "n", "threshold", "prompt_logprobs")
 _ROUTE_FIELDS = frozenset((*_OBJECTIVES, "conversation_id"))
 _TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 _INPUT = ("prompt", "messages", "token_ids")

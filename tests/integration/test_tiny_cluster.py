@@ -41,6 +41,19 @@ def test_forced_answer_has_the_logprobs_of_the_sampled_answer(tiny_cluster: Clus
     assert len(forced.logprobs) == forced.generated_tokens > 1
 
 
+def test_log_probabilities_of_a_prompt_are_those_of_the_same_tokens_as_an_answer(tiny_cluster: Cluster) -> None:
+    options = {"route": "weak", "max_tokens": 4, "ignore_eos": True, "logprobs": 0}
+    ids = tiny_cluster.client.tokenize("stitch two models")
+    plain = tiny_cluster.generate("stitch two models", **options)
+    scored = tiny_cluster.generate("stitch two models", prompt_logprobs=True, **options)
+    assert (scored.text, scored.token_ids) == (plain.text, (*ids[1:], *plain.token_ids))
+    assert (scored.prompt_tokens, scored.generated_tokens) == (len(ids), 4)
+    forced = {**options, "forced_token_ids": ids[1:], "max_tokens": len(ids) - 1}
+    answer = tiny_cluster.client.generate(token_ids=ids[:1], **forced)
+    expected = [one.logprob for one in (*answer.logprobs, *plain.logprobs)]
+    assert [one.logprob for one in scored.logprobs] == pytest.approx(expected, rel=1e-4)
+
+
 def test_routes_give_different_answers(tiny_cluster: Cluster) -> None:
     answers = {
         tiny_cluster.generate("stitch", route=route, max_tokens=8, ignore_eos=True).token_ids

@@ -36,7 +36,10 @@ class StreamEndedEarly(Exception):
 
 
 class FakeShard(shard_pb2_grpc.ShardServicer):
-    """Generates `script` and then the end token. A replayed session continues after the tokens that it brings."""
+    """Generates forced tokens, `script`, and then the end token.
+
+    A replayed session continues after the tokens that it brings.
+    """
 
     def __init__(self, name: str, role: str, script: Sequence[int] = ()) -> None:
         self.name = name
@@ -168,7 +171,8 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
                 return
 
     def _token(self, index: int, request: shard_pb2.ShardGenerateRequest) -> shard_pb2.ShardGenerateResponse:
-        token_id = self.script[index] if index < len(self.script) else END_TOKEN
+        planned = [*request.sampling.forced_token_ids, *self.script]
+        token_id = planned[index] if index < len(planned) else END_TOKEN
         token = shard_pb2.GeneratedToken(id=token_id, position=request.prompt_tokens + index + self.position_error)
         if self.logprob is not None:
             token.logprobs.CopyFrom(inference_pb2.TokenLogprobs(token_id=token_id, logprob=self.logprob))

@@ -131,3 +131,38 @@ async def test_slow_client_holds_up_generating_and_loses_nothing(reach: Reach) -
             await asyncio.sleep(0)
     ids = {answer: [i for e in events if e.answer == answer for i in e.delta.token_ids] for answer in range(16)}
     assert list(ids.values()) == [[*bottom.script, *[END_TOKEN]][:60]] * 16
+
+
+async def test_tokens_of_the_prompt_come_with_their_log_probabilities_before_the_answer(reach: Reach) -> None:
+    bottom, top = shards()
+    bottom.logprob = -0.5
+    prompt = tokens("hello there")
+    sampling = inference_pb2.Sampling(logprobs=0, max_tokens=20, min_tokens=2)
+    async with reach(bottom, top) as gateway:
+        # The stop string is in the prompt, too.
+        events = await gateway.generate("hello there", sampling=sampling, prompt_logprobs=True, stop=[" there"])
+    [request] = bottom.requests
+    assert list(request.token_ids) == prompt[:1]
+    assert list(request.sampling.forced_token_ids) == prompt[1:]
+    assert (request.sampling.max_tokens, request.sampling.min_tokens) == (20 + len(prompt) - 1, 2 + len(prompt) - 1)
+    assert text_of(events, 0) == "hello world, hello"
+    entries = [entry.token_id for event in events for entry in event.delta.logprobs]
+    assert entries == [*prompt[1:], *tokens(TEXT)]
+    [end] = finished(events).values()
+    assert (end.prompt_tokens, end.generated_tokens) == (len(prompt), len(tokens(TEXT)))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "field"),
+    [
+        (inference_pb2.Sampling(), "prompt_logprobs"),
+        (inference_pb2.Sampling(logprobs=1, presence_penalty=1.0), "sampling.presence_penalty"),
+        (inference_pb2.Sampling(logprobs=1, frequency_penalty=1.0), "sampling.frequency_penalty"),
+    ],
+)
+async def test_log_probabilities_of_a_prompt_exclude_what_counts_generated_tokens(
+    reach: Reach, sampling: inference_pb2.Sampling, field: str
+) -> None:
+    async with reach(*shards()) as gateway:
+        with pytest.raises(grpc.aio.AioRpcError, match=f"{field} is"):
+            await gateway.generate(sampling=sampling, prompt_logprobs=True)
