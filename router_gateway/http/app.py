@@ -17,9 +17,11 @@ from starlette.routing import Route
 
 from router_gateway.http.calls import Endpoint, Services
 from router_gateway.http.chat import ChatBody, chat
+from router_gateway.http.completions import CompletionBody, completions
 from router_gateway.http.errors import TABLE, Refusal, body_of
 from router_gateway.http.generation import compact
 from router_gateway.http.models import model, models
+from router_gateway.http.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize
 
 JSON = "application/json"
 
@@ -28,6 +30,9 @@ def endpoints(services: Services) -> list[Endpoint[Any]]:
     """All endpoints that need credentials."""
     return [
         Endpoint(services, "/v1/chat/completions", "Answer a conversation", partial(chat, services), ChatBody),
+        Endpoint(services, "/v1/completions", "Complete prompts", partial(completions, services), CompletionBody),
+        Endpoint(services, "/tokenize", "Tokenize a prompt", partial(tokenize, services), TokenizeBody),
+        Endpoint(services, "/detokenize", "Decode tokens", partial(detokenize, services), DetokenizeBody),
         Endpoint(services, "/v1/models", "List the routes", partial(models, services)),
         Endpoint(services, "/v1/models/{id}", "Describe a route", partial(model, services)),
     ]

@@ -19,6 +19,8 @@ from router_gateway.http.generation import (
     MaxTokens,
     Shape,
     compact,
+    generated,
+    message_of,
     respond,
 )
 from router_gateway.rpc.messages import MAX_MESSAGES
@@ -154,7 +156,7 @@ class ChatBody(GenerationBody):
         if self.response_format is not None:
             _set_format(message.response_format, self.response_format)
         chat = message.chat
-        chat.messages.extend(_message(one) for one in self.messages)
+        chat.messages.extend(message_to_proto(one) for one in self.messages)
         chat.tools.extend(_tool(one.function) for one in self.tools or ())
         if self.tool_choice is not None:
             chat.tool_choice.CopyFrom(_tool_choice(self.tool_choice))
@@ -178,7 +180,8 @@ def text_of(content: str | Sequence[TextPart] | None) -> str:
     return PART_SEPARATOR.join(part.text for part in content)
 
 
-def _message(given: SystemMessage | UserMessage | AssistantMessage | ToolMessage) -> inference_pb2.ChatMessage:
+def message_to_proto(given: SystemMessage | UserMessage | AssistantMessage | ToolMessage) -> inference_pb2.ChatMessage:
+    """The turn of a conversation."""
     # Templates know `system` alone.
     role = "system" if given.role == "developer" else given.role
     message = inference_pb2.ChatMessage(role=role, content=text_of(given.content))
@@ -320,4 +323,5 @@ def token_logprob(given: inference_pb2.TokenLogprobs | inference_pb2.Alternative
 
 async def chat(services: Services, call: Call, body: ChatBody) -> None:
     """Answers a conversation."""
-    await respond(call, services, body, ChatShape(call, body))
+    responses = generated(call, services, message_of(call, services, body))
+    await respond(call, responses, bool(body.stream), ChatShape(call, body))

@@ -50,7 +50,14 @@ TABLE: Mapping[type[StitchError], Row] = {
 }
 
 # The names that the pipeline gives to fields which OpenAI's API calls otherwise.
-_PARAMS = {"route": "model", "threshold": "model", "chat": "messages", "request_id": "x-request-id"}
+_PARAMS = {
+    "route": "model",
+    "threshold": "model",
+    "chat": "messages",
+    "token_ids": "prompt",
+    "prompt_logprobs": "echo",
+    "request_id": "x-request-id",
+}
 _PARAMS_OF_SAMPLING = {"logprobs": "top_logprobs"}
 
 
@@ -89,4 +96,6 @@ def param_of(field: str) -> str:
     if name.startswith("sampling."):
         name = name.removeprefix("sampling.")
         return _PARAMS_OF_SAMPLING.get(name, name)
+    if name.startswith("token_ids.ids"):
+        return "prompt" + name.removeprefix("token_ids.ids")
     return _PARAMS.get(name, name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any
 
@@ -94,7 +94,7 @@ class GenerationBody(Body):
         """
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options", self.stream_options, "it needs stream")
-        route, threshold = _route(self.model, routes)
+        route, threshold = route_of(self.model, routes)
         objectives = {} if self.objectives is None else self.objectives.model_dump(exclude_none=True)
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         return inference_pb2.GenerateRequest(
@@ -173,38 +173,54 @@ class Shape(ABC):
             "prompt_tokens": prompt,
             "completion_tokens": generated,
             "total_tokens": prompt + generated,
-            "prompt_tokens_details": {"cached_tokens": max(self._of_answers("cached_tokens"), default=0)},
+            "prompt_tokens_details": {"cached_tokens": self._first.cached_tokens},
         }
 
     def stitch(self) -> dict[str, Any]:
         """The field `stitch`: how the reply has come about."""
-        decision, first = self.started.decision, next(iter(self._finished.values()), inference_pb2.Finished())
+        decision = self.started.decision
         return {
             "route": decision.route,
             "score": decision.score,
             "reason": decision.reason,
-            "stages": {stage.name: stage.seconds for stage in first.stages},
-            "replays": max(self._of_answers("replays"), default=0),
+            "stages": {stage.name: stage.seconds for stage in self._first.stages},
+            "replays": max((one.replays for one in self._finished.values()), default=0),
         }
 
-    def _of_answers(self, field: str) -> Sequence[int]:
-        return [getattr(one, field) for one in self._finished.values()]
+    @property
+    def _first(self) -> inference_pb2.Finished:
+        """The end of the first answer, which has computed the prompt."""
+        return self._finished.get(0, inference_pb2.Finished())
 
 
-async def respond(call: Call, services: Services, body: GenerationBody, shape: Shape) -> None:
-    """Generates, and replies by `shape`. Raises what the pipeline raises."""
-    vocabulary, stream = services.source.current, bool(body.stream)
+def message_of(call: Call, services: Services, body: GenerationBody) -> inference_pb2.GenerateRequest:
+    """The body's message, with the defaults of the model. Raises as `GenerationBody.message` does."""
+    vocabulary = services.source.current
     defaults = {} if vocabulary is None else vocabulary.sampling_defaults
-    message = body.message(call.request_id, services.models.routes(), defaults)
+    return body.message(call.request_id, services.models.routes(), defaults)
+
+
+def generated(
+    call: Call, services: Services, message: inference_pb2.GenerateRequest
+) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+    """The pipeline's messages; raises what it raises."""
     read = RequestReader(lambda: message)
-    responses = services.pipeline.generate(call.credentials, read, call.arrival, call.deadline, call.write)
+    return services.pipeline.generate(call.credentials, read, call.arrival, call.deadline, call.write)
+
+
+async def respond(
+    call: Call, responses: AsyncGenerator[inference_pb2.GenerateResponse, None], stream: bool, shape: Shape
+) -> None:
+    """Replies with the pipeline's messages by `shape`. Raises what the pipeline raises."""
+    begun = False
     async with aclosing(responses):
         async for response in responses:
             match response.WhichOneof("event"):
                 case "started":
                     shape.start(response.started)
-                    if stream:
+                    if stream and not begun:
                         call.start_events(shape.headers)
+                    begun = True
                     continue
                 case "finished":
                     shape.finish(response.answer, response.finished)
@@ -228,8 +244,8 @@ def unknown_model(model: str) -> Refusal:
     return Refusal(404, "model_not_found", f"the model {model[:80]!r} does not exist", "model")
 
 
-def _route(model: str, routes: Sequence[str]) -> tuple[str, float | None]:
-    """The route that a model names, or `auto`, and the threshold of this request."""
+def route_of(model: str, routes: Sequence[str]) -> tuple[str, float | None]:
+    """The route that a model names, or `auto`, and the threshold of this request. Raises Refusal where it is none."""
     name, at, threshold = model.partition("@")
     if name not in (AUTO, *routes) or (at and name != AUTO):
         raise unknown_model(model)
