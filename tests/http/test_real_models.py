@@ -8,8 +8,10 @@ from typing import Any
 
 import httpx2
 import pytest
+from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from stitch.client import Answer
 from tests.support.openai_replies import checked, chunks
 from tests.support.processes import GATEWAY, Cluster
 from tests.support.vanishing_clients import holds_nothing
@@ -49,6 +51,39 @@ def test_text_is_that_of_grpc(tiny_cluster: Cluster, sampling: dict[str, Any]) -
     streamed_entries = [entry for part in parts if part.logprobs for entry in part.logprobs.content or ()]
     assert streamed_entries == whole.choices[0].logprobs.content
     assert len(streamed_entries) == expected.generated_tokens
+
+
+PROMPTS = [
+    " ".join(
+        Random(index).choices(("the", "fox", "Paris", "is", "wörld", "\N{WAVING HAND SIGN}", "7"), k=index % 9 + 1)
+    )
+    for index in range(50)
+]
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1, "seed": 7}], ids=["greedy", "seeded"])
+def test_fifty_prompts_have_the_text_of_grpc(tiny_cluster: Cluster, sampling: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, **sampling}
+    plain = [{"prompt": prompt, "route": "weak", **given} for prompt in PROMPTS]
+    chats = [{"messages": fields(prompt)["messages"], "route": "weak", **given} for prompt in PROMPTS]
+    expected = [one.text for one in tiny_cluster.client.batch([*plain, *chats]) if isinstance(one, Answer)]
+    assert len(expected) == 100
+    url = f"http://{tiny_cluster.http}/v1"
+    with httpx2.Client(base_url=url, timeout=60, trust_env=False) as client:
+        asked = {"model": "weak", "prompt": PROMPTS, **given}
+        completed = checked(Completion, client.post("/completions", json=asked).json())
+        parts = [one["choices"][0] for one in chunks(client.post("/completions", json={**asked, "stream": True}).text)]
+    assert [choice.text for choice in completed.choices] == expected[:50]
+    streamed = ["".join(part["text"] for part in parts if part["index"] == index) for index in range(50)]
+    assert streamed == expected[:50]
+    replies = asyncio.run(chatted(url, [fields(prompt, **given) for prompt in PROMPTS]))
+    assert [reply.choices[0].message.content for reply in replies] == expected[50:]
+
+
+async def chatted(url: str, asked: list[dict[str, Any]]) -> list[ChatCompletion]:
+    async with httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
+        replies = await asyncio.gather(*(client.post("/chat/completions", json=one) for one in asked))
+    return [checked(ChatCompletion, reply.json()) for reply in replies]
 
 
 @pytest.mark.parametrize(
