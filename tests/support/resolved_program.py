@@ -10,8 +10,9 @@ import json
 import os
 import sys
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
+
+from stitch import membership
 
 ADDRESSES = "STITCH_TEST_ADDRESSES"
 
@@ -32,10 +33,9 @@ async def resolve(host: str) -> Collection[str]:
 
 def main() -> int:
     """The program's exit status."""
-    module = sys.argv[1]
-    server = importlib.import_module(f"{module.partition('.')[0]}.server")
-    vars(server)["serve"] = partial(server.serve, resolve=resolve)
-    status: int = importlib.import_module(module).main(sys.argv[2:])
+    # The default of what the program imports after it has prepared the process.
+    vars(membership)["resolve_by_system"] = resolve
+    status: int = importlib.import_module(sys.argv[1]).main(sys.argv[2:])
     return status
 
 
