@@ -28,6 +28,8 @@ SETTLE_SECONDS = 0.1
 MIN_PAUSE_SECONDS = 0.2
 # How long one name may take.
 RESOLVE_TIMEOUT_SECONDS = 5.0
+# Others may read the source this much later.
+LATE_SECONDS = 10.0
 CHANGES = ("added", "removed", "refused")
 
 # The IP addresses of a host, by name. Raises OSError where there are none.
@@ -58,6 +60,7 @@ class Membership:
         # What changed last, as text; empty: nothing.
         self.last_change = ""
         self._changed_at = clock()
+        self._removed: list[ShardConfig] = []
         # Why a source is refused now, by its name.
         self.problems: dict[str, str] = {}
         self._resolve = resolve
@@ -81,6 +84,11 @@ class Membership:
     def seconds_since_change(self) -> float:
         """The time since the last change, or since the start."""
         return self._clock() - self._changed_at
+
+    @property
+    def just_removed(self) -> list[ShardConfig]:
+        """The shards that the last change has removed, where others may not know it yet."""
+        return self._removed if self.seconds_since_change < LATE_SECONDS else []
 
     async def follow(self) -> None:
         """Reads the source at a fixed interval; never returns."""
@@ -162,6 +170,7 @@ class Membership:
         for change, names in ("added", added), ("removed", removed):
             for _ in names:
                 self._count(change)
+        self._removed = [shard for name, shard in before.items() if name not in after]
         what = [f"added {', '.join(added)}"] * bool(added) + [f"removed {', '.join(removed)}"] * bool(removed)
         self.last_change, self._changed_at = "; ".join(what) or "another order", self._clock()
         _log.info("the cluster's shards have changed: %s", self.last_change)

@@ -26,20 +26,25 @@ class Neighbours:
 
     async def meet(self, names: Iterable[str]) -> None:
         """Reads the cluster's source again where it has not had one of these names: the caller may know it earlier."""
-        known = {shard.name for shard in self._membership.cluster.members}
+        known = {shard.name for shard in self._members}
         if any(name not in known and SHARD_NAME.fullmatch(name) for name in names):
             await self._membership.refresh()
 
+    @property
+    def _members(self) -> list[ShardConfig]:
+        """The shards of the cluster, and those that it has just lost: a gateway may place sessions there still."""
+        return [*self._membership.cluster.members, *self._membership.just_removed]
+
     def address_of(self, name: str) -> str:
         """The address of a shard now. Raises Unavailable where the cluster has none of that name."""
-        for shard in self._membership.cluster.members:
+        for shard in self._members:
             if shard.name == name:
                 return shard.address
         raise Unavailable(f"shard {name} is not in the cluster", shard=name)
 
     def certified_name(self, name: str) -> str:
         """The name in the certificate of the shard `name`."""
-        found = (shard.certified_name for shard in self._membership.cluster.members if shard.name == name)
+        found = (shard.certified_name for shard in self._members if shard.name == name)
         return next(found, name)
 
     def has_replica(self, name: str) -> bool:
@@ -53,7 +58,7 @@ class Neighbours:
 
         Raises Unavailable for the name of a shard that the cluster does not have, or not yet.
         """
-        stages, known = self._stages_after(route), [shard.name for shard in self._membership.cluster.members]
+        stages, known = self._stages_after(route), [shard.name for shard in self._members]
         for name in chain:
             if name not in known and SHARD_NAME.fullmatch(name):
                 raise Unavailable(f"shard {name} is not in the cluster of {self._own.name}", shard=name)
@@ -74,7 +79,8 @@ class Neighbours:
     def _stages_after(self, route: str) -> list[list[str]]:
         """The names of the replicas of every stage after this shard's."""
         cluster = self._membership.cluster
-        layers, stages = cluster.stage_layers(cluster.route(route)), cluster.stages(cluster.route(route))
-        if self._own.stage not in layers:
+        stages = cluster.stage_layers(cluster.route(route))
+        if self._own.stage not in stages:
             raise InvalidRequest("route", route, f"it does not pass {self._own.name}")
-        return [[shard.name for shard in stage] for stage in stages[layers.index(self._own.stage) + 1 :]]
+        following = stages[stages.index(self._own.stage) + 1 :]
+        return [[shard.name for shard in self._members if shard.stage == stage] for stage in following]

@@ -6,7 +6,7 @@ import pytest
 
 from stitch.cluster import ClusterConfig, GatewayConfig, ModelConfig, PairConfig, RouteConfig, ShardConfig
 from stitch.errors import Incompatible, InvalidRequest, Unavailable
-from stitch.membership import Membership
+from stitch.membership import LATE_SECONDS, Membership
 from stitch.v1 import shard_pb2
 from stitch_server.neighbours import Neighbours
 
@@ -145,6 +145,23 @@ async def test_unknown_name_is_looked_up_before_it_is_refused() -> None:
     assert neighbours.has_replica("top-10-0-0-7")
     await neighbours.meet(["top-0", "127.0.0.1:7", "unix:/tmp/socket", "", *chain])
     assert found.asked == 1
+
+
+async def test_shard_that_was_just_removed_may_be_in_a_chain_for_some_seconds() -> None:
+    found, cluster, now = Found(), with_dns(), [0.0]
+    membership = Membership(cluster, found, clock=lambda: now[0])
+    neighbours = Neighbours(membership, cluster.shard("bottom-0"))
+    for found.addresses in ["10.0.0.7"], ["10.0.0.8"]:
+        now[0] += 1.0
+        await membership.refresh()
+    chain = ("top-10-0-0-7", "top-2")
+    neighbours.check_chain("weak", chain)
+    assert neighbours.address_of("top-10-0-0-7") == "10.0.0.7:7000"
+    with pytest.raises(Incompatible):
+        neighbours.check_upstream(identity("top-10-0-0-7", "top", 2, 3))
+    now[0] += LATE_SECONDS
+    with pytest.raises(Unavailable):
+        neighbours.check_chain("weak", chain)
 
 
 async def test_shard_that_dns_does_not_have_yet_knows_what_follows_it() -> None:
