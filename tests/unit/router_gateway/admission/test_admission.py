@@ -45,6 +45,25 @@ def test_request_starts_without_waiting_where_shards_have_room() -> None:
     simulate(story)
 
 
+def test_request_for_several_answers_runs_as_that_many_with_one_prompt() -> None:
+    async def story() -> None:
+        simulation = Simulation()
+        demand = Demand(32, ROUTE, None, lambda: b"", answers=4)
+        with simulation.admission.admit(Credentials("default"), demand) as ticket:
+            await started(ticket)
+            assert simulation.admission.running == 4
+            assert (ticket.size.tokens, ticket.size.prompt_tokens) == (10 + 4 * 32, 10)
+            for _ in range(4):
+                assert not ticket.is_complete
+                ticket.record_tokens(32)
+                ticket.record_finish(32, at_limit=True)
+            assert ticket.is_complete
+        assert simulation.admission.running == 0
+        await simulation.close()
+
+    simulate(story)
+
+
 def test_requests_above_the_tenants_max_running_wait() -> None:
     async def story() -> None:
         simulation = Simulation(Tenant(name="default", max_running=1))

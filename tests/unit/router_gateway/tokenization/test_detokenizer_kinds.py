@@ -128,6 +128,19 @@ def test_stop_string_outside_the_vocabulary_is_found(kind: Callable[[], Tokenize
         assert (shown, stop.found) == (text[: text.index(text[start:end])], True)
 
 
+@pytest.mark.parametrize("text", ["the do", *TEXTS])
+@pytest.mark.parametrize("kind", [byte_level, byte_fallback, metaspace])
+def test_bytes_of_tokens_are_those_of_the_text(kind: Callable[[], Tokenizer], text: str) -> None:
+    tokenizer, vocabulary = parts(kind)
+    # Tokens for what a vocabulary lacks have no bytes of the text.
+    ids = [token_id for token_id in tokenizer.encode(text, add_special_tokens=False).ids if token_id]
+    # The first word's space is no part of a text.
+    joined = b"".join(map(vocabulary.token_bytes, ids)).decode().removeprefix("" if kind is byte_level else " ")
+    assert joined == tokenizer.decode(ids)
+    assert vocabulary.token_bytes(0) == b"<s>"
+    assert vocabulary.token_bytes(10_000) == b""
+
+
 def test_special_token_within_a_run_of_bytes_leaves_the_character_whole() -> None:
     tokenizer, vocabulary = parts(byte_fallback)
     ids = [tokenizer.token_to_id(token) for token in ("▁Hi", "<0xE4>", "<s>", "<0xBD>", "<0xA0>", "!")]

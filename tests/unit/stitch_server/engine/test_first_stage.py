@@ -78,9 +78,11 @@ class TestGenerating:
     def test_computed_prefix_is_shared(self, harness: FirstStageHarness) -> None:
         harness.admit(2 * BLOCK_TOKENS + 3)
         harness.compute()
-        session, _ = harness.admit(2 * BLOCK_TOKENS + 3)
+        session, outputs = harness.admit(2 * BLOCK_TOKENS + 3)
         step = harness.compute()
         assert (step.segments[0].position, session.reused) == (2 * BLOCK_TOKENS, 2 * BLOCK_TOKENS)
+        harness.reply(step)
+        assert [one.cached_tokens for one in outputs] == [2 * BLOCK_TOKENS]
 
     def test_refused_request_receives_error(self) -> None:
         harness = FirstStageHarness(blocks=2)

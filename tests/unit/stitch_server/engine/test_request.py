@@ -26,6 +26,11 @@ def test_stop_token_finishes_request() -> None:
     assert reason_after(request, 61) == FINISH_REASON_STOP
 
 
+def test_stop_token_among_the_least_number_of_tokens_does_not_finish_request() -> None:
+    request = new_request(5, stop_token_ids=(60,), min_tokens=2)
+    assert [reason_after(request, token) for token in (60, 60, 60)] == [None, None, FINISH_REASON_STOP]
+
+
 def test_stop_token_in_prompt_does_not_finish_request() -> None:
     assert reason_after(new_request(5, stop_token_ids=(3,)), 50) is None
 

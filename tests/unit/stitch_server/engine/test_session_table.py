@@ -392,7 +392,15 @@ def test_forced_token_beyond_the_head_is_refused(pool: BlockPool, upstream: Fake
     segment = first()
     assert segment.new_session is not None
     segment.new_session.sampling = Sampling(forced_token_ids=(299, 300))
-    assert refusal(table, upstream, segment) == ("PRECONDITION", "token 300 is forced, but the head has 300 logits")
+    assert refusal(table, upstream, segment) == (
+        "PRECONDITION",
+        "token 300 is forced or biased, but the head has 300 logits",
+    )
+    segment.new_session.sampling = Sampling(logit_bias=((2, 1.0), (300, 1.0)))
+    assert refusal(table, upstream, segment) == (
+        "PRECONDITION",
+        "token 300 is forced or biased, but the head has 300 logits",
+    )
     segment.new_session.sampling = Sampling(forced_token_ids=(299,))
     assert table.accept(upstream, segment).sampling.forced_token_ids == (299,)
 
@@ -423,7 +431,10 @@ class TestOpenings:
             ),
             ({"prompt_tokens": 0}, "a session opens with a prompt of 0 of 33 tokens"),
             ({"prompt_tokens": 34}, "a session opens with a prompt of 34 of 33 tokens"),
-            ({"sampling": Sampling(forced_token_ids=(90,))}, "token 90 is forced, but the head has 90 logits"),
+            (
+                {"sampling": Sampling(forced_token_ids=(90,))},
+                "token 90 is forced or biased, but the head has 90 logits",
+            ),
             ({"sampling": Sampling(forced_token_ids=(1,) * 65)}, "with 65 forced and 0 stop tokens, but 64 and 2048"),
             (
                 {"sampling": Sampling(stop_token_ids=(1,) * 2_049)},

@@ -119,6 +119,10 @@ class TestGenerate:
             ({"token_ids": range(CONTEXT_LENGTH)}, f"token_ids is '{CONTEXT_LENGTH} tokens', but there must be 1 to"),
             ({"token_ids": [1, VOCABULARY_SIZE], "prompt_tokens": 1}, f"the vocabulary has {VOCABULARY_SIZE} tokens"),
             (
+                {"sampling": inference_pb2.Sampling(logit_bias={1: 1.0, VOCABULARY_SIZE: 1.0})},
+                f"sampling.logit_bias is {VOCABULARY_SIZE}, but the vocabulary has {VOCABULARY_SIZE} tokens",
+            ),
+            (
                 {"sampling": inference_pb2.Sampling(forced_token_ids=[1, VOCABULARY_SIZE])},
                 f"sampling.forced_token_ids is {VOCABULARY_SIZE}, but the vocabulary has {VOCABULARY_SIZE} tokens",
             ),
