@@ -1,8 +1,9 @@
-"""The cluster that tests share, the default handling of SIGINT, and a check that tests stop their servers."""
+"""What all tests share: their order, a cluster, one thread, SIGINT's default, and a check that servers are stopped."""
 
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return item.get_closest_marker("slow") is None and any(map(item.path.is_relative_to, quick))
 
     items.sort(key=is_quick)
+
+
+def pytest_collection_finish() -> None:
+    """PyTorch computes on one thread: several that wait for each other's small shares take the CPU from other tests."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
