@@ -220,8 +220,8 @@ def _set_format(message: inference_pb2.ResponseFormat, given: TextFormat | Objec
 class ChatShape(Shape):
     """Chat completions and their chunks."""
 
-    def __init__(self, call: Call, body: ChatBody) -> None:
-        super().__init__(call, body)
+    def __init__(self, request_id: str, body: ChatBody) -> None:
+        super().__init__(request_id, body)
         self._with_logprobs = bool(body.logprobs)
         # What every chunk begins with, up to the choice's index.
         self._prefix = b""
@@ -324,4 +324,4 @@ def token_logprob(given: inference_pb2.TokenLogprobs | inference_pb2.Alternative
 async def chat(services: Services, call: Call, body: ChatBody) -> None:
     """Answers a conversation."""
     responses = generated(call, services, message_of(call, services, body))
-    await respond(call, responses, bool(body.stream), ChatShape(call, body))
+    await respond(call, responses, bool(body.stream), ChatShape(call.request_id, body))

@@ -140,9 +140,11 @@ class _Choice:
 class CompletionShape(Shape):
     """Text completions and their chunks. The answers to one prompt are consecutive choices."""
 
-    def __init__(self, call: Call, body: CompletionBody, beginnings: Sequence[tuple[str, Sequence[bytes]]]) -> None:
+    def __init__(
+        self, request_id: str, body: CompletionBody, beginnings: Sequence[tuple[str, Sequence[bytes]]]
+    ) -> None:
         """`beginnings`: with `echo`, the text of each prompt and its tokens' bytes."""
-        super().__init__(call, body)
+        super().__init__(request_id, body)
         self._with_logprobs, self._prompt_alone = body.logprobs is not None, not body.tokens
         self._answers = body.n or 1
         self._prompt_tokens = 0
@@ -229,7 +231,7 @@ async def completions(services: Services, call: Call, body: CompletionBody) -> N
         running.append(_numbered(generated(call, services, message), index * answers))
     beginnings = [await _beginning(call, services, one) for one in body.prompts] if body.echo else []
     responses = running[0] if len(running) == 1 else interleaved(running)
-    await respond(call, responses, bool(body.stream), CompletionShape(call, body, beginnings))
+    await respond(call, responses, bool(body.stream), CompletionShape(call.request_id, body, beginnings))
 
 
 async def _beginning(call: Call, services: Services, prompt: str | TokenIds) -> tuple[str, Sequence[bytes]]:

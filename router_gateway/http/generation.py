@@ -127,8 +127,8 @@ class GenerationBody(Body):
 class Shape(ABC):
     """Makes OpenAI's JSON of the messages of one request."""
 
-    def __init__(self, call: Call, body: GenerationBody) -> None:
-        self.request_id = call.request_id
+    def __init__(self, request_id: str, body: GenerationBody) -> None:
+        self.request_id = request_id
         self.created = int(time.time())
         self.include_usage = body.include_usage
         self.started = inference_pb2.Started()

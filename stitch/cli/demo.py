@@ -64,6 +64,8 @@ def _serving(console: Console, name_or_path: str) -> Iterator[tuple[str, Path | 
         return
     console.rule("0 · a cluster on this machine")
     cluster = bring_up(console, name_or_path)
+    if cluster.cluster.openai_url is not None:
+        console.print(f"OpenAI's API is at {cluster.cluster.openai_url}", highlight=False)
     try:
         yield cluster.cluster.gateway_endpoint
     finally:

@@ -108,6 +108,12 @@ def test_help_imports_no_heavy_package(program: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_gateway_imports_no_torch() -> None:
+    code = "import router_gateway.server, sys; assert not {'torch', 'numba', 'llvmlite'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("module", ["stitch_server.cpu", "stitch_server.model.weights"])
 def test_kernels_are_loaded_on_first_use(module: str) -> None:
     code = f"import {module}, sys; assert not {{'numba', 'llvmlite'}} & sys.modules.keys()"

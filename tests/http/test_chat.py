@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from router_gateway.admission.tenants import hash_key
+from router_gateway.http.chat import ChatBody, ChatShape
+from router_gateway.http.generation import DONE
 from stitch.errors import Exhausted, Expired, Unavailable
+from stitch.v1 import inference_pb2
 from tests.http.conftest import USER, Serve
 from tests.support.byte_tokenizer import tokens
 from tests.support.fake_shard import FakeShard, raises, waits_for
@@ -100,6 +104,60 @@ async def test_stop_and_max_tokens_end_the_answer(serve: Serve) -> None:
     assert (stopped["message"]["content"], stopped["finish_reason"]) == ("hel", "stop")
     assert limited["finish_reason"] == "length"
     assert TEXT.startswith(limited["message"]["content"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_several_answers_have_a_choice_each(serve: Serve, stream: bool) -> None:
+    async with serve(*shards()) as served:
+        response = await served.chat(n=3, stream=stream, stream_options={"include_usage": True} if stream else None)
+    if not stream:
+        reply = checked(ChatCompletion, response.json())
+        assert [(one.index, one.message.content) for one in reply.choices] == [(index, TEXT) for index in range(3)]
+        usage = response.json()["usage"]
+    else:
+        parts = chunks(response.text)
+        choices = [checked(ChatCompletionChunk, one).choices[0] for one in parts[:-1]]
+        for index in range(3):
+            own = [choice for choice in choices if choice.index == index]
+            assert "".join(choice.delta.content or "" for choice in own) == TEXT
+            assert [choice.delta.role for choice in own if choice.delta.role] == ["assistant"]
+            assert [choice.finish_reason for choice in own if choice.finish_reason] == ["stop"]
+        usage = parts[-1]["usage"]
+    assert usage["completion_tokens"] == 3 * GENERATED
+
+
+def tool_deltas() -> Iterator[inference_pb2.Delta]:
+    for index, name in enumerate(("weather", "time")):
+        yield inference_pb2.Delta(tool_calls=[inference_pb2.ToolCallDelta(index=index, id=f"call-{index}", name=name)])
+        for part in ('{"city": ', '"Rome"}'):
+            yield inference_pb2.Delta(tool_calls=[inference_pb2.ToolCallDelta(index=index, arguments=part)])
+
+
+def test_parts_of_tool_calls_put_together_are_the_whole_calls() -> None:
+    body = ChatBody.model_validate({"model": "weak", "messages": USER, "stream": True})
+    streaming, whole = ChatShape("an id", body), ChatShape("an id", body)
+    finished = inference_pb2.Finished(reason=inference_pb2.FINISH_REASON_TOOL_CALLS)
+    read = []
+    for shape in (streaming, whole):
+        shape.start(inference_pb2.Started())
+        for delta in tool_deltas():
+            response = inference_pb2.GenerateResponse(delta=delta)
+            if shape is whole:
+                shape.add(response)
+            else:
+                read.append(streaming.events(response))
+        shape.finish(0, finished)
+    read.append(streaming.events(inference_pb2.GenerateResponse(finished=finished)))
+    parts = [checked(ChatCompletionChunk, one).choices[0] for one in chunks(b"".join([*read, DONE]).decode())]
+    calls: dict[int, list[str]] = {}
+    for call in (call for part in parts for call in part.delta.tool_calls or ()):
+        assert call.function is not None
+        known = calls.setdefault(call.index, [call.id or "", call.function.name or "", ""])
+        known[2] += call.function.arguments or ""
+    reply = checked(ChatCompletion, whole.whole()).choices[0]
+    found = [one.model_dump() for one in reply.message.tool_calls or ()]
+    assert [[one["id"], one["function"]["name"], one["function"]["arguments"]] for one in found] == list(calls.values())
+    assert (reply.message.content, reply.finish_reason, parts[-1].finish_reason) == (None, "tool_calls", "tool_calls")
 
 
 @pytest.mark.parametrize("stream", [False, True])
