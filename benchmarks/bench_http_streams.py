@@ -68,8 +68,8 @@ def _messages(number: int) -> list[dict[str, str]]:
 
 async def _ask_over_grpc(client: AsyncClient, number: int) -> float:
     began, first = time.perf_counter(), 0.0
-    fields = {"messages": _messages(number), "route": ROUTE, "max_tokens": TOKENS, "ignore_eos": True}
-    async with aclosing(aiter(client.stream(**fields))) as events:
+    stream = client.stream(messages=_messages(number), route=ROUTE, max_tokens=TOKENS, ignore_eos=True)
+    async with aclosing(aiter(stream)) as events:
         async for event in events:
             if isinstance(event, Delta) and event.text and not first:
                 first = time.perf_counter()

@@ -225,7 +225,10 @@ class ChatShape(Shape):
         self._with_logprobs = bool(body.logprobs)
         # What every chunk begins with, up to the choice's index.
         self._prefix = b""
-        self._usage = b',"usage":null' if body.include_usage else b""
+        # Whether deltas have nothing but text.
+        self._only_text = not body.logprobs and not body.tools
+        # What every chunk ends with, after its choice.
+        self._suffix = (b',"usage":null' if body.include_usage else b"") + b"}\n\n"
         self._answers = body.n or 1
         # Answers whose first chunk, which has the role, has been made.
         self._begun: set[int] = set()
@@ -239,6 +242,10 @@ class ChatShape(Shape):
 
     def events(self, response: inference_pb2.GenerateResponse) -> bytes:
         answer, delta = response.answer, response.delta
+        if self._only_text and answer in self._begun and response.HasField("delta"):
+            # Nearly all events, which need none of the checks below.
+            choice = f'{answer},"delta":{{"content":{json.dumps(delta.text)}}},"logprobs":null,"finish_reason":null}}]'
+            return self._prefix + choice.encode() + self._suffix if delta.text else b""
         if not (delta.text or delta.tool_calls or delta.logprobs or response.HasField("finished")):
             return b""
         fields = []
@@ -256,7 +263,7 @@ class ChatShape(Shape):
         # A chunk without a choice, for which many clients aren't made, comes only where they ask for usage.
         is_last = not self.include_usage and len(self._finished) == self._answers and response.HasField("finished")
         stitch = b',"stitch":' + compact(self.stitch()) if is_last else b""
-        return self._prefix + choice.encode() + self._usage + stitch + b"}\n\n"
+        return self._prefix + choice.encode() + stitch + self._suffix
 
     def last_events(self) -> bytes:
         if not self.include_usage:

@@ -134,7 +134,8 @@ def tool_deltas() -> Iterator[inference_pb2.Delta]:
 
 
 def test_parts_of_tool_calls_put_together_are_the_whole_calls() -> None:
-    body = ChatBody.model_validate({"model": "weak", "messages": USER, "stream": True})
+    tools = [{"type": "function", "function": {"name": name}} for name in ("weather", "time")]
+    body = ChatBody.model_validate({"model": "weak", "messages": USER, "stream": True, "tools": tools})
     streaming, whole = ChatShape("an id", body), ChatShape("an id", body)
     finished = inference_pb2.Finished(reason=inference_pb2.FINISH_REASON_TOOL_CALLS)
     read = []
