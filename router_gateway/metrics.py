@@ -116,6 +116,8 @@ class Metrics:
         self.ejections = self._counter(name, about, cause=EJECTION_CAUSES)
         name, about = "stitch_membership_changes_total", "Shards that came or went, and sources that were refused."
         self.membership_changes = self._counter(name, about, kind=CHANGES)
+        name, about = "stitch_http_requests_total", "Requests over HTTP, by the path's template and by status."
+        self.http_requests = Counter(name, about, ["path", "code"], registry=self.registry)
         name, about = "stitch_cancelled_total", "Answers cancelled before their end, by cause."
         self.cancelled = self._counter(name, about, cause=CANCEL_CAUSES)
 

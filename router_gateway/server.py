@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import Counter
 
 from router_gateway.admission.admission import Admission
 from router_gateway.admission.capacity import capacity_of
@@ -181,7 +182,7 @@ async def open_gateway(
             lambda: health.serving,
             access,
         )
-        http, http_port = await _listening_http(services, settings, certificates)
+        http, http_port = await _listening_http(services, settings, certificates, metrics.http_requests)
         gateway = Gateway(port, metrics_port, metrics, server, health, in_flight, http, http_port)
         stack.push_async_callback(gateway.stop)
         readiness = health.follow(registry, lambda: _is_ready(source, placement, routes, metrics))
@@ -238,13 +239,13 @@ def _client_access(certificates: Certificates | None) -> Access | None:
 
 
 async def _listening_http(
-    services: Services, settings: GatewaySettings, certificates: Certificates | None
+    services: Services, settings: GatewaySettings, certificates: Certificates | None, requests: Counter
 ) -> tuple[HttpServer | None, int]:
     """The HTTP server and its port; None and 0 where the settings name no address for it."""
     if settings.http_address is None:
         return None, 0
     secured = None if certificates is None else certificates.https_to_clients()
-    server = HttpServer(build_app(services), services.config.limits, secured, services.end_calls)
+    server = HttpServer(build_app(services, requests), services.config.limits, secured, services.end_calls)
     return server, await server.start(settings.http_address)
 
 

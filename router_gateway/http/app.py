@@ -8,12 +8,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from prometheus_client import Counter
 from pydantic.json_schema import models_json_schema
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router_gateway.http.calls import Endpoint, Services
 from router_gateway.http.chat import ChatBody, chat
@@ -38,8 +40,8 @@ def endpoints(services: Services) -> list[Endpoint[Any]]:
     ]
 
 
-def build_app(services: Services) -> Starlette:
-    """The application of a gateway's HTTP port."""
+def build_app(services: Services, requests: Counter) -> ASGIApp:
+    """The application of a gateway's HTTP port; `requests` counts by the path's template and by status."""
     served = endpoints(services)
     described = compact(openapi(served))
 
@@ -53,15 +55,28 @@ def build_app(services: Services) -> Starlette:
     async def describe(request: Request) -> Response:
         return Response(described, media_type=JSON)
 
-    return Starlette(
-        routes=[
-            *(Route(one.path, one, methods=[one.method]) for one in served),
-            Route("/health", health),
-            Route("/ready", ready),
-            Route("/openapi.json", describe),
-        ],
-        exception_handlers={HTTPException: _refused},
-    )
+    routes = [
+        *(Route(one.path, one, methods=[one.method]) for one in served),
+        Route("/health", health),
+        Route("/ready", ready),
+        Route("/openapi.json", describe),
+    ]
+    paths: dict[object, str] = {route.endpoint: route.path for route in routes}
+    for path in paths.values():
+        requests.labels(path=path, code="200")
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _refused})
+
+    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+        async def count(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # A path that the application doesn't have is the client's choice, so no label.
+                path = paths.get(scope.get("endpoint"), "other")
+                requests.labels(path=path, code=str(message["status"])).inc()
+            await send(message)
+
+        await app(scope, receive, count)
+
+    return counted
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -205,7 +205,8 @@ def generated(
 ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
     """The pipeline's messages; raises what it raises."""
     read = RequestReader(lambda: message)
-    return services.pipeline.generate(call.credentials, read, call.arrival, call.deadline, call.write)
+    traceparent = call.headers.get("traceparent", "")
+    return services.pipeline.generate(call.credentials, read, call.arrival, call.deadline, call.write, traceparent)
 
 
 async def respond(

@@ -40,7 +40,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Labels]:
     """Sample name to label to its values, over all processes of a cluster that has answered on both routes."""
     file = write_tiny_cluster(tmp_path_factory.mktemp("metrics-pair"))
     files = write_certificates(load_cluster(str(file)), tmp_path_factory.mktemp("metrics-certificates"))
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"tls": files}))
+    fields = json.loads(file.read_text()) | {"tls": files}
+    fields["gateway"]["http"] = "127.0.0.1:0"
+    file.write_text(json.dumps(fields))
     with running_cluster(file, tmp_path_factory.mktemp("metrics-run")) as cluster:
         for route in ("weak", "strong", "auto"):
             cluster.generate("stitch", route=route, max_tokens=4, ignore_eos=True)
