@@ -22,6 +22,9 @@ from stitch.v1 import shard_pb2, shard_pb2_grpc
 
 _log = logging.getLogger(__name__)
 
+# The weight of one answer to a poll in the mean time of the answers.
+ANSWER_WEIGHT = 1 / 8
+
 # A started call: an iterator over responses, with `cancel`.
 GenerateCall = grpc.aio.UnaryStreamCall[shard_pb2.ShardGenerateRequest, shard_pb2.ShardGenerateResponse]
 
@@ -32,7 +35,8 @@ class HealthPolicy(Settings):
     poll_seconds: float = Field(default=1.0, gt=0)
     # A poll without an answer fails after this; a shard that says nothing for so long loses streams that wait for it.
     poll_timeout_seconds: float = Field(default=1.0, gt=0)
-    # While a poll waits for longer than this, new sessions prefer other replicas, and those without a token go there.
+    # While a poll waits for longer than this, and than four times the mean of the answers, new sessions prefer other
+    # replicas, and those without a token go there.
     doubt_seconds: float = Field(default=0.3, gt=0)
     # A shard is gone after this many failed polls in a row.
     max_failed_polls: int = Field(default=3, ge=1)
@@ -90,6 +94,8 @@ class Replica:
         # How long a poll has waited, whether or not tokens came.
         self.unanswered_seconds = 0.0
         self._silent_seconds = 0.0
+        # The mean time of the answers.
+        self._usual_seconds = 0.0
         self._polling: asyncio.Task[None] | None = None
         self._poll_error: grpc.StatusCode | None = None
 
@@ -115,7 +121,9 @@ class Replica:
     @property
     def doubted(self) -> bool:
         """Whether a poll waits for too long for new sessions; tokens may come still if one direction is cut off."""
-        return self.unanswered_seconds >= self._policy.doubt_seconds
+        policy = self._policy
+        longest = min(max(policy.doubt_seconds, 4 * self._usual_seconds), policy.poll_timeout_seconds)
+        return self.unanswered_seconds >= longest
 
     @property
     def silent(self) -> bool:
@@ -191,6 +199,8 @@ class Replica:
 
     def _poll_answered(self, answer: shard_pb2.ShardDescribeResponse, placed: Placed) -> None:
         self._failed_polls, self._poll_error = 0, None
+        took = min(self.unanswered_seconds, self._policy.poll_timeout_seconds)
+        self._usual_seconds += ANSWER_WEIGHT * (took - self._usual_seconds)
         self._unanswered, self._silent_seconds, self.unanswered_seconds = False, 0.0, 0.0
         self.load.reconcile(answer, placed)
         changed = self.identity != answer.identity

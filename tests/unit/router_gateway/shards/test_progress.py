@@ -165,6 +165,22 @@ async def test_new_session_leaves_next_shard_that_its_first_one_suspects(
             assert session.silent_shard == ("top-0" if leaves else "")
 
 
+async def test_replica_that_usually_answers_late_is_avoided_later() -> None:
+    fakes = shards()
+    async with bench_of(*fakes) as bench:
+        replica = bench.registry.replicas["bottom-0"]
+        for _ in range(20):
+            await stops(bench, fakes[0])
+            bench.wait(0.04)
+            fakes[0].answers_describe.set()
+            await eventually(lambda: not replica.unanswered_seconds)
+        await stops(bench, fakes[0])
+        bench.wait(QUICK.doubt_seconds + 2 * QUICK.check_seconds)
+        assert not replica.avoided
+        bench.wait(4 * 0.04 - QUICK.doubt_seconds)
+        assert replica.avoided
+
+
 async def test_session_that_has_waited_for_long_leaves_only_where_half_of_it_was_silence() -> None:
     fakes = shards()
     async with bench_of(*fakes) as bench:
