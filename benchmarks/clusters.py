@@ -77,7 +77,12 @@ class FirstShard:
         self._cluster = cluster
 
     async def generate(
-        self, token_ids: Sequence[int], tokens: int, route: str = "strong", arrived: Callable[[], None] | None = None
+        self,
+        token_ids: Sequence[int],
+        tokens: int,
+        route: str = "strong",
+        arrived: Callable[[], None] | None = None,
+        grammar: shard_pb2.Grammar | None = None,
     ) -> Timed:
         """Generates exactly `tokens` tokens greedily; calls `arrived` at every reply with tokens."""
         stages = self._cluster.stages(self._cluster.route(route))
@@ -87,6 +92,7 @@ class FirstShard:
             route=route,
             chain=[replicas[0].name for replicas in stages[1:]],
             sampling=inference_pb2.Sampling(max_tokens=tokens),
+            grammar=grammar,
         )
         started = time.perf_counter()
         timed = Timed([], [])
