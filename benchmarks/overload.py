@@ -2,7 +2,7 @@
 
 Goodput is answers within the deadline, by the client's clock, per second of the measured time, which begins one
 deadline after the load. The peak is the most goodput of clients that ask again as soon as they have their answer. Too
-long for `python -m benchmarks`; run `python -m benchmarks.overload --seconds 300 --out FILE.json`.
+long for `python -m benchmarks`; run `python -m benchmarks.overload --seconds 300 --loads 10 --out FILE.json`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,15 +104,16 @@ class Requests:
         return outcome
 
 
-async def measure(options: Options, seconds: float, loads: Sequence[float]) -> None:
+async def measure(options: Options, peak_seconds: float, seconds: float, loads: Sequence[float]) -> None:
     """Measures the peak, the loads one after the other, the tenants' shares, and a flood of one tenant."""
     with tempfile.TemporaryDirectory() as folder, running(_with_tenants(Path(folder))) as local:
-        direct = await _peak_of_shards(local, seconds)
+        direct, direct_by_clients = await _peak_of_shards(local, peak_seconds)
         async with _client(local, "any") as client:
-            peak, by_clients = await _peak(client, seconds)
-            print(f"  peak {peak:.2f}/s through the gateway, {direct:.2f}/s without; {by_clients}", flush=True)
+            peak, by_clients = await _peak(client, peak_seconds)
+            print(f"  peak {peak:.2f}/s through the gateway, {by_clients}", flush=True)
+            print(f"  and {direct:.2f}/s without, {direct_by_clients}", flush=True)
             found = {load: await _load(client, load * peak, seconds) for load in loads}
-        shares = await _shares(local, seconds)
+        shares = await _shares(local, peak_seconds)
         alone, beside = await _flood(local, options.tiny)
     samples: dict[str, Sequence[float]] = {}
     ratios: dict[str, float] = {}
@@ -137,12 +138,16 @@ async def measure(options: Options, seconds: float, loads: Sequence[float]) -> N
     write(options, samples, ratios, peak_per_second=peak, direct_per_second=direct, seconds=seconds, outcomes=outcomes)
 
 
-def _with_tenants(folder: Path) -> ClusterConfig:
-    """The preset with one tenant for each use; a tenant's key is its name."""
-    weights = {"any": 1, "flood": 1, "other": 1, **WEIGHTS}
+def write_keys(file: Path, weights: Mapping[str, float]) -> None:
+    """A keys file in which a tenant's key is its name."""
     hashes = {name: hashlib.sha256(name.encode()).hexdigest() for name in weights}
     sections = (f'[tenants.{name}]\nkeys = ["{hashes[name]}"]\nweight = {weight}\n' for name, weight in weights.items())
-    (folder / "keys.toml").write_text("\n".join(sections))
+    file.write_text("\n".join(sections))
+
+
+def _with_tenants(folder: Path) -> ClusterConfig:
+    """The preset with one tenant for each use."""
+    write_keys(folder / "keys.toml", {"any": 1, "flood": 1, "other": 1, **WEIGHTS})
     cluster = preset()
     gateway = cluster.gateway.model_copy(update={"keys": str(folder / "keys.toml")})
     return cluster.model_copy(update={"gateway": gateway})
@@ -168,7 +173,7 @@ async def _closed_loop(clients: int, seconds: float, one: Callable[[], Awaitable
 
 
 async def _peak(client: AsyncClient, seconds: float) -> tuple[float, dict[int, float]]:
-    """The most goodput, and that of each number of clients."""
+    """The most goodput through the gateway, and that of each number of clients."""
     found = {}
     for clients in PEAK_CLIENTS:
         requests = Requests(client, clients)
@@ -185,9 +190,9 @@ async def _peak(client: AsyncClient, seconds: float) -> tuple[float, dict[int, f
     return max(found.values()), found
 
 
-async def _peak_of_shards(local: LocalCluster, seconds: float) -> float:
-    """The most goodput of clients of the first shard, which nothing stands in front of."""
-    best = 0.0
+async def _peak_of_shards(local: LocalCluster, seconds: float) -> tuple[float, dict[int, float]]:
+    """The same of clients of the first shard, which nothing stands in front of."""
+    found = {}
     async with first_shard(local) as shard:
         for clients in PEAK_CLIENTS[:-1]:
             finished: list[float] = []
@@ -200,8 +205,8 @@ async def _peak_of_shards(local: LocalCluster, seconds: float) -> float:
                     finished.append(time.monotonic())
 
             begin, end = await _closed_loop(clients, seconds, one)
-            best = max(best, sum(begin <= at < end for at in finished) / seconds)
-    return best
+            found[clients] = round(sum(begin <= at < end for at in finished) / seconds, 2)
+    return max(found.values()), found
 
 
 async def _generate(shard: FirstShard, draw: random.Random) -> None:
@@ -280,11 +285,15 @@ def main() -> None:
     parser = flags(__doc__ or "")
     parser.add_argument("--seconds", metavar="S", type=float, default=60.0, help="measured for each load (60)")
     parser.add_argument(
+        "--peak-seconds", metavar="S", type=float, default=30.0, help="measured for each number of clients (30)"
+    )
+    parser.add_argument(
         "--loads", metavar="N", type=float, nargs="+", default=LOADS, help="multiples of the peak (1 2 4 10)"
     )
     parsed = parser.parse_args()
-    seconds, loads = (3.0, (4.0,)) if parsed.tiny else (parsed.seconds, parsed.loads)
-    run(measure(Options(parsed.tiny, parsed.out), seconds, loads))
+    if parsed.tiny:
+        parsed.peak_seconds, parsed.seconds, parsed.loads = 3.0, 3.0, (4.0,)
+    run(measure(Options(parsed.tiny, parsed.out), parsed.peak_seconds, parsed.seconds, parsed.loads))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ a virtual time, which its cost advances by cost / weight, and the tenant with th
 the time get cost in proportion to their weights. Invariants: no item waits for another tenant's turn while nobody else
 waits (work-conserving), and a tenant earns no credit while nothing of it is queued.
 
-Each operation takes a time that is logarithmic in the number of items.
+Each operation takes a time that is logarithmic in the number of items, except `seconds_before`.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
@@ -33,6 +34,10 @@ class _Account:
     virtual_time: float
     weight: float = 1.0
     num_queued: int = 0
+    # How long its items are expected to run.
+    queued_seconds: float = 0.0
+    # What it was charged too much, at most 0; its next charges are less by it.
+    excess: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +46,7 @@ class _Entry(Generic[Item]):
 
     item: Item | None
     flow: _Flow[Item]
+    seconds: float
 
 
 # When an item is due in seconds, and the number of its arrival, by which heaps sort it.
@@ -100,23 +106,28 @@ class FairQueue(Generic[Item]):
         weight: float = 1.0,
         deadline: float | None = None,
         group: Group = None,
+        is_first: bool = False,
+        seconds: float = 0.0,
     ) -> None:
-        """Queues an item. `weight` is positive, and the tenant's from now on; `deadline` in seconds of the clock."""
+        """Queues an item. `weight` is positive, and the tenant's from now on; `deadline` in seconds of the clock.
+
+        `is_first`: it comes before its tenant's other items, whatever their deadlines; `seconds`: how long it is
+        expected to run.
+        """
         account = self._account(tenant)
         account.weight = weight
         if not account.num_queued:
             account.virtual_time = max(account.virtual_time, self._virtual_now)
         account.num_queued += 1
+        account.queued_seconds += seconds
         flow = self._flows.get((tenant, group))
         if flow is None:
             flow = self._flows[tenant, group] = _Flow(tenant, group)
             place = account.virtual_time, next(self._numbers), flow
             heappush(self._flow_order.setdefault(group, []), place)
-        entry, number = _Entry(item, flow), next(self._numbers)
+        entry, number = _Entry(item, flow, seconds), next(self._numbers)
         self._entries[item] = entry
-        latest = self._clock() + self._latest_due_seconds
-        due = latest if deadline is None else min(deadline, latest)
-        heappush(flow.due, (due, number, entry))
+        heappush(flow.due, (self._due(deadline, is_first), number, entry))
         if deadline is not None:
             heappush(self._deadlines, (deadline, number, entry))
 
@@ -143,7 +154,9 @@ class FairQueue(Generic[Item]):
         if entry is None:
             return False
         entry.item = None
-        self._accounts[entry.flow.tenant].num_queued -= 1
+        account = self._accounts[entry.flow.tenant]
+        account.num_queued -= 1
+        account.queued_seconds = account.queued_seconds - entry.seconds if account.num_queued else 0.0
         self._compact(entry.flow.due)
         self._compact(self._deadlines)
         return True
@@ -164,19 +177,41 @@ class FairQueue(Generic[Item]):
         return [group for group in list(self._flow_order) if self._next_flow(group)]
 
     def charge(self, tenant: str, cost: float) -> None:
-        """Counts what was done for a tenant; `cost` is not negative.
+        """Counts what was done for a tenant. A negative `cost` is what was charged too much before.
 
         While nothing is queued it takes nothing from others, so that only the last charge counts later.
         """
         account = self._account(tenant)
         if not self._entries:
             self._virtual_now = max(self._virtual_now, account.virtual_time)
-        account.virtual_time += cost / account.weight
+        due = cost + account.excess
+        account.excess = min(due, 0.0)
+        account.virtual_time += max(due, 0.0) / account.weight
 
     def virtual_time(self, tenant: str) -> float:
         """The tenant's virtual time; of tenants with items, the one with the least is next."""
         account = self._accounts.get(tenant)
         return self._virtual_now if account is None else account.virtual_time
+
+    def length(self, tenant: str) -> int:
+        """The number of the tenant's items."""
+        account = self._accounts.get(tenant)
+        return 0 if account is None else account.num_queued
+
+    def seconds_before(self, tenant: str, deadline: float | None = None, is_first: bool = False) -> float:
+        """How long those of the tenant's items are expected to run that come before a new one."""
+        due = self._due(deadline, is_first)
+        flows = (flow for (name, _), flow in self._flows.items() if name == tenant)
+        return sum(entry.seconds for flow in flows for at, _, entry in flow.due if entry.item is not None and at <= due)
+
+    def seconds_of_others(self, tenant: str) -> float:
+        """How long the items of all other tenants are expected to run."""
+        return sum(account.queued_seconds for name, account in self._accounts.items() if name != tenant)
+
+    def _due(self, deadline: float | None, is_first: bool) -> float:
+        """By which an item that is queued now is ordered within its tenant."""
+        latest = self._clock() + self._latest_due_seconds
+        return -math.inf if is_first else latest if deadline is None else min(deadline, latest)
 
     def _account(self, tenant: str) -> _Account:
         account = self._accounts.get(tenant)

@@ -1,9 +1,10 @@
 """The one way in for requests of every protocol: `admit(credentials, demand)`.
 
 In go what a caller shows of itself and what it asks for, out comes a `Ticket`, or the error that refuses it. A ticket
-whose text is tokenized `start`s: it waits until the shards have room for it. Shards hold as many requests as keep them
-busy and let the running ones end in time; the others wait here, in the order of `FairQueue`. What can't end by its
-deadline is refused at once, with a time for which room is kept.
+whose text is tokenized `start`s: it waits until the shards have room for it. Shards hold as many requests as let others
+begin soon and the running ones end in time; the rest waits here, in the order of `FairQueue`, which counts tokens times
+the parameters that a route reads for each. What can't end by its deadline is refused at once, with a time for which
+room is kept.
 
 Invariant: a ticket whose block has ended holds nothing.
 """
@@ -19,7 +20,6 @@ from types import TracebackType
 from typing import Self
 
 from router_gateway.admission.capacity import Capacity
-from router_gateway.admission.fair_queue import FairQueue
 from router_gateway.admission.forecast import Forecast, Size
 from router_gateway.admission.promises import Promise, Promises
 from router_gateway.admission.tenants import Credentials, Tenant, Tenants
@@ -27,10 +27,14 @@ from router_gateway.admission.token_budget import Account
 from router_gateway.metrics import Metrics
 from stitch.cluster import GatewayConfig
 from stitch.errors import Exhausted, Expired
+from stitch.fair_queue import FairQueue
 
 # Requests on one first shard, unless deadlines or the KV cache allow fewer: beside less of them, some would wait for
 # whole answers of others instead of sharing the shard with them.
 LEAST_RUNNING = 16
+# Beyond LEAST_RUNNING, as many run as get each of their tokens within this time: people read no faster, and the first
+# token of another tenant's request waits for a pass of theirs.
+LONGEST_TOKEN_SECONDS = 0.1
 # A deadline that allows fewer running requests than this share of the limit is not kept at the cost of the others.
 LEAST_SHARE_FOR_DEADLINE = 0.25
 # Of the room for a tenant's requests, what is promised to those that were refused.
@@ -42,10 +46,8 @@ KV_SHARE = 0.9
 LEAST_RETRY_SECONDS, MOST_RETRY_SECONDS = 0.25, 3600.0
 # How often promises lapse, and the shards' room is looked at without any event.
 TICK_SECONDS = 0.25
-# Fewer tokens say little of the time for one.
-LEAST_DECODED_TOKENS = 4
-# By which the number of running requests may change while a rate is measured.
-STEADY_SHARE = 0.2
+# The time for one token is learned from answers that end with at least so many, and when a longer one has that many.
+LEAST_DECODED_TOKENS, EARLY_DECODED_TOKENS = 4, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +93,14 @@ class Admission:
         self._capacity = capacity
         self._metrics = metrics
         self.clock = clock
-        self._queue: FairQueue[Ticket] = FairQueue()
+        self._queue: FairQueue[Ticket] = FairQueue(clock)
         self._running: dict[int, Ticket] = {}
-        self._accounts = {name: Account() for name in tenants.names}
+        # Of the tenants that have sent a request, by name.
+        self._accounts: dict[str, Account] = {}
         self._promises = Promises()
         # Of the number of running requests over time, in request-seconds, up to `_summed_at`.
         self._running_seconds = 0.0
         self._summed_at = clock()
-        # Generated ones of all requests.
-        self.tokens = 0
         metrics.add_tenants(tenants.names)
 
     def authenticate(self, credentials: Credentials) -> Tenant:
@@ -139,21 +140,31 @@ class Admission:
 
     def enqueue(self, ticket: Ticket) -> None:
         """Starts the ticket or lets it wait. Raises Exhausted where it would be too late."""
+        tenant = ticket.tenant
         self._check_budget(ticket)
         if not self._starts_now(ticket):
             # A promise was made by what is expected, which the bound exceeds; and the bound is learned from tenants
             # whose requests wait for one another on the first shard.
-            is_preferred = ticket.promise is not None or self._is_owed(ticket.tenant)
+            is_preferred = ticket.promise is not None or self._is_owed(tenant, self._limit())
             seconds = self._forecast.seconds if is_preferred else self._forecast.bound_seconds
             self._check(ticket, seconds(ticket.size, self._running_beside()))
-        self._queue.add(ticket)
+        self._queue.push(
+            ticket,
+            tenant.name,
+            weight=tenant.weight,
+            deadline=ticket.deadline,
+            group=tenant.name,
+            is_first=ticket.promise is not None,
+            seconds=ticket.service_seconds,
+        )
         ticket.status = Status.WAITING
         self.start_waiting()
-        self._show(ticket.tenant)
+        self._show(tenant)
 
     def start_waiting(self) -> None:
         """Starts as many waiting requests as may run now."""
-        while (ticket := self._queue.pop(self._may_start)) is not None:
+        while (ticket := self._next()) is not None:
+            self._queue.take(ticket)
             self._show(ticket.tenant)
             if ticket.is_abandoned:
                 ticket.status = Status.ENDED
@@ -199,12 +210,22 @@ class Admission:
         """The number of requests on shards; one with several answers is as many."""
         return sum(ticket.size.answers for ticket in self._running.values())
 
+    def learn_decode(self, ticket: Ticket) -> None:
+        """Learns from the time that the ticket's tokens took after the first ones."""
+        tokens, now = ticket.tokens / ticket.size.answers, self.clock()
+        if tokens < LEAST_DECODED_TOKENS or ticket.first_token_at is None or ticket.first_token_at == now:
+            return
+        seconds = now - ticket.first_token_at
+        running = (self.running_seconds() - ticket.running_seconds_at_first) / seconds / self._capacity().first_shards
+        self._forecast.decode.observe(running, seconds / (tokens - 1), now)
+
     # How many may run.
 
     def _limit(self) -> int:
-        """How many requests the shards hold: as many as keep them busy, fit the KV cache, and end in time."""
-        capacity, decode = self._capacity(), self._forecast.decode
-        limit = capacity.first_shards * max(LEAST_RUNNING, decode.saturating or 0.0)
+        """How many requests the shards hold: as many as get their tokens fast, fit the KV cache, and end in time."""
+        capacity = self._capacity()
+        fast = self._forecast.decode.running_within(LONGEST_TOKEN_SECONDS)
+        limit = capacity.first_shards * max(LEAST_RUNNING, fast or 0.0)
         if capacity.kv_tokens and self._forecast.mean_tokens:
             limit = min(limit, KV_SHARE * capacity.kv_tokens / self._forecast.mean_tokens)
         within = (capacity.first_shards * one.running_within for one in self._running.values())
@@ -212,17 +233,27 @@ class Admission:
             1, int(min((one for one in within if LEAST_SHARE_FOR_DEADLINE * limit <= one < limit), default=limit))
         )
 
-    def _may_start(self, ticket: Ticket) -> bool:
-        """Whether the shards have room, or the tenant has less than half of its share of them."""
-        tenant, account = ticket.tenant, self._account(ticket.tenant)
-        if tenant.max_running is not None and account.running >= tenant.max_running:
-            return False
-        return (self.running < self._limit() or self._is_owed(tenant)) and self._fits_kv(ticket)
+    def _next(self) -> Ticket | None:
+        """The waiting request that starts now; one that doesn't fit the KV cache is waited for."""
+        if not len(self._queue):
+            return None
+        limit = self._limit()
+        ticket = self._queue.peek(lambda name: self._has_room(self._accounts[str(name)].tenant, limit))
+        return ticket if ticket is not None and self._fits_kv(ticket) else None
 
-    def _is_owed(self, tenant: Tenant) -> bool:
+    def _has_room(self, tenant: Tenant, limit: int) -> bool:
+        """Whether one more request of the tenant may run, as far as their number goes."""
+        running = self._account(tenant).running
+        if tenant.max_running is not None and running >= tenant.max_running:
+            return False
+        return self.running < limit or self._is_owed(tenant, limit)
+
+    def _is_owed(self, tenant: Tenant, limit: int) -> bool:
         """Whether it runs less than half of its share of what the shards hold; others may then run beyond theirs."""
-        running, limit = self.running, self._limit()
-        return self._account(tenant).running < self._share(tenant) * limit / 2 and running < 2 * limit
+        return self._account(tenant).running < self._share(tenant) * limit / 2 and self.running < 2 * limit
+
+    def _may_start(self, ticket: Ticket) -> bool:
+        return self._has_room(ticket.tenant, self._limit()) and self._fits_kv(ticket)
 
     def _fits_kv(self, ticket: Ticket) -> bool:
         held = sum(one.size.tokens for one in self._running.values())
@@ -238,9 +269,9 @@ class Admission:
 
     def _share(self, tenant: Tenant) -> float:
         """The tenant's share of the shards among those that have requests."""
-        weights = {one.tenant.name: one.tenant.weight for one in self._running.values()}
-        weights |= {one.name: one.weight for one in self._queue.tenants()} | {tenant.name: tenant.weight}
-        return tenant.weight / sum(weights.values())
+        others = (one for name, one in self._accounts.items() if name != tenant.name)
+        weights = (one.tenant.weight for one in others if one.running or self._queue.length(one.tenant.name))
+        return tenant.weight / (tenant.weight + sum(weights))
 
     def _running_beside(self) -> float:
         """How many requests will run on each first shard when one more has come."""
@@ -292,7 +323,7 @@ class Admission:
 
     def wait_seconds(self, ticket: Ticket) -> float:
         """Until the ticket would run: its tenant's earlier requests at its share, or all that wait, if that is less."""
-        before = self._queue.seconds_before(ticket)
+        before = self._queue.seconds_before(ticket.tenant.name, ticket.deadline, ticket.promise is not None)
         if not before and self._may_start(ticket):
             return 0.0
         tenant, slots = ticket.tenant, self._slots(ticket.tenant)
@@ -347,6 +378,7 @@ class Admission:
             self._account(tenant).budget.take(size.tokens, tenant.tokens_per_minute, now)
         if ticket.promise is not None:
             self._metrics.admission_returns.labels(outcome="admitted").inc()
+        self._queue.charge(tenant.name, size.work)
         ticket.started_at = now
         ticket.running_within = self._forecast.running_within(size, ticket.deadline - now)
         ticket.status = Status.RUNNING
@@ -354,37 +386,30 @@ class Admission:
 
     def _end_running(self, ticket: Ticket) -> None:
         now, tenant, size = self.clock(), ticket.tenant, ticket.size
-        total = self.running_seconds()
+        self.running_seconds()
+        self.learn_decode(ticket)
         del self._running[id(ticket)]
         self._account(tenant).running -= 1
         excess = ticket.tokens - size.answers * size.answer_tokens
-        self._queue.correct(tenant, size.cost * excess)
+        self._queue.charge(tenant.name, size.cost * excess)
         if tenant.tokens_per_minute is not None:
             self._account(tenant).budget.take(excess, tenant.tokens_per_minute, now)
         self._metrics.tenant_work.labels(tenant=tenant.name).inc(size.cost * (size.prompt_tokens + ticket.tokens))
         if ticket.first_token_at is None:
             return
-        decoding, tokens = now - ticket.first_token_at, ticket.tokens / size.answers
-        if tokens >= LEAST_DECODED_TOKENS and decoding > 0:
-            divisor = decoding * self._capacity().first_shards
-            running = (total - ticket.running_seconds_at_first) / divisor
-            # While their number falls, fewer prompts are computed than that number of requests brings.
-            change = self.running + size.answers - ticket.running_at_first
-            is_steady = abs(change) <= STEADY_SHARE * ticket.running_at_first
-            rate = (self.tokens - ticket.tokens_at_first) / divisor if is_steady else None
-            self._forecast.decode.observe(running, decoding / (tokens - 1), rate, now)
         for length, ended_itself in ticket.ended:
             self._forecast.lengths.observe(tenant.name, size.route, length, ended_itself)
         if ticket.is_complete:
-            tokens += size.prompt_tokens / size.answers
-            self._forecast.observe(ticket.first_token_at - ticket.started_at, now - ticket.started_at, round(tokens))
+            tokens = round((size.prompt_tokens + ticket.tokens) / size.answers)
+            self._forecast.observe(ticket.first_token_at - ticket.started_at, now - ticket.started_at, tokens)
 
     def _account(self, tenant: Tenant) -> Account:
         account = self._accounts.get(tenant.name)
         if account is None:
-            # The keys file was replaced.
-            account = self._accounts[tenant.name] = Account()
+            account = self._accounts[tenant.name] = Account(tenant)
+            # The keys file may have been replaced.
             self._metrics.add_tenants([tenant.name])
+        account.tenant = tenant
         return account
 
     def _show(self, tenant: Tenant) -> None:
@@ -415,8 +440,6 @@ class Ticket:
         self.running_within = 0.0
         self.first_token_at: float | None = None
         self.running_seconds_at_first = 0.0
-        self.running_at_first = 0
-        self.tokens_at_first = 0
         # Generated ones.
         self.tokens = 0
         # The lengths of the answers that have ended, and whether before their limit; none where lengths are given.
@@ -424,14 +447,6 @@ class Ticket:
         self._open_answers = demand.answers
         self._is_exact = False
         self._released: asyncio.Future[None] | None = None
-
-    @property
-    def rank(self) -> tuple[bool, float]:
-        return self.promise is None, self.deadline
-
-    @property
-    def work(self) -> float:
-        return self.size.work
 
     @property
     def is_abandoned(self) -> bool:
@@ -486,10 +501,10 @@ class Ticket:
         if self.first_token_at is None:
             self.first_token_at = self._admission.clock()
             self.running_seconds_at_first = self._admission.running_seconds()
-            self.running_at_first = self._admission.running
-            self.tokens_at_first = self._admission.tokens
+        early = EARLY_DECODED_TOKENS * self.size.answers
         self.tokens += count
-        self._admission.tokens += count
+        if self.tokens - count < early <= self.tokens:
+            self._admission.learn_decode(self)
 
     def record_finish(self, tokens: int, at_limit: bool) -> None:
         """An answer is complete; `at_limit`: by its number of tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -76,7 +77,9 @@ class Forecast:
     def running_within(self, size: Size, seconds: float) -> float:
         """How many may run on its first shard so that nearly all requests of that size end in time."""
         ttft = self._ttft_seconds(size.route, size.prompt_tokens) or 0.0
-        return self.decode.running_within((seconds - ttft) / max(size.most_answer_tokens - 1, 1))
+        tokens = max(size.most_answer_tokens - 1, 1)
+        within = self.decode.running_within((seconds - ttft) / tokens / self.decode.factor)
+        return math.inf if within is None else within
 
     def observe(self, ttft_seconds: float, seconds: float, tokens: int) -> None:
         """A request has been answered: from its start to its first token, to its end, and all its tokens."""

@@ -1,8 +1,7 @@
 """How long requests run on shards, learned from those that have ended: tokens of answers, and seconds per token.
 
-All running requests share the passes of the shards, so the time of one token grows with their number. Tokens per second
-of all together grow too, but less and less: beyond some number of requests each waits longer for its tokens and hardly
-more are computed. Both are learned by bands of that number, without assuming a formula.
+All running requests share the passes of the shards, so the time of one token grows with their number. It is learned by
+bands of that number, without assuming a formula.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ BAND_RATIO = 1.5
 SAMPLE_WEIGHT = 0.1
 # Bands without an answer are forgotten: the speed of shards changes with prompts and with what else a machine does.
 MAX_AGE_SECONDS = 60.0
-# The least band counts that reaches this share of the best band's tokens per second.
-SATURATION_SHARE = 0.95
 MOST_RUNNING = 4096
 
 
@@ -63,20 +60,14 @@ class Band:
     running: float = 0.0
     # For one token of an answer.
     seconds: float = 0.0
-    # Tokens of all answers together in a second, and how many answers have measured it.
-    rate: float = 0.0
-    rates: int = 0
     # When the last answer came.
     at: float = 0.0
 
-    def add(self, running: float, seconds: float, rate: float | None, at: float) -> None:
+    def add(self, running: float, seconds: float, at: float) -> None:
         self.answers, self.at = self.answers + 1, at
         weight = max(SAMPLE_WEIGHT, 1 / self.answers)
         self.running += weight * (running - self.running)
         self.seconds += weight * (seconds - self.seconds)
-        if rate is not None:
-            self.rates += 1
-            self.rate += max(SAMPLE_WEIGHT, 1 / self.rates) * (rate - self.rate)
 
 
 class DecodeTimes:
@@ -89,14 +80,14 @@ class DecodeTimes:
         # Measured seconds divided by predicted ones.
         self._factors: deque[float] = deque(maxlen=WINDOW)
 
-    def observe(self, running: float, seconds: float, rate: float | None, at: float) -> None:
-        """Adds an answer that ended at that time: the mean number of running requests, itself included, its seconds per
-        token, and the tokens per second of all; None where that number has changed too much meanwhile.
+    def observe(self, running: float, seconds: float, at: float) -> None:
+        """Adds what an answer has shown by that time: the mean number of running requests, itself included, and its
+        seconds per token.
         """
         running = max(running, 1.0)
         if (predicted := self.seconds(running)) is not None:
             self._factors.append(seconds / predicted)
-        self._bands.setdefault(round(math.log(running, BAND_RATIO)), Band()).add(running, seconds, rate, at)
+        self._bands.setdefault(round(math.log(running, BAND_RATIO)), Band()).add(running, seconds, at)
         self._bands = {index: band for index, band in self._bands.items() if band.at >= at - MAX_AGE_SECONDS}
         self._ordered = sorted(self._bands.values(), key=lambda band: band.running)
 
@@ -122,25 +113,17 @@ class DecodeTimes:
         """What nearly all answers' seconds stay below, as a multiple of the mean: two of 65 exceed it."""
         return max(1.0, sorted(self._factors)[-2]) if len(self._factors) >= MIN_SAMPLES else 1.0
 
-    @property
-    def saturating(self) -> float | None:
-        """How many running requests reach nearly all tokens per second; None before the first answer.
+    def running_within(self, seconds: float) -> float | None:
+        """How many may run so that a token takes at most that long in the mean, at most MOST_RUNNING.
 
-        Where the most that were ever observed are the best, more are worth a try.
+        None before the first answer.
         """
-        bands = [band for band in self._ordered if band.rates >= MIN_SAMPLES]
-        if not bands:
+        if not self._ordered:
             return None
-        best = max(band.rate for band in bands)
-        band = next(band for band in bands if band.rate >= SATURATION_SHARE * best)
-        return band.running * (BAND_RATIO if band is bands[-1] else 1.0)
-
-    def running_within(self, seconds: float) -> float:
-        """How many may run so that nearly all tokens take at most that long, at most MOST_RUNNING."""
         low, high = 0.0, float(MOST_RUNNING)
         while high - low > 0.5:
             middle = (low + high) / 2
-            if (self.seconds(middle) or 0.0) * self.factor <= seconds:
+            if (self.seconds(middle) or 0.0) <= seconds:
                 low = middle
             else:
                 high = middle

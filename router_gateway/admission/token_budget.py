@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from router_gateway.admission.tenants import Tenant
+
 
 class TokenBudget:
     """Times are seconds of one monotonic clock. The limit may change between calls."""
@@ -32,5 +34,7 @@ class TokenBudget:
 class Account:
     """What the running requests of one tenant hold, and what it has used."""
 
+    # As its last request found it.
+    tenant: Tenant
     running: int = 0
     budget: TokenBudget = field(default_factory=TokenBudget)

@@ -96,8 +96,40 @@ class TestFairness:
         queue.charge("a", 3.0)
         assert [serve(queue)[0] for _ in range(4)] == ["b", "b", "b", "a"]
 
+    def test_costlier_work_than_charged_is_charged_later_and_less_is_taken_off(self, queue: FairQueue[str]) -> None:
+        fill(queue, "a", 20)
+        fill(queue, "b", 20)
+        serve(queue, cost=5.0)
+        queue.charge("a", -3.0)
+        assert [serve(queue)[0] for _ in range(8)] == ["b"] * 5 + ["a"] * 3
+
+    def test_tenant_that_waits_keeps_its_turn_while_it_is_passed_over(self, queue: FairQueue[str]) -> None:
+        for tenant in "ab":
+            for number in range(20):
+                queue.push(f"{tenant}-{number}", tenant, group=tenant)
+        for _ in range(5):
+            item = queue.pop(lambda group: group == "b")
+            assert item is not None
+            queue.charge("b", 1.0)
+        assert [serve(queue)[0] for _ in range(7)] == ["a"] * 6 + ["b"]
+
 
 class TestWithinATenant:
+    def test_first_items_precede_earlier_deadlines(self, queue: FairQueue[str]) -> None:
+        queue.push("early", deadline=1.0)
+        queue.push("first", deadline=50.0, is_first=True)
+        assert [queue.pop(), queue.pop()] == ["first", "early"]
+
+    def test_seconds_before_a_new_item_are_of_earlier_deadlines(self, queue: FairQueue[str]) -> None:
+        for number in range(5):
+            queue.push(f"a-{number}", "a", deadline=float(number), seconds=2.0, group=number % 2)
+        queue.push("b-0", "b", seconds=7.0)
+        queue.remove("a-1")
+        assert queue.seconds_before("a", 2.5) == 4.0
+        assert queue.seconds_before("a", 2.5, is_first=True) == 0.0
+        assert queue.seconds_before("c") == 0.0
+        assert (queue.seconds_of_others("a"), queue.seconds_of_others("b"), queue.length("a")) == (7.0, 8.0, 4)
+
     def test_earliest_deadline_is_first(self, queue: FairQueue[str]) -> None:
         for item, deadline in ("late", 50.0), ("early", 10.0), ("middle", 20.0):
             queue.push(item, deadline=deadline)

@@ -20,8 +20,7 @@ def decode_times(*running: int, seconds: float = 0.02, more: float = 0.005) -> D
     times = DecodeTimes()
     for number in running:
         for _ in range(3 * MIN_SAMPLES):
-            pass_seconds = seconds + more * number
-            times.observe(number, pass_seconds, number / pass_seconds, at=0.0)
+            times.observe(number, seconds + more * number, at=0.0)
     return times
 
 
@@ -69,35 +68,19 @@ def test_factor_covers_nearly_all_answers() -> None:
     times = decode_times(4)
     assert times.factor == 1.0
     for _ in range(2):
-        times.observe(4, 0.08, 100.0, at=0.0)
+        times.observe(4, 0.08, at=0.0)
     assert times.factor == pytest.approx(1.9, abs=0.15)
 
 
-def test_limit_rises_while_more_requests_give_more_tokens() -> None:
-    assert DecodeTimes().saturating is None
-    assert decode_times(4, 8, 16).saturating == pytest.approx(24)
-
-
-def test_limit_is_the_least_number_that_gives_nearly_all_tokens() -> None:
-    assert decode_times(4, 16, 64, 128, seconds=0.02, more=0.01).saturating == pytest.approx(64)
-    assert decode_times(4, 16, 64, seconds=0.0, more=0.01).saturating == pytest.approx(4)
-
-
-def test_limit_takes_rates_of_steady_times_only() -> None:
-    times = decode_times(4, 8)
-    for _ in range(3 * MIN_SAMPLES):
-        times.observe(16, 0.1, None, at=0.0)
-    assert times.saturating == pytest.approx(12)
-
-
-def test_numbers_without_answers_are_forgotten_and_tried_again() -> None:
-    times = decode_times(4, 16, 64, seconds=0.0, more=0.01)
-    times.observe(16, 0.16, 100.0, at=MAX_AGE_SECONDS + 1)
-    assert times.saturating == pytest.approx(24)
+def test_numbers_without_answers_are_forgotten() -> None:
+    times = decode_times(4, 16, 64)
+    times.observe(16, 0.1, at=MAX_AGE_SECONDS + 1)
+    assert times.seconds(4) == times.seconds(16) == pytest.approx(0.1)
 
 
 def test_number_that_may_run_within_seconds_per_token() -> None:
     times = decode_times(4, 16)
     assert times.running_within(0.07) == pytest.approx(10, abs=1)
     assert times.running_within(0.001) == pytest.approx(0, abs=1)
-    assert DecodeTimes().running_within(0.001) == 4096
+    assert times.running_within(10.0) == 4096
+    assert DecodeTimes().running_within(0.001) is None
