@@ -69,6 +69,8 @@ class PrefillBudget:
 class Scheduler:
     """Continuous batching with chunked prefill. Each pass is composed in this order:
 
+    0. With one micro-batch, prompts of tenants whose turn comes before that of every tenant with an answer under way
+       have a pass of their own, whatever is in flight: they wait for one pass at most. The next one is no such pass.
     1. With one micro-batch, nothing while a step is in flight: the shards of the chain compute in turn.
     2. Decodes: one token of each decoding request, or with N micro-batches of every N-th, least recently scheduled
        first. While requests decode, a pass without decodes is not computed: it would delay tokens that are coming back.
@@ -127,6 +129,8 @@ class Scheduler:
         self._lowest_cost = min(route_costs.values(), default=1.0)
         self._clock = clock
         self._passes = 0
+        # Whether the last pass was one of prompts that went before others' answers.
+        self._has_overtaken = False
         self.waiting = WaitingRequests(batching.max_waiting_sessions, clock)
         # By id, in order of admission: the last one is the youngest.
         self.running: dict[int, Request] = {}
@@ -177,9 +181,13 @@ class Scheduler:
         """The segments of the next pass; empty where there is nothing to compute."""
         self._passes += 1
         unanswered = self._unanswered()
+        may_send = self._may_send_to_others if unanswered else self._may_send
+        if overtaking := self._overtaking_segments(may_send):
+            self._has_overtaken = True
+            return overtaking
         if self._waits_for(unanswered):
             return []
-        may_send = self._may_send_to_others if unanswered else self._may_send
+        self._has_overtaken = False
         decoding = [request for request in self.running.values() if request.is_decoding]
         segments = self._decode_segments(decoding, may_send)
         if decoding and not segments:
@@ -195,6 +203,19 @@ class Scheduler:
         for neighbour in self._credit.wanting:
             if neighbour not in self.waiting.next_shards:
                 self._credit.withdraw(neighbour)
+        return segments
+
+    def _overtaking_segments(self, may_send: Callable[[Request], bool]) -> list[Segment]:
+        """Prompts of tenants whose turn comes before that of every tenant with an answer under way."""
+        answers = [one for one in self.running.values() if one.first_token_at is not None]
+        is_shared = self._batching.num_micro_batches == 1
+        if not is_shared or self._has_overtaken or not answers or self.waiting.has_started_answers:
+            return []
+        turn = min(self.waiting.virtual_time(one) for one in answers)
+        budget, segments = self._prefill_budget(len(answers)), list[Segment]()
+        for request in [one for one in self._prompts(may_send) if self.waiting.virtual_time(one) < turn]:
+            self._prefill(request, budget, segments)
+        self._admit_before(turn, budget, segments, may_send)
         return segments
 
     def _unanswered(self) -> list[Request]:

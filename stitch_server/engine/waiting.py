@@ -43,6 +43,11 @@ class WaitingRequests:
         yield from self._queue
 
     @property
+    def has_started_answers(self) -> bool:
+        """Whether an answer that has started is among them."""
+        return bool(self._resumed)
+
+    @property
     def next_shards(self) -> set[str]:
         """The next shards of the requests that wait."""
         shards = {shard for request in self._resumed for shard in request.next_shards}
@@ -115,7 +120,11 @@ class WaitingRequests:
 
     def turn_of(self, request: Request) -> float:
         """Requests are served in this order: the virtual time of their tenant, but started answers at once."""
-        return -math.inf if request.generated else self._queue.virtual_time(request.tenant)
+        return -math.inf if request.generated else self.virtual_time(request)
+
+    def virtual_time(self, request: Request) -> float:
+        """That of the request's tenant."""
+        return self._queue.virtual_time(request.tenant)
 
     def _seconds_to_next_place(self) -> float:
         """When a place will be free that no other refused client was told of, at the rate of the last admissions."""

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from router_gateway.admission.admission import Admission, Demand
 from router_gateway.admission.capacity import Capacity
@@ -62,7 +62,8 @@ class SimulatedShards:
                 if one in self.running and not one.prompt_tokens:
                     self._give(one)
 
-    async def answer(self, prompt_tokens: int, tokens: int, on_token: Callable[[], None]) -> None:
+    async def answer(self, tenant: str, prompt_tokens: int, tokens: int, on_token: Callable[[], None]) -> None:
+        """Returns once the request has its tokens; all tenants are served alike."""
         one = Running(prompt_tokens, tokens, on_token)
         self.running.append(one)
         self.most_running = max(self.most_running, len(self.running))
@@ -81,6 +82,14 @@ class SimulatedShards:
             one.ended.set()
 
 
+class Shards(Protocol):
+    """One chain."""
+
+    async def run(self) -> None: ...
+
+    async def answer(self, tenant: str, prompt_tokens: int, tokens: int, on_token: Callable[[], None]) -> None: ...
+
+
 @dataclass(slots=True)
 class Counts:
     """What became of requests; seconds are from a request's arrival."""
@@ -96,10 +105,10 @@ class Counts:
 class Simulation:
     """Clients of several tenants; create it in a `VirtualTimeLoop`."""
 
-    def __init__(self, *tenants: Tenant, kv_tokens: int = 0, **gateway: Any) -> None:
+    def __init__(self, *tenants: Tenant, kv_tokens: int = 0, shards: Shards | None = None, **gateway: Any) -> None:
         loop = asyncio.get_running_loop()
         self.clock = loop.time
-        self.shards = SimulatedShards()
+        self.shards = SimulatedShards() if shards is None else shards
         self.predictor = TtftPredictor([ROUTE], lambda: 1, self.clock)
         self.forecast = Forecast(self.predictor.predict_seconds, lambda: {ROUTE: 1.0})
         self.metrics = Metrics([ROUTE], REASON_KINDS)
@@ -157,7 +166,7 @@ class Simulation:
                             ticket.record_tokens(1)
                             counts.tokens += 1
 
-                        await self.shards.answer(prompt, tokens, on_token)
+                        await self.shards.answer(tenant, prompt, tokens, on_token)
                     ticket.record_finish(tokens, at_limit=most is None or tokens == most)
         except Exhausted as error:
             counts.refusal_seconds.append(self.clock() - arrival)

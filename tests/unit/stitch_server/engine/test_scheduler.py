@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from stitch.errors import Exhausted
+from stitch_server.engine.request import Request
 from tests.support.engine_fakes import new_request
 from tests.support.scheduler_harness import LAYER_RANGES, SchedulerHarness
 
@@ -311,6 +313,49 @@ class TestTenants:
         harness.next_pass()
         harness.add(short)
         assert harness.next_pass() == [(short, 0, 20), (long, 64, 44)]
+
+    def answering(self, harness: SchedulerHarness, count: int) -> list[Request]:
+        """Requests of the tenant `many` whose first token has come, after another tenant was served last."""
+        requests = [new_request(20, tenant="many", first_token=100 * number) for number in range(count)]
+        harness.add(*requests)
+        while any(request.remaining for request in requests):
+            harness.next_pass()
+        harness.answer(*requests)
+        return requests
+
+    def test_prompt_goes_before_answers_of_a_tenant_that_was_given_more(self) -> None:
+        harness = SchedulerHarness(num_micro_batches=1, max_num_batched_tokens=256)
+        answering = self.answering(harness, 4)
+        # Their step is in flight.
+        assert len(harness.next_pass()) == 4
+        other, more = new_request(30, tenant="one"), new_request(30, tenant="many", first_token=1000)
+        harness.add(more, other)
+        assert harness.next_pass() == [(other, 0, 30)]
+        harness.answer(*answering)
+        assert harness.next_pass() == []
+        harness.answer(other)
+        assert {one for one, _, _ in harness.next_pass()} == {*answering, other, more}
+
+    def test_prompts_go_before_answers_in_every_second_pass_at_most(self) -> None:
+        harness = SchedulerHarness(num_micro_batches=1, max_num_batched_tokens=256)
+        answering = self.answering(harness, 4)
+        first, second = new_request(30, tenant="one"), new_request(30, tenant="two", first_token=1000)
+        harness.add(first)
+        assert harness.next_pass() == [(first, 0, 30)]
+        harness.answer(first)
+        harness.add(second)
+        taken = harness.next_pass()
+        assert {one for one, _, _ in taken} == {*answering, first, second}
+
+    @pytest.mark.parametrize("fields", [{"tenant": "many"}, {"tenant": "one", "num_micro_batches": 2}])
+    def test_prompt_of_the_same_tenant_or_beside_micro_batches_joins_the_answers(self, fields: dict[str, Any]) -> None:
+        harness = SchedulerHarness(num_micro_batches=fields.pop("num_micro_batches", 1), max_num_batched_tokens=256)
+        answering = self.answering(harness, 2)
+        request = new_request(30, first_token=1000, **fields)
+        harness.add(request)
+        taken = {one for one, _, _ in harness.next_pass()}
+        assert request in taken
+        assert taken & set(answering)
 
     def test_tenant_alone_gets_all(self) -> None:
         harness = SchedulerHarness(max_prefill_chunk=64)
