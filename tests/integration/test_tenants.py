@@ -53,13 +53,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Iterator[Cl
 
 
 async def finished_by_tenant(gateway: str) -> Counter[str]:
-    """The answers of both tenants in a time in which each has requests that wait."""
+    """The answers to equal questions of both tenants, in a time in which each has requests that wait."""
     finished: list[str] = []
     enough = asyncio.Event()
 
     async def ask(name: str, client: AsyncClient, number: int) -> None:
         while not enough.is_set():
-            await client.generate(f"{name} {number}", route="strong", max_tokens=16, ignore_eos=True)
+            await client.generate(f"question {number}", route="strong", max_tokens=16, ignore_eos=True)
             finished.append(name)
             if len(finished) >= FIRST + COUNTED:
                 enough.set()
