@@ -46,7 +46,8 @@ KV_SHARE = 0.9
 LEAST_RETRY_SECONDS, MOST_RETRY_SECONDS = 0.25, 3600.0
 # How often promises lapse, and the shards' room is looked at without any event.
 TICK_SECONDS = 0.25
-# The time for one token is learned from answers that end with at least so many, and when a longer one has that many.
+# The time for one token is learned when an answer ends with at least the first number of tokens, and when a longer one
+# has the second number.
 LEAST_DECODED_TOKENS, EARLY_DECODED_TOKENS = 4, 16
 
 
