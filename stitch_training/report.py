@@ -57,7 +57,7 @@ def plot_losses(report: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("cross-entropy, nats per token")
     axes.set_title(f"{report['cut']['bottom_layers']} → {report['cut']['top_from']}")
     if history:
-        axes.legend()
+        axes.legend(loc="upper right")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

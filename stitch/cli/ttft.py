@@ -242,7 +242,7 @@ def plot(samples: Sequence[Sample], routes: Sequence[str], title: str, file: Pat
         _draw_route(axes, [sample for sample in samples if sample.route == route], f"C{index}")
     axes.set(xlabel="prompt tokens", ylabel="seconds to the first token", title=title, xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(loc="upper left", frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 
