@@ -18,7 +18,9 @@ from tests.support.running_streams import RunningStreams
 from tests.support.tiny_cluster import TOP, write_tiny_cluster
 from tests.support.waiting import becomes_true
 
-STREAMS, TOKENS = 16, 200
+STREAMS = 16
+# Of an answer that outlasts a change of the source, and of others.
+LONG, SHORT = 300, 60
 PATIENCE_SECONDS = 30.0
 START_SECONDS = 120.0
 ENTRY, HOST, FOUND = "more", "more.test", "more-127-0-0-2"
@@ -43,10 +45,10 @@ def cluster(addresses: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield running
 
 
-def start_streams(cluster: Cluster) -> RunningStreams:
+def start_streams(cluster: Cluster, tokens: int = SHORT) -> RunningStreams:
     """Sixteen streams, each with a prompt of its own."""
     requests: list[dict[str, Any]] = [
-        {"prompt": f"{number} streams", "route": "weak", "max_tokens": TOKENS, "ignore_eos": True, "seed": number}
+        {"prompt": f"{number} streams", "route": "weak", "max_tokens": tokens, "ignore_eos": True, "seed": number}
         for number in range(STREAMS)
     ]
     streams = RunningStreams(cluster.client, requests)
@@ -59,7 +61,7 @@ def assert_none_failed(cluster: Cluster, *all_streams: RunningStreams) -> None:
     for streams in all_streams:
         assert streams.ended(PATIENCE_SECONDS)
         assert [stream.error for stream in streams.streams] == [None] * STREAMS
-        assert streams.tokens == [TOKENS] * STREAMS
+        assert streams.tokens == [stream.fields["max_tokens"] for stream in streams.streams]
     assert cluster.metric(GATEWAY, "stitch_replays_total") == 0
 
 
@@ -81,7 +83,7 @@ def changes(cluster: Cluster, kind: str) -> int:
 
 
 def test_replica_removed_from_the_file_ends_its_own_streams_and_one_added_takes_new_ones(cluster: Cluster) -> None:
-    shards, before = cluster.shards, start_streams(cluster)
+    shards, before = cluster.shards, start_streams(cluster, LONG)
     assert sessions(cluster, "top-1") > 0
     cluster.write_shards([shard for shard in shards if shard["name"] != "top-1"])
     assert becomes_true(lambda: not states(cluster).get("top-1"), PATIENCE_SECONDS)
@@ -159,7 +161,7 @@ def test_address_that_dns_gets_is_a_replica_and_one_that_it_loses_ends_its_own_s
     before = start_streams(cluster)
     addresses.write_text(json.dumps({HOST: ["127.0.0.2"]}))
     assert becomes_true(lambda: states(cluster).get(FOUND, False), PATIENCE_SECONDS)
-    running = start_streams(cluster)
+    running = start_streams(cluster, LONG)
     assert sessions(cluster, ENTRY) > 0
     # Nobody is at that address.
     addresses.write_text(json.dumps({HOST: ["127.0.0.3"]}))
