@@ -45,6 +45,20 @@ def cluster(addresses: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield running
 
 
+@pytest.fixture(scope="module", autouse=True)
+def found_shard(cluster: Cluster) -> Iterator[str]:
+    """The address of a replica for which the cluster file has a name that has no address yet.
+
+    It starts while the first tests run.
+    """
+    with ExitStack() as ports:
+        port, metrics_port = keep_port(ports, "127.0.0.2"), keep_port(ports)
+        named = {"name": ENTRY, "address": f"dns:{HOST}:{port}", "metrics_port": metrics_port}
+        cluster.write_shards([*cluster.shards, {**cluster.shards[-1], **named}])
+        cluster.start(ENTRY, listen=f"127.0.0.2:{port}")
+        yield f"127.0.0.2:{port}"
+
+
 def start_streams(cluster: Cluster, tokens: int = SHORT) -> RunningStreams:
     """Sixteen streams, each with a prompt of its own."""
     requests: list[dict[str, Any]] = [
@@ -126,34 +140,6 @@ def test_second_turn_goes_to_the_replica_that_has_computed_the_first(cluster: Cl
     assert after["top-1"] > before["top-1"]
 
 
-@pytest.mark.parametrize("broken", ["", '{"shards": [', "other models"])
-def test_file_that_can_not_be_taken_changes_nothing(cluster: Cluster, broken: str) -> None:
-    content, refused, before = cluster.file.read_text(), changes(cluster, "refused"), states(cluster)
-    if broken == "other models":
-        fields = json.loads(content)
-        fields["models"]["bottom"]["id"], fields["shards"] = "another", fields["shards"][:2]
-        broken = json.dumps(fields)
-    cluster.file.write_text(broken)
-    try:
-        assert becomes_true(lambda: changes(cluster, "refused") > refused, PATIENCE_SECONDS)
-        assert states(cluster) == before
-        assert cluster.generate("still there", route="weak", max_tokens=4).token_ids
-    finally:
-        cluster.file.write_text(content)
-    assert f"the shards from file {cluster.file.name} stay as they are" in cluster.log(GATEWAY)
-
-
-@pytest.fixture(scope="module")
-def found_shard(cluster: Cluster) -> Iterator[str]:
-    """The address of a replica for which the cluster file has a name that has no address yet."""
-    with ExitStack() as ports:
-        port, metrics_port = keep_port(ports, "127.0.0.2"), keep_port(ports)
-        named = {"name": ENTRY, "address": f"dns:{HOST}:{port}", "metrics_port": metrics_port}
-        cluster.write_shards([*cluster.shards, {**cluster.shards[-1], **named}])
-        cluster.start(ENTRY, listen=f"127.0.0.2:{port}")
-        yield f"127.0.0.2:{port}"
-
-
 def test_address_that_dns_gets_is_a_replica_and_one_that_it_loses_ends_its_own_streams(
     cluster: Cluster, addresses: Path, found_shard: str
 ) -> None:
@@ -169,3 +155,20 @@ def test_address_that_dns_gets_is_a_replica_and_one_that_it_loses_ends_its_own_s
     while_away = start_streams(cluster)
     assert_none_failed(cluster, before, running, while_away)
     assert sessions(cluster, ENTRY) == 0
+
+
+@pytest.mark.parametrize("broken", ["", '{"shards": [', "other models"])
+def test_file_that_can_not_be_taken_changes_nothing(cluster: Cluster, broken: str) -> None:
+    content, refused, before = cluster.file.read_text(), changes(cluster, "refused"), states(cluster)
+    if broken == "other models":
+        fields = json.loads(content)
+        fields["models"]["bottom"]["id"], fields["shards"] = "another", fields["shards"][:2]
+        broken = json.dumps(fields)
+    cluster.file.write_text(broken)
+    try:
+        assert becomes_true(lambda: changes(cluster, "refused") > refused, PATIENCE_SECONDS)
+        assert states(cluster) == before
+        assert cluster.generate("still there", route="weak", max_tokens=4).token_ids
+    finally:
+        cluster.file.write_text(content)
+    assert f"the shards from file {cluster.file.name} stay as they are" in cluster.log(GATEWAY)
