@@ -45,6 +45,8 @@ COMMENT_SECONDS = 15.0
 COMMENT = b": still here\n\n"
 # A call whose client reads nothing ends this long after its deadline.
 UNREAD_SECONDS = 5.0
+# Timers of the event loop take no longer ones.
+MAX_DEADLINE_SECONDS = 1_000_000
 REQUEST_ID = "x-request-id"
 DEADLINE = "x-stitch-deadline-seconds"
 _JSON = {"content-type": "application/json"}
@@ -293,6 +295,6 @@ def _seconds(given: str) -> float:
         seconds = float(given)
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise InvalidRequest(DEADLINE, given, "it must be a number above 0")
+    if not 0 < seconds <= MAX_DEADLINE_SECONDS:
+        raise InvalidRequest(DEADLINE, given, f"it must be above 0 and at most {MAX_DEADLINE_SECONDS:,}")
     return seconds

@@ -302,9 +302,12 @@ async def test_deadline_of_a_header_expires(serve: Serve) -> None:
         response = await served.raw.post(
             "/v1/chat/completions", json={"model": "weak", "messages": USER}, headers=headers
         )
-        refused = await served.raw.get("/v1/models", headers={"x-stitch-deadline-seconds": "soon"})
+        refused = [
+            await served.raw.get("/v1/models", headers={"x-stitch-deadline-seconds": given})
+            for given in ("soon", "0", "1e300", "inf")
+        ]
     assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
-    assert refused.json()["error"]["param"] == "x-stitch-deadline-seconds"
+    assert [reply.json()["error"]["param"] for reply in refused] == ["x-stitch-deadline-seconds"] * 4
 
 
 async def test_models_are_the_routes_and_auto(serve: Serve) -> None:

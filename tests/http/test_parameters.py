@@ -134,6 +134,8 @@ def test_tools_and_formats_are_taken_over() -> None:
     ("fields", "param"),
     [
         ({"temperature": "1"}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"seed": 2**64}, "seed"),
         ({"n": 17}, "n"),
         ({"n": True}, "n"),
         ({"stop": ["a", 1]}, "stop[1]"),
