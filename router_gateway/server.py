@@ -25,7 +25,8 @@ from router_gateway.http.calls import Services
 from router_gateway.http.server import HttpServer
 from router_gateway.metrics import Metrics
 from router_gateway.requests.failover import FailoverDependencies
-from router_gateway.requests.pipeline import Pipeline, RequestPreparer
+from router_gateway.requests.pipeline import Pipeline
+from router_gateway.requests.preparer import RequestPreparer
 from router_gateway.routing.drift import DriftMonitor
 from router_gateway.routing.heuristic import HeuristicRouter
 from router_gateway.routing.learned.router import open_learned_router

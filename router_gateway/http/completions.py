@@ -28,7 +28,7 @@ from router_gateway.http.generation import (
     message_of,
     respond,
 )
-from router_gateway.requests.pipeline import interleaved
+from router_gateway.requests.deltas import interleaved
 from router_gateway.requests.types import TokenIds
 from stitch.errors import InvalidRequest
 from stitch.sampling import MAX_LOGPROBS

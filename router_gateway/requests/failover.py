@@ -188,7 +188,11 @@ class Failover:
             else placement.choose_candidates(self.routes, by_shard, self._reserved_tokens, self._facts, self._prompt)
         )
         preferred, self._preferred = self._preferred, None
-        if chain is not None and preferred is not None and all(one.accepts_requests for one in preferred.replicas):
+        if (
+            chain is not None
+            and preferred is not None
+            and all(one.accepts_requests and not one.avoided for one in preferred.replicas)
+        ):
             return preferred
         failed = chain is not None and chain.names in self._failures.chains
         return None if failed and not allow_failed else chain

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from router_gateway.requests.pipeline import tokenize
+from router_gateway.requests.preparer import tokenize
 from router_gateway.tokenization.chat_template import Turn
 from router_gateway.tokenization.vocabulary import Vocabulary
 from stitch import tokenizer_files

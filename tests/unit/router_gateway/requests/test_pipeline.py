@@ -12,7 +12,8 @@ from typing import cast
 import pytest
 
 from router_gateway.metrics import Metrics
-from router_gateway.requests.pipeline import DeltaBuilder, RequestPreparer, complete_sampling, tokenize
+from router_gateway.requests.deltas import DeltaBuilder
+from router_gateway.requests.preparer import RequestPreparer, complete_sampling, tokenize
 from router_gateway.requests.types import Prompt, Request, TokenIds, user_turns
 from router_gateway.routing.drift import DriftMonitor
 from router_gateway.routing.router import REASON_KINDS, Query, RouteDecision
@@ -159,7 +160,7 @@ async def test_long_text_is_tokenized_in_a_thread(preparer: RequestPreparer, mon
         return [5]
 
     monkeypatch.setattr("router_gateway.tokenization.text_queues.INLINE_BYTES", 8)
-    monkeypatch.setattr("router_gateway.requests.pipeline.tokenize", spy)
+    monkeypatch.setattr("router_gateway.requests.preparer.tokenize", spy)
     await preparer.prepare(request("x" * 8))
     await preparer.prepare(request("x" * 9))
     assert threads[0] is threading.main_thread()
