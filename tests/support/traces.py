@@ -1,11 +1,22 @@
-"""Spans that a test reads from memory."""
+"""Spans that a test reads: from memory in one process, or from a collector that real programs send them to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import grpc
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -72,3 +83,33 @@ def attributes(span: ReadableSpan) -> Mapping[str, Any]:
 def events(span: ReadableSpan, name: str) -> list[tuple[int, Mapping[str, Any]]]:
     """The time in nanoseconds and the attributes of each event with that name."""
     return [(event.timestamp, dict(event.attributes or {})) for event in span.events if event.name == name]
+
+
+class Collector(TraceServiceServicer):
+    """Keeps the spans that programs send over OTLP: name, trace id and parent's id of each."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[str, str, str]] = []
+
+    def Export(self, request: ExportTraceServiceRequest, context: grpc.ServicerContext) -> ExportTraceServiceResponse:
+        for scope in (scope for resource in request.resource_spans for scope in resource.scope_spans):
+            for span in scope.spans:
+                self.spans.append((span.name, span.trace_id.hex(), span.parent_span_id.hex()))
+        return ExportTraceServiceResponse()
+
+
+@contextmanager
+def collecting() -> Iterator[Collector]:
+    """Runs a collector, and names it in the environment of the programs that are started within the block."""
+    collector = Collector()
+    server = grpc.server(ThreadPoolExecutor(2))
+    add_TraceServiceServicer_to_server(collector, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+            environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+            yield collector
+    finally:
+        server.stop(None).wait()
