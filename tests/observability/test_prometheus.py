@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -19,6 +20,7 @@ from tests.support.certificates import write_certificates
 from tests.support.monitoring import DEPLOYED, Monitoring, monitored
 from tests.support.processes import Cluster, running_cluster
 from tests.support.tiny_cluster import BOTTOM, TOP, write_tiny_cluster
+from tests.support.traces import Collector, collecting
 from tests.support.waiting import becomes_true
 
 pytestmark = pytest.mark.slow
@@ -41,13 +43,22 @@ BACK_SECONDS = 120.0
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def collector() -> Iterator[Collector]:
+    with collecting() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Cluster]:
     file = write_tiny_cluster(
         tmp_path_factory.mktemp("pair"), name="observed", bottoms=[BOTTOM], tops=[TOP, TOP], kernels=False
     )
     files = write_certificates(load_cluster(str(file)), tmp_path_factory.mktemp("certificates"), VALID)
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"tls": files}))
-    with running_cluster(file, tmp_path_factory.mktemp("run")) as running:
+    fields = json.loads(file.read_text()) | {"tls": files, "traces": True}
+    fields["gateway"]["http"] = "127.0.0.1:0"
+    file.write_text(json.dumps(fields))
+    flags = dict.fromkeys(("gateway", "bottom-0", "top-0", "top-1"), ("--log-format", "json"))
+    with running_cluster(file, tmp_path_factory.mktemp("run"), flags=flags) as running:
         yield running
 
 
@@ -86,6 +97,36 @@ def test_every_rule_and_every_panel_has_data(cluster: Cluster, monitoring: Monit
     assert {rule["name"] for rule in rules} == {rule.get("alert", rule.get("record")) for rule in RULES}
     fits = 'stitch_ttft_fit_seconds{route=~"weak|strong", term=~"intercept|slope"} >= 0'
     assert becomes_true(lambda: len(monitoring.query(fits)) == 4, DATA_SECONDS)
+
+
+def test_request_is_found_by_its_trace_in_spans_exemplars_and_log(
+    cluster: Cluster, monitoring: Monitoring, collector: Collector
+) -> None:
+    began = time.time()
+    cluster.generate("stitch", route="weak", max_tokens=4, ignore_eos=True)
+
+    def exemplars() -> set[str]:
+        """The trace ids of the latest times to first token."""
+        series = "stitch_time_to_first_token_seconds_bucket"
+        found = monitoring.get("query_exemplars", query=series, start=str(began), end=str(time.time() + 1))
+        return {exemplar["labels"]["trace_id"] for one in found for exemplar in one["exemplars"]}
+
+    assert becomes_true(lambda: bool(exemplars()), DATA_SECONDS)
+    lines = [json.loads(line) for line in cluster.log("gateway").splitlines() if line.startswith("{")]
+    request = next(line for line in reversed(lines) if line["message"].startswith("request "))
+    assert request["request_id"] in request["message"]
+    assert request["trace_id"] in exemplars()
+
+    def tree() -> dict[str, str]:
+        return {
+            name.rpartition("-")[0] or name: parent
+            for name, trace, parent in collector.spans
+            if trace == request["trace_id"]
+        }
+
+    assert becomes_true(lambda: len(tree()) == 4, DATA_SECONDS), collector.spans
+    assert sorted(tree()) == ["route", "session bottom", "session top", "text_completion weak"]
+    assert [name for name, parent in tree().items() if not parent] == ["text_completion weak"]
 
 
 def test_killed_shard_makes_an_alert_that_ends_when_it_is_back(cluster: Cluster, monitoring: Monitoring) -> None:

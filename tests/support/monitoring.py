@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import threading
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,14 @@ class Monitoring:
         result: list[dict[str, Any]] = data["result"]
         return result
 
+    @property
+    def scraped(self) -> int:
+        """How many processes have answered; Prometheus itself answers a while after it listens."""
+        try:
+            return len(self.query("up == 1"))
+        except urllib.error.HTTPError:
+            return 0
+
     def was_told(self, alert: str, status: str, **labels: str) -> bool:
         """Whether the webhook was told of that alert, `firing` or `resolved`, with these labels."""
         wanted = {"alertname": alert, **labels}
@@ -71,7 +80,7 @@ def monitored(cluster: Cluster, folder: Path) -> Iterator[Monitoring]:
             with _running([prometheus, "--config.file", str(config), *flags], folder / "prometheus.log") as served:
                 monitoring = Monitoring(f"http://{served}", told)
                 processes = len(cluster.names)
-                if not becomes_true(lambda: len(monitoring.query("up == 1")) == processes, START_SECONDS):
+                if not becomes_true(lambda: monitoring.scraped == processes, START_SECONDS):
                     raise TimeoutError(f"not all of {processes} processes were scraped in {START_SECONDS:g} s")
                 yield monitoring
 

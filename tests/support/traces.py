@@ -103,7 +103,7 @@ def collecting() -> Iterator[Collector]:
     """Runs a collector, and names it in the environment of the programs that are started within the block."""
     collector = Collector()
     server = grpc.server(ThreadPoolExecutor(2))
-    add_TraceServiceServicer_to_server(collector, server)
+    add_TraceServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
