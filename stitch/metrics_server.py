@@ -42,11 +42,12 @@ async def serving_metrics(
 
     Adds the program's version to them.
     """
-    build = {"version": version("stitch-serving"), "python": platform.python_version()}
-    Info("stitch_build", "What this process runs.", registry=registry).info(build)
     host, _, port = address.rpartition(":")
     kind = _Server6 if ":" in host else _Server
     server = make_server(host.strip("[]"), int(port), make_wsgi_app(registry), kind, _QuietHandler)
+    build = {"version": version("stitch-serving"), "python": platform.python_version()}
+    info = Info("stitch_build", "What this process runs.", registry=registry)
+    info.info(build)
     server.certificates = None if is_loopback(host) else certificates
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
@@ -56,6 +57,7 @@ async def serving_metrics(
         await asyncio.to_thread(server.shutdown)
         server.server_close()
         thread.join()
+        registry.unregister(info)
 
 
 class _Server(ThreadingMixIn, WSGIServer):
