@@ -23,15 +23,15 @@ from pathlib import Path
 from random import Random
 from statistics import mean
 
+import grpc
+
 from benchmarks.clusters import prompt, run
 from benchmarks.overload import write_keys
 from benchmarks.report import Options, ratio, write
-from stitch.channels import open_channel
 from stitch.cli.ttft import WORDS
-from stitch.client import AsyncClient, Delta
-from stitch.errors import Unavailable
+from stitch.client.messages import generate_request, key_metadata
 from stitch.local.cluster import keep_port
-from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
+from stitch.v1 import inference_pb2, inference_pb2_grpc, shard_pb2, shard_pb2_grpc
 
 SESSIONS = 16
 PROMPT_TOKENS = 64
@@ -45,10 +45,12 @@ ROOT = Path(__file__).parents[1]
 class Tree:
     """Two running shards and the gateway of one tree."""
 
-    def __init__(self, stub: shard_pb2_grpc.ShardAsyncStub, next_shard: str, client: AsyncClient) -> None:
+    def __init__(
+        self, stub: shard_pb2_grpc.ShardAsyncStub, next_shard: str, gateway: inference_pb2_grpc.InferenceAsyncStub
+    ) -> None:
         self._stub = stub
         self._next_shard = next_shard
-        self._client = client
+        self._gateway = gateway
 
     async def direct_ms(self, seed: int, tokens: int) -> float:
         """Milliseconds per token after the first, greedy, from the first shard."""
@@ -66,10 +68,10 @@ class Tree:
     async def gateway_ms(self, seed: int, tokens: int) -> tuple[float, float]:
         """Milliseconds to the first token, and per token after it, from the gateway."""
         text = " ".join(Random(seed).choices(WORDS, k=PROMPT_TOKENS))
+        request = generate_request({"prompt": text, "route": "strong", "max_tokens": tokens, "ignore_eos": True})
         started, arrivals = time.perf_counter(), list[float]()
-        async for event in self._client.stream(text, route="strong", max_tokens=tokens, ignore_eos=True):
-            if isinstance(event, Delta):
-                arrivals += [time.perf_counter()] * len(event.token_ids)
+        async for response in self._gateway.Generate(request, metadata=key_metadata("measured")):
+            arrivals += [time.perf_counter()] * len(response.delta.token_ids)
         return (arrivals[0] - started) * 1e3, (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1) * 1e3
 
     async def sample(self, seed: int, tokens: int) -> dict[str, float]:
@@ -91,7 +93,7 @@ class Tree:
         while True:
             try:
                 await self.gateway_ms(0, 2)
-            except Unavailable:
+            except grpc.aio.AioRpcError:
                 await asyncio.sleep(0.1)
             else:
                 return
@@ -121,9 +123,12 @@ async def running_tree(tree: Path) -> AsyncIterator[Tree]:
         programs = [start(tree, file, "stitch_server.cli", "--shard", name) for name in ("bottom-0", "top-0")]
         programs.append(start(tree, file, "router_gateway.cli"))
         try:
-            async with open_channel(addresses[0]) as first, AsyncClient(addresses[2], key="measured") as client:
+            # Without the keepalive of this tree, of which an earlier server may have enough.
+            plain = grpc.aio.insecure_channel
+            async with plain(addresses[0]) as first, plain(addresses[2]) as gateway:
                 next_shard = "top-0" if names_shards(tree) else addresses[1]
-                running = Tree(shard_pb2_grpc.ShardStub(first), next_shard, client)
+                stub: inference_pb2_grpc.InferenceAsyncStub = inference_pb2_grpc.InferenceStub(gateway)
+                running = Tree(shard_pb2_grpc.ShardStub(first), next_shard, stub)
                 async with asyncio.timeout(START_SECONDS):
                     await running.until_serving()
                 yield running

@@ -22,10 +22,9 @@ pytestmark = pytest.mark.slow
 RELOAD_SECONDS = 10.0
 # For about 20 requests.
 KV_TOKENS = 1024
-# Clients of each tenant, which ask again at once: more than the KV cache holds.
-CLIENTS = 40
-# Answers that are counted, after so many.
-COUNTED, FIRST = 320, 80
+# Clients of each tenant, which ask again at once, and how many of its requests wait when the count begins and ends.
+CLIENTS, WAITING = 160, 40
+SKIPPED, COUNTED = 80, 320
 
 
 def sections(**weights: int) -> str:
@@ -52,30 +51,40 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Iterator[Cl
         yield running
 
 
-async def finished_by_tenant(gateway: str) -> Counter[str]:
+async def finished_by_tenant(cluster: Cluster) -> Counter[str]:
     """The answers to equal questions of both tenants, in a time in which each has requests that wait."""
     finished: list[str] = []
-    enough = asyncio.Event()
 
     async def ask(name: str, client: AsyncClient, number: int) -> None:
-        while not enough.is_set():
-            await client.generate(f"question {number}", route="strong", max_tokens=16, ignore_eos=True)
+        while True:
+            await client.generate(f"question {number + 100}", route="strong", max_tokens=16, ignore_eos=True)
             finished.append(name)
-            if len(finished) >= FIRST + COUNTED:
-                enough.set()
 
-    async with AsyncClient(gateway, key="one") as one, AsyncClient(gateway, key="three") as three:
+    async def all_wait() -> bool:
+        return await asyncio.to_thread(
+            lambda: all(
+                cluster.metric("gateway", "stitch_tenant_requests_waiting", tenant=name) >= WAITING
+                for name in ("one", "three")
+            )
+        )
+
+    async with AsyncClient(cluster.gateway, key="one") as one, AsyncClient(cluster.gateway, key="three") as three:
         clients = {"one": one, "three": three}
         tasks = [asyncio.create_task(ask(name, clients[name], i)) for i in range(CLIENTS) for name in clients]
-        await enough.wait()
+        while not await all_wait():
+            assert not any(task.done() for task in tasks)
+        begin = len(finished) + SKIPPED
+        while len(finished) < begin + COUNTED:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        assert await all_wait()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return Counter(finished[FIRST : FIRST + COUNTED])
+    return Counter(finished[begin : begin + COUNTED])
 
 
 def test_answers_of_waiting_tenants_are_shared_by_weight(cluster: Cluster) -> None:
-    counts = asyncio.run(finished_by_tenant(cluster.gateway))
+    counts = asyncio.run(finished_by_tenant(cluster))
     assert counts["three"] / counts["one"] == pytest.approx(3.0, rel=0.1)
     for name in ("one", "three"):
         assert cluster.metric("gateway", "stitch_tenant_work_total", tenant=name) > 0
