@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from threading import Lock
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-from tokenizers import Tokenizer
 
 from stitch.errors import InvalidRequest, plain
 from stitch.v1 import shard_pb2
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 MAX_GRAMMAR_BYTES = 64 << 10
 # The least common multiple of 95,000 takes a second to compile.
@@ -139,6 +142,9 @@ def _check_multiples(source: str) -> None:
 
 def _tokenizer(tokenizer_json: str, tokens: int) -> LLTokenizer:
     """A tokenizer that encodes text without control tokens: made of one that has the bytes of each token."""
+    # Not at import: clients load no model library.
+    from tokenizers import Tokenizer
+
     own = Tokenizer.from_str(tokenizer_json)
     plain = LLTokenizer(tokenizer_json, n_vocab=max(tokens, max(own.get_vocab().values()) + 1), slices=[])
     return LLTokenizer(TokenizerWrapper(_TextTokenizer(own, plain)))
@@ -154,7 +160,7 @@ class _TextTokenizer:
         self.eos_token_id = plain.eos_token
         self.tokens = [plain.decode_bytes([id]) for id in ids]
         self.special_token_ids = [id for id in ids if plain.is_special_token(id)]
-        self._text = Tokenizer(own.model)
+        self._text = type(own)(own.model)
         for step in ("normalizer", "pre_tokenizer"):
             if (value := getattr(own, step)) is not None:
                 setattr(self._text, step, value)

@@ -95,7 +95,7 @@ class FakeShard(shard_pb2_grpc.ShardServicer):
     async def start(self) -> None:
         server = channels.open_server()
         shard_pb2_grpc.add_ShardServicer_to_server(self, server)
-        channels.listen(server, f"127.0.0.1:{self.port}")
+        self.port = channels.listen(server, f"127.0.0.1:{self.port}")
         self._server = server
         await server.start()
 

@@ -30,7 +30,10 @@ def test_gateway_imports_no_torch() -> None:
     ("arguments", "sentence"),
     [
         (["run", "gone.toml"], "router-gateway: cluster is 'gone.toml', but it is no file and none of the presets"),
-        (["run", "smollm2"], "router-gateway: shards.bottom-0.address is '127.0.0.1:0', but it needs a port"),
+        (
+            ["run", "smollm2"],
+            "router-gateway: shards.bottom-0.address is '127.0.0.1:0', but it needs a host and a port",
+        ),
         (["run", "smollm2", "--listen", "0.0.0.0:1"], "router-gateway: listen is '0.0.0.0:1', but other machines"),
     ],
 )

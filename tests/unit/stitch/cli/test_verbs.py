@@ -52,6 +52,8 @@ def test_ask_json_prints_documented_fields(gateway: FakeGateway, capsys: pytest.
         "reason": "2 words",
         "prompt_tokens": 2,
         "generated_tokens": 3,
+        "cached_tokens": 0,
+        "replays": 0,
         "finish_reason": "stop",
         "ttft_seconds": 0.25,
         "total_seconds": 0.5,

@@ -33,6 +33,7 @@ class QueuedLink:
     name: str = "bottom"
     prefix_scope: str = "bottom"
     suspects: frozenset[str] = frozenset()
+    doubted: frozenset[str] = frozenset()
     frames: deque[Callable[[], None]] = field(default_factory=deque)
     sender: FirstStage | None = None
 

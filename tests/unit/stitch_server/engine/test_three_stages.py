@@ -45,6 +45,7 @@ class LateLink:
     routes: frozenset[str] = frozenset(LAYER_RANGES)
     prefix_scope: str = ""
     suspects: frozenset[str] = frozenset()
+    doubted: frozenset[str] = frozenset()
     assembler: StepAssembler = field(
         default_factory=lambda: StepAssembler(
             WIDTH, shard_pb2.DTYPE_FLOAT32, LIMITS, lambda packed: unpack(packed, torch.device("cpu"), torch.float32)
