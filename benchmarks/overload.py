@@ -250,7 +250,7 @@ async def _shares(local: LocalCluster, seconds: float) -> dict[str, int]:
 
     async with _client(local, "one") as one, _client(local, "three") as three:
         clients = {"one": one, "three": three}
-        await asyncio.gather(*(ask(name, clients[name], seed) for name in clients for seed in range(SHARING_CLIENTS)))
+        await asyncio.gather(*(ask(name, clients[name], seed) for seed in range(SHARING_CLIENTS) for name in clients))
     return given
 
 
