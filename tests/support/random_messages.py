@@ -28,6 +28,7 @@ SAMPLING: dict[str, tuple[float, ...]] = {
     "seed": (0, 7, 2**64 - 1),
     "logprobs": (0, 1, 20),
 }
+BIASES = (-100.0, -DENORMAL, 0.0, 100.0)
 
 
 def sampling(draw: Random, max_id: int) -> inference_pb2.Sampling:
@@ -36,11 +37,17 @@ def sampling(draw: Random, max_id: int) -> inference_pb2.Sampling:
     for name in ("stop_token_ids", "forced_token_ids"):
         if draw.random() < 0.2:
             fields[name] = [draw.randint(0, max_id + 12) for _ in range(draw.randint(1, 3))]
+    if draw.random() < 0.2:
+        fields["logit_bias"] = {draw.randint(0, max_id + 12): draw.choice(BIASES) for _ in range(draw.randint(1, 3))}
+    if draw.random() < 0.2:
+        fields["min_tokens"] = draw.randint(0, 4)
     return inference_pb2.Sampling(max_tokens=draw.randint(1, 3), ignore_eos=draw.random() < 0.5, **fields)
 
 
 def changed(message: Message, draw: Random) -> None:
     """Sets, repeats or clears one random field of the message, or of one inside of it."""
+    if not message.DESCRIPTOR.fields:
+        return
     field: Any = draw.choice(message.DESCRIPTOR.fields)
     if draw.random() < 0.1:
         message.ClearField(field.name)
@@ -55,7 +62,11 @@ def changed(message: Message, draw: Random) -> None:
 
 
 def _change_repeated(items: Any, field: FieldDescriptor, draw: Random) -> None:
-    if field.message_type is None:
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        key, value = field.message_type.fields
+        for _ in range(draw.choice((1, 2, 40))):
+            items[_value(key, draw)] = _value(value, draw)
+    elif field.message_type is None:
         items.extend([_value(field, draw)] * draw.choice((1, 2, 40)))
     elif items and draw.random() < 0.8:
         changed(draw.choice(items), draw)
