@@ -155,6 +155,8 @@ def test_address_that_dns_gets_is_a_replica_and_one_that_it_loses_ends_its_own_s
     while_away = start_streams(cluster)
     assert_none_failed(cluster, before, running, while_away)
     assert sessions(cluster, ENTRY) == 0
+    # It leaves once its last session has ended.
+    assert becomes_true(lambda: FOUND not in states(cluster), PATIENCE_SECONDS)
 
 
 @pytest.mark.parametrize("broken", ["", '{"shards": [', "other models"])
