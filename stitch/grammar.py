@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 MAX_GRAMMAR_BYTES = 64 << 10
 # The least common multiple of 95,000 takes a second to compile.
 MAX_MULTIPLE = 20_000
-_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*(\d{1,20}(?:\.\d{1,20})?)(?![\d.eE])')
+# In a Lark grammar, before a JSON schema.
+_EMBEDDED = re.compile(r"%json\s*")
 MAX_REASON_CHARACTERS = 200
 # Compiled ones, which take up to some MB each.
 MAX_COMPILED = 64
@@ -123,21 +124,38 @@ def _llguidance(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema":
             # The library's own parser accepts a surplus after the schema.
-            _check_multiples(json.dumps(json.loads(grammar.source)))
+            _check_multiples(json.loads(grammar.source))
             return LLMatcher.grammar_from_json_schema(grammar.source, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.source)
         case _:
-            _check_multiples(grammar.source)
+            decoder = json.JSONDecoder()
+            _check_multiples(
+                [decoder.raw_decode(grammar.source, at.end())[0] for at in _EMBEDDED.finditer(grammar.source)]
+            )
             return LLMatcher.grammar_from_lark(grammar.source)
 
 
-def _check_multiples(source: str) -> None:
+def _check_multiples(content: object) -> None:
     """Raises ValueError where an automaton of remainders would be large: no limit of the library bounds its time."""
-    given = [Fraction(value) for value in set(_MULTIPLE.findall(source))]
+    given = {Fraction(repr(value)) for value in _multiples(content)}
     common = math.lcm(*(value.numerator for value in given)) * math.lcm(*(value.denominator for value in given))
     if not 0 < common <= MAX_MULTIPLE:
         raise ValueError(f"multipleOf: the least common multiple of all is {common:,}, and at most {MAX_MULTIPLE:,}")
+
+
+def _multiples(content: object) -> Iterator[float]:
+    """The values of `multipleOf` anywhere in JSON."""
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            multiple = value.get("multipleOf")
+            if isinstance(multiple, int | float):
+                yield multiple
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
 
 
 def _tokenizer(tokenizer_json: str, tokens: int) -> LLTokenizer:

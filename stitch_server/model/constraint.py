@@ -7,6 +7,7 @@ tokens generated so far. Invariant: a token that ends an answer is allowed exact
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from stitch.grammar import Grammar, GrammarCompiler, InvalidGrammar
 
 # How long a pass waits for grammars; nearly all compile in less, and a session whose grammar doesn't is recomputed.
 COMPILE_WAIT_SECONDS = 0.05
+# Of CPU, for one mask, which a whole pass waits for; nearly all take well under a millisecond.
+MAX_MASK_SECONDS = 0.1
 # True where the grammar forbids the token, bool `[logits]`.
 Forbidden = NDArray[np.bool_]
 
@@ -51,10 +54,13 @@ class Constraint:
             return error
 
     def _next(self, matcher: LLMatcher, accepted: list[int]) -> Forbidden:
+        started = time.thread_time()
         consume(matcher, accepted)
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         if matcher.is_error():
             raise InvalidGrammar(matcher.get_error())
+        if (seconds := time.thread_time() - started) > MAX_MASK_SECONDS:
+            raise InvalidGrammar(f"the next tokens took {seconds:.2f} s of CPU, and may take {MAX_MASK_SECONDS:g} s")
         forbidden: Forbidden = np.unpackbits(bits, count=self.logits, bitorder="little") == 0
         # What the library takes for ends of any answer.
         forbidden[[end for end in self.compiler.tokenizer.eos_tokens if end < self.logits]] = True

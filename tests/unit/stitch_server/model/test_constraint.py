@@ -56,6 +56,15 @@ def test_every_stop_token_ends_only_a_whole_answer() -> None:
     assert allowed(constraint) == {"b", "<|im_end|>", "<|endoftext|>", ","}
 
 
+def test_grammar_whose_mask_takes_too_long_ends_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    constraint = constraints()(JSON, [], [END])
+    constraint.compiled.result()
+    monkeypatch.setattr("stitch_server.model.constraint.MAX_MASK_SECONDS", 0.0)
+    mask = constraint.forbidden()
+    assert isinstance(mask, InvalidGrammar)
+    assert "s of CPU" in str(mask)
+
+
 def test_session_that_is_opened_again_continues_where_it_was() -> None:
     make = constraints()
     grammar = Grammar("json_schema", json.dumps({"type": "object", "required": ["key"], "properties": {"key": {}}}))
