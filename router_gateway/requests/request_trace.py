@@ -12,6 +12,9 @@ from router_gateway.requests.types import Request
 from router_gateway.routing.router import RouteDecision
 from stitch.telemetry import NO_TRACES, Tracer, stage_attributes, unix_times
 
+# OTLP has signed integers of 64 bits, seeds are unsigned.
+MAX_ATTRIBUTE = 2**63 - 1
+
 
 class RequestTrace:
     """`traceparent` is the client's; `arrival` and `now` are times of one clock, in seconds."""
@@ -34,11 +37,12 @@ class RequestTrace:
             "gen_ai.request.temperature": sampling.temperature,
             "gen_ai.request.top_p": sampling.top_p,
             "gen_ai.request.top_k": float(sampling.top_k),
-            "gen_ai.request.seed": sampling.seed,
             "gen_ai.request.presence_penalty": sampling.presence_penalty,
             "gen_ai.request.frequency_penalty": sampling.frequency_penalty,
             "gen_ai.response.id": request.request_id,
         }
+        if sampling.seed <= MAX_ATTRIBUTE:
+            attributes["gen_ai.request.seed"] = sampling.seed
         if request.n > 1:
             attributes["gen_ai.request.choice.count"] = request.n
         if routing.conversation_id:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from prometheus_client.openmetrics.exposition import generate_latest
 
 from tests.support.fake_shard import FakeShard, aborts
@@ -38,6 +39,19 @@ async def test_replay_is_an_event_and_both_chains_are_under_one_span(reach: Reac
     assert {one.split("-")[2] for one in sent} == {span_id(request)}
     assert len(events(request, "first_token")) == 1
     assert attributes(request)["gen_ai.response.id"] == "a"
+
+
+@pytest.mark.parametrize(("seed", "shown"), [(2**63 - 1, 2**63 - 1), (2**63, None), (2**64 - 1, None)])
+async def test_every_seed_can_be_sent_over_otlp(
+    reach: Reach, spans: Recorded, caplog: pytest.LogCaptureFixture, seed: int, shown: int | None
+) -> None:
+    first, _, top = shards()
+    async with reach(first, top, tracer=spans.tracer) as gateway:
+        await gateway.generate(route="weak", sampling={"seed": seed})
+    request = spans.span("text_completion weak")
+    assert attributes(request).get("gen_ai.request.seed") == shown
+    encode_spans([request])
+    assert not caplog.records
 
 
 async def test_refused_request_has_a_span_with_its_outcome(reach: Reach, spans: Recorded) -> None:
