@@ -27,7 +27,7 @@ ROLES: tuple[Role, Role] = ("bottom", "top")
 # Layers [first, end) of one model: what all replicas of a stage hold.
 Stage = tuple[Role, tuple[int, int]]
 SHARD_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-# Begins the address of a shard whose replicas are the addresses behind a name.
+# Precedes the name of a host: every address of the host is a replica of the shard.
 DNS_SCHEME = "dns:"
 # A replica's name has the entry's name and up to 39 characters of an address.
 MAX_DNS_ENTRY_NAME = 23
@@ -245,7 +245,7 @@ class ClusterConfig(Settings):
     # The folder of relative paths, and the file; set by `load_cluster`.
     folder: Path = Field(default=Path("."), strict=False)
     file: Path | None = Field(default=None, exclude=True)
-    # The replicas behind names; set by `stitch.membership`.
+    # The replicas that DNS has for names of hosts; set by `stitch.membership`.
     found: tuple[FoundShard, ...] = Field(default=(), exclude=True)
 
     @model_validator(mode="after")
@@ -309,7 +309,7 @@ class ClusterConfig(Settings):
 
     @property
     def members(self) -> tuple[ShardConfig, ...]:
-        """The shards that are processes: those of the file with the replicas behind a name in its place."""
+        """The shards that are processes: those of the file with the replicas of a host's name in its place."""
         return *(shard for shard in self.shards if shard.dns_host is None), *self.found
 
     def shard(self, name: str) -> ShardConfig:

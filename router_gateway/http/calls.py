@@ -2,7 +2,7 @@
 
 In: an ASGI request for an `Endpoint`. Out: a reply, events, or an error of the one tree. Calls and bytes are counted by
 the receiver of the gRPC port, before anything is parsed. Invariant: a call whose client goes away ends, whether or not
-its reply has begun.
+its reply has started.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Call:
         await self._write(events, last)
 
     async def fail(self, error: StitchError | Refusal) -> None:
-        """Sends an error: a reply where none has begun, else an event without `[DONE]`."""
+        """Sends an error: a reply where none has started, else an event without `[DONE]`."""
         if self._complete:
             return
         if isinstance(error, Expired) and self._ends is not None and self._ends.expired():

@@ -231,7 +231,7 @@ class ChatShape(Shape):
         self._suffix = (b',"usage":null' if body.include_usage else b"") + b"}\n\n"
         self._answers = body.n or 1
         # Answers whose first chunk, which has the role, has been made.
-        self._begun: set[int] = set()
+        self._started: set[int] = set()
         self._texts: dict[int, list[str]] = defaultdict(list)
         self._calls: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
         self._logprobs: dict[int, list[dict[str, Any]]] = defaultdict(list)
@@ -242,15 +242,15 @@ class ChatShape(Shape):
 
     def events(self, response: inference_pb2.GenerateResponse) -> bytes:
         answer, delta = response.answer, response.delta
-        if self._only_text and answer in self._begun and response.HasField("delta"):
+        if self._only_text and answer in self._started and response.HasField("delta"):
             # Nearly all events, which need none of the checks below.
             choice = f'{answer},"delta":{{"content":{json.dumps(delta.text)}}},"logprobs":null,"finish_reason":null}}]'
             return self._prefix + choice.encode() + self._suffix if delta.text else b""
         if not (delta.text or delta.tool_calls or delta.logprobs or response.HasField("finished")):
             return b""
         fields = []
-        if answer not in self._begun:
-            self._begun.add(answer)
+        if answer not in self._started:
+            self._started.add(answer)
             fields.append('"role":"assistant"')
         if delta.text or (fields and not delta.tool_calls):
             # json.dumps with its defaults is the fast path.

@@ -148,7 +148,7 @@ class CompletionShape(Shape):
         self._with_logprobs, self._prompt_alone = body.logprobs is not None, not body.tokens
         self._answers = body.n or 1
         self._prompt_tokens = 0
-        self._begun = False
+        self._has_started = False
         self._choices = [_Choice() for _ in range(len(body.prompts) * self._answers)]
         for index, choice in enumerate(self._choices if beginnings else ()):
             choice.text, tokens = beginnings[index // self._answers]
@@ -157,9 +157,9 @@ class CompletionShape(Shape):
                 choice.prompt_left = len(tokens) - 1
 
     def start(self, started: inference_pb2.Started) -> None:
-        if not self._begun:
+        if not self._has_started:
             super().start(started)
-        self._begun = True
+        self._has_started = True
         self._prompt_tokens += started.prompt_tokens
 
     def add(self, response: Response) -> None:

@@ -213,15 +213,15 @@ async def respond(
     call: Call, responses: AsyncGenerator[inference_pb2.GenerateResponse, None], stream: bool, shape: Shape
 ) -> None:
     """Replies with the pipeline's messages by `shape`. Raises what the pipeline raises."""
-    begun = False
+    has_started = False
     async with aclosing(responses):
         async for response in responses:
             match response.WhichOneof("event"):
                 case "started":
                     shape.start(response.started)
-                    if stream and not begun:
+                    if stream and not has_started:
                         call.start_events(shape.headers)
-                    begun = True
+                    has_started = True
                     continue
                 case "finished":
                     shape.finish(response.answer, response.finished)

@@ -4,19 +4,17 @@ with Client("127.0.0.1:7001") as client:
     print(client.generate("The capital of France is", max_tokens=8).text)
 """
 
-from stitch.client.asynchronous import AsyncClient, AsyncStream
-from stitch.client.blocking import Client, Stream
-from stitch.client.messages import (
+from stitch.client.answers import (
     Alternative,
     Answer,
     Delta,
-    Message,
-    RequestFields,
     RouteDecision,
-    RouteFields,
     TokenLogprobs,
     ToolCall,
 )
+from stitch.client.asynchronous import AsyncClient, AsyncStream
+from stitch.client.blocking import Client, Stream
+from stitch.client.messages import Message, RequestFields, RouteFields
 
 __all__ = [
     "Alternative",

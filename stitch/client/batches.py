@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stitch.channels import MAX_BATCH_REQUESTS, MAX_REQUEST_BYTES
-from stitch.client.messages import Answer, Collector, generate_request
+from stitch.client.answers import Answer, Collector
+from stitch.client.messages import generate_request
 from stitch.errors import InvalidRequest, Unavailable, from_code
 from stitch.v1 import inference_pb2
 

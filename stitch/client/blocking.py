@@ -10,17 +10,19 @@ from typing import Any, Self, Unpack
 import grpc
 
 from stitch.channels import open_sync_channel
-from stitch.client.batches import Batch, Outcome
-from stitch.client.messages import (
+from stitch.client.answers import (
     Answer,
     Collector,
     Delta,
+    RouteDecision,
+    decision_of,
+)
+from stitch.client.batches import Batch, Outcome
+from stitch.client.messages import (
     Message,
     RequestFields,
-    RouteDecision,
     RouteFields,
     deadline,
-    decision_of,
     detokenize_request,
     generate_request,
     key_metadata,

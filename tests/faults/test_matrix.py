@@ -52,7 +52,7 @@ SLOW_BYTES_PER_SECOND = 400_000
 SLOW_SECONDS = 0.5
 # Of the newcomers.
 ALONE_SECONDS, BEFORE_SECONDS, SILENT_SECONDS, AFTER_SECONDS = 10.0, 1.0, 12.0, 4.0
-# A newcomer that waits for longer was not moved, and so many of them may be slow; the time is for busy machines, too.
+# A newcomer that waits for this much longer than twice its usual time was not moved in time; few may be so slow.
 NEWCOMER_SECONDS = 1.0
 SLOW_SHARE = 0.05
 PROMPT_TOKENS, LONG_PROMPT_CHARACTERS = 12, 900

@@ -118,7 +118,7 @@ def test_times_of_spans_and_events_are_the_stages_of_the_reply(traced: Traced) -
         "route": (route.end_time - route.start_time) / 1e9,
         "queue": placed["stitch.stage.queue"] + (scheduled - queued) / 1e9 + on_top["stitch.stage.queue"],
         "bottom_prefill": (sent - scheduled) / 1e9,
-        # As in the reply: what the next shard did may have begun before the last chunk was sent.
+        # As in the reply: what the next shard did may have started before the last chunk was sent.
         "wire": max(0.0, (token - sent) / 1e9 - away),
         **{stage: on_top[f"stitch.stage.{stage}"] for stage in ("stitch", "top_prefill", "sample")},
     }

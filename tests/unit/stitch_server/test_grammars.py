@@ -1,4 +1,4 @@
-"""Answers of a whole chain match their grammars, sampled or not, and also where they are begun again."""
+"""Answers of a whole chain match their grammars, sampled or not, and also where they start again."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_answers_that_end_by_themselves_validate(chain: ChainInProcess, answers:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_answer_that_is_begun_again_goes_on_with_the_same_tokens(chain: ChainInProcess, temperature: float) -> None:
+def test_answer_that_starts_again_goes_on_with_the_same_tokens(chain: ChainInProcess, temperature: float) -> None:
     grammar = Grammar("json_schema", json.dumps(SCHEMAS[7]))
     whole = request(grammar, temperature=temperature)
     run(chain, [whole])

@@ -152,7 +152,7 @@ async def test_replica_that_has_computed_the_prefix_is_preferred_to_the_one_with
         assert names_for(placement, Prompt("another", PROMPT.token_ids)) == ("bottom-0", "top-0")
 
 
-async def test_prefix_counts_only_behind_the_first_shard_that_computed_it() -> None:
+async def test_prefix_counts_only_after_the_first_shard_that_computed_it() -> None:
     async with registry_of(*shards()) as (_, registry):
         await registry.refresh()
         placement = Placement(registry)

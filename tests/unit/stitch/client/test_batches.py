@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+from stitch.client.answers import Answer
 from stitch.client.batches import Batch
-from stitch.client.messages import Answer
 from stitch.errors import Expired, InvalidRequest, StitchError, Unavailable
 from stitch.v1.inference_pb2 import (
     FINISH_REASON_STOP,

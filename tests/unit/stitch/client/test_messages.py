@@ -7,19 +7,16 @@ from typing import Any
 
 import pytest
 
-from stitch.client.messages import (
+from stitch.client.answers import (
     Alternative,
     Answer,
     Collector,
     Delta,
-    RequestFields,
     RouteDecision,
-    RouteFields,
     TokenLogprobs,
     ToolCall,
-    generate_request,
-    route_request,
 )
+from stitch.client.messages import RequestFields, RouteFields, generate_request, route_request
 from stitch.errors import InvalidRequest, Unavailable
 from stitch.v1 import inference_pb2
 from stitch.v1.inference_pb2 import (
