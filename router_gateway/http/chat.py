@@ -23,12 +23,11 @@ from router_gateway.http.generation import (
     message_of,
     respond,
 )
-from router_gateway.rpc.messages import MAX_MESSAGES
+from router_gateway.rpc.messages import MAX_MESSAGES, MAX_TOOLS
 from stitch.errors import InvalidRequest
 from stitch.sampling import MAX_LOGPROBS
 from stitch.v1 import inference_pb2
 
-MAX_TOOLS = 128
 # Between the text parts of a message.
 PART_SEPARATOR = "\n"
 

@@ -19,12 +19,12 @@ from pydantic import Field
 from router_gateway.http.bodies import Body, Items
 from router_gateway.http.calls import Call, Services
 from router_gateway.http.errors import Refusal
+from router_gateway.requests.limits import MAX_ANSWERS
 from router_gateway.rpc.messages import AUTO
 from router_gateway.rpc.servicer import RequestReader
 from stitch.errors import InvalidRequest
 from stitch.v1 import inference_pb2
 
-MAX_ANSWERS = 16
 MAX_METADATA = 16
 MAX_UINT32 = 2**32 - 1
 MAX_INT32 = 2**31 - 1

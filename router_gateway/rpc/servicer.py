@@ -24,6 +24,7 @@ from prometheus_client import Gauge
 
 from router_gateway.admission.tenants import Credentials
 from router_gateway.metrics import Metrics
+from router_gateway.requests.deltas import QUEUED_MESSAGES
 from router_gateway.requests.pipeline import Pipeline
 from router_gateway.requests.request_log import RequestLog, Write, client_of, counted
 from router_gateway.requests.types import Request
@@ -40,8 +41,6 @@ _log = logging.getLogger(__name__)
 
 # What a client is told of a defect, with the request's id; the log has its traceback.
 INTERNAL_ERROR = "the gateway failed on this request; its log has the reason"
-# Messages of a batch that wait for a slow client; when they are this many, generating waits too.
-QUEUED_MESSAGES = 64
 # Of a traceback in the log: a defect may recur with every call.
 MAX_TRACEBACK_CHARACTERS = 4_000
 
