@@ -14,7 +14,7 @@ from stitch.v1 import inference_pb2, shard_pb2
 
 Response = inference_pb2.GenerateResponse
 
-# Messages of several answers, or of a batch, that wait for a slow client; when they are this many, generating waits too.
+# Messages of several answers, or of a batch, that wait for a slow client; beyond these, generating waits too.
 QUEUED_MESSAGES = 64
 
 
