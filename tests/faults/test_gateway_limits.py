@@ -24,7 +24,7 @@ MEBIBYTE = 1 << 20
 # Of another client's health check and description while the attack runs.
 ANSWER_SECONDS = 0.25
 # What else runs on the machine may delay an answer once; an attack that does, does it every time.
-ATTEMPTS = 3
+ATTEMPTS = 6
 RESIDENT_BYTES = 300 * MEBIBYTE
 LOG_BYTES_A_CALL = 10_000
 # An entry of a batch, or a message of a chat, without any field.
