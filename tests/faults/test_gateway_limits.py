@@ -21,10 +21,9 @@ from tests.support.tiny_model import CONTEXT_LENGTH
 pytestmark = pytest.mark.slow
 
 MEBIBYTE = 1 << 20
-# Of another client's health check and description while the attack runs.
-ANSWER_SECONDS = 0.25
-# What else runs on the machine may delay an answer once; an attack that does, does it every time.
-ATTEMPTS = 6
+# Of another client's health check and description while the attack runs: on a machine that does nothing else, and on
+# one that runs other tests, whose processes may wait for seconds while all cores are busy.
+ANSWER_SECONDS, BUSY_ANSWER_SECONDS = 0.25, 5.0
 RESIDENT_BYTES = 300 * MEBIBYTE
 LOG_BYTES_A_CALL = 10_000
 # An entry of a batch, or a message of a chat, without any field.
@@ -120,6 +119,10 @@ def calls_that_never_send_their_request(cluster: Cluster) -> int:
 
 
 @pytest.mark.parametrize(
+    "seconds",
+    [pytest.param(ANSWER_SECONDS, marks=pytest.mark.full, id="alone"), pytest.param(BUSY_ANSWER_SECONDS, id="busy")],
+)
+@pytest.mark.parametrize(
     "attack",
     [
         empty_messages_with_one_bad_byte,
@@ -131,16 +134,13 @@ def calls_that_never_send_their_request(cluster: Cluster) -> int:
     ],
     ids=lambda attack: attack.__name__,
 )
-def test_attack_takes_nothing_from_another_client(tiny_cluster: Cluster, attack: Attack) -> None:
-    for attempt in range(1, ATTEMPTS + 1):
-        before = len(tiny_cluster.log(GATEWAY))
-        with OtherClient(tiny_cluster.gateway, tiny_cluster.pid(GATEWAY)) as other:
-            calls = attack(tiny_cluster)
-        logged = tiny_cluster.log(GATEWAY)[before:]
-        assert other.added_bytes <= RESIDENT_BYTES
-        assert len(logged) <= LOG_BYTES_A_CALL * calls
-        assert SECRET not in logged
-        assert "Traceback" not in logged
-        if other.slowest_seconds <= ANSWER_SECONDS:
-            return
-        assert attempt < ATTEMPTS, f"another client waited for {other.slowest_seconds:.2f} s"
+def test_attack_takes_nothing_from_another_client(tiny_cluster: Cluster, attack: Attack, seconds: float) -> None:
+    before = len(tiny_cluster.log(GATEWAY))
+    with OtherClient(tiny_cluster.gateway, tiny_cluster.pid(GATEWAY)) as other:
+        calls = attack(tiny_cluster)
+    logged = tiny_cluster.log(GATEWAY)[before:]
+    assert other.slowest_seconds <= seconds
+    assert other.added_bytes <= RESIDENT_BYTES
+    assert len(logged) <= LOG_BYTES_A_CALL * calls
+    assert SECRET not in logged
+    assert "Traceback" not in logged
