@@ -99,6 +99,8 @@ class Admission:
         # Of the tenants that have sent a request, by name.
         self._accounts: dict[str, Account] = {}
         self._promises = Promises()
+        # See `_limit`; None: it has to be counted anew.
+        self._known_limit: int | None = None
         # Of the number of running requests over time, in request-seconds, up to `_summed_at`.
         self._running_seconds = 0.0
         self._summed_at = clock()
@@ -133,6 +135,8 @@ class Admission:
         while True:
             lapsed = self._promises.lapse(self.clock())
             self._metrics.admission_returns.labels(outcome="absent").inc(lapsed)
+            # Shards come and go without any event here.
+            self._known_limit = None
             self._metrics.admission_limit.set(self._limit())
             self.start_waiting()
             await asyncio.sleep(TICK_SECONDS)
@@ -223,7 +227,13 @@ class Admission:
     # How many may run.
 
     def _limit(self) -> int:
-        """How many requests the shards hold: as many as get their tokens fast, fit the KV cache, and end in time."""
+        """How many requests the shards hold; refusals, of which there may be many, don't count it anew."""
+        if self._known_limit is None:
+            self._known_limit = self._count_limit()
+        return self._known_limit
+
+    def _count_limit(self) -> int:
+        """As many as get their tokens fast, fit the KV cache, and end in time."""
         capacity = self._capacity()
         fast = self._forecast.decode.running_within(LONGEST_TOKEN_SECONDS)
         limit = capacity.first_shards * max(LEAST_RUNNING, fast or 0.0)
@@ -374,6 +384,7 @@ class Admission:
         now, tenant, size = self.clock(), ticket.tenant, ticket.size
         self.running_seconds()
         self._running[id(ticket)] = ticket
+        self._known_limit = None
         self._account(tenant).running += 1
         if tenant.tokens_per_minute is not None:
             self._account(tenant).budget.take(size.tokens, tenant.tokens_per_minute, now)
@@ -390,6 +401,7 @@ class Admission:
         self.running_seconds()
         self.learn_decode(ticket)
         del self._running[id(ticket)]
+        self._known_limit = None
         self._account(tenant).running -= 1
         excess = ticket.tokens - size.answers * size.answer_tokens
         self._queue.charge(tenant.name, size.cost * excess)

@@ -17,9 +17,11 @@ EARLY_SECONDS = 0.5
 GRACE_SECONDS = 5.0
 # Of one tenant; what is refused beyond them gets a time without a promise.
 MAX_PROMISES = 16_384
-# The least time before a promise, and after it, in which its room is counted, and in how many steps room is looked for.
+# The least time before a promise, and after it, in which its room is counted; in how many steps room is looked for, and
+# how exactly times are counted there.
 LEAST_SPAN_SECONDS = 1.0
 MOST_STEPS = 64
+SLOT_SECONDS = 0.25
 # The weight of one promise in the learned share of those that return: rather too much room is kept than too little.
 RETURN_WEIGHT, ABSENCE_WEIGHT = 0.05, 0.02
 LEAST_RETURN_SHARE = 0.1
@@ -43,6 +45,8 @@ class Promises:
         # By time.
         self._pending: dict[str, list[Promise]] = defaultdict(list)
         self._by_digest: dict[tuple[str, bytes], list[Promise]] = {}
+        # Seconds on shards by the slot of time in which they are promised.
+        self._slots: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
         self._seconds: dict[str, float] = defaultdict(float)
         self._tokens: dict[str, float] = defaultdict(float)
         self.return_share = 1.0
@@ -58,11 +62,11 @@ class Promises:
         """Of all that are expected to return."""
         return self._tokens[tenant] * self.return_share
 
-    def seconds_due(self, tenant: str, until: float, since: float = 0.0) -> float:
-        """On shards, of those that are expected to return between these times."""
+    def seconds_due(self, tenant: str, until: float) -> float:
+        """On shards, of those that are expected to return by then."""
         pending = self._pending[tenant]
-        begin, end = (bisect_left(pending, time, key=lambda promise: promise.at) for time in (since, until))
-        return sum(promise.seconds for promise in pending[begin:end]) * self.return_share
+        end = bisect_left(pending, until, key=lambda promise: promise.at)
+        return sum(promise.seconds for promise in pending[:end]) * self.return_share
 
     def next_gap(self, tenant: str, at: float, seconds: float, rate: float) -> float:
         """The first time from `at` on around which there is room for one more that takes `seconds` on shards.
@@ -70,9 +74,12 @@ class Promises:
         `rate` is the room for the tenant's promised requests: seconds on shards for each second.
         """
         span = max(LEAST_SPAN_SECONDS, seconds / rate)
+        room, length = 1.001 * span * rate - seconds, math.ceil(span / SLOT_SECONDS)
+        promised = self._slots[tenant]
         for _ in range(MOST_STEPS):
-            spans = ((at - span, math.nextafter(at, math.inf)), (at, at + span))
-            if all(self.seconds_due(tenant, end, begin) + seconds <= 1.001 * span * rate for begin, end in spans):
+            slot = _slot(at)
+            around = (range(slot - length + 1, slot + 1), range(slot, slot + length))
+            if all(sum(promised.get(one, 0.0) for one in slots) * self.return_share <= room for slots in around):
                 break
             at += span / 4
         return at
@@ -115,9 +122,18 @@ class Promises:
         self._count(tenant, promise, -1)
 
     def _count(self, tenant: str, promise: Promise, sign: int) -> None:
+        slots, slot = self._slots[tenant], _slot(promise.at)
+        slots[slot] += sign * promise.seconds
+        # Sums of numbers that were added and subtracted are inexact.
+        if slots[slot] < SLOT_SECONDS / 1e3:
+            del slots[slot]
         self._seconds[tenant] = max(0.0, self._seconds[tenant] + sign * promise.seconds)
         self._tokens[tenant] = max(0.0, self._tokens[tenant] + sign * promise.tokens)
 
     def _learn(self, returned: bool) -> None:
         weight = RETURN_WEIGHT if returned else ABSENCE_WEIGHT
         self.return_share = max(LEAST_RETURN_SHARE, self.return_share + weight * (returned - self.return_share))
+
+
+def _slot(at: float) -> int:
+    return math.floor(at / SLOT_SECONDS)

@@ -60,11 +60,10 @@ def test_room_shrinks_to_the_share_that_returns(promises: Promises) -> None:
     assert promises.return_share > 0.95
 
 
-def test_seconds_due_are_between_two_times(promises: Promises) -> None:
+def test_seconds_due_are_those_until_a_time(promises: Promises) -> None:
     for at in (10.0, 11.0, 12.0):
         promises.add("blue", promise(at))
     assert promises.seconds_due("blue", 11.5) == 8.0
-    assert promises.seconds_due("blue", 12.5, since=11.5) == 4.0
     assert promises.seconds_due("red", 20.0) == 0.0
 
 
@@ -79,6 +78,14 @@ def test_next_gap_spaces_promises_by_their_rate(promises: Promises) -> None:
     for begin in times:
         assert len([at for at in times if begin <= at < begin + 1]) <= 2
     assert times[-1] < 112
+
+
+def test_redeemed_promise_gives_its_room_to_another(promises: Promises) -> None:
+    for index in range(2):
+        promises.add("blue", promise(100.0, bytes([index])))
+    assert promises.next_gap("blue", 100.0, 4.0, rate=8.0) > 100.0
+    promises.redeem("blue", bytes([0]), 100.0)
+    assert promises.next_gap("blue", 100.0, 4.0, rate=8.0) == 100.0
 
 
 def test_number_of_a_tenants_promises_is_bounded(promises: Promises) -> None:
