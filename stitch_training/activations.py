@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stitch.errors import InvalidRequest
-from stitch_training.data import Corpus, DataSettings, PackedSequence, same_models
+from stitch_training.data import Corpus, DataSettings, PackedSequence, Role, same_models
 from stitch_training.least_squares import CutPoint, Sums
 from stitch_training.models import Pair, states_at, teacher_of
 from stitch_training.trace import Teacher, Trace, TraceShape
@@ -65,7 +65,7 @@ class PassSettings:
         """Returns all but the number of sequences, which may grow, as JSON."""
         fields = asdict(self)
         del fields["sequences"]
-        return json.dumps(fields)
+        return json.dumps({**fields, "roles": [role.name for role in Role]})
 
 
 class ActivationCache:
@@ -129,7 +129,7 @@ class PassRecorder:
             top = bottom if is_one_model else states_at(self._pair.top, tokens, self.sums.top_depths)
             self.sums.add(bottom, top)
         hidden = {k: bottom[k] for k in self.sums.bottom_depths}
-        self.trace.write(self.done, tokens, [sequence.file for sequence in batch], hidden, teacher)
+        self.trace.write(self.done, batch, hidden, teacher)
         self.done += len(batch)
         for sequence in batch:
             self.fingerprint = chain_fingerprint(self.fingerprint, sequence.token_ids)

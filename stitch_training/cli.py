@@ -23,6 +23,9 @@ _RANGES = (
     ("held_out_percent", 1, 100),
     ("gold_rows", 1, None),
     ("gold_tokens", 1, None),
+    ("prompt_rows", 1, None),
+    ("prompt_tokens", 1, None),
+    ("least_saving", 0, 1),
     ("tokens", 1, None),
     ("held_out_tokens", 1, None),
     ("sequence_tokens", 16, None),
@@ -82,6 +85,7 @@ def _add_fit(verbs: Verbs) -> None:
         "--teacher-share", metavar="X", type=float, default=0.5,
         help="weight of the bottom's distribution against the next token, 0 to 1; default: 0.5",
     )  # fmt: skip
+    _add_loss_on(verb, "the next tokens whose loss counts")
     verb.add_argument("--batch-sequences", metavar="N", type=int, default=4, help="in one step; default: 4")
     verb.add_argument(
         "--start", metavar="STITCH", type=Path, help="start from this stitch of the cut, instead of least squares"
@@ -103,6 +107,11 @@ def _add_sweep(verbs: Verbs) -> None:
     verb.add_argument(
         "--cuts", metavar="K:J,J,…", nargs="+", default=[], help="such as 20:12,14,15 24:17; default: a grid of both"
     )
+    verb.add_argument(
+        "--least-saving", metavar="X", type=float, default=0.0,
+        help="leave out cuts that save less than this share of the bottom's parameters; default: 0",
+    )  # fmt: skip
+    _add_loss_on(verb, "rank cuts by the divergence over these next tokens")
     verb.add_argument("--out", metavar="FILE", type=Path, required=True, help="a .json file; its plot is a .png beside")
     _add_run_dir(verb)
 
@@ -115,10 +124,16 @@ def _add_evaluate(verbs: Verbs) -> None:
         "--held-out-percent", metavar="P", type=int, default=10,
         help="of documents to measure on; 10 are those that no fit was given, 100 is for files that no fit was given",
     )  # fmt: skip
+    verb.add_argument(
+        "--prompts", metavar="FILE", nargs="+", type=Path, default=[],
+        help="answer those of their prompts that are held out: agreement with the bottom's answers, repetitions",
+    )  # fmt: skip
+    verb.add_argument("--prompt-rows", metavar="N", type=int, default=40, help="of --prompts; default: 40")
+    verb.add_argument("--prompt-tokens", metavar="N", type=int, default=128, help="of an answer; default: 128")
     verb.add_argument("--gold", metavar="FILE", type=Path, help="questions to ask; each has its `answer`")
     verb.add_argument("--gold-rows", metavar="N", type=int, default=100, help="of --gold; default: 100")
     verb.add_argument("--gold-tokens", metavar="N", type=int, default=256, help="of an answer; default: 256")
-    verb.add_argument("--out", metavar="FILE", type=Path, help="a .json file; its plot is a .png beside")
+    verb.add_argument("--out", metavar="FILE", type=Path, help="a .json file; tables (.md) and plot (.png) are beside")
 
 
 def _add_probe(verbs: Verbs) -> None:
@@ -218,6 +233,13 @@ def _add_text(verb: argparse.ArgumentParser, tokens: int | None = None) -> None:
         verb.add_argument("--seed", metavar="N", type=int, default=0, help="of the order of the data; default: 0")
 
 
+def _add_loss_on(verb: argparse.ArgumentParser, purpose: str) -> None:
+    verb.add_argument(
+        "--loss-on", choices=["all", "content", "assistant"], default="content",
+        help=f"{purpose}: all, those of texts and messages, or those of answers; default: content",
+    )  # fmt: skip
+
+
 def _add_labels(verb: argparse.ArgumentParser, purpose: str) -> None:
     verb.add_argument("--data", metavar="FILE", type=Path, nargs="+", required=True, help=purpose)
     verb.add_argument(
@@ -268,39 +290,43 @@ def _sweep(parsed: argparse.Namespace) -> None:
         data=_data_settings(parsed),
         dtype=parsed.dtype,
         run_dir=_run_dir(parsed),
+        loss_on=parsed.loss_on,
+        least_saving=parsed.least_saving,
         reuse=tuple(parsed.reuse),
     )
     _use_threads(parsed)
     with ProgressLine() as progress:
-        ladder, description = sweep(settings, progress)
-    write_json(parsed.out, {**description, "systems": ladder.rows()})
-    ladder.plot(parsed.out.with_suffix(".png"))
-    print("\n".join(ladder.lines()))
+        found = sweep(settings, progress)
+    ranking = [rung.name for rung in found.ranking()]
+    write_json(parsed.out, {**found.description, "ranking": ranking, **found.ladder.as_json()})
+    found.ladder.plot(parsed.out.with_suffix(".png"))
+    print("\n".join(found.lines()))
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:
     from stitch.cluster import load_cluster
     from stitch.progress import ProgressLine
-    from stitch_training.evaluate import EvaluationSettings, evaluate
-    from stitch_training.report import write_json
+    from stitch_training.answer_quality import AnswerSettings
+    from stitch_training.evaluate import EvaluationSettings, evaluate, write_evaluation
 
     settings = EvaluationSettings(
         cluster=load_cluster(parsed.cluster),
         data=_data_settings(parsed),
         dtype=parsed.dtype,
         held_out_percent=parsed.held_out_percent,
-        gold=parsed.gold,
-        gold_rows=parsed.gold_rows,
-        gold_tokens=parsed.gold_tokens,
+        answers=AnswerSettings(
+            prompts=tuple(parsed.prompts),
+            prompt_rows=parsed.prompt_rows,
+            prompt_tokens=parsed.prompt_tokens,
+            gold=parsed.gold,
+            gold_rows=parsed.gold_rows,
+            gold_tokens=parsed.gold_tokens,
+        ),
     )
     _use_threads(parsed)
     with ProgressLine() as progress:
         ladder = evaluate(settings, progress)
-    print("\n".join(ladder.lines()))
-    if parsed.out is not None:
-        files = [path.name for path in settings.data.files]
-        write_json(parsed.out, {"dtype": parsed.dtype, "files": files, "systems": ladder.rows()})
-        ladder.plot(parsed.out.with_suffix(".png"))
+    write_evaluation(ladder, settings, parsed.out)
 
 
 def _probe(parsed: argparse.Namespace) -> None:
@@ -455,6 +481,7 @@ def _training_settings(parsed: argparse.Namespace) -> TrainingSettings:
         batch_sequences=parsed.batch_sequences,
         learning_rate=parsed.learning_rate,
         teacher_share=parsed.teacher_share,
+        loss_on=parsed.loss_on,
         evaluations=parsed.evaluations,
         adapter_rank=parsed.adapter_rank,
         seed=parsed.seed,

@@ -2,16 +2,18 @@
 
 A `.jsonl` file has one object a line, and the first of these fields that an object has makes the document:
 
-    messages            a conversation, [{"role": ..., "content": ...}, ...]
+    messages            a conversation, [{"role": ..., "content": ...}, ...]; an answer whose message has the
+                        `finish_reason` "length" does not end where its text does
     text                plain text
     question, answer    a conversation of two turns, or of one where there is no answer
     prompt              a conversation of one turn
 
 Any other file is one document of plain text. Either kind may be compressed (`.gz`).
 
-Documents are concatenated, each closed by the separator token, and split into sequences of one length. Files alternate
-until each is exhausted, and a fixed share of the documents is held out. The same files and seed give the same sequences
-in the same order, and a document is held out by its text alone, so it is held out in every run.
+Documents are concatenated, each closed by the separator token, and split into sequences of one length; every token has
+the role of the text that it is a part of. Files alternate until each is exhausted, and a fixed share of the documents
+is held out. The same files and seed give the same sequences in the same order. Plain text is held out by itself and a
+conversation by its turns before the first answer, so a prompt is held out in every run, with whatever answer.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from enum import IntEnum
+from itertools import islice, takewhile
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Literal, NamedTuple, Protocol, TextIO, TypeAlias, TypeVar
 
 from stitch.errors import InvalidRequest, shown
 
@@ -33,12 +36,51 @@ SHUFFLE_DOCUMENTS = 8192
 _FIELDS = "its line needs `messages`, `text`, `question` or `prompt`"
 
 
+# The next tokens whose loss counts in training.
+LossOn: TypeAlias = Literal["all", "content", "assistant"]
+Item = TypeVar("Item")
+
+
+class Role(IntEnum):
+    """The text that a token is a part of."""
+
+    # What the chat template writes around messages.
+    TEMPLATE = 0
+    # Between documents.
+    SEPARATOR = 1
+    PLAIN = 2
+    # A message that is not the assistant's.
+    USER = 3
+    ASSISTANT = 4
+    # The token of the template by which an answer ends: it is learnt with answers, and no content.
+    END = 5
+
+
+CONTENT = (Role.PLAIN, Role.USER, Role.ASSISTANT)
+# The name of the slice of all content in reports; systems are compared by it.
+CONTENT_SLICE = "content"
+COUNTED_ROLES: dict[LossOn, tuple[Role, ...]] = {
+    "all": tuple(Role),
+    "content": (*CONTENT, Role.END),
+    "assistant": (Role.ASSISTANT, Role.END),
+}
+
+
+class RoledToken(NamedTuple):
+    """A token id and the role of its text."""
+
+    token_id: int
+    role: Role
+
+
 @dataclass(frozen=True)
 class Turn:
     """One message of a conversation."""
 
     role: str
     content: str
+    # Whether it is an answer that was cut off: nothing ends where its text does.
+    is_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +92,19 @@ class Document:
 
     def content(self) -> str:
         """Returns the whole document as one string, whatever its form."""
-        return self.text or "\n".join(f"{turn.role}: {turn.content}" for turn in self.turns)
+        return self.text or _as_text(self.turns)
+
+    def prompt(self) -> tuple[Turn, ...]:
+        """Returns the turns before the first answer; none of plain text."""
+        return tuple(takewhile(lambda turn: turn.role != "assistant", self.turns))
+
+    def key(self) -> str:
+        """Returns what decides whether it is held out: plain text, or the turns before the first answer."""
+        return self.text or _as_text(self.prompt()) or self.content()
+
+
+def _as_text(turns: Iterable[Turn]) -> str:
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
 
 
 def read_documents(path: Path) -> Iterator[Document]:
@@ -117,7 +171,10 @@ def _turns(messages: object) -> tuple[Turn, ...]:
     for field in ("role", "content"):
         if any(field not in message for message in messages):
             raise ValueError(f"`messages` has one without `{field}`")
-    return tuple(Turn(_string(message, "role"), _string(message, "content")) for message in messages)
+    return tuple(
+        Turn(_string(message, "role"), _string(message, "content"), message.get("finish_reason") == "length")
+        for message in messages
+    )
 
 
 class Encoder(Protocol):
@@ -130,7 +187,7 @@ class Encoder(Protocol):
     def encode(self, text: str) -> list[int]:
         """Encodes plain text without special tokens around it."""
 
-    def encode_chat(self, turns: Sequence[Turn]) -> list[int]:
+    def encode_chat(self, turns: Sequence[Turn]) -> list[RoledToken]:
         """Encodes a conversation through the chat template."""
 
 
@@ -165,6 +222,8 @@ class PackedSequence:
     """Tokens of one file, packed without padding."""
 
     token_ids: tuple[int, ...]
+    # Of each token.
+    roles: tuple[Role, ...]
     # Index of the file in the list of training files.
     file: int
 
@@ -212,18 +271,19 @@ class Corpus:
         documents = read_documents(self.files[number])
         selected = (document for document in documents if is_held_out(document, self.held_out_percent) == held_out)
         shuffled = shuffle(selected, 0 if held_out else self.seed)
-        for token_ids in pack((self._encode(document) for document in shuffled), self.sequence_tokens):
-            yield PackedSequence(token_ids, number)
+        for tokens in pack((self._encode(document) for document in shuffled), self.sequence_tokens):
+            yield PackedSequence(tuple(one.token_id for one in tokens), tuple(one.role for one in tokens), number)
 
-    def _encode(self, document: Document) -> list[int]:
+    def _encode(self, document: Document) -> list[RoledToken]:
+        separator = RoledToken(self.encoder.separator, Role.SEPARATOR)
         if document.turns:
-            return [*self.encoder.encode_chat(document.turns), self.encoder.separator]
-        return [*self.encoder.encode(document.text), self.encoder.separator]
+            return [*self.encoder.encode_chat(document.turns), separator]
+        return [*(RoledToken(one, Role.PLAIN) for one in self.encoder.encode(document.text)), separator]
 
 
 def is_held_out(document: Document, percent: int) -> bool:
-    """Whether a document belongs to the held-out part, which the SHA-256 of its text decides."""
-    digest = hashlib.sha256(document.content().encode()).digest()
+    """Whether a document belongs to the held-out part, which the SHA-256 of its `key` decides."""
+    digest = hashlib.sha256(document.key().encode()).digest()
     return int.from_bytes(digest[:8], "big") % 100 < percent
 
 
@@ -245,11 +305,11 @@ def _pop_random(buffer: list[Document], draw: random.Random) -> Document:
     return buffer.pop()
 
 
-def pack(encoded: Iterable[list[int]], length: int) -> Iterator[tuple[int, ...]]:
+def pack(encoded: Iterable[list[Item]], length: int) -> Iterator[tuple[Item, ...]]:
     """Yields all tokens in their order, in sequences of `length`; an incomplete last sequence is dropped."""
-    pending: list[int] = []
-    for token_ids in encoded:
-        pending += token_ids
+    pending: list[Item] = []
+    for tokens in encoded:
+        pending += tokens
         whole = len(pending) - len(pending) % length
         for start in range(0, whole, length):
             yield tuple(pending[start : start + length])

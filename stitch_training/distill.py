@@ -36,9 +36,11 @@ from torch import Tensor
 
 from stitch.errors import InvalidRequest
 from stitch_server.model.adapters import EPSILON, Adapters
+from stitch_training.data import LossOn
 from stitch_training.least_squares import AffineMap, CutPoint
 from stitch_training.models import FrozenModel, Pair
 from stitch_training.objective import LossSettings, head_loss
+from stitch_training.scoring import counted
 from stitch_training.trace import Trace
 
 # The target of the closed form: the top model's states, or the bottom model's output distribution (`readout`).
@@ -170,6 +172,8 @@ class TrainingSettings:
     learning_rate: float = 1e-3
     # Weight of the bottom model's distribution against the next token, 0 to 1.
     teacher_share: float = 0.5
+    # The next tokens whose loss counts, in training and in its held-out loss.
+    loss_on: LossOn = "content"
     # Held-out evaluations over the whole run.
     evaluations: int = 10
     # Rank of the adapters beside the top's layers; 0: no adapters.
@@ -198,6 +202,18 @@ class History:
         return len(self.held_out) > PATIENCE_EVALUATIONS and min(recent) > self.best()
 
 
+def counting_sequences(trace: Trace, sequences: int, loss_on: LossOn) -> Tensor:
+    """Returns the indices of the sequences that have a token whose loss counts.
+
+    Raises InvalidRequest where none has: text without conversations has no answers.
+    """
+    rows = torch.arange(sequences)
+    found = rows[counted(trace.roles(rows), loss_on).any(1)]
+    if not len(found):
+        raise InvalidRequest("loss_on", loss_on, f"none of {sequences} sequences has such a token")
+    return found
+
+
 class Distillation:
     """One training run on the first `sequences` of a trace, resumed from `checkpoint` where that file exists."""
 
@@ -214,10 +230,11 @@ class Distillation:
         self._top, self._vocabulary, self._cut = pair.top, pair.vocabulary, cut
         self._trace, self._sequences = trace, sequences
         self.stitch, self._settings, self._checkpoint = stitch, settings, checkpoint
+        self._counting = counting_sequences(trace, sequences, settings.loss_on)
         self.history, self.step = History(), 0
         self._optimizer = torch.optim.Adam(stitch.parameters(), settings.learning_rate, betas=(0.9, 0.98))
         self._best = [parameter.detach().clone() for parameter in stitch.parameters()]
-        self.steps = settings.epochs * (-(-sequences // settings.batch_sequences))
+        self.steps = settings.epochs * (-(-len(self._counting) // settings.batch_sequences))
         self.interval = max(1, self.steps // settings.evaluations)
         if checkpoint.exists():
             self._resume()
@@ -254,7 +271,8 @@ class Distillation:
         hidden = self._top.run(states, j, self._top.depth, adapters)
         generator = self._generator(self.step)
         settings = LossSettings(self._settings.teacher_share, self._vocabulary, SAMPLED_TOKENS, generator)
-        loss = head_loss(self._top, hidden, self._trace.tokens(rows), self._trace.teacher(rows), settings)
+        tokens, teacher, on = self._trace.tokens(rows), self._trace.teacher(rows), self._settings.loss_on
+        loss = head_loss(self._top, hidden, tokens, teacher, counted(self._trace.roles(rows), on), settings)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
@@ -265,9 +283,9 @@ class Distillation:
     def _rows(self, step: int) -> Tensor:
         """Returns the sequence indices of a step; every epoch has its own order."""
         size = self._settings.batch_sequences
-        epoch, batch = divmod(step, -(-self._sequences // size))
-        order = torch.randperm(self._sequences, generator=self._generator(-1 - epoch))
-        return order[batch * size : (batch + 1) * size]
+        epoch, batch = divmod(step, -(-len(self._counting) // size))
+        order = torch.randperm(len(self._counting), generator=self._generator(-1 - epoch))
+        return self._counting[order[batch * size : (batch + 1) * size]]
 
     def _generator(self, key: int) -> torch.Generator:
         """Returns the generator of a step (key 0, 1, …) or an epoch (key -1, -2, …), independent of earlier draws."""

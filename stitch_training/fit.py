@@ -18,8 +18,8 @@ from stitch.cluster import ClusterConfig, RouteConfig
 from stitch.errors import InvalidRequest
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.stitch import Stitch, StitchBinding
-from stitch_training.activations import HELD_OUT, Passes, Progress, choose_cuts, run_passes
-from stitch_training.data import Corpus, DataSettings
+from stitch_training.activations import HELD_OUT, Passes, PassResult, Progress, choose_cuts, run_passes
+from stitch_training.data import CONTENT_SLICE, Corpus, DataSettings
 from stitch_training.distill import (
     Aim,
     Coordinates,
@@ -30,10 +30,20 @@ from stitch_training.distill import (
     channel_scales,
 )
 from stitch_training.least_squares import AffineMap, ClosedForm, CutPoint, RidgeFit
-from stitch_training.models import LoadedPair, Pair, load_pair
+from stitch_training.models import FrozenModel, LoadedPair, Pair, load_pair
 from stitch_training.readout import readout
 from stitch_training.report import loss_lines, plot_losses, write_json
-from stitch_training.scoring import BATCH_SEQUENCES, Mapping, by_file, map_of, mapping_of, tail_losses, whole_losses
+from stitch_training.scoring import (
+    BATCH_SEQUENCES,
+    Mapping,
+    Slices,
+    TailScores,
+    counted,
+    map_of,
+    mapping_of,
+    tail_scores,
+    whole_losses,
+)
 
 # Damping of the coordinates that training moves in, unless the ridge is stronger: without it, directions with less
 # than this share of the mean variance would be scaled to unit variance and carry only noise.
@@ -70,11 +80,39 @@ class Fit:
 
 @dataclass(frozen=True)
 class Measured:
-    """A map and the top's adapters with their mean cross-entropy `[sequences]` on the held-out sequences."""
+    """A map and the top's adapters with their scores on the held-out sequences."""
 
     map: AffineMap
     adapters: Adapters | None
-    losses: Tensor
+    scores: TailScores
+    # What training minimizes, over the tokens that it counts.
+    objective: float
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """The held-out pass of a fit, on which every stitch of the cut is measured."""
+
+    pair: Pair
+    cut: CutPoint
+    recorded: PassResult
+    training: TrainingSettings
+
+    def measure(self, stitch: AffineMap, adapters: Adapters | None = None) -> Measured:
+        """Measures a map and adapters. Raises InvalidRequest where no held-out token counts in training."""
+        scores = tail_scores(self.pair, self.recorded, self.cut, mapping_of(stitch), adapters)
+        return Measured(stitch, adapters, scores, self._objective(scores))
+
+    def loss(self, stitch: TrainableStitch) -> float:
+        """Returns what training minimizes, of a stitch in training."""
+        return self._objective(tail_scores(self.pair, self.recorded, self.cut, stitch, stitch.trained_adapters()))
+
+    def _objective(self, scores: TailScores) -> float:
+        loss_on = self.training.loss_on
+        mask = counted(self.recorded.trace.roles(torch.arange(self.recorded.sequences)), loss_on)
+        if not mask.any():
+            raise InvalidRequest("loss_on", loss_on, "no held-out sequence has such a token")
+        return float(scores.objective(self.training.teacher_share)[mask].double().mean())
 
 
 @dataclass(frozen=True)
@@ -108,13 +146,15 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
         stitch, initial_name = loaded.load_stitch(settings.start, cut), "start"
         start, initial_adapters = replace(start, map=map_of(stitch)), stitch.adapters
         settings = replace(settings, training=replace(settings.training, start=stitch.fingerprint))
-    initial = final = measure(loaded, cut, passes, start.map, initial_adapters)
+    held_out = HeldOutText(loaded.pair, cut, passes.held_out, settings.training)
+    initial = final = held_out.measure(start.map, initial_adapters)
     first_token, history = "held", {}
     if settings.training.epochs:
-        run = _distil(loaded, cut, passes, start, closed, initial.adapters, settings, progress)
-        first_token, final = _choose_first_token(loaded, cut, passes, start, closed, run.stitch)
+        run = _distil(held_out, passes.training, start, closed, initial.adapters, settings, progress)
+        first_token, final = _choose_first_token(held_out, start, closed, run.stitch)
         history = asdict(run.history)
-    losses = held_out_losses(loaded, cut, passes, settings, {initial_name: initial.losses, "stitched": final.losses})
+    stitched = {initial_name: initial.scores.losses, "stitched": final.scores.losses}
+    losses = held_out_losses(loaded, cut, passes, settings, stitched)
     report = {
         **describe(loaded, passes, settings.data, settings.dtype),
         "reused": [folder.name for folder in settings.reuse],
@@ -200,35 +240,28 @@ def coordinates(k: int, start: Start, closed: ClosedForm) -> Coordinates:
 
 
 def _distil(
-    loaded: LoadedPair,
-    cut: CutPoint,
-    passes: Passes,
+    held_out: HeldOutText,
+    data: PassResult,
     start: Start,
     closed: ClosedForm,
     initial: Adapters | None,
     settings: FitSettings,
     progress: Progress,
 ) -> Distillation:
-    training = passes.training
-    adapters = _adapters(loaded, cut, passes, mapping_of(start.map), settings.training, initial)
+    pair, cut = held_out.pair, held_out.cut
+    adapters = _adapters(pair.top, cut, data, mapping_of(start.map), settings.training, initial)
     stitch = TrainableStitch(coordinates(cut.k, start, closed), adapters)
-    training_settings = replace(settings.training, data=training.fingerprint)
+    training = replace(settings.training, data=data.fingerprint)
     checkpoint = settings.run_dir / f"distil-{cut.k}-{cut.j}.safetensors"
-    run = Distillation(loaded.pair, cut, training.trace, training.sequences, stitch, training_settings, checkpoint)
-    run.run(held_out_loss(loaded, cut, passes), lambda step, steps, loss: progress("distil", step, steps))
+    run = Distillation(pair, cut, data.trace, data.sequences, stitch, training, checkpoint)
+    run.run(held_out.loss, lambda step, steps, loss: progress("distil", step, steps))
     return run
 
 
-def held_out_loss(loaded: LoadedPair, cut: CutPoint, passes: Passes) -> Callable[[TrainableStitch], float]:
-    """Returns the function that measures a stitch in training over the held-out trace."""
-    top, held_out = loaded.pair.top, passes.held_out
-    return lambda stitch: float(tail_losses(top, held_out, cut, stitch, stitch.trained_adapters()).mean())
-
-
 def _adapters(
-    loaded: LoadedPair,
+    top: FrozenModel,
     cut: CutPoint,
-    passes: Passes,
+    data: PassResult,
     start: Mapping,
     training: TrainingSettings,
     initial: Adapters | None,
@@ -241,15 +274,15 @@ def _adapters(
         raise InvalidRequest("adapter_rank", training.adapter_rank, f"it must be {initial.rank}, as in the start")
     if not training.adapter_rank:
         return None
-    rows = torch.arange(min(BATCH_SEQUENCES, passes.training.sequences))
-    scales = channel_scales(loaded.pair.top, start(passes.training.trace.hidden(cut.k, rows)), cut.j)
+    rows = torch.arange(min(BATCH_SEQUENCES, data.sequences))
+    scales = channel_scales(top, start(data.trace.hidden(cut.k, rows)), cut.j)
     if initial is not None:
         return TrainableAdapters(scales, initial)
     return TrainableAdapters.fresh(cut.j, training.adapter_rank, scales, training.seed)
 
 
 def _choose_first_token(
-    loaded: LoadedPair, cut: CutPoint, passes: Passes, start: Start, closed: ClosedForm, stitch: TrainableStitch
+    held_out: HeldOutText, start: Start, closed: ClosedForm, stitch: TrainableStitch
 ) -> tuple[str, Measured]:
     """Returns the treatment of first tokens with the lowest held-out loss, and the trained map with it.
 
@@ -257,32 +290,27 @@ def _choose_first_token(
     tokens more than it gives.
     """
     free, adapters = stitch.to_map(), stitch.trained_adapters()
-    held = closed.hold_first(cut.k, free, start.first, start.ridge.ridge)
+    held = closed.hold_first(held_out.cut.k, free, start.first, start.ridge.ridge)
     candidates = {"held": held, "free": free, "set": replace(free, first=start.first)}
-    measured = {name: measure(loaded, cut, passes, one, adapters) for name, one in candidates.items()}
-    return min(measured.items(), key=lambda one: float(one[1].losses.mean()))
-
-
-def measure(
-    loaded: LoadedPair, cut: CutPoint, passes: Passes, stitch: AffineMap, adapters: Adapters | None = None
-) -> Measured:
-    """Measures a map and adapters on the held-out sequences."""
-    losses = tail_losses(loaded.pair.top, passes.held_out, cut, mapping_of(stitch), adapters)
-    return Measured(stitch, adapters, losses)
+    measured = {name: held_out.measure(one, adapters) for name, one in candidates.items()}
+    return min(measured.items(), key=lambda one: one[1].objective)
 
 
 def held_out_losses(
     loaded: LoadedPair, cut: CutPoint, passes: Passes, settings: FitSettings, stitched: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """Returns intervals by model and file: both whole models (or one with layers left out), and every stitch."""
-    held_out, top = passes.held_out, loaded.pair.top
+    """Returns intervals by model and slice: both whole models (or one with layers left out), and every stitch."""
+    held_out = passes.held_out
     losses = whole_losses(loaded.pair, held_out, settings.run_dir / HELD_OUT)
     if loaded.is_one_model:
-        left_out = tail_losses(top, held_out, cut, lambda states: states)
+        left_out = tail_scores(loaded.pair, held_out, cut, lambda states: states).losses
         losses = {"bottom": losses["bottom"], "layers left out": left_out}
     losses |= stitched
-    files, names = held_out.trace.files(torch.arange(held_out.sequences)), [path.name for path in settings.data.files]
-    return {name: {file: asdict(i) for file, i in by_file(v, files, names).items()} for name, v in losses.items()}
+    slices = Slices.of_pass(held_out, [path.name for path in settings.data.files])
+    return {
+        name: {part: asdict(sample.interval()) for part, sample in slices.samples(values).items()}
+        for name, values in losses.items()
+    }
 
 
 def _describe_ridge(ridge: RidgeFit) -> dict[str, Any]:
@@ -322,7 +350,7 @@ def write_fit(fitted: Fit, out: Path, store: str) -> None:
 def provenance(report: dict[str, Any]) -> dict[str, Any]:
     """Returns the artifact's record of its making; the same for the same fit, so without durations."""
     kept = ("data", "files", "tokens", "seed", "dtype")
-    losses = {name: round(levels["all"]["mean"], 4) for name, levels in report["losses"].items()}
+    losses = {name: round(levels[CONTENT_SLICE]["mean"], 4) for name, levels in report["losses"].items()}
     method = "least squares, then distillation" if report["history"] else "least squares"
     training = report["training"] if report["history"] else {}
     return {"method": method, "training": training, "losses": losses} | {name: report[name] for name in kept}

@@ -37,12 +37,12 @@ _REPORT_INTERVAL_SECONDS = 5.0
 _WORD = re.compile(r"\w+")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 # GSM8K's gold answers are a derivation, this mark, and the number.
-_GOLD_MARK = "####"
+GOLD_MARK = "####"
 
 
 def matches_gold(answer: str, gold: str) -> bool:
     """Whether an answer's last number is the gold number, or its first or last words are the gold words."""
-    expected = gold.rpartition(_GOLD_MARK)[2].strip()
+    expected = gold.rpartition(GOLD_MARK)[2].strip()
     if _NUMBER.fullmatch(expected):
         numbers = _NUMBER.findall(answer)
         return bool(numbers) and _number(numbers[-1]) == _number(expected)

@@ -6,7 +6,7 @@ Sequences are causal and start at position 0. Gradients flow to the hidden state
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -28,7 +28,8 @@ from stitch_server.model.embedding_and_head import Embedding
 from stitch_server.model.stitch import Stitch
 from stitch_server.model.weights import Weights
 from stitch_server.sources.resolve import resolve
-from stitch_training.data import Turn
+from stitch_training.chat_spans import ContentSpan, content_spans
+from stitch_training.data import Role, RoledToken, Turn
 from stitch_training.trace import TEACHER_TOKENS, Teacher
 
 # Tokens whose logits are in memory at a time; over a vocabulary of 152 k and in float32, one token has 0.6 MB.
@@ -212,28 +213,70 @@ class FolderEncoder:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
 
-    def encode_chat(self, turns: Sequence[Turn]) -> list[int]:
-        """Encodes a conversation through the chat template. Raises Incompatible where the folder has none."""
-        return self._apply_template(turns, add_generation_prompt=False)
+    def encode_chat(self, turns: Sequence[Turn]) -> list[RoledToken]:
+        """Encodes a conversation through the chat template.
 
-    def encode_question(self, text: str) -> list[int]:
-        """Encodes a conversation of one turn up to the start of the answer; without a chat template, plain text."""
+        Raises Incompatible where the folder has none, or where the template does not render a message as it is.
+        """
+
+        def render(contents: Sequence[str]) -> str:
+            given = [replace(turn, content=content) for turn, content in zip(turns, contents, strict=True)]
+            return cast(str, self._apply_template(given, tokenize=False))
+
+        try:
+            text, spans = content_spans(render, [turn.content for turn in turns])
+        except ValueError as error:
+            raise Incompatible(f"the tokens of a message can't be told from the template's: {error}") from error
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return self._with_roles(text, encoded["input_ids"], encoded["offset_mapping"], turns, spans)
+
+    def _with_roles(
+        self,
+        text: str,
+        ids: Sequence[int],
+        offsets: Sequence[tuple[int, int]],
+        turns: Sequence[Turn],
+        spans: Sequence[ContentSpan],
+    ) -> list[RoledToken]:
+        """Gives every token the role of its characters; one that a message and the template share is the message's."""
+        role_of = bytearray(len(text))
+        answer_ends = []
+        for message, start, end in spans:
+            is_answer = turns[message].role == "assistant"
+            role_of[start:end] = bytes([Role.ASSISTANT if is_answer else Role.USER]) * (end - start)
+            if is_answer and not turns[message].is_cut:
+                answer_ends.append(end)
+        tokens, previous_end = [], 0
+        for token_id, (start, end) in zip(ids, offsets, strict=True):
+            # Some tokenizers leave spaces out of the offsets, so that those of a token of spaces are empty.
+            role = Role(max(role_of[previous_end if start == end else start : end], default=Role.TEMPLATE))
+            if role is Role.TEMPLATE and token_id in self.ends:
+                role = Role.END if any(not text[at:start].strip() for at in answer_ends if at <= start) else role
+                answer_ends = [at for at in answer_ends if at > start]
+            tokens.append(RoledToken(token_id, role))
+            previous_end = end
+        return tokens
+
+    def encode_prompt(self, turns: Sequence[Turn]) -> list[int]:
+        """Encodes a conversation up to the start of the next answer; without a chat template, its plain text."""
         if self._tokenizer.chat_template is None:
-            return self.encode(text)
-        return self._apply_template([Turn("user", text)], add_generation_prompt=True)
+            return self.encode("\n".join(turn.content for turn in turns))
+        return cast(list[int], self._apply_template(turns, tokenize=True, add_generation_prompt=True))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decodes an answer, without special tokens."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
-    def _apply_template(self, turns: Sequence[Turn], add_generation_prompt: bool) -> list[int]:
+    def _apply_template(
+        self, turns: Sequence[Turn], tokenize: bool, add_generation_prompt: bool = False
+    ) -> list[int] | str:
         if self._tokenizer.chat_template is None:
             raise Incompatible("the data hold conversations, but the model has no chat template")
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        ids = self._tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=False, add_generation_prompt=add_generation_prompt
+        rendered = self._tokenizer.apply_chat_template(
+            messages, tokenize=tokenize, return_dict=False, add_generation_prompt=add_generation_prompt
         )
-        return cast(list[int], ids)
+        return cast(list[int] | str, rendered)
 
 
 @dataclass(frozen=True)

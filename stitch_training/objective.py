@@ -41,14 +41,40 @@ def token_losses(logits: Tensor, following: Tensor, teacher: Teacher, teacher_sh
     logprobs = logits.sub_(logits.logsumexp(-1, keepdim=True))
     following_logprobs = logprobs.gather(1, following[:, None])
     kept_logprobs, target = logprobs.gather(1, teacher.ids), teacher.logprobs.exp()
-    kept = kept_logprobs.exp()
-    target_rest = (1 - target.sum(1, keepdim=True)).clamp(min=_MIN_PROBABILITY)
-    rest = (1 - kept.sum(1, keepdim=True)).clamp(min=_MIN_PROBABILITY)
-    divergence = (target * (teacher.logprobs - kept_logprobs)).sum(1) + (target_rest * (target_rest / rest).log())[:, 0]
+    kept, (target_rest, rest) = kept_logprobs.exp(), _rests(kept_logprobs, teacher)
+    divergence = _divergence(kept_logprobs, teacher)
     gradient = logprobs.exp_().mul_(1 - teacher_share * target_rest / rest)
     gradient.scatter_add_(1, teacher.ids, teacher_share * (target_rest / rest * kept - target))
     gradient.scatter_add_(1, following[:, None], torch.full_like(following_logprobs, teacher_share - 1))
     return teacher_share * divergence - (1 - teacher_share) * following_logprobs[:, 0], gradient
+
+
+def _rests(kept_logprobs: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
+    """Returns what the teacher and the student give to all other tokens, both `[tokens, 1]`."""
+    parts = ((1 - logprobs.exp().sum(1, keepdim=True)) for logprobs in (teacher.logprobs, kept_logprobs))
+    target_rest, rest = (part.clamp(min=_MIN_PROBABILITY) for part in parts)
+    return target_rest, rest
+
+
+def _divergence(kept_logprobs: Tensor, teacher: Teacher) -> Tensor:
+    """Returns KL(p || s) `[tokens]` from the student's logprobs of the teacher's tokens, `[tokens, kept]`."""
+    target_rest, rest = _rests(kept_logprobs, teacher)
+    named = (teacher.logprobs.exp() * (teacher.logprobs - kept_logprobs)).sum(1)
+    return named + (target_rest * (target_rest / rest).log())[:, 0]
+
+
+def divergences(model: FrozenModel, hidden: Tensor, teacher: Teacher, vocabulary: int) -> Tensor:
+    """Returns KL(p || s) `[sequences, tokens]` in nats for last-layer states, over the first `vocabulary` tokens."""
+    states = hidden.flatten(0, 1)
+    teacher = Teacher(teacher.ids.flatten(0, 1), teacher.logprobs.flatten(0, 1))
+    found = []
+    for start in range(0, len(states), LOGIT_TOKENS):
+        chunk = slice(start, start + LOGIT_TOKENS)
+        logits = model.logits(states[chunk])[:, :vocabulary]
+        some = Teacher(teacher.ids[chunk], teacher.logprobs[chunk])
+        kept_logprobs = logits.gather(1, some.ids) - logits.logsumexp(-1, keepdim=True)
+        found.append(_divergence(kept_logprobs, some))
+    return torch.cat(found).view(hidden.shape[:2])
 
 
 @dataclass(frozen=True)
@@ -118,13 +144,15 @@ class _HeadLoss(torch.autograd.Function):
         return gradient * outer[0], None, None
 
 
-def head_loss(model: FrozenModel, hidden: Tensor, tokens: Tensor, teacher: Teacher, settings: LossSettings) -> Tensor:
-    """Returns the mean loss over `tokens` `[sequences, tokens]`, whose last-layer states are `hidden`.
+def head_loss(
+    model: FrozenModel, hidden: Tensor, tokens: Tensor, teacher: Teacher, counted: Tensor, settings: LossSettings
+) -> Tensor:
+    """Returns the mean loss over the next tokens that are `counted`, bool `[sequences, tokens - 1]`, of which one is.
 
-    A sequence's last token has no next token, so it does not count.
+    `hidden` are the last-layer states of `tokens` `[sequences, tokens]`, whose last one has no next token.
     """
-    states, following = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-    teacher = Teacher(teacher.ids[:, :-1].flatten(0, 1), teacher.logprobs[:, :-1].flatten(0, 1))
+    states, following = hidden[:, :-1][counted], tokens[:, 1:][counted]
+    teacher = Teacher(teacher.ids[:, :-1][counted], teacher.logprobs[:, :-1][counted])
     named = torch.cat([following, teacher.ids.flatten()])
     shortlist = Shortlist.draw(named, settings.vocabulary, settings.sampled, settings.generator)
     targets = Targets(shortlist, following, teacher, settings.teacher_share)

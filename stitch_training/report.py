@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from stitch_training.data import CONTENT_SLICE
 from stitch_training.labels import LabelledSet
 from stitch_training.recovery import STEPS, Estimate, Float64Array, Recovery, recovery
 
@@ -32,9 +33,12 @@ def write_json(path: Path, fields: Mapping[str, Any]) -> None:
 
 
 def loss_lines(report: dict[str, Any]) -> list[str]:
-    """Returns the held-out losses of a fit's report as lines of a table."""
+    """Returns the held-out losses on content of a fit's report as lines of a table."""
     rows = report["losses"].items()
-    return [f"{name:16s} {i['all']['mean']:.3f}  [{i['all']['low']:.3f}, {i['all']['high']:.3f}]" for name, i in rows]
+    return [
+        f"{name:16s} {one['mean']:.3f}  [{one['low']:.3f}, {one['high']:.3f}]"
+        for name, one in ((name, slices[CONTENT_SLICE]) for name, slices in rows)
+    ]
 
 
 def plot_losses(report: dict[str, Any], path: Path) -> None:
@@ -51,10 +55,11 @@ def plot_losses(report: dict[str, Any], path: Path) -> None:
         axes.plot([step * step_tokens for step in steps], losses, marker="o", label="stitched, held out")
     for name, levels in report["losses"].items():
         if name != "stitched" or not history:
-            axes.axhline(levels["all"]["mean"], linestyle="--", color="0.5")
-            axes.annotate(name, (0.99, levels["all"]["mean"]), xycoords=("axes fraction", "data"), ha="right")
+            axes.axhline(levels[CONTENT_SLICE]["mean"], linestyle="--", color="0.5")
+            at = (0.99, levels[CONTENT_SLICE]["mean"])
+            axes.annotate(name, at, xycoords=("axes fraction", "data"), ha="right")
     axes.set_xlabel("tokens trained on")
-    axes.set_ylabel("cross-entropy, nats per token")
+    axes.set_ylabel("nats per token: loss in training, cross-entropy on content (dashed)")
     axes.set_title(f"{report['cut']['bottom_layers']} → {report['cut']['top_from']}")
     if history:
         axes.legend(loc="upper right")

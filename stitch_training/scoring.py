@@ -1,7 +1,8 @@
-"""Cross-entropy, greedy tokens and intervals on held-out text, of whole models and of stitched ones.
+"""Cross-entropy, divergence and greedy tokens on held-out text, of whole models and of stitched ones.
 
-A `Pipeline` computes from token ids. `tail_losses` and `whole_losses` compute from a held-out trace, so that the bottom
-model's layers don't run again. Intervals resample whole sequences, since tokens of one sequence are not independent.
+A `Pipeline` computes from token ids. `tail_scores` and `whole_losses` compute from a held-out trace, so that the bottom
+model's layers don't run again. All give a value for every next token, `[sequences, tokens - 1]`; `Slices` says which of
+them count.
 """
 
 from __future__ import annotations
@@ -19,25 +20,18 @@ from torch import Tensor
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.stitch import Stitch
 from stitch_training.activations import PassResult
+from stitch_training.data import CONTENT, CONTENT_SLICE, COUNTED_ROLES, LossOn, Role
+from stitch_training.intervals import Sample
 from stitch_training.least_squares import AffineMap, CutPoint
 from stitch_training.models import LOGIT_TOKENS, FrozenModel, Pair, next_token_losses
+from stitch_training.objective import divergences
 
 # The bottom's states `[sequences, tokens, inputs]` to the top's, `[sequences, tokens, outputs]`.
 Mapping = Callable[[Tensor], Tensor]
 # The same for packed tokens, `[tokens, inputs]`, with the indices of the tokens that start a sequence.
 PackedMapping = Callable[[Tensor, Sequence[int]], Tensor]
 BATCH_SEQUENCES = 4
-RESAMPLES = 1000
 WHOLE_LOSSES = "whole-losses.safetensors"
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def map_of(stitch: Stitch) -> AffineMap:
@@ -113,19 +107,14 @@ def stitched(pair: Pair, cut: CutPoint, stitch: AffineMap, adapters: Adapters | 
     return Pipeline(stages, packed_mapping_of(stitch))
 
 
-def without_layers(model: FrozenModel, cut: CutPoint) -> Pipeline:
-    """Returns one model without its layers [k, j), the baseline of a stitch within one model."""
-    return Pipeline((Stage(model, 0, cut.k), Stage(model, cut.j, model.depth)))
-
-
-def sequence_losses(pipeline: Pipeline, tokens: Tensor) -> Tensor:
-    """Returns the mean cross-entropy `[sequences]` in nats per token of token ids `[sequences, tokens]`."""
+def pipeline_losses(pipeline: Pipeline, tokens: Tensor) -> Tensor:
+    """Returns the cross-entropy of every next token of `tokens` `[sequences, tokens]`, in nats."""
     with torch.no_grad():
         parts = [
-            next_token_losses(pipeline.head, pipeline.states(batch), batch).mean(1)
+            next_token_losses(pipeline.head, pipeline.states(batch), batch)
             for batch in torch.split(tokens, BATCH_SEQUENCES)
         ]
-    return torch.cat(parts).double()
+    return torch.cat(parts)
 
 
 def greedy_tokens(pipeline: Pipeline, tokens: Tensor) -> Tensor:
@@ -136,59 +125,86 @@ def greedy_tokens(pipeline: Pipeline, tokens: Tensor) -> Tensor:
     return torch.cat(greedy).view(tokens.shape)
 
 
-def tail_losses(
-    top: FrozenModel, held_out: PassResult, cut: CutPoint, mapping: Mapping, adapters: Adapters | None = None
-) -> Tensor:
-    """Returns the mean cross-entropy `[sequences]` of the top's layers [j, …) after `mapping` of the traced states."""
-    losses, (k, j) = [], cut
+@dataclass(frozen=True)
+class TailScores:
+    """Of every next token: its cross-entropy, and the divergence from the traced teacher, in nats."""
+
+    losses: Tensor
+    divergences: Tensor
+
+    def objective(self, teacher_share: float) -> Tensor:
+        """Returns what training minimizes: the share of the divergence and the rest of the cross-entropy."""
+        return teacher_share * self.divergences + (1 - teacher_share) * self.losses
+
+
+def tail_scores(
+    pair: Pair, held_out: PassResult, cut: CutPoint, mapping: Mapping, adapters: Adapters | None = None
+) -> TailScores:
+    """Scores the top's layers [j, …) after `mapping` of the traced states."""
+    top, trace, (k, j) = pair.top, held_out.trace, cut
+    losses, diverging = [], []
     with torch.no_grad():
         for rows in torch.split(torch.arange(held_out.sequences), BATCH_SEQUENCES):
-            hidden = top.run(mapping(held_out.trace.hidden(k, rows)), j, top.depth, adapters)
-            losses.append(next_token_losses(top, hidden, held_out.trace.tokens(rows)).mean(1))
-    return torch.cat(losses).double()
+            hidden = top.run(mapping(trace.hidden(k, rows)), j, top.depth, adapters)
+            losses.append(next_token_losses(top, hidden, trace.tokens(rows)))
+            diverging.append(divergences(top, hidden, trace.teacher(rows), pair.vocabulary)[:, :-1])
+    return TailScores(torch.cat(losses), torch.cat(diverging))
 
 
 def whole_losses(pair: Pair, held_out: PassResult, folder: Path) -> dict[str, Tensor]:
-    """Returns the mean cross-entropy `[sequences]` of the whole `bottom` and `top` models, computed once per folder."""
+    """Returns the losses of the whole `bottom` and `top` models, computed once per folder."""
     path = folder / WHOLE_LOSSES
     if path.exists():
         with safe_open(path, "pt") as file:
             if file.metadata()["data"] == held_out.fingerprint:
                 return {name: file.get_tensor(name) for name in ("bottom", "top")}
-    bottom = _bottom_losses(pair.bottom, held_out)
+    bottom = _bottom_losses(pair, held_out)
     top = bottom.clone() if pair.top is pair.bottom else _losses_from_tokens(pair.top, held_out)
     losses = {"bottom": bottom, "top": top}
     save_file(losses, path, {"data": held_out.fingerprint})
     return losses
 
 
-def _bottom_losses(model: FrozenModel, held_out: PassResult) -> Tensor:
+def _bottom_losses(pair: Pair, held_out: PassResult) -> Tensor:
     """Runs the head alone where the trace has the last layer's states."""
-    if model.depth in held_out.trace.shape.depths:
-        return tail_losses(model, held_out, CutPoint(model.depth, model.depth), lambda states: states)
-    return _losses_from_tokens(model, held_out)
+    depth = pair.bottom.depth
+    if depth in held_out.trace.shape.depths:
+        itself = Pair(pair.bottom, pair.bottom, pair.vocabulary)
+        return tail_scores(itself, held_out, CutPoint(depth, depth), lambda states: states).losses
+    return _losses_from_tokens(pair.bottom, held_out)
 
 
 def _losses_from_tokens(model: FrozenModel, held_out: PassResult) -> Tensor:
-    return sequence_losses(whole(model), held_out.trace.tokens(torch.arange(held_out.sequences)))
+    return pipeline_losses(whole(model), held_out.trace.tokens(torch.arange(held_out.sequences)))
 
 
-def bootstrap(values: Tensor, seed: int = 0) -> Interval:
-    """Returns the mean of `values` `[sequences]` with its percentile interval."""
-    draw = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=draw)
-    means = values[picks].mean(1).sort().values
-    low, high = int(RESAMPLES * 0.025), int(RESAMPLES * 0.975)
-    return Interval(float(values.mean()), float(means[low]), float(means[high]))
+def counted(roles: Tensor, loss_on: LossOn) -> Tensor:
+    """Returns which next tokens training counts, bool `[sequences, tokens - 1]`, of roles `[sequences, tokens]`."""
+    return torch.isin(roles[:, 1:], torch.tensor(COUNTED_ROLES[loss_on]))
 
 
-def by_file(values: Tensor, files: Tensor, names: Sequence[str]) -> dict[str, Interval]:
-    """Returns the interval of `values` `[sequences]` over `all`, and of every file that has any sequence.
+@dataclass(frozen=True, eq=False)
+class Slices:
+    """Which next tokens count, bool `[sequences, tokens - 1]`: all content, the content of each file, each role."""
 
-    `files` `[sequences]` are indices into `names`.
-    """
-    intervals = {"all": bootstrap(values)}
-    for number, name in enumerate(names):
-        if (files == number).any():
-            intervals[name] = bootstrap(values[files == number])
-    return intervals
+    masks: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, roles: Tensor, files: Tensor, names: Sequence[str]) -> Slices:
+        """Takes the roles `[sequences, tokens]` and the files `[sequences]`, as indices into `names`."""
+        following = roles[:, 1:]
+        content = torch.isin(following, torch.tensor(CONTENT))
+        masks = {CONTENT_SLICE: content}
+        masks |= {name: content & (files == number)[:, None] for number, name in enumerate(names)}
+        masks |= {role.name.lower(): following == role for role in Role}
+        return cls({name: mask for name, mask in masks.items() if mask.any()})
+
+    @classmethod
+    def of_pass(cls, held_out: PassResult, names: Sequence[str]) -> Slices:
+        """Takes the sequences of a pass."""
+        rows = torch.arange(held_out.sequences)
+        return cls.of(held_out.trace.roles(rows), held_out.trace.files(rows), names)
+
+    def samples(self, values: Tensor) -> dict[str, Sample]:
+        """Returns the sample of each slice of values `[sequences, tokens - 1]`."""
+        return {name: Sample.of_tokens(values, mask) for name, mask in self.masks.items()}

@@ -3,6 +3,7 @@
 Every array is a raw memory-mapped file, so the memory of a fit does not grow with its number of tokens:
 
     tokens          int32     [sequences, tokens]
+    roles           int8      [sequences, tokens]          of the text that a token is a part of (`data.Role`)
     files           int32     [sequences]                  index of the training file
     hidden-K        bfloat16  [sequences, tokens, hidden]  of the bottom model after K layers
     teacher-ids     int32     [sequences, tokens, kept]    the bottom model's likeliest next tokens
@@ -11,6 +12,7 @@ Every array is a raw memory-mapped file, so the memory of a fit does not grow wi
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from stitch_training.data import PackedSequence
 
 # The likeliest tokens of the bottom model's distribution that are kept; all others count as one outcome.
 TEACHER_TOKENS = 32
@@ -55,6 +59,7 @@ class Trace:
         self.shape, mapped = shape, partial(_open_writable if writable else _open_read_only, folder)
         tokens = (shape.sequences, shape.sequence_tokens)
         self._tokens = mapped("tokens", np.int32, tokens)
+        self._roles = mapped("roles", np.int8, tokens)
         self._files = mapped("files", np.int32, tokens[:1])
         self._ids = mapped("teacher-ids", np.int32, (*tokens, TEACHER_TOKENS))
         self._logprobs = mapped("teacher-logp", np.float16, (*tokens, TEACHER_TOKENS))
@@ -62,11 +67,14 @@ class Trace:
         states = (*tokens, shape.hidden_size)
         self._hidden = {depth: mapped(f"hidden-{depth}", np.int16, states) for depth in shape.depths}
 
-    def write(self, start: int, tokens: Tensor, files: list[int], hidden: dict[int, Tensor], teacher: Teacher) -> None:
-        """Writes sequences from index `start` on: token ids `[sequences, tokens]`, states by depth, teacher."""
-        rows = slice(start, start + len(tokens))
-        self._tokens[rows] = tokens.numpy()
-        self._files[rows] = files
+    def write(
+        self, start: int, batch: Sequence[PackedSequence], hidden: Mapping[int, Tensor], teacher: Teacher
+    ) -> None:
+        """Writes sequences from index `start` on, with their states by depth and their teacher."""
+        rows = slice(start, start + len(batch))
+        self._tokens[rows] = [sequence.token_ids for sequence in batch]
+        self._roles[rows] = [sequence.roles for sequence in batch]
+        self._files[rows] = [sequence.file for sequence in batch]
         self._ids[rows] = teacher.ids.numpy()
         self._logprobs[rows] = teacher.logprobs.half().numpy()
         for depth, states in hidden.items():
@@ -74,12 +82,16 @@ class Trace:
 
     def flush(self) -> None:
         """Flushes all arrays to disk; a checkpoint may then refer to them."""
-        for array in (self._tokens, self._files, self._ids, self._logprobs, *self._hidden.values()):
+        for array in (self._tokens, self._roles, self._files, self._ids, self._logprobs, *self._hidden.values()):
             array.flush()
 
     def tokens(self, rows: Tensor) -> Tensor:
         """Returns token ids, int64 `[rows, tokens]`."""
         return torch.from_numpy(self._tokens[rows.numpy()]).long()
+
+    def roles(self, rows: Tensor) -> Tensor:
+        """Returns the role of every token, int64 `[rows, tokens]`."""
+        return torch.from_numpy(self._roles[rows.numpy()]).long()
 
     def files(self, rows: Tensor) -> Tensor:
         """Returns the index of each sequence's training file, int64 `[rows]`."""

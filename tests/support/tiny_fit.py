@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from stitch_training.data import PackedSequence
+from stitch_training.data import PackedSequence, Role
 from stitch_training.models import FrozenModel, Pair
 from tests.support.tiny_model import TOKENS, write_tiny_model
 
@@ -31,10 +31,11 @@ def tiny_pair(folder: Path) -> Pair:
 
 
 def drawn_sequences(count: int, seed: int = 0) -> list[PackedSequence]:
-    """Returns sequences of random tokens, alternately of two files."""
-    draw = random.Random(seed)
+    """Returns sequences of random tokens, alternately of two files, of plain text and of answers to a template."""
+    draw, half = random.Random(seed), SEQUENCE_TOKENS // 2
+    roles = (Role.PLAIN,) * SEQUENCE_TOKENS, (Role.TEMPLATE,) * half + (Role.ASSISTANT,) * half
     return [
-        PackedSequence(tuple(draw.randrange(TOKENS) for _ in range(SEQUENCE_TOKENS)), number % 2)
+        PackedSequence(tuple(draw.randrange(TOKENS) for _ in range(SEQUENCE_TOKENS)), roles[number % 2], number % 2)
         for number in range(count)
     ]
 
@@ -43,6 +44,14 @@ def write_texts(path: Path, count: int = 120, seed: int = 0) -> Path:
     """Writes JSON Lines of random sentences."""
     draw = random.Random(seed)
     rows = [{"text": " ".join(draw.choices(_WORDS, k=12))} for _ in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_chats(path: Path, count: int = 120, seed: int = 0) -> Path:
+    """Writes JSON Lines of questions with answers, both of random words."""
+    draw = random.Random(seed)
+    rows = [{"question": " ".join(draw.choices(_WORDS, k=6)), "answer": draw.choice(_WORDS)} for _ in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

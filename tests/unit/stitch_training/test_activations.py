@@ -64,6 +64,7 @@ def test_trace_returns_the_states_and_teacher_of_a_pass(pair: Pair, tmp_path: Pa
         logprobs = pair.bottom.logits(states[pair.bottom.depth].flatten(0, 1)).log_softmax(1)
     assert torch.equal(trace.tokens(rows), tokens)
     assert trace.files(rows).tolist() == [0, 0]
+    assert trace.roles(torch.tensor([1, 0])).tolist() == [list(drawn_sequences(2)[row].roles) for row in (1, 0)]
     # bfloat16 keeps eight bits of a value.
     torch.testing.assert_close(trace.hidden(2, rows).float(), states[2], rtol=2**-7, atol=1e-3)
     teacher = trace.teacher(rows)

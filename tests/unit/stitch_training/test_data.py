@@ -15,6 +15,8 @@ from stitch_training.data import (
     Corpus,
     DataSettings,
     Document,
+    Role,
+    RoledToken,
     Turn,
     is_held_out,
     pack,
@@ -117,8 +119,10 @@ class Characters:
     def encode(self, text: str) -> list[int]:
         return [ord(character) for character in text]
 
-    def encode_chat(self, turns: Sequence[Turn]) -> list[int]:
-        return [1000, *(ord(character) for turn in turns for character in turn.content)]
+    def encode_chat(self, turns: Sequence[Turn]) -> list[RoledToken]:
+        of = {"user": Role.USER, "assistant": Role.ASSISTANT}
+        contents = [RoledToken(ord(one), of[turn.role]) for turn in turns for one in turn.content]
+        return [RoledToken(1000, Role.TEMPLATE), *contents]
 
 
 def corpus(folder: Path, *counts: int, seed: int = 0, sequence_tokens: int = 16) -> Corpus:
@@ -194,7 +198,34 @@ def test_conversation_is_encoded_through_the_template(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"question": "ab", "answer": "cd"}) + "\n")
     data = Corpus((path,), Characters(), 5, held_out_percent=0)
-    assert [sequence.token_ids for sequence in data.training()] == [(1000, *map(ord, "abcd"))]
+    (sequence,) = data.training()
+    assert sequence.token_ids == (1000, *map(ord, "abcd"))
+    assert sequence.roles == (Role.TEMPLATE, Role.USER, Role.USER, Role.ASSISTANT, Role.ASSISTANT)
+
+
+def test_tokens_of_plain_text_and_its_separator_have_their_roles(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    data = Corpus((tmp_path / "a.txt",), Characters(), 4, held_out_percent=0)
+    assert [sequence.roles for sequence in data.training()] == [(Role.PLAIN,) * 3 + (Role.SEPARATOR,)]
+
+
+def test_prompt_is_held_out_with_whatever_answer() -> None:
+    prompts = [(Turn("system", "s"), Turn("user", f"question {number}")) for number in range(200)]
+    for prompt in prompts:
+        alone = Document(turns=prompt)
+        answered = [Document(turns=(*prompt, Turn("assistant", text), Turn("user", "more"))) for text in ("a", "b")]
+        assert {is_held_out(one, 50) for one in answered} == {is_held_out(alone, 50)}
+        assert answered[0].prompt() == prompt
+    assert 60 < sum(is_held_out(Document(turns=prompt), 50) for prompt in prompts) < 140
+    # Nothing before the first answer: the answer decides.
+    first = [Document(turns=(Turn("assistant", f"answer {number}"),)) for number in range(50)]
+    assert len({is_held_out(one, 50) for one in first}) == 2
+
+
+def test_answer_that_was_cut_off_is_known_by_its_finish_reason() -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    row["messages"][1]["finish_reason"] = "length"
+    assert to_document(row).turns == (Turn("user", "a"), Turn("assistant", "b", is_cut=True))
 
 
 def test_held_out_returns_the_requested_number_of_tokens(tmp_path: Path) -> None:

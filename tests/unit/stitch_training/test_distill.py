@@ -165,6 +165,25 @@ def test_epoch_has_every_sequence_once_in_its_own_order(pair: Pair, data: PassRe
     assert epochs[0].tolist() != epochs[1].tolist()
 
 
+def test_sequences_without_a_token_that_counts_are_left_out(pair: Pair, data: PassResult, tmp_path: Path) -> None:
+    answers = replace(SETTINGS, loss_on="assistant")
+    run = distillation(pair, data, tmp_path / "run.safetensors", answers)
+    # Every second one is of plain text.
+    epoch = torch.cat([run._rows(step) for step in range(run.steps // 3)])
+    assert sorted(epoch.tolist()) == list(range(1, SEQUENCES, 2))
+    run.run(negative_change, lambda step, steps, loss: None)
+    all_tokens = distillation(pair, data, tmp_path / "all.safetensors", replace(SETTINGS, loss_on="all"))
+    all_tokens.run(negative_change, lambda step, steps, loss: None)
+    assert not torch.equal(run.stitch.change, all_tokens.stitch.change)
+
+
+def test_text_without_a_token_that_counts_is_refused(pair: Pair, tmp_path: Path) -> None:
+    whole = PassSettings("training", 1, SEQUENCE_TOKENS, (CUT,), "x")
+    plain = record(pair, whole, tmp_path / "plain", drawn_sequences(1), lambda done, total: None)
+    with pytest.raises(InvalidRequest, match="loss_on is 'assistant', but none of 1 sequences has such a token"):
+        distillation(pair, plain, tmp_path / "run.safetensors", replace(SETTINGS, loss_on="assistant"))
+
+
 def test_to_map_equals_the_trained_stitch() -> None:
     stitch = fresh_stitch()
     with torch.no_grad():

@@ -118,8 +118,8 @@ def test_parameters_of_a_cut_are_its_layers_stitch_and_head(tmp_path: Path) -> N
     pair = loaded(tmp_path)
     bottom, top = pair.bottom_count, pair.top_count
     assert parameters_of(pair, CutPoint(2, 1)) == bottom.between(0, 2) + 32 * 49 + top.between(1, 2) + top.head
-    assert parameters_of(pair, CutPoint(2, 1), has_stitch=False) == parameters_of(pair, CutPoint(2, 1)) - 32 * 49
-    assert whole_parameters(pair)["bottom alone"] == sum(bottom.layers) + bottom.head
+    assert parameters_of(pair, CutPoint(2, 1), 3) == parameters_of(pair, CutPoint(2, 1)) + 2 * 3 * 32
+    assert whole_parameters(bottom) == sum(bottom.layers) + bottom.head
 
 
 @pytest.mark.parametrize(("cut", "fits"), [((3, 1), True), ((0, 0), True), ((4, 1), False), ((2, 2), False)])
@@ -147,8 +147,8 @@ def test_answers_end_at_the_tokens_of_the_configuration_and_of_the_tokenizer(tmp
 
 def test_conversation_is_encoded_through_the_template(tmp_path: Path) -> None:
     write_cluster(tmp_path)
-    ids = FolderEncoder(tmp_path / "top").encode_chat([Turn("user", "hello"), Turn("assistant", "world")])
-    text = byte_tokenizer().decode(ids, skip_special_tokens=False)
+    tokens = FolderEncoder(tmp_path / "top").encode_chat([Turn("user", "hello"), Turn("assistant", "world")])
+    text = byte_tokenizer().decode([token.token_id for token in tokens], skip_special_tokens=False)
     assert text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nworld<|im_end|>\n"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stitch_training import objective
 from stitch_training.models import LOGIT_TOKENS, teacher_of
-from stitch_training.objective import LossSettings, Shortlist, head_loss, token_losses
+from stitch_training.objective import LossSettings, Shortlist, divergences, head_loss, token_losses
 from stitch_training.trace import TEACHER_TOKENS, Teacher
 from tests.support.tiny_fit import tiny_pair
 
@@ -57,23 +57,44 @@ def test_equal_distributions_have_no_loss_and_no_gradient() -> None:
     assert gradient.abs().max() < 1e-5
 
 
-def test_head_loss_is_the_mean_over_tokens_with_a_next_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share_counted", [1.0, 0.4])
+def test_head_loss_is_the_mean_over_next_tokens_that_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share_counted: float
+) -> None:
     monkeypatch.setattr(objective, "LOGIT_TOKENS", 8)
+    counted = torch.rand(2, 11, generator=torch.Generator().manual_seed(5)) < share_counted
     pair = tiny_pair(tmp_path)
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(pair.vocabulary, (2, 12), generator=draw)
     hidden = torch.randn(2, 12, pair.top.hidden_size, generator=draw).requires_grad_()
     teacher = teacher_of(pair.bottom, torch.randn(2, 12, pair.bottom.hidden_size, generator=draw), pair.vocabulary)
-    loss = head_loss(pair.top, hidden, tokens, teacher, LossSettings(0.3, pair.vocabulary, 10**6, torch.Generator()))
+    settings = LossSettings(0.3, pair.vocabulary, 10**6, torch.Generator())
+    loss = head_loss(pair.top, hidden, tokens, teacher, counted, settings)
     (3 * loss).backward()
-    rows, following = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-    shifted = Teacher(teacher.ids[:, :-1].flatten(0, 1), teacher.logprobs[:, :-1].flatten(0, 1))
+    rows, following = hidden[:, :-1][counted], tokens[:, 1:][counted]
+    shifted = Teacher(teacher.ids[:, :-1][counted], teacher.logprobs[:, :-1][counted])
     logits = pair.top.logits(rows)[:, : pair.vocabulary]
     losses, by_logits = token_losses(logits.detach().clone(), following, shifted, 0.3)
     expected = torch.autograd.grad(logits, hidden, 3 * by_logits / len(rows))[0]
     assert loss.item() == pytest.approx(float(losses.mean()), rel=1e-5)
     torch.testing.assert_close(hidden.grad, expected, rtol=1e-4, atol=1e-6)
     assert not hidden.grad[:, -1].any()
+    assert not hidden.grad[:, :-1][~counted].any()
+
+
+def test_divergences_are_the_loss_of_the_teacher_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objective, "LOGIT_TOKENS", 5)
+    pair = tiny_pair(tmp_path)
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 12, pair.top.hidden_size, generator=draw)
+    with torch.no_grad():
+        teacher = teacher_of(pair.bottom, torch.randn(2, 12, pair.bottom.hidden_size, generator=draw), pair.vocabulary)
+        found = divergences(pair.top, hidden, teacher, pair.vocabulary)
+        logits = pair.top.logits(hidden.flatten(0, 1))[:, : pair.vocabulary]
+    flat = Teacher(teacher.ids.flatten(0, 1), teacher.logprobs.flatten(0, 1))
+    expected, _ = token_losses(logits, torch.zeros(24, dtype=torch.int64), flat, 1.0)
+    torch.testing.assert_close(found, expected.view(2, 12))
+    assert (found > 0).all()
 
 
 def test_teacher_keeps_the_likeliest_common_tokens(tmp_path: Path) -> None:
@@ -123,7 +144,7 @@ def test_loss_over_a_shortlist_approximates_the_full_loss(tmp_path: Path) -> Non
 
     def loss(sampled: int, seed: int) -> float:
         choice = LossSettings(0.0, pair.vocabulary, sampled, torch.Generator().manual_seed(seed))
-        return float(head_loss(pair.top, hidden, tokens, teacher, choice))
+        return float(head_loss(pair.top, hidden, tokens, teacher, torch.ones(2, 11, dtype=torch.bool), choice))
 
     exact = loss(10**6, 0)
     estimates = [loss(8, seed) for seed in range(40)]

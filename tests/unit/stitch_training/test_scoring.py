@@ -1,4 +1,4 @@
-"""Losses, agreement and intervals of pipelines over a tiny pair, from tokens and from a trace."""
+"""Losses, divergences and greedy tokens of pipelines over a tiny pair, from tokens and from a trace."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from torch import Tensor
 
 from stitch_training import scoring
 from stitch_training.activations import PassResult, PassSettings, record
+from stitch_training.data import LossOn, Role
 from stitch_training.least_squares import AffineMap, CutPoint
 from stitch_training.models import Pair
+from stitch_training.objective import divergences
 from stitch_training.scoring import (
-    bootstrap,
-    by_file,
+    Slices,
+    counted,
     greedy_tokens,
     mapping_of,
-    sequence_losses,
+    pipeline_losses,
     stitched,
-    tail_losses,
+    tail_scores,
     whole,
     whole_losses,
-    without_layers,
 )
 from tests.support.tiny_fit import BOTTOM_LAYERS, SEQUENCE_TOKENS, drawn_sequences, tiny_pair
 
@@ -37,12 +38,13 @@ def tokens() -> Tensor:
     return torch.tensor([sequence.token_ids for sequence in drawn_sequences(6)])
 
 
-def test_sequence_losses_are_mean_cross_entropies(pair: Pair) -> None:
+def test_pipeline_losses_are_the_cross_entropies_of_next_tokens(pair: Pair) -> None:
     model, given = pair.bottom, tokens()
     with torch.no_grad():
         logits = model.logits(whole(model).states(given).flatten(0, 1)).view(6, SEQUENCE_TOKENS, -1)
-    expected = torch.stack([F.cross_entropy(row[:-1], ids[1:]) for row, ids in zip(logits, given, strict=True)])
-    torch.testing.assert_close(sequence_losses(whole(model), given), expected.double(), rtol=1e-5, atol=1e-5)
+    parts = [F.cross_entropy(row[:-1], ids[1:], reduction="none") for row, ids in zip(logits, given, strict=True)]
+    expected = torch.stack(parts)
+    torch.testing.assert_close(pipeline_losses(whole(model), given), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_identity_stitch_gives_the_whole_model(pair: Pair) -> None:
@@ -70,12 +72,6 @@ def test_first_tokens_are_replaced_where_the_map_sets_them(pair: Pair) -> None:
     assert torch.equal(as_set[:, 0], first.float().expand(3, -1))
 
 
-def test_without_layers_of_an_empty_range_is_the_whole_model(pair: Pair) -> None:
-    model = pair.bottom
-    torch.testing.assert_close(without_layers(model, CutPoint(2, 2)).states(tokens()), whole(model).states(tokens()))
-    assert not torch.equal(without_layers(model, CutPoint(1, 2)).states(tokens()), whole(model).states(tokens()))
-
-
 def test_greedy_tokens_are_the_likeliest(pair: Pair) -> None:
     model = pair.bottom
     with torch.no_grad():
@@ -83,24 +79,34 @@ def test_greedy_tokens_are_the_likeliest(pair: Pair) -> None:
     assert torch.equal(greedy_tokens(whole(model), tokens()), expected)
 
 
-def test_bootstrap_interval_covers_the_mean_and_narrows_with_sequences() -> None:
-    draw = torch.Generator().manual_seed(0)
-    few, many = (bootstrap(3 + torch.randn(count, generator=draw).double()) for count in (10, 1000))
-    for interval in (few, many):
-        assert interval.low < interval.mean < interval.high
-    # 2 x 1.96 standard errors of a thousand values of unit variance.
-    assert many.high - many.low == pytest.approx(3.92 / 1000**0.5, rel=0.15)
-    assert few.high - few.low > 5 * (many.high - many.low)
+def test_slices_are_of_content_its_files_and_every_role() -> None:
+    roles = torch.tensor([[Role.TEMPLATE, Role.USER, Role.ASSISTANT, Role.END], [Role.PLAIN] * 3 + [Role.SEPARATOR]])
+    slices = Slices.of(roles, torch.tensor([1, 0]), ["a", "b", "absent"])
+    found = {name: sample.mean() for name, sample in slices.samples(torch.tensor([[1.0, 2, 3], [4, 5, 6]])).items()}
+    # The first token of a sequence follows none.
+    assert found == {
+        "content": 3,
+        "a": 4.5,
+        "b": 1.5,
+        "separator": 6,
+        "plain": 4.5,
+        "user": 1,
+        "assistant": 2,
+        "end": 3,
+    }
 
 
-def test_bootstrap_interval_of_equal_values_is_empty() -> None:
-    interval = bootstrap(torch.full((9,), 2.5, dtype=torch.float64))
-    assert (interval.low, interval.mean, interval.high) == (2.5, 2.5, 2.5)
-
-
-def test_by_file_separates_files_and_omits_absent_ones() -> None:
-    found = by_file(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 1, 0, 1]), ["a", "b", "absent"])
-    assert {name: interval.mean for name, interval in found.items()} == {"all": 2.5, "a": 2.0, "b": 3.0}
+@pytest.mark.parametrize(
+    ("loss_on", "expected"),
+    [
+        ("all", [True] * 5),
+        ("content", [True, True, True, False, True]),
+        ("assistant", [False, True, True, False, False]),
+    ],
+)
+def test_counted_tokens_are_those_of_the_roles_in_training(loss_on: LossOn, expected: list[bool]) -> None:
+    roles = torch.tensor([[Role.TEMPLATE, Role.USER, Role.ASSISTANT, Role.END, Role.SEPARATOR, Role.PLAIN]])
+    assert counted(roles, loss_on).tolist() == [expected]
 
 
 SEQUENCES = 6
@@ -111,14 +117,20 @@ def recorded(pair: Pair, folder: Path, cuts: tuple[CutPoint, ...]) -> PassResult
     return record(pair, settings, folder, drawn_sequences(SEQUENCES), lambda done, total: None)
 
 
-def test_tail_losses_match_the_stitched_pipeline(pair: Pair, tmp_path: Path) -> None:
+def test_tail_scores_match_the_stitched_pipeline(pair: Pair, tmp_path: Path) -> None:
     held = recorded(pair, tmp_path / "held-out", (CutPoint(2, 1),))
     draw = torch.Generator().manual_seed(0)
     stitch = AffineMap(torch.randn(32, 48, generator=draw).double(), torch.randn(32, generator=draw).double())
-    expected = sequence_losses(stitched(pair, CutPoint(2, 1), stitch), held.trace.tokens(torch.arange(SEQUENCES)))
+    tokens = held.trace.tokens(torch.arange(SEQUENCES))
+    pipeline = stitched(pair, CutPoint(2, 1), stitch)
     # The trace keeps bfloat16.
-    found = tail_losses(pair.top, held, CutPoint(2, 1), mapping_of(stitch))
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    found = tail_scores(pair, held, CutPoint(2, 1), mapping_of(stitch))
+    torch.testing.assert_close(found.losses, pipeline_losses(pipeline, tokens), rtol=0.03, atol=0.05)
+    with torch.no_grad():
+        states = pipeline.states(tokens)
+        expected = divergences(pair.top, states, held.trace.teacher(torch.arange(SEQUENCES)), pair.vocabulary)
+    torch.testing.assert_close(found.divergences, expected[:, :-1], rtol=0.03, atol=0.05)
+    torch.testing.assert_close(found.objective(0.25), 0.25 * found.divergences + 0.75 * found.losses)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +140,8 @@ def test_whole_losses_match_the_whole_models(pair: Pair, tmp_path: Path, cuts: t
     held = recorded(pair, tmp_path / "held-out", cuts)
     tokens = held.trace.tokens(torch.arange(SEQUENCES))
     found = whole_losses(pair, held, tmp_path / "held-out")
-    torch.testing.assert_close(found["bottom"], sequence_losses(whole(pair.bottom), tokens), rtol=5e-3, atol=5e-3)
-    torch.testing.assert_close(found["top"], sequence_losses(whole(pair.top), tokens))
+    torch.testing.assert_close(found["bottom"], pipeline_losses(whole(pair.bottom), tokens), rtol=0.03, atol=0.05)
+    torch.testing.assert_close(found["top"], pipeline_losses(whole(pair.top), tokens))
 
 
 def test_whole_losses_are_computed_once_for_the_same_tokens(
@@ -137,7 +149,7 @@ def test_whole_losses_are_computed_once_for_the_same_tokens(
 ) -> None:
     held = recorded(pair, tmp_path / "held-out", (CutPoint(2, 1),))
     first = whole_losses(pair, held, tmp_path / "held-out")
-    monkeypatch.setattr(scoring, "sequence_losses", None)
+    monkeypatch.setattr(scoring, "pipeline_losses", None)
     again = whole_losses(pair, held, tmp_path / "held-out")
     assert all(torch.equal(first[name], again[name]) for name in ("bottom", "top"))
     other = PassResult(held.sums, held.trace, held.sequences, "another fingerprint")

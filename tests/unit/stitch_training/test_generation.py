@@ -1,59 +1,26 @@
-"""Exact match with gold answers, and greedy generation with a KV cache."""
+"""Greedy generation with a KV cache."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 import torch
 
 from stitch_server.model.adapters import Adapters
-from stitch_training import evaluate
-from stitch_training.evaluate import ExactMatch, Question, generate_greedy
+from stitch_training.generation import generate_greedy
 from stitch_training.least_squares import AffineMap, CutPoint
-from stitch_training.models import FolderEncoder, Pair
-from stitch_training.scoring import Pipeline, stitched, whole, without_layers
+from stitch_training.models import Pair
+from stitch_training.scoring import Pipeline, stitched, whole
 from tests.support.tiny_fit import drawn_sequences, tiny_pair
-
-ANSWERS = {"2 + 3": "It is 5.", "2 + 4": "I say 5, no, 7", "the capital": "Paris, of course"}
-
-
-class Letters:
-    """An encoder whose tokens are characters."""
-
-    ends = frozenset({0})
-
-    def encode_question(self, text: str) -> list[int]:
-        return list(map(ord, text))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(map(chr, ids))
-
-
-def test_exact_match_is_the_share_of_answers_that_state_the_gold(monkeypatch: pytest.MonkeyPatch) -> None:
-    def generated(pipeline: Pipeline, prompts: Sequence[Sequence[int]], *settings: Any) -> list[list[int]]:
-        assert settings == (256, 40, {0})
-        return [list(map(ord, ANSWERS["".join(map(chr, prompt))])) for prompt in prompts]
-
-    monkeypatch.setattr(evaluate, "generate_greedy", generated)
-    golds = zip(ANSWERS, ("#### 5", "#### 6", "Paris"), strict=True)
-    exact_match = ExactMatch(cast(FolderEncoder, Letters()), [Question(*one) for one in golds], 256, 40)
-    share = exact_match.measure(cast(Pipeline, None), lambda done, total: None)
-    assert share is not None
-    assert share.mean == pytest.approx(2 / 3)
-    none = ExactMatch(exact_match.encoder, [], 256, 40)
-    assert none.measure(cast(Pipeline, None), lambda done, total: None) is None
-
 
 # Tokens that both tiny models have.
 VOCABULARY = 60
 MAX_TOKENS = 12
 
 
-@pytest.fixture(params=["whole", "stitched", "first token set, adapted", "without layers"])
+@pytest.fixture(params=["whole", "stitched", "first token set, adapted"])
 def pipeline(request: pytest.FixtureRequest, tmp_path: Path) -> Pipeline:
     pair: Pair = tiny_pair(tmp_path)
     draw = torch.Generator().manual_seed(0)
@@ -65,7 +32,6 @@ def pipeline(request: pytest.FixtureRequest, tmp_path: Path) -> Pipeline:
         "whole": whole(pair.bottom),
         "stitched": stitched(pair, CutPoint(2, 1), stitch),
         "first token set, adapted": stitched(pair, CutPoint(2, 1), set_first, adapters),
-        "without layers": without_layers(pair.bottom, CutPoint(1, 2)),
     }
     return pipelines[request.param]
 

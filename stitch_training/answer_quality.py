@@ -1,0 +1,204 @@
+"""How good a pipeline's answers are, on prompts that no training was given.
+
+agreement           share of the positions of the bottom model's own greedy answers, fed as they are, at which the
+                    pipeline's likeliest token is the same
+repeated 4-grams    share of the 4-grams in the pipeline's own greedy answers that were there before
+marked              share of these answers with the mark of a training set's answers, `####`
+exact match         share of questions whose greedy answer states the gold answer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stitch.errors import InvalidRequest
+from stitch_training.data import Document, Turn, is_held_out, read_documents, shuffle
+from stitch_training.generation import generate_greedy
+from stitch_training.intervals import Sample
+from stitch_training.labelling import GOLD_MARK, matches_gold
+from stitch_training.labels import read_json_lines
+from stitch_training.models import FolderEncoder, LoadedPair
+from stitch_training.scoring import Pipeline, whole
+
+# Prompts whose answers are generated in one batch.
+BATCH_PROMPTS = 16
+GRAM = 4
+
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """The prompts and questions to answer, the most of each, and the most tokens of an answer."""
+
+    prompts: tuple[Path, ...] = ()
+    prompt_rows: int = 40
+    prompt_tokens: int = 128
+    # Questions with a gold `answer`.
+    gold: Path | None = None
+    gold_rows: int = 100
+    gold_tokens: int = 256
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what a report says of them."""
+        prompts = {
+            "files": [path.name for path in self.prompts],
+            "rows": self.prompt_rows,
+            "tokens": self.prompt_tokens,
+        }
+        gold = {"file": self.gold.name, "rows": self.gold_rows, "tokens": self.gold_tokens} if self.gold else None
+        return {"prompts": prompts if self.prompts else None, "gold": gold}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and its gold answer."""
+
+    text: str
+    gold: str
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Generates greedily, from prompts in batches."""
+
+    encoder: FolderEncoder
+    # Tokens that both models have.
+    vocabulary: int
+
+    def generate(
+        self, pipeline: Pipeline, prompts: Sequence[list[int]], max_tokens: int, advance: Advance
+    ) -> list[list[int]]:
+        """Returns the answers' tokens, with the token that ends one."""
+        answers: list[list[int]] = []
+        for start in range(0, len(prompts), BATCH_PROMPTS):
+            batch = prompts[start : start + BATCH_PROMPTS]
+            answers += generate_greedy(pipeline, batch, self.vocabulary, max_tokens, self.encoder.ends)
+            advance(len(answers), len(prompts))
+        return answers
+
+
+class AnswerQuality:
+    """The prompts and questions that every pipeline answers, with the bottom model's own answers to the prompts."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        settings: AnswerSettings,
+        bottom: Pipeline,
+        prompts: Sequence[list[int]],
+        questions: Sequence[Question],
+    ) -> None:
+        self._generator, self._settings, self._bottom = generator, settings, bottom
+        self._prompts, self._questions = prompts, questions
+        self._reference: list[list[int]] | None = None
+
+    @classmethod
+    def read(cls, settings: AnswerSettings, held_out_percent: int, loaded: LoadedPair) -> AnswerQuality:
+        """Raises InvalidRequest where a file can't be read, has no prompt that is kept back, or no gold answer."""
+        prompts = kept_back_prompts(settings.prompts, held_out_percent, settings.prompt_rows)
+        questions = read_questions(settings.gold, settings.gold_rows) if settings.gold is not None else []
+        encoded = [loaded.encoder.encode_prompt(prompt) for prompt in prompts]
+        generator = Generator(loaded.encoder, loaded.pair.vocabulary)
+        return cls(generator, settings, whole(loaded.pair.bottom), encoded, questions)
+
+    def measure(self, pipeline: Pipeline, advance: Advance) -> dict[str, Sample]:
+        """Returns the figures that there are prompts and questions for."""
+        figures: dict[str, Sample] = {}
+        if self._prompts:
+            figures |= self._of_prompts(pipeline, advance)
+        if self._questions:
+            figures["exact match"] = self._exact_match(pipeline, advance)
+        return figures
+
+    def _of_prompts(self, pipeline: Pipeline, advance: Advance) -> dict[str, Sample]:
+        generate, tokens = self._generator.generate, self._settings.prompt_tokens
+        if self._reference is None:
+            self._reference = generate(self._bottom, self._prompts, tokens, advance)
+        is_bottom = pipeline == self._bottom
+        answers = self._reference if is_bottom else generate(pipeline, self._prompts, tokens, advance)
+        texts = map(self._generator.encoder.decode, answers)
+        return {
+            "agreement": agreement(pipeline, self._prompts, self._reference, self._generator.vocabulary),
+            "repeated 4-grams": repeated_grams(answers),
+            "marked": Sample.of(torch.tensor([float(GOLD_MARK in text) for text in texts])),
+        }
+
+    def _exact_match(self, pipeline: Pipeline, advance: Advance) -> Sample:
+        encoder = self._generator.encoder
+        prompts = [encoder.encode_prompt([Turn("user", question.text)]) for question in self._questions]
+        answers = self._generator.generate(pipeline, prompts, self._settings.gold_tokens, advance)
+        pairs = zip(map(encoder.decode, answers), self._questions, strict=True)
+        return Sample.of(torch.tensor([float(matches_gold(text, question.gold)) for text, question in pairs]))
+
+
+def agreement(
+    pipeline: Pipeline, prompts: Sequence[list[int]], answers: Sequence[list[int]], vocabulary: int
+) -> Sample:
+    """Returns the share of answer tokens that are the pipeline's likeliest ones after the prompt and those before."""
+    sums, counts = [], []
+    with torch.no_grad():
+        for prompt, answer in zip(prompts, answers, strict=True):
+            states = pipeline.states(torch.tensor([[*prompt, *answer]]))[0, len(prompt) - 1 : -1]
+            likeliest = pipeline.head.logits(states)[:, :vocabulary].argmax(1)
+            sums.append(int((likeliest == torch.tensor(answer)).sum()))
+            counts.append(len(answer))
+    return Sample(torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64))
+
+
+def repeated_grams(answers: Sequence[Sequence[int]]) -> Sample:
+    """Returns the share of GRAM tokens in a row that the same answer has had before."""
+    grams = [list(zip(*(answer[start:] for start in range(GRAM)), strict=False)) for answer in answers]
+    counts = torch.tensor([len(one) for one in grams], dtype=torch.float64)
+    return Sample(counts - torch.tensor([len(set(one)) for one in grams]), counts)
+
+
+def kept_back_prompts(files: Sequence[Path], percent: int, limit: int) -> list[tuple[Turn, ...]]:
+    """Returns at most `limit` different prompts that training is not given, of the files in turn, in a fixed order.
+
+    Raises InvalidRequest where a file has none.
+    """
+    streams = [_kept_back(path, percent) for path in files]
+    found: dict[tuple[Turn, ...], None] = {}
+    for path, stream in zip(files, streams, strict=True):
+        first = next(stream, None)
+        if first is None:
+            raise InvalidRequest(
+                "prompts", path.name, f"it must have a prompt among the {percent} % that are kept back"
+            )
+        found[first] = None
+    while streams and len(found) < limit:
+        for stream in list(streams):
+            if (prompt := next(stream, None)) is None:
+                streams.remove(stream)
+            else:
+                found[prompt] = None
+    return list(islice(found, limit))
+
+
+def _kept_back(path: Path, percent: int) -> Iterator[tuple[Turn, ...]]:
+    def is_kept(document: Document) -> bool:
+        return bool(document.prompt()) and is_held_out(document, percent)
+
+    return (document.prompt() for document in shuffle(filter(is_kept, read_documents(path)), seed=0))
+
+
+def read_questions(path: Path, limit: int) -> list[Question]:
+    """Reads the first `limit` rows of a JSON Lines file, which have `question` or `prompt`, and `answer`.
+
+    Raises InvalidRequest, which names the line, where a row has no answer.
+    """
+    questions = []
+    for number, row in islice(read_json_lines(path), limit):
+        if not isinstance(row.get("answer"), str):
+            raise InvalidRequest("gold", f"{path.name}:{number}", "it needs an `answer`")
+        questions.append(Question(row["prompt"], row["answer"]))
+    if not questions:
+        raise InvalidRequest("gold", path.name, "it must have a question")
+    return questions
