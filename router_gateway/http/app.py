@@ -23,6 +23,7 @@ from router_gateway.http.completions import CompletionBody, completions
 from router_gateway.http.errors import TABLE, Refusal, body_of
 from router_gateway.http.generation import compact
 from router_gateway.http.models import model, models
+from router_gateway.http.responses import ResponseBody, responses
 from router_gateway.http.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize
 
 JSON = "application/json"
@@ -33,6 +34,7 @@ def endpoints(services: Services) -> list[Endpoint[Any]]:
     return [
         Endpoint(services, "/v1/chat/completions", "Answer a conversation", partial(chat, services), ChatBody),
         Endpoint(services, "/v1/completions", "Complete prompts", partial(completions, services), CompletionBody),
+        Endpoint(services, "/v1/responses", "Answer items", partial(responses, services), ResponseBody),
         Endpoint(services, "/tokenize", "Tokenize a prompt", partial(tokenize, services), TokenizeBody),
         Endpoint(services, "/detokenize", "Decode tokens", partial(detokenize, services), DetokenizeBody),
         Endpoint(services, "/v1/models", "List the routes", partial(models, services)),

@@ -60,10 +60,10 @@ def _has_more_values(content: Any, limit: int) -> bool:
 
 
 def _invalid(error: ValidationError, content: Any) -> InvalidRequest | Refusal:
-    """The error for the innermost field of those that are invalid, which says most."""
+    """The error for the innermost field of those that are invalid, which says most, or for the type that it isn't."""
     errors = error.errors(include_url=False, include_context=False)
     found = [(_path(one["loc"], content, one["type"] == "missing"), one) for one in errors]
-    path, first = max(found, key=lambda pair: len(pair[0]))
+    path, first = max(found, key=lambda pair: (len(pair[0]), pair[0][-1:] == ["type"]))
     name = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".") or "body"
     if first["type"] == "extra_forbidden":
         return Refusal(400, "unsupported_parameter", f"{name[:80]} is not supported by this gateway", name[:80])

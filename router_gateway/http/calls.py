@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from router_gateway.admission.tenants import Credentials
 from router_gateway.http.bodies import Body, parse
-from router_gateway.http.errors import Refusal, body_of, headers_of, row_of
+from router_gateway.http.errors import Refusal, body_of, event_of, headers_of, row_of
 from router_gateway.requests import limits
 from router_gateway.requests.pipeline import Pipeline
 from router_gateway.requests.request_log import RequestLog
@@ -39,6 +39,7 @@ from stitch.process import InFlightTracker
 
 BodyType = TypeVar("BodyType", bound=Body)
 Headed = Mapping[str, str]
+ErrorEvents = Callable[[StitchError | Refusal], bytes]
 
 # Events are followed by a comment this often, so that nothing between client and gateway takes the stream for dead.
 COMMENT_SECONDS = 15.0
@@ -107,6 +108,7 @@ class Call:
         self._send = send
         # The head of a stream whose first event has not come.
         self._head: dict[str, Any] | None = None
+        self._error_events: ErrorEvents = event_of
         self._ends: asyncio.Timeout | None = None
         self._reason: StitchError | ClientGone | None = None
         self._complete = False
@@ -137,9 +139,12 @@ class Call:
         await self._start(status, {**_JSON, **length, **(headers or {})})
         await self._write(content, last=True)
 
-    def start_events(self, headers: Headed) -> None:
-        """Begins a stream of events; its head leaves with the first one, so that an error until then has a status."""
-        self._head = {**_EVENTS, **headers}
+    def start_events(self, headers: Headed, error_events: ErrorEvents = event_of) -> None:
+        """Begins a stream of events; its head leaves with the first one, so that an error until then has a status.
+
+        `error_events` are those that end the stream at a later error.
+        """
+        self._head, self._error_events = {**_EVENTS, **headers}, error_events
 
     async def send_events(self, events: bytes, last: bool = False) -> None:
         """Sends events, each of which ends with an empty line."""
@@ -149,14 +154,14 @@ class Call:
         await self._write(events, last)
 
     async def fail(self, error: StitchError | Refusal) -> None:
-        """Sends an error: a reply where none has started, else an event without `[DONE]`."""
+        """Sends an error: a reply where none has started, else as the stream's last event, without `[DONE]`."""
         if self._complete:
             return
         if isinstance(error, Expired) and self._ends is not None and self._ends.expired():
             # The client reads nothing, so it can't be told.
             self._abort()
         elif self.sent:
-            await self._write(b"data: " + body_of(error) + b"\n\n", last=True)
+            await self._write(self._error_events(error), last=True)
         else:
             self._head = None
             await self.reply(body_of(error), row_of(error).status, headers_of(error))

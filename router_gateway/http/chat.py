@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -15,7 +15,7 @@ from router_gateway.http.generation import (
     DONE,
     FINISH_REASONS,
     MAX_METADATA,
-    GenerationBody,
+    ChoicesBody,
     MaxTokens,
     Shape,
     compact,
@@ -32,9 +32,12 @@ from stitch.v1 import inference_pb2
 PART_SEPARATOR = "\n"
 
 
-class TextPart(Body):
-    type: Literal["text"]
+class TextContent(Body):
     text: str
+
+
+class TextPart(TextContent):
+    type: Literal["text"]
 
 
 Content = str | Annotated[Items[TextPart], Field(min_length=1)]
@@ -131,7 +134,7 @@ class SchemaFormat(Body):
     json_schema: Schema
 
 
-class ChatBody(GenerationBody):
+class ChatBody(ChoicesBody):
     messages: Annotated[Items[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
@@ -152,15 +155,11 @@ class ChatBody(GenerationBody):
             raise InvalidRequest("top_logprobs", self.top_logprobs, "it needs logprobs")
         if self.logprobs:
             message.sampling.logprobs = self.top_logprobs or 0
-        if self.response_format is not None:
-            _set_format(message.response_format, self.response_format)
-        chat = message.chat
-        chat.messages.extend(message_to_proto(one) for one in self.messages)
-        chat.tools.extend(_tool(one.function) for one in self.tools or ())
-        if self.tool_choice is not None:
-            chat.tool_choice.CopyFrom(_tool_choice(self.tool_choice))
-        if self.parallel_tool_calls is not None:
-            chat.parallel_tool_calls = self.parallel_tool_calls
+        given = self.response_format
+        set_format(message, given.json_schema if isinstance(given, SchemaFormat) else given)
+        message.chat.messages.extend(message_to_proto(one) for one in self.messages)
+        choice = self.tool_choice.function if isinstance(self.tool_choice, NamedTool) else self.tool_choice
+        set_tools(message.chat, [one.function for one in self.tools or ()], choice, self.parallel_tool_calls)
         return message
 
     def _limit_tokens(self, sampling: inference_pb2.Sampling) -> None:
@@ -172,7 +171,7 @@ class ChatBody(GenerationBody):
         sampling.max_tokens = self.max_completion_tokens
 
 
-def text_of(content: str | Sequence[TextPart] | None) -> str:
+def text_of(content: str | Sequence[TextContent] | None) -> str:
     """The text of a message."""
     if content is None or isinstance(content, str):
         return content or ""
@@ -203,24 +202,32 @@ def _tool(function: Function) -> inference_pb2.Tool:
     )
 
 
-def _tool_choice(given: str | NamedTool) -> inference_pb2.ToolChoice:
-    if isinstance(given, NamedTool):
-        return inference_pb2.ToolChoice(mode=inference_pb2.TOOL_CHOICE_MODE_REQUIRED, name=given.function.name)
-    return inference_pb2.ToolChoice(mode=f"TOOL_CHOICE_MODE_{given.upper()}")
+def set_tools(
+    chat: inference_pb2.Chat, functions: Iterable[Function], choice: str | NamedFunction | None, parallel: bool | None
+) -> None:
+    """Says which tools an answer may call, and how."""
+    chat.tools.extend(map(_tool, functions))
+    if choice is not None:
+        mode, name = ("required", choice.name) if isinstance(choice, NamedFunction) else (choice, "")
+        chat.tool_choice.CopyFrom(inference_pb2.ToolChoice(mode=f"TOOL_CHOICE_MODE_{mode.upper()}", name=name))
+    if parallel is not None:
+        chat.parallel_tool_calls = parallel
 
 
-def _set_format(message: inference_pb2.ResponseFormat, given: TextFormat | ObjectFormat | SchemaFormat) -> None:
+def set_format(message: inference_pb2.GenerateRequest, given: TextFormat | ObjectFormat | Schema | None) -> None:
+    """Says what answers match: nothing for text."""
     if isinstance(given, ObjectFormat):
-        message.json_object = True
-    elif isinstance(given, SchemaFormat):
-        message.json_schema = json.dumps(given.json_schema.schema_)
+        message.response_format.json_object = True
+    elif isinstance(given, Schema):
+        message.response_format.json_schema = json.dumps(given.schema_)
 
 
 class ChatShape(Shape):
     """Chat completions and their chunks."""
 
     def __init__(self, request_id: str, body: ChatBody) -> None:
-        super().__init__(request_id, body)
+        super().__init__(request_id)
+        self.include_usage = body.include_usage
         self._with_logprobs = bool(body.logprobs)
         # What every chunk begins with, up to the choice's index.
         self._prefix = b""
@@ -256,7 +263,7 @@ class ChatShape(Shape):
             fields.append(f'"content":{json.dumps(delta.text)}')
         if delta.tool_calls:
             fields.append(f'"tool_calls":{json.dumps([_call_delta(one) for one in delta.tool_calls])}')
-        logprobs = json.dumps({"content": _logprobs(delta), "refusal": None}) if delta.logprobs else "null"
+        logprobs = json.dumps({"content": logprobs_of(delta), "refusal": None}) if delta.logprobs else "null"
         finish = f'"{FINISH_REASONS[response.finished.reason]}"' if response.HasField("finished") else "null"
         choice = f'{answer},"delta":{{{",".join(fields)}}},"logprobs":{logprobs},"finish_reason":{finish}}}]'
         # A chunk without a choice, for which many clients aren't made, comes only where they ask for usage.
@@ -273,7 +280,7 @@ class ChatShape(Shape):
     def add(self, response: inference_pb2.GenerateResponse) -> None:
         answer, delta = response.answer, response.delta
         self._texts[answer].append(delta.text)
-        self._logprobs[answer] += _logprobs(delta)
+        self._logprobs[answer] += logprobs_of(delta)
         for one in delta.tool_calls:
             _put_together(self._calls[answer], one)
 
@@ -315,7 +322,8 @@ def _put_together(calls: dict[int, dict[str, Any]], given: inference_pb2.ToolCal
     calls.setdefault(given.index, first)["function"]["arguments"] += given.arguments
 
 
-def _logprobs(delta: inference_pb2.Delta) -> list[dict[str, Any]]:
+def logprobs_of(delta: inference_pb2.Delta) -> list[dict[str, Any]]:
+    """The log-probabilities of a delta's tokens, and of the likeliest ones at their positions."""
     return [
         {**token_logprob(one), "top_logprobs": [token_logprob(other) for other in one.alternatives]}
         for one in delta.logprobs

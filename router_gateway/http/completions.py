@@ -20,7 +20,7 @@ from router_gateway.http.generation import (
     DONE,
     FINISH_REASONS,
     MAX_INT32,
-    GenerationBody,
+    ChoicesBody,
     Shape,
     TokenId,
     compact,
@@ -52,7 +52,7 @@ def _kind(prompt: object) -> str:
     return "ids" if isinstance(first, int) else "lists" if isinstance(first, list) else "texts"
 
 
-class CompletionBody(GenerationBody):
+class CompletionBody(ChoicesBody):
     prompt: Annotated[
         Annotated[str, Tag("text")]
         | Annotated[Ids, Tag("ids")]
@@ -144,7 +144,8 @@ class CompletionShape(Shape):
         self, request_id: str, body: CompletionBody, beginnings: Sequence[tuple[str, Sequence[bytes]]]
     ) -> None:
         """`beginnings`: with `echo`, the text of each prompt and its tokens' bytes."""
-        super().__init__(request_id, body)
+        super().__init__(request_id)
+        self.include_usage = body.include_usage
         self._with_logprobs, self._prompt_alone = body.logprobs is not None, not body.tokens
         self._answers = body.n or 1
         self._prompt_tokens = 0

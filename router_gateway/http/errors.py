@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stitch import errors
 from stitch.errors import InvalidRequest, StitchError
@@ -68,15 +68,25 @@ def row_of(error: StitchError | Refusal) -> Row:
     return next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
 
 
-def body_of(error: StitchError | Refusal) -> bytes:
-    """OpenAI's JSON for an error."""
+def fields_of(error: StitchError | Refusal) -> dict[str, Any]:
+    """OpenAI's description of an error."""
     row, message, param = row_of(error), str(error), None
     if isinstance(error, InvalidRequest):
         param = param_of(error.field)
         message = param + message.removeprefix(error.field) if message.startswith(error.field) else message
     elif isinstance(error, Refusal):
         param = error.param
-    return json.dumps({"error": {"message": message, "type": row.kind, "param": param, "code": row.code}}).encode()
+    return {"message": message, "type": row.kind, "param": param, "code": row.code}
+
+
+def body_of(error: StitchError | Refusal) -> bytes:
+    """OpenAI's JSON for an error."""
+    return json.dumps({"error": fields_of(error)}).encode()
+
+
+def event_of(error: StitchError | Refusal) -> bytes:
+    """The event that ends a stream of chunks."""
+    return b"data: " + body_of(error) + b"\n\n"
 
 
 def headers_of(error: StitchError | Refusal) -> dict[str, str]:

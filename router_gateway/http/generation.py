@@ -18,11 +18,11 @@ from pydantic import Field
 
 from router_gateway.http.bodies import Body, Items
 from router_gateway.http.calls import Call, Services
-from router_gateway.http.errors import Refusal
+from router_gateway.http.errors import Refusal, event_of
 from router_gateway.requests.limits import MAX_ANSWERS
 from router_gateway.rpc.messages import AUTO
 from router_gateway.rpc.servicer import RequestReader
-from stitch.errors import InvalidRequest
+from stitch.errors import InvalidRequest, StitchError
 from stitch.v1 import inference_pb2
 
 MAX_METADATA = 16
@@ -59,11 +59,8 @@ class GenerationBody(Body):
 
     model: str = Field(description="A route, `auto`, or `auto@0.4`: the router decides, by this threshold.")
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: MaxTokens | None = None
     temperature: float | None = None
     top_p: float | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
     stop: str | Items[str] | None = None
     # OpenAI's are signed.
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
@@ -81,10 +78,6 @@ class GenerationBody(Body):
     objectives: Objectives | None = None
     conversation_id: str | None = None
 
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
     def message(
         self, request_id: str, routes: Sequence[str], defaults: Mapping[str, float]
     ) -> inference_pb2.GenerateRequest:
@@ -92,8 +85,6 @@ class GenerationBody(Body):
 
         Raises InvalidRequest, or Refusal where `model` is none of the routes.
         """
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("stream_options", self.stream_options, "it needs stream")
         route, threshold = route_of(self.model, routes)
         objectives = {} if self.objectives is None else self.objectives.model_dump(exclude_none=True)
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
@@ -104,7 +95,6 @@ class GenerationBody(Body):
             request_id=request_id,
             objectives=inference_pb2.Objectives(**objectives),
             conversation_id=self.conversation_id or "",
-            n=self.n,
             threshold=threshold,
         )
 
@@ -116,7 +106,6 @@ class GenerationBody(Body):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             seed=None if self.seed is None else self.seed % 2**64,
-            max_tokens=self.max_tokens,
             stop_token_ids=self.stop_token_ids or (),
             ignore_eos=bool(self.ignore_eos),
             logit_bias={_token_id(key): bias for key, bias in (self.logit_bias or {}).items()},
@@ -124,13 +113,37 @@ class GenerationBody(Body):
         )
 
 
+class ChoicesBody(GenerationBody):
+    """The parameters of endpoints whose replies have choices."""
+
+    stream_options: StreamOptions | None = None
+    max_tokens: MaxTokens | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def message(
+        self, request_id: str, routes: Sequence[str], defaults: Mapping[str, float]
+    ) -> inference_pb2.GenerateRequest:
+        """As `GenerationBody.message`, with the number and the length of answers."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options", self.stream_options, "it needs stream")
+        message = super().message(request_id, routes, defaults)
+        if self.n is not None:
+            message.n = self.n
+        if self.max_tokens is not None:
+            message.sampling.max_tokens = self.max_tokens
+        return message
+
+
 class Shape(ABC):
     """Makes OpenAI's JSON of the messages of one request."""
 
-    def __init__(self, request_id: str, body: GenerationBody) -> None:
+    def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.created = int(time.time())
-        self.include_usage = body.include_usage
         self.started = inference_pb2.Started()
         self._finished: dict[int, inference_pb2.Finished] = {}
 
@@ -148,7 +161,11 @@ class Shape(ABC):
 
     @abstractmethod
     def last_events(self) -> bytes:
-        """The events after all answers, `[DONE]` included."""
+        """The events after all answers."""
+
+    def error_events(self, error: StitchError | Refusal) -> bytes:
+        """The events that end a stream which has started."""
+        return event_of(error)
 
     @abstractmethod
     def add(self, response: inference_pb2.GenerateResponse) -> None:
@@ -220,7 +237,7 @@ async def respond(
                 case "started":
                     shape.start(response.started)
                     if stream and not has_started:
-                        call.start_events(shape.headers)
+                        call.start_events(shape.headers, shape.error_events)
                     has_started = True
                     continue
                 case "finished":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from tokenizers import AddedToken, Tokenizer
 
 from tests.support.byte_tokenizer import byte_tokenizer
+from tests.support.fake_shard import FakeShard
 
 _CHATML_TAGGED = """\
 {%- if tools %}
@@ -196,3 +198,19 @@ FAMILIES = {
         f"<|tool_call|>[{WEATHER}, {TIME}]",
     ),
 }
+
+
+def tool_shards(text: str = "", family: str = "qwen2.5") -> tuple[FakeShard, FakeShard]:
+    """Shards whose tokenizer is that of a family, and that answer with this text."""
+    given = FAMILIES[family]
+    bottom = FakeShard("bottom-0", "bottom", given.tokenizer().encode(text, add_special_tokens=False).ids)
+    end = given.tokenizer().token_to_id(given.end)
+    bottom.files = {
+        "tokenizer.json": given.tokenizer().to_str().encode(),
+        "tokenizer_config.json": json.dumps(given.config()).encode(),
+        "generation_config.json": json.dumps({"eos_token_id": [2, end]}).encode(),
+    }
+    bottom.context_tokens = 1_000
+    top = FakeShard("top-0", "top")
+    top.context_tokens = 1_000
+    return bottom, top

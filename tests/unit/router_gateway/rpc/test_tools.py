@@ -14,6 +14,7 @@ from stitch.grammar import MAX_GRAMMAR_BYTES
 from stitch.v1 import inference_pb2, shard_pb2
 from tests.support.fake_shard import FakeShard
 from tests.support.tool_templates import FAMILIES
+from tests.support.tool_templates import tool_shards as shards
 from tests.unit.router_gateway.conftest import Reach
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -30,21 +31,6 @@ TOOL_CALLS, STOP, LENGTH = (
 
 def chat(*tools: inference_pb2.Tool, **fields: Any) -> inference_pb2.Chat:
     return inference_pb2.Chat(messages=[{"role": "user", "content": "x"}], tools=tools, **fields)
-
-
-def shards(text: str = "", family: str = "qwen2.5") -> tuple[FakeShard, FakeShard]:
-    given = FAMILIES[family]
-    bottom = FakeShard("bottom-0", "bottom", given.tokenizer().encode(text, add_special_tokens=False).ids)
-    end = given.tokenizer().token_to_id(given.end)
-    bottom.files = {
-        "tokenizer.json": given.tokenizer().to_str().encode(),
-        "tokenizer_config.json": json.dumps(given.config()).encode(),
-        "generation_config.json": json.dumps({"eos_token_id": [2, end]}).encode(),
-    }
-    bottom.context_tokens = 1_000
-    top = FakeShard("top-0", "top")
-    top.context_tokens = 1_000
-    return bottom, top
 
 
 def parts(
