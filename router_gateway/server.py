@@ -12,7 +12,6 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from prometheus_client import Counter
 
 from router_gateway.admission.admission import Admission
@@ -43,7 +42,7 @@ from router_gateway.shards.progress import ProgressMonitor
 from router_gateway.shards.registry import ShardRegistry
 from router_gateway.tokenization.source import VocabularySource
 from router_gateway.tokenization.text_queues import TextQueues
-from stitch import channels
+from stitch import channels, reflection
 from stitch.access import Access
 from stitch.certificates import Certificates, open_certificates
 from stitch.cluster import ClusterConfig
@@ -222,8 +221,7 @@ async def _listening(
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     if settings.reflects:
-        names = (*filter(None, SERVICES), "grpc.health.v1.Health", reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
+        reflection.enable((*filter(None, SERVICES), "grpc.health.v1.Health"), server)
     await health.set(False)
     port = channels.listen(server, settings.address, certificates.to_clients() if certificates else None)
     await server.start()

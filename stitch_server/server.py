@@ -18,9 +18,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
 
-from stitch import channels
+from stitch import channels, reflection
 from stitch.access import Access, Methods
 from stitch.certificates import Certificates, open_certificates
 from stitch.environment import step_log_folder
@@ -52,7 +51,7 @@ STUCK_EXIT_CODE = 70
 # Of a token of a prompt that is also forced: in a request for one, and in the frame that opens its session.
 ID_BYTES = 10
 SERVICE = shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name
-HEALTH, REFLECTION = "grpc.health.v1.Health", reflection.SERVICE_NAME
+HEALTH = "grpc.health.v1.Health"
 # Who may call what, by the roles in certificates.
 CALLERS: Methods = {
     f"/{SERVICE}/Generate": frozenset({"gateway"}),
@@ -60,9 +59,12 @@ CALLERS: Methods = {
     f"/{SERVICE}/Link": frozenset({"shard"}),
     f"/{SERVICE}/Describe": frozenset({"gateway", "shard"}),
     **dict.fromkeys(
-        (f"/{HEALTH}/Check", f"/{HEALTH}/List", f"/{HEALTH}/Watch"), frozenset({"gateway", "shard", "monitor"})
+        (
+            *(f"/{HEALTH}/{method}" for method in ("Check", "List", "Watch")),
+            *(f"/{service}/{reflection.METHOD}" for service in reflection.SERVICES),
+        ),
+        frozenset({"gateway", "shard", "monitor"}),
     ),
-    f"/{REFLECTION}/ServerReflectionInfo": frozenset({"gateway", "shard", "monitor"}),
 }
 
 
@@ -194,7 +196,7 @@ async def _listening(
     shard_pb2_grpc.add_ShardServicer_to_server(ShardServicer(shard, tracer), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     if settings.reflects:
-        reflection.enable_server_reflection((SERVICE, HEALTH, REFLECTION), server)
+        reflection.enable((SERVICE, HEALTH), server)
     port = channels.listen(server, settings.listen, credentials)
     for service in ("", SERVICE):
         await health.set(service, health_pb2.HealthCheckResponse.SERVING)

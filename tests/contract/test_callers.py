@@ -6,13 +6,13 @@ from typing import get_args
 
 from google.protobuf.descriptor import FileDescriptor
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection_pb2
 
+from stitch import reflection
 from stitch.identity import Role
 from stitch.v1 import shard_pb2
 from stitch_server.server import CALLERS
 
-SERVED = (shard_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR)
+SERVED = (shard_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, *reflection.FILES)
 
 
 def test_table_names_every_method_of_the_served_services() -> None:

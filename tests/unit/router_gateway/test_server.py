@@ -9,7 +9,8 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from grpc_reflection.v1alpha import reflection_pb2
 
 from router_gateway.config import GatewaySettings, HealthPolicy
 from router_gateway.metrics import EJECTION_CAUSES, REPLAY_CAUSES
@@ -30,13 +31,34 @@ def shards() -> tuple[FakeShard, FakeShard]:
     return FakeShard("bottom-0", "bottom", tokens("hello world")), FakeShard("top-0", "top")
 
 
-async def test_reflection_lists_the_services(reach: Reach) -> None:
+@pytest.mark.parametrize("version", ["v1alpha", "v1"])
+async def test_reflection_describes_the_services(reach: Reach, version: str) -> None:
     async with reach(*shards()) as gateway:
-        stub = reflection_pb2_grpc.ServerReflectionStub(gateway.channel)
-        ask = reflection_pb2.ServerReflectionRequest(list_services="")
-        [answer] = [answer async for answer in stub.ServerReflectionInfo(iter([ask]))]
-    names = {service.name for service in answer.list_services_response.service}
-    assert {"stitch.v1.Inference", "grpc.health.v1.Health"} <= names
+        call = gateway.channel.stream_stream(
+            f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+            reflection_pb2.ServerReflectionRequest.SerializeToString,
+            reflection_pb2.ServerReflectionResponse.FromString,
+        )
+
+        async def answers(**asked: list[str]) -> list[reflection_pb2.ServerReflectionResponse]:
+            requests = [
+                reflection_pb2.ServerReflectionRequest(**{field: value})
+                for field, values in asked.items()
+                for value in values
+            ]
+            return [answer async for answer in call(iter(requests))]
+
+        [listed] = await answers(list_services=[""])
+        names = [service.name for service in listed.list_services_response.service]
+        described = await answers(file_containing_symbol=names)
+    assert sorted(names) == [
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection",
+        "grpc.reflection.v1alpha.ServerReflection",
+        "stitch.v1.Inference",
+    ]
+    files = [FileDescriptorProto.FromString(one.file_descriptor_response.file_descriptor_proto[0]) for one in described]
+    assert [f"{file.package}.{file.service[0].name}" for file in files] == names
 
 
 async def test_metrics_are_served_over_http(reach: Reach) -> None:
