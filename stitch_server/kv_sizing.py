@@ -15,8 +15,8 @@ import torch
 from stitch.cluster import ClusterConfig, ShardConfig
 from stitch.environment import cache_folder
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
-from stitch_server.model import llama
 from stitch_server.model.description import ModelDescription, ParameterCount, read_config
+from stitch_server.model.llama_config import LlamaConfig
 from stitch_server.model.weights import WeightFormat
 from stitch_server.rpc.tensors import bytes_per_token
 from stitch_server.sources.resolve import resolve
@@ -111,7 +111,7 @@ def _plan_of(cluster: ClusterConfig, config: ShardConfig, device: torch.device, 
     dtype: torch.dtype = getattr(torch, compute.dtype)
     first, end = config.layers
     is_last = config.role == "top" and end == model.layers
-    is_native = llama.supports(read_config(folder))
+    is_native = isinstance(read_config(folder), LlamaConfig)
     weights = _weight_bytes(cluster, config, ParameterCount.read(folder), device, is_last, is_native)
     token_bytes = kv_bytes_per_token(end - first, model.kv_heads, model.head_dim, dtype)
     block_tokens = compute.kv_block_tokens or BLOCK_TOKENS

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from stitch.errors import Incompatible
 from stitch_server.attention import Attend, Layer, Rotary
 from stitch_server.model import hf_layers, llama, llama_loader
 from stitch_server.model.adapters import Adapters
-from stitch_server.model.description import check_tensors, head_dim, kv_heads, read_config
+from stitch_server.model.description import Config, check_tensors, head_dim, kv_heads, read_config
+from stitch_server.model.llama_config import FAMILIES, LlamaConfig
 from stitch_server.model.weights import AS_STORED, WeightFormat, Weights
 
 if TYPE_CHECKING:
@@ -140,17 +140,17 @@ def _run_adapted(
 
 
 def _load_family(
-    config: PretrainedConfig, first: int, end: int, weights: Weights
+    config: Config, first: int, end: int, weights: Weights
 ) -> tuple[Sequence[Layer], Callable[[Tensor], Rotary], CompiledLayers | None]:
     """Reads native layers if they support the model, else those of `transformers`."""
-    if llama.supports(config):
+    if isinstance(config, LlamaConfig):
         rotary = llama.RotaryAngles(config, weights.device)
         layers, compiled = llama_loader.load_layers(config, first, end, weights, rotary)
         return layers, rotary, compiled
     quantization = weights.weight_format.quantization
     if quantization != "none":
         kind = f"{config.model_type} with hidden_act {config.hidden_act}"
-        families = ", ".join(llama.FAMILIES)
+        families = ", ".join(FAMILIES)
         raise Incompatible(f"layers of {kind} can't be quantized to {quantization}, only with silu: {families}")
     angles = hf_layers.TransformersAngles(config, weights.device, weights.dtype)
     return hf_layers.load_layers(config, first, end, weights), angles, None

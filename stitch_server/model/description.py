@@ -13,16 +13,22 @@ from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from typing import TYPE_CHECKING, TypeAlias
 
 from stitch.errors import Incompatible, shown
 from stitch.v1 import inference_pb2
-from stitch_server.model import hf_layers, llama
+from stitch_server.model import hf_layers, llama, llama_config
+from stitch_server.model.llama_config import LlamaConfig
+from stitch_server.model.rope import inverse_frequencies
 from stitch_server.model.weights import EMBEDDING, HEAD, read_header, read_json, stored_tensors, weight_files
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# That of native layers, or that of a family's own layers.
+Config: TypeAlias = "LlamaConfig | PretrainedConfig"
 SAMPLE_BYTES = 4096
-FAMILIES = sorted((*llama.FAMILIES, *hf_layers.FAMILIES))
+FAMILIES = sorted((*llama_config.FAMILIES, *hf_layers.FAMILIES))
 # What a tensor may be stored as; other types are those of quantized checkpoints.
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 # Fields of config.json that no layers here know, with what they mean where they are set.
@@ -84,7 +90,7 @@ class ModelDescription:
         )
 
 
-def read_config(folder: Path) -> PretrainedConfig:
+def read_config(folder: Path) -> Config:
     """Reads the folder's config.json with its family's defaults; code in the folder is never run nor asked for.
 
     Raises Incompatible, which names the field, for a model that no layers here compute as its family does.
@@ -101,6 +107,10 @@ def read_config(folder: Path) -> PretrainedConfig:
     # Tensors are read as compute.dtype, whatever they were stored as. A head_dim of null is one that is not given.
     ignored = ("dtype", "torch_dtype", *(["head_dim"] if fields.get("head_dim") is None else []))
     fields = {name: value for name, value in fields.items() if name not in ignored}
+    if (native := LlamaConfig.read(fields)) is not None:
+        return native
+    from transformers import CONFIG_MAPPING
+
     try:
         config: PretrainedConfig = CONFIG_MAPPING[family].from_dict(fields)
         hf_layers.check_supported(config)
@@ -109,20 +119,20 @@ def read_config(folder: Path) -> PretrainedConfig:
     except Exception as error:
         # Each family checks its own fields, with errors of many types.
         raise Incompatible(f"{path} is no configuration of the family {family}: {_one_line(error)}") from error
-    return config
+    return LlamaConfig.of(config) if llama.supports(config) else config
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def check_tensors(folder: Path, config: PretrainedConfig) -> None:
+def check_tensors(folder: Path, config: Config) -> None:
     """Raises Incompatible, which names tensors, unless the files hold exactly those that config.json describes."""
     stored = {name: one for name, one in stored_tensors(folder).items() if not _COMPUTED.search(name)}
     if not 1 <= (layers := config.num_hidden_layers) <= len(stored):
         raise Incompatible(f"{folder / 'config.json'}: num_hidden_layers is {layers}, for {len(stored)} tensors in all")
     try:
-        described = hf_layers.tensor_shapes(config)
+        described = _tensor_shapes(config)
     except Exception as error:
         given = f"a {config.model_type} with rope_parameters {config.rope_parameters}"
         raise Incompatible(f"{folder / 'config.json'}: {given} can't be computed: {_one_line(error)}") from error
@@ -143,12 +153,20 @@ def check_tensors(folder: Path, config: PretrainedConfig) -> None:
             raise Incompatible(f"tensor {name} of {folder} is {one.shape}, but config.json means {described[name]}")
 
 
+def _tensor_shapes(config: Config) -> dict[str, list[int]]:
+    """Returns the shape of every tensor by name. Raises any error for fields that do not fit each other."""
+    if not isinstance(config, LlamaConfig):
+        return hf_layers.tensor_shapes(config)
+    inverse_frequencies(config)
+    return config.tensor_shapes()
+
+
 def _listed(names: set[str]) -> str:
     """Returns the first name, with the number of others."""
     return min(names) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def context_length(config: PretrainedConfig) -> int:
+def context_length(config: Config) -> int:
     """Returns the longest sequence in tokens.
 
     That of YaRN is the original one times the factor, since Qwen's recipe leaves max_position_embeddings as it was:
@@ -160,13 +178,13 @@ def context_length(config: PretrainedConfig) -> int:
     return int(config.max_position_embeddings)
 
 
-def head_dim(config: PretrainedConfig) -> int:
+def head_dim(config: Config) -> int:
     """Returns the size of an attention head."""
     given: int | None = getattr(config, "head_dim", None)
     return given or config.hidden_size // config.num_attention_heads
 
 
-def kv_heads(config: PretrainedConfig) -> int:
+def kv_heads(config: Config) -> int:
     """Returns the number of heads of keys and values, which groups of query heads share."""
     given: int | None = getattr(config, "num_key_value_heads", None)
     return given or config.num_attention_heads

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from stitch_server.devices import HugePageArena
 from stitch_server.model import hf_layers, llama
-from stitch_server.model.description import read_config
+from stitch_server.model.description import Config, read_config
 from stitch_server.model.linear import Linear, linear
+from stitch_server.model.llama_config import LlamaConfig
 from stitch_server.model.weights import AS_STORED, EMBEDDING, HEAD, WeightFormat, Weights
 
 
@@ -70,8 +70,11 @@ class Head:
         config = read_config(folder)
         with Weights(folder, device, dtype) as weights:
             rows = weights.read(weights.head_name(config.tie_word_embeddings))[:tokens]
-            is_native = llama.supports(config)
-            norm = llama.load_norm(config, "model.norm", weights) if is_native else hf_layers.load_norm(config, weights)
+            norm: Callable[[Tensor], Tensor]
+            if isinstance(config, LlamaConfig):
+                norm = llama.load_norm(config, "model.norm", weights)
+            else:
+                norm = hf_layers.load_norm(config, weights)
             return cls(norm, linear(rows, None, weight_format.for_head), len(rows), _logit_scale(config))
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -79,15 +82,19 @@ class Head:
         return _scaled(self._to_logits(self._norm(hidden)).float(), self._scale)
 
 
-def _embedding_scale(config: PretrainedConfig) -> float:
+def _embedding_scale(config: Config) -> float:
     """Returns the factor of the embedding: Granite's multiplier, Gemma's root of the hidden size."""
+    if isinstance(config, LlamaConfig):
+        return 1.0
     if config.model_type == "gemma":
         return float(config.hidden_size**0.5)
     return float(config.embedding_multiplier) if config.model_type == "granite" else 1.0
 
 
-def _logit_scale(config: PretrainedConfig) -> float:
+def _logit_scale(config: Config) -> float:
     """Returns the factor of the logits: Cohere names a factor, Granite a divisor."""
+    if isinstance(config, LlamaConfig):
+        return 1.0
     if config.model_type == "granite":
         return 1.0 / float(config.logits_scaling)
     return float(config.logit_scale) if config.model_type in ("cohere", "cohere2") else 1.0

@@ -1,24 +1,24 @@
 """Decoder layers and norms of `transformers`, where there are no native layers: a range of layers at a time.
 
 `FAMILIES` are those whose results the tests compare with the whole model's. To add one, put its name there and run the
-tests.
+tests. `transformers` is imported when it is first needed, since that takes three seconds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.initialization import no_init_weights
 
 from stitch.errors import Incompatible, shown
 from stitch_server.attention import Attend, Layer, Rotary
-from stitch_server.model.llama import ROPE_TYPES
+from stitch_server.model.llama_config import ROPE_TYPES
 from stitch_server.model.weights import Weights
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 FAMILIES = (
     "arcee",
@@ -45,6 +45,8 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 def check_supported(config: PretrainedConfig) -> None:
     """Raises Incompatible, which names the field, for a model that no layers here compute as its family does."""
+    from transformers.activations import ACT2FN
+
     rope_type = (config.rope_parameters or {}).get("rope_type")
     heads, keys = config.num_attention_heads, config.num_key_value_heads
     if rope_type not in ROPE_TYPES:
@@ -145,11 +147,12 @@ def _attention(
     return attended.view(1, query.shape[2], query.shape[1], -1), None
 
 
-AttentionInterface.register(ATTENTION, _attention)
-
-
 def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """Builds the whole model without memory for its weights, of the code in `transformers` alone."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    AttentionInterface.register(ATTENTION, _attention)
     with torch.device("meta"), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, attn_implementation=ATTENTION, trust_remote_code=False

@@ -9,23 +9,23 @@ the whole rotation is one complex multiplication in place; attention is invarian
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import LlamaConfig, PretrainedConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from stitch_server.attention import Attend, Rotary
 from stitch_server.model.linear import Linear
+from stitch_server.model.llama_config import FAMILIES, ROPE_TYPES, LlamaConfig
+from stitch_server.model.rope import inverse_frequencies
 from stitch_server.model.weights import Weights
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
-# Scalings whose angles depend on the position alone, not on the length of the sequence.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 # The smallest table of rotations.
 MIN_TABLE_POSITIONS = 4096
 
@@ -39,10 +39,9 @@ def supports(config: PretrainedConfig) -> bool:
 class RotaryAngles:
     """RoPE's rotations by position, with the scaling that the model's configuration asks for."""
 
-    def __init__(self, config: PretrainedConfig, device: torch.device) -> None:
-        embedding = LlamaRotaryEmbedding(cast(LlamaConfig, config))
-        self._frequencies = embedding.inv_freq.to(device, torch.float32)
-        self._radius = torch.tensor(float(embedding.attention_scaling), device=device)
+    def __init__(self, config: LlamaConfig, device: torch.device) -> None:
+        frequencies, radius = inverse_frequencies(config)
+        self._frequencies, self._radius = frequencies.to(device), torch.tensor(radius, device=device)
         self._table = np.empty((0, len(self._frequencies)), np.complex64)
 
     def __call__(self, positions: Tensor) -> Rotary:
@@ -70,7 +69,7 @@ class RmsNorm:
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
 
 
-def load_norm(config: PretrainedConfig, name: str, weights: Weights) -> RmsNorm:
+def load_norm(config: LlamaConfig, name: str, weights: Weights) -> RmsNorm:
     """Reads the norm of that name. Raises Incompatible if the folder lacks it."""
     return RmsNorm(weights.read(f"{name}.weight"), config.rms_norm_eps)
 

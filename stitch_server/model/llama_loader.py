@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from stitch_server import cpu
-from stitch_server.model.description import head_dim, kv_heads
 from stitch_server.model.linear import Linear, linear
 from stitch_server.model.llama import NativeLayer, RotaryAngles, load_norm
+from stitch_server.model.llama_config import LlamaConfig
 from stitch_server.model.weights import Weights
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ MakeLinear = Callable[[str, Tensor, Tensor | None], Linear]
 
 
 def load_layers(
-    config: PretrainedConfig, first: int, end: int, weights: Weights, rotary: RotaryAngles
+    config: LlamaConfig, first: int, end: int, weights: Weights, rotary: RotaryAngles
 ) -> tuple[list[NativeLayer], CompiledLayers | None]:
     """Reads layers `first` to `end`, also packed for the CPU kernels where these are used.
 
@@ -57,21 +56,20 @@ def load_layers(
     return layers, assembly.finish(layers, rotary, weights.dtype)
 
 
-def _fits_kernels(config: PretrainedConfig) -> bool:
+def _fits_kernels(config: LlamaConfig) -> bool:
     """Whether the up projections begin at a panel of the joined matrix, as the gate projections do."""
-    fits: bool = config.intermediate_size % cpu.PANEL_OUTPUTS == 0
-    return fits
+    return config.intermediate_size % cpu.PANEL_OUTPUTS == 0
 
 
-def _load_layer(config: PretrainedConfig, index: int, weights: Weights, make_linear: MakeLinear) -> NativeLayer:
-    heads, keys = config.num_attention_heads, kv_heads(config)
+def _load_layer(config: LlamaConfig, index: int, weights: Weights, make_linear: MakeLinear) -> NativeLayer:
+    heads, keys = config.num_attention_heads, config.num_key_value_heads
     prefix = f"model.layers.{index}"
     return NativeLayer(
         index=index,
         heads=heads,
         kv_heads=keys,
-        head_dim=head_dim(config),
-        window=_window(config, index),
+        head_dim=config.head_dim,
+        window=config.window(index),
         attention_norm=load_norm(config, f"{prefix}.input_layernorm", weights),
         query_key_value=make_linear("query_key_value", *_query_key_value(weights, f"{prefix}.self_attn", heads, keys)),
         query_key_norm=_query_key_norm(weights, f"{prefix}.self_attn", heads, keys),
@@ -110,15 +108,3 @@ def _query_key_norm(weights: Weights, at: str, heads: int, keys: int) -> Tensor 
 def _pairs_as_neighbours(rows: Tensor, heads: int) -> Tensor:
     """Reorders each head's rows 0, 1, … n - 1 to 0, n/2, 1, n/2 + 1, …: the pairs of a rotation side by side."""
     return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def _window(config: PretrainedConfig, index: int) -> int | None:
-    """Returns the tokens that a token attends to, itself included; None: all.
-
-    Llama reads no window, Mistral reads one for all layers, and those of Qwen are of one of two types each.
-    """
-    has_window = config.model_type == "mistral" or (
-        config.model_type != "llama" and config.layer_types[index] == "sliding_attention"
-    )
-    window: int | None = config.sliding_window if has_window else None
-    return window

@@ -15,9 +15,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from stitch.errors import InvalidRequest, Unavailable
 from stitch_server.sources import Progress
 
@@ -39,6 +36,10 @@ def download_from_hub(hub_id: str, progress: Progress) -> Path:
 
     Raises Unavailable if the download fails.
     """
+    # Imported here, since no other source needs it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     progress(f"downloading {hub_id}", 0.0)
     name, _, commit = hub_id.partition("@")
     try:

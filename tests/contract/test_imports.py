@@ -108,6 +108,14 @@ def test_help_imports_no_heavy_package(program: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_shard_imports_neither_models_nor_compilers() -> None:
+    """They take longer than all else; native layers need none, and kernels are loaded with the layers."""
+    absent = {"transformers", "torch._dynamo", "sympy", "numba", "llvmlite", "huggingface_hub", "gguf", "starlette"}
+    code = f"import stitch_server.server, sys; found = {absent} & sys.modules.keys(); assert not found, found"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_gateway_imports_no_torch() -> None:
     code = "import router_gateway.server, sys; assert not {'torch', 'numba', 'llvmlite'} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -18,10 +18,10 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from stitch.errors import Incompatible
-from stitch_server.model import llama
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import FAMILIES, ModelDescription
 from stitch_server.model.embedding_and_head import Embedding, Head
+from stitch_server.model.llama_config import FAMILIES as NATIVE
 from tests.support.tiny_model import write_tiny_model
 from tests.support.whole_model import CPU, our_logits, their_logits
 
@@ -85,7 +85,7 @@ def table() -> str:
         for family in FAMILIES
     }
     refused = {family: f"refused: {refusal(family).partition(' is ')[0]}" for family in REFUSED}
-    layers = {family: "native" if family in llama.FAMILIES else "of `transformers`" for family in FAMILIES}
+    layers = {family: "native" if family in NATIVE else "of `transformers`" for family in FAMILIES}
     lines = [f"| {one} | {layers.get(one, 'none')} | {result} |" for one, result in (served | refused).items()]
     return "\n".join(["| family | layers | result |", "|---|---|---|", *lines])
 

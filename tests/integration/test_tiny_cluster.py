@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import signal
+from contextlib import ExitStack
+from pathlib import Path
 
+import psutil
 import pytest
 
+from stitch.channels import serves
 from stitch.cli.main import main
 from stitch.client import Answer, AsyncClient
 from stitch.errors import InvalidRequest
-from tests.support.processes import Cluster
+from stitch.local.cluster import keep_port
+from stitch.local.processes import spawn, stop
+from tests.support.processes import START_SECONDS, Cluster
+from tests.support.waiting import becomes_true
 
 
 def test_answer_has_tokens_times_and_stages(tiny_cluster: Cluster) -> None:
@@ -52,6 +59,21 @@ def test_log_probabilities_of_a_prompt_are_those_of_the_same_tokens_as_an_answer
     answer = tiny_cluster.client.generate(token_ids=ids[:1], **forced)
     expected = [one.logprob for one in (*answer.logprobs, *plain.logprobs)]
     assert [one.logprob for one in scored.logprobs] == pytest.approx(expected, rel=1e-4)
+
+
+def test_gateway_is_ready_after_less_than_three_cpu_seconds(tiny_cluster: Cluster, tmp_path: Path) -> None:
+    """Its CPU time does not grow with the load of the machine."""
+    with ExitStack() as ports:
+        address = f"127.0.0.1:{keep_port(ports)}"
+        own_ports = ["--listen", address, "--metrics-port", "0", "--http", "127.0.0.1:0"]
+        arguments = ["run", str(tiny_cluster.file), *own_ports]
+        gateway = spawn("another gateway", "router_gateway.cli", arguments, tmp_path / "log")
+        try:
+            assert becomes_true(lambda: serves(address), START_SECONDS), (tmp_path / "log").read_text()
+            used = psutil.Process(gateway.pid).cpu_times()
+        finally:
+            stop([gateway], grace_seconds=10.0)
+    assert 0 < used.user + used.system < 3
 
 
 def test_routes_give_different_answers(tiny_cluster: Cluster) -> None:

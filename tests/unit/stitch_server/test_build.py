@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,10 @@ from stitch_server.kv_cache.store import Span
 from stitch_server.model.decoder import DecoderLayers
 from tests.support.cpu_capture import CpuCapture
 from tests.support.reference_varlen_kernel import reference_varlen
-from tests.support.tiny_cluster import Layers
-from tests.support.tiny_model import write_tiny_model
+from tests.support.tiny_cluster import Layers, write_tiny_cluster
+from tests.support.tiny_model import NATIVE_FAMILIES, write_tiny_model
 
+ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 CONTEXT, KV_TOKENS = 1000, 8192
 
@@ -53,6 +56,19 @@ def test_first_shard_holds_the_embedding_and_last_the_head(deep: ClusterConfig) 
         for loaded in (load_stage(deep, config, CPU) for config in deep.shards)
     ]
     assert ends == [(True, False), (False, False), (False, False), (False, True)]
+
+
+def test_stages_with_native_layers_are_loaded_without_transformers(tmp_path: Path) -> None:
+    files = [write_tiny_cluster(tmp_path / family, family, kernels=False) for family in NATIVE_FAMILIES]
+    code = (
+        "import sys, torch; from stitch.cluster import load_cluster; from stitch_server.build import load_stage\n"
+        "for cluster in map(load_cluster, sys.argv[1:]):\n"
+        "    for shard in cluster.shards: load_stage(cluster, shard, torch.device('cpu'))\n"
+        "assert not {'transformers', 'torch._dynamo'} & sys.modules.keys()"
+    )
+    python = [sys.executable, "-c", code, *map(str, files)]
+    done = subprocess.run(python, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_shard_holds_the_stitches_of_routes_that_enter_there(deep: ClusterConfig) -> None:

@@ -17,6 +17,7 @@ from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import Adapted, DecoderLayers
 from stitch_server.model.description import read_config
 from stitch_server.model.linear import PlainLinear
+from stitch_server.model.llama_config import LlamaConfig
 from stitch_server.model.quantized import from_int4, to_int4, to_int8
 from stitch_server.model.weights import WeightFormat, Weights
 from tests.support.reference_attention import ReferenceAttention
@@ -126,6 +127,7 @@ class TestKernels:
 
     def test_are_packed_only_on_request(self, tmp_path: Path) -> None:
         config = read_config(folder := write_tiny_model(tmp_path, "llama", layers=1))
+        assert isinstance(config, LlamaConfig)
         for kernels in (False, True):
             with Weights(folder, CPU, torch.float32, WeightFormat(kernels=kernels)) as weights:
                 _, packed = llama_loader.load_layers(config, 0, 1, weights, llama.RotaryAngles(config, CPU))
@@ -205,11 +207,11 @@ class CachedDecoder:
 
 @pytest.mark.parametrize("family", NATIVE_FAMILIES)
 def test_native_families_are_supported(tmp_path: Path, family: str) -> None:
-    assert llama.supports(read_config(write_tiny_model(tmp_path, family, layers=1)))
+    assert isinstance(read_config(write_tiny_model(tmp_path, family, layers=1)), LlamaConfig)
 
 
 def test_variant_that_native_layers_lack_is_not_supported(tmp_path: Path) -> None:
-    assert not llama.supports(read_config(write_tiny_model(tmp_path, layers=1, hidden_act="gelu")))
+    assert not isinstance(read_config(write_tiny_model(tmp_path, layers=1, hidden_act="gelu")), LlamaConfig)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -15,7 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from stitch.errors import Incompatible, InvalidRequest, Unavailable
 from stitch_server.model.description import ModelDescription
-from stitch_server.sources import Progress, downloads
+from stitch_server.sources import Progress
 from stitch_server.sources.downloads import WheelMember
 from stitch_server.sources.resolve import fill_once, import_model, resolve
 from tests.support.tiny_gguf import write_tiny_gguf
@@ -108,7 +108,7 @@ class TestGgufFile:
         def change(path: Path, folder: Path, progress: Progress) -> None:
             path.write_bytes(path.read_bytes() + b" ")
 
-        monkeypatch.setattr("stitch_server.sources.resolve.import_gguf", change)
+        monkeypatch.setattr("stitch_server.sources.gguf.import_gguf", change)
         with pytest.raises(Incompatible, match=r"x\.gguf changed while it was imported"):
             resolve(str(changed), tmp_path)
         assert [path for path in (tmp_path / "models").iterdir() if path.is_dir()] == []
@@ -177,7 +177,7 @@ class TestHub:
             requested.append(hub_id)
             return str(model)
 
-        monkeypatch.setattr(downloads, "snapshot_download", snapshot)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
         assert (resolve("Qwen/Qwen2.5-7B-Instruct", tmp_path), requested) == (model, ["Qwen/Qwen2.5-7B-Instruct"])
 
     def test_commit_of_the_id_is_downloaded(self, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ class TestHub:
             requested.append((hub_id, revision))
             return str(model)
 
-        monkeypatch.setattr(downloads, "snapshot_download", snapshot)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
         resolve(f"Qwen/Qwen2.5-7B-Instruct@{'a' * 40}", tmp_path)
         resolve("Qwen/Qwen2.5-7B-Instruct", tmp_path)
         assert requested == [("Qwen/Qwen2.5-7B-Instruct", "a" * 40), ("Qwen/Qwen2.5-7B-Instruct", None)]
@@ -196,7 +196,7 @@ class TestHub:
         def snapshot(hub_id: str, **_: Any) -> str:
             raise LocalEntryNotFoundError("no connection")
 
-        monkeypatch.setattr(downloads, "snapshot_download", snapshot)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
         with pytest.raises(Unavailable, match="Qwen/Nothing is no local folder, and the hub did not give it: no conn"):
             resolve("Qwen/Nothing", tmp_path)
 
