@@ -22,6 +22,7 @@ from typing import Self
 from router_gateway.admission.capacity import Capacity
 from router_gateway.admission.forecast import Forecast, Size
 from router_gateway.admission.promises import Promise, Promises
+from router_gateway.admission.running import Running
 from router_gateway.admission.tenants import Credentials, Tenant, Tenants
 from router_gateway.admission.token_budget import Account
 from router_gateway.metrics import Metrics
@@ -29,20 +30,10 @@ from stitch.cluster import GatewayConfig
 from stitch.errors import Exhausted, Expired
 from stitch.fair_queue import FairQueue
 
-# Requests on one first shard, unless deadlines or the KV cache allow fewer: beside less of them, some would wait for
-# whole answers of others instead of sharing the shard with them.
-LEAST_RUNNING = 16
-# Beyond LEAST_RUNNING, as many run as get each of their tokens within this time: people read no faster, and the first
-# token of another tenant's request waits for a pass of theirs.
-LONGEST_TOKEN_SECONDS = 0.1
-# A deadline that allows fewer running requests than this share of the limit is not kept at the cost of the others.
-LEAST_SHARE_FOR_DEADLINE = 0.25
 # Of the room for a tenant's requests, what is promised to those that were refused.
 PROMISED_SHARE = 0.75
 # How often the wait is lengthened by the requests that come back meanwhile.
 RETURN_ROUNDS = 3
-# Of the KV cache, what running requests are expected to fill.
-KV_SHARE = 0.9
 LEAST_RETRY_SECONDS, MOST_RETRY_SECONDS = 0.25, 3600.0
 # How often promises lapse, and the shards' room is looked at without any event.
 TICK_SECONDS = 0.25
@@ -91,19 +82,13 @@ class Admission:
         self._tenants = tenants
         self._config = config
         self._forecast = forecast
-        self._capacity = capacity
         self._metrics = metrics
         self.clock = clock
         self._queue: FairQueue[Ticket] = FairQueue(clock)
-        self._running: dict[int, Ticket] = {}
         # Of the tenants that have sent a request, by name.
         self._accounts: dict[str, Account] = {}
         self._promises = Promises()
-        # See `_limit`; None: it has to be counted anew.
-        self._known_limit: int | None = None
-        # Of the number of running requests over time, in request-seconds, up to `_summed_at`.
-        self._running_seconds = 0.0
-        self._summed_at = clock()
+        self.running = Running(self._accounts, self._queue.length, forecast, capacity, clock)
         metrics.add_tenants(tenants.names)
 
     def authenticate(self, credentials: Credentials) -> Tenant:
@@ -125,6 +110,7 @@ class Admission:
         max_tokens = demand.max_tokens or tenant.max_tokens or 1
         promise = self._promises.redeem(tenant.name, demand.digest(), now) if len(self._promises) else None
         ticket = Ticket(self, tenant, demand, deadline, promise)
+        self._open_account(tenant)
         ticket.resize(self._forecast.size(tenant.name, "", 0, max_tokens, is_exact=False, answers=demand.answers))
         if not self._starts_now(ticket):
             self._check(ticket, self._forecast.seconds(ticket.size, self._running_beside()))
@@ -135,9 +121,8 @@ class Admission:
         while True:
             lapsed = self._promises.lapse(self.clock())
             self._metrics.admission_returns.labels(outcome="absent").inc(lapsed)
-            # Shards come and go without any event here.
-            self._known_limit = None
-            self._metrics.admission_limit.set(self._limit())
+            self.running.forget_limit()
+            self._metrics.admission_limit.set(self.running.limit)
             self.start_waiting()
             await asyncio.sleep(TICK_SECONDS)
 
@@ -150,7 +135,7 @@ class Admission:
         if not self._starts_now(ticket):
             # A promise was made by what is expected, which the bound exceeds; and the bound is learned from tenants
             # whose requests wait for one another on the first shard.
-            is_preferred = ticket.promise is not None or self._is_owed(tenant, self._limit())
+            is_preferred = ticket.promise is not None or self.running.is_owed(tenant)
             seconds = self._forecast.seconds if is_preferred else self._forecast.bound_seconds
             self._check(ticket, seconds(ticket.size, self._running_beside()))
         self._queue.push(
@@ -201,19 +186,7 @@ class Admission:
 
     def service_seconds(self, size: Size) -> float:
         """How long such a request runs in the mean while the shards are full."""
-        return self._forecast.seconds(size, self._limit() / self._capacity().first_shards)
-
-    def running_seconds(self) -> float:
-        """The number of running requests summed over time; the difference ÷ seconds is their mean number."""
-        now = self.clock()
-        self._running_seconds += self.running * (now - self._summed_at)
-        self._summed_at = now
-        return self._running_seconds
-
-    @property
-    def running(self) -> int:
-        """The number of requests on shards; one with several answers is as many."""
-        return sum(ticket.size.answers for ticket in self._running.values())
+        return self._forecast.seconds(size, self.running.limit_per_shard())
 
     def learn_decode(self, ticket: Ticket) -> None:
         """Learns from the time that the ticket's tokens took after the first ones."""
@@ -221,73 +194,27 @@ class Admission:
         if tokens < LEAST_DECODED_TOKENS or ticket.first_token_at is None or ticket.first_token_at == now:
             return
         seconds = now - ticket.first_token_at
-        running = (self.running_seconds() - ticket.running_seconds_at_first) / seconds / self._capacity().first_shards
+        running = self.running.mean_beside(ticket.request_seconds_at_first, seconds)
         self._forecast.decode.observe(running, seconds / (tokens - 1), now)
 
-    # How many may run.
-
-    def _limit(self) -> int:
-        """How many requests the shards hold; refusals, of which there may be many, don't count it anew."""
-        if self._known_limit is None:
-            self._known_limit = self._count_limit()
-        return self._known_limit
-
-    def _count_limit(self) -> int:
-        """As many as get their tokens fast, fit the KV cache, and end in time."""
-        capacity = self._capacity()
-        fast = self._forecast.decode.running_within(LONGEST_TOKEN_SECONDS)
-        limit = capacity.first_shards * max(LEAST_RUNNING, fast or 0.0)
-        if capacity.kv_tokens and self._forecast.mean_tokens:
-            limit = min(limit, KV_SHARE * capacity.kv_tokens / self._forecast.mean_tokens)
-        within = (capacity.first_shards * one.running_within for one in self._running.values())
-        return max(
-            1, int(min((one for one in within if LEAST_SHARE_FOR_DEADLINE * limit <= one < limit), default=limit))
-        )
+    # Who is next.
 
     def _next(self) -> Ticket | None:
         """The waiting request that starts now; one that doesn't fit the KV cache is waited for."""
         if not len(self._queue):
             return None
-        limit = self._limit()
-        ticket = self._queue.peek(lambda name: self._has_room(self._accounts[str(name)].tenant, limit))
-        return ticket if ticket is not None and self._fits_kv(ticket) else None
-
-    def _has_room(self, tenant: Tenant, limit: int) -> bool:
-        """Whether one more request of the tenant may run, as far as their number goes."""
-        running = self._account(tenant).running
-        if tenant.max_running is not None and running >= tenant.max_running:
-            return False
-        return self.running < limit or self._is_owed(tenant, limit)
-
-    def _is_owed(self, tenant: Tenant, limit: int) -> bool:
-        """Whether it runs less than half of its share of what the shards hold; others may then run beyond theirs."""
-        return self._account(tenant).running < self._share(tenant) * limit / 2 and self.running < 2 * limit
+        ticket = self._queue.peek(lambda name: self.running.has_room(self._accounts[str(name)].tenant))
+        return ticket if ticket is not None and self.running.fits_kv(ticket) else None
 
     def _may_start(self, ticket: Ticket) -> bool:
-        return self._has_room(ticket.tenant, self._limit()) and self._fits_kv(ticket)
-
-    def _fits_kv(self, ticket: Ticket) -> bool:
-        held = sum(one.size.tokens for one in self._running.values())
-        room = self._capacity().kv_tokens
-        return not held or not room or held + ticket.size.tokens <= room
+        return self.running.has_room(ticket.tenant) and self.running.fits_kv(ticket)
 
     def _starts_now(self, ticket: Ticket) -> bool:
         return not self._queue.length(ticket.tenant.name) and self._may_start(ticket) and self._is_calm()
 
     def _is_calm(self) -> bool:
         """Whether so little runs that a request which can't end in time takes nothing from others."""
-        return not len(self._queue) and self.running <= self._limit() / 2
-
-    def _share(self, tenant: Tenant) -> float:
-        """The tenant's share of the shards among those that have requests."""
-        others = (one for name, one in self._accounts.items() if name != tenant.name)
-        weights = (one.tenant.weight for one in others if one.running or self._queue.length(one.tenant.name))
-        return tenant.weight / (tenant.weight + sum(weights))
-
-    def _running_beside(self) -> float:
-        """How many requests will run on each first shard when one more has come."""
-        running = min(self._limit(), self.running + len(self._queue) + 1)
-        return running / self._capacity().first_shards
+        return not len(self._queue) and len(self.running) <= self.running.limit / 2
 
     # What is refused.
 
@@ -315,7 +242,7 @@ class Admission:
             return
         tokens = min(ticket.size.tokens, limit)
         promised = 0.0 if ticket.promise is not None else self._promises.tokens(tenant.name)
-        seconds = self._account(tenant).budget.seconds_until(tokens + promised, limit, now)
+        seconds = self._accounts[tenant.name].budget.seconds_until(tokens + promised, limit, now)
         # The promise was of expected tokens, and others may have taken some more.
         if seconds > (ticket.size.tokens * 60 / limit if ticket.promise else 0.0):
             why = f"tenant {tenant.name} has used its {limit:,} tokens a minute"
@@ -337,29 +264,23 @@ class Admission:
         before = self._queue.seconds_before(ticket.tenant.name, ticket.deadline, ticket.promise is not None)
         if not before and self._may_start(ticket):
             return 0.0
-        tenant, slots = ticket.tenant, self._slots(ticket.tenant)
+        tenant, running = ticket.tenant, self.running
         others = self._queue.seconds_of_others(tenant.name)
-        waiting = min(before / self._shared_slots(tenant), (before + others) / slots) + self._slot_seconds(ticket)
+        waiting = min(
+            before / running.shared_slots(tenant), (before + others) / running.slots(tenant)
+        ) + self._slot_seconds(ticket)
         if ticket.promise is not None:
             return waiting
         wait, now = waiting, self.clock()
         for _ in range(RETURN_ROUNDS):
             # Those that come back while it waits start before it.
-            wait = waiting + self._promises.seconds_due(tenant.name, now + wait) / self._shared_slots(tenant)
+            wait = waiting + self._promises.seconds_due(tenant.name, now + wait) / running.shared_slots(tenant)
         return wait
 
     def _slot_seconds(self, ticket: Ticket) -> float:
         """Until one of the running requests ends."""
         seconds = self._forecast.mean_seconds or ticket.service_seconds
-        return seconds / self._slots(ticket.tenant)
-
-    def _slots(self, tenant: Tenant) -> int:
-        """How many requests of a tenant may run while no other has any."""
-        limit = self._limit()
-        return limit if tenant.max_running is None else min(limit, tenant.max_running)
-
-    def _shared_slots(self, tenant: Tenant) -> float:
-        return min(self._slots(tenant), self._share(tenant) * self._limit())
+        return seconds / self.running.slots(ticket.tenant)
 
     def _refusal(
         self, ticket: Ticket, reason: str, why: str, seconds: float, is_after_promises: bool = False
@@ -369,7 +290,7 @@ class Admission:
         self._metrics.admission_refused.labels(tenant=name, reason=reason).inc()
         if ticket.promise is not None:
             self._metrics.admission_returns.labels(outcome="refused").inc()
-        now, rate = self.clock(), PROMISED_SHARE * self._shared_slots(ticket.tenant)
+        now, rate = self.clock(), PROMISED_SHARE * self.running.shared_slots(ticket.tenant)
         if not is_after_promises:
             earliest = now + max(seconds, self._promises.seconds(name) / rate)
             seconds = self._promises.next_gap(name, earliest, ticket.service_seconds, rate) - now
@@ -382,12 +303,9 @@ class Admission:
 
     def _start(self, ticket: Ticket) -> None:
         now, tenant, size = self.clock(), ticket.tenant, ticket.size
-        self.running_seconds()
-        self._running[id(ticket)] = ticket
-        self._known_limit = None
-        self._account(tenant).running += 1
+        self.running.add(ticket)
         if tenant.tokens_per_minute is not None:
-            self._account(tenant).budget.take(size.tokens, tenant.tokens_per_minute, now)
+            self._accounts[tenant.name].budget.take(size.tokens, tenant.tokens_per_minute, now)
         if ticket.promise is not None:
             self._metrics.admission_returns.labels(outcome="admitted").inc()
         self._queue.charge(tenant.name, size.work)
@@ -398,15 +316,12 @@ class Admission:
 
     def _end_running(self, ticket: Ticket) -> None:
         now, tenant, size = self.clock(), ticket.tenant, ticket.size
-        self.running_seconds()
         self.learn_decode(ticket)
-        del self._running[id(ticket)]
-        self._known_limit = None
-        self._account(tenant).running -= 1
+        self.running.remove(ticket)
         excess = ticket.tokens - size.answers * size.answer_tokens
         self._queue.charge(tenant.name, size.cost * excess)
         if tenant.tokens_per_minute is not None:
-            self._account(tenant).budget.take(excess, tenant.tokens_per_minute, now)
+            self._accounts[tenant.name].budget.take(excess, tenant.tokens_per_minute, now)
         self._metrics.tenant_work.labels(tenant=tenant.name).inc(size.cost * (size.prompt_tokens + ticket.tokens))
         if ticket.first_token_at is None:
             return
@@ -416,17 +331,21 @@ class Admission:
             tokens = round((size.prompt_tokens + ticket.tokens) / size.answers)
             self._forecast.observe(ticket.first_token_at - ticket.started_at, now - ticket.started_at, tokens)
 
-    def _account(self, tenant: Tenant) -> Account:
+    def _open_account(self, tenant: Tenant) -> None:
         account = self._accounts.get(tenant.name)
         if account is None:
-            account = self._accounts[tenant.name] = Account(tenant)
+            self._accounts[tenant.name] = Account(tenant)
             # The keys file may have been replaced.
             self._metrics.add_tenants([tenant.name])
-        account.tenant = tenant
-        return account
+        else:
+            account.tenant = tenant
+
+    def _running_beside(self) -> float:
+        """How many requests will run on each first shard when those that wait and one more have come."""
+        return self.running.per_shard_with(len(self._queue) + 1)
 
     def _show(self, tenant: Tenant) -> None:
-        self._metrics.tenant_running.labels(tenant=tenant.name).set(self._account(tenant).running)
+        self._metrics.tenant_running.labels(tenant=tenant.name).set(self._accounts[tenant.name].running)
         self._metrics.tenant_waiting.labels(tenant=tenant.name).set(self._queue.length(tenant.name))
 
 
@@ -452,7 +371,7 @@ class Ticket:
         # How many may run on its first shard so that it ends in time.
         self.running_within = 0.0
         self.first_token_at: float | None = None
-        self.running_seconds_at_first = 0.0
+        self.request_seconds_at_first = 0.0
         # Generated ones.
         self.tokens = 0
         # The lengths of the answers that have ended, and whether before their limit; none where lengths are given.
@@ -513,7 +432,7 @@ class Ticket:
         """Tokens came from the shards."""
         if self.first_token_at is None:
             self.first_token_at = self._admission.clock()
-            self.running_seconds_at_first = self._admission.running_seconds()
+            self.request_seconds_at_first = self._admission.running.request_seconds()
         early = EARLY_DECODED_TOKENS * self.size.answers
         self.tokens += count
         if self.tokens - count < early <= self.tokens:

@@ -122,7 +122,7 @@ def test_first_token_beside_another_tenants_flood_comes_within_twice_as_long_as_
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        left = simulation.admission.running
+        left = len(simulation.admission.running)
         await simulation.close()
         return alone, beside, left
 
