@@ -7,7 +7,7 @@ COPY requirements.lock pyproject.toml README.md LICENSE ./
 COPY stitch stitch
 COPY stitch_server stitch_server
 COPY router_gateway router_gateway
-RUN pip install --no-cache-dir --constraint requirements.lock '.[gateway,cli]' \
+RUN pip install --no-cache-dir --constraint requirements.lock '.[gateway,cli,otel]' \
     && useradd --system --uid 999 --create-home stitch
 COPY deploy/*.toml deploy/
 

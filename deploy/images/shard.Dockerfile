@@ -12,7 +12,7 @@ RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(gre
 COPY stitch stitch
 COPY stitch_server stitch_server
 COPY router_gateway router_gateway
-RUN pip install --no-cache-dir --constraint requirements.lock '.[shard]' \
+RUN pip install --no-cache-dir --constraint requirements.lock '.[shard,otel]' \
     && useradd --system --uid 999 --create-home stitch \
     && install --directory --owner stitch /var/lib/stitch
 COPY deploy/*.toml deploy/
