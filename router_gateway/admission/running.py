@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from router_gateway.admission.capacity import Capacity
-from router_gateway.admission.forecast import Forecast
+from router_gateway.admission.forecast import Forecast, Size
 from router_gateway.admission.tenants import Tenant
 from router_gateway.admission.token_budget import Account
-
-if TYPE_CHECKING:
-    from router_gateway.admission.admission import Ticket
 
 # Requests on one first shard, unless deadlines or the KV cache allow fewer: beside less of them, some would wait for
 # whole answers of others instead of sharing the shard with them.
@@ -25,8 +22,17 @@ LEAST_SHARE_FOR_DEADLINE = 0.25
 KV_SHARE = 0.9
 
 
+class Placed(Protocol):
+    """A request on shards."""
+
+    tenant: Tenant
+    size: Size
+    # How many may run on its first shard so that it ends in time.
+    running_within: float
+
+
 class Running:
-    """The tickets of requests on shards."""
+    """The requests on shards."""
 
     def __init__(
         self,
@@ -42,7 +48,7 @@ class Running:
         self._forecast = forecast
         self._capacity = capacity
         self._clock = clock
-        self._tickets: set[Ticket] = set()
+        self._requests: set[Placed] = set()
         # See `limit`; None: it has to be counted anew.
         self._limit: int | None = None
         # See `request_seconds`; up to `_summed_at`.
@@ -51,18 +57,18 @@ class Running:
 
     def __len__(self) -> int:
         """The number of requests; one with several answers is as many."""
-        return sum(ticket.size.answers for ticket in self._tickets)
+        return sum(request.size.answers for request in self._requests)
 
-    def add(self, ticket: Ticket) -> None:
+    def add(self, request: Placed) -> None:
         self.request_seconds()
-        self._tickets.add(ticket)
-        self._accounts[ticket.tenant.name].running += 1
+        self._requests.add(request)
+        self._accounts[request.tenant.name].running += 1
         self._limit = None
 
-    def remove(self, ticket: Ticket) -> None:
+    def remove(self, request: Placed) -> None:
         self.request_seconds()
-        self._tickets.remove(ticket)
-        self._accounts[ticket.tenant.name].running -= 1
+        self._requests.remove(request)
+        self._accounts[request.tenant.name].running -= 1
         self._limit = None
 
     def request_seconds(self) -> float:
@@ -107,11 +113,11 @@ class Running:
         running, limit = self._accounts[tenant.name].running, self.limit
         return running < self.share(tenant) * limit / 2 and len(self) < 2 * limit
 
-    def fits_kv(self, ticket: Ticket) -> bool:
+    def fits_kv(self, request: Placed) -> bool:
         """Whether it fits the KV cache beside the others."""
-        held = sum(one.size.tokens for one in self._tickets)
+        held = sum(one.size.tokens for one in self._requests)
         room = self._capacity().kv_tokens
-        return not held or not room or held + ticket.size.tokens <= room
+        return not held or not room or held + request.size.tokens <= room
 
     def share(self, tenant: Tenant) -> float:
         """The tenant's share of the shards among those that have requests."""
@@ -136,7 +142,7 @@ class Running:
         limit = capacity.first_shards * max(LEAST_RUNNING, fast or 0.0)
         if capacity.kv_tokens and self._forecast.mean_tokens:
             limit = min(limit, KV_SHARE * capacity.kv_tokens / self._forecast.mean_tokens)
-        within = (capacity.first_shards * one.running_within for one in self._tickets)
+        within = (capacity.first_shards * one.running_within for one in self._requests)
         return max(
             1, int(min((one for one in within if LEAST_SHARE_FOR_DEADLINE * limit <= one < limit), default=limit))
         )
