@@ -98,7 +98,7 @@ class Running:
         return self.limit / self._capacity().first_shards
 
     def per_shard_with(self, others: int) -> float:
-        """How many will run on each first shard when so many others have come."""
+        """How many will run on each first shard when that many more have come."""
         return min(self.limit, len(self) + others) / self._capacity().first_shards
 
     def has_room(self, tenant: Tenant) -> bool:
