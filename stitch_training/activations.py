@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stitch.errors import InvalidRequest
-from stitch_training.data import Corpus, DataSettings, PackedSequence, Role, same_models
+from stitch_training.data import Corpus, DataSettings, PackedSequence, Role, recallable
 from stitch_training.least_squares import CutPoint, Sums
 from stitch_training.models import Pair, states_at, teacher_of
 from stitch_training.trace import Teacher, Trace, TraceShape
@@ -69,7 +69,10 @@ class PassSettings:
 
 
 class ActivationCache:
-    """The sequences that earlier passes recorded, found by their tokens."""
+    """The sequences that earlier passes recorded, found by their tokens.
+
+    A trace without depths serves for its teacher alone.
+    """
 
     def __init__(self, traces: Iterable[Trace] = ()) -> None:
         self._rows: dict[bytes, tuple[Trace, int]] = {}
@@ -147,9 +150,12 @@ class PassRecorder:
         return states, Teacher(ids, logprobs)
 
     def _compute(self, tokens: Tensor, depths: set[int]) -> tuple[dict[int, Tensor], Teacher]:
-        model = self._pair.bottom
-        states = states_at(model, tokens, [*depths, model.depth])
-        return states, teacher_of(model, states[model.depth], self._pair.vocabulary)
+        model, teacher, vocabulary = self._pair.bottom, self._pair.teacher, self._pair.vocabulary
+        if teacher is model:
+            states = states_at(model, tokens, [*depths, model.depth])
+            return states, teacher_of(model, states[model.depth], vocabulary)
+        last = states_at(teacher, tokens, [teacher.depth])[teacher.depth]
+        return states_at(model, tokens, depths), teacher_of(teacher, last, vocabulary)
 
     def _recall(
         self, tokens: Tensor, depths: set[int], trace: Trace, rows: Tensor
@@ -211,9 +217,12 @@ class PassCheckpoint:
     # Recorded sequences.
     done: int
 
-    def open_trace(self, folder: Path, hidden_size: int) -> Trace:
-        """Opens the pass's trace, of a bottom model of that width, read-only. Raises what `Trace` raises."""
-        depths = tuple(sorted({k for k, _ in self.cuts}))
+    def open_trace(self, folder: Path, hidden_size: int, has_states: bool = True) -> Trace:
+        """Opens the pass's trace, of a bottom model of that width, read-only. Raises what `Trace` raises.
+
+        Without states it gives the teacher alone.
+        """
+        depths = tuple(sorted({k for k, _ in self.cuts})) if has_states else ()
         return Trace(folder, TraceShape(self.done, self.sequence_tokens, hidden_size, depths), writable=False)
 
 
@@ -257,7 +266,8 @@ def run_passes(
     """Runs the held-out and the training pass, or resumes those in `run_dir`.
 
     Sequences recorded in the run directories `reuse` don't run through the bottom model again, but for depths that were
-    not traced. Raises InvalidRequest where the data are too few, or a folder holds another pass.
+    not traced; those of another bottom with the same teacher don't run through the teacher again. Raises InvalidRequest
+    where the data are too few, or a folder holds another pass.
     """
     cache = ActivationCache(trace for folder in reuse for trace in _traces_in(folder, pair, data, settings))
     held_sequences = corpus.held_out(data.held_out_tokens)
@@ -275,12 +285,13 @@ def _traces_in(run_dir: Path, pair: Pair, data: DataSettings, settings: str) -> 
     if not found:
         raise InvalidRequest("reuse", run_dir.name, "it holds no pass")
     for name, checkpoint in found.items():
-        if not same_models(checkpoint.settings, settings):
+        has_states, has_teacher = recallable(checkpoint.settings, settings)
+        if not has_teacher:
             raise InvalidRequest("reuse", run_dir.name, "its pass is of other models, or of another dtype")
         if checkpoint.sequence_tokens != data.sequence_tokens:
             limit = f"its sequences have {checkpoint.sequence_tokens} tokens, not {data.sequence_tokens}"
             raise InvalidRequest("reuse", run_dir.name, limit)
         try:
-            yield checkpoint.open_trace(run_dir / name, pair.bottom.hidden_size)
+            yield checkpoint.open_trace(run_dir / name, pair.bottom.hidden_size, has_states)
         except (OSError, ValueError) as error:
             raise InvalidRequest("reuse", run_dir.name, f"its {name} pass is incomplete: {error}") from error

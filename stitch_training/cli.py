@@ -13,6 +13,7 @@ from stitch.environment import prepare_program
 if TYPE_CHECKING:
     from stitch_training.data import DataSettings
     from stitch_training.distill import TrainingSettings
+    from stitch_training.fit import Control
     from stitch_training.least_squares import CutPoint
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -72,7 +73,13 @@ def _add_fit(verbs: Verbs) -> None:
     verb = _add_verb(verbs, "fit", "make the stitch of a route: least squares, then distillation", _fit)
     _add_cluster(verb)
     _add_text(verb, tokens=100_000)
-    verb.add_argument("--route", metavar="R", required=True, help="the route whose stitch to make")
+    subject = verb.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--route", metavar="R", help="the route whose stitch to make")
+    subject.add_argument(
+        "--control", metavar="MODEL[:K]",
+        help="train a whole model, bottom or top: adapters beside all its layers, or with K a map after K of them and"
+        " adapters from there on",
+    )  # fmt: skip
     verb.add_argument("--out", metavar="FILE", type=Path, required=True, help="a .safetensors file")
     _add_run_dir(verb)
     verb.add_argument(
@@ -130,6 +137,14 @@ def _add_evaluate(verbs: Verbs) -> None:
     )  # fmt: skip
     verb.add_argument("--prompt-rows", metavar="N", type=int, default=40, help="of --prompts; default: 40")
     verb.add_argument("--prompt-tokens", metavar="N", type=int, default=128, help="of an answer; default: 128")
+    verb.add_argument(
+        "--controls",
+        metavar="FILE",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="made by `fit --control`, to measure as well",
+    )
     verb.add_argument("--gold", metavar="FILE", type=Path, help="questions to ask; each has its `answer`")
     verb.add_argument("--gold-rows", metavar="N", type=int, default=100, help="of --gold; default: 100")
     verb.add_argument("--gold-tokens", metavar="N", type=int, default=256, help="of an answer; default: 256")
@@ -265,7 +280,7 @@ def _fit(parsed: argparse.Namespace) -> None:
 
     settings = FitSettings(
         cluster=load_cluster(parsed.cluster),
-        route=parsed.route,
+        subject=parse_control(parsed.control) if parsed.control else parsed.route,
         data=_data_settings(parsed),
         training=_training_settings(parsed),
         dtype=parsed.dtype,
@@ -314,6 +329,7 @@ def _evaluate(parsed: argparse.Namespace) -> None:
         data=_data_settings(parsed),
         dtype=parsed.dtype,
         held_out_percent=parsed.held_out_percent,
+        controls=tuple(parsed.controls),
         answers=AnswerSettings(
             prompts=tuple(parsed.prompts),
             prompt_rows=parsed.prompt_rows,
@@ -422,6 +438,19 @@ def parse_cuts(text: str) -> list[CutPoint]:
     if not colon or not all(part.isdecimal() for part in (bottom, *tops.split(","))):
         raise InvalidRequest("cuts", text, "a cut is written K:J or K:J,J, with layer numbers")
     return [CutPoint(int(bottom), int(top)) for top in tops.split(",")]
+
+
+def parse_control(text: str) -> Control:
+    """Parses `top` or `bottom:20`. Raises InvalidRequest where the text has another form."""
+    from stitch.cluster import ROLES
+    from stitch.errors import InvalidRequest
+    from stitch_training.fit import Control
+
+    model, colon, layers = text.partition(":")
+    role = next((role for role in ROLES if role == model), None)
+    if role is None or (colon and not layers.isdecimal()):
+        raise InvalidRequest("control", text, "a control is written bottom, top, bottom:K or top:K")
+    return Control(role, int(layers) if colon else None)
 
 
 def parse_costs(pairs: Sequence[str]) -> dict[str, float] | None:

@@ -191,6 +191,15 @@ class Encoder(Protocol):
         """Encodes a conversation through the chat template."""
 
 
+class PairRevisions(NamedTuple):
+    """The revisions of the models that a pass runs."""
+
+    bottom: str
+    top: str
+    # Whose distribution is recorded.
+    teacher: str
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """Which data a pass reads, and how much of it."""
@@ -204,17 +213,26 @@ class DataSettings:
     # Training sequences that each file contributes per round; empty: one each.
     shares: tuple[int, ...] = ()
 
-    def describe(self, models: tuple[str, str], dtype: str) -> str:
+    def describe(self, models: PairRevisions, dtype: str) -> str:
         """Returns as JSON all that decides a pass's numbers, with the models' revisions and the compute dtype."""
         names = [path.name for path in self.files]
         mixture = {"shares": self.shares} if self.shares else {}
         return json.dumps({"models": models, "dtype": dtype, "files": names, "seed": self.seed, **mixture})
 
 
-def same_models(one: str, other: str) -> bool:
-    """Whether two passes, as `DataSettings.describe` gives them, ran the same models in the same dtype."""
-    first, second = json.loads(one), json.loads(other)
-    return all(first[name] == second[name] for name in ("models", "dtype"))
+class Recallable(NamedTuple):
+    """What a pass can take from an earlier one, over the same sequences."""
+
+    states: bool
+    teacher: bool
+
+
+def recallable(earlier: str, own: str) -> Recallable:
+    """Compares two passes, as `DataSettings.describe` gives them: their bottom and teacher, and the dtype."""
+    first, second = json.loads(earlier), json.loads(own)
+    theirs, ours = PairRevisions(*first["models"]), PairRevisions(*second["models"])
+    is_same = first["dtype"] == second["dtype"]
+    return Recallable(is_same and theirs.bottom == ours.bottom, is_same and theirs.teacher == ours.teacher)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ through the frozen top. U is drawn from the seed and V starts at zero, so fresh 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ from torch import Tensor
 from stitch.errors import InvalidRequest
 from stitch_server.model.adapters import EPSILON, Adapters
 from stitch_training.data import LossOn
-from stitch_training.least_squares import AffineMap, CutPoint
+from stitch_training.least_squares import AffineMap, CutPoint, identity_map
 from stitch_training.models import FrozenModel, Pair
 from stitch_training.objective import LossSettings, head_loss
 from stitch_training.scoring import counted
@@ -118,27 +119,23 @@ class Coordinates:
     first: Tensor
 
 
-class TrainableStitch:
-    """V `[outputs, inputs]` and c `[outputs]`, the map that they give, and adapters of the top where there are any."""
+class Student(ABC):
+    """What is trained: a map of the bottom's states to the top's, and adapters of the top where there are any."""
 
-    def __init__(self, coordinates: Coordinates, adapters: TrainableAdapters | None = None) -> None:
-        self._fixed = coordinates
+    def __init__(self, adapters: TrainableAdapters | None) -> None:
         self._adapters = adapters
-        self.change = torch.zeros_like(coordinates.weight).requires_grad_()
-        self.shift = torch.zeros_like(coordinates.bias).requires_grad_()
 
+    @abstractmethod
     def __call__(self, states: Tensor) -> Tensor:
         """Maps the bottom's states `[sequences, tokens, inputs]` to the top's, `[sequences, tokens, outputs]`."""
-        fixed = self._fixed
-        weight = fixed.weight + fixed.deviations[:, None] * (self.change @ fixed.whitening)
-        centre = fixed.weight @ fixed.mean + fixed.bias + fixed.deviations * self.shift
-        mapped = F.linear(states[:, 1:] - fixed.mean, weight, centre)
-        first = fixed.first.expand(len(states), 1, -1)
-        return torch.cat([first, mapped], dim=1)
+
+    @abstractmethod
+    def to_map(self) -> AffineMap:
+        """Returns the current map, without the hold on first tokens, in float64."""
 
     def parameters(self) -> Sequence[Tensor]:
         """Returns the trained tensors."""
-        return [self.change, self.shift, *(() if self._adapters is None else self._adapters.parameters())]
+        return [] if self._adapters is None else self._adapters.parameters()
 
     def adapters(self) -> Adapters | None:
         """Returns the current adapters, if there are any, through which gradients flow."""
@@ -149,8 +146,47 @@ class TrainableStitch:
         with torch.no_grad():
             return self.adapters()
 
+
+class AdaptedModel(Student):
+    """A whole model of `width` values with adapters, a control: its states pass as they are."""
+
+    def __init__(self, adapters: TrainableAdapters, width: int) -> None:
+        super().__init__(adapters)
+        self._width = width
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """See `Student`."""
+        return states
+
     def to_map(self) -> AffineMap:
-        """Returns the current map, without the hold on first tokens, in float64."""
+        """See `Student`."""
+        return identity_map(self._width)
+
+
+class TrainableStitch(Student):
+    """V `[outputs, inputs]` and c `[outputs]`, the map that they give, and adapters of the top where there are any."""
+
+    def __init__(self, coordinates: Coordinates, adapters: TrainableAdapters | None = None) -> None:
+        super().__init__(adapters)
+        self._fixed = coordinates
+        self.change = torch.zeros_like(coordinates.weight).requires_grad_()
+        self.shift = torch.zeros_like(coordinates.bias).requires_grad_()
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """See `Student`."""
+        fixed = self._fixed
+        weight = fixed.weight + fixed.deviations[:, None] * (self.change @ fixed.whitening)
+        centre = fixed.weight @ fixed.mean + fixed.bias + fixed.deviations * self.shift
+        mapped = F.linear(states[:, 1:] - fixed.mean, weight, centre)
+        first = fixed.first.expand(len(states), 1, -1)
+        return torch.cat([first, mapped], dim=1)
+
+    def parameters(self) -> Sequence[Tensor]:
+        """See `Student`."""
+        return [self.change, self.shift, *super().parameters()]
+
+    def to_map(self) -> AffineMap:
+        """See `Student`."""
         fixed = self._fixed
         weight, mean, deviations = fixed.weight.double(), fixed.mean.double(), fixed.deviations.double()
         trained = weight + deviations[:, None] * (self.change.double() @ fixed.whitening.double())
@@ -158,7 +194,7 @@ class TrainableStitch:
         return AffineMap(trained.detach(), (centre - trained @ mean).detach())
 
 
-HeldOutLoss = Callable[[TrainableStitch], float]
+HeldOutLoss = Callable[[Student], float]
 
 
 @dataclass(frozen=True)
@@ -223,17 +259,17 @@ class Distillation:
         cut: CutPoint,
         trace: Trace,
         sequences: int,
-        stitch: TrainableStitch,
+        student: Student,
         settings: TrainingSettings,
         checkpoint: Path,
     ) -> None:
         self._top, self._vocabulary, self._cut = pair.top, pair.vocabulary, cut
         self._trace, self._sequences = trace, sequences
-        self.stitch, self._settings, self._checkpoint = stitch, settings, checkpoint
+        self.student, self._settings, self._checkpoint = student, settings, checkpoint
         self._counting = counting_sequences(trace, sequences, settings.loss_on)
         self.history, self.step = History(), 0
-        self._optimizer = torch.optim.Adam(stitch.parameters(), settings.learning_rate, betas=(0.9, 0.98))
-        self._best = [parameter.detach().clone() for parameter in stitch.parameters()]
+        self._optimizer = torch.optim.Adam(student.parameters(), settings.learning_rate, betas=(0.9, 0.98))
+        self._best = [parameter.detach().clone() for parameter in student.parameters()]
         self.steps = settings.epochs * (-(-len(self._counting) // settings.batch_sequences))
         self.interval = max(1, self.steps // settings.evaluations)
         if checkpoint.exists():
@@ -253,13 +289,13 @@ class Distillation:
                 self._evaluate(held_out_loss)
                 self.checkpoint()
         with torch.no_grad():
-            for parameter, best in zip(self.stitch.parameters(), self._best, strict=True):
+            for parameter, best in zip(self.student.parameters(), self._best, strict=True):
                 parameter.copy_(best)
 
     def _evaluate(self, held_out_loss: HeldOutLoss) -> None:
-        loss = held_out_loss(self.stitch)
+        loss = held_out_loss(self.student)
         if loss < self.history.best():
-            self._best = [parameter.detach().clone() for parameter in self.stitch.parameters()]
+            self._best = [parameter.detach().clone() for parameter in self.student.parameters()]
         self.history.held_out.append((self.step, loss))
 
     def _train_step(self) -> float:
@@ -267,7 +303,7 @@ class Distillation:
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.learning_rate * (1 - self.step / self.steps)
         k, j = self._cut
-        states, adapters = self.stitch(self._trace.hidden(k, rows).float()), self.stitch.adapters()
+        states, adapters = self.student(self._trace.hidden(k, rows).float()), self.student.adapters()
         hidden = self._top.run(states, j, self._top.depth, adapters)
         generator = self._generator(self.step)
         settings = LossSettings(self._settings.teacher_share, self._vocabulary, SAMPLED_TOKENS, generator)
@@ -293,7 +329,7 @@ class Distillation:
 
     def checkpoint(self) -> None:
         """Writes the state of the run atomically."""
-        tensors = {f"parameter.{n}": parameter.detach() for n, parameter in enumerate(self.stitch.parameters())}
+        tensors = {f"parameter.{n}": parameter.detach() for n, parameter in enumerate(self.student.parameters())}
         tensors |= {f"best.{n}": best for n, best in enumerate(self._best)}
         for n, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{n}.{name}": value for name, value in state.items()}
@@ -317,7 +353,7 @@ class Distillation:
         self._best = [tensors[f"best.{n}"] for n in range(len(self._best))]
         state = self._optimizer.state_dict()
         with torch.no_grad():
-            for n, parameter in enumerate(self.stitch.parameters()):
+            for n, parameter in enumerate(self.student.parameters()):
                 parameter.copy_(tensors[f"parameter.{n}"])
                 state["state"][n] = {key: tensors[f"adam.{n}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
         self._optimizer.load_state_dict(state)

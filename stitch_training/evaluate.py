@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from stitch.cluster import ClusterConfig, RouteConfig
+from stitch.errors import InvalidRequest
+from stitch_server.model.stitch import Stitch
 from stitch_training.activations import Progress
 from stitch_training.answer_quality import AnswerQuality, AnswerSettings
-from stitch_training.cost_ladder import BOTTOM, TOP, Kind, Ladder, Rung, parameters_of, whole_parameters
+from stitch_training.cost_ladder import BOTTOM, TOP, Kind, Ladder, Rung, adapted_name, parameters_of, whole_parameters
 from stitch_training.data import Corpus, DataSettings
 from stitch_training.fit import check_cut, cut_of
+from stitch_training.least_squares import CutPoint, is_identity
 from stitch_training.models import LoadedPair, load_pair
 from stitch_training.report import write_json
-from stitch_training.scoring import Pipeline, Slices, greedy_tokens, map_of, pipeline_losses, stitched, whole
+from stitch_training.scoring import Pipeline, Slices, Stage, greedy_tokens, map_of, pipeline_losses, stitched, whole
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class EvaluationSettings:
     # 100: all documents and prompts, for files that no fit was given.
     held_out_percent: int = 10
     answers: AnswerSettings = field(default_factory=AnswerSettings)
+    # Files of `fit --control`.
+    controls: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class HeldOutTokens:
 
 
 def evaluate(settings: EvaluationSettings, progress: Progress) -> Ladder:
-    """Measures both whole models and every route that joins them; a route of one whole model is that model.
+    """Measures both whole models, every route that joins them, and controls; a route of one model is that model.
 
     Raises InvalidRequest for data or questions that can't be read, and Incompatible where a stitch was made for other
     models, another cut or another tokenizer.
@@ -88,12 +93,20 @@ def evaluate(settings: EvaluationSettings, progress: Progress) -> Ladder:
 
 
 def systems_of(loaded: LoadedPair, settings: EvaluationSettings) -> list[System]:
-    """Returns the bottom, the top unless it is the bottom, and the routes that have a stitch."""
+    """Returns the bottom, the top unless it is the bottom, the routes that have a stitch, and the controls.
+
+    Raises InvalidRequest where two controls are the same.
+    """
     ends = [System(BOTTOM, "end", whole(loaded.pair.bottom), whole_parameters(loaded.bottom_count))]
     if not loaded.is_one_model:
         ends.append(System(TOP, "end", whole(loaded.pair.top), whole_parameters(loaded.top_count)))
     files = [(route, settings.cluster.stitch_file(route)) for route in settings.cluster.routes]
-    return [*ends, *(route_system(loaded, route, file) for route, file in files if file is not None)]
+    routes = [route_system(loaded, route, file) for route, file in files if file is not None]
+    controls = [control_system(loaded, file) for file in settings.controls]
+    names = [one.name for one in controls]
+    if len(set(names)) < len(names):
+        raise InvalidRequest("controls", names, "they must be different ones")
+    return [*ends, *routes, *controls]
 
 
 def route_system(loaded: LoadedPair, route: RouteConfig, path: Path) -> System:
@@ -104,6 +117,22 @@ def route_system(loaded: LoadedPair, route: RouteConfig, path: Path) -> System:
     rank = 0 if stitch.adapters is None else stitch.adapters.rank
     pipeline = stitched(loaded.pair, cut, map_of(stitch), stitch.adapters)
     return System(route.name, "route", pipeline, parameters_of(loaded, cut, rank))
+
+
+def control_system(loaded: LoadedPair, path: Path) -> System:
+    """Returns a whole model with what a control has learnt. Raises Incompatible where the file is none of this pair."""
+    binding = Stitch.load(path, torch.device("cpu"), torch.float32).binding
+    is_bottom = binding.bottom_revision == loaded.bottom.revision
+    name, own = (BOTTOM, loaded.control("bottom")) if is_bottom else (TOP, loaded.control("top"))
+    cut = CutPoint(binding.bottom_layers, binding.bottom_layers)
+    stitch = own.load_stitch(path, cut)
+    adapters, learnt = stitch.adapters, map_of(stitch)
+    if adapters is not None and cut.k == 0 and is_identity(learnt):
+        pipeline = Pipeline((Stage(own.pair.top, 0, own.pair.top.depth, adapters),))
+        return System(adapted_name(name), "adapted", pipeline, whole_parameters(own.top_count) + adapters.parameters)
+    rank = 0 if adapters is None else adapters.rank
+    pipeline = stitched(own.pair, cut, learnt, adapters)
+    return System(f"{name}, {cut.k} → {cut.k}", "control", pipeline, parameters_of(own, cut, rank))
 
 
 def _measure(system: System, text: HeldOutTokens, answers: AnswerQuality, progress: Progress) -> Rung:
@@ -125,6 +154,7 @@ def write_evaluation(ladder: Ladder, settings: EvaluationSettings, out: Path | N
         "files": [path.name for path in data.files],
         "held_out_percent": settings.held_out_percent,
         "sequence_tokens": data.sequence_tokens,
+        "controls": [path.name for path in settings.controls],
         "answers": answers.describe(),
     }
     write_json(out, {**described, **ladder.as_json()})

@@ -1,4 +1,4 @@
-"""Makes the stitch of one route: passes over the data, a closed form, distillation, held-out losses.
+"""Makes the stitch of one route, or a control: passes over the data, a closed form, distillation, held-out losses.
 
 Everything that takes long is kept in a run directory, so an interrupted fit resumes where it stopped.
 """
@@ -14,22 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stitch.cluster import ClusterConfig, RouteConfig
+from stitch.cluster import ClusterConfig, Role, RouteConfig
 from stitch.errors import InvalidRequest
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.stitch import Stitch, StitchBinding
 from stitch_training.activations import HELD_OUT, Passes, PassResult, Progress, choose_cuts, run_passes
 from stitch_training.data import CONTENT_SLICE, Corpus, DataSettings
 from stitch_training.distill import (
+    AdaptedModel,
     Aim,
     Coordinates,
     Distillation,
+    Student,
     TrainableAdapters,
     TrainableStitch,
     TrainingSettings,
     channel_scales,
 )
-from stitch_training.least_squares import AffineMap, ClosedForm, CutPoint, RidgeFit
+from stitch_training.least_squares import AffineMap, ClosedForm, CutPoint, RidgeFit, identity_map, is_identity
 from stitch_training.models import FrozenModel, LoadedPair, Pair, load_pair
 from stitch_training.readout import readout
 from stitch_training.report import loss_lines, plot_losses, write_json
@@ -48,14 +50,39 @@ from stitch_training.scoring import (
 # Damping of the coordinates that training moves in, unless the ridge is stronger: without it, directions with less
 # than this share of the mean variance would be scaled to unit variance and carry only noise.
 WHITENING_RIDGE = 1e-3
+# In reports, a model that nothing is left out of or added to.
+WHOLE_MODEL = "whole model"
+
+
+@dataclass(frozen=True)
+class Control:
+    """A whole model that learns from the same tokens as a route does, and skips nothing."""
+
+    role: Role
+    # Number of layers before a map, and before the first of its adapters; None: adapters beside all layers, and no map.
+    layers: int | None = None
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether it has adapters alone."""
+        return self.layers is None
+
+    @property
+    def cut(self) -> CutPoint:
+        """Where its map is."""
+        return CutPoint(self.layers or 0, self.layers or 0)
+
+    def __str__(self) -> str:
+        return self.role if self.layers is None else f"{self.role}:{self.layers}"
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """The route, the data and the training of a fit."""
+    """The route or control, the data and the training of a fit."""
 
     cluster: ClusterConfig
-    route: str
+    # A route's name.
+    subject: str | Control
     data: DataSettings
     training: TrainingSettings
     dtype: str
@@ -103,9 +130,9 @@ class HeldOutText:
         scores = tail_scores(self.pair, self.recorded, self.cut, mapping_of(stitch), adapters)
         return Measured(stitch, adapters, scores, self._objective(scores))
 
-    def loss(self, stitch: TrainableStitch) -> float:
-        """Returns what training minimizes, of a stitch in training."""
-        return self._objective(tail_scores(self.pair, self.recorded, self.cut, stitch, stitch.trained_adapters()))
+    def loss(self, student: Student) -> float:
+        """Returns what training minimizes, of a student in training."""
+        return self._objective(tail_scores(self.pair, self.recorded, self.cut, student, student.trained_adapters()))
 
     def _objective(self, scores: TailScores) -> float:
         loss_on = self.training.loss_on
@@ -126,14 +153,13 @@ class Start:
 
 
 def fit(settings: FitSettings, progress: Progress) -> Fit:
-    """Fits the stitch of a route.
+    """Fits the stitch of a route, or a control.
 
     `progress(task, done, total)` is called along the way. Raises InvalidRequest for a route without a stitch, data that
     can't be read, or a run directory of another fit.
     """
     started_at = time.monotonic()
-    cut = cut_of(settings.cluster.route(settings.route))
-    loaded = load_pair(settings.cluster, getattr(torch, settings.dtype))
+    loaded, cut = _load_subject(settings)
     check_cut(loaded, cut)
     cuts, suffices = required_cuts(cut, loaded.bottom.layers, settings.training.aim)
     passes = passes_for(
@@ -142,6 +168,9 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
     closed = ClosedForm(passes.training.sums, passes.held_out.sums)
     start = start_of(loaded.pair, cut, passes, closed, settings.training.aim)
     initial_adapters, initial_name = None, "least squares"
+    is_control = isinstance(settings.subject, Control)
+    if is_control:
+        start, initial_name = replace(start, map=identity_map(loaded.top.hidden_size)), WHOLE_MODEL
     if settings.start is not None:
         stitch, initial_name = loaded.load_stitch(settings.start, cut), "start"
         start, initial_adapters = replace(start, map=map_of(stitch)), stitch.adapters
@@ -151,14 +180,14 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
     first_token, history = "held", {}
     if settings.training.epochs:
         run = _distil(held_out, passes.training, start, closed, initial.adapters, settings, progress)
-        first_token, final = _choose_first_token(held_out, start, closed, run.stitch)
+        first_token, final = _choose_first_token(held_out, start, closed, run.student)
         history = asdict(run.history)
     stitched = {initial_name: initial.scores.losses, "stitched": final.scores.losses}
     losses = held_out_losses(loaded, cut, passes, settings, stitched)
     report = {
         **describe(loaded, passes, settings.data, settings.dtype),
         "reused": [folder.name for folder in settings.reuse],
-        "route": settings.route,
+        "control" if is_control else "route": str(settings.subject),
         "cut": {"bottom_layers": cut.k, "top_from": cut.j},
         "ridge": _describe_ridge(start.ridge),
         "training": asdict(settings.training),
@@ -168,6 +197,19 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
         "seconds": time.monotonic() - started_at,
     }
     return Fit(final.map, final.adapters, cut, loaded, report)
+
+
+def _load_subject(settings: FitSettings) -> tuple[LoadedPair, CutPoint]:
+    """Returns the models and the cut point. Raises InvalidRequest where there is nothing to train."""
+    subject, training = settings.subject, settings.training
+    if isinstance(subject, str):
+        cut = cut_of(settings.cluster.route(subject))
+        return load_pair(settings.cluster, getattr(torch, settings.dtype)), cut
+    if subject.is_adapted and not training.adapter_rank:
+        raise InvalidRequest("adapter_rank", 0, f"it must be at least 1: the control {subject} has adapters alone")
+    if training.aim != "states":
+        raise InvalidRequest("aim", training.aim, "it must be states: a control starts from the whole model")
+    return load_pair(settings.cluster, getattr(torch, settings.dtype)).control(subject.role), subject.cut
 
 
 def cut_of(route: RouteConfig) -> CutPoint:
@@ -211,9 +253,8 @@ def passes_for(
 ) -> Passes:
     """Runs or resumes both passes over the data for these cuts, or for those of an earlier pass if they suffice."""
     corpus = Corpus(data.files, loaded.encoder, data.sequence_tokens, seed=data.seed, shares=data.shares)
-    models = (loaded.bottom.revision, loaded.top.revision)
     cuts = choose_cuts(cuts, run_dir, suffices or (lambda found: set(cuts) <= set(found)))
-    return run_passes(loaded.pair, cuts, corpus, data, data.describe(models, dtype), run_dir, progress, reuse)
+    return run_passes(loaded.pair, cuts, corpus, data, data.describe(loaded.revisions, dtype), run_dir, progress, reuse)
 
 
 def start_of(pair: Pair, cut: CutPoint, passes: Passes, closed: ClosedForm, aim: Aim) -> Start:
@@ -250,10 +291,14 @@ def _distil(
 ) -> Distillation:
     pair, cut = held_out.pair, held_out.cut
     adapters = _adapters(pair.top, cut, data, mapping_of(start.map), settings.training, initial)
-    stitch = TrainableStitch(coordinates(cut.k, start, closed), adapters)
+    student: Student
+    if isinstance(settings.subject, Control) and settings.subject.is_adapted and adapters is not None:
+        student = AdaptedModel(adapters, pair.top.hidden_size)
+    else:
+        student = TrainableStitch(coordinates(cut.k, start, closed), adapters)
     training = replace(settings.training, data=data.fingerprint)
     checkpoint = settings.run_dir / f"distil-{cut.k}-{cut.j}.safetensors"
-    run = Distillation(pair, cut, data.trace, data.sequences, stitch, training, checkpoint)
+    run = Distillation(pair, cut, data.trace, data.sequences, student, training, checkpoint)
     run.run(held_out.loss, lambda step, steps, loss: progress("distil", step, steps))
     return run
 
@@ -282,14 +327,16 @@ def _adapters(
 
 
 def _choose_first_token(
-    held_out: HeldOutText, start: Start, closed: ClosedForm, stitch: TrainableStitch
+    held_out: HeldOutText, start: Start, closed: ClosedForm, student: Student
 ) -> tuple[str, Measured]:
     """Returns the treatment of first tokens with the lowest held-out loss, and the trained map with it.
 
     After few layers first tokens differ too much for one mean state to represent them. The hold then costs the other
     tokens more than it gives.
     """
-    free, adapters = stitch.to_map(), stitch.trained_adapters()
+    free, adapters = student.to_map(), student.trained_adapters()
+    if is_identity(free):
+        return "free", held_out.measure(free, adapters)
     held = closed.hold_first(held_out.cut.k, free, start.first, start.ridge.ridge)
     candidates = {"held": held, "free": free, "set": replace(free, first=start.first)}
     measured = {name: held_out.measure(one, adapters) for name, one in candidates.items()}
@@ -304,7 +351,7 @@ def held_out_losses(
     losses = whole_losses(loaded.pair, held_out, settings.run_dir / HELD_OUT)
     if loaded.is_one_model:
         left_out = tail_scores(loaded.pair, held_out, cut, lambda states: states).losses
-        losses = {"bottom": losses["bottom"], "layers left out": left_out}
+        losses = {WHOLE_MODEL: losses["bottom"], **({"layers left out": left_out} if cut.k < cut.j else {})}
     losses |= stitched
     slices = Slices.of_pass(held_out, [path.name for path in settings.data.files])
     return {
@@ -353,4 +400,6 @@ def provenance(report: dict[str, Any]) -> dict[str, Any]:
     losses = {name: round(levels[CONTENT_SLICE]["mean"], 4) for name, levels in report["losses"].items()}
     method = "least squares, then distillation" if report["history"] else "least squares"
     training = report["training"] if report["history"] else {}
-    return {"method": method, "training": training, "losses": losses} | {name: report[name] for name in kept}
+    control = {"control": report["control"]} if "control" in report else {}
+    made = {"method": method, "training": training, "losses": losses, **control}
+    return made | {name: report[name] for name in kept}

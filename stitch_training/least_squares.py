@@ -143,6 +143,18 @@ class AffineMap:
     first: Tensor | None = None
 
 
+def identity_map(width: int) -> AffineMap:
+    """Returns the map that leaves states of `width` values as they are."""
+    return AffineMap(torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
+
+
+def is_identity(fitted: AffineMap) -> bool:
+    """Whether a map leaves states as they are."""
+    outputs, inputs = fitted.weight.shape
+    is_square = outputs == inputs and fitted.first is None and not fitted.bias.any()
+    return is_square and torch.equal(fitted.weight, identity_map(outputs).weight)
+
+
 @dataclass(frozen=True)
 class RidgeFit:
     """The ridge regression that explains most of the held-out targets, and how its strength was chosen."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from stitch.cluster import ROLES, ClusterConfig
+from stitch.cluster import ROLES, ClusterConfig, Role
 from stitch.environment import cache_folder
 from stitch.errors import Incompatible
 from stitch.tokenizer_files import end_tokens, read, tokenizer_hash
@@ -29,7 +29,8 @@ from stitch_server.model.stitch import Stitch
 from stitch_server.model.weights import Weights
 from stitch_server.sources.resolve import resolve
 from stitch_training.chat_spans import ContentSpan, content_spans
-from stitch_training.data import Role, RoledToken, Turn
+from stitch_training.data import PairRevisions, RoledToken, Turn
+from stitch_training.data import Role as TokenRole
 from stitch_training.trace import TEACHER_TOKENS, Teacher
 
 # Tokens whose logits are in memory at a time; over a vocabulary of 152 k and in float32, one token has 0.6 MB.
@@ -160,6 +161,13 @@ class Pair:
     top: FrozenModel
     # Tokens that both models have; vocabulary entries beyond are padding of one of them.
     vocabulary: int
+    # Of a control, whose bottom is not the model that training imitates; None: it is the bottom.
+    other_teacher: FrozenModel | None = None
+
+    @property
+    def teacher(self) -> FrozenModel:
+        """The model whose distribution training imitates."""
+        return self.bottom if self.other_teacher is None else self.other_teacher
 
 
 def states_at(model: FrozenModel, tokens: Tensor, depths: Iterable[int]) -> dict[int, Tensor]:
@@ -243,15 +251,15 @@ class FolderEncoder:
         answer_ends = []
         for message, start, end in spans:
             is_answer = turns[message].role == "assistant"
-            role_of[start:end] = bytes([Role.ASSISTANT if is_answer else Role.USER]) * (end - start)
+            role_of[start:end] = bytes([TokenRole.ASSISTANT if is_answer else TokenRole.USER]) * (end - start)
             if is_answer and not turns[message].is_cut:
                 answer_ends.append(end)
         tokens, previous_end = [], 0
         for token_id, (start, end) in zip(ids, offsets, strict=True):
             # Some tokenizers leave spaces out of the offsets, so that those of a token of spaces are empty.
-            role = Role(max(role_of[previous_end if start == end else start : end], default=Role.TEMPLATE))
-            if role is Role.TEMPLATE and token_id in self.ends:
-                role = Role.END if any(not text[at:start].strip() for at in answer_ends if at <= start) else role
+            role = TokenRole(max(role_of[previous_end if start == end else start : end], default=TokenRole.TEMPLATE))
+            if role is TokenRole.TEMPLATE and token_id in self.ends:
+                role = TokenRole.END if any(not text[at:start].strip() for at in answer_ends if at <= start) else role
                 answer_ends = [at for at in answer_ends if at > start]
             tokens.append(RoledToken(token_id, role))
             previous_end = end
@@ -291,11 +299,29 @@ class LoadedPair:
     encoder: FolderEncoder
     # Hash of the tokenizer.
     tokenizer: str
+    # Of `pair.other_teacher`.
+    teacher: ModelDescription | None = None
 
     @property
     def is_one_model(self) -> bool:
         """Whether a model is cut against itself."""
         return self.pair.bottom is self.pair.top
+
+    @property
+    def revisions(self) -> PairRevisions:
+        """What identifies the weights that a pass over the data runs."""
+        teacher = self.bottom if self.teacher is None else self.teacher
+        return PairRevisions(self.bottom.revision, self.top.revision, teacher.revision)
+
+    def control(self, role: Role) -> LoadedPair:
+        """Returns one of the models as a pair with itself, which training teaches to imitate the bottom."""
+        if self.is_one_model:
+            return self
+        bottom, top, vocabulary = self.pair.bottom, self.pair.top, self.pair.vocabulary
+        if role == "bottom":
+            return replace(self, pair=Pair(bottom, bottom, vocabulary), top=self.bottom, top_count=self.bottom_count)
+        pair = Pair(top, top, vocabulary, other_teacher=bottom)
+        return replace(self, pair=pair, bottom=self.top, bottom_count=self.top_count, teacher=self.bottom)
 
     def load_stitch(self, path: Path, cut: tuple[int, int]) -> Stitch:
         """Reads a stitch in float32. Raises Incompatible where it was made for another pair or cut point."""

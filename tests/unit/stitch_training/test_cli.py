@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,9 +34,25 @@ class Workbench:
         self.data = [write_texts(folder / name, seed=seed) for seed, name in enumerate(("a.jsonl", "b.jsonl"))]
 
     def fit(self, out: str, *more: object) -> Path:
+        return self._fit(out, "--route", "weak", *more)
+
+    def control(self, model: str, out: str, *more: object) -> Path:
+        return self._fit(out, "--control", model, *more)
+
+    def _fit(self, out: str, *more: object) -> Path:
         given = ("--data", *self.data, "--tokens", 640, "--held-out-tokens", 128, "--sequence-tokens", 32)
-        call("fit", self.cluster, "--route", "weak", *given, "--out", self.folder / out, *more)
+        call("fit", self.cluster, *given, "--out", self.folder / out, *more)
         return self.folder / out
+
+    def evaluate(self, *more: object) -> dict[str, dict[str, Any]]:
+        """Returns the figures of every system by its name."""
+        held_out, out = ("--held-out-tokens", 128, "--sequence-tokens", 32), self.folder / "quality.json"
+        call("evaluate", self.cluster, "--data", *self.data, *held_out, "--out", out, *more)
+        return {row["name"]: row for row in json.loads(out.read_text())["systems"]}
+
+
+def content_loss(found: dict[str, Any]) -> float:
+    return float(found["content"]["mean"])
 
 
 @pytest.fixture
@@ -74,6 +91,85 @@ def test_fit_on_answers_alone_gives_another_stitch(workbench: Workbench) -> None
     plain = ("--data", workbench.data[0], "--loss-on", "assistant")
     with pytest.raises(InvalidRequest, match="loss_on is 'assistant', but no held-out sequence has such a token"):
         workbench.fit("plain.safetensors", *plain)
+
+
+ADAPTED = ("--adapter-rank", 2, "--epochs", 3, "--learning-rate", 0.02)
+
+
+def test_controls_are_whole_models_that_have_learnt(workbench: Workbench) -> None:
+    workbench.fit("weak.safetensors", *ADAPTED)
+    files = {
+        name: workbench.control(name, f"{index}.safetensors", *ADAPTED)
+        for index, name in enumerate(("bottom", "top", "top:1", "bottom:2"))
+    }
+    systems = workbench.evaluate("--controls", *files.values())
+    names = {
+        "bottom": "bottom alone, adapted",
+        "top": "top alone, adapted",
+        "top:1": "top alone, 1 → 1",
+        "bottom:2": "bottom alone, 2 → 2",
+    }
+    assert {one: systems[one]["kind"] for one in names.values()} == dict(
+        zip(names.values(), ("adapted", "adapted", "control", "control"), strict=True)
+    )
+    for control, name in names.items():
+        report = json.loads(files[control].with_suffix(".json").read_text())
+        model = name.split(",")[0]
+        before, after = (content_loss(report["losses"][key]) for key in ("whole model", "stitched"))
+        assert before == pytest.approx(content_loss(systems[model]["losses"]), rel=1e-3)
+        assert content_loss(systems[name]["losses"]) == pytest.approx(after, rel=1e-3)
+        assert report["control"] == control
+    # On random text only the teacher can be learnt from, and the bottom is its own.
+    assert content_loss(systems[names["top"]]["losses"]) != content_loss(systems["top alone"]["losses"])
+    layers = {"bottom": (3, 48), "top": (2, 32)}
+    for model, (count, width) in layers.items():
+        added = systems[names[model]]["parameters"] - systems[f"{model} alone"]["parameters"]
+        assert added == 2 * 2 * width * count
+    assert systems["top alone, 1 → 1"]["parameters"] - systems["top alone"]["parameters"] == 32 * 33 + 2 * 2 * 32
+    # The gap is that between the adapted ends.
+    ends = [content_loss(systems[names[one]]["losses"]) for one in ("top", "bottom")]
+    closed = (ends[0] - content_loss(systems["weak"]["losses"])) / (ends[0] - ends[1])
+    assert systems["weak"]["gap_closed"]["mean"] == pytest.approx(closed)
+    with pytest.raises(InvalidRequest, match="they must be different ones"):
+        workbench.evaluate("--controls", files["top"], files["top"])
+    with pytest.raises(Incompatible, match="is made for the top model"):
+        workbench.evaluate("--controls", workbench.folder / "weak.safetensors")
+
+
+def test_control_starts_from_the_whole_model(workbench: Workbench) -> None:
+    report = json.loads(
+        workbench.control("top:1", "control.safetensors", "--epochs", 0).with_suffix(".json").read_text()
+    )
+    assert set(report["losses"]) == {"whole model", "stitched"}
+    assert report["losses"]["stitched"] == report["losses"]["whole model"]
+
+
+def test_control_of_the_top_takes_its_teacher_from_the_run_of_a_route(workbench: Workbench) -> None:
+    workbench.fit("weak.safetensors")
+    computed = workbench.control("top", "computed.safetensors", *ADAPTED)
+    reusing = workbench.control(
+        "top", "reusing.safetensors", *ADAPTED, "--reuse", workbench.folder / "weak.safetensors.run"
+    )
+    assert computed.read_bytes() == reusing.read_bytes()
+    teachers = [workbench.folder / f"{name}.safetensors.run" / "training" for name in ("weak", "computed")]
+    assert [(one / "teacher-ids").read_bytes() for one in teachers] == [(teachers[0] / "teacher-ids").read_bytes()] * 2
+
+
+@pytest.mark.parametrize(
+    ("control", "flags", "field"),
+    [
+        ("top", (), "adapter_rank"),
+        ("top:1", ("--aim", "answers"), "aim"),
+        ("top:2", (), "top_from"),
+        ("middle", (), "control"),
+        ("top:", (), "control"),
+        ("top:x", (), "control"),
+    ],
+)
+def test_invalid_control_is_refused(workbench: Workbench, control: str, flags: tuple[str, ...], field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        workbench.control(control, "control.safetensors", *flags)
+    assert caught.value.field == field
 
 
 def test_same_fit_gives_the_same_bytes(workbench: Workbench) -> None:

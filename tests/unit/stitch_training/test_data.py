@@ -15,12 +15,14 @@ from stitch_training.data import (
     Corpus,
     DataSettings,
     Document,
+    PairRevisions,
     Role,
     RoledToken,
     Turn,
     is_held_out,
     pack,
     read_documents,
+    recallable,
     shuffle,
     to_document,
 )
@@ -242,9 +244,27 @@ def test_too_little_held_out_text_is_refused(tmp_path: Path) -> None:
 def test_data_description_differs_with_every_setting() -> None:
     def described(seed: int = 0, dtype: str = "float32", name: str = "a.txt", shares: tuple[int, ...] = ()) -> str:
         data = DataSettings((Path("folder") / name,), 100, 10, seed=seed, shares=shares)
-        return data.describe(("r1", "r2"), dtype)
+        return data.describe(PairRevisions("r1", "r2", "r1"), dtype)
 
     assert described() == described()
     assert len({described(), described(seed=1), described(dtype="bfloat16"), described(name="b.txt")}) == 4
     assert described(shares=(2,)) != described()
     assert "folder" not in described()
+
+
+@pytest.mark.parametrize(
+    ("models", "dtype", "expected"),
+    [
+        (("b", "t", "b"), "float32", (True, True)),
+        (("b", "other", "b"), "float32", (True, True)),
+        (("t", "t", "b"), "float32", (False, True)),
+        (("b", "t", "t"), "float32", (True, False)),
+        (("b", "t", "b"), "bfloat16", (False, False)),
+    ],
+)
+def test_recallable_are_states_of_the_same_bottom_and_the_same_teacher(
+    models: tuple[str, str, str], dtype: str, expected: tuple[bool, bool]
+) -> None:
+    data = DataSettings((Path("a.txt"),), 100, 10)
+    own = data.describe(PairRevisions("b", "t", "b"), "float32")
+    assert recallable(data.describe(PairRevisions(*models), dtype), own) == expected

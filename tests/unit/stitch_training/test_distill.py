@@ -86,7 +86,7 @@ def test_same_settings_give_the_same_stitch(pair: Pair, data: PassResult, tmp_pa
     runs = [distillation(pair, data, tmp_path / f"{number}.safetensors") for number in range(2)]
     for run in runs:
         run.run(negative_change, lambda step, steps, loss: None)
-    assert torch.equal(runs[0].stitch.to_map().weight, runs[1].stitch.to_map().weight)
+    assert torch.equal(runs[0].student.to_map().weight, runs[1].student.to_map().weight)
     assert runs[0].history == runs[1].history
 
 
@@ -94,7 +94,7 @@ def test_another_seed_gives_another_stitch(pair: Pair, data: PassResult, tmp_pat
     runs = [distillation(pair, data, tmp_path / f"{seed}.safetensors", replace(SETTINGS, seed=seed)) for seed in (0, 1)]
     for run in runs:
         run.run(negative_change, lambda step, steps, loss: None)
-    assert not torch.equal(runs[0].stitch.change, runs[1].stitch.change)
+    assert not torch.equal(runs[0].student.change, runs[1].student.change)
 
 
 def test_adapters_lower_the_loss(pair: Pair, data: PassResult, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_adapters_lower_the_loss(pair: Pair, data: PassResult, tmp_path: Path) -
         settings = replace(SETTINGS, epochs=8, adapter_rank=rank)
         run = distillation(pair, data, tmp_path / f"{rank}.safetensors", settings)
         run.run(negative_change, lambda step, steps, loss: None)
-        assert (run.stitch.trained_adapters() is None) == (rank == 0)
+        assert (run.student.trained_adapters() is None) == (rank == 0)
         return sum(loss for _, loss in run.history.training[-4:])
 
     assert last_losses(8) < 0.99 * last_losses(0)
@@ -125,9 +125,9 @@ def test_resumed_training_equals_an_uninterrupted_one(
     resumed = distillation(pair, data, tmp_path / "resumed.safetensors", settings)
     resumed.run(negative_change, lambda step, steps, loss: None)
     assert resumed.history == whole.history
-    assert torch.equal(resumed.stitch.to_map().weight, whole.stitch.to_map().weight)
-    assert torch.equal(resumed.stitch.to_map().bias, whole.stitch.to_map().bias)
-    for one, other in zip(resumed.stitch.parameters(), whole.stitch.parameters(), strict=True):
+    assert torch.equal(resumed.student.to_map().weight, whole.student.to_map().weight)
+    assert torch.equal(resumed.student.to_map().bias, whole.student.to_map().bias)
+    for one, other in zip(resumed.student.parameters(), whole.student.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
@@ -149,7 +149,7 @@ def test_training_stops_early_and_restores_the_best_stitch(pair: Pair, data: Pas
     run.run(worsening, lambda step, steps, loss: None)
     assert len(changes) == 2 + PATIENCE_EVALUATIONS
     assert run.step < run.steps
-    assert torch.equal(run.stitch.change, changes[1])
+    assert torch.equal(run.student.change, changes[1])
 
 
 def test_history_is_stale_after_patience_evaluations_without_a_better_one() -> None:
@@ -174,7 +174,7 @@ def test_sequences_without_a_token_that_counts_are_left_out(pair: Pair, data: Pa
     run.run(negative_change, lambda step, steps, loss: None)
     all_tokens = distillation(pair, data, tmp_path / "all.safetensors", replace(SETTINGS, loss_on="all"))
     all_tokens.run(negative_change, lambda step, steps, loss: None)
-    assert not torch.equal(run.stitch.change, all_tokens.stitch.change)
+    assert not torch.equal(run.student.change, all_tokens.student.change)
 
 
 def test_text_without_a_token_that_counts_is_refused(pair: Pair, tmp_path: Path) -> None:
