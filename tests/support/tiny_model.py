@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from stitch_server.model.adapters import Adapters
 from stitch_server.model.description import ModelDescription
 from stitch_server.model.stitch import Stitch, StitchBinding
 from tests.support.byte_tokenizer import byte_tokenizer, tokenizer_files
+from tests.support.tool_templates import FAMILIES
 
 NATIVE_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 TOKENS = byte_tokenizer().get_vocab_size()
@@ -59,7 +61,9 @@ def write_tiny_model(
         model = AutoModelForCausalLM.from_config(configured).float()  # type: ignore[no-untyped-call]
         _randomize_small_vectors(model)
     model.save_pretrained(folder)
-    for name, data in tokenizer_files().items():
+    # Its template is that of the byte tokenizer, but shows tools.
+    config_file = {"tokenizer_config.json": json.dumps(FAMILIES["qwen2.5"].config()).encode()}
+    for name, data in (tokenizer_files() | config_file).items():
         (folder / name).write_bytes(data)
     return folder
 
