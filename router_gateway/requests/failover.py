@@ -1,7 +1,8 @@
 """Chooses the chains of one answer, one after another as they fail, and decides when to give up.
 
-Another chain is tried at once. A chain that already failed is tried again after a pause that doubles with every
-failure; so is the search where no chain accepts requests. Every new token clears the record of failures.
+Another chain is tried at once. A chain that already failed is tried again when a pause has passed since, which doubles
+with every failure, or when the shards' state has changed; so is the search where no chain accepts requests. Every new
+token clears the record of failures.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class FailureRecord:
     count: int = 0
     # By the name of a shard.
     by_shard: Counter[str] = field(default_factory=Counter)
-    chains: set[tuple[str, ...]] = field(default_factory=set)
+    # When each chain failed last, by the names of its shards.
+    chains: dict[tuple[str, ...], float] = field(default_factory=dict)
     # When the first one was.
     since: float | None = None
     last_error: Exception | None = None
@@ -126,12 +128,12 @@ class Failover:
         out, and the refusal counts as one, not as a failure of the chain. A new request that is refused for want of
         room is tried once on every chain.
         """
-        failures, chain = self._failures, session.chain
-        failures.since = self._dependencies.clock() if failures.since is None else failures.since
+        failures, chain, now = self._failures, session.chain, self._dependencies.clock()
+        failures.since = now if failures.since is None else failures.since
         # Placement prefers other shards, also where no poll has shown which of these fails or drains.
         named = isinstance(error, ChainLost) and error.shard in chain.names
         failures.by_shard.update([error.shard] if isinstance(error, ChainLost) and named else chain.names)
-        failures.chains.add(chain.names)
+        failures.chains[chain.names] = now
         if isinstance(error, ChainLost):
             await self._find_reason(session, error, named)
             if self._is_drain_refusal(chain, error, generated_tokens):
@@ -181,6 +183,7 @@ class Failover:
         return refused and generated_tokens == self._tokens_at_start
 
     def _choose(self, allow_failed: bool) -> Chain | None:
+        """None: there is none, or the best one failed just now and that is not allowed."""
         placement, by_shard = self._dependencies.placement, self._failures.by_shard
         chain = (
             placement.choose(self.routes[0], by_shard, self._reserved_tokens, self._facts, self._prompt)
@@ -194,8 +197,13 @@ class Failover:
             and all(one.accepts_requests and not one.avoided for one in preferred.replicas)
         ):
             return preferred
-        failed = chain is not None and chain.names in self._failures.chains
-        return None if failed and not allow_failed else chain
+        failed_at = None if chain is None else self._failures.chains.get(chain.names)
+        failed_now = failed_at is not None and self._dependencies.clock() < failed_at + self._pause_length
+        return None if failed_now and not allow_failed else chain
+
+    @property
+    def _pause_length(self) -> float:
+        return self._dependencies.policy.first_pause_seconds * 2.0**self._failures.count
 
     async def _pause(self, generated_tokens: int) -> None:
         """Waits until the shards' state changes, at most for the pause. Raises where the wait is used up."""
@@ -208,8 +216,7 @@ class Failover:
         left = self._left_seconds()
         if left <= 0:
             raise self._final_error(generated_tokens)
-        pause = policy.first_pause_seconds * 2.0**self._failures.count
-        await registry.changed_since(version, min(pause, left))
+        await registry.changed_since(version, min(self._pause_length, left))
 
     def _left_seconds(self) -> float:
         """What is left of the wait; 0 for an answer that no chain has started."""

@@ -234,6 +234,21 @@ async def test_retry_ends_after_wait_seconds() -> None:
     assert caught.value.generated_tokens == 1
 
 
+async def test_chain_that_failed_long_ago_is_tried_before_giving_up() -> None:
+    now = [0.0]
+
+    async def breaks(context: object) -> None:
+        now[0] = 100.0
+        await aborts(UNAVAILABLE)(context)  # type: ignore[arg-type]
+
+    first, second = bottoms(2)
+    first.free_kv_tokens += 1
+    first.faults[1], second.faults[1] = aborts(UNAVAILABLE), breaks
+    async with streaming(first, second, top(), clock=lambda: now[0]) as stream:
+        assert ids(await stream.all()) == [*SCRIPT, END_TOKEN]
+    assert [len(shard.requests) for shard in (first, second)] == [2, 1]
+
+
 async def test_new_request_without_any_chain_fails_at_once() -> None:
     [bottom], above = bottoms(1), top()
     async with streaming(bottom, above, wait_seconds=1e9) as stream:
