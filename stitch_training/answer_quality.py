@@ -1,14 +1,18 @@
 """How good a pipeline's answers are, on prompts that no training was given.
 
-agreement           share of the positions of the bottom model's own greedy answers, fed as they are, at which the
-                    pipeline's likeliest token is the same
-repeated 4-grams    share of the 4-grams in the pipeline's own greedy answers that were there before
-marked              share of these answers with the mark of a training set's answers, `####`
-exact match         share of questions whose greedy answer states the gold answer
+    agreement           share of the positions of the bottom model's own greedy answers, fed as they are, at which the
+                        pipeline's likeliest token is the same
+    repeated 4-grams    share of the 4-grams in the pipeline's own greedy answers that were there before
+    marked              share of these answers with the mark of a training set's answers, `####`
+    exact match         share of questions whose greedy answer states the gold answer
+    pass@1              share of functions whose greedily written code passes their doctests (`functions`)
+
+Every pipeline has the same prompts, questions and functions, so differences are paired.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,11 +23,13 @@ import torch
 
 from stitch.errors import InvalidRequest
 from stitch_training.data import Document, Turn, is_held_out, read_documents, shuffle
+from stitch_training.functions import find_functions, is_correct, prompt_of
 from stitch_training.generation import generate_greedy
 from stitch_training.intervals import Sample
 from stitch_training.labelling import GOLD_MARK, matches_gold
 from stitch_training.labels import read_json_lines
 from stitch_training.models import FolderEncoder, LoadedPair
+from stitch_training.sandbox import DoctestedFunction
 from stitch_training.scoring import Pipeline, whole
 
 # Prompts whose answers are generated in one batch.
@@ -44,6 +50,9 @@ class AnswerSettings:
     gold: Path | None = None
     gold_rows: int = 100
     gold_tokens: int = 256
+    # Functions of the standard library to write.
+    functions: int = 0
+    function_tokens: int = 384
 
     def describe(self) -> dict[str, Any]:
         """Returns what a report says of them."""
@@ -53,7 +62,16 @@ class AnswerSettings:
             "tokens": self.prompt_tokens,
         }
         gold = {"file": self.gold.name, "rows": self.gold_rows, "tokens": self.gold_tokens} if self.gold else None
-        return {"prompts": prompts if self.prompts else None, "gold": gold}
+        functions = {
+            "rows": self.functions,
+            "tokens": self.function_tokens,
+            "library": f"Python {platform.python_version()}",
+        }
+        return {
+            "prompts": prompts if self.prompts else None,
+            "gold": gold,
+            "functions": functions if self.functions else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -93,20 +111,25 @@ class AnswerQuality:
         settings: AnswerSettings,
         bottom: Pipeline,
         prompts: Sequence[list[int]],
-        questions: Sequence[Question],
+        questions: Sequence[Question] = (),
+        functions: Sequence[DoctestedFunction] = (),
     ) -> None:
         self._generator, self._settings, self._bottom = generator, settings, bottom
-        self._prompts, self._questions = prompts, questions
+        self._prompts, self._questions, self._functions = prompts, questions, functions
         self._reference: list[list[int]] | None = None
 
     @classmethod
     def read(cls, settings: AnswerSettings, held_out_percent: int, loaded: LoadedPair) -> AnswerQuality:
-        """Raises InvalidRequest where a file can't be read, has no prompt that is kept back, or no gold answer."""
+        """Raises InvalidRequest where a file can't be read, has no prompt that is kept back, or no gold answer.
+
+        And where code can't be tested on this machine.
+        """
         prompts = kept_back_prompts(settings.prompts, held_out_percent, settings.prompt_rows)
         questions = read_questions(settings.gold, settings.gold_rows) if settings.gold is not None else []
         encoded = [loaded.encoder.encode_prompt(prompt) for prompt in prompts]
         generator = Generator(loaded.encoder, loaded.pair.vocabulary)
-        return cls(generator, settings, whole(loaded.pair.bottom), encoded, questions)
+        functions = find_functions(settings.functions) if settings.functions else []
+        return cls(generator, settings, whole(loaded.pair.bottom), encoded, questions, functions)
 
     def measure(self, pipeline: Pipeline, advance: Advance) -> dict[str, Sample]:
         """Returns the figures that there are prompts and questions for."""
@@ -115,6 +138,8 @@ class AnswerQuality:
             figures |= self._of_prompts(pipeline, advance)
         if self._questions:
             figures["exact match"] = self._exact_match(pipeline, advance)
+        if self._functions:
+            figures["pass@1"] = self._pass_at_one(pipeline, advance)
         return figures
 
     def _of_prompts(self, pipeline: Pipeline, advance: Advance) -> dict[str, Sample]:
@@ -136,6 +161,13 @@ class AnswerQuality:
         answers = self._generator.generate(pipeline, prompts, self._settings.gold_tokens, advance)
         pairs = zip(map(encoder.decode, answers), self._questions, strict=True)
         return Sample.of(torch.tensor([float(matches_gold(text, question.gold)) for text, question in pairs]))
+
+    def _pass_at_one(self, pipeline: Pipeline, advance: Advance) -> Sample:
+        encoder = self._generator.encoder
+        prompts = [encoder.encode_prompt([Turn("user", prompt_of(function))]) for function in self._functions]
+        answers = self._generator.generate(pipeline, prompts, self._settings.function_tokens, advance)
+        pairs = zip(map(encoder.decode, answers), self._functions, strict=True)
+        return Sample.of(torch.tensor([float(is_correct(text, function)) for text, function in pairs]))
 
 
 def agreement(

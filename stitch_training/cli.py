@@ -26,6 +26,8 @@ _RANGES = (
     ("gold_tokens", 1, None),
     ("prompt_rows", 1, None),
     ("prompt_tokens", 1, None),
+    ("functions", 0, None),
+    ("function_tokens", 1, None),
     ("least_saving", 0, 1),
     ("tokens", 1, None),
     ("held_out_tokens", 1, None),
@@ -148,6 +150,11 @@ def _add_evaluate(verbs: Verbs) -> None:
     verb.add_argument("--gold", metavar="FILE", type=Path, help="questions to ask; each has its `answer`")
     verb.add_argument("--gold-rows", metavar="N", type=int, default=100, help="of --gold; default: 100")
     verb.add_argument("--gold-tokens", metavar="N", type=int, default=256, help="of an answer; default: 256")
+    verb.add_argument(
+        "--functions", metavar="N", type=int, default=0,
+        help="functions of the standard library to write, tested by their doctests in a sandbox; default: 0, none",
+    )  # fmt: skip
+    verb.add_argument("--function-tokens", metavar="N", type=int, default=384, help="of an answer; default: 384")
     verb.add_argument("--out", metavar="FILE", type=Path, help="a .json file; tables (.md) and plot (.png) are beside")
 
 
@@ -337,6 +344,8 @@ def _evaluate(parsed: argparse.Namespace) -> None:
             gold=parsed.gold,
             gold_rows=parsed.gold_rows,
             gold_tokens=parsed.gold_tokens,
+            functions=parsed.functions,
+            function_tokens=parsed.function_tokens,
         ),
     )
     _use_threads(parsed)

@@ -26,6 +26,7 @@ from stitch_training.answer_quality import (
 from stitch_training.data import Document, Turn, is_held_out
 from stitch_training.generation import generate_greedy
 from stitch_training.models import FolderEncoder, LoadedPair, load_pair
+from stitch_training.sandbox import DoctestedFunction
 from stitch_training.scoring import Pipeline, whole
 from tests.support.tiny_fit import write_cluster
 
@@ -119,3 +120,21 @@ def test_question_without_an_answer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "gold.jsonl").write_text('{"question": "What is it?"}\n')
     with pytest.raises(InvalidRequest, match=r"gold is 'gold\.jsonl:1', but it needs an `answer`"):
         read_questions(tmp_path / "gold.jsonl", 3)
+
+
+def test_pass_at_one_is_the_share_of_answers_whose_code_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = [DoctestedFunction("m", name, f"def {name}():", ">>> 1\n1") for name in ("right", "wrong")]
+    monkeypatch.setattr(answer_quality, "is_correct", lambda text, function: text == f"code of {function.name}")
+
+    def generated(pipeline: Pipeline, prompts: Sequence[Sequence[int]], *settings: Any) -> list[list[int]]:
+        texts = ["".join(map(chr, prompt)) for prompt in prompts]
+        assert all(
+            f"```python\ndef {name}():\n```" in text for text, name in zip(texts, ("right", "wrong"), strict=True)
+        )
+        return [list(map(ord, "code of right"))] * len(prompts)
+
+    monkeypatch.setattr(answer_quality, "generate_greedy", generated)
+    generator = Generator(cast(FolderEncoder, Letters()), 256)
+    quality = AnswerQuality(generator, AnswerSettings(), cast(Pipeline, None), [], [], functions)
+    figures = quality.measure(cast(Pipeline, None), lambda done, total: None)
+    assert {name: sample.sums.tolist() for name, sample in figures.items()} == {"pass@1": [1, 0]}
