@@ -112,8 +112,8 @@ def variants(cluster: ClusterConfig) -> dict[str, Variant]:
 
 
 def _last_route(cluster: ClusterConfig) -> ClusterConfig:
-    """The cluster with the layers of its last route alone, since variants keep several copies of them in memory."""
-    route = cluster.routes[-1]
+    """The cluster with the layers of its last route of both models alone: variants keep several copies of them."""
+    route = [one for one in cluster.routes if one.joins_models][-1]
     bottom, top = (next(shard for shard in cluster.shards if shard.role == role) for role in ("bottom", "top"))
     shards = (
         bottom.model_copy(update={"layers": (0, route.bottom_layers)}),
@@ -150,6 +150,7 @@ def _variant(cluster: ClusterConfig, stages: Sequence[LoadedStage], attention: S
             stitches={name: stitch for name, stitch in stage.stitches.items() if stitch is not None},
             adapters=stage.adapters,
             head=stage.head,
+            ending=stage.ending,
         )
         for stage, backend in zip(stages, attention, strict=True)
     ]

@@ -72,6 +72,7 @@ class OneProcess:
             device=device,
             tuner=ParallelismTuner(self._threads, self._threads),
             embed=stage.embedding,
+            ending=stage.ending,
             stitches={route: stitch for route, stitch in stage.stitches.items() if stitch is not None},
             adapters=stage.adapters,
             head=stage.head,

@@ -141,9 +141,7 @@ async def open_gateway(
         await stack.enter_async_context(background_tasks(progress.run()))
         source = VocabularySource(registry)
 
-        predictor = TtftPredictor(
-            routes, lambda: sum(one.accepts_requests for one in registry.first_shards), time.monotonic
-        )
+        predictor = TtftPredictor(routes, registry.count_first_shards, time.monotonic)
         metrics.read_fits(routes, predictor.fit)
         router, calibration = open_router(cluster)
         monitor = DriftMonitor(metrics, calibration)

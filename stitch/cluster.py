@@ -58,18 +58,34 @@ class PairConfig(Settings):
 
 
 class RouteConfig(Settings):
-    """Layers [0, bottom_layers) of the bottom model, a stitch, layers [top_from, …) of the top model."""
+    """Layers [0, bottom_layers) of the bottom model, a stitch, layers [top_from, …) of the top model.
+
+    Or one of the two models alone, with its own embedding and head: the bottom without `top_from`, the top where
+    `bottom_layers` is 0.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")
-    bottom_layers: int = Field(ge=1)
-    top_from: int = Field(ge=0)
-    # A safetensors file, relative to the cluster file. None: bottom and top are one model, cut at one layer.
+    bottom_layers: int = Field(ge=0)
+    # None: the route ends with the bottom's last layer and head.
+    top_from: int | None = Field(default=None, ge=0)
+    # A safetensors file, relative to the cluster file. None: one model, whole, or cut at one layer into bottom and top.
     stitch: str | None = None
 
+    @property
+    def joins_models(self) -> bool:
+        """Whether it has layers of both, the bottom and the top."""
+        return self.bottom_layers > 0 and self.top_from is not None
+
     @model_validator(mode="after")
-    def _name_is_free(self) -> RouteConfig:
+    def _is_possible(self) -> RouteConfig:
         if self.name == "auto":
             raise ValueError("`auto` lets the router decide and can't name a route")
+        if self.bottom_layers == 0 and self.top_from != 0:
+            raise ValueError(f"route {self.name} has no bottom layer, so it has all of the top's: top_from must be 0")
+        if self.stitch is not None and not self.joins_models:
+            raise ValueError(f"route {self.name} is one model alone, so it has no stitch")
+        if self.joins_models and self.stitch is None and self.bottom_layers != self.top_from:
+            raise ValueError(f"route {self.name} leaves out or repeats layers, so it needs a stitch")
         return self
 
 
@@ -234,7 +250,7 @@ class ClusterConfig(Settings):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     models: PairConfig
     routes: tuple[RouteConfig, ...] = Field(min_length=1, strict=False)
-    shards: tuple[ShardConfig, ...] = Field(min_length=2, strict=False)
+    shards: tuple[ShardConfig, ...] = Field(min_length=1, strict=False)
     gateway: GatewayConfig
     compute: ComputeConfig = ComputeConfig()
     batching: BatchingConfig = BatchingConfig()
@@ -257,9 +273,7 @@ class ClusterConfig(Settings):
         for role in ROLES:
             self._check_disjoint(role)
         for route in self.routes:
-            self._check_covered("bottom", 0, route.bottom_layers, route)
-            if route.stitch is None and route.bottom_layers != route.top_from:
-                raise ValueError(f"route {route.name} leaves out or repeats layers, so it needs a stitch")
+            self._check_layers(route)
         if self.gateway.fallback_route not in (None, *(route.name for route in self.routes)):
             raise ValueError(f"gateway.fallback_route names no route: {self.gateway.fallback_route}")
         self._check_probe()
@@ -286,10 +300,25 @@ class ClusterConfig(Settings):
             return
         if gateway.router is not None:
             raise ValueError("gateway.router and gateway.probe exclude each other: one of them decides")
+        for route in self.routes:
+            if not route.bottom_layers:
+                limit = f"which has none of the bottom's layers that gateway.probe reads after layer {cut}"
+                raise ValueError(f"a first shard of the bottom can't choose route {route.name}, {limit}")
         for shard in self.shards:
             if (shard.role, shard.layers[0]) == ("bottom", 0) and shard.layers[1] < cut:
                 held = shard.layers[1]
                 raise ValueError(f"gateway.probe reads after layer {cut}, but shard {shard.name} ends at {held}")
+
+    def _check_layers(self, route: RouteConfig) -> None:
+        """Raises ValueError where no shard holds a layer of the route; how many the top has, only its shards know."""
+        self._check_covered("bottom", 0, route.bottom_layers, route)
+        held = {role: max((end for _, end in self._ranges(role)), default=0) for role in ROLES}
+        if route.top_from is None:
+            if route.bottom_layers != held["bottom"]:
+                last = f"but bottom shards hold {held['bottom']}"
+                raise ValueError(f"route {route.name} has no top and {route.bottom_layers} bottom layers, {last}")
+        else:
+            self._check_covered("top", route.top_from, max(held["top"], route.top_from + 1), route)
 
     def _check_covered(self, role: Role, first: int, end: int, route: RouteConfig) -> None:
         reached = first
@@ -347,8 +376,8 @@ class ClusterConfig(Settings):
 
     @property
     def earliest_cut(self) -> int:
-        """The number of bottom layers that all routes share."""
-        return min(route.bottom_layers for route in self.routes)
+        """The number of bottom layers that all routes with any share; 0 where none has any."""
+        return min((route.bottom_layers for route in self.routes if route.bottom_layers), default=0)
 
     @property
     def probe_file(self) -> Path | None:
@@ -369,10 +398,24 @@ class ClusterConfig(Settings):
         """The layers of every stage of a route, in order."""
         return [(role, layers) for role in ROLES for layers in self._ranges(role) if _is_stage(role, layers, route)]
 
+    def passing(self, stage: Stage) -> frozenset[str]:
+        """The names of the routes that pass a stage."""
+        return frozenset(route.name for route in self.routes if stage in self.stage_layers(route))
+
+    def beginning_on(self, stage: Stage) -> frozenset[str]:
+        """The names of the routes whose first stage it is."""
+        return frozenset(route.name for route in self.routes if self.stage_layers(route)[0] == stage)
+
+    def ending_on(self, stage: Stage) -> frozenset[str]:
+        """The names of the routes whose last stage it is."""
+        return frozenset(route.name for route in self.routes if self.stage_layers(route)[-1] == stage)
+
 
 def _is_stage(role: Role, layers: tuple[int, int], route: RouteConfig) -> bool:
     first, end = layers
-    return first < route.bottom_layers if role == "bottom" else end > route.top_from
+    if role == "bottom":
+        return first < route.bottom_layers
+    return route.top_from is not None and end > route.top_from
 
 
 def presets() -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from stitch import tokenizer_files
 from stitch.cluster import ClusterConfig, ComputeConfig, RouteConfig, ShardConfig
 from stitch.environment import available_cpus, cache_folder
+from stitch.errors import Incompatible
 from stitch.thresholds import FixedThresholds, ReloadingThresholds, ThresholdSource
 from stitch.tokenizer_files import token_count, tokenizer_hash
 from stitch.v1 import inference_pb2
@@ -47,7 +48,7 @@ class LoadedStage:
     folder: Path
     model: ModelDescription
     decoder: DecoderLayers
-    # On the first and on the last shard of the chain.
+    # Where routes begin, and where they end.
     embedding: Embedding | None
     head: Head | None
     # By route that enters the top model on this shard; None: bottom and top are one model.
@@ -60,7 +61,9 @@ class LoadedStage:
     layer_ranges: dict[str, LayerRange]
     tokenizer: str
     count: ParameterCount
-    # On the first shard, if the cluster file names one.
+    # The routes that end with the head on this shard.
+    ending: frozenset[str] = frozenset()
+    # On the bottom's first shard, if the cluster file names one.
     probe: Probe | None = None
 
     def describe(self, route: RouteConfig) -> inference_pb2.RouteDescription:
@@ -70,7 +73,7 @@ class LoadedStage:
         parameters = self.count.between(layers.first, layers.end)
         parameters += 0 if stitch is None else stitch.weight.numel() + stitch.bias.numel()
         parameters += 0 if adapters is None else adapters.parameters
-        parameters += 0 if self.head is None else self.count.head
+        parameters += self.count.head if route.name in self.ending else 0
         return inference_pb2.RouteDescription(
             name=route.name,
             bottom_layers=route.bottom_layers,
@@ -84,7 +87,8 @@ def load_stage(cluster: ClusterConfig, config: ShardConfig, device: torch.device
     """Reads the tensors of one shard. Raises Incompatible if files do not fit the cluster file."""
     source = cluster.models.bottom if config.role == "bottom" else cluster.models.top
     folder = resolve(cluster.model_source(config.role), cache_folder())
-    if (config.role, config.layers[0]) == ("bottom", 0):
+    beginning, ending = cluster.beginning_on(config.stage), cluster.ending_on(config.stage)
+    if beginning:
         tokenizer_files.check(folder)
     model = ModelDescription.read(folder, source.id)
     dtype, weight_format = getattr(torch, cluster.compute.dtype), WeightFormat.of(cluster.compute)
@@ -94,15 +98,17 @@ def load_stage(cluster: ClusterConfig, config: ShardConfig, device: torch.device
     ranges = {route.name: layer_range_of(route, config) for route in cluster.routes}
     layer_ranges = {name: layers for name, layers in ranges.items() if layers is not None}
     stitches = _load_stitches(cluster, config, layer_ranges, model, tokenizer, device, dtype)
-    entering = {route.name for route in cluster.routes if first <= route.top_from < end}
+    entering = {one.name for one in cluster.routes if one.joins_models and first <= (one.top_from or 0) < end}
     adapters = _adapters_of(stitches, config)
-    is_first, is_last = (config.role, first) == ("bottom", 0), (config.role, end) == ("top", model.layers)
+    if ending and config.layers[1] != model.layers:
+        routes, layers = ", ".join(sorted(ending)), f"after layer {config.layers[1]} of {model.layers}"
+        raise Incompatible(f"shard {config.name} is the last of route {routes}, but it ends {layers}")
     return LoadedStage(
         folder=folder,
         model=model,
         decoder=decoder,
-        embedding=Embedding.load(folder, device, dtype) if is_first else None,
-        head=Head.load(folder, device, dtype, token_count(folder), weight_format) if is_last else None,
+        embedding=Embedding.load(folder, device, dtype) if beginning else None,
+        head=Head.load(folder, device, dtype, token_count(folder), weight_format) if ending else None,
         stitches={name: stitch for name, stitch in stitches.items() if name in entering},
         adapters=adapters,
         fingerprints={
@@ -113,7 +119,8 @@ def load_stage(cluster: ClusterConfig, config: ShardConfig, device: torch.device
         layer_ranges=layer_ranges,
         tokenizer=tokenizer,
         count=ParameterCount.read(folder),
-        probe=_load_probe(cluster, model, tokenizer, device) if is_first else None,
+        ending=ending,
+        probe=_load_probe(cluster, model, tokenizer, device) if (config.role, first) == ("bottom", 0) else None,
     )
 
 
@@ -165,6 +172,7 @@ def build_runner(
         stitches={route: stitch for route, stitch in loaded.stitches.items() if stitch is not None},
         adapters=loaded.adapters,
         head=loaded.head,
+        ending=loaded.ending,
         probe=_route_probe(cluster, loaded.probe),
         layer_ranges=loaded.layer_ranges,
         graphs=kv_cache.graphs,
@@ -187,6 +195,8 @@ def layer_range_of(route: RouteConfig, config: ShardConfig) -> LayerRange | None
     first, end = config.layers
     if config.role == "bottom":
         end = min(end, route.bottom_layers)
+    elif route.top_from is None:
+        return None
     else:
         first = max(first, route.top_from)
     return LayerRange(first, end) if first < end else None
@@ -204,7 +214,7 @@ def _load_stitches(
     """By route that passes this top shard, its stitch, or None if it has none; nothing on a bottom shard."""
     stitches: dict[str, Stitch | None] = {}
     for route in cluster.routes:
-        if config.role == "bottom" or route.name not in layer_ranges:
+        if config.role == "bottom" or route.top_from is None or route.name not in layer_ranges:
             continue
         path = cluster.stitch_file(route)
         stitches[route.name] = None if path is None else Stitch.load(path, device, dtype)

@@ -110,7 +110,7 @@ def _plan_of(cluster: ClusterConfig, config: ShardConfig, device: torch.device, 
     model, compute = ModelDescription.read(folder, source.id), cluster.compute
     dtype: torch.dtype = getattr(torch, compute.dtype)
     first, end = config.layers
-    is_last = config.role == "top" and end == model.layers
+    is_last = bool(cluster.ending_on(config.stage))
     is_native = isinstance(read_config(folder), LlamaConfig)
     weights = _weight_bytes(cluster, config, ParameterCount.read(folder), device, is_last, is_native)
     token_bytes = kv_bytes_per_token(end - first, model.kv_heads, model.head_dim, dtype)
@@ -118,7 +118,8 @@ def _plan_of(cluster: ClusterConfig, config: ShardConfig, device: torch.device, 
     tokens = kv_tokens(
         compute.kv_tokens, token_bytes, model.context_length, device, weights, memory_bytes, block_tokens
     )
-    link = 0 if is_last else bytes_per_token(model.hidden_size, compute.wire_dtype)
+    going_on = cluster.passing(config.stage) - cluster.ending_on(config.stage)
+    link = bytes_per_token(model.hidden_size, compute.wire_dtype) if going_on else 0
     return ShardPlan(config.name, f"{config.role} {first} to {end - 1}", weights, token_bytes, tokens, link)
 
 
@@ -138,6 +139,5 @@ def _weight_bytes(
     layer_copies = 2 if weight_format.keeps_two_layouts(device, dtype) and is_native else 1
     head_copies = 2 if weight_format.for_head.keeps_two_layouts(device, dtype) else 1
     # The embedding is looked up and not multiplied by, so it keeps its dtype.
-    is_first = config.role == "bottom" and config.layers[0] == 0
-    of_embedding = count.head * dtype.itemsize if is_first else 0
+    of_embedding = count.head * dtype.itemsize if cluster.beginning_on(config.stage) else 0
     return layer_copies * of_layers + head_copies * of_head + of_embedding

@@ -68,6 +68,14 @@ class Neighbours:
             expected = ", then ".join(" or ".join(stage) for stage in stages) or "no shard"
             raise InvalidRequest(field, list(chain), f"after {self._own.name} route {route} passes {expected}")
 
+    def check_first(self, route: str) -> None:
+        """Raises InvalidRequest unless the route begins on this shard."""
+        cluster = self._membership.cluster
+        first = cluster.stage_layers(cluster.route(route))[0]
+        if self._own.stage != first:
+            names = " or ".join(shard.name for shard in self._members if shard.stage == first)
+            raise InvalidRequest("route", route, f"it begins on {names}, not on {self._own.name}")
+
     def check_upstream(self, caller: shard_pb2.ShardIdentity) -> None:
         """Raises Incompatible unless the caller is a shard of the cluster with the layers that it has there."""
         stated = caller.shard, (caller.role, (caller.first_layer, caller.end_layer))

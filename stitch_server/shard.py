@@ -20,8 +20,10 @@ from stitch.process import InFlightTracker
 from stitch.tls import is_loopback
 from stitch.v1 import inference_pb2, shard_pb2
 from stitch_server.build import LoadedStage, allocate_kv_cache, build_runner
+from stitch_server.devices import to_device_async
 from stitch_server.engine.first_stage import FirstStage
 from stitch_server.engine.in_flight import Downstream, StepsInFlight
+from stitch_server.engine.local_hop import BothStages, LocalLink
 from stitch_server.engine.loop import Engine, Inbox
 from stitch_server.engine.next_stage import NextStage
 from stitch_server.engine.scheduler import Scheduler
@@ -30,6 +32,7 @@ from stitch_server.engine.types import Batch, LinkEvent
 from stitch_server.kv_cache.block_pool import BlockPool
 from stitch_server.metrics import Metrics, PassObserver
 from stitch_server.model.constraint import Constraints
+from stitch_server.model.embedding_and_head import Embedding
 from stitch_server.model.probe import MAX_PROBE_TOKENS
 from stitch_server.neighbours import Neighbours
 from stitch_server.rpc.tensors import DTYPES, Packed, unpack
@@ -41,7 +44,7 @@ OpenLinks = Callable[[shard_pb2.ShardIdentity, Callable[[LinkEvent], None]], Dow
 
 @dataclass(slots=True, kw_only=True)
 class Shard:
-    """A loaded shard with its engine. It has either a first stage or a next stage."""
+    """A loaded shard with its engine. It has a first stage, a next stage, or both."""
 
     cluster: ClusterConfig
     config: ShardConfig
@@ -50,11 +53,14 @@ class Shard:
     neighbours: Neighbours
     metrics: Metrics
     engine: Engine
-    # To the next shards, and the steps that they have not answered; the chain's last shard has none.
+    # To the next shards, and the steps that they have not answered; None where every route ends here.
     links: Downstream
     steps_in_flight: StepsInFlight | None
     first_stage: FirstStage | None
     next_stage: NextStage | None
+    # What routes that begin here send their first step to: the next shards of a request, after this shard itself where
+    # its next stage computes them.
+    first_hop: tuple[str, ...]
     # `Generate` calls and the sessions of links; closed while the shard drains.
     in_flight: InFlightTracker
     pool: BlockPool
@@ -75,7 +81,9 @@ class Shard:
     @property
     def running_sessions(self) -> int:
         """Sessions with KV blocks."""
-        return sum(stage.running_sessions for stage in (self.first_stage, self.next_stage) if stage is not None)
+        # Where there are both stages, the next stage holds the KV of all sessions.
+        stage = self.next_stage or self.first_stage
+        return 0 if stage is None else stage.running_sessions
 
     @property
     def waiting_sessions(self) -> int:
@@ -128,22 +136,24 @@ def build_shard(
     identity, inbox = _identity(cluster, config, loaded, pool, device), Inbox()
     links = open_links(identity, inbox.put)
     batching = resolved_batching(cluster, device)
-    source: FirstStage | NextStage
     steps = StepsInFlight(links, count_strays=metrics.link_stray_replies.inc)
-    in_flight = steps if loaded.head is None else None
-    if loaded.embedding is not None:
-        source = _first_stage(cluster, batching, loaded, pool, steps, config.name)
+    in_flight = steps if loaded.layer_ranges.keys() - loaded.ending else None
+    stages = _Stages(cluster, config.name, batching, loaded, neighbours)
+    source: FirstStage | NextStage | BothStages
+    first_stage: FirstStage | None = None
+    next_stage: NextStage | None = None
+    first_hop: tuple[str, ...] = ()
+    if config.role == "bottom" and loaded.embedding is not None:
+        source = first_stage = stages.first(pool, steps, "bottom_prefill")
     else:
-        source = NextStage(
-            pool,
-            loaded.layer_ranges,
-            in_flight,
-            neighbours.check_chain,
-            batching.max_merged_tokens,
-            limits=_opening_limits(loaded),
-            shard=config.name,
-            constrain=_constraints(loaded),
-        )
+        source = next_stage = stages.next(pool, in_flight)
+    if next_stage is not None and loaded.embedding is not None:
+        first_hop = (config.name,)
+        link = LocalLink(config.name, cluster.beginning_on(config.stage), next_stage, inbox.put)
+        # Its blocks are counted, and their tokens are in the next stage's.
+        counted = BlockPool(pool.blocks, pool.block_tokens)
+        first_stage = stages.first(counted, StepsInFlight(link), "top_prefill")
+        source = BothStages(config.name, first_stage, next_stage, _embed_on(device, loaded.embedding))
 
     probe_tokens = 0 if cluster.gateway.probe is None else MAX_PROBE_TOKENS
 
@@ -162,8 +172,9 @@ def build_shard(
         engine=Engine(source, runner, inbox, observe),
         links=links,
         steps_in_flight=in_flight,
-        first_stage=source if isinstance(source, FirstStage) else None,
-        next_stage=source if isinstance(source, NextStage) else None,
+        first_stage=first_stage,
+        next_stage=next_stage,
+        first_hop=first_hop,
         in_flight=InFlightTracker(f"shard {config.name}"),
         pool=pool,
         device=device,
@@ -173,28 +184,48 @@ def build_shard(
     return shard
 
 
-def _first_stage(
-    cluster: ClusterConfig,
-    batching: BatchingConfig,
-    loaded: LoadedStage,
-    pool: BlockPool,
-    in_flight: StepsInFlight,
-    shard: str,
-) -> FirstStage:
-    scheduler = Scheduler(
-        pool,
-        loaded.layer_ranges,
-        batching,
-        close_downstream=in_flight.close_session,
-        credit=in_flight.credit,
-        attention_cost_per_token=loaded.decoder.attention_cost_per_token,
-        min_efficient_tokens=loaded.decoder.min_efficient_tokens,
-        probe_tokens=0 if loaded.probe is None else loaded.probe.binding.tokens,
-        has_room=in_flight.has_room,
-        is_late=in_flight.is_late,
-        route_costs={name: loaded.describe(cluster.route(name)).parameters for name in loaded.layer_ranges},
-    )
-    return FirstStage(pool, scheduler, in_flight, shard=shard)
+@dataclass(frozen=True, slots=True)
+class _Stages:
+    """Makes the stages of one shard."""
+
+    cluster: ClusterConfig
+    shard: str
+    batching: BatchingConfig
+    loaded: LoadedStage
+    neighbours: Neighbours
+
+    def first(self, pool: BlockPool, in_flight: StepsInFlight, stage: str) -> FirstStage:
+        loaded = self.loaded
+        scheduler = Scheduler(
+            pool,
+            loaded.layer_ranges,
+            self.batching,
+            close_downstream=in_flight.close_session,
+            credit=in_flight.credit,
+            attention_cost_per_token=loaded.decoder.attention_cost_per_token,
+            min_efficient_tokens=loaded.decoder.min_efficient_tokens,
+            probe_tokens=0 if loaded.probe is None else loaded.probe.binding.tokens,
+            has_room=in_flight.has_room,
+            is_late=in_flight.is_late,
+            route_costs={name: loaded.describe(self.cluster.route(name)).parameters for name in loaded.layer_ranges},
+        )
+        return FirstStage(pool, scheduler, in_flight, shard=self.shard, stage=stage, constrain=_constraints(loaded))
+
+    def next(self, pool: BlockPool, in_flight: StepsInFlight | None) -> NextStage:
+        return NextStage(
+            pool,
+            self.loaded.layer_ranges,
+            in_flight,
+            self.neighbours.check_chain,
+            self.batching.max_merged_tokens,
+            limits=_opening_limits(self.loaded),
+            shard=self.shard,
+            constrain=_constraints(self.loaded),
+        )
+
+
+def _embed_on(device: torch.device, embedding: Embedding) -> Callable[[list[int]], Tensor]:
+    return lambda token_ids: embedding(to_device_async(torch.tensor(token_ids), device))
 
 
 def _constraints(loaded: LoadedStage) -> Constraints | None:

@@ -214,7 +214,7 @@ def _load_subject(settings: FitSettings) -> tuple[LoadedPair, CutPoint]:
 
 def cut_of(route: RouteConfig) -> CutPoint:
     """Returns the route's cut point. Raises InvalidRequest where the cluster file gives it no stitch."""
-    if route.stitch is None:
+    if route.stitch is None or route.top_from is None:
         raise InvalidRequest("route", route.name, "the cluster file gives it no stitch, so there is none to fit")
     return CutPoint(route.bottom_layers, route.top_from)
 

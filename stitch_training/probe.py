@@ -66,6 +66,10 @@ class ProbeSettings:
             ("budget", 0 <= self.budget <= 1, self.budget, "it must be 0 to 1"),
             ("folds", self.folds >= 2, self.folds, "it must be at least 2"),
             ("routes", len(self.cluster.routes) >= 2, len(self.cluster.routes), "there must be two to decide between"),
+            *(
+                ("routes", route.bottom_layers > 0, route.name, "it has no bottom layers, which a probe decides after")
+                for route in self.cluster.routes
+            ),
         )
         for field, is_valid, value, limit in checks:
             if not is_valid:
@@ -84,11 +88,11 @@ def routes_by_cost(cluster: ClusterConfig) -> tuple[str, ...]:
     """Returns the routes by parameters read per token, cheapest first, in the gateway's order."""
     folders = [resolve(cluster.model_source(role), cache_folder()) for role in ("bottom", "top")]
     bottom, top = (ParameterCount.read(folder) for folder in folders)
-    layers = ModelDescription.read(folders[1], "top").layers
 
     def cost(name: str) -> tuple[int, int]:
         route = cluster.route(name)
-        parameters = bottom.between(0, route.bottom_layers) + top.between(route.top_from, layers)
+        parameters = bottom.between(0, route.bottom_layers)
+        parameters += bottom.head if route.top_from is None else top.between(route.top_from, None) + top.head
         return parameters, route.bottom_layers
 
     return tuple(sorted((route.name for route in cluster.routes), key=cost))

@@ -57,7 +57,7 @@ class CompatibilityCheck:
 
     def facts_of(self, identity: shard_pb2.ShardIdentity) -> Facts:
         """The facts that a shard states; what it does not know is empty and left out."""
-        one_model = any(route.stitch is None for route in self.cluster.routes)
+        one_model = any(route.joins_models and route.stitch is None for route in self.cluster.routes)
         stated = {
             TOKENIZER: identity.tokenizer,
             Fact("wire dtype"): shard_pb2.Dtype.Name(identity.wire_dtype) if identity.wire_dtype else "",
@@ -73,8 +73,9 @@ class CompatibilityCheck:
             stated[Fact("model")] = _model(identity.top)
         for route in identity.routes:
             stated[Fact("stitch", route.name)] = route.stitch
-            cut = f"{route.bottom_layers} to {route.top_from}" if route.bottom_layers else ""
-            stated[Fact("cut point", route.name)] = cut
+            has_top = route.HasField("top_from")
+            cut = f"{route.bottom_layers} to {route.top_from if has_top else 'the end'}"
+            stated[Fact("cut point", route.name)] = cut if route.bottom_layers or has_top else ""
         return {fact: value for fact, value in stated.items() if value}
 
     def update(self, voters: Sequence[Voter]) -> None:

@@ -37,7 +37,9 @@ class ModelRegistry:
 
     @property
     def prompt_vocabulary_size(self) -> int:
-        """Tokens of a prompt are below this: they meet the bottom's embedding alone."""
+        """Tokens of a prompt are below this: they meet the bottom's embedding, and the top's where routes begin."""
+        if not all(route.bottom_layers for route in self._cluster.routes):
+            return self.vocabulary_size
         return self._model("bottom", self._cluster.models.bottom).vocabulary_size or self.vocabulary_size
 
     def routes(self) -> list[str]:

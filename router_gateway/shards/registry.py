@@ -66,8 +66,15 @@ class ShardRegistry:
 
     @property
     def first_shards(self) -> list[Replica]:
-        """The replicas that hold the embedding, and so the tokenizer."""
-        return [one for one in self.replicas.values() if one.config.role == "bottom" and one.config.layers[0] == 0]
+        """The replicas on which routes begin, those of the bottom before those of the top; all have the tokenizer."""
+        stages = [stages[0] for stages in self.stages.values()]
+        stages.sort(key=lambda stage: any(one.config.role == "top" for one in stage))
+        return list(dict.fromkeys(replica for stage in stages for replica in stage))
+
+    def count_first_shards(self) -> int:
+        """How many shards take new prompts of one route: of routes that begin on other stages the larger number."""
+        counts = (sum(one.accepts_requests for one in stages[0]) for stages in self.stages.values())
+        return max(counts, default=0)
 
     def take(self, cluster: ClusterConfig) -> None:
         """These shards are wanted now. One with another address or other layers takes the place of its namesake."""

@@ -54,9 +54,9 @@ def routes_table(found: inference_pb2.DescribeResponse) -> Group:
     rows = [
         (
             route.name,
-            f"0–{route.bottom_layers - 1}",
+            f"0–{route.bottom_layers - 1}" if route.bottom_layers else "–",
             f"{hidden_sizes}  {route.stitch[:12]}" if route.stitch else "none: one model",
-            f"{route.top_from}–{found.top.layers - 1}",
+            f"{route.top_from}–{found.top.layers - 1}" if route.HasField("top_from") else "–",
             millions(route.parameters),
         )
         for route in found.routes

@@ -1,8 +1,8 @@
 """The first shard of a chain: drives requests from their admission to their last token.
 
 In: requests, and the replies of the next shards. Out: batches for the engine, and `RequestOutput`s for the clients.
-Every sampled token is fed back as the next input. Invariant: a request's KV is freed on every shard of its chain
-whenever the request finishes or is preempted.
+Every sampled token is fed back as the next input; that of a route which ends on this shard comes from the pass itself.
+Invariant: a request's KV is freed on every shard of its chain whenever the request finishes or is preempted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from stitch.v1 import shard_pb2
 from stitch_server.engine.in_flight import StepsInFlight
 from stitch_server.engine.request import Chunk, Request, RequestOutput, RequestStatus
 from stitch_server.engine.scheduler import TOO_LARGE_RETRY_SECONDS, Scheduler
+from stitch_server.engine.session_table import Constrain
 from stitch_server.engine.types import Batch, Segment, SessionFailure, StepOutput, StepReply, in_layer_order
 from stitch_server.kv_cache.block_pool import BlockPool
 
@@ -30,9 +31,13 @@ class FirstStage:
         in_flight: StepsInFlight,
         clock: Callable[[], float] = time.perf_counter,
         shard: str = "",
+        stage: str = "bottom_prefill",
+        constrain: Constrain | None = None,
     ) -> None:
-        """`shard` is the name of this one."""
+        """`shard` is the name of this one, `stage` that of its time in the TTFT; with `constrain` routes end here."""
         self._shard = shard
+        self._stage = stage
+        self._constrain = constrain
         self.scheduler = scheduler
         self._pool = pool
         self._in_flight = in_flight
@@ -57,6 +62,9 @@ class FirstStage:
             if (refusal := self._in_flight.refusal(request.next_shards)) is not None:
                 raise refusal
             self.scheduler.add(request)
+            if request.grammar is not None and self._constrain is not None and request.may_end_here:
+                generated = request.token_ids[request.prompt_tokens :]
+                request.constraint = self._constrain(request.grammar, generated, request.sampling.stop_token_ids)
         except StitchError as error:
             request.status = RequestStatus.FINISHED
             request.on_output(RequestOutput(error=error))
@@ -82,10 +90,11 @@ class FirstStage:
         return Batch(in_layer_order(segments), pipelined=self._in_flight.count > 0)
 
     def deliver(self, batch: Batch, output: StepOutput) -> None:
-        """Sends a pass's hidden states to the next shards."""
+        """Sends a pass's hidden states to the next shards, and takes the tokens of the routes that end here."""
         for index, request, _ in _requests_of(batch):
             if (decision := output.decisions.get(index)) is not None:
                 request.take_route(decision)
+                request.constraint = request.constraint if request.may_end_here else None
                 self._in_flight.credit.open(request)
                 self.scheduler.share_prefix(request)
         self._in_flight.send(batch, output, pipelined=self.scheduler.has_work)
@@ -96,6 +105,24 @@ class FirstStage:
                 request.chunks.append(Chunk(segment.position, segment.length, now))
             if request.status is RequestStatus.RUNNING:
                 self._pool.publish(request.id, segment.position + segment.length)
+        for index, request, segment in _requests_of(batch):
+            if not request.chain:
+                self._take_sampled(request, segment, index, output)
+
+    def _take_sampled(self, request: Request, segment: Segment, index: int, output: StepOutput) -> None:
+        """Applies what the pass has of a segment whose route ends here: a token, a refusal, or neither."""
+        if (values := output.non_finite.get(index)) is not None:
+            message = f"{values} of request {request.id} at position {segment.position} are not finite"
+            self._finish(request, RequestOutput(error=OutOfStep(message)))
+        elif (reason := output.refused.get(index)) is not None:
+            failure = SessionFailure(request.id, request.epoch, reason.cause, str(reason), reason.shard)
+            self._apply_failure(request, failure)
+        elif (token := output.tokens.get(index)) is not None:
+            if request.constraint is not None:
+                request.constraint.accept(token.id)
+            seconds = output.stages.get("sample", 0.0)
+            request.last_sent_at -= seconds
+            self._append(request, token, {"sample": seconds})
 
     def fail(self, batch: Batch, error: Exception) -> None:
         """Ends the requests of a batch that could not be computed."""
@@ -135,7 +162,7 @@ class FirstStage:
         if request.first_token_at is None:
             cached_tokens = request.reused
             request.first_token_at = self._clock()
-            stages = _ttft_stages(request, request.first_token_at, downstream)
+            stages = _ttft_stages(request, request.first_token_at, downstream, self._stage)
         request.token_ids.append(token.id)
         reason = request.finish_reason_at(token)
         output = RequestOutput(token, reason, stages, cached_tokens)
@@ -175,15 +202,15 @@ def _requests_of(batch: Batch) -> list[tuple[int, Request, Segment]]:
     return [(i, one.session, one) for i, one in enumerate(batch.segments) if isinstance(one.session, Request)]
 
 
-def _ttft_stages(request: Request, now: float, downstream: dict[str, float]) -> dict[str, float]:
-    """The time to first token by stage; the stages add up to the time since arrival."""
+def _ttft_stages(request: Request, now: float, downstream: dict[str, float], own: str) -> dict[str, float]:
+    """The time to first token by stage, this shard's own by that name; they add up to the time since arrival."""
     scheduled = request.arrived_at if request.first_scheduled_at is None else request.first_scheduled_at
     away = now - request.last_sent_at - sum(downstream.values())
     return {
         **downstream,
         "queue": scheduled - request.arrived_at + downstream.get("queue", 0.0),
-        "bottom_prefill": request.last_sent_at - scheduled + downstream.get("bottom_prefill", 0.0),
-        "wire": max(0.0, away) + downstream.get("wire", 0.0),
+        own: request.last_sent_at - scheduled + downstream.get(own, 0.0),
+        **({"wire": max(0.0, away) + downstream.get("wire", 0.0)} if request.chain else {}),
     }
 
 

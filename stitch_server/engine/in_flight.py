@@ -175,10 +175,13 @@ class StepsInFlight:
         return None
 
     def send(self, batch: Batch, output: StepOutput, pipelined: bool) -> list[int]:
-        """Sends the hidden states of each finite segment to its next shard; returns the numbers of the steps sent."""
+        """Sends the hidden states of each finite segment to its next shard; returns the numbers of the steps sent.
+
+        A segment whose route ends here has none.
+        """
         by_neighbour: dict[str, list[int]] = {}
         for index, segment in enumerate(batch.segments):
-            if index not in output.non_finite:
+            if segment.session.chain and index not in output.non_finite:
                 by_neighbour.setdefault(segment.session.chain[0], []).append(index)
         numbers = []
         for neighbour, indices in by_neighbour.items():

@@ -65,7 +65,12 @@ class KvCredit:
         return self._shard(name).free
 
     def has_room(self, chain: Sequence[str], tokens: int) -> bool:
-        """Whether a session of this length has room on the first shard of `chain`; asks for room where it has none."""
+        """Whether a session of this length has room on the first shard of `chain`; asks for room where it has none.
+
+        An empty chain needs none.
+        """
+        if not chain:
+            return True
         shard = self._shard(chain[0])
         if shard.holds(tokens):
             return True
@@ -76,7 +81,9 @@ class KvCredit:
         return False
 
     def open(self, session: Session) -> None:
-        """Counts a session that is opened on its next shard."""
+        """Counts a session that is opened on its next shard; it has none where its route ends."""
+        if not session.chain:
+            return
         shard = self._shard(session.chain[0])
         shard.unreported[session.id] = session.expected_tokens
 
@@ -157,17 +164,20 @@ class KvGrants:
         self._grants.pop(upstream, None)
 
     def give(self, to_all: bool = False) -> None:
-        """Fulfils wishes for which there is room, or, with `to_all`, all of them."""
+        """Fulfils wishes for which there is room, or, with `to_all`, all of those that came over links."""
         if not self._wishes and not self._grants:
             return
         now, full = self._clock(), set[str]()
         self._grants = {upstream: grant for upstream, grant in self._grants.items() if grant.until > now}
         for upstream, wish in list(self._wishes.items()):
-            if not to_all and self._capped(wish.tokens) > self._unclaimed():
+            at_once = to_all and not upstream.is_local
+            if not at_once and self._capped(wish.tokens) > self._unclaimed():
+                if to_all:
+                    continue
                 return
             if upstream in self._grants or not full.isdisjoint(wish.chain[:1]):
                 continue
-            if to_all or self._credit is None or self._credit.has_room(wish.chain, wish.tokens):
+            if at_once or self._credit is None or self._credit.has_room(wish.chain, wish.tokens):
                 del self._wishes[upstream]
                 self._grants[upstream] = _Grant(wish.tokens, now + GRANT_SECONDS)
                 upstream.grant(wish.tokens)

@@ -128,14 +128,14 @@ class Engine:
     def _loop(self) -> None:
         computed = True
         try:
-            while self._handle_messages(wait=not computed):
+            while self.handle_messages(wait=not computed):
                 computed = self.step()
         except Exception as error:  # a shard without its loop is useless: the process ends with this error
             self.ended.set_exception(error)
         else:
             self.ended.set_result(None)
 
-    def _handle_messages(self, wait: bool) -> bool:
+    def handle_messages(self, wait: bool) -> bool:
         """Handles all messages, so that no cancelled session is computed again; returns False at the end."""
         try:
             while (message := self._inbox.get(wait, IDLE_SECONDS)) is not None:

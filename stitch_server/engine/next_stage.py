@@ -1,9 +1,10 @@
 """Every shard of a chain but the first: computes the steps of its upstream shards and gathers the replies.
 
 In: steps from any number of links, and the replies of the next shards. Out: batches for the engine, steps for the next
-shards, and one `StepReply` for each received step. Steps are computed whole, several in one pass: those of one link in
-order of arrival, and the links in turns, so that no link waits for more than one step of each other link. Only where a
-next shard has no room for its part, a step and all later steps of its sessions wait, and others pass.
+shards, and one `StepReply` for each received step; some routes may end here while others go on. Steps are computed
+whole, several in one pass: those of one link in order of arrival, and the links in turns, so that no link waits for
+more than one step of each other link. Only where a next shard has no room for its part, a step and all later steps of
+its sessions wait, and others pass.
 
 Invariants: a step is answered once, when each of its segments is sampled, answered downstream or refused; and a
 session's KV is freed downstream whenever it is freed here, since nobody else closes it there.
@@ -90,7 +91,7 @@ class NextStage:
         shard: str = "",
         constrain: Constrain | None = None,
     ) -> None:
-        """`in_flight` is None on the chain's last shard, which has `constrain`.
+        """`in_flight` is None where every route ends on this shard; `constrain` is for those that do.
 
         `max_merged_tokens`: of several steps in one pass. `shard` is the name of this one.
         """
@@ -166,9 +167,8 @@ class NextStage:
         slots = [_slot_of(segment) for segment in batch.segments]
         for pending in _pending_of(slots):
             pending.add_seconds(output.stages)
-        if self._in_flight is None:
-            self._add_sampled(batch, output)
-        else:
+        self._add_sampled(batch, output)
+        if self._in_flight is not None:
             now = self._clock()
             for step in self._in_flight.send(batch, output, pipelined=len(self._queue) > 0):
                 self._sent_at[step] = now
@@ -293,6 +293,8 @@ class NextStage:
     def _add_sampled(self, batch: Batch, output: StepOutput) -> None:
         """Adds the tokens that this shard sampled to the replies and to the sessions' tokens."""
         for index, segment in enumerate(batch.segments):
+            if segment.session.chain:
+                continue
             slot = _slot_of(segment)
             if index not in output.non_finite and index not in output.refused:
                 slot.resolve()

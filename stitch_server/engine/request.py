@@ -86,7 +86,12 @@ class Request(Session):
         """The shards of which one receives the next step: those of all candidates until the route is selected."""
         if not self.candidates:
             return self.chain[:1]
-        return tuple(dict.fromkeys(chain[0] for chain in self.candidates.values()))
+        return tuple(dict.fromkeys(chain[0] for chain in self.candidates.values() if chain))
+
+    @property
+    def may_end_here(self) -> bool:
+        """Whether its route, or one of its candidates, ends on this shard."""
+        return () in self.candidates.values() if self.candidates else not self.chain
 
     @property
     def remaining(self) -> int:

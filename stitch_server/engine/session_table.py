@@ -47,7 +47,7 @@ class OpeningLimits:
     context_length: int = UNLIMITED
     # The tokens of a prompt are below it.
     vocabulary_size: int = UNLIMITED
-    # On the chain's last shard: the logits of its head, which every forced or biased token must be one of.
+    # Where routes end: the logits of the head, which every forced or biased token must be one of.
     logits: int = UNLIMITED
 
     def check(self, session: Session) -> None:
@@ -101,7 +101,7 @@ class SessionTable:
         clock: Callable[[], float] = time.perf_counter,
         constrain: Constrain | None = None,
     ) -> None:
-        """`in_flight` is None on the chain's last shard, which has `constrain`."""
+        """`in_flight` is None where every route ends on this shard; `constrain` is for those that do."""
         self._pool = pool
         self.grants = KvGrants(pool, None if in_flight is None else in_flight.credit, clock)
         self._layer_ranges = layer_ranges
@@ -144,7 +144,7 @@ class SessionTable:
         return preempted
 
     def next_shards(self, upstream: Upstream, segment: IncomingSegment) -> tuple[str, ...]:
-        """The shard to which the segment goes on; none from the chain's last shard, or for an unknown session."""
+        """The shard to which the segment goes on; none from its route's last shard, or for an unknown session."""
         session = segment.new_session or self._sessions.get(upstream, {}).get(segment.session_id)
         return () if session is None else session.next_shards
 
@@ -191,7 +191,7 @@ class SessionTable:
 
     def _open(self, upstream: Upstream, session_id: int, session: Session) -> None:
         """Adds a new session, in place of an earlier epoch; its first `reused` tokens must be cached."""
-        if self.is_draining:
+        if self.is_draining and not upstream.is_local:
             message = "a shard of the chain is draining and takes no new sessions"
             raise SessionRefused(shard_pb2.FAILURE_CAUSE_DRAINING, message)
         if session.route not in self._layer_ranges:
@@ -216,7 +216,7 @@ class SessionTable:
             message = f"the first {session.reused} tokens of session {session_id} are not cached"
             raise SessionRefused(shard_pb2.FAILURE_CAUSE_PREFIX_MISSING, message)
         self.grants.use_grant(upstream)
-        if session.grammar is not None and self._constrain is not None:
+        if session.grammar is not None and self._constrain is not None and not session.chain:
             generated = session.token_ids[session.prompt_tokens :]
             session.constraint = self._constrain(session.grammar, generated, session.sampling.stop_token_ids)
         if self._in_flight is not None:

@@ -50,7 +50,7 @@ class Session:
     expected_tokens: int = 0
     # What the generated tokens match; None: anything.
     grammar: Grammar | None = None
-    # On the chain's last shard: the tokens that the grammar allows next.
+    # Where the route ends: the tokens that the grammar allows next.
     constraint: Constraint | None = None
     # Whether the next shard has received a segment of this epoch, and so holds KV that must be freed there.
     open_downstream: bool = False
@@ -79,11 +79,11 @@ class Segment:
     layers: LayerRange
     position: int
     length: int
-    # Whether the chain's last shard samples a token from the logits of the last of these tokens.
+    # Whether the route's last shard samples a token from the logits of the last of these tokens.
     wants_token: bool
     # All KV blocks of the session, in the order of its tokens.
     blocks: Sequence[int]
-    # The hidden states that the upstream shard sent, [length, hidden]; None on the first shard, which embeds token ids.
+    # The hidden states that the upstream shard sent, [length, hidden]; None where the pass embeds token ids.
     hidden: Tensor | None = None
     # Where the result goes: the reply to the upstream shard's step; None on the first shard.
     reply_slot: ReplySlot | None = None
@@ -135,9 +135,9 @@ class RouteDecision:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """The result of a batch: hidden states for the next shard, or sampled tokens on the last one."""
+    """The result of a batch: hidden states for next shards, and the tokens sampled for routes that end here."""
 
-    # [tokens, hidden] in the batch's order; None on the chain's last shard.
+    # [tokens, hidden] in the batch's order; None where all segments' routes end here.
     hidden: Tensor | None = None
     # By the index of the segment that wants a token.
     tokens: dict[int, Token] = field(default_factory=dict)
@@ -246,6 +246,10 @@ class Upstream(Protocol):
         """Routes whose sessions go over this link."""
 
     def reply(self, reply: StepReply) -> None: ...
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the sessions are requests of this shard, which it finishes while it drains."""
 
     def grant(self, tokens: int) -> None:
         """Says that KV room is kept for a session of this link."""

@@ -234,6 +234,6 @@ class ParameterCount:
         head = sizes[HEAD if HEAD in sizes else EMBEDDING] + sizes.get("model.norm.weight", 0)
         return cls(tuple(layers[index] for index in range(config.num_hidden_layers)), head)
 
-    def between(self, first: int, end: int) -> int:
-        """Returns the parameters of layers `[first, end)`."""
+    def between(self, first: int, end: int | None) -> int:
+        """Returns the parameters of layers `[first, end)`; `end` None: up to the last one."""
         return sum(self.layers[first:end])

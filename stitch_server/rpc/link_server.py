@@ -40,6 +40,8 @@ async def _meet_nobody(names: Iterable[str]) -> None:
 class UpstreamLink:
     """The stream of one upstream shard."""
 
+    is_local = False
+
     def __init__(
         self,
         engine: Engine,

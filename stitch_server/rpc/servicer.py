@@ -23,7 +23,7 @@ from stitch.grammar import Grammar
 from stitch.logs import name_in_log
 from stitch.sampling import Sampling
 from stitch.telemetry import NO_SPAN, NO_TRACES, Tracer
-from stitch.v1 import shard_pb2, shard_pb2_grpc
+from stitch.v1 import inference_pb2, shard_pb2, shard_pb2_grpc
 from stitch_server.engine.in_flight import WINDOW_STEPS
 from stitch_server.engine.request import Request, RequestOutput
 from stitch_server.engine.session_table import MAX_STOP_TOKENS, MAX_TENANT_CHARACTERS
@@ -193,14 +193,16 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         if message.candidates:
             _check_candidates(message, [route.name for route in shard.cluster.routes])
             for one in message.candidates:
+                shard.neighbours.check_first(one.route)
                 shard.neighbours.check_chain(one.route, one.chain, "candidates.chain")
         else:
+            shard.neighbours.check_first(message.route)
             shard.neighbours.check_chain(message.route, message.chain)
-        candidates = {one.route: tuple(one.chain) for one in message.candidates}
+        candidates = {one.route: (*shard.first_hop, *one.chain) for one in message.candidates}
         loop = asyncio.get_running_loop()
         request = Request(
             route=message.route,
-            chain=tuple(message.chain),
+            chain=() if candidates else (*shard.first_hop, *message.chain),
             candidates=candidates,
             sampling=Sampling.from_proto(message.sampling),
             token_ids=list(message.token_ids),
@@ -214,6 +216,8 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             # Called in the engine's thread.
             on_output=lambda output: _put(loop, outbox, output),
         )
+        if shard.loaded.head is not None and shard.loaded.ending & {message.route, *candidates}:
+            _check_answer_tokens(message.sampling, shard.loaded.head.vocabulary_size)
         if candidates and shard.loaded.probe is None:
             route = shard.cluster.gateway.fallback_route
             request.take_route(fallback_decision(route, tuple(candidates), "the first shard has no probe"))
@@ -269,6 +273,13 @@ def _check(request: shard_pb2.ShardGenerateRequest, vocabulary_size: int, contex
     if request.tenant_weight != 0 and not MIN_TENANT_WEIGHT <= request.tenant_weight <= MAX_TENANT_WEIGHT:
         allowed = f"it must be {MIN_TENANT_WEIGHT:g} to {MAX_TENANT_WEIGHT:g}"
         raise InvalidRequest("tenant_weight", request.tenant_weight, allowed)
+
+
+def _check_answer_tokens(sampling: inference_pb2.Sampling, logits: int) -> None:
+    """Raises InvalidRequest for a forced or biased token without a logit, such as one that pads the vocabulary."""
+    for field, ids in ("forced_token_ids", sampling.forced_token_ids), ("logit_bias", sampling.logit_bias):
+        if (largest := max(ids, default=0)) >= logits:
+            raise InvalidRequest(f"sampling.{field}", largest, f"the head has {logits} logits")
 
 
 def _check_candidates(request: shard_pb2.ShardGenerateRequest, routes: Sequence[str]) -> None:

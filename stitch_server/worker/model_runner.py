@@ -1,7 +1,7 @@
-"""One forward pass: takes a batch of segments, returns hidden states for the next shard, or sampled tokens.
+"""One forward pass: takes a batch of segments, returns hidden states for the next shard, sampled tokens, or both.
 
-A pass embeds token ids, or maps received hidden states by the routes' stitches, runs the shard's layers, and on the
-last shard applies the head and samples. All routes share the batch: on a bottom shard every segment starts at the first
+A pass embeds token ids, or maps received hidden states by the routes' stitches, runs the shard's layers, and where
+routes end applies the head and samples. All routes share the batch: on a bottom shard every segment starts at the first
 layer and ends at its route's cut, on a top shard it enters at its route's cut and ends at the last layer. The segments
 are in layer order, so the tokens of any layer are the leading rows of the batch.
 """
@@ -53,7 +53,7 @@ class ModelRunner:
     attention: AttentionBackend
     device: torch.device
     tuner: ParallelismTuner
-    # On the first shard: token ids to hidden states.
+    # Token ids to hidden states, of segments that come without any.
     embed: Callable[[Tensor], Tensor] | None = None
     # The name of these layers' time in the breakdown of the TTFT.
     stage: str = "bottom_prefill"
@@ -62,8 +62,9 @@ class ModelRunner:
     stitches: Mapping[str, Callable[[Tensor, Sequenced[int]], Tensor]] = field(default_factory=dict)
     # By route whose stitch adapts these layers.
     adapters: Mapping[str, Adapters] = field(default_factory=dict)
-    # On the last shard: hidden states to logits.
+    # Hidden states to logits, where the routes `ending` end.
     head: Callable[[Tensor], Tensor] | None = None
+    ending: frozenset[str] = frozenset()
     # On a first shard with a probe, which needs the layers that each route passes here.
     probe: RouteProbe | None = None
     layer_ranges: Mapping[str, LayerRange] = field(default_factory=dict)
@@ -92,13 +93,23 @@ class ModelRunner:
             stages["stitch"] = stitched - started
         tokens: dict[int, Token] = {}
         refused: dict[int, SessionRefused] = {}
-        if self.head is not None:
-            forbidden, refused = masks()
-            tokens = self._sample(self.head, batch.segments, hidden, non_finite, refused, forbidden, stages)
+        ending = self._ending(batch.segments, decisions)
+        if self.head is not None and ending:
+            forbidden, without_mask = masks()
+            refused = {index: reason for index, reason in without_mask.items() if index in ending}
+            without = {*non_finite, *refused}
+            wanting = [index for index in ending if batch.segments[index].wants_token and index not in without]
+            tokens = self._sample(self.head, batch.segments, wanting, hidden, non_finite, forbidden, stages)
         seconds = time.perf_counter() - started
         self.tuner.record(shape, parallelism, seconds)
         self.busy_seconds += seconds
-        return StepOutput(hidden if self.head is None else None, tokens, non_finite, refused, stages, decisions)
+        leaves = len(ending) < len(batch.segments)
+        return StepOutput(hidden if leaves else None, tokens, non_finite, refused, stages, decisions)
+
+    def _ending(self, segments: Sequenced[Segment], decisions: Mapping[int, RouteDecision]) -> list[int]:
+        """The indices of the segments whose route ends on this shard."""
+        routes = (one.session.route for one in segments)
+        return [i for i, route in enumerate(routes) if (decisions[i].route if i in decisions else route) in self.ending]
 
     def _begin_masks(self, segments: Sequenced[Segment]) -> Callable[[], _Masks]:
         """Fills the masks of the grammars in another thread; the function waits for them."""
@@ -114,7 +125,7 @@ class ModelRunner:
 
     def _embed_or_stitch(self, segments: Sequenced[Segment]) -> tuple[Tensor, dict[int, str]]:
         """The first layers' input `[tokens, hidden]`, and the segments with non-finite hidden states."""
-        if self.embed is not None:
+        if self.embed is not None and segments[0].hidden is None:
             ids = [id_ for one in segments for id_ in one.session.token_ids[one.position : one.position + one.length]]
             return self.embed(to_device_async(torch.tensor(ids), self.device)), {}
         stitched: list[Tensor] = []
@@ -194,8 +205,8 @@ class ModelRunner:
     def _synchronize_prefill(self, batch: Batch) -> None:
         """Waits for a GPU, so that the stages of a prefill are its real durations.
 
-        Without a head the hidden states are waited for anyway, to be sent. A decode step on the last shard waits once,
-        for its sampled tokens.
+        Without a head the hidden states are waited for anyway, to be sent. A decode step on a shard with one waits for
+        what leaves the GPU: sampled tokens, and hidden states.
         """
         if self.synchronize is not None and (self.head is None or batch.num_tokens > len(batch.segments)):
             self.synchronize()
@@ -204,20 +215,18 @@ class ModelRunner:
     def _sample(
         head: Callable[[Tensor], Tensor],
         segments: Sequenced[Segment],
+        wanting: list[int],
         hidden: Tensor,
         non_finite: dict[int, str],
-        refused: Mapping[int, SessionRefused],
         forbidden: Mapping[int, Forbidden],
         stages: dict[str, float],
     ) -> dict[int, Token]:
-        """The tokens by index of the segment that wants one.
+        """The tokens by index of the segments `wanting` one.
 
         Adds the sampling's seconds to `stages`, and segments without finite logits to `non_finite`.
         """
         started = time.perf_counter()
         ends = list(accumulate(segment.length for segment in segments))
-        without = {*non_finite, *refused}
-        wanting = [index for index, one in enumerate(segments) if one.wants_token and index not in without]
         if not wanting:
             return {}
         last_rows = torch.tensor([ends[index] - 1 for index in wanting])

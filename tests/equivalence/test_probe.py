@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from stitch.cluster import load_cluster
+from stitch.grammar import Grammar
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
+from tests.support.byte_tokenizer import byte_tokenizer
+from tests.support.in_process import ChainInProcess
 from tests.support.loopback_shards import Shards, open_shards
-from tests.support.tiny_cluster import BOTTOM, TOP, write_tiny_cluster
+from tests.support.tiny_cluster import BOTTOM, TOP, WHOLE_BOTTOM, write_tiny_cluster
 from tests.support.tiny_probe import WINDOW, random_prompt, with_tiny_probe
 from tests.support.waiting import eventually
 
@@ -48,6 +54,37 @@ async def test_probe_routed_session_equals_the_named_route(layout: str, tmp_path
         routes = await routes_of(shards, PROMPTS)
         assert set(routes) == {"weak", "strong"}
         await eventually(lambda: set(shards.kv_usage().values()) == {0.0})
+
+
+def with_whole_bottom(folder: Path) -> Path:
+    """A probe that decides between `weak` and a `strong` which is the bottom alone."""
+    file = write_tiny_cluster(folder, bottoms=[WHOLE_BOTTOM], tops=[TOP], max_prefill_chunk=16)
+    fields = json.loads(file.read_text())
+    fields["routes"][1] = {"name": "strong", "bottom_layers": WHOLE_BOTTOM[1]}
+    file.write_text(json.dumps(fields))
+    return with_tiny_probe(file)
+
+
+async def test_probe_routed_session_may_end_on_the_first_shard(tmp_path: Path) -> None:
+    async with open_shards(with_whole_bottom(tmp_path)) as shards:
+        assert set(await routes_of(shards, PROMPTS)) == {"weak", "strong"}
+        await eventually(lambda: set(shards.kv_usage().values()) == {0.0})
+
+
+def test_session_with_a_grammar_follows_it_whichever_shard_its_route_ends_on(tmp_path: Path) -> None:
+    chain, candidates = (
+        ChainInProcess(load_cluster(str(with_whole_bottom(tmp_path)))),
+        {"weak": ("top-0",), "strong": ()},
+    )
+    fields: dict[str, Any] = {"candidates": candidates, "grammar": Grammar("regex", "[a-z]{6}"), "stop_token_ids": (2,)}
+    routes = set()
+    for ids in PROMPTS:
+        outputs = chain.admit(ids, "", ("bottom-0",), 20, **fields)
+        chain.run(outputs)
+        token_ids = [output.token.id for output in outputs if output.token is not None]
+        assert re.fullmatch("[a-z]{6}", byte_tokenizer().decode(token_ids[:-1]))
+        routes |= {output.decision.route for output in outputs if output.decision is not None}
+    assert routes == {"weak", "strong"}
 
 
 async def test_probe_route_is_independent_of_chunks_and_batching(tmp_path: Path) -> None:

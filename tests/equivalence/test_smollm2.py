@@ -14,33 +14,13 @@ from stitch.cluster import load_cluster
 from stitch.environment import cache_folder
 from stitch_server.sources.resolve import resolve
 from tests.support.processes import Cluster, running_cluster
+from tests.support.prompts import PROMPTS
+from tests.support.whole_model import generated, greedy
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 
 PRESET = "smollm2"
 ANSWER_TOKENS = 64
-PROMPTS = (
-    "The capital of France is",
-    "Once upon a time, in a village by the sea,",
-    "def fibonacci(n):\n    ",
-    "Water boils at 100 degrees Celsius because",
-    "To make a good cup of tea, first",
-    "The three laws of thermodynamics are:\n1.",
-    "Q: How many legs does a spider have?\nA:",
-    "SELECT name, age FROM people WHERE",
-    "Dear Sir or Madam,\n\nI am writing to",
-    "The prime numbers below 30 are 2, 3, 5,",
-    "In 1969, Neil Armstrong",
-    "<html>\n<head>\n<title>",
-    "Roses are red, violets are blue,",
-    "Photosynthesis is the process by which",
-    "My favourite recipe for pancakes: mix flour,",
-    "The quick brown fox",
-    "Für Elise ist ein Klavierstück von",
-    "Il était une fois une princesse qui",
-    "1 + 1 = 2, 2 + 2 = 4, 3 + 3 =",
-    "The difference between a virus and a bacterium is that",
-)
 # Compared with `generate`, which is slow; the other answers are compared by one pass over prompt and answer.
 GENERATED = PROMPTS[:2]
 LONG_TOKENS = 1_500
@@ -77,29 +57,6 @@ def alone(cluster: Cluster) -> dict[str, Answer]:
 
 def strong(cluster: Cluster, prompt: str) -> Answer:
     return cluster.generate(prompt, route="strong", max_tokens=ANSWER_TOKENS, ignore_eos=True)
-
-
-@torch.inference_mode()
-def greedy(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
-    """The whole model's greedy token at every position of the answer.
-
-    One pass over prompt and answer; equal to the answer exactly if greedy `generate` gives that answer.
-    """
-    logits = model(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0]
-    predicted: list[int] = logits[len(prompt) - 1 : -1].argmax(dim=1).tolist()
-    return predicted
-
-
-@torch.inference_mode()
-def generated(model: PreTrainedModel, prompt: Sequence[int], count: int, end: int | None = None) -> list[int]:
-    """The answer of greedy `generate`, which stops at the token `end`."""
-    ids = torch.tensor([list(prompt)])
-    model.generation_config.eos_token_id = end
-    found: torch.Tensor = model.generate(  # type: ignore[operator]
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count
-    )
-    answer: list[int] = found[0, len(prompt) :].tolist()
-    return answer
 
 
 def test_twenty_answers_equal_the_whole_model(alone: dict[str, Answer], tokenizer: Any, whole: PreTrainedModel) -> None:

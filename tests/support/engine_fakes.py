@@ -77,6 +77,7 @@ class FakeUpstream:
     replies: list[StepReply] = field(default_factory=list)
     routes: frozenset[str] = frozenset({"weak", "strong"})
     prefix_scope: str = "bottom-0"
+    is_local: bool = False
 
     # The KV room that was kept for this link, in tokens.
     granted: list[int] = field(default_factory=list)

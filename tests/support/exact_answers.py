@@ -8,7 +8,7 @@ from pathlib import Path
 from stitch.sampling import Sampling
 from stitch_server.model.sampler import SampleRequest, sample
 from tests.support.byte_tokenizer import tokens
-from tests.support.stitched_reference import StitchedReference, reference
+from tests.support.stitched_reference import StitchedReference, WholeReference, reference
 from tests.support.tiny_cluster import CUTS
 from tests.support.tiny_model import TOKENS
 
@@ -18,13 +18,14 @@ STITCHES = {"weak": "stitch.safetensors", "strong": "strong.safetensors"}
 
 
 class ExactAnswers:
-    """The stitched models of the cluster that `write_tiny_cluster` wrote into a folder, without any shard or cache."""
+    """The models of the cluster that `write_tiny_cluster` wrote into a folder, without any shard or cache."""
 
     def __init__(self, folder: Path) -> None:
-        self._references: dict[str, StitchedReference] = {
+        self._references: dict[str, StitchedReference | WholeReference] = {
             route: reference(folder / "bottom", folder / "top", folder / STITCHES[route], *cut)
             for route, cut in CUTS.items()
         }
+        self._references |= {"small": WholeReference(folder / "top"), "whole": WholeReference(folder / "bottom")}
 
     def continuation(
         self, route: str, prompt: str, token_ids: Sequence[int], temperature: float = 0.0, seed: int = 0

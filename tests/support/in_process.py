@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from stitch.cluster import ClusterConfig
+from stitch.grammar import Grammar
 from stitch.membership import Membership
 from stitch.v1 import shard_pb2
 from stitch_server.build import load_stage
 from stitch_server.engine.request import RequestOutput
-from stitch_server.engine.types import LinkEvent, OutgoingStep, StepReply
+from stitch_server.engine.types import Batch, LinkEvent, OutgoingStep, StepReply
 from stitch_server.metrics import Metrics
 from stitch_server.neighbours import Neighbours
 from stitch_server.rpc.frames import StepAssembler, StepLimits, reply_frame, reply_of, step_frames
@@ -30,30 +32,65 @@ class ChainInProcess:
 
     cluster: ClusterConfig
     shards: dict[str, Shard] = field(default_factory=dict)
+    # By shard: the routes of each of its passes.
+    passes: dict[str, list[set[str]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for config in self.cluster.shards:
             loaded = load_stage(self.cluster, config, CPU)
             name = config.name
             links, neighbours = LinksInProcess(self, name), Neighbours(Membership(self.cluster), config)
-            self.shards[name] = build_shard(self.cluster, config, loaded, CPU, links.opened, Metrics(name), neighbours)
+            passes = self.passes[name] = []
+
+            def record(batch: Batch, started: float, ended: float, passes: list[set[str]] = passes) -> None:
+                passes.append({one.session.route for one in batch.segments})
+
+            self.shards[name] = build_shard(
+                self.cluster, config, loaded, CPU, links.opened, Metrics(name), neighbours, record
+            )
 
     def generate(
         self, token_ids: Sequence[int], route: str, chain: tuple[str, ...], count: int, tenant: str = ""
     ) -> list[int]:
         """`count` greedy tokens after `token_ids`. Raises the error with which the request ends."""
-        outputs: list[RequestOutput] = []
-        request = new_request(len(token_ids), route, chain=chain, outputs=outputs, max_tokens=count, tenant=tenant)
-        request.token_ids = list(token_ids)
-        first = self.shards["bottom-0"].first_stage
-        assert first is not None
-        first.admit(request)
-        while not outputs or outputs[-1].finish_reason is None:
-            for shard in self.shards.values():
-                shard.engine.step()
-            if outputs and outputs[-1].error is not None:
-                raise outputs[-1].error
+        outputs = self.admit(token_ids, route, ("bottom-0", *chain), count, tenant)
+        self.run(outputs)
         return [output.token.id for output in outputs if output.token is not None]
+
+    def admit(
+        self,
+        token_ids: Sequence[int],
+        route: str,
+        chain: tuple[str, ...],
+        count: int,
+        tenant: str = "",
+        grammar: Grammar | None = None,
+        **fields: Any,
+    ) -> list[RequestOutput]:
+        """The outputs of a new request on these shards, the first one included, which `run` computes.
+
+        `fields` are those of `new_request`.
+        """
+        outputs: list[RequestOutput] = []
+        first, *rest = chain
+        shard = self.shards[first]
+        hops = (*shard.first_hop, *rest)
+        fields |= {"chain": hops, "outputs": outputs, "max_tokens": count, "tenant": tenant}
+        request = new_request(len(token_ids), route, **fields)
+        request.token_ids, request.grammar = list(token_ids), grammar
+        assert shard.first_stage is not None
+        shard.first_stage.admit(request)
+        return outputs
+
+    def run(self, *requests: list[RequestOutput]) -> None:
+        """Runs all shards until these requests have their last token. Raises the error with which one ends."""
+        while not all(outputs and outputs[-1].finish_reason is not None for outputs in requests):
+            for shard in self.shards.values():
+                assert shard.engine.handle_messages(wait=False)
+                shard.engine.step()
+            for error in (outputs[-1].error for outputs in requests if outputs):
+                if error is not None:
+                    raise error
 
     @property
     def idle(self) -> bool:
@@ -73,7 +110,7 @@ class LinksInProcess:
     doubted: frozenset[str] = frozenset()
 
     def opened(self, identity: shard_pb2.ShardIdentity, on_event: Callable[[LinkEvent], None]) -> LinksInProcess:
-        """These links, for `build_shard`; replies are handled at once instead of by `on_event`."""
+        """These links, for `build_shard`; replies over them are handled at once instead of by `on_event`."""
         self.identity = identity
         return self
 
@@ -99,6 +136,8 @@ class LinksInProcess:
 class LinkEnd:
     """The receiving end of one link."""
 
+    is_local = False
+
     def __init__(self, sender: Shard, receiver: Shard) -> None:
         assert receiver.next_stage is not None
         self.stage = receiver.next_stage
@@ -118,11 +157,11 @@ class LinkEnd:
     def reply(self, reply: StepReply) -> None:
         self._assembler.answered(reply.step)
         message = shard_pb2.LinkResponse.FromString(reply_frame(reply).SerializeToString()).reply
-        source = self._sender.first_stage or self._sender.next_stage
+        source = self._sender.next_stage or self._sender.first_stage
         assert source is not None
         source.on_reply(self._receiver, reply_of(message))
 
     def grant(self, tokens: int) -> None:
-        source = self._sender.first_stage or self._sender.next_stage
+        source = self._sender.next_stage or self._sender.first_stage
         assert source is not None
         source.on_kv_room(self._receiver, tokens)

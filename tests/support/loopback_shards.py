@@ -43,9 +43,21 @@ class Shards:
         self, token_ids: Sequence[int], route: str, count: int, chain: Sequence[str] | None = None, **sampling: Any
     ) -> list[int]:
         """Returns the `count` tokens after `token_ids`, past any end token. Raises grpc.aio.AioRpcError."""
+        return await self.replay(token_ids, (), route, count, chain, **sampling)
+
+    async def replay(
+        self,
+        token_ids: Sequence[int],
+        generated: Sequence[int],
+        route: str,
+        count: int,
+        chain: Sequence[str] | None = None,
+        **sampling: Any,
+    ) -> list[int]:
+        """Returns the tokens after those `generated` for a prompt, up to `count` with them."""
         first, *rest = chain or self.chain(route)
         request = shard_pb2.ShardGenerateRequest(
-            token_ids=token_ids,
+            token_ids=[*token_ids, *generated],
             prompt_tokens=len(token_ids),
             route=route,
             chain=rest,

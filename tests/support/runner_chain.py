@@ -83,6 +83,7 @@ def load(pair: TinyPair, folder: Path, as_on_a_gpu: bool = False, weight_format:
     head = Head.load(pair.top, CPU, DTYPE, TOKENS)
     adapters = {route: stitch.adapters for route, stitch in stitches.items() if stitch.adapters is not None}
     parts: dict[str, object] = {"stage": "top_prefill", "stitches": stitches, "adapters": adapters, "head": head}
+    parts["ending"] = frozenset(ROUTES)
     top = new_runner(pair.top, TOP_FIRST, 4, as_on_a_gpu=as_on_a_gpu, weight_format=weight_format, **parts)
     references = {route: reference(pair.bottom, pair.top, files[route], *cut) for route, cut in ROUTES.items()}
     return Halves(bottom, top, references)

@@ -56,6 +56,19 @@ class StitchedReference:
         return sequence[len(token_ids) :]
 
 
+class WholeReference:
+    """One model alone; no cache."""
+
+    def __init__(self, folder: Path) -> None:
+        self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Logits `[tokens, vocabulary]` of one whole sequence."""
+        found: Tensor = self._model(input_ids=torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+        return found
+
+
 def stitched_logits(
     bottom: Path, top: Path, stitch: Path | None, bottom_layers: int, top_from: int, token_ids: Sequence[int]
 ) -> Tensor:

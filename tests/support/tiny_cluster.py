@@ -1,4 +1,4 @@
-"""Writes cluster files of tiny random pairs with two routes and at least two shards."""
+"""Writes cluster files of tiny random pairs with two routes, or four with both ends, and at least two shards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from tests.support.tiny_model import write_random_stitch, write_tiny_pair
 # Route name to (bottom_layers, top_from); the bottom has 5 layers and is wider than the top, which has 4.
 CUTS = {"weak": (3, 2), "strong": (4, 3)}
 BOTTOM, TOP = (0, 4), (2, 4)
+# The same with both models alone, which need all layers of both.
+ENDS = {"small": (0, 0), **CUTS, "whole": (5, None)}
+WHOLE_BOTTOM, WHOLE_TOP = (0, 5), (0, 4)
 Layers = tuple[int, int]
 
 
@@ -24,12 +27,14 @@ def write_tiny_cluster(
     bottoms: Sequence[Layers] = (BOTTOM,),
     tops: Sequence[Layers] = (TOP,),
     model: Mapping[str, Any] | None = None,
+    with_ends: bool = False,
     **compute: Any,
 ) -> Path:
     """Writes the pair, its stitches and `cluster.json`; returns the latter.
 
     One shard for every range of layers, named bottom-0, bottom-1, …, top-0, …; equal ranges are replicas.
     `model` goes into both models' configurations, `compute` into the sections `compute` and `batching`.
+    `with_ends` adds the routes of both models alone, for shards of all layers.
     """
     batching = {name: compute.pop(name) for name in BatchingConfig.model_fields if name in compute}
     bottom_layers, top_from = CUTS["weak"]
@@ -40,8 +45,9 @@ def write_tiny_cluster(
         "name": name,
         "models": {"bottom": _model(pair.bottom), "top": _model(pair.top)},
         "routes": [
-            {"name": route, "bottom_layers": cut[0], "top_from": cut[1], "stitch": stitches[route].name}
-            for route, cut in CUTS.items()
+            {"name": route, "bottom_layers": cut[0], "top_from": cut[1]}
+            | ({"stitch": stitches[route].name} if route in stitches else {})
+            for route, cut in (ENDS if with_ends else CUTS).items()
         ],
         "shards": [*_shards("bottom", bottoms), *_shards("top", tops)],
         "gateway": {"address": "127.0.0.1:0", "http": "127.0.0.1:0"},

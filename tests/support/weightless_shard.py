@@ -91,6 +91,7 @@ class WeightlessShard:
     first: bool
     tokenizer_files: list[Path] = field(default_factory=list)
     received_bytes: list[int] = field(default_factory=list)
+    first_hop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.pool, self.downstream = BlockPool(BLOCKS), FakeDownstream()
@@ -108,7 +109,7 @@ class WeightlessShard:
         self.in_flight = InFlightTracker(f"shard {name}")
         self.config = CLUSTER.shard(name)
         self.loaded = SimpleNamespace(
-            model=SimpleNamespace(vocabulary_size=VOCABULARY_SIZE, context_length=CONTEXT_LENGTH)
+            model=SimpleNamespace(vocabulary_size=VOCABULARY_SIZE, context_length=CONTEXT_LENGTH), head=None
         )
         self.cluster = CLUSTER
         self.identity = new_identity(name, role)

@@ -1,4 +1,4 @@
-"""Logits of a whole tiny model through this project's layers, and through `transformers` for comparison."""
+"""A whole model by `transformers`: its logits and its greedy tokens; and its logits through this project's layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stitch_server.attention import backend_for
 from stitch_server.kv_cache.store import KVStore, Span
@@ -57,3 +57,36 @@ def their_logits(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     logits: Tensor = model(torch.tensor([PROMPT])).logits[0].float()
     return logits
+
+
+@torch.inference_mode()
+def greedy(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
+    """The whole model's greedy token at every position of the answer.
+
+    One pass over prompt and answer; equal to the answer exactly if greedy `generate` gives that answer.
+    """
+    logits = model(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0]
+    predicted: list[int] = logits[len(prompt) - 1 : -1].argmax(dim=1).tolist()
+    return predicted
+
+
+@torch.inference_mode()
+def generated(
+    model: PreTrainedModel, prompt: Sequence[int], count: int, end: int | None = None, tokens: int | None = None
+) -> list[int]:
+    """The answer of greedy `generate`, which stops at the token `end`.
+
+    Rows of the head from `tokens` on, which pad the vocabulary, are never chosen.
+    """
+    ids = torch.tensor([list(prompt)])
+    model.generation_config.eos_token_id = end
+    padding = None if tokens is None else list(range(tokens, model.config.vocab_size))
+    found: torch.Tensor = model.generate(  # type: ignore[operator]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=count,
+        suppress_tokens=padding or None,
+    )
+    answer: list[int] = found[0, len(prompt) :].tolist()
+    return answer

@@ -118,6 +118,23 @@ def test_stages_are_shards_that_route_needs(tmp_path: Path, route: str, stages: 
     assert [[shard.name for shard in stage] for stage in chain] == stages
 
 
+def test_stages_of_one_model_alone_are_its_shards(tmp_path: Path) -> None:
+    routes = [{"name": "small", "bottom_layers": 0, "top_from": 0}, {"name": "whole", "bottom_layers": 8}]
+    shards = [shard("b-0", "bottom", 0, 4), shard("b-1", "bottom", 4, 8), shard("t-0", "top", 0, 12)]
+    found = cluster(tmp_path, routes=routes, shards=shards)
+    stages = {route.name: [stage[0].name for stage in found.stages(route)] for route in found.routes}
+    assert stages == {"small": ["t-0"], "whole": ["b-0", "b-1"]}
+    assert [found.beginning_on(one.stage) for one in found.shards] == [{"whole"}, set(), {"small"}]
+    assert [found.ending_on(one.stage) for one in found.shards] == [set(), {"whole"}, {"small"}]
+    assert found.earliest_cut == 8
+
+
+def test_one_shard_serves_a_route_of_the_bottom_alone(tmp_path: Path) -> None:
+    routes = [{"name": "whole", "bottom_layers": 8}]
+    found = cluster(tmp_path, routes=routes, shards=[shard("b-0", "bottom", 0, 8)])
+    assert [[one.name for one in stage] for stage in found.stages(found.route("whole"))] == [["b-0"]]
+
+
 def test_stages_omit_top_shard_below_top_from(tmp_path: Path) -> None:
     shards = [
         *fields()["shards"][:2],
@@ -142,10 +159,24 @@ def shard(name: str, role: str, first: int, end: int) -> dict[str, Any]:
         ({"routes": []}, "routes", "at least 1 item"),
         ({"routes": [{"name": "auto", "bottom_layers": 4, "top_from": 4}]}, "routes.0", "can't name a route"),
         ({"routes": [{"name": "A b", "bottom_layers": 4, "top_from": 4}]}, "routes.0.name", "match pattern"),
-        ({"routes": [{"name": "a", "bottom_layers": 0, "top_from": 0}]}, "routes.0.bottom_layers", "greater than"),
+        ({"routes": [{"name": "a", "bottom_layers": -1, "top_from": 0}]}, "routes.0.bottom_layers", "greater than"),
+        ({"routes": [{"name": "a", "bottom_layers": 0}]}, "routes.0", "a has no bottom layer.*top_from must be 0"),
+        ({"routes": [{"name": "a", "bottom_layers": 0, "top_from": 1}]}, "routes.0", "top_from must be 0"),
+        ({"routes": [{"name": "a", "bottom_layers": 8, "stitch": "s"}]}, "routes.0", "one model alone.* no stitch"),
+        ({"routes": [{"name": "a", "bottom_layers": 4}]}, "cluster", "has no top and 4 bottom layers, but .* hold 8"),
+        ({"routes": [{"name": "a", "bottom_layers": 0, "top_from": 0}]}, "cluster", "a passes top layer 0, which no"),
+        (
+            {
+                "routes": [{"name": "a", "bottom_layers": 0, "top_from": 0}, {"name": "b", "bottom_layers": 8}],
+                "shards": [shard("a", "bottom", 0, 8), shard("b", "top", 0, 12)],
+                "gateway": {"address": "x:0", "probe": "p"},
+            },
+            "cluster",
+            "a first shard of the bottom can't choose route a, which has none of the bottom's layers .* after layer 8",
+        ),
         (
             {"routes": [{"name": "a", "bottom_layers": 4, "top_from": 6}]},
-            "cluster",
+            "routes.0",
             "route a leaves out .* needs a stitch",
         ),
         (

@@ -71,6 +71,33 @@ def test_stages_with_native_layers_are_loaded_without_transformers(tmp_path: Pat
     assert done.returncode == 0, done.stderr
 
 
+def test_shards_hold_what_routes_of_one_model_alone_need(tmp_path: Path) -> None:
+    layouts = {"bottoms": [(0, 2), (2, 5)], "tops": [(0, 3), (3, 4)]}
+    cluster = load_cluster(str(write_tiny_cluster(tmp_path, **layouts, with_ends=True)))
+    stages = [load_stage(cluster, config, CPU) for config in cluster.shards]
+    ends = [(one.embedding is not None, one.head is not None) for one in stages]
+    assert ends == [(True, False), (False, True), (True, False), (False, True)]
+    ending = [set(one.ending) for one in stages]
+    assert ending == [set(), {"whole"}, set(), {"small", "weak", "strong"}]
+    assert [sorted(one.layer_ranges) for one in stages] == [
+        ["strong", "weak", "whole"], ["strong", "weak", "whole"], ["small", "weak"], ["small", "strong", "weak"]
+    ]  # fmt: skip
+    assert [sorted(one.stitches) for one in stages] == [[], [], ["weak"], ["strong"]]
+    # The head counts where a route ends.
+    whole, strong = (stages[1].describe(cluster.route(name)).parameters for name in ("whole", "strong"))
+    assert whole - strong == stages[1].count.between(4, 5) + stages[1].count.head
+
+
+def test_route_that_ends_before_its_models_last_layer_is_refused(tmp_path: Path) -> None:
+    other = write_tiny_cluster(tmp_path)
+    fields = json.loads(other.read_text())
+    fields["routes"].append({"name": "whole", "bottom_layers": 4})
+    other.write_text(json.dumps(fields))
+    cluster = load_cluster(str(other))
+    with pytest.raises(Incompatible, match="bottom-0 is the last of route whole, but it ends after layer 4 of 5"):
+        load_stage(cluster, cluster.shard("bottom-0"), CPU)
+
+
 def test_shard_holds_the_stitches_of_routes_that_enter_there(deep: ClusterConfig) -> None:
     held = [sorted(load_stage(deep, config, CPU).stitches) for config in deep.shards]
     assert held == [[], [], ["weak"], ["strong"]]

@@ -111,6 +111,18 @@ def test_first_shard_plans_the_embedding_and_last_the_head(tmp_path: Path) -> No
     assert (first.link_bytes_per_token, last.link_bytes_per_token) == (middle.link_bytes_per_token, 0)
 
 
+def test_shards_of_both_ends_plan_what_they_load(tmp_path: Path) -> None:
+    layouts = {"bottoms": ((0, 2), (2, 5)), "tops": ((0, 4),)}
+    cluster = load_cluster(str(write_tiny_cluster(tmp_path, **layouts, with_ends=True)))
+    first, last_bottom, top = plan(cluster, CPU)
+    bottom_count, top_count = (load_stage(cluster, cluster.shard(name), CPU).count for name in ("bottom-0", "top-0"))
+    size = torch.float32.itemsize
+    assert first.weight_bytes == (bottom_count.head + bottom_count.between(0, 2)) * size
+    assert last_bottom.weight_bytes == (bottom_count.between(2, 5) + bottom_count.head) * size
+    assert top.weight_bytes == (top_count.between(0, 4) + 2 * top_count.head) * size
+    assert (last_bottom.link_bytes_per_token, top.link_bytes_per_token) == (first.link_bytes_per_token, 0)
+
+
 @pytest.mark.parametrize(("dtype", "times"), [("float32", 1), ("bfloat16", 2)])
 @pytest.mark.parametrize(("device", "fields"), [("cpu", {"kernels": False}), ("cuda", {})])
 def test_bfloat16_weights_count_twice_with_compiled_kernels(

@@ -38,6 +38,14 @@ def neighbours_of(own: str, cluster: ClusterConfig = CLUSTER) -> Neighbours:
     return Neighbours(Membership(cluster), CLUSTER.shard(own))
 
 
+def test_route_begins_on_the_shards_of_its_first_stage_alone() -> None:
+    neighbours_of("bottom-0").check_first("weak")
+    with pytest.raises(InvalidRequest, match="it begins on bottom-0, not on top-1"):
+        neighbours_of("top-1").check_first("weak")
+    with pytest.raises(InvalidRequest, match="this cluster has: weak, strong"):
+        neighbours_of("bottom-0").check_first("none")
+
+
 def test_address_is_that_of_the_cluster_file() -> None:
     assert neighbours_of("bottom-0").address_of("top-1") == "top-1.example:7000"
 

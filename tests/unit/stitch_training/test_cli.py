@@ -17,7 +17,7 @@ from stitch.errors import Incompatible, InvalidRequest, StitchError, Unavailable
 from stitch_server.model.stitch import Stitch
 from stitch_training import cli
 from stitch_training.cli import build_parser, main, parse_costs, parse_cuts
-from tests.support.tiny_fit import write_chats, write_cluster, write_texts
+from tests.support.tiny_fit import BOTTOM_LAYERS, write_chats, write_cluster, write_texts
 
 
 def call(*arguments: object) -> None:
@@ -334,9 +334,13 @@ def test_sweep_leaves_out_cuts_that_save_too_little(workbench: Workbench) -> Non
 def test_evaluate_measures_every_route(workbench: Workbench) -> None:
     fitted = json.loads(workbench.fit("weak.safetensors").with_suffix(".json").read_text())["losses"]
     out = workbench.folder / "quality.json"
+    small = '[[routes]]\nname = "small"\nbottom_layers = 0\ntop_from = 0\n'
+    whole = f'[[routes]]\nname = "whole"\nbottom_layers = {BOTTOM_LAYERS}\n'
+    workbench.cluster.write_text(workbench.cluster.read_text() + small + whole)
     call("evaluate", workbench.cluster, "--data", *workbench.data, "--held-out-tokens", 128, "--sequence-tokens", 32,
            "--out", out)  # fmt: skip
     systems = {row["name"]: row for row in json.loads(out.read_text())["systems"]}
+    # A route of one model alone is that model.
     assert set(systems) == {"weak", "bottom alone", "top alone"}
     for system, name in (("weak", "stitched"), ("bottom alone", "bottom"), ("top alone", "top")):
         for part in ("content", "a.jsonl", "separator"):
@@ -401,7 +405,7 @@ def test_flag_out_of_range_is_refused_by_name(workbench: Workbench, flags: tuple
 def test_fit_of_a_route_without_a_stitch_is_refused(workbench: Workbench) -> None:
     text = (
         workbench.cluster.read_text()
-        .replace("top_from = 1", "top_from = 2")
+        .replace("bottom_layers = 2", "bottom_layers = 1")
         .replace('stitch = "weak.safetensors"\n', "")
     )
     workbench.cluster.write_text(text)

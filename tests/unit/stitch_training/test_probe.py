@@ -28,7 +28,7 @@ from stitch_training.cli import build_parser
 from stitch_training.probe import PENALTIES, FeatureExtractor, chat_encoder, fit_ridge, plain_encoder, routes_by_cost
 from tests.support.in_process import ChainInProcess
 from tests.support.runner_chain import CPU, new_runner
-from tests.support.tiny_cluster import write_tiny_cluster
+from tests.support.tiny_cluster import WHOLE_BOTTOM, WHOLE_TOP, write_tiny_cluster
 from tests.support.tiny_model import write_tiny_model
 from tests.support.tiny_probe import random_prompt
 
@@ -117,6 +117,14 @@ def test_probe_flag_out_of_range_is_refused_by_name(flags: list[Any], field: str
 
 def test_routes_by_cost_are_cheapest_first(cluster_file: Path) -> None:
     assert routes_by_cost(load_cluster(str(cluster_file))) == ("weak", "strong")
+
+
+def test_probe_for_a_route_without_bottom_layers_is_refused(tmp_path: Path) -> None:
+    file = write_tiny_cluster(tmp_path, bottoms=[WHOLE_BOTTOM], tops=[WHOLE_TOP], with_ends=True)
+    assert routes_by_cost(load_cluster(str(file))) == ("small", "weak", "strong", "whole")
+    labels = write_labels(tmp_path / "labels.jsonl")
+    with pytest.raises(InvalidRequest, match="routes is 'small', but it has no bottom layers"):
+        call("probe", file, "--data", labels, "--out", tmp_path / "p.safetensors")
 
 
 class TestProbeCalibration:

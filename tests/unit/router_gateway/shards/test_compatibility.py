@@ -56,6 +56,29 @@ FIRST = ShardIdentity(
 )
 
 
+def test_cut_of_one_model_alone_is_a_fact() -> None:
+    routes = [
+        RouteDescription(name="small", top_from=0),
+        RouteDescription(name="weak", bottom_layers=4, top_from=0),
+        RouteDescription(name="whole", bottom_layers=4),
+        RouteDescription(name="unknown"),
+    ]
+    facts = CompatibilityCheck(cluster()).facts_of(ShardIdentity(routes=routes))
+    assert facts == {
+        Fact("cut point", "small"): "0 to 0",
+        Fact("cut point", "weak"): "4 to 0",
+        Fact("cut point", "whole"): "4 to the end",
+    }
+
+
+def test_models_alone_do_not_make_both_models_one() -> None:
+    one_stitched = cluster()
+    with_whole = one_stitched.model_copy(
+        update={"routes": (*one_stitched.routes, RouteConfig(name="whole", bottom_layers=4))}
+    )
+    assert Fact("top model") in CompatibilityCheck(with_whole).facts_of(FIRST)
+
+
 @pytest.mark.parametrize(
     ("second", "mismatch"),
     [
