@@ -15,6 +15,8 @@ RELEASE_SECONDS = 2.0
 PATIENT_SECONDS = 20.0
 # What allocators keep: over thousands of clients the last shard grows by some 60 MB, ever more slowly, and then stops.
 RESIDENT_MB = 48.0
+# gRPC's own pool gets a thread where its others wait for a busy CPU: over 6,000 clients, one.
+THREADS = 2.0
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.slow
 def grown(before: Footprint, after: Footprint) -> list[str]:
     """What is more than before."""
     found = []
-    for what, limit in (("descriptors", 0.0), ("tasks", 0.0), ("threads", 0.0), ("resident_mb", RESIDENT_MB)):
+    for what, limit in (("descriptors", 0.0), ("tasks", 0.0), ("threads", THREADS), ("resident_mb", RESIDENT_MB)):
         earlier, later = getattr(before, what), getattr(after, what)
         found += [
             f"{name}: {what} {earlier[name]:g} → {later[name]:g}"
