@@ -43,9 +43,10 @@ def running(cluster: ClusterConfig) -> Iterator[LocalCluster]:
 @contextmanager
 def not_started(cluster: ClusterConfig) -> Iterator[LocalCluster]:
     """The cluster with free ports, before any process starts; those that run at the end of the block are stopped."""
-    import_models(cluster, quiet)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as bound:
         local = prepared(cluster, RunFolder(Path(folder)), bound)
+        # The written cluster's: sources that are relative to its file are whole there.
+        import_models(local.cluster, quiet)
         try:
             yield local
         finally:
