@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stitch_training.distill import TrainingSettings
     from stitch_training.fit import Control
     from stitch_training.least_squares import CutPoint
+    from stitch_training.prompt_runs import GatewayConnection
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 # The exit status of a verb; None: 0.
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sweep(verbs)
     _add_evaluate(verbs)
     _add_probe(verbs)
+    _add_answers(verbs)
     _add_label(verbs)
     _add_router(verbs)
     _add_calibrate(verbs)
@@ -186,6 +188,28 @@ def _add_label(verbs: Verbs) -> None:
     verb.add_argument("--max-tokens", metavar="N", type=int, default=256, help="of an answer; default: 256")
     verb.add_argument("--concurrency", metavar="N", type=int, default=8, help="prompts in flight; default: 8")
     verb.add_argument("--plain", action="store_true", help="send prompts as plain text, not as a chat")
+
+
+def _add_answers(verbs: Verbs) -> None:
+    from stitch.cli.arguments import add_connection
+
+    purpose = "make training text of the answers that a route of a running cluster gives to prompts"
+    verb = _add_verb(verbs, "answers", purpose, _answers)
+    verb.add_argument("--gateway", metavar="HOST:PORT", required=True, help="of a running cluster")
+    add_connection(verb)
+    verb.add_argument(
+        "--data", metavar="FILE", nargs="+", type=Path, required=True,
+        help="conversations, questions or prompts; those that are held out are left out",
+    )  # fmt: skip
+    verb.add_argument(
+        "--out", metavar="FILE", type=Path, required=True, help="chat JSONL; an interrupted run resumes it"
+    )
+    verb.add_argument("--route", metavar="R", required=True, help="the route that answers")
+    verb.add_argument("--prompts", metavar="N", type=int, help="at most N of them, of the files in turn; default: all")
+    verb.add_argument("--max-tokens", metavar="N", type=int, default=256, help="of an answer; default: 256")
+    verb.add_argument("--temperature", metavar="T", type=float, default=0.7, help="0 is greedy; default: 0.7")
+    verb.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same answers; default: 0")
+    verb.add_argument("--concurrency", metavar="N", type=int, default=8, help="prompts in flight; default: 8")
 
 
 def _add_router(verbs: Verbs) -> None:
@@ -375,15 +399,10 @@ def _probe(parsed: argparse.Namespace) -> None:
 def _label(parsed: argparse.Namespace) -> int:
     import asyncio
 
-    from stitch.cli.arguments import gateway_key
     from stitch_training.labelling import LabellingSettings, label_file
 
     settings = LabellingSettings(
-        gateway=parsed.gateway,
-        authority=parsed.authority,
-        proxy=parsed.proxy,
-        key=gateway_key(parsed),
-        certificate=parsed.certificate,
+        connection=_connection(parsed),
         data=parsed.data,
         out=parsed.out,
         routes=tuple(parsed.routes.split(",")) if parsed.routes else (),
@@ -392,6 +411,32 @@ def _label(parsed: argparse.Namespace) -> int:
         is_plain=parsed.plain,
     )
     return int(asyncio.run(label_file(settings)).failed > 0)
+
+
+def _answers(parsed: argparse.Namespace) -> int:
+    import asyncio
+
+    from stitch_training.answers import AnswersSettings, make_answers
+
+    settings = AnswersSettings(
+        connection=_connection(parsed),
+        data=tuple(parsed.data),
+        out=parsed.out,
+        route=parsed.route,
+        prompts=parsed.prompts,
+        max_tokens=parsed.max_tokens,
+        temperature=parsed.temperature,
+        seed=parsed.seed,
+        concurrency=parsed.concurrency,
+    )
+    return int(asyncio.run(make_answers(settings)).failed > 0)
+
+
+def _connection(parsed: argparse.Namespace) -> GatewayConnection:
+    from stitch.cli.arguments import gateway_key
+    from stitch_training.prompt_runs import GatewayConnection
+
+    return GatewayConnection(parsed.gateway, parsed.authority, parsed.proxy, gateway_key(parsed), parsed.certificate)
 
 
 def _train_router(parsed: argparse.Namespace) -> None:

@@ -6,34 +6,36 @@ The quality of a route on a prompt is measured by the best measure that the row 
     reference   how likely the route finds the row's `reference`: the geometric mean of its tokens' probabilities
     agreement   the same of the strongest route's answer, where a row has neither
 
-Lines are appended as prompts finish, so an interrupted run resumes; a prompt that fails is left out and retried by the
-next run.
+Lines are appended as prompts finish, so an interrupted run resumes (`prompt_runs`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
-import os
 import re
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, Protocol, TextIO, TypeAlias
 
 from stitch.client import AsyncClient
-from stitch.errors import InvalidRequest, StitchError
+from stitch.errors import InvalidRequest
 from stitch_training.labels import read_json_lines
+from stitch_training.prompt_runs import (
+    ANSWER_TIMEOUT_SECONDS,
+    GatewayConnection,
+    RunProgress,
+    append_lines,
+    drop_incomplete_line,
+    open_for_append,
+    reporter,
+)
 
 Row: TypeAlias = Mapping[str, Any]
 Measure: TypeAlias = Literal["gold", "reference", "agreement"]
 
-ANSWER_TIMEOUT_SECONDS = 600.0
-_REPORT_INTERVAL_SECONDS = 5.0
 _WORD = re.compile(r"\w+")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 # GSM8K's gold answers are a derivation, this mark, and the number.
@@ -78,10 +80,6 @@ class ClusterRoutes:
     max_tokens: int
     # Whether prompts are sent as plain text instead of a chat.
     is_plain: bool
-    # The tenant's key at the gateway; None: none is needed.
-    key: str | None = field(default=None, repr=False)
-    # PEM file with this client's certificate and key; None: the gateway asks for none.
-    certificate: Path | None = None
 
     async def answer(self, prompt: str, route: str) -> str:
         """See `Routes`."""
@@ -123,28 +121,11 @@ async def _likelihoods(prompt: str, names: Sequence[str], routes: Routes, answer
     return {name: await routes.likelihood(prompt, name, answer) for name in names}
 
 
-@dataclass
-class LabellingProgress:
-    """The number of prompts that are labelled, and that failed."""
-
-    total: int
-    done: int = 0
-    failed: int = 0
-
-    def line(self, seconds: float) -> str:
-        rate = self.done / max(seconds, 1e-9)
-        return f"{self.done:,} of {self.total:,} labelled, {self.failed:,} failed, {rate:.1f}/s"
-
-
 @dataclass(frozen=True)
 class LabellingSettings:
     """The gateway and the prompts of a labelling run."""
 
-    gateway: str
-    # PEM file of the authority that signed the gateway's certificate; None: no TLS.
-    authority: Path | None
-    # Whether to reach the gateway through the proxy that the environment names.
-    proxy: bool
+    connection: GatewayConnection
     data: Path
     out: Path
     # Cheapest first; empty: all routes of the cluster.
@@ -152,21 +133,16 @@ class LabellingSettings:
     max_tokens: int
     concurrency: int
     is_plain: bool
-    # The tenant's key at the gateway; None: none is needed.
-    key: str | None = field(default=None, repr=False)
-    # PEM file with this client's certificate and key; None: the gateway asks for none.
-    certificate: Path | None = None
 
 
-async def label_file(settings: LabellingSettings) -> LabellingProgress:
+async def label_file(settings: LabellingSettings) -> RunProgress:
     """Labels the prompts of a file that the output doesn't have yet."""
     rows = remaining_rows(read_rows(settings.data), settings.out)
-    own = settings.key, settings.certificate
-    async with AsyncClient(settings.gateway, settings.authority, settings.proxy, *own) as client:
+    async with settings.connection.open() as client:
         names = settings.routes or [route.name for route in (await client.describe()).routes]
         routes = ClusterRoutes(client, settings.max_tokens, settings.is_plain)
         with open_for_append(settings.out) as out:
-            return await label_rows(rows, names, routes, out, settings.concurrency, _reporter())
+            return await label_rows(rows, names, routes, out, settings.concurrency, reporter())
 
 
 async def label_rows(
@@ -175,35 +151,19 @@ async def label_rows(
     routes: Routes,
     out: TextIO,
     concurrency: int,
-    report: Callable[[LabellingProgress], None] = lambda progress: None,
-) -> LabellingProgress:
+    report: Callable[[RunProgress], None] = lambda progress: None,
+) -> RunProgress:
     """Writes one line for each row that every named route answered, with `concurrency` rows in flight.
 
     Raises InvalidRequest for fewer than two routes: one alone can't be compared.
     """
-    if len(names) < 2 or concurrency < 1:
-        field, value = ("routes", list(names)) if len(names) < 2 else ("concurrency", concurrency)
-        raise InvalidRequest(field, value, "there must be at least two routes, and one prompt in flight")
-    progress, queue = LabellingProgress(len(rows)), iter(rows)
+    if len(names) < 2:
+        raise InvalidRequest("routes", list(names), "there must be at least two routes")
 
-    async def work() -> None:
-        # All workers draw from one iterator, so each row has one worker.
-        for row in queue:
-            try:
-                line = _line(row, await measure_quality(row, names, routes))
-            except StitchError as error:
-                progress.failed += 1
-                print(f"stitch-train: {error}", file=sys.stderr)
-            else:
-                out.write(line)
-                out.flush()
-                progress.done += 1
-            report(progress)
+    async def line_of(row: Row) -> str:
+        return _line(row, await measure_quality(row, names, routes))
 
-    async with asyncio.TaskGroup() as workers:
-        for _ in range(min(concurrency, len(rows))):
-            workers.create_task(work())
-    return progress
+    return await append_lines(rows, line_of, out, concurrency, report)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -215,24 +175,10 @@ def remaining_rows(rows: Sequence[Row], out: Path) -> list[Row]:
     """Returns the rows whose prompts the output doesn't have yet, each prompt once."""
     labelled = set()
     if out.exists():
-        _drop_incomplete_line(out)
+        drop_incomplete_line(out)
         labelled = {row["prompt"] for _, row in read_json_lines(out)}
     remaining = {row["prompt"]: row for row in rows if row["prompt"] not in labelled}
     return list(remaining.values())
-
-
-def open_for_append(out: Path) -> TextIO:
-    """Opens the output for appending, and creates its folder."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out.open("a", encoding="utf-8")
-
-
-def _drop_incomplete_line(out: Path) -> None:
-    """Truncates the incomplete last line of a run that was killed."""
-    with out.open("rb+") as file:
-        end = file.read().rfind(b"\n") + 1
-        file.seek(end, os.SEEK_SET)
-        file.truncate()
 
 
 def _line(row: Row, label: QualityLabel) -> str:
@@ -240,18 +186,3 @@ def _line(row: Row, label: QualityLabel) -> str:
     if "task" in row:
         fields["task"] = row["task"]
     return json.dumps(fields, ensure_ascii=False) + "\n"
-
-
-def _reporter() -> Callable[[LabellingProgress], None]:
-    """Returns a function that prints progress every few seconds and at the end."""
-    started_at = reported_at = time.monotonic()
-
-    def report(progress: LabellingProgress) -> None:
-        nonlocal reported_at
-        now = time.monotonic()
-        is_last = progress.done + progress.failed == progress.total
-        if now - reported_at >= _REPORT_INTERVAL_SECONDS or is_last:
-            reported_at = now
-            print(progress.line(now - started_at), file=sys.stderr)
-
-    return report

@@ -15,15 +15,14 @@ import pytest
 from stitch.errors import InvalidRequest, Unavailable
 from stitch_training.cli import main
 from stitch_training.labelling import (
-    LabellingProgress,
     label_rows,
     matches_gold,
     measure_quality,
-    open_for_append,
     read_rows,
     remaining_rows,
 )
 from stitch_training.labels import read_labels
+from stitch_training.prompt_runs import RunProgress, open_for_append
 from tests.support.fake_gateway import FakeGateway, serving
 from tests.support.labelled_prompts import write
 
@@ -108,7 +107,7 @@ async def test_progress_is_reported_after_every_prompt() -> None:
     reported: list[int] = []
     await label_rows(sums(3), ROUTES, SumRoutes(), io.StringIO(), 1, lambda progress: reported.append(progress.done))
     assert reported == [1, 2, 3]
-    assert LabellingProgress(2_000, 1_500, 3).line(100.0) == "1,500 of 2,000 labelled, 3 failed, 15.0/s"
+    assert RunProgress(2_000, 1_500, 3).line(100.0) == "1,500 of 2,000 done, 3 failed, 15.0/s"
 
 
 @pytest.mark.parametrize(("routes", "concurrency", "field"), [(("only",), 1, "routes"), (ROUTES, 0, "concurrency")])
@@ -207,7 +206,7 @@ def test_label_measures_all_routes_of_the_cluster(
     found = {str(row["prompt"]): row["routes"] for row in labels(tmp_path)}
     # The echo ends with the query's last number, on every route.
     assert found == {"2 3": {"weak": 1.0, "strong": 1.0}, "2 3 4": {"weak": 0.0, "strong": 0.0}}
-    assert "2 of 2 labelled, 0 failed" in capsys.readouterr().err
+    assert "2 of 2 done, 0 failed" in capsys.readouterr().err
 
 
 def test_label_sends_greedy_chats_of_the_given_length(gateway: FakeGateway, tmp_path: Path) -> None:
