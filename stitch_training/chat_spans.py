@@ -1,9 +1,9 @@
 """Finds the messages of a conversation in the text that a chat template renders of it.
 
 A template is a program: it may trim messages, escape them, repeat them, or leave out a part of one. So the conversation
-is rendered twice, the second time with a mark at both ends of every message, each one a character that no text has.
-Without its marks the second rendering must equal the first. A template that looks at how a message begins or ends
-renders something else, and there the messages are searched in their order.
+is rendered again with a mark at both ends of every message, each one a character that no text has. Without its marks
+that rendering must equal the first. It differs where a template trims messages, so they are marked within the spaces
+around them then; and where a template looks at how a message begins or ends, they are searched in their order.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ class ContentSpan(NamedTuple):
 
 
 def content_spans(render: Callable[[Sequence[str]], str], contents: Sequence[str]) -> tuple[str, list[ContentSpan]]:
-    """Returns the rendering of a conversation and where its messages are in it, without the spaces around them.
+    """Returns the rendering of a conversation and where its messages are in it.
 
     `render` renders the conversation with the given contents in place of its own. A message may be there several times,
     and not at all where the template leaves it out. Raises ValueError where a message can't be found.
     """
     text = render(contents)
     first = _unused_marks(contents, text)
-    if first is not None:
-        marked = render([_marked(content, first + 2 * index) for index, content in enumerate(contents)])
+    if first is None:
+        return text, list(_searched(text, contents))
+    for cores in (contents, [content.strip() for content in contents]):
+        pairs = zip(contents, cores, strict=True)
+        marked = render([_marked(*pair, first + 2 * index) for index, pair in enumerate(pairs)])
         plain = "".join(character for character in marked if not _is_mark(character, first, contents))
         if plain == text:
-            return text, sorted(_between_marks(marked, text, contents, first), key=lambda span: span.start)
+            return text, sorted(_between_marks(marked, text, cores, first), key=lambda span: span.start)
     return text, list(_searched(text, contents))
 
 
@@ -50,21 +53,20 @@ def _is_mark(character: str, first: int, contents: Sequence[str]) -> bool:
     return first <= ord(character) < first + 2 * len(contents)
 
 
-def _marked(content: str, mark: int) -> str:
-    """Puts marks around the content, within the spaces around it, which templates may trim."""
-    core = content.strip()
+def _marked(content: str, core: str, mark: int) -> str:
+    """Puts marks around the core of the content."""
     if not core:
         return content
     start = content.index(core)
     return content[:start] + chr(mark) + core + chr(mark + 1) + content[start + len(core) :]
 
 
-def _between_marks(marked: str, text: str, contents: Sequence[str], first: int) -> Iterator[ContentSpan]:
+def _between_marks(marked: str, text: str, cores: Sequence[str], first: int) -> Iterator[ContentSpan]:
     """Yields the spans between marks; where one of two is missing, that of the part of the message beside the other."""
     opened: dict[int, int] = {}
     position = 0
     for character in marked:
-        if not _is_mark(character, first, contents):
+        if not _is_mark(character, first, cores):
             position += 1
             continue
         message, is_end = divmod(ord(character) - first, 2)
@@ -73,10 +75,10 @@ def _between_marks(marked: str, text: str, contents: Sequence[str], first: int) 
             continue
         start = opened.pop(message, None)
         if start is None:
-            start = position - _common_length(contents[message].strip()[::-1], text[:position][::-1])
+            start = position - _common_length(cores[message][::-1], text[:position][::-1])
         yield ContentSpan(message, start, position)
     for message, start in opened.items():
-        yield ContentSpan(message, start, start + _common_length(contents[message].strip(), text[start:]))
+        yield ContentSpan(message, start, start + _common_length(cores[message], text[start:]))
 
 
 def _common_length(one: str, other: str) -> int:
