@@ -198,6 +198,8 @@ class GatewayConfig(Settings):
     default_deadline_seconds: float = Field(default=600.0, gt=0, strict=False)
     # A request that would wait longer for shards is refused, whatever its deadline.
     max_queue_seconds: float = Field(default=300.0, gt=0, strict=False)
+    # While requests wait for shards, the router's thresholds rise, so that more of them take cheaper routes.
+    cheaper_under_load: bool = True
     limits: GatewayLimits = GatewayLimits()
 
 

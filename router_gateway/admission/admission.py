@@ -277,6 +277,15 @@ class Admission:
             wait = waiting + self._promises.seconds_due(tenant.name, now + wait) / running.shared_slots(tenant)
         return wait
 
+    def expected_wait(self, ticket: Ticket) -> tuple[float, float]:
+        """See `Ticket.expected_wait`; the second is 0 where cheaper routes are no way out."""
+        seconds = self.wait_seconds(ticket)
+        if not seconds or not self._config.cheaper_under_load:
+            return seconds, 0.0
+        left = ticket.deadline - self.clock() - self._forecast.seconds(ticket.size, self._running_beside())
+        most = min(left, self._config.max_queue_seconds)
+        return seconds, min(1.0, seconds / most) if most > 0 else 1.0
+
     def _slot_seconds(self, ticket: Ticket) -> float:
         """Until one of the running requests ends."""
         seconds = self._forecast.mean_seconds or ticket.service_seconds
@@ -394,9 +403,9 @@ class Ticket:
         """More is known of what it takes."""
         self.size, self.service_seconds = size, self._admission.service_seconds(size)
 
-    def wait_seconds(self) -> float:
-        """How long it would wait for shards from now on."""
-        return self._admission.wait_seconds(self)
+    def expected_wait(self) -> tuple[float, float]:
+        """How many seconds it would wait for shards from now on, and what of the time for which it may: 0 to 1."""
+        return self._admission.expected_wait(self)
 
     async def start(self, route: str, prompt_tokens: int, max_tokens: int, is_exact: bool) -> None:
         """Returns once the request may run on shards. Raises Exhausted or Expired.

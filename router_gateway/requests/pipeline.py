@@ -27,7 +27,7 @@ from router_gateway.requests.request_trace import RequestTrace
 from router_gateway.requests.stream import StreamInput, TokenStream
 from router_gateway.requests.types import Prompt, Request, Tools
 from router_gateway.routing.router import RouteDecision
-from router_gateway.routing.selector import Selector
+from router_gateway.routing.selector import Selector, Wait
 from router_gateway.routing.ttft_predictor import TrackedRequest, TtftPredictor
 from router_gateway.shards.placement import Chain
 from router_gateway.shards.placement import Prompt as PlacedPrompt
@@ -128,8 +128,7 @@ class Pipeline:
             recorder.record_request(request)
             with self._admission.admit(credentials, _demand(request, deadline)) as ticket:
                 request = within_tenant(request, ticket.tenant)
-                waits = partial(_seconds_to_start, recorder, ticket)
-                prepared = await self._preparer.prepare(request, waits)
+                prepared = await self._preparer.prepare(request, partial(_wait, recorder, ticket))
                 recorder.record_prompt(prepared.prompt_tokens, request.routing.objectives.max_ttft_seconds)
                 recorder.record_wait(await self._start_on_shards(prepared, ticket))
                 with self._predictor.track(prepared.prompt_tokens) as tracked, ticket.refusals():
@@ -260,6 +259,7 @@ def _digest(request: Request) -> bytes:
     return hashlib.blake2b(asked.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-def _seconds_to_start(recorder: Recorder, ticket: Ticket) -> float:
-    """From a request's arrival until shards have room for it."""
-    return recorder.elapsed_seconds() + ticket.wait_seconds()
+def _wait(recorder: Recorder, ticket: Ticket) -> Wait:
+    """Until shards have room for a request."""
+    seconds, pressure = ticket.expected_wait()
+    return Wait(recorder.elapsed_seconds() + seconds, pressure)

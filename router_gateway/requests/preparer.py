@@ -16,7 +16,7 @@ from router_gateway.requests.answer_format import answer_grammar, tool_syntax
 from router_gateway.requests.stream import StreamInput
 from router_gateway.requests.types import Prompt, Request, TokenIds, Tools, user_turns
 from router_gateway.routing.router import RouteDecision
-from router_gateway.routing.selector import Selector
+from router_gateway.routing.selector import NO_WAIT, Selector, Wait
 from router_gateway.shards.models import ModelRegistry
 from router_gateway.tokenization.chat_template import TemplateRefusal, Turn
 from router_gateway.tokenization.control_tokens import ControlTokenInText
@@ -82,10 +82,10 @@ class RequestPreparer:
         self._selector = selector
         self._queues = queues
 
-    async def prepare(self, request: Request, waited_seconds: Callable[[], float] = lambda: 0.0) -> Prepared:
+    async def prepare(self, request: Request, wait: Callable[[], Wait] = lambda: NO_WAIT) -> Prepared:
         """Raises InvalidRequest, ObjectivesUnmet, Exhausted, or Unavailable before the first shard has answered.
 
-        `waited_seconds` returns the time since the request's arrival.
+        `wait` returns how long the request will have waited for shards.
         """
         if request.routing.route is not None:
             self._cluster.route(request.routing.route)
@@ -101,7 +101,7 @@ class RequestPreparer:
         sampling = complete_sampling(sampling, len(ids), self._models.context_tokens, vocabulary.end_tokens)
         grammar = await self._grammar(replace(request, sampling=sampling), vocabulary)
         turns = await self._turns(request.prompt, vocabulary)
-        decision = self._selector.select(request.routing, turns, len(ids), waited_seconds())
+        decision = self._selector.select(request.routing, turns, len(ids), wait())
         if request.prompt_logprobs:
             limits.check_prompt_logprobs(sampling, isinstance(decision, RouteDecision))
         return Prepared(

@@ -107,7 +107,7 @@ class HeuristicRouter:
     def decide(self, query: Query) -> RouteDecision:
         found = features(query.turns)
         score = logistic(BIAS + sum(feature.contribution for feature in found))
-        route, compared = self._ladder.pick(score, query.routes)
+        route, compared = self._ladder.pick(score, query.routes, query.pressure)
         return RouteDecision(route, score, f"{_describe(found)}: {compared}", _kind(found))
 
 

@@ -20,7 +20,9 @@ from stitch.v1 import inference_pb2
 _log = logging.getLogger(__name__)
 
 # Why a query takes its route; also a metric's label.
-ReasonKind = Literal["requested", "length", "content", "gain", "probe", "fallback", "objective", "conversation"]
+ReasonKind = Literal["requested", "length", "content", "gain", "probe", "fallback", "objective", "conversation", "load"]
+# Of a request that is about to be refused; thresholds are ten times as high then.
+MAX_PRESSURE = 0.9
 REASON_KINDS: tuple[ReasonKind, ...] = get_args(ReasonKind)
 
 
@@ -32,6 +34,8 @@ class Query:
     turns: tuple[str, ...]
     # Cheapest first, at least one.
     routes: tuple[str, ...]
+    # How much of the time for which a request may wait for shards it will wait: 0 to MAX_PRESSURE.
+    pressure: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +117,21 @@ class Ladder:
         """None: thresholds that give every route an equal share of the range of scores."""
         self._thresholds = thresholds
 
-    def pick(self, score: float, routes: Sequence[str]) -> tuple[str, str]:
+    def pick(self, score: float, routes: Sequence[str], pressure: float = 0.0) -> tuple[str, str]:
         """The route for a score, and the comparison that decided, in words."""
-        thresholds = self._thresholds or equal_steps(len(routes))
+        thresholds = raised(self._thresholds or equal_steps(len(routes)), pressure)
         index = bisect_right(thresholds, score)
         if index == 0:
             compared = f"below {thresholds[0]:.2f}" if thresholds else "the only route"
         else:
             compared = f"at least {thresholds[index - 1]:.2f}"
         return routes[index], f"{score:.2f}, {compared}"
+
+
+def raised(thresholds: Sequence[float], pressure: float) -> Sequence[float]:
+    """The thresholds while requests wait: higher, so that more texts take a cheaper route."""
+    rest = 1.0 - min(pressure, MAX_PRESSURE)
+    return [one / rest if one > 0 else one * rest for one in thresholds]
 
 
 def equal_steps(routes: int) -> list[float]:

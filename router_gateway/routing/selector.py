@@ -40,6 +40,19 @@ class RoutingOptions:
 NO_OPTIONS = RoutingOptions()
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """How long a request waits until shards compute it."""
+
+    # From its arrival on.
+    seconds: float = 0.0
+    # What of the time for which it may wait for shards it will wait: 0 to 1.
+    pressure: float = 0.0
+
+
+NO_WAIT = Wait()
+
+
 def conversation_routes(clock: Callable[[], float]) -> TTLCache[str, str]:
     """An empty map from conversation ids to routes; an entry expires, and the least recently used one makes room."""
     return TTLCache(MAX_CONVERSATIONS, CONVERSATION_SECONDS, timer=clock)
@@ -63,15 +76,17 @@ class Selector:
         self._monitor = monitor
 
     def select(
-        self, options: RoutingOptions, turns: Sequence[str], prompt_tokens: int, waited_seconds: float = 0.0
+        self, options: RoutingOptions, turns: Sequence[str], prompt_tokens: int, wait: Wait = NO_WAIT
     ) -> RouteDecision | DeferredDecision:
-        """The route for a user's turns, oldest first, of a request that arrived `waited_seconds` ago.
+        """The route for a user's turns, oldest first.
 
         Raises ObjectivesUnmet, or InvalidRequest for an objective that the router has no prediction for.
         """
         query = Query(tuple(turns), tuple(self._models.routes()))
         routed = self._router.decide(query)
-        if options.threshold is not None:
+        if options.threshold is None:
+            routed = self._under_load(routed, query, wait)
+        else:
             routed = _by_threshold(routed, options.threshold, query.routes)
         preferred = self._preferred(options, routed)
         objectives = _applicable(options.objectives, routed)
@@ -79,7 +94,7 @@ class Selector:
             return preferred
         allowed = query.routes if options.route is None else (options.route,)
         qualities = routed.qualities if isinstance(routed, RouteDecision) else None
-        forecasts = self._forecasts(qualities, query.routes, prompt_tokens, waited_seconds)
+        forecasts = self._forecasts(qualities, query.routes, prompt_tokens, wait.seconds)
         possible = [forecast for forecast in forecasts if forecast.route in allowed]
         if isinstance(preferred, DeferredDecision):
             return restrict(objectives, possible)
@@ -89,7 +104,7 @@ class Selector:
         """The request is answered on the route of the decision: keeps it for its conversation, and counts it.
 
         A conversation stays on its route unless the request names another one; a fallback, or a route that an
-        objective enforced, is none to stay on.
+        objective or the load enforced, is none to stay on.
         """
         self._monitor.observe(decision, self._models.routes())
         name = options.conversation_id
@@ -98,8 +113,20 @@ class Selector:
         kept = self._conversations.get(name)
         if options.route is None and kept is not None:
             self._conversations[name] = kept
-        elif decision.kind not in ("fallback", "objective"):
+        elif decision.kind not in ("fallback", "objective", "load"):
             self._conversations[name] = decision.route
+
+    def _under_load(
+        self, routed: RouteDecision | DeferredDecision, query: Query, wait: Wait
+    ) -> RouteDecision | DeferredDecision:
+        """The router's decision with thresholds that rise while requests wait; a probe's don't, nor does a fallback."""
+        if not wait.pressure or isinstance(routed, DeferredDecision) or routed.kind == "fallback":
+            return routed
+        decided = self._router.decide(replace(query, pressure=wait.pressure))
+        if isinstance(decided, DeferredDecision) or decided.route == routed.route:
+            return routed
+        why = f"since requests wait for shards; otherwise it would be {routed.route} ({routed.reason})"
+        return replace(decided, reason=f"{decided.reason}, {why}", kind="load")
 
     def _preferred(
         self, options: RoutingOptions, routed: RouteDecision | DeferredDecision

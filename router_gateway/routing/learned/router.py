@@ -8,7 +8,7 @@ import numpy as np
 
 from router_gateway.routing.learned.artifact import RouterArtifact, load_router
 from router_gateway.routing.learned.model import gains_of
-from router_gateway.routing.router import Query, RouteDecision
+from router_gateway.routing.router import Query, RouteDecision, raised
 from stitch.errors import InvalidRequest
 from stitch.thresholds import (
     FixedThresholds,
@@ -44,7 +44,7 @@ class LearnedRouter:
             raise InvalidRequest("routes", query.routes, f"the router was trained for {', '.join(self.routes)}")
         qualities = self._artifact.model.qualities("\n".join(query.turns))
         gains = gains_of(qualities)
-        thresholds = self._thresholds.current()
+        thresholds = raised(self._thresholds.current(), query.pressure)
         rung = int(choose_routes(gains[None, :], np.array(thresholds))[0])
         why, worth = decision_reason("gain", gains.tolist(), thresholds, rung), tuple(qualities.tolist())
         share = gain_score(float(gains[-1]), self.calibration, self._artifact.gain_percentiles)

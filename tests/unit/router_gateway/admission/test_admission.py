@@ -78,6 +78,23 @@ def test_requests_above_the_tenants_max_running_wait() -> None:
     simulate(story)
 
 
+@pytest.mark.parametrize("cheaper", [True, False])
+def test_pressure_is_the_share_of_the_time_for_which_a_request_may_wait(cheaper: bool) -> None:
+    async def story() -> None:
+        simulation = Simulation(Tenant(name="default", max_running=1), cheaper_under_load=cheaper)
+        first = await started(ticket_of(simulation))
+        for deadline in (100.0, 20.0):
+            ticket = ticket_of(simulation, deadline)
+            wait, pressure = ticket.expected_wait()
+            assert wait == pytest.approx(ticket.service_seconds)
+            assert pressure == pytest.approx(wait / (deadline - wait) if cheaper else 0.0)
+        simulation.admission.end(first)
+        assert ticket_of(simulation, 20.0).expected_wait() == (0.0, 0.0)
+        await simulation.close()
+
+    simulate(story)
+
+
 def test_requests_above_the_tenants_max_waiting_are_refused() -> None:
     async def story() -> None:
         simulation = Simulation(Tenant(name="default", max_running=1, max_waiting=1))

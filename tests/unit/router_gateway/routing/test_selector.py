@@ -10,12 +10,21 @@ import pytest
 from router_gateway.metrics import Metrics
 from router_gateway.routing.drift import DriftMonitor
 from router_gateway.routing.objectives import Objectives
-from router_gateway.routing.router import REASON_KINDS, DeferredDecision, Query, RouteDecision
+from router_gateway.routing.router import (
+    REASON_KINDS,
+    DeferredDecision,
+    Ladder,
+    Query,
+    ReasonKind,
+    RouteDecision,
+    Router,
+)
 from router_gateway.routing.selector import (
     CONVERSATION_SECONDS,
     MAX_CONVERSATIONS,
     RoutingOptions,
     Selector,
+    Wait,
     conversation_routes,
 )
 from router_gateway.routing.ttft_predictor import MIN_SAMPLES, TtftPredictor
@@ -50,10 +59,12 @@ class SelectorSetup:
         self.now = 0.0
         self.router = Scripted()
         self.predictor = TtftPredictor(["weak", "strong"], lambda: 1, lambda: self.now)
-        models = cast(ModelRegistry, Pair())
         self.metrics = Metrics(["weak", "strong"], REASON_KINDS)
-        monitor = DriftMonitor(self.metrics, None)
-        self.selector = Selector(self.router, models, self.predictor, conversation_routes(lambda: self.now), monitor)
+        self.selector = self.selector_of(self.router)
+
+    def selector_of(self, router: Router) -> Selector:
+        models, monitor = cast(ModelRegistry, Pair()), DriftMonitor(self.metrics, None)
+        return Selector(router, models, self.predictor, conversation_routes(lambda: self.now), monitor)
 
     def learn(self, route: str, seconds_a_token: float) -> None:
         for index in range(2 * MIN_SAMPLES):
@@ -62,10 +73,10 @@ class SelectorSetup:
             run.prompt_computed()
             run.text_sent()
 
-    def ask(self, waited: float = 0.0, **fields: Any) -> RouteDecision:
+    def ask(self, waited: float = 0.0, pressure: float = 0.0, **fields: Any) -> RouteDecision:
         """The decision for a request that is answered."""
         options = RoutingOptions(**fields)
-        decision = self.selector.select(options, ("text",), 100, waited)
+        decision = self.selector.select(options, ("text",), 100, Wait(waited, pressure))
         if isinstance(decision, DeferredDecision):
             decision = decision.finalize(self.router.decision)
         self.selector.record(options, decision)
@@ -85,6 +96,49 @@ def setup() -> SelectorSetup:
     setup.learn("weak", 0.01)
     setup.learn("strong", 0.02)
     return setup
+
+
+class ByScore:
+    """A router of one score."""
+
+    kind: ReasonKind = "content"
+
+    def decide(self, query: Query) -> RouteDecision:
+        route, compared = Ladder((0.4,)).pick(0.6, query.routes, query.pressure)
+        return RouteDecision(route, 0.6, compared, self.kind, qualities=(0.5, 0.6))
+
+
+class TestUnderLoad:
+    @pytest.fixture
+    def setup(self, setup: SelectorSetup) -> SelectorSetup:
+        setup.selector = setup.selector_of(ByScore())
+        return setup
+
+    @pytest.mark.parametrize(("pressure", "route"), [(0.0, "strong"), (0.3, "strong"), (0.34, "weak"), (1.0, "weak")])
+    def test_thresholds_rise_with_the_pressure(self, setup: SelectorSetup, pressure: float, route: str) -> None:
+        assert setup.ask(pressure=pressure).route == route
+
+    def test_reply_says_so_with_the_router_s_score(self, setup: SelectorSetup) -> None:
+        decision = setup.ask(pressure=0.5)
+        assert (decision.kind, decision.score, decision.qualities) == ("load", 0.6, (0.5, 0.6))
+        assert decision.reason == (
+            "0.60, below 0.80, since requests wait for shards; otherwise it would be strong (0.60, at least 0.40)"
+        )
+
+    def test_what_the_request_names_holds(self, setup: SelectorSetup) -> None:
+        assert setup.ask(pressure=1.0, route="strong").route == "strong"
+        assert setup.ask(pressure=1.0, threshold=0.5).route == "strong"
+        # The cheapest route of that quality, whatever the load.
+        assert setup.ask(pressure=1.0, objectives=Objectives(min_quality=0.55)).route == "strong"
+
+    def test_conversation_keeps_its_route_and_is_not_kept_on_the_cheaper_one(self, setup: SelectorSetup) -> None:
+        assert setup.ask(pressure=1.0, conversation_id="new").route == "weak"
+        assert setup.ask(conversation_id="new").route == "strong"
+        assert setup.ask(pressure=1.0, conversation_id="new").route == "strong"
+
+    def test_fallback_stays(self, setup: SelectorSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ByScore, "kind", "fallback")
+        assert setup.ask(pressure=1.0).route == "strong"
 
 
 class TestThreshold:

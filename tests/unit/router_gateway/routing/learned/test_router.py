@@ -34,6 +34,17 @@ def test_score_is_the_share_of_training_texts_with_smaller_gain(
     assert LearnedRouter(artifact).decide(Query((text,), ROUTES)).score == pytest.approx(score, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("threshold", "pressure", "route"),
+    [(0.3, 0.0, "strong"), (0.3, 0.5, "weak"), (-0.2, 0.0, "strong"), (-0.2, 0.9, "strong")],
+)
+def test_thresholds_rise_with_the_pressure(
+    artifact: RouterArtifact, threshold: float, pressure: float, route: str
+) -> None:
+    router = LearnedRouter(artifact, FixedThresholds((threshold,)))
+    assert router.decide(Query(("prove",), ROUTES, pressure)).route == route
+
+
 def test_follow_up_is_decided_with_earlier_turns(artifact: RouterArtifact) -> None:
     router = LearnedRouter(artifact)
     assert router.decide(Query(("commit it",), ROUTES)).route == "weak"
