@@ -29,7 +29,7 @@ WIDTH = 48
 CHAINS = {"weak": ("top-0", "top-1"), "strong": ("top-1",)}
 ROUTES = tuple(CHAINS)
 # What others send meanwhile, in equal shares to the gateway, the first shard, and the middle one with the last one.
-MESSAGES = 2_000
+MESSAGES = 600
 ALL_MESSAGES = 100_000
 # Senders to each of gateway and first shard; each waits for its answers, at most this long.
 SENDERS = 4

@@ -17,7 +17,7 @@ from tests.support.tiny_cluster import BOTTOM, TOP, write_tiny_cluster
 from tests.support.waiting import becomes_true
 
 STREAMS = 16
-ANSWER_TOKENS = 200
+ANSWER_TOKENS = 100
 START_SECONDS = 60.0
 # The limit of `--drain-seconds`; a shard whose sessions finish exits much earlier.
 DRAIN_SECONDS = 30.0

@@ -20,7 +20,7 @@ from tests.support.waiting import becomes_true
 
 STREAMS = 16
 # Of an answer that outlasts a change of the source, and of others.
-LONG, SHORT = 300, 60
+LONG, SHORT = 200, 60
 PATIENCE_SECONDS = 30.0
 START_SECONDS = 120.0
 ENTRY, HOST, FOUND = "more", "more.test", "more-127-0-0-2"

@@ -27,10 +27,10 @@ from tests.unit.router_gateway.conftest import Reach, Reached
 pytestmark = pytest.mark.slow
 
 ROUTES = ("weak", "strong")
-JUDGED = 2_000
 AT_ONCE = 16
-MADE_UP = 10_000
 PUBLIC = os.environ.get("STITCH_ROUTING_DATA")
+MADE_UP = 5_000
+JUDGED = 2_000 if PUBLIC else 1_000
 TASKS_PAIR = {"weak": "qwen2.5-7b-instruct", "strong": "llama-3.1-nemotron-51b-instruct"}
 
 
