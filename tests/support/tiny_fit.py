@@ -21,11 +21,16 @@ def load_frozen(folder: Path, layers: int) -> FrozenModel:
     return FrozenModel.load(folder, layers, torch.device("cpu"), torch.float32)
 
 
-def tiny_pair(folder: Path) -> Pair:
-    """Loads a bottom of width 48 and a top of width 32, and writes them first where they are missing."""
+def write_pair(folder: Path) -> None:
+    """Writes a bottom of width 48 and a top of width 32 where they are missing."""
     if not (folder / "bottom").exists():
         write_tiny_model(folder / "bottom", "qwen2", layers=BOTTOM_LAYERS, hidden_size=48, heads=6)
         write_tiny_model(folder / "top", "llama", layers=TOP_LAYERS, seed=1, padding_rows=8)
+
+
+def tiny_pair(folder: Path) -> Pair:
+    """Loads the folder's pair, and writes it first where it is missing."""
+    write_pair(folder)
     bottom, top = load_frozen(folder / "bottom", BOTTOM_LAYERS), load_frozen(folder / "top", TOP_LAYERS)
     return Pair(bottom, top, TOKENS)
 
@@ -58,7 +63,7 @@ def write_chats(path: Path, count: int = 120, seed: int = 0) -> Path:
 
 def write_cluster(folder: Path) -> Path:
     """Writes a cluster file over the folder's tiny pair, with one stitched route, `weak`."""
-    tiny_pair(folder)
+    write_pair(folder)
     models = "".join(f'[models.{part}]\nid = "tiny/{part}"\nsource = "{folder / part}"\n' for part in ("bottom", "top"))
     shards = "".join(
         f'[[shards]]\nname = "{role}-0"\nrole = "{role}"\nlayers = [0, {layers}]\naddress = "127.0.0.1:0"\n'

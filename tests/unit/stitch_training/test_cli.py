@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from stitch.errors import Incompatible, InvalidRequest, StitchError, Unavailable
 from stitch_server.model.stitch import Stitch
 from stitch_training import cli
 from stitch_training.cli import build_parser, main, parse_costs, parse_cuts
-from tests.support.tiny_fit import BOTTOM_LAYERS, write_chats, write_cluster, write_texts
+from tests.support.tiny_fit import BOTTOM_LAYERS, write_chats, write_cluster, write_pair, write_texts
 
 
 def call(*arguments: object) -> None:
@@ -29,7 +30,8 @@ def call(*arguments: object) -> None:
 class Workbench:
     """A folder with a tiny cluster and two files of text."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pair: Path) -> None:
+        shutil.copytree(pair, folder, dirs_exist_ok=True)
         self.folder, self.cluster = folder, write_cluster(folder)
         self.data = [write_texts(folder / name, seed=seed) for seed, name in enumerate(("a.jsonl", "b.jsonl"))]
 
@@ -55,9 +57,16 @@ def content_loss(found: dict[str, Any]) -> float:
     return float(found["content"]["mean"])
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models of every workbench, written once."""
+    write_pair(folder := tmp_path_factory.mktemp("pair"))
+    return folder
+
+
 @pytest.fixture
-def workbench(tmp_path: Path) -> Workbench:
-    return Workbench(tmp_path)
+def workbench(tmp_path: Path, pair: Path) -> Workbench:
+    return Workbench(tmp_path, pair)
 
 
 def test_fit_writes_stitch_report_and_plot(workbench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
