@@ -21,10 +21,11 @@ from stitch_training.answer_quality import AnswerQuality, AnswerSettings
 from stitch_training.cost_ladder import BOTTOM, TOP, Kind, Ladder, Rung, adapted_name, parameters_of, whole_parameters
 from stitch_training.data import Corpus, DataSettings
 from stitch_training.fit import check_cut, cut_of
+from stitch_training.intervals import Sample
 from stitch_training.least_squares import CutPoint, is_identity
 from stitch_training.models import LoadedPair, load_pair
 from stitch_training.report import write_json
-from stitch_training.scoring import Pipeline, Slices, Stage, greedy_tokens, map_of, pipeline_losses, stitched, whole
+from stitch_training.scoring import Pipeline, Slices, Stage, TextScores, map_of, stitched, text_scores, whole
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,12 @@ class System:
 
 @dataclass(frozen=True, eq=False)
 class HeldOutTokens:
-    """The held-out sequences `[sequences, tokens]`, their slices, and the bottom model's greedy next tokens."""
+    """The held-out sequences `[sequences, tokens]`, their slices, and the bottom model's scores."""
 
     tokens: Tensor
     slices: Slices
-    reference: Tensor
+    bottom: Pipeline
+    bottom_scores: TextScores
 
     @classmethod
     def read(cls, settings: EvaluationSettings, loaded: LoadedPair) -> HeldOutTokens:
@@ -70,7 +72,14 @@ class HeldOutTokens:
         roles = torch.tensor([sequence.roles for sequence in held_out])
         files = torch.tensor([sequence.file for sequence in held_out])
         slices = Slices.of(roles, files, [path.name for path in data.files])
-        return cls(tokens, slices, greedy_tokens(whole(loaded.pair.bottom), tokens))
+        bottom = whole(loaded.pair.bottom)
+        return cls(tokens, slices, bottom, text_scores(bottom, tokens))
+
+    def losses_and_agreement(self, pipeline: Pipeline) -> tuple[dict[str, Sample], dict[str, Sample]]:
+        """Returns by slice the losses, and the shares of next tokens at which the likeliest is the bottom's."""
+        scores = self.bottom_scores if pipeline == self.bottom else text_scores(pipeline, self.tokens)
+        is_same = scores.likeliest == self.bottom_scores.likeliest
+        return self.slices.samples(scores.losses), self.slices.samples(is_same)
 
 
 def evaluate(settings: EvaluationSettings, progress: Progress) -> Ladder:
@@ -137,8 +146,7 @@ def control_system(loaded: LoadedPair, path: Path) -> System:
 
 def _measure(system: System, text: HeldOutTokens, answers: AnswerQuality, progress: Progress) -> Rung:
     pipeline = system.pipeline
-    losses = text.slices.samples(pipeline_losses(pipeline, text.tokens))
-    agreement = text.slices.samples((greedy_tokens(pipeline, text.tokens) == text.reference)[:, :-1])
+    losses, agreement = text.losses_and_agreement(pipeline)
     figures = answers.measure(pipeline, partial(progress, f"answers of {system.name}"))
     return Rung(system.name, system.parameters, losses, agreement, figures, system.kind)
 

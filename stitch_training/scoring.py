@@ -1,4 +1,4 @@
-"""Cross-entropy, divergence and greedy tokens on held-out text, of whole models and of stitched ones.
+"""Cross-entropy, divergence and the likeliest tokens on held-out text, of whole models and of stitched ones.
 
 A `Pipeline` computes from token ids. `tail_scores` and `whole_losses` compute from a held-out trace, so that the bottom
 model's layers don't run again. All give a value for every next token, `[sequences, tokens - 1]`; `Slices` says which of
@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -51,7 +52,7 @@ def packed_mapping_of(stitch: AffineMap) -> PackedMapping:
     first = None if stitch.first is None else stitch.first.float()
 
     def mapping(states: Tensor, starts: Sequence[int]) -> Tensor:
-        mapped = torch.nn.functional.linear(states.float(), weight, bias)
+        mapped = F.linear(states.float(), weight, bias)
         if first is not None:
             mapped[list(starts)] = first
         return mapped
@@ -107,22 +108,26 @@ def stitched(pair: Pair, cut: CutPoint, stitch: AffineMap, adapters: Adapters | 
     return Pipeline(stages, packed_mapping_of(stitch))
 
 
-def pipeline_losses(pipeline: Pipeline, tokens: Tensor) -> Tensor:
-    """Returns the cross-entropy of every next token of `tokens` `[sequences, tokens]`, in nats."""
-    with torch.no_grad():
-        parts = [
-            next_token_losses(pipeline.head, pipeline.states(batch), batch)
-            for batch in torch.split(tokens, BATCH_SEQUENCES)
-        ]
-    return torch.cat(parts)
+@dataclass(frozen=True, eq=False)
+class TextScores:
+    """Of every next token: its cross-entropy in nats, and the token that was the likeliest there."""
+
+    losses: Tensor
+    likeliest: Tensor
 
 
-def greedy_tokens(pipeline: Pipeline, tokens: Tensor) -> Tensor:
-    """Returns the likeliest next token after every token, `[sequences, tokens]`."""
+def text_scores(pipeline: Pipeline, tokens: Tensor) -> TextScores:
+    """Scores `tokens` `[sequences, tokens]`."""
+    losses, likeliest = [], []
     with torch.no_grad():
-        states = torch.cat([pipeline.states(batch) for batch in torch.split(tokens, BATCH_SEQUENCES)]).flatten(0, 1)
-        greedy = [pipeline.head.logits(some).argmax(1) for some in torch.split(states, LOGIT_TOKENS)]
-    return torch.cat(greedy).view(tokens.shape)
+        for batch in torch.split(tokens, BATCH_SEQUENCES):
+            states, following = pipeline.states(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+            for some, ids in zip(torch.split(states, LOGIT_TOKENS), torch.split(following, LOGIT_TOKENS), strict=True):
+                logits = pipeline.head.logits(some)
+                losses.append(F.cross_entropy(logits, ids, reduction="none"))
+                likeliest.append(logits.argmax(1))
+    shape = (len(tokens), -1)
+    return TextScores(torch.cat(losses).view(shape), torch.cat(likeliest).view(shape))
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,7 @@ def _bottom_losses(pair: Pair, held_out: PassResult) -> Tensor:
 
 
 def _losses_from_tokens(model: FrozenModel, held_out: PassResult) -> Tensor:
-    return pipeline_losses(whole(model), held_out.trace.tokens(torch.arange(held_out.sequences)))
+    return text_scores(whole(model), held_out.trace.tokens(torch.arange(held_out.sequences))).losses
 
 
 def counted(roles: Tensor, loss_on: LossOn) -> Tensor:

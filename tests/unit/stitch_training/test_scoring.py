@@ -18,11 +18,10 @@ from stitch_training.objective import divergences
 from stitch_training.scoring import (
     Slices,
     counted,
-    greedy_tokens,
     mapping_of,
-    pipeline_losses,
     stitched,
     tail_scores,
+    text_scores,
     whole,
     whole_losses,
 )
@@ -38,13 +37,13 @@ def tokens() -> Tensor:
     return torch.tensor([sequence.token_ids for sequence in drawn_sequences(6)])
 
 
-def test_pipeline_losses_are_the_cross_entropies_of_next_tokens(pair: Pair) -> None:
+def test_losses_are_the_cross_entropies_of_next_tokens(pair: Pair) -> None:
     model, given = pair.bottom, tokens()
     with torch.no_grad():
         logits = model.logits(whole(model).states(given).flatten(0, 1)).view(6, SEQUENCE_TOKENS, -1)
     parts = [F.cross_entropy(row[:-1], ids[1:], reduction="none") for row, ids in zip(logits, given, strict=True)]
     expected = torch.stack(parts)
-    torch.testing.assert_close(pipeline_losses(whole(model), given), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(text_scores(whole(model), given).losses, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_identity_stitch_gives_the_whole_model(pair: Pair) -> None:
@@ -72,11 +71,11 @@ def test_first_tokens_are_replaced_where_the_map_sets_them(pair: Pair) -> None:
     assert torch.equal(as_set[:, 0], first.float().expand(3, -1))
 
 
-def test_greedy_tokens_are_the_likeliest(pair: Pair) -> None:
+def test_likeliest_tokens_are_those_of_the_logits(pair: Pair) -> None:
     model = pair.bottom
     with torch.no_grad():
         expected = model.logits(whole(model).states(tokens()).flatten(0, 1)).argmax(1).view(6, -1)
-    assert torch.equal(greedy_tokens(whole(model), tokens()), expected)
+    assert torch.equal(text_scores(whole(model), tokens()).likeliest, expected[:, :-1])
 
 
 def test_slices_are_of_content_its_files_and_every_role() -> None:
@@ -125,7 +124,7 @@ def test_tail_scores_match_the_stitched_pipeline(pair: Pair, tmp_path: Path) -> 
     pipeline = stitched(pair, CutPoint(2, 1), stitch)
     # The trace keeps bfloat16.
     found = tail_scores(pair, held, CutPoint(2, 1), mapping_of(stitch))
-    torch.testing.assert_close(found.losses, pipeline_losses(pipeline, tokens), rtol=0.03, atol=0.05)
+    torch.testing.assert_close(found.losses, text_scores(pipeline, tokens).losses, rtol=0.03, atol=0.05)
     with torch.no_grad():
         states = pipeline.states(tokens)
         expected = divergences(pair.top, states, held.trace.teacher(torch.arange(SEQUENCES)), pair.vocabulary)
@@ -140,8 +139,8 @@ def test_whole_losses_match_the_whole_models(pair: Pair, tmp_path: Path, cuts: t
     held = recorded(pair, tmp_path / "held-out", cuts)
     tokens = held.trace.tokens(torch.arange(SEQUENCES))
     found = whole_losses(pair, held, tmp_path / "held-out")
-    torch.testing.assert_close(found["bottom"], pipeline_losses(whole(pair.bottom), tokens), rtol=0.03, atol=0.05)
-    torch.testing.assert_close(found["top"], pipeline_losses(whole(pair.top), tokens))
+    torch.testing.assert_close(found["bottom"], text_scores(whole(pair.bottom), tokens).losses, rtol=0.03, atol=0.05)
+    torch.testing.assert_close(found["top"], text_scores(whole(pair.top), tokens).losses)
 
 
 def test_whole_losses_are_computed_once_for_the_same_tokens(
@@ -149,7 +148,7 @@ def test_whole_losses_are_computed_once_for_the_same_tokens(
 ) -> None:
     held = recorded(pair, tmp_path / "held-out", (CutPoint(2, 1),))
     first = whole_losses(pair, held, tmp_path / "held-out")
-    monkeypatch.setattr(scoring, "pipeline_losses", None)
+    monkeypatch.setattr(scoring, "text_scores", None)
     again = whole_losses(pair, held, tmp_path / "held-out")
     assert all(torch.equal(first[name], again[name]) for name in ("bottom", "top"))
     other = PassResult(held.sums, held.trace, held.sequences, "another fingerprint")
