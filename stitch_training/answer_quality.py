@@ -1,7 +1,7 @@
 """How good a pipeline's answers are, on prompts that no training was given.
 
     agreement           share of the positions of the bottom model's own greedy answers, fed as they are, at which the
-                        pipeline's likeliest token is the same
+                        pipeline's likeliest token is the bottom's
     repeated 4-grams    share of the 4-grams in the pipeline's own greedy answers that were there before
     marked              share of these answers with the mark of a training set's answers, `####`
     exact match         share of questions whose greedy answer states the gold answer
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stitch.errors import InvalidRequest
 from stitch_training.data import Document, Turn, is_held_out, read_documents, shuffle
@@ -102,6 +103,17 @@ class Generator:
         return answers
 
 
+@dataclass(frozen=True)
+class Reference:
+    """The bottom model's own answers, and the likeliest tokens along them when they are fed as they are.
+
+    In bfloat16 a near tie may fall otherwise than it did with a KV cache, so these are not always the answers' tokens.
+    """
+
+    answers: list[list[int]]
+    likeliest: list[Tensor]
+
+
 class AnswerQuality:
     """The prompts and questions that every pipeline answers, with the bottom model's own answers to the prompts."""
 
@@ -116,7 +128,7 @@ class AnswerQuality:
     ) -> None:
         self._generator, self._settings, self._bottom = generator, settings, bottom
         self._prompts, self._questions, self._functions = prompts, questions, functions
-        self._reference: list[list[int]] | None = None
+        self._reference: Reference | None = None
 
     @classmethod
     def read(cls, settings: AnswerSettings, held_out_percent: int, loaded: LoadedPair) -> AnswerQuality:
@@ -144,13 +156,15 @@ class AnswerQuality:
 
     def _of_prompts(self, pipeline: Pipeline, advance: Advance) -> dict[str, Sample]:
         generate, tokens = self._generator.generate, self._settings.prompt_tokens
+        vocabulary, is_bottom = self._generator.vocabulary, pipeline == self._bottom
         if self._reference is None:
-            self._reference = generate(self._bottom, self._prompts, tokens, advance)
-        is_bottom = pipeline == self._bottom
-        answers = self._reference if is_bottom else generate(pipeline, self._prompts, tokens, advance)
+            own = generate(self._bottom, self._prompts, tokens, advance)
+            self._reference = Reference(own, likeliest_tokens(self._bottom, self._prompts, own, vocabulary))
+        answers = self._reference.answers if is_bottom else generate(pipeline, self._prompts, tokens, advance)
+        found = likeliest_tokens(pipeline, self._prompts, self._reference.answers, vocabulary)
         texts = map(self._generator.encoder.decode, answers)
         return {
-            "agreement": agreement(pipeline, self._prompts, self._reference, self._generator.vocabulary),
+            "agreement": agreement(found, self._reference.likeliest),
             "repeated 4-grams": repeated_grams(answers),
             "marked": Sample.of(torch.tensor([float(GOLD_MARK in text) for text in texts])),
         }
@@ -170,17 +184,22 @@ class AnswerQuality:
         return Sample.of(torch.tensor([float(is_correct(text, function)) for text, function in pairs]))
 
 
-def agreement(
+def likeliest_tokens(
     pipeline: Pipeline, prompts: Sequence[list[int]], answers: Sequence[list[int]], vocabulary: int
-) -> Sample:
-    """Returns the share of answer tokens that are the pipeline's likeliest ones after the prompt and those before."""
-    sums, counts = [], []
+) -> list[Tensor]:
+    """Returns of every answer, at each of its tokens, the likeliest one after the prompt and those before."""
+    found = []
     with torch.no_grad():
         for prompt, answer in zip(prompts, answers, strict=True):
             states = pipeline.states(torch.tensor([[*prompt, *answer]]))[0, len(prompt) - 1 : -1]
-            likeliest = pipeline.head.logits(states)[:, :vocabulary].argmax(1)
-            sums.append(int((likeliest == torch.tensor(answer)).sum()))
-            counts.append(len(answer))
+            found.append(pipeline.head.logits(states)[:, :vocabulary].argmax(1))
+    return found
+
+
+def agreement(found: Sequence[Tensor], reference: Sequence[Tensor]) -> Sample:
+    """Returns the share of equal tokens, of answers as they are resampled."""
+    sums = [float((one == other).sum()) for one, other in zip(found, reference, strict=True)]
+    counts = [float(len(one)) for one in found]
     return Sample(torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64))
 
 

@@ -20,6 +20,7 @@ from stitch_training.answer_quality import (
     Question,
     agreement,
     kept_back_prompts,
+    likeliest_tokens,
     read_questions,
     repeated_grams,
 )
@@ -69,8 +70,9 @@ PROMPTS = ([5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [16])
 def test_agreement_is_that_of_greedy_tokens_after_the_same_prefix(loaded: LoadedPair) -> None:
     bottom, top, vocabulary = whole(loaded.pair.bottom), whole(loaded.pair.top), loaded.pair.vocabulary
     answers = generate_greedy(bottom, PROMPTS, vocabulary, 9, ())
-    assert agreement(bottom, PROMPTS, answers, vocabulary).sums.tolist() == [9, 9, 9]
-    found = agreement(top, PROMPTS, answers, vocabulary)
+    reference = likeliest_tokens(bottom, PROMPTS, answers, vocabulary)
+    assert [one.tolist() for one in reference] == answers
+    found = agreement(likeliest_tokens(top, PROMPTS, answers, vocabulary), reference)
     for index, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True)):
         alone = [generate_greedy(top, [[*prompt, *answer[:at]]], vocabulary, 1, ())[0][0] for at in range(9)]
         assert found.sums[index] == sum(one == other for one, other in zip(alone, answer, strict=True))
