@@ -192,14 +192,6 @@ def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     return ids, values - logits.logsumexp(-1, keepdim=True)
 
 
-def next_token_losses(model: FrozenModel, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Returns the cross-entropy `[sequences, tokens - 1]` of each next token in nats, from last-layer states."""
-    states, following = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-    pairs = zip(torch.split(states, LOGIT_TOKENS), torch.split(following, LOGIT_TOKENS), strict=True)
-    losses = [F.cross_entropy(model.logits(some), ids, reduction="none") for some, ids in pairs]
-    return torch.cat(losses).view(len(tokens), -1)
-
-
 class FolderEncoder:
     """The tokenizer and chat template of a model folder; implements `data.Encoder`."""
 

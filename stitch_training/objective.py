@@ -63,18 +63,9 @@ def _divergence(kept_logprobs: Tensor, teacher: Teacher) -> Tensor:
     return named + (target_rest * (target_rest / rest).log())[:, 0]
 
 
-def divergences(model: FrozenModel, hidden: Tensor, teacher: Teacher, vocabulary: int) -> Tensor:
-    """Returns KL(p || s) `[sequences, tokens]` in nats for last-layer states, over the first `vocabulary` tokens."""
-    states = hidden.flatten(0, 1)
-    teacher = Teacher(teacher.ids.flatten(0, 1), teacher.logprobs.flatten(0, 1))
-    found = []
-    for start in range(0, len(states), LOGIT_TOKENS):
-        chunk = slice(start, start + LOGIT_TOKENS)
-        logits = model.logits(states[chunk])[:, :vocabulary]
-        some = Teacher(teacher.ids[chunk], teacher.logprobs[chunk])
-        kept_logprobs = logits.gather(1, some.ids) - logits.logsumexp(-1, keepdim=True)
-        found.append(_divergence(kept_logprobs, some))
-    return torch.cat(found).view(hidden.shape[:2])
+def divergence(logits: Tensor, teacher: Teacher) -> Tensor:
+    """Returns KL(p || s) `[tokens]` in nats of float32 logits `[tokens, vocabulary]`."""
+    return _divergence(logits.gather(1, teacher.ids) - logits.logsumexp(-1, keepdim=True), teacher)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from stitch_training.activations import PassResult
 from stitch_training.data import CONTENT, CONTENT_SLICE, COUNTED_ROLES, LossOn, Role
 from stitch_training.intervals import Sample
 from stitch_training.least_squares import AffineMap, CutPoint
-from stitch_training.models import LOGIT_TOKENS, FrozenModel, Pair, next_token_losses
-from stitch_training.objective import divergences
+from stitch_training.models import LOGIT_TOKENS, FrozenModel, Pair
+from stitch_training.objective import divergence
+from stitch_training.trace import Teacher
 
 # The bottom's states `[sequences, tokens, inputs]` to the top's, `[sequences, tokens, outputs]`.
 Mapping = Callable[[Tensor], Tensor]
@@ -150,10 +151,15 @@ def tail_scores(
     losses, diverging = [], []
     with torch.no_grad():
         for rows in torch.split(torch.arange(held_out.sequences), BATCH_SEQUENCES):
-            hidden = top.run(mapping(trace.hidden(k, rows)), j, top.depth, adapters)
-            losses.append(next_token_losses(top, hidden, trace.tokens(rows)))
-            diverging.append(divergences(top, hidden, trace.teacher(rows), pair.vocabulary)[:, :-1])
-    return TailScores(torch.cat(losses), torch.cat(diverging))
+            states = top.run(mapping(trace.hidden(k, rows)), j, top.depth, adapters)[:, :-1].flatten(0, 1)
+            teacher, following = trace.teacher(rows), trace.tokens(rows)[:, 1:].flatten()
+            ids, logprobs = (kept[:, :-1].flatten(0, 1) for kept in (teacher.ids, teacher.logprobs))
+            for chunk in torch.split(torch.arange(len(states)), LOGIT_TOKENS):
+                logits = top.logits(states[chunk])
+                losses.append(F.cross_entropy(logits, following[chunk], reduction="none"))
+                diverging.append(divergence(logits[:, : pair.vocabulary], Teacher(ids[chunk], logprobs[chunk])))
+    shape = (held_out.sequences, -1)
+    return TailScores(torch.cat(losses).view(shape), torch.cat(diverging).view(shape))
 
 
 def whole_losses(pair: Pair, held_out: PassResult, folder: Path) -> dict[str, Tensor]:

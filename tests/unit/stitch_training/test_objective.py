@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stitch_training import objective
 from stitch_training.models import LOGIT_TOKENS, teacher_of
-from stitch_training.objective import LossSettings, Shortlist, divergences, head_loss, token_losses
+from stitch_training.objective import LossSettings, Shortlist, divergence, head_loss, token_losses
 from stitch_training.trace import TEACHER_TOKENS, Teacher
 from tests.support.tiny_fit import tiny_pair
 
@@ -82,18 +82,11 @@ def test_head_loss_is_the_mean_over_next_tokens_that_count(
     assert not hidden.grad[:, :-1][~counted].any()
 
 
-def test_divergences_are_the_loss_of_the_teacher_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objective, "LOGIT_TOKENS", 5)
-    pair = tiny_pair(tmp_path)
-    draw = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, 12, pair.top.hidden_size, generator=draw)
-    with torch.no_grad():
-        teacher = teacher_of(pair.bottom, torch.randn(2, 12, pair.bottom.hidden_size, generator=draw), pair.vocabulary)
-        found = divergences(pair.top, hidden, teacher, pair.vocabulary)
-        logits = pair.top.logits(hidden.flatten(0, 1))[:, : pair.vocabulary]
-    flat = Teacher(teacher.ids.flatten(0, 1), teacher.logprobs.flatten(0, 1))
-    expected, _ = token_losses(logits, torch.zeros(24, dtype=torch.int64), flat, 1.0)
-    torch.testing.assert_close(found, expected.view(2, 12))
+def test_divergence_is_the_loss_of_the_teacher_alone() -> None:
+    logits, teacher_logprobs, following = drawn()
+    expected, _ = token_losses(logits.clone(), following, kept_of(teacher_logprobs), 1.0)
+    found = divergence(logits, kept_of(teacher_logprobs))
+    torch.testing.assert_close(found, expected)
     assert (found > 0).all()
 
 
