@@ -31,7 +31,10 @@ pytestmark = [
 
 # Late in both models, where a stitch that is fitted on few tokens has the lowest loss.
 BOTTOM_LAYERS, TOP_FROM = 24, 17
-FITTED_TOKENS, HELD_OUT_TOKENS = 4_096, 512
+# By the tokens that the stitch is fitted on, words of which an answer to the question has one. A stitch that is fitted
+# on few begins with a comment and repeats it.
+ANSWER_WORDS = {1_024: ("```python",), 4_096: ("def ", "return", "add")}
+FITTED = [1_024, pytest.param(4_096, marks=pytest.mark.full)]
 
 
 def write_cluster(folder: Path) -> Path:
@@ -64,11 +67,19 @@ def write_text(folder: Path) -> Path:
     return file
 
 
+@pytest.fixture(scope="module", params=FITTED)
+def fitted_tokens(request: pytest.FixtureRequest) -> int:
+    """The tokens that the stitch is fitted on."""
+    tokens: int = request.param
+    return tokens
+
+
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, fitted_tokens: int) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("qwen")
     file = write_cluster(folder)
-    amounts = ["--tokens", str(FITTED_TOKENS), "--held-out-tokens", str(HELD_OUT_TOKENS), "--sequence-tokens", "256"]
+    held_out_tokens = max(256, fitted_tokens // 8)
+    amounts = ["--tokens", str(fitted_tokens), "--held-out-tokens", str(held_out_tokens), "--sequence-tokens", "256"]
     command = [sys.executable, "-m", "stitch_training.cli", "fit", str(file), "--route", "strong", "--epochs", "0"]
     data = ["--data", str(write_text(folder)), "--out", str(folder / "strong.safetensors")]
     subprocess.run([*command, *data, *amounts], check=True)
@@ -84,12 +95,12 @@ def test_describe_reports_the_sizes_of_both_models(cluster: Cluster) -> None:
     assert described.routes[0].stitch
 
 
-def test_fitted_pair_answers_a_coding_question(cluster: Cluster) -> None:
+def test_fitted_pair_answers_a_coding_question(cluster: Cluster, fitted_tokens: int) -> None:
     messages = [{"role": "user", "content": "Write a Python function that adds two numbers."}]
     answer = cluster.generate(messages=messages, max_tokens=48)
     print(answer.text)
     assert answer.route == "strong"
     assert answer.generated_tokens > 8
-    assert "def " in answer.text or "return" in answer.text or "add" in answer.text
+    assert any(word in answer.text for word in ANSWER_WORDS[fitted_tokens])
     again = cluster.generate(messages=messages, max_tokens=48)
     assert again.token_ids == answer.token_ids
