@@ -33,6 +33,8 @@ FILES = [
 MISSING = [str(file) for file in FILES if not file.is_file()]
 
 pytestmark = [
+    # A quarter of an hour; `pytest -m qwen` runs them.
+    pytest.mark.full,
     pytest.mark.qwen,
     pytest.mark.slow,
     pytest.mark.timeout(3_600),

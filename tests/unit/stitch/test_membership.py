@@ -89,7 +89,7 @@ async def test_another_address_is_another_shard(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shards", "changed", "reason"),
     [
-        ((BOTTOM,), {}, "shards"),
+        ((BOTTOM,), {}, "route strong passes top layer 4, which no shard holds"),
         ((BOTTOM, TOP, {**SECOND, "layers": [4, 6]}), {}, "must be equal, of replicas, or disjoint"),
         ((BOTTOM, {**TOP, "layers": [4, 6]}), {}, "route strong has"),
         ((BOTTOM, TOP, {**SECOND, "name": "top-0"}), {}, "two shards have one name"),
