@@ -1,9 +1,9 @@
 """Makes training text of a route's own answers: prompts of any files in, a file of conversations out.
 
 Prompts are the turns of a conversation before its first answer; those that are held out are skipped, so `evaluate` can
-ask them. A line has the fields `messages`, whose last one is the answer, `route`, `temperature` and `seed`. The tokens
-of an answer are drawn by the run's seed and the prompt alone: an interrupted run resumes, and gives the answers that an
-uninterrupted one gives.
+ask them. A line has the fields `messages`, whose last one is the answer, `route`, `temperature`, `max_tokens` and
+`seed`. The tokens of an answer are drawn by the run's seed and the prompt alone: an interrupted run resumes, and gives
+the answers that an uninterrupted one gives.
 """
 
 from __future__ import annotations
@@ -125,4 +125,5 @@ async def _line(client: AsyncClient, prompt: ChatPrompt, settings: AnswersSettin
 
 
 def _made_by(settings: AnswersSettings) -> dict[str, Any]:
-    return {"route": settings.route, "temperature": settings.temperature, "seed": settings.seed}
+    names = ("route", "temperature", "max_tokens", "seed")
+    return {name: getattr(settings, name) for name in names}

@@ -17,11 +17,11 @@ EARLY_SECONDS = 0.5
 GRACE_SECONDS = 5.0
 # Of one tenant; what is refused beyond them gets a time without a promise.
 MAX_PROMISES = 16_384
-# The least time before a promise, and after it, in which its room is counted; in how many steps room is looked for, and
-# how exactly times are counted there.
-LEAST_SPAN_SECONDS = 1.0
+# The time before a promise, and after it, in which its room is counted; in how many steps room is looked for, and how
+# exactly times are counted there. All that bounds the time that one refusal takes.
+LEAST_SPAN_SECONDS, MOST_SPAN_SECONDS = 1.0, 16.0
 MOST_STEPS = 64
-SLOT_SECONDS = 0.25
+BIN_SECONDS = 0.25
 # The weight of one promise in the learned share of those that return: rather too much room is kept than too little.
 RETURN_WEIGHT, ABSENCE_WEIGHT = 0.05, 0.02
 LEAST_RETURN_SHARE = 0.1
@@ -45,8 +45,8 @@ class Promises:
         # By time.
         self._pending: dict[str, list[Promise]] = defaultdict(list)
         self._by_digest: dict[tuple[str, bytes], list[Promise]] = {}
-        # Seconds on shards by the slot of time in which they are promised.
-        self._slots: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+        # Seconds on shards by the bin of time in which they are promised.
+        self._bins: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
         self._seconds: dict[str, float] = defaultdict(float)
         self._tokens: dict[str, float] = defaultdict(float)
         self.return_share = 1.0
@@ -71,15 +71,18 @@ class Promises:
     def next_gap(self, tenant: str, at: float, seconds: float, rate: float) -> float:
         """The first time from `at` on around which there is room for one more that takes `seconds` on shards.
 
-        `rate` is the room for the tenant's promised requests: seconds on shards for each second.
+        `rate` is the room for the tenant's promised requests: seconds on shards for each second. Where one request
+        takes all of it for longer than MOST_SPAN_SECONDS, there are too few to be bunched, and the first time is `at`.
         """
         span = max(LEAST_SPAN_SECONDS, seconds / rate)
-        room, length = 1.001 * span * rate - seconds, math.ceil(span / SLOT_SECONDS)
-        promised = self._slots[tenant]
+        if span > MOST_SPAN_SECONDS:
+            return at
+        room, length = 1.001 * span * rate - seconds, math.ceil(span / BIN_SECONDS)
+        promised = self._bins[tenant]
         for _ in range(MOST_STEPS):
-            slot = _slot(at)
-            around = (range(slot - length + 1, slot + 1), range(slot, slot + length))
-            if all(sum(promised.get(one, 0.0) for one in slots) * self.return_share <= room for slots in around):
+            middle = _bin(at)
+            spans = (range(middle - length + 1, middle + 1), range(middle, middle + length))
+            if all(sum(promised.get(one, 0.0) for one in bins) * self.return_share <= room for bins in spans):
                 break
             at += span / 4
         return at
@@ -122,11 +125,11 @@ class Promises:
         self._count(tenant, promise, -1)
 
     def _count(self, tenant: str, promise: Promise, sign: int) -> None:
-        slots, slot = self._slots[tenant], _slot(promise.at)
-        slots[slot] += sign * promise.seconds
+        bins, index = self._bins[tenant], _bin(promise.at)
+        bins[index] += sign * promise.seconds
         # Sums of numbers that were added and subtracted are inexact.
-        if slots[slot] < SLOT_SECONDS / 1e3:
-            del slots[slot]
+        if bins[index] < BIN_SECONDS / 1e3:
+            del bins[index]
         self._seconds[tenant] = max(0.0, self._seconds[tenant] + sign * promise.seconds)
         self._tokens[tenant] = max(0.0, self._tokens[tenant] + sign * promise.tokens)
 
@@ -135,5 +138,5 @@ class Promises:
         self.return_share = max(LEAST_RETURN_SHARE, self.return_share + weight * (returned - self.return_share))
 
 
-def _slot(at: float) -> int:
-    return math.floor(at / SLOT_SECONDS)
+def _bin(at: float) -> int:
+    return math.floor(at / BIN_SECONDS)

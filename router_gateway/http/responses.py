@@ -219,6 +219,7 @@ class ResponseShape(Shape):
             "truncation": "disabled",
             "user": body.user,
         }
+        self._is_streamed = bool(body.stream)
         # Events so far.
         self._number = 0
         # The items that have ended, and the one that hasn't: each ends where another one or the end comes.
@@ -361,6 +362,8 @@ class ResponseShape(Shape):
     def _event(self, kind: str, **fields: Any) -> bytes:
         content = {"type": kind, "sequence_number": self._number, **fields}
         self._number += 1
+        if not self._is_streamed:
+            return b""
         return b"event: " + kind.encode() + b"\ndata: " + compact(content) + b"\n\n"
 
 

@@ -123,7 +123,7 @@ class Selector:
         if not wait.pressure or isinstance(routed, DeferredDecision) or routed.kind == "fallback":
             return routed
         decided = self._router.decide(replace(query, pressure=wait.pressure))
-        if isinstance(decided, DeferredDecision) or decided.route == routed.route:
+        if isinstance(decided, DeferredDecision) or decided.kind == "fallback" or decided.route == routed.route:
             return routed
         why = f"since requests wait for shards; otherwise it would be {routed.route} ({routed.reason})"
         return replace(decided, reason=f"{decided.reason}, {why}", kind="load")

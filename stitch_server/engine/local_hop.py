@@ -83,7 +83,7 @@ class BothStages:
         self._embed = embed
 
     def next_batch(self) -> Batch | None:
-        """The next pass of both; requests of this shard queue behind the steps that have come over links."""
+        """The next pass of both; requests of this shard queue after the steps that have come over links."""
         if (batch := self._first_stage.next_batch()) is not None:
             self._first_stage.deliver(batch, StepOutput(hidden=self._embed(_token_ids(batch))))
         return self._next_stage.next_batch()

@@ -377,7 +377,7 @@ async def test_error_has_a_status_until_the_first_event_then_the_response_fails(
     [(Exhausted("no room"), "rate_limit_exceeded"), (InvalidRequest("input", "x", "y"), "invalid_prompt")],
 )
 def test_failed_response_has_openais_code(error: StitchError, code: str) -> None:
-    body = ResponseBody.model_validate({"model": "weak", "input": "x"})
+    body = ResponseBody.model_validate({"model": "weak", "input": "x", "stream": True})
     *_, event = response_events(ResponseShape("an id", body, inference_pb2.Sampling()).error_events(error).decode())
     assert (event.response.error.code, event.response.error.message) == (code, str(error))
 

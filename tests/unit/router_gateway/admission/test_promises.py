@@ -80,6 +80,12 @@ def test_next_gap_spaces_promises_by_their_rate(promises: Promises) -> None:
     assert times[-1] < 112
 
 
+def test_gap_for_a_long_request_is_not_searched(promises: Promises) -> None:
+    for index in range(1_000):
+        promises.add("blue", promise(100.0 + index, seconds=400.0))
+    assert promises.next_gap("blue", 1_200.0, 400.0, rate=0.1) == 1_200.0
+
+
 def test_redeemed_promise_gives_its_room_to_another(promises: Promises) -> None:
     for index in range(2):
         promises.add("blue", promise(100.0, bytes([index])))

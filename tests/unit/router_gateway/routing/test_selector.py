@@ -136,6 +136,17 @@ class TestUnderLoad:
         assert setup.ask(conversation_id="new").route == "strong"
         assert setup.ask(pressure=1.0, conversation_id="new").route == "strong"
 
+    def test_router_that_fails_under_load_changes_nothing(
+        self, setup: SelectorSetup, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def failing(self: ByScore, query: Query) -> RouteDecision:
+            kind: ReasonKind = "fallback" if query.pressure else "content"
+            return RouteDecision("weak" if query.pressure else "strong", 0.6, "", kind)
+
+        monkeypatch.setattr(ByScore, "decide", failing)
+        decision = setup.ask(pressure=0.5)
+        assert (decision.route, decision.kind) == ("strong", "content")
+
     def test_fallback_stays(self, setup: SelectorSetup, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ByScore, "kind", "fallback")
         assert setup.ask(pressure=1.0).route == "strong"
