@@ -181,10 +181,14 @@ def _add_label(verbs: Verbs) -> None:
     verb.add_argument("--gateway", metavar="HOST:PORT", required=True, help="of a running cluster")
     add_connection(verb)
     verb.add_argument(
-        "--data", metavar="FILE", type=Path, required=True, help="JSON lines with prompt; answer or reference if known"
+        "--data",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="JSON lines: prompt, and answer, doctests or reference",
     )
     verb.add_argument("--out", metavar="FILE", type=Path, required=True, help="labels; an interrupted run resumes it")
-    verb.add_argument("--routes", metavar="NAME,…", help="cheapest first; default: all of the cluster")
+    verb.add_argument("--routes", metavar="NAME,…", help="two or more; default: the cheapest and the costliest")
     verb.add_argument("--max-tokens", metavar="N", type=int, default=256, help="of an answer; default: 256")
     verb.add_argument("--concurrency", metavar="N", type=int, default=8, help="prompts in flight; default: 8")
     verb.add_argument("--plain", action="store_true", help="send prompts as plain text, not as a chat")

@@ -32,8 +32,12 @@ def find_functions(limit: int) -> list[DoctestedFunction]:
     check_platform()
     by_module = [list(functions) for functions in _candidates()]
     in_turn = (one for one in chain.from_iterable(zip_longest(*by_module)) if one is not None)
-    # One whose examples pass without any code in it tests nothing.
-    return list(islice((one for one in in_turn if passes(one, None) and not passes(one, _stub(one))), limit))
+    return list(islice((one for one in in_turn if passes(one, None) and tests_code(one)), limit))
+
+
+def tests_code(function: DoctestedFunction) -> bool:
+    """Whether the function's examples fail where it returns nothing; else they test nothing."""
+    return not passes(function, f"def {function.name}(*given, **named):\n    return None\n")
 
 
 def prompt_of(function: DoctestedFunction) -> str:
@@ -51,10 +55,6 @@ def is_correct(answer: str, function: DoctestedFunction) -> bool:
     """Whether the code in an answer passes the function's examples, in the sandbox."""
     code = code_of(answer, function)
     return code is not None and passes(function, code)
-
-
-def _stub(function: DoctestedFunction) -> str:
-    return f"def {function.name}(*given, **named):\n    return None\n"
 
 
 def _candidates() -> Iterator[Iterator[DoctestedFunction]]:

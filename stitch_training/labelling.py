@@ -1,27 +1,31 @@
 """Labels prompts through a running cluster: how good each route's answer is, appended to a file of JSON lines.
 
-The quality of a route on a prompt is measured by the best measure that the row allows:
+The quality of a route on a prompt is measured by the best measure that the row allows, none of which a route made:
 
     gold        1 where the route's answer matches the row's `answer`, else 0
+    doctests    1 where the code in the answer passes the row's `doctests` in the sandbox, else 0
     reference   how likely the route finds the row's `reference`: the geometric mean of its tokens' probabilities
-    agreement   the same of the strongest route's answer, where a row has neither
 
-Lines are appended as prompts finish, so an interrupted run resumes (`prompt_runs`).
+A row without any of them is refused. Lines are appended as prompts finish, so an interrupted run resumes
+(`prompt_runs`). Lines of gold and doctests have the routes' `answers`, so that a person can check the labels.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, Protocol, TextIO, TypeAlias
 
 from stitch.client import AsyncClient
 from stitch.errors import InvalidRequest
+from stitch_training.functions import is_correct
 from stitch_training.labels import read_json_lines
 from stitch_training.prompt_runs import (
     ANSWER_TIMEOUT_SECONDS,
@@ -32,9 +36,10 @@ from stitch_training.prompt_runs import (
     open_for_append,
     reporter,
 )
+from stitch_training.sandbox import DoctestedFunction, check_platform
 
 Row: TypeAlias = Mapping[str, Any]
-Measure: TypeAlias = Literal["gold", "reference", "agreement"]
+Measure: TypeAlias = Literal["gold", "doctests", "reference"]
 
 _WORD = re.compile(r"\w+")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -99,22 +104,48 @@ class ClusterRoutes:
 
 @dataclass(frozen=True)
 class QualityLabel:
-    """The quality of every route on one prompt, 0 to 1, and its measure."""
+    """The quality of every route on one prompt, 0 to 1, its measure, and the answers that were generated for it."""
 
     qualities: dict[str, float]
     measure: Measure
+    answers: dict[str, str] = field(default_factory=dict)
+
+
+def measure_of(row: Row, location: str) -> Measure:
+    """Returns the measure that a row allows. Raises InvalidRequest, which names the location, where there is none."""
+    if isinstance(row.get("answer"), str):
+        return "gold"
+    if "doctests" in row:
+        doctested_function(row, location)
+        return "doctests"
+    if isinstance(row.get("reference"), str):
+        return "reference"
+    raise InvalidRequest(location, sorted(row), "a row needs an `answer`, `doctests` or a `reference`")
+
+
+def doctested_function(row: Row, location: str = "row") -> DoctestedFunction:
+    """Returns the function of a row's `doctests`. Raises InvalidRequest where a field is missing or no text."""
+    given, names = row["doctests"], ("name", "header", "doc")
+    if not isinstance(given, dict) or not all(isinstance(given.get(name), str) for name in names):
+        raise InvalidRequest(f"{location}.doctests", given, f"it needs the texts {', '.join(names)}")
+    module = given.get("module")
+    if module is not None and str(module).partition(".")[0] not in sys.stdlib_module_names:
+        raise InvalidRequest(f"{location}.doctests.module", module, "it must be one of the standard library, or absent")
+    return DoctestedFunction(module, *(given[name] for name in names))
 
 
 async def measure_quality(row: Row, names: Sequence[str], routes: Routes) -> QualityLabel:
-    """Measures the named routes, which are cheapest first, on one row. Raises what `routes` raises."""
-    prompt, gold, reference = row["prompt"], row.get("answer"), row.get("reference")
-    if isinstance(gold, str):
-        qualities = {name: float(matches_gold(await routes.answer(prompt, name), gold)) for name in names}
-        return QualityLabel(qualities, "gold")
-    if isinstance(reference, str):
-        return QualityLabel(await _likelihoods(prompt, names, routes, reference), "reference")
-    strongest = await routes.answer(prompt, names[-1])
-    return QualityLabel(await _likelihoods(prompt, names, routes, strongest), "agreement")
+    """Measures the named routes on one row. Raises what `routes` raises, and InvalidRequest as `measure_of` does."""
+    prompt, measure = row["prompt"], measure_of(row, "row")
+    if measure == "reference":
+        return QualityLabel(await _likelihoods(prompt, names, routes, row["reference"]), measure)
+    answers = {name: await routes.answer(prompt, name) for name in names}
+    if measure == "gold":
+        correct = {name: matches_gold(answer, row["answer"]) for name, answer in answers.items()}
+    else:
+        function = doctested_function(row)
+        correct = {name: await asyncio.to_thread(is_correct, answer, function) for name, answer in answers.items()}
+    return QualityLabel({name: float(one) for name, one in correct.items()}, measure, answers)
 
 
 async def _likelihoods(prompt: str, names: Sequence[str], routes: Routes, answer: str) -> dict[str, float]:
@@ -128,7 +159,7 @@ class LabellingSettings:
     connection: GatewayConnection
     data: Path
     out: Path
-    # Cheapest first; empty: all routes of the cluster.
+    # Empty: the cheapest and the costliest of the cluster.
     routes: tuple[str, ...]
     max_tokens: int
     concurrency: int
@@ -137,12 +168,24 @@ class LabellingSettings:
 
 async def label_file(settings: LabellingSettings) -> RunProgress:
     """Labels the prompts of a file that the output doesn't have yet."""
-    rows = remaining_rows(read_rows(settings.data), settings.out)
+    rows = read_rows(settings.data)
     async with settings.connection.open() as client:
-        names = settings.routes or [route.name for route in (await client.describe()).routes]
+        names = chosen_routes(settings.routes, [route.name for route in (await client.describe()).routes])
+        remaining = remaining_rows(rows, settings.out, names)
         routes = ClusterRoutes(client, settings.max_tokens, settings.is_plain)
         with open_for_append(settings.out) as out:
-            return await label_rows(rows, names, routes, out, settings.concurrency, reporter())
+            return await label_rows(remaining, names, routes, out, settings.concurrency, reporter())
+
+
+def chosen_routes(given: Sequence[str], served: Sequence[str]) -> tuple[str, ...]:
+    """Returns the given routes, or else the ends of those that the cluster serves, which are cheapest first.
+
+    Raises InvalidRequest for a route that is not served.
+    """
+    for name in given:
+        if name not in served:
+            raise InvalidRequest("routes", name, f"the cluster serves {', '.join(served)}")
+    return tuple(given) or tuple(dict.fromkeys([served[0], served[-1]]))
 
 
 async def label_rows(
@@ -167,16 +210,28 @@ async def label_rows(
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Reads the rows of a file. Raises InvalidRequest where a line is invalid."""
-    return [row for _, row in read_json_lines(path)]
+    """Reads the rows of a file. Raises InvalidRequest, which names the line, where one is invalid or has no measure."""
+    rows = []
+    for number, row in read_json_lines(path):
+        if measure_of(row, f"{path.name}:{number}") == "doctests":
+            check_platform()
+        rows.append(row)
+    return rows
 
 
-def remaining_rows(rows: Sequence[Row], out: Path) -> list[Row]:
-    """Returns the rows whose prompts the output doesn't have yet, each prompt once."""
+def remaining_rows(rows: Sequence[Row], out: Path, names: Sequence[str]) -> list[Row]:
+    """Returns the rows whose prompts the output doesn't have yet, each prompt once.
+
+    Raises InvalidRequest where the output has labels of other routes than the named ones.
+    """
     labelled = set()
     if out.exists():
         drop_incomplete_line(out)
-        labelled = {row["prompt"] for _, row in read_json_lines(out)}
+        for number, row in read_json_lines(out):
+            if set(row.get("routes", ())) != set(names):
+                limit = f"this run labels {', '.join(names)}"
+                raise InvalidRequest(f"{out.name}:{number}.routes", sorted(row.get("routes", ())), limit)
+            labelled.add(row["prompt"])
     remaining = {row["prompt"]: row for row in rows if row["prompt"] not in labelled}
     return list(remaining.values())
 
@@ -185,4 +240,6 @@ def _line(row: Row, label: QualityLabel) -> str:
     fields = {"prompt": row["prompt"], "routes": label.qualities, "measure": label.measure}
     if "task" in row:
         fields["task"] = row["task"]
+    if label.answers:
+        fields["answers"] = label.answers
     return json.dumps(fields, ensure_ascii=False) + "\n"

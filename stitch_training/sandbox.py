@@ -15,7 +15,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stitch.errors import InvalidRequest
@@ -34,11 +34,12 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class DoctestedFunction:
-    """A function of the standard library with examples in its docstring."""
+    """A function with examples in its docstring."""
 
-    module: str
+    # Of the standard library; None: it has no code but its header, and no imports but those in it.
+    module: str | None
     name: str
-    # Its definition up to the end of the docstring, as in the library's source.
+    # Its definition up to the end of the docstring, and the imports before it.
     header: str
     doc: str
 
@@ -53,8 +54,7 @@ def check_platform() -> None:
 def passes(function: DoctestedFunction, code: str | None) -> bool:
     """Whether every example of the function passes with `code` in its place; None: with the library's own code."""
     passed = secrets.token_hex(16)
-    task = {"module": function.module, "name": function.name, "doc": function.doc, "code": code}
-    given = json.dumps({**task, "limits": LIMITS, "passed": passed})
+    given = json.dumps({**asdict(function), "code": code, "limits": LIMITS, "passed": passed})
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out:
         try:
             # Its output goes to a file, since the limit on sizes holds for files alone.

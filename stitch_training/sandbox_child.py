@@ -1,7 +1,8 @@
 """Runs a function's doctests on code that a model has written, as a program of its own: `sandbox.py` starts it.
 
-Reads one JSON object from standard input: `module` and `name` of a function of the standard library, its `doc`, the
-`code` to test (none: the library's own), the limits, and a `passed` text, which is printed where every example passes.
+Reads one JSON object from standard input: `module` and `name` of a function of the standard library, or a `header` with
+the imports of one that has no module, its `doc`, the `code` to test (none: the library's own), the limits, and a
+`passed` text, which is printed where every example passes.
 Before the code runs the process gives up what the code must not have: after `confine` it can compute, read files and
 write to its open files, up to a size; the kernel refuses all other system calls. It imports the standard library alone.
 """
@@ -80,24 +81,32 @@ def imports_of(source: str) -> dict[str, Any]:
     return names
 
 
+def library_names(module_name: str) -> tuple[dict[str, Any], Any]:
+    """Returns what a module's import statements give, and the module itself, which can't be imported any more."""
+    module = importlib.import_module(module_name)
+    names = imports_of(Path(module.__file__ or "").read_text(encoding="utf-8"))
+    # The code must not call what it should be.
+    sys.modules[module_name] = None  # type: ignore[assignment]
+    return names, module
+
+
 def main() -> int:
     task = json.loads(sys.stdin.read())
-    module = importlib.import_module(task["module"])
-    names = imports_of(Path(module.__file__ or "").read_text(encoding="utf-8"))
-    own, code = getattr(module, task["name"]), task["code"]
-    # The code must not call what it should be.
-    sys.modules[task["module"]] = None  # type: ignore[assignment]
+    name, code = task["name"], task["code"]
+    names, module = library_names(task["module"]) if task["module"] else ({}, None)
     confine(task["limits"])
     try:
+        if module is None:
+            names = imports_of(task["header"])
         if code is None:
-            names[task["name"]] = own
+            names[name] = getattr(module, name)
         else:
             exec(compile(code, "<answer>", "exec"), names)
-        test = doctest.DocTestParser().get_doctest(task["doc"], names, task["name"], None, None)
+        test = doctest.DocTestParser().get_doctest(task["doc"], names, name, None, None)
         results = doctest.DocTestRunner(verbose=False).run(test, out=lambda text: None, clear_globs=False)
     except BaseException:
         return 1
-    if results.failed or not results.attempted or task["name"] not in names:
+    if results.failed or not results.attempted or name not in names:
         return 1
     print(task["passed"], flush=True)
     return 0

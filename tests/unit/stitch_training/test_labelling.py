@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
+import sys
 from collections.abc import Iterator
 from math import exp
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from stitch.errors import InvalidRequest, Unavailable
 from stitch_training.cli import main
 from stitch_training.labelling import (
+    chosen_routes,
     label_rows,
     matches_gold,
     measure_quality,
@@ -61,8 +64,9 @@ async def test_label_rows_measures_every_route_on_every_prompt() -> None:
     progress = await label_rows(sums(3), ROUTES, routes, out, concurrency=2)
     lines = [json.loads(line) for line in out.getvalue().splitlines()]
     assert sorted(line["prompt"] for line in lines) == ["0+1", "1+1", "2+1"]
-    expected = {"routes": {"weak": 0.0, "strong": 1.0}, "measure": "gold", "task": "sum"}
-    assert all({**line, "prompt": ""} == {**expected, "prompt": ""} for line in lines)
+    for line in lines:
+        assert (line["routes"], line["measure"], line["task"]) == ({"weak": 0.0, "strong": 1.0}, "gold", "sum")
+        assert line["answers"] == {"weak": "it is 0", "strong": f"it is {sum(map(int, line['prompt'].split('+')))}"}
     assert (progress.done, progress.failed) == (3, 0)
     assert len(routes.requests) == 6
 
@@ -86,7 +90,7 @@ async def test_next_run_labels_only_the_remaining_prompts(tmp_path: Path) -> Non
     again = SumRoutes()
     for routes in (SumRoutes(failing=("1+1", "3+1")), again):
         with open_for_append(path) as out:
-            await label_rows(remaining_rows(sums(4), path), ROUTES, routes, out, concurrency=1)
+            await label_rows(remaining_rows(sums(4), path, ROUTES), ROUTES, routes, out, concurrency=1)
     assert {prompt for prompt, _ in again.requests} == {"1+1", "3+1"}
     assert sorted(read_labels(path).prompts) == ["0+1", "1+1", "2+1", "3+1"]
 
@@ -95,12 +99,12 @@ def test_incomplete_last_line_is_dropped_and_labelled_again(tmp_path: Path) -> N
     path = write(tmp_path / "labels.jsonl", [{"prompt": "0+1", "routes": {"weak": 0, "strong": 1}}])
     with path.open("a") as file:
         file.write('{"prompt": "1+1", "rou')
-    assert [row["prompt"] for row in remaining_rows(sums(3), path)] == ["1+1", "2+1"]
+    assert [row["prompt"] for row in remaining_rows(sums(3), path, ROUTES)] == ["1+1", "2+1"]
     assert path.read_text().count("\n") == 1
 
 
 def test_repeated_prompt_is_labelled_once(tmp_path: Path) -> None:
-    assert len(remaining_rows([*sums(2), *sums(2)], tmp_path / "absent.jsonl")) == 2
+    assert len(remaining_rows([*sums(2), *sums(2)], tmp_path / "absent.jsonl", ROUTES)) == 2
 
 
 async def test_progress_is_reported_after_every_prompt() -> None:
@@ -174,13 +178,57 @@ async def test_quality_is_measured_by_the_reference_without_a_gold_answer() -> N
     assert routes.requests == [("likelihood", "2+3", route, "it is 4") for route in ROUTES]
 
 
-async def test_quality_is_measured_by_agreement_without_gold_and_reference() -> None:
-    routes = FixedRoutes()
-    label = await measure_quality({"prompt": "2+3", "answer": None}, ROUTES, routes)
-    assert (label.qualities, label.measure) == ({"weak": 0.25, "strong": 0.75}, "agreement")
-    first, *others = routes.requests
-    assert first == ("answer", "2+3", "strong")
-    assert others == [("likelihood", "2+3", route, "it is 5") for route in ROUTES]
+DOCTESTS = {
+    "name": "half",
+    "header": 'from math import floor\n\ndef half(number):\n    """Returns the half."""',
+    "doc": ">>> half(3)\n1\n",
+}
+
+
+class CodingRoutes(FixedRoutes):
+    """Routes of which strong writes correct code, and weak code that fails its examples."""
+
+    async def answer(self, prompt: str, route: str) -> str:
+        wrong = "def half(number): return number / 2"
+        return wrong if route == "weak" else "```python\ndef half(number):\n    return floor(number / 2)\n```"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="needs the sandbox of this one")
+async def test_quality_is_measured_by_doctests() -> None:
+    label = await measure_quality({"prompt": "half", "doctests": DOCTESTS}, ROUTES, CodingRoutes())
+    assert (label.qualities, label.measure) == ({"weak": 0.0, "strong": 1.0}, "doctests")
+    assert label.answers["weak"] == "def half(number): return number / 2"
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"prompt": "x"}, "data.jsonl:2"),
+        ({"prompt": "x", "answer": 3}, "data.jsonl:2"),
+        ({"prompt": "x", "doctests": ">>> 1\n1"}, "data.jsonl:2.doctests"),
+        ({"prompt": "x", "doctests": {"name": "f", "header": "def f(): 0"}}, "data.jsonl:2.doctests"),
+        ({"prompt": "x", "doctests": {**DOCTESTS, "module": "torch.nn"}}, "data.jsonl:2.doctests.module"),
+    ],
+)
+def test_row_without_a_measure_is_refused_by_its_line(tmp_path: Path, row: dict[str, Any], field: str) -> None:
+    path = write(tmp_path / "data.jsonl", [{"prompt": "1+1", "answer": "2"}, row])
+    with pytest.raises(InvalidRequest) as refused:
+        read_rows(path)
+    assert refused.value.field == field
+
+
+def test_ends_of_the_cluster_are_chosen_unless_routes_are_given() -> None:
+    served = ("small", "middle", "whole")
+    assert chosen_routes((), served) == ("small", "whole")
+    assert chosen_routes(("small", "middle"), served) == ("small", "middle")
+    with pytest.raises(InvalidRequest, match="routes is 'other', but the cluster serves small, middle, whole"):
+        chosen_routes(("small", "other"), served)
+
+
+def test_labels_of_other_routes_are_not_continued(tmp_path: Path) -> None:
+    path = write(tmp_path / "labels.jsonl", [{"prompt": "0+1", "routes": {"weak": 0, "strong": 1}}])
+    with pytest.raises(InvalidRequest, match=r"labels.jsonl:1.routes .* this run labels small, whole"):
+        remaining_rows(sums(3), path, ("small", "whole"))
 
 
 @pytest.fixture
@@ -198,7 +246,7 @@ def labels(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "labels.jsonl").read_text().splitlines()]
 
 
-def test_label_measures_all_routes_of_the_cluster(
+def test_label_measures_both_ends_of_the_cluster(
     gateway: FakeGateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path / "data.jsonl", [{"prompt": "2 3", "answer": "3"}, {"prompt": "2 3 4", "answer": "3"}])
@@ -228,13 +276,13 @@ def test_label_scores_a_reference(gateway: FakeGateway, tmp_path: Path) -> None:
 
 
 def test_label_with_plain_sends_prompts_as_text(gateway: FakeGateway, tmp_path: Path) -> None:
-    write(tmp_path / "data.jsonl", [{"prompt": "one two"}])
+    write(tmp_path / "data.jsonl", [{"prompt": "one two", "answer": "two"}])
     assert run_label(gateway, tmp_path, "--plain") == 0
     assert {request.prompt for request in gateway.requests} == {"one two"}
 
 
 def test_label_with_failures_returns_1_and_the_next_run_retries_them(gateway: FakeGateway, tmp_path: Path) -> None:
-    write(tmp_path / "data.jsonl", [{"prompt": "good"}, {"prompt": "bad"}])
+    write(tmp_path / "data.jsonl", [{"prompt": "good", "answer": "good"}, {"prompt": "bad", "answer": "bad"}])
     gateway.failure = lambda request: Unavailable("gone") if request.prompt == "bad" else None
     assert run_label(gateway, tmp_path, "--plain") == 1
     assert [row["prompt"] for row in labels(tmp_path)] == ["good"]
@@ -244,6 +292,6 @@ def test_label_with_failures_returns_1_and_the_next_run_retries_them(gateway: Fa
 
 
 def test_label_of_one_route_returns_2(gateway: FakeGateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path / "data.jsonl", [{"prompt": "x"}])
+    write(tmp_path / "data.jsonl", [{"prompt": "x", "answer": "x"}])
     assert run_label(gateway, tmp_path, "--routes", "weak") == 2
     assert "at least two routes" in capsys.readouterr().err

@@ -48,6 +48,14 @@ def test_code_passes_if_all_examples_do(code: str | None, expected: bool) -> Non
     assert passes(BASENAME, code) == expected
 
 
+def test_function_without_a_module_has_the_imports_of_its_header() -> None:
+    header = 'from math import floor\n\ndef half(number):\n    """Returns the half."""'
+    function = DoctestedFunction(None, "half", header, ">>> half(3)\n1\n")
+    assert passes(function, "def half(number): return floor(number / 2)")
+    assert not passes(function, "def half(number): return ceil(number / 2)")
+    assert not passes(function, None)
+
+
 def attempt(statement: str) -> bool:
     """Whether correct code passes which first executes a statement that must raise OSError."""
     lines = ["import ctypes, os, signal, socket, subprocess", "try:", f"    {statement}"]
