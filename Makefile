@@ -4,7 +4,6 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 # Each file stays in one process, with its fixtures. tests/conftest.py says which files come first.
 PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
-TYPED := stitch stitch_server router_gateway stitch_training tests/support tests/contract benchmarks
 
 .PHONY: help demo up test test-fast check bench protos breaking lock install
 
@@ -48,7 +47,7 @@ check: $(INSTALLED)
 	$(BIN)/buf lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy $(TYPED)
+	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
 bench: $(INSTALLED)
