@@ -226,8 +226,12 @@ def _add_router(verbs: Verbs) -> None:
     train.add_argument("--folds", metavar="N", type=int, default=5, help="of the cross-validation; default: 5")
     purpose = "compare a router with chance, prompt length and the best possible"
     evaluate = _add_verb(actions, "evaluate", purpose, _evaluate_router)
-    evaluate.add_argument("--router", metavar="FILE", type=Path, required=True, help="the artifact")
+    subject = evaluate.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--router", metavar="FILE", type=Path, help="the artifact")
+    subject.add_argument("--folds", metavar="N", type=int, help="no artifact: a router for each of N folds of the data")
     _add_labels(evaluate, "labelled prompts that the router was not trained on")
+    evaluate.add_argument("--routes", metavar="NAME,…", default="weak,strong", help="of --folds; default: %(default)s")
+    evaluate.add_argument("--seed", metavar="N", type=int, default=0, help="draws the folds; default: 0")
     evaluate.add_argument("--plot", metavar="FILE", type=Path, help="draw the curves; one file per data file")
     evaluate.add_argument("--json", metavar="FILE", type=Path, help="write all figures")
 
@@ -453,9 +457,14 @@ def _train_router(parsed: argparse.Namespace) -> None:
 
 def _evaluate_router(parsed: argparse.Namespace) -> None:
     from stitch.cli.arguments import named
-    from stitch_training.router import evaluate
+    from stitch_training.router import cross_validate, evaluate
 
-    evaluate(parsed.router, parsed.data, named(parsed.rename, "rename"), parsed.plot, parsed.json)
+    renamed = named(parsed.rename, "rename")
+    if parsed.router is not None:
+        evaluate(parsed.router, parsed.data, renamed, parsed.plot, parsed.json)
+    else:
+        routes = tuple(parsed.routes.split(","))
+        cross_validate(parsed.data, routes, renamed, parsed.folds, parsed.seed, parsed.plot, parsed.json)
 
 
 def _calibrate(parsed: argparse.Namespace) -> None:

@@ -211,7 +211,7 @@ async def label_rows(
 
 def read_rows(path: Path) -> list[Row]:
     """Reads the rows of a file. Raises InvalidRequest, which names the line, where one is invalid or has no measure."""
-    rows = []
+    rows: list[Row] = []
     for number, row in read_json_lines(path):
         if measure_of(row, f"{path.name}:{number}") == "doctests":
             check_platform()

@@ -6,11 +6,13 @@ CPT(x) = the smallest share of strong calls whose PGR is x
 
 As RouteLLM computes them (arXiv 2406.18665 and `evals/evaluate.py` of its repository): eleven points, at the scores'
 0, 10, … 100 % quantiles, a prompt at or above the threshold going to the strong route; the trapezoid rule over the
-true shares; CPT by straight lines between the points. A random ranking has APGR 0.5 and CPT(x) = x.
+true shares; CPT, and PGR at a share, by straight lines between the points. A random ranking has APGR 0.5, CPT(x) = x
+and a PGR equal to the share.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -38,11 +40,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Recovery:
-    """A ranking's curve, [points] each, with its APGR and CPTs; a CPT is a share, 0 to 1."""
+    """A ranking's curve, [points] each, with its APGR, its PGR at half of strong, and its CPTs, which are shares."""
 
     shares: tuple[float, ...]
     pgr: tuple[float, ...]
     apgr: Estimate
+    pgr_50: Estimate
     cpt_50: Estimate
     cpt_80: Estimate
 
@@ -55,10 +58,28 @@ def recovery(scores: Float64Array, weak: Float64Array, strong: Float64Array, see
     if not strong.mean() > weak.mean():
         raise InvalidRequest("data", f"{strong.mean():.3f}", f"strong must be better than weak's {weak.mean():.3f}")
     shares, pgr = curve(scores, weak, strong)
-    values = np.array([_figures(shares, pgr), *_resample(scores, weak, strong, seed)])
+    resampled = [_figures(*curve(scores[rows], weak[rows], strong[rows])) for rows in _resamples(weak, strong, seed)]
+    figures = _figures(shares, pgr)
+    columns = zip(figures, zip(*(resampled or [figures]), strict=True), strict=True)
+    return Recovery(tuple(shares.tolist()), tuple(pgr.tolist()), *(_estimate(*column) for column in columns))
+
+
+def apgr_lead(
+    scores: Float64Array, others: Float64Array, weak: Float64Array, strong: Float64Array, seed: int = 0
+) -> Estimate:
+    """Returns the APGR of `scores` minus that of `others`; the interval is over the same resampled prompts."""
+
+    def lead(rows: NDArray[np.int64]) -> float:
+        given = weak[rows], strong[rows]
+        return apgr(*curve(scores[rows], *given)) - apgr(*curve(others[rows], *given))
+
+    value = lead(np.arange(len(scores)))
+    return _estimate(value, [lead(rows) for rows in _resamples(weak, strong, seed)] or [value])
+
+
+def _estimate(value: float, resampled: Sequence[float]) -> Estimate:
     tail = (1 - COVERED) / 2
-    estimates = [Estimate(column[0], *np.quantile(column[1:], [tail, 1 - tail]).tolist()) for column in values.T]
-    return Recovery(tuple(shares.tolist()), tuple(pgr.tolist()), *estimates)
+    return Estimate(value, *np.quantile(resampled, [tail, 1 - tail]).tolist())
 
 
 def curve(scores: Float64Array, weak: Float64Array, strong: Float64Array) -> tuple[Float64Array, Float64Array]:
@@ -82,19 +103,24 @@ def cpt(shares: Float64Array, pgr: Float64Array, target: float) -> float:
     return float(shares[point - 1] + rise * (shares[point] - shares[point - 1]))
 
 
+def pgr_at(shares: Float64Array, pgr: Float64Array, share: float) -> float:
+    """Returns the PGR at a share of strong."""
+    return float(np.interp(share, shares, pgr))
+
+
 def _figures(shares: Float64Array, pgr: Float64Array) -> list[float]:
-    return [apgr(shares, pgr), cpt(shares, pgr, 0.5), cpt(shares, pgr, 0.8)]
+    return [apgr(shares, pgr), pgr_at(shares, pgr, 0.5), cpt(shares, pgr, 0.5), cpt(shares, pgr, 0.8)]
 
 
-def _resample(scores: Float64Array, weak: Float64Array, strong: Float64Array, seed: int) -> list[list[float]]:
-    """Returns figures [resamples][3]; a resample in which strong is no better has none and is drawn again."""
+def _resamples(weak: Float64Array, strong: Float64Array, seed: int) -> list[NDArray[np.int64]]:
+    """Returns the rows of RESAMPLES resamples; one in which strong is no better has no figures and is drawn again."""
     generator = np.random.default_rng(seed)
-    figures: list[list[float]] = []
+    found: list[NDArray[np.int64]] = []
     # Where strong hardly leads, twice the draws are a bound, and there are fewer resamples.
     for _ in range(2 * RESAMPLES):
-        rows = generator.integers(len(scores), size=len(scores))
+        rows = generator.integers(len(weak), size=len(weak))
         if strong[rows].mean() > weak[rows].mean():
-            figures.append(_figures(*curve(scores[rows], weak[rows], strong[rows])))
-        if len(figures) == RESAMPLES:
+            found.append(rows)
+        if len(found) == RESAMPLES:
             break
-    return figures or [_figures(*curve(scores, weak, strong))]
+    return found

@@ -16,14 +16,24 @@ import numpy as np
 
 from stitch_training.data import CONTENT_SLICE
 from stitch_training.labels import LabelledSet
-from stitch_training.recovery import STEPS, Estimate, Float64Array, Recovery, recovery
+from stitch_training.recovery import STEPS, Estimate, Float64Array, Recovery, apgr_lead, recovery
 
-# The recovery of a router and of every baseline, by name.
-Rankings = Mapping[str, Recovery]
+_HEADINGS = ("router", "APGR", "PGR at 50 %", "CPT(50 %)", "CPT(80 %)")
+# The rankings of all sources together, beside those of each.
+ALL_FILES = "all files"
+
+
+class Rankings(dict[str, Recovery]):
+    """The recovery of a router and of every baseline by name, and the router's lead over prompt length."""
+
+    def __init__(self, found: Mapping[str, Recovery], lead: Estimate) -> None:
+        super().__init__(found)
+        # Of the APGR, over the same prompts.
+        self.lead = lead
+
+
 # Rankings by source of labels and pair of routes.
 SourceRankings = Mapping[str, Mapping[str, Rankings]]
-
-_HEADINGS = ("router", "APGR", "CPT(50 %)", "CPT(80 %)")
 
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:
@@ -70,12 +80,13 @@ def plot_losses(report: dict[str, Any], path: Path) -> None:
 def rank(gain: Float64Array, prompts: Sequence[str], weak: Float64Array, strong: Float64Array) -> Rankings:
     """Returns the recovery of a router's gains [prompts] and of every baseline, by name."""
     length = np.array([len(prompt) for prompt in prompts], np.float64)
-    return {
+    found = {
         "router": recovery(gain, weak, strong),
         "prompt length": recovery(length, weak, strong),
         "random": _random(),
         "oracle": recovery(strong - weak, weak, strong),
     }
+    return Rankings(found, apgr_lead(gain, length, weak, strong))
 
 
 def rank_pairs(
@@ -89,19 +100,26 @@ def rank_pairs(
 
 
 def rank_sources(sets: Sequence[LabelledSet], gains: Float64Array) -> dict[str, dict[str, Rankings]]:
-    """Compares the pairs of routes of every set; `gains` [rows, routes] are of all sets, one after the other."""
+    """Compares the pairs of routes of every set, and of several sets also of all their rows as one ranking.
+
+    `gains` [rows, routes] are of all sets, one after the other.
+    """
     starts = np.cumsum([0, *map(len, sets)])
-    return {
+    found = {
         one.name: rank_pairs(one.routes, gains[start : start + len(one)], one.prompts, one.qualities)
         for one, start in zip(sets, starts[:-1], strict=True)
     }
+    if len(sets) > 1:
+        prompts, qualities = [prompt for one in sets for prompt in one.prompts], [one.qualities for one in sets]
+        found[ALL_FILES] = rank_pairs(sets[0].routes, gains, prompts, np.concatenate(qualities))
+    return found
 
 
 def training_record(sets: Sequence[LabelledSet], found: SourceRankings) -> dict[str, Any]:
     """Returns the record of data and cross-validated figures that an artifact keeps."""
     figures = {
         source: {
-            pair: {"apgr": one["router"].apgr.value, "cpt_50": one["router"].cpt_50.value}
+            pair: {name: getattr(one["router"], name).value for name in ("apgr", "pgr_50", "cpt_50")}
             for pair, one in rankings.items()
         }
         for source, rankings in found.items()
@@ -113,13 +131,15 @@ def training_record(sets: Sequence[LabelledSet], found: SourceRankings) -> dict[
 def table(title: str, found: Rankings) -> str:
     """Returns a table with a figure and its 95 % interval in each cell."""
     rows = [
-        (name, _format(one.apgr, 1), _format(one.cpt_50, 100), _format(one.cpt_80, 100)) for name, one in found.items()
+        (name, _format(one.apgr, 1), _format(one.pgr_50, 1), _format(one.cpt_50, 100), _format(one.cpt_80, 100))
+        for name, one in found.items()
     ]
     widths = [max(map(len, column)) for column in zip(_HEADINGS, *rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (_HEADINGS, *rows)
     ]
-    return "\n".join([title, *(line.rstrip() for line in lines)])
+    lead = f"APGR of the router minus that of prompt length: {_format(found.lead, 1)}"
+    return "\n".join([title, *(line.rstrip() for line in lines), lead])
 
 
 def curve_table(found: Recovery) -> str:
@@ -129,8 +149,11 @@ def curve_table(found: Recovery) -> str:
 
 
 def as_json(found: Mapping[str, Rankings]) -> dict[str, Any]:
-    """Returns all figures and curves by pair and ranking."""
-    return {pair: {name: asdict(one) for name, one in rankings.items()} for pair, rankings in found.items()}
+    """Returns all figures and curves by pair and ranking, and the router's `lead` over prompt length."""
+    return {
+        pair: {**{name: asdict(one) for name, one in rankings.items()}, "lead": asdict(rankings.lead)}
+        for pair, rankings in found.items()
+    }
 
 
 def plot_curves(found: Mapping[str, Rankings], path: Path) -> None:
@@ -152,7 +175,8 @@ def plot_curves(found: Mapping[str, Rankings], path: Path) -> None:
 def _random() -> Recovery:
     """Returns the exact expectation of a random ranking."""
     steps = tuple((np.arange(STEPS + 1) / STEPS).tolist())
-    return Recovery(steps, steps, Estimate(0.5, 0.5, 0.5), Estimate(0.5, 0.5, 0.5), Estimate(0.8, 0.8, 0.8))
+    half = Estimate(0.5, 0.5, 0.5)
+    return Recovery(steps, steps, half, half, half, Estimate(0.8, 0.8, 0.8))
 
 
 def _format(estimate: Estimate, factor: float) -> str:

@@ -2,7 +2,8 @@
 
 Each source of labels has an expert, a ridge regression of every route's quality on words, topic and surface features.
 It is linear, so the difference of two routes is itself the ridge regression of the gain: one fit serves any number of
-routes. Cross-validated figures are of rows whose fold the model was not trained on.
+routes. The target is the gain or its rank, whichever ranks better out of fold (`router_targets`). Cross-validated
+figures are of rows whose fold the model was not trained on; `cross_validate` chooses the target within the other folds.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from stitch_training.labels import LabelledSet, folds, prompt_key, read_labels
 from stitch_training.recovery import Float64Array
 from stitch_training.report import (
     Rankings,
+    SourceRankings,
     as_json,
     curve_table,
     plot_curves,
@@ -40,6 +42,7 @@ from stitch_training.report import (
 )
 from stitch_training.router_classifier import Classifier, train_sources, train_topics
 from stitch_training.router_features import Texts, Weighting, extract, measure_weighting, shared_buckets
+from stitch_training.router_targets import TARGETS, Target, best_target, target_qualities
 
 PENALTY = 10.0
 # Surface features are of size 1, a word in a text of a hundred words of size 0.1; this weighs them about alike.
@@ -47,6 +50,8 @@ SURFACE_WEIGHT = 0.05
 # A task with fewer rows is not learned as a topic; its rows belong to the rest of the source.
 MIN_TASK_ROWS = 8
 FOLDS = 5
+# Folds in which a target is chosen, within its training rows.
+INNER_FOLDS = 3
 # The budget of a new router until it is calibrated: half way from cheapest to costliest.
 INITIAL_BUDGET = 0.5
 
@@ -57,6 +62,7 @@ class Examples:
 
     routes: tuple[str, ...]
     sources: tuple[str, ...]
+    prompts: list[str]
     texts: Texts
     # [rows]: index of the row's source, its topic, and the key whose rows share a fold.
     source: NDArray[np.int64]
@@ -67,10 +73,9 @@ class Examples:
 
     def __getitem__(self, rows: NDArray[np.bool_]) -> Examples:
         indices = np.flatnonzero(rows).tolist()
-        topics, keys = [self.topics[row] for row in indices], [self.keys[row] for row in indices]
-        return Examples(
-            self.routes, self.sources, self.texts[rows], self.source[rows], topics, keys, self.qualities[rows]
-        )
+        prompts, topics, keys = ([of[row] for row in indices] for of in (self.prompts, self.topics, self.keys))
+        texts, source, qualities = self.texts[rows], self.source[rows], self.qualities[rows]
+        return Examples(self.routes, self.sources, prompts, texts, source, topics, keys, qualities)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -85,6 +90,7 @@ def gather(sets: Sequence[LabelledSet]) -> Examples:
     return Examples(
         sets[0].routes,
         names,
+        prompts,
         extract(prompts),
         np.repeat(np.arange(len(sets)), [len(labelled) for labelled in sets]),
         list(chain.from_iterable(labelled.topics for labelled in sets)),
@@ -93,14 +99,23 @@ def gather(sets: Sequence[LabelledSet]) -> Examples:
     )
 
 
-def fit(examples: Examples) -> LearnedModel:
+def fit(examples: Examples, target: Target = "gain") -> LearnedModel:
     """Fits the model on all rows; every source has at least one."""
+    return fit_targets(examples, (target,))[target]
+
+
+def fit_targets(examples: Examples, targets: Sequence[Target] = TARGETS) -> dict[Target, LearnedModel]:
+    """Fits one model for each target; they share their classifiers."""
     buckets = shared_buckets(examples.texts)
     weighting = measure_weighting(examples.texts, buckets)
     names = [examples.sources[index] for index in examples.source]
     gate = train_sources(weighting.words(examples.texts), weighting.surface(examples.texts), names)
-    experts = [_fit_expert(examples[examples.source == index], buckets) for index in range(len(examples.sources))]
-    return _assemble(examples, weighting, gate, experts)
+    by_source = [
+        _fit_experts(examples[examples.source == index], buckets, targets) for index in range(len(examples.sources))
+    ]
+    return {
+        target: _assemble(examples, weighting, gate, [experts[target] for experts in by_source]) for target in targets
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,18 +133,23 @@ class _Expert:
     centre: FloatArray
 
 
-def _fit_expert(examples: Examples, buckets: NDArray[np.int32]) -> _Expert:
+def _fit_experts(examples: Examples, buckets: NDArray[np.int32], targets: Sequence[Target]) -> dict[Target, _Expert]:
     weighting = measure_weighting(examples.texts, buckets)
     words, surface = weighting.words(examples.texts), weighting.surface(examples.texts)
     topics, posterior = train_topics(words, surface, common_topics(examples.topics))
     features = sp.hstack([words, posterior, SURFACE_WEIGHT * surface]).tocsr()
-    ridge = Ridge(alpha=PENALTY, solver="sparse_cg", max_iter=60, tol=1e-3).fit(features, examples.qualities)
-    weights, bias = ridge.coef_.T.astype(np.float32), ridge.intercept_.astype(np.float32)
     splits = [len(buckets), len(buckets) + posterior.shape[1]]
-    word_weights, topic_weights, surface_weights = np.split(weights, splits)
-    surface_weights *= np.float32(SURFACE_WEIGHT)
-    centre = (words @ word_weights + surface @ surface_weights).mean(axis=0)
-    return _Expert(weighting, topics, word_weights, topic_weights, surface_weights, bias, centre)
+
+    def fit_expert(target: Target) -> _Expert:
+        qualities = target_qualities(examples.qualities, target)
+        ridge = Ridge(alpha=PENALTY, solver="sparse_cg", max_iter=60, tol=1e-3).fit(features, qualities)
+        weights, bias = ridge.coef_.T.astype(np.float32), ridge.intercept_.astype(np.float32)
+        word_weights, topic_weights, surface_weights = np.split(weights, splits)
+        surface_weights *= np.float32(SURFACE_WEIGHT)
+        centre = (words @ word_weights + surface @ surface_weights).mean(axis=0)
+        return _Expert(weighting, topics, word_weights, topic_weights, surface_weights, bias, centre)
+
+    return {target: fit_expert(target) for target in targets}
 
 
 def common_topics(topics: Sequence[str]) -> list[str]:
@@ -172,20 +192,45 @@ def _reorder(gate: Classifier, sources: Sequence[str]) -> Classifier:
 
 
 def cross_validated_gains(
-    examples: Examples, prompts: Sequence[str], count: int = FOLDS, progress: Callable[[int], None] = lambda fold: None
-) -> Float64Array:
-    """Returns gains [rows, routes], first column 0, of every row by a model of the other folds.
+    examples: Examples,
+    count: int = FOLDS,
+    targets: Sequence[Target] = TARGETS,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda fold: None,
+) -> dict[Target, Float64Array]:
+    """Returns by target gains [rows, routes], first column 0, of every row by a model of the other folds.
 
     `progress` is called with the number of finished folds.
     """
-    fold = folds(examples.keys, count)
-    gains = np.zeros(examples.qualities.shape)
+    fold = folds(examples.keys, count, seed)
+    gains = {target: np.zeros(examples.qualities.shape) for target in targets}
     for held_out in range(count):
-        model = fit(examples[fold != held_out])
-        for row in np.flatnonzero(fold == held_out).tolist():
-            gains[row] = model.gains(prompts[row])
+        for target, model in fit_targets(examples[fold != held_out], targets).items():
+            gains[target][fold == held_out] = _gains(model, examples.prompts, fold == held_out)
         progress(held_out + 1)
     return gains
+
+
+def _gains(model: LearnedModel, prompts: Sequence[str], rows: NDArray[np.bool_]) -> Float64Array:
+    return np.array([model.gains(prompts[row]) for row in np.flatnonzero(rows).tolist()], np.float64)
+
+
+def nested_gains(
+    examples: Examples, count: int, seed: int, progress: Callable[[int], None] = lambda fold: None
+) -> tuple[Float64Array, list[Target]]:
+    """Returns the gains [rows, routes] of every row by a model of the other folds, and each fold's target.
+
+    The target is chosen within the other folds too, so the figures of these gains have not seen a row's label.
+    """
+    fold, gains, chosen = folds(examples.keys, count, seed), np.zeros(examples.qualities.shape), []
+    for held_out in range(count):
+        training = examples[fold != held_out]
+        unseen = cross_validated_gains(training, INNER_FOLDS, seed=seed)
+        target, _ = best_target(training.source, unseen, training.qualities)
+        gains[fold == held_out] = _gains(fit(training, target), examples.prompts, fold == held_out)
+        chosen.append(target)
+        progress(held_out + 1)
+    return gains, chosen
 
 
 def train(data: Sequence[Path], out: Path, routes: tuple[str, ...], renamed: Mapping[str, str], count: int) -> None:
@@ -196,24 +241,63 @@ def train(data: Sequence[Path], out: Path, routes: tuple[str, ...], renamed: Map
     check_training(routes, count)
     sets = [read_labels(path, routes, renamed) for path in data]
     examples = gather(sets)
-    prompts = [prompt for labelled in sets for prompt in labelled.prompts]
-    gains = cross_validated_gains(
-        examples, prompts, count, lambda done: print(f"fold {done} of {count}", file=sys.stderr)
-    )
+    by_target = cross_validated_gains(examples, count, progress=_fold_reporter(count))
+    target, figures = best_target(examples.source, by_target, examples.qualities)
+    gains = by_target[target]
     found = rank_sources(sets, gains)
-    for labelled in sets:
-        for pair, rankings in found[labelled.name].items():
-            print(table(f"{labelled.name}, {pair}, {len(labelled):,} rows unseen:", rankings), end="\n\n")
-    model = fit(examples)
+    _print_rankings(found, "rows unseen")
+    print(f"target: {target}; mean APGR {figures}")
+    model = fit(examples, target)
+    record = {**training_record(sets, found), "folds": count, "target": target, "mean_apgr": figures}
     artifact = RouterArtifact(
         model=model,
         thresholds=calibrate(gains, relative_costs(routes, None), INITIAL_BUDGET).thresholds,
         gain_percentiles=percentiles(gains[:, -1]),
-        training={**training_record(sets, found), "folds": count},
+        training=record,
         fingerprint=fingerprint_of(model),
     )
     save_router(artifact, out)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, fingerprint {artifact.fingerprint[:12]}")
+
+
+def cross_validate(
+    data: Sequence[Path],
+    routes: tuple[str, ...],
+    renamed: Mapping[str, str],
+    count: int,
+    seed: int,
+    plot: Path | None,
+    out: Path | None,
+) -> None:
+    """Prints the figures of routers that were trained on the other folds of each row, each file's and all files'.
+
+    Draws curves and writes JSON where requested. Raises InvalidRequest where the data, the routes or the number of
+    folds is invalid.
+    """
+    check_training(routes, count)
+    sets = [read_labels(path, routes, renamed) for path in data]
+    gains, targets = nested_gains(gather(sets), count, seed, _fold_reporter(count))
+    found = rank_sources(sets, gains)
+    _print_rankings(found, "rows unseen")
+    print(f"targets of the folds: {', '.join(targets)}")
+    for name, pairs in found.items():
+        if plot is not None:
+            plot_curves(pairs, plot.with_stem(f"{plot.stem}-{name.replace(' ', '-')}") if len(found) > 1 else plot)
+    if out is not None:
+        record = {"folds": count, "seed": seed, "targets": targets, "data": training_record(sets, found)["data"]}
+        quality = {one.name: dict(zip(routes, one.qualities.mean(axis=0).tolist(), strict=True)) for one in sets}
+        pairs_by_source = {name: as_json(pairs) for name, pairs in found.items()}
+        write_json(out, {**record, "quality": quality, "unseen": pairs_by_source})
+
+
+def _print_rankings(found: SourceRankings, rows: str) -> None:
+    for source, pairs in found.items():
+        for pair, rankings in pairs.items():
+            print(table(f"{source}, {pair}, {rows}:", rankings), end="\n\n")
+
+
+def _fold_reporter(count: int) -> Callable[[int], None]:
+    return lambda done: print(f"fold {done} of {count}", file=sys.stderr)
 
 
 def check_training(routes: tuple[str, ...], count: int) -> None:

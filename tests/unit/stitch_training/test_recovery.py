@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stitch.errors import InvalidRequest
-from stitch_training.recovery import Float64Array, apgr, cpt, curve, recovery
+from stitch_training.recovery import Float64Array, apgr, apgr_lead, cpt, curve, pgr_at, recovery
 
 
 def labels(count: int = 1_000, gaining: float = 0.2) -> tuple[Float64Array, Float64Array]:
@@ -25,6 +25,24 @@ def test_oracle_recovers_all_with_the_share_that_gains() -> None:
     assert pgr.tolist() == pytest.approx([0, 0.5, *([1.0] * 9)])
     assert apgr(shares, pgr) == pytest.approx(0.9)
     assert (cpt(shares, pgr, 0.5), cpt(shares, pgr, 0.8)) == pytest.approx((0.1, 0.16))
+
+
+def test_pgr_at_a_share_is_on_the_straight_line_between_points() -> None:
+    shares, pgr = np.array([0.0, 0.4, 1.0]), np.array([0.0, 0.8, 1.0])
+    assert pgr_at(shares, pgr, 0.2) == pytest.approx(0.4)
+    assert pgr_at(shares, pgr, 0.5) == pytest.approx(0.8 + 0.2 / 6)
+
+
+def test_lead_is_the_difference_over_the_same_prompts() -> None:
+    draw = np.random.default_rng(4)
+    weak, strong = draw.random(300), draw.random(300) + 0.2
+    good, bad = strong - weak + draw.normal(size=300), draw.random(300)
+    found = apgr_lead(good, bad, weak, strong)
+    values = [recovery(scores, weak, strong).apgr.value for scores in (good, bad)]
+    assert found.value == pytest.approx(values[0] - values[1])
+    assert 0 < found.low < found.value < found.high
+    same = apgr_lead(good, good, weak, strong)
+    assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
 def test_worst_ranking_recovers_nothing_until_the_end() -> None:

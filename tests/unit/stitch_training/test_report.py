@@ -22,6 +22,7 @@ def found() -> Rankings:
 
 def test_rank_has_every_baseline(found: Rankings) -> None:
     assert list(found) == ["router", "prompt length", "random", "oracle"]
+    assert found.lead.value == pytest.approx(found["router"].apgr.value - found["prompt length"].apgr.value)
     assert found["random"].apgr.value == 0.5
     assert found["oracle"].apgr.value > found["router"].apgr.value > 0.5
 
@@ -32,7 +33,8 @@ def test_table_shows_intervals_and_percents(found: Rankings) -> None:
     assert headings.split("  ")[0] == "router"
     router = found["router"].apgr
     assert f"{router.value:.3f} [{router.low:.3f}, {router.high:.3f}]" in rows[0]
-    assert rows[2].split() == ["random", "0.500", "50.0", "80.0"]
+    assert rows[2].split() == ["random", "0.500", "0.500", "50.0", "80.0"]
+    assert rows[4].startswith(f"APGR of the router minus that of prompt length: {found.lead.value:.3f} [")
 
 
 def test_curve_table_has_a_column_for_each_step(found: Rankings) -> None:

@@ -26,6 +26,7 @@ from stitch_training.router import (
     evaluate,
     fit,
     gather,
+    nested_gains,
     train,
 )
 from stitch_training.router_classifier import train_topics
@@ -80,19 +81,21 @@ def test_unseen_hard_prompts_gain_more(made: LabelledSet) -> None:
 
 def test_cross_validated_gains_rank_hard_prompts_first(made: LabelledSet) -> None:
     done: list[int] = []
-    gains = cross_validated_gains(gather([made]), made.prompts, 3, done.append)
+    by_target = cross_validated_gains(gather([made]), 3, progress=done.append)
     hard = np.array([topic.endswith("hard") for topic in made.topics])
-    assert np.median(gains[hard, 1]) > np.quantile(gains[~hard, 1], 0.9)
+    assert list(by_target) == ["gain", "rank"]
+    for gains in by_target.values():
+        assert np.median(gains[hard, 1]) > np.quantile(gains[~hard, 1], 0.9)
     assert done == [1, 2, 3]
 
 
 def test_cross_validated_gain_is_independent_of_its_own_label(made: LabelledSet) -> None:
-    before = cross_validated_gains(gather([made]), made.prompts, 3)
+    before, _ = nested_gains(gather([made]), 3, seed=0)
     others = gather([made])
     flipped = Examples(**{**vars(others), "qualities": others.qualities.copy()})
     flipped.qualities[5] = 1 - flipped.qualities[5]
-    # The row's own fold was fitted without it.
-    assert cross_validated_gains(flipped, made.prompts, 3)[5].tolist() == before[5].tolist()
+    # The row's own fold was fitted without it, and its target was chosen without it.
+    assert nested_gains(flipped, 3, seed=0)[0][5].tolist() == before[5].tolist()
 
 
 def test_disagreeing_sets_keep_their_own_experts(tmp_path: Path) -> None:
@@ -166,6 +169,9 @@ def test_artifact_records_its_data_and_figures(trained: Path) -> None:
     [data] = artifact.training["data"]
     assert (data["name"], data["rows"], data["skipped"]) == ("training", 160, 0)
     assert artifact.training["unseen"]["training"]["weak → strong"]["apgr"] > 0.6
+    by_target = artifact.training["mean_apgr"]
+    assert set(by_target) == {"gain", "rank"}
+    assert by_target[artifact.training["target"]] == max(by_target.values())
     assert list(artifact.gain_percentiles) == sorted(artifact.gain_percentiles)
 
 
@@ -229,6 +235,30 @@ def test_router_evaluate_prints_plots_and_writes(trained: Path, capsys: pytest.C
     assert report["seen_in_training"] is False
     assert report["pairs"]["weak → strong"]["router"]["apgr"]["value"] > 0.6
     assert sum(report["at_thresholds"]["shares"].values()) == pytest.approx(1)
+
+
+def test_router_evaluate_with_folds_measures_each_file_and_all(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, data = trained / "folds.json", (trained / "training.jsonl", trained / "unseen.jsonl")
+    assert run("router", "evaluate", "--folds", 2, "--data", *data, "--json", report, "--plot", trained / "f.png") == 0
+    printed = capsys.readouterr().out
+    assert "all files, weak → strong, rows unseen:" in printed
+    assert "PGR at 50 %" in printed
+    found = json.loads(report.read_text())
+    assert set(found["unseen"]) == {"training", "unseen", "all files"}
+    assert set(found["targets"]) <= {"gain", "rank"}
+    everything = found["unseen"]["all files"]["weak → strong"]
+    assert everything["router"]["pgr_50"]["value"] > 0.6
+    assert everything["lead"]["value"] == pytest.approx(
+        everything["router"]["apgr"]["value"] - everything["prompt length"]["apgr"]["value"]
+    )
+    assert (trained / "f-all-files.png").exists()
+
+
+def test_router_evaluate_needs_an_artifact_or_folds(trained: Path) -> None:
+    with pytest.raises(SystemExit):
+        run("router", "evaluate", "--data", trained / "unseen.jsonl")
 
 
 def test_router_evaluate_warns_on_training_data(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
