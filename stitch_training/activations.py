@@ -27,11 +27,11 @@ from torch import Tensor
 
 from stitch.errors import InvalidRequest
 from stitch_training.data import Corpus, DataSettings, PackedSequence, Role, recallable
+from stitch_training.device import batch_sequences
 from stitch_training.least_squares import CutPoint, Sums
 from stitch_training.models import Pair, states_at, teacher_of
 from stitch_training.trace import Teacher, Trace, TraceShape
 
-BATCH_SEQUENCES = 4
 CHECKPOINT_BATCHES = 8
 CHECKPOINT = "checkpoint.safetensors"
 HELD_OUT, TRAINING = "held-out", "training"
@@ -102,7 +102,7 @@ class PassRecorder:
     def __init__(self, pair: Pair, settings: PassSettings, folder: Path, cache: ActivationCache) -> None:
         """Resumes from the checkpoint in `folder`. Raises InvalidRequest where it is of another pass."""
         self._pair, self._settings, self._cache = pair, settings, cache
-        self.sums = Sums(settings.cuts, pair.bottom.hidden_size, pair.top.hidden_size)
+        self.sums = Sums(settings.cuts, pair.bottom.hidden_size, pair.top.hidden_size, pair.device)
         depths = self.sums.bottom_depths
         shape = TraceShape(settings.sequences, settings.sequence_tokens, pair.bottom.hidden_size, depths)
         self._checkpoint = folder / CHECKPOINT
@@ -161,8 +161,9 @@ class PassRecorder:
         self, tokens: Tensor, depths: set[int], trace: Trace, rows: Tensor
     ) -> tuple[dict[int, Tensor], Teacher]:
         """Reads what the trace has, and computes the states of depths that were not traced."""
-        cached = {depth: trace.hidden(depth, rows) for depth in depths & {*trace.shape.depths}}
-        return cached | states_at(self._pair.bottom, tokens, depths - {*cached}), trace.teacher(rows)
+        device = self._pair.device
+        cached = {depth: trace.hidden(depth, rows).to(device) for depth in depths & {*trace.shape.depths}}
+        return cached | states_at(self._pair.bottom, tokens, depths - {*cached}), trace.teacher(rows).to(device)
 
     def checkpoint(self) -> None:
         """Writes the state of the pass atomically."""
@@ -193,7 +194,7 @@ def record(
     """
     recorder = PassRecorder(pair, settings, folder, cache or ActivationCache())
     remaining = islice(sequences, recorder.done, settings.sequences)
-    for number, batch in enumerate(_batches(remaining), 1):
+    for number, batch in enumerate(_batches(remaining, batch_sequences(pair.device)), 1):
         recorder.add(batch)
         progress(recorder.done, settings.sequences)
         if number % CHECKPOINT_BATCHES == 0:
@@ -202,8 +203,8 @@ def record(
     return PassResult(recorder.sums, recorder.trace, recorder.done, recorder.fingerprint)
 
 
-def _batches(sequences: Iterator[PackedSequence]) -> Iterator[list[PackedSequence]]:
-    while batch := list(islice(sequences, BATCH_SEQUENCES)):
+def _batches(sequences: Iterator[PackedSequence], size: int) -> Iterator[list[PackedSequence]]:
+    while batch := list(islice(sequences, size)):
         yield batch
 
 

@@ -192,7 +192,7 @@ def likeliest_tokens(
     with torch.no_grad():
         for prompt, answer in zip(prompts, answers, strict=True):
             states = pipeline.states(torch.tensor([[*prompt, *answer]]))[0, len(prompt) - 1 : -1]
-            found.append(pipeline.head.logits(states)[:, :vocabulary].argmax(1))
+            found.append(pipeline.head.logits(states)[:, :vocabulary].argmax(1).cpu())
     return found
 
 

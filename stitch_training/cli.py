@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from stitch.environment import prepare_program
+from stitch_training import arguments
 
 if TYPE_CHECKING:
     from stitch_training.data import DataSettings
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
     from stitch_training.fit import Control
     from stitch_training.least_squares import CutPoint
     from stitch_training.prompt_runs import GatewayConnection
-
-Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-# The exit status of a verb; None: 0.
-Call: TypeAlias = Callable[[argparse.Namespace], "int | None"]
 
 _RANGES = (
     ("held_out_percent", 1, 100),
@@ -36,10 +33,10 @@ _RANGES = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 where the input is invalid, 1 where the cluster, a file or a prompt fails."""
     prepare_program()
-    parsed = build_parser().parse_args(arguments)
+    parsed = build_parser().parse_args(given)
     # Imported after parsing, so that --help is instant.
     from stitch.errors import Incompatible, InvalidRequest, StitchError
 
@@ -55,266 +52,23 @@ def build_parser() -> argparse.ArgumentParser:
     """Returns the parser with all verbs and their flags."""
     parser = argparse.ArgumentParser(prog="stitch-train", description="Makes stitches, probes and routers.")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_fit(verbs)
-    _add_sweep(verbs)
-    _add_evaluate(verbs)
-    _add_probe(verbs)
-    _add_answers(verbs)
-    _add_label(verbs)
-    _add_router(verbs)
-    _add_calibrate(verbs)
+    arguments.add_fit(verbs).set_defaults(call=_fit)
+    arguments.add_sweep(verbs).set_defaults(call=_sweep)
+    arguments.add_evaluate(verbs).set_defaults(call=_evaluate)
+    arguments.add_probe(verbs).set_defaults(call=_probe)
+    arguments.add_answers(verbs).set_defaults(call=_answers)
+    arguments.add_label(verbs).set_defaults(call=_label)
+    router = arguments.add_router(verbs)
+    arguments.add_train_router(router).set_defaults(call=_train_router)
+    arguments.add_evaluate_router(router).set_defaults(call=_evaluate_router)
+    arguments.add_calibrate(verbs).set_defaults(call=_calibrate)
     return parser
-
-
-def _add_verb(verbs: Verbs, name: str, purpose: str, call: Call | None) -> argparse.ArgumentParser:
-    verb = verbs.add_parser(name, help=purpose, description=purpose)
-    if call is not None:
-        verb.set_defaults(call=call)
-    return verb
-
-
-def _add_fit(verbs: Verbs) -> None:
-    verb = _add_verb(verbs, "fit", "make the stitch of a route: least squares, then distillation", _fit)
-    _add_cluster(verb)
-    _add_text(verb, tokens=100_000)
-    subject = verb.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--route", metavar="R", help="the route whose stitch to make")
-    subject.add_argument(
-        "--control", metavar="MODEL[:K]",
-        help="train a whole model, bottom or top: adapters beside all its layers, or with K a map after K of them and"
-        " adapters from there on",
-    )  # fmt: skip
-    verb.add_argument("--out", metavar="FILE", type=Path, required=True, help="a .safetensors file")
-    _add_run_dir(verb)
-    verb.add_argument(
-        "--aim", choices=["states", "answers"], default="states",
-        help="of least squares: the top's states, or the bottom's distribution through the top's head; default: states",
-    )  # fmt: skip
-    verb.add_argument("--epochs", metavar="N", type=int, default=1, help="of distillation; 0: least squares alone")
-    verb.add_argument("--learning-rate", metavar="X", type=float, default=1e-3, help="at the start; default: 0.001")
-    verb.add_argument(
-        "--teacher-share", metavar="X", type=float, default=0.5,
-        help="weight of the bottom's distribution against the next token, 0 to 1; default: 0.5",
-    )  # fmt: skip
-    _add_loss_on(verb, "the next tokens whose loss counts")
-    verb.add_argument("--batch-sequences", metavar="N", type=int, default=4, help="in one step; default: 4")
-    verb.add_argument(
-        "--start", metavar="STITCH", type=Path, help="start from this stitch of the cut, instead of least squares"
-    )
-    verb.add_argument(
-        "--adapter-rank", metavar="N", type=int, default=0,
-        help="of adapters beside the top's layers, trained with the stitch; default: 0, none",
-    )  # fmt: skip
-    verb.add_argument("--evaluations", metavar="N", type=int, default=10, help="of held-out loss; default: 10")
-    verb.add_argument(
-        "--store", choices=["float32", "bfloat16"], default="float32", help="dtype of the file; default: float32"
-    )
-
-
-def _add_sweep(verbs: Verbs) -> None:
-    verb = _add_verb(verbs, "sweep", "compare many cut points by least squares from one pass over the data", _sweep)
-    _add_cluster(verb)
-    _add_text(verb, tokens=50_000)
-    verb.add_argument(
-        "--cuts", metavar="K:J,J,…", nargs="+", default=[], help="such as 20:12,14,15 24:17; default: a grid of both"
-    )
-    verb.add_argument(
-        "--least-saving", metavar="X", type=float, default=0.0,
-        help="leave out cuts that save less than this share of the bottom's parameters; default: 0",
-    )  # fmt: skip
-    _add_loss_on(verb, "rank cuts by the divergence over these next tokens")
-    verb.add_argument("--out", metavar="FILE", type=Path, required=True, help="a .json file; its plot is a .png beside")
-    _add_run_dir(verb)
-
-
-def _add_evaluate(verbs: Verbs) -> None:
-    verb = _add_verb(verbs, "evaluate", "measure both models and every route on held-out text", _evaluate)
-    _add_cluster(verb)
-    _add_text(verb)
-    verb.add_argument(
-        "--held-out-percent", metavar="P", type=int, default=10,
-        help="of documents to measure on; 10 are those that no fit was given, 100 is for files that no fit was given",
-    )  # fmt: skip
-    verb.add_argument(
-        "--prompts", metavar="FILE", nargs="+", type=Path, default=[],
-        help="answer those of their prompts that are held out: agreement with the bottom's answers, repetitions",
-    )  # fmt: skip
-    verb.add_argument("--prompt-rows", metavar="N", type=int, default=40, help="of --prompts; default: 40")
-    verb.add_argument("--prompt-tokens", metavar="N", type=int, default=128, help="of an answer; default: 128")
-    verb.add_argument(
-        "--controls",
-        metavar="FILE",
-        nargs="+",
-        type=Path,
-        default=[],
-        help="made by `fit --control`, to measure as well",
-    )
-    verb.add_argument("--gold", metavar="FILE", type=Path, help="questions to ask; each has its `answer`")
-    verb.add_argument("--gold-rows", metavar="N", type=int, default=100, help="of --gold; default: 100")
-    verb.add_argument("--gold-tokens", metavar="N", type=int, default=256, help="of an answer; default: 256")
-    verb.add_argument(
-        "--functions", metavar="N", type=int, default=0,
-        help="functions of the standard library to write, tested by their doctests in a sandbox; default: 0, none",
-    )  # fmt: skip
-    verb.add_argument("--function-tokens", metavar="N", type=int, default=384, help="of an answer; default: 384")
-    verb.add_argument("--out", metavar="FILE", type=Path, help="a .json file; tables (.md) and plot (.png) are beside")
-
-
-def _add_probe(verbs: Verbs) -> None:
-    verb = _add_verb(verbs, "probe", "train the probe that decides routes within the first shard", _probe)
-    _add_cluster(verb)
-    _add_labels(verb, "labelled prompts: JSON lines, plain or gzip")
-    verb.add_argument("--out", metavar="FILE", type=Path, required=True, help="a .safetensors file")
-    verb.add_argument("--tokens", metavar="N", type=int, default=128, help="of a prompt that it reads; default: 128")
-    verb.add_argument("--chat", action="store_true", help="prompts are conversations of one turn, not plain text")
-    verb.add_argument(
-        "--budget", metavar="B", type=float, default=0.5, help="mean cost, 0 (all cheapest) to 1; default: 0.5"
-    )
-    verb.add_argument("--folds", metavar="N", type=int, default=5, help="of the cross-validation; default: 5")
-
-
-def _add_label(verbs: Verbs) -> None:
-    from stitch.cli.arguments import add_connection
-
-    purpose = "run prompts through the routes of a running cluster and record how good each answer is"
-    verb = _add_verb(verbs, "label", purpose, _label)
-    verb.add_argument("--gateway", metavar="HOST:PORT", required=True, help="of a running cluster")
-    add_connection(verb)
-    verb.add_argument(
-        "--data",
-        metavar="FILE",
-        type=Path,
-        required=True,
-        help="JSON lines: prompt, and answer, doctests or reference",
-    )
-    verb.add_argument("--out", metavar="FILE", type=Path, required=True, help="labels; an interrupted run resumes it")
-    verb.add_argument("--routes", metavar="NAME,…", help="two or more; default: the cheapest and the costliest")
-    verb.add_argument("--max-tokens", metavar="N", type=int, default=256, help="of an answer; default: 256")
-    verb.add_argument("--concurrency", metavar="N", type=int, default=8, help="prompts in flight; default: 8")
-    verb.add_argument("--plain", action="store_true", help="send prompts as plain text, not as a chat")
-
-
-def _add_answers(verbs: Verbs) -> None:
-    from stitch.cli.arguments import add_connection
-
-    purpose = "make training text of the answers that a route of a running cluster gives to prompts"
-    verb = _add_verb(verbs, "answers", purpose, _answers)
-    verb.add_argument("--gateway", metavar="HOST:PORT", required=True, help="of a running cluster")
-    add_connection(verb)
-    verb.add_argument(
-        "--data", metavar="FILE", nargs="+", type=Path, required=True,
-        help="conversations, questions or prompts; those that are held out are left out",
-    )  # fmt: skip
-    verb.add_argument(
-        "--out", metavar="FILE", type=Path, required=True, help="chat JSONL; an interrupted run resumes it"
-    )
-    verb.add_argument("--route", metavar="R", required=True, help="the route that answers")
-    verb.add_argument("--prompts", metavar="N", type=int, help="at most N of them, of the files in turn; default: all")
-    verb.add_argument("--max-tokens", metavar="N", type=int, default=256, help="of an answer; default: 256")
-    verb.add_argument("--temperature", metavar="T", type=float, default=0.7, help="0 is greedy; default: 0.7")
-    verb.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same answers; default: 0")
-    verb.add_argument("--concurrency", metavar="N", type=int, default=8, help="prompts in flight; default: 8")
-
-
-def _add_router(verbs: Verbs) -> None:
-    router = _add_verb(verbs, "router", "train or evaluate the learned router of a gateway", None)
-    actions = router.add_subparsers(required=True, metavar="ACTION")
-    train = _add_verb(actions, "train", "make a router from labelled prompts", _train_router)
-    _add_labels(train, "labelled prompts: JSON lines, plain or gzip; every file is a source with its own expert")
-    train.add_argument("--out", metavar="FILE", type=Path, required=True, help="the artifact, a safetensors file")
-    train.add_argument("--routes", metavar="NAME,…", default="weak,strong", help="cheapest first; default: %(default)s")
-    train.add_argument("--folds", metavar="N", type=int, default=5, help="of the cross-validation; default: 5")
-    purpose = "compare a router with chance, prompt length and the best possible"
-    evaluate = _add_verb(actions, "evaluate", purpose, _evaluate_router)
-    subject = evaluate.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--router", metavar="FILE", type=Path, help="the artifact")
-    subject.add_argument("--folds", metavar="N", type=int, help="no artifact: a router for each of N folds of the data")
-    _add_labels(evaluate, "labelled prompts that the router was not trained on")
-    evaluate.add_argument("--routes", metavar="NAME,…", default="weak,strong", help="of --folds; default: %(default)s")
-    evaluate.add_argument("--seed", metavar="N", type=int, default=0, help="draws the folds; default: 0")
-    evaluate.add_argument("--plot", metavar="FILE", type=Path, help="draw the curves; one file per data file")
-    evaluate.add_argument("--json", metavar="FILE", type=Path, help="write all figures")
-
-
-def _add_calibrate(verbs: Verbs) -> None:
-    purpose = "find the thresholds that keep a router or a probe within a budget"
-    verb = _add_verb(verbs, "calibrate", purpose, _calibrate)
-    artifact = verb.add_mutually_exclusive_group(required=True)
-    artifact.add_argument("--router", metavar="FILE", type=Path, help="a learned router's artifact")
-    artifact.add_argument("--probe", metavar="FILE", type=Path, help="a probe's artifact; needs --cluster")
-    verb.add_argument("--cluster", metavar="CLUSTER", help="the probe's cluster file, or the name of a preset")
-    _add_compute(verb)
-    purpose = "prompts like those to come, which the training was not given; labels are not needed"
-    verb.add_argument("--data", metavar="FILE", type=Path, nargs="+", required=True, help=purpose)
-    target = verb.add_mutually_exclusive_group(required=True)
-    target.add_argument("--budget", metavar="B", type=float, help="mean cost, 0 (all cheapest) to 1 (all costliest)")
-    target.add_argument("--cost", metavar="X", type=float, help="mean cost in the unit of --costs")
-    verb.add_argument(
-        "--costs", metavar="ROUTE=X", nargs="*", default=[],
-        help="what a route costs, such as parameters read per token; default: equal steps",
-    )  # fmt: skip
-    verb.add_argument("--out", metavar="FILE", type=Path, help="the file of thresholds; default: print them")
-
-
-def _add_cluster(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("cluster", metavar="CLUSTER", help="a cluster file, or the name of a preset")
-    _add_compute(verb)
-
-
-def _add_compute(verb: argparse.ArgumentParser) -> None:
-    kinds = ["float32", "bfloat16"]
-    verb.add_argument("--dtype", choices=kinds, default="float32", help="how the models compute; default: float32")
-    verb.add_argument("--threads", metavar="N", type=int, default=0, help="CPU threads; default: all cores")
-
-
-def _add_text(verb: argparse.ArgumentParser, tokens: int | None = None) -> None:
-    """Adds the flags of text to read; `tokens` is the default number of tokens to fit on, None: nothing is fitted."""
-    verb.add_argument(
-        "--data", metavar="FILE", nargs="+", type=Path, required=True, help="text, JSONL, chat JSONL; .gz too"
-    )
-    verb.add_argument("--held-out-tokens", metavar="N", type=int, default=8192, help="to measure on; default: 8192")
-    verb.add_argument("--sequence-tokens", metavar="N", type=int, default=512, help="in one sequence; default: 512")
-    if tokens is not None:
-        verb.add_argument("--tokens", metavar="N", type=int, default=tokens, help=f"to fit on; default: {tokens}")
-        verb.add_argument(
-            "--shares",
-            metavar="N",
-            nargs="+",
-            type=int,
-            default=[],
-            help="sequences per FILE and round; default: 1",
-        )
-        verb.add_argument("--seed", metavar="N", type=int, default=0, help="of the order of the data; default: 0")
-
-
-def _add_loss_on(verb: argparse.ArgumentParser, purpose: str) -> None:
-    verb.add_argument(
-        "--loss-on", choices=["all", "content", "assistant"], default="content",
-        help=f"{purpose}: all, those of texts and messages, or those of answers; default: content",
-    )  # fmt: skip
-
-
-def _add_labels(verb: argparse.ArgumentParser, purpose: str) -> None:
-    verb.add_argument("--data", metavar="FILE", type=Path, nargs="+", required=True, help=purpose)
-    verb.add_argument(
-        "--rename", metavar="NAME=ROUTE", nargs="*", default=[],
-        help="the route that a name in the files denotes, such as qwen2.5-7b-instruct=weak",
-    )  # fmt: skip
-
-
-def _add_run_dir(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--run-dir", metavar="DIR", type=Path, help="kept for resuming and for other fits; default: FILE.run"
-    )
-    verb.add_argument(
-        "--reuse", metavar="DIR", nargs="+", type=Path, default=[],
-        help="run directories whose sequences need not run through the bottom model again",
-    )  # fmt: skip
 
 
 def _fit(parsed: argparse.Namespace) -> None:
     from stitch.cluster import load_cluster
     from stitch.progress import ProgressLine
+    from stitch_training.device import training_device
     from stitch_training.fit import FitSettings, fit, write_fit
 
     settings = FitSettings(
@@ -323,6 +77,7 @@ def _fit(parsed: argparse.Namespace) -> None:
         data=_data_settings(parsed),
         training=_training_settings(parsed),
         dtype=parsed.dtype,
+        device=training_device(parsed.device),
         run_dir=_run_dir(parsed),
         reuse=tuple(parsed.reuse),
         start=parsed.start,
@@ -335,6 +90,7 @@ def _fit(parsed: argparse.Namespace) -> None:
 def _sweep(parsed: argparse.Namespace) -> None:
     from stitch.cluster import load_cluster
     from stitch.progress import ProgressLine
+    from stitch_training.device import training_device
     from stitch_training.report import write_json
     from stitch_training.sweep import SweepSettings, sweep
 
@@ -343,6 +99,7 @@ def _sweep(parsed: argparse.Namespace) -> None:
         cuts=tuple(cut for text in parsed.cuts for cut in parse_cuts(text)),
         data=_data_settings(parsed),
         dtype=parsed.dtype,
+        device=training_device(parsed.device),
         run_dir=_run_dir(parsed),
         loss_on=parsed.loss_on,
         least_saving=parsed.least_saving,
@@ -361,12 +118,14 @@ def _evaluate(parsed: argparse.Namespace) -> None:
     from stitch.cluster import load_cluster
     from stitch.progress import ProgressLine
     from stitch_training.answer_quality import AnswerSettings
+    from stitch_training.device import training_device
     from stitch_training.evaluate import EvaluationSettings, evaluate, write_evaluation
 
     settings = EvaluationSettings(
         cluster=load_cluster(parsed.cluster),
         data=_data_settings(parsed),
         dtype=parsed.dtype,
+        device=training_device(parsed.device),
         held_out_percent=parsed.held_out_percent,
         controls=tuple(parsed.controls),
         answers=AnswerSettings(
@@ -392,11 +151,12 @@ def _probe(parsed: argparse.Namespace) -> None:
     from stitch.cli.arguments import named
     from stitch.cluster import load_cluster
     from stitch.progress import ProgressLine
+    from stitch_training.device import training_device
     from stitch_training.labels import read_labels
     from stitch_training.probe import ProbeSettings, routes_by_cost, train_probe, write_probe
 
-    cluster, dtype = load_cluster(parsed.cluster), getattr(torch, parsed.dtype)
-    settings = ProbeSettings(cluster, parsed.tokens, parsed.budget, parsed.folds, dtype, parsed.chat)
+    cluster, dtype, device = load_cluster(parsed.cluster), getattr(torch, parsed.dtype), training_device(parsed.device)
+    settings = ProbeSettings(cluster, parsed.tokens, parsed.budget, parsed.folds, dtype, parsed.chat, device)
     routes, renamed = routes_by_cost(cluster), named(parsed.rename, "rename")
     sets = [read_labels(path, routes, renamed) for path in parsed.data]
     _use_threads(parsed)
@@ -479,15 +239,17 @@ def _calibrate(parsed: argparse.Namespace) -> None:
         from stitch.cluster import load_cluster
         from stitch.errors import InvalidRequest
         from stitch.progress import ProgressLine
+        from stitch_training.device import training_device
         from stitch_training.probe import calibrate_probe
 
         if parsed.cluster is None:
             raise InvalidRequest("cluster", None, "--probe needs the cluster that it is for")
         _use_threads(parsed)
         cluster, dtype = load_cluster(parsed.cluster), getattr(torch, parsed.dtype)
+        device = training_device(parsed.device)
         with ProgressLine() as progress:
             thresholds, summary = calibrate_probe(
-                cluster, parsed.probe, parsed.data, parsed.budget, parsed.cost, costs, dtype, progress
+                cluster, parsed.probe, parsed.data, parsed.budget, parsed.cost, costs, dtype, progress, device
             )
     if parsed.out is None:
         print(thresholds.model_dump_json(indent=1))

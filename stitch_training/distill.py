@@ -2,7 +2,8 @@
 
 The optimizer is Adam with a rate that falls linearly to zero over all steps. The order of sequences is drawn from the
 seed for every epoch, so a run is determined by its trace and settings; a run resumed from its checkpoint gives the same
-numbers as an uninterrupted one.
+numbers as an uninterrupted one. Parameters and optimizer are on the models' device; all draws are the CPU's, so every
+device trains on the same sequences from the same adapters.
 
 The stitch is trained in coordinates in which one learning rate suits every entry, although the channels of a language
 model differ in size by a factor of a thousand:
@@ -92,8 +93,14 @@ class TrainableAdapters:
         """Draws adapters without effect for the layers from `first` on."""
         layers, hidden = scales.inputs.shape
         draw = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(layers, rank, hidden, generator=draw) * hidden**-0.5
-        return cls(scales, Adapters(first, drawn / scales.inputs[:, None, :], torch.zeros(layers, hidden, rank)))
+        drawn = (torch.randn(layers, rank, hidden, generator=draw) * hidden**-0.5).to(scales.inputs.device)
+        unused = torch.zeros(layers, hidden, rank, device=drawn.device)
+        return cls(scales, Adapters(first, drawn / scales.inputs[:, None, :], unused))
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self._scales.inputs.device
 
     def parameters(self) -> Sequence[Tensor]:
         """Returns the trained tensors."""
@@ -152,7 +159,7 @@ class AdaptedModel(Student):
 
     def __init__(self, adapters: TrainableAdapters, width: int) -> None:
         super().__init__(adapters)
-        self._width = width
+        self._width, self._device = width, adapters.device
 
     def __call__(self, states: Tensor) -> Tensor:
         """See `Student`."""
@@ -160,7 +167,7 @@ class AdaptedModel(Student):
 
     def to_map(self) -> AffineMap:
         """See `Student`."""
-        return identity_map(self._width)
+        return identity_map(self._width, self._device)
 
 
 class TrainableStitch(Student):
@@ -299,22 +306,23 @@ class Distillation:
         self.history.held_out.append((self.step, loss))
 
     def _train_step(self) -> float:
-        rows = self._rows(self.step)
+        top, rows = self._top, self._rows(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.learning_rate * (1 - self.step / self.steps)
         k, j = self._cut
-        states, adapters = self.student(self._trace.hidden(k, rows).float()), self.student.adapters()
-        hidden = self._top.run(states, j, self._top.depth, adapters)
+        states, adapters = self.student(self._trace.hidden(k, rows).to(top.device).float()), self.student.adapters()
+        hidden = top.run(states, j, top.depth, adapters)
         generator = self._generator(self.step)
         settings = LossSettings(self._settings.teacher_share, self._vocabulary, SAMPLED_TOKENS, generator)
         tokens, teacher, on = self._trace.tokens(rows), self._trace.teacher(rows), self._settings.loss_on
-        loss = head_loss(self._top, hidden, tokens, teacher, counted(self._trace.roles(rows), on), settings)
+        loss = head_loss(top, hidden, tokens, teacher, counted(self._trace.roles(rows), on), settings)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self.step += 1
-        self.history.training.append((self.step, loss.item()))
-        return loss.item()
+        value = loss.item()
+        self.history.training.append((self.step, value))
+        return value
 
     def _rows(self, step: int) -> Tensor:
         """Returns the sequence indices of a step; every epoch has its own order."""
@@ -350,7 +358,7 @@ class Distillation:
         history = json.loads(metadata["history"])
         self.step = int(metadata["step"])
         self.history = History(**{name: [(step, loss) for step, loss in pairs] for name, pairs in history.items()})
-        self._best = [tensors[f"best.{n}"] for n in range(len(self._best))]
+        self._best = [tensors[f"best.{n}"].to(self._top.device) for n in range(len(self._best))]
         state = self._optimizer.state_dict()
         with torch.no_grad():
             for n, parameter in enumerate(self.student.parameters()):

@@ -20,6 +20,7 @@ from stitch_training.activations import Progress
 from stitch_training.answer_quality import AnswerQuality, AnswerSettings
 from stitch_training.cost_ladder import BOTTOM, TOP, Kind, Ladder, Rung, adapted_name, parameters_of, whole_parameters
 from stitch_training.data import Corpus, DataSettings
+from stitch_training.device import CPU
 from stitch_training.fit import check_cut, cut_of
 from stitch_training.intervals import Sample
 from stitch_training.least_squares import CutPoint, is_identity
@@ -40,6 +41,7 @@ class EvaluationSettings:
     answers: AnswerSettings = field(default_factory=AnswerSettings)
     # Files of `fit --control`.
     controls: tuple[Path, ...] = ()
+    device: torch.device = CPU
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def evaluate(settings: EvaluationSettings, progress: Progress) -> Ladder:
     Raises InvalidRequest for data or questions that can't be read, and Incompatible where a stitch was made for other
     models, another cut or another tokenizer.
     """
-    loaded = load_pair(settings.cluster, getattr(torch, settings.dtype))
+    loaded = load_pair(settings.cluster, getattr(torch, settings.dtype), settings.device)
     text = HeldOutTokens.read(settings, loaded)
     answers = AnswerQuality.read(settings.answers, settings.held_out_percent, loaded)
     systems = systems_of(loaded, settings)
@@ -130,7 +132,7 @@ def route_system(loaded: LoadedPair, route: RouteConfig, path: Path) -> System:
 
 def control_system(loaded: LoadedPair, path: Path) -> System:
     """Returns a whole model with what a control has learnt. Raises Incompatible where the file is none of this pair."""
-    binding = Stitch.load(path, torch.device("cpu"), torch.float32).binding
+    binding = Stitch.load(path, CPU, torch.float32).binding
     is_bottom = binding.bottom_revision == loaded.bottom.revision
     name, own = (BOTTOM, loaded.control("bottom")) if is_bottom else (TOP, loaded.control("top"))
     cut = CutPoint(binding.bottom_layers, binding.bottom_layers)
@@ -159,6 +161,7 @@ def write_evaluation(ladder: Ladder, settings: EvaluationSettings, out: Path | N
     data, answers = settings.data, settings.answers
     described = {
         "dtype": settings.dtype,
+        "device": str(settings.device),
         "files": [path.name for path in data.files],
         "held_out_percent": settings.held_out_percent,
         "sequence_tokens": data.sequence_tokens,

@@ -20,6 +20,7 @@ from stitch_server.model.adapters import Adapters
 from stitch_server.model.stitch import Stitch, StitchBinding
 from stitch_training.activations import HELD_OUT, Passes, PassResult, Progress, choose_cuts, run_passes
 from stitch_training.data import CONTENT_SLICE, Corpus, DataSettings
+from stitch_training.device import CPU, CPU_BATCH_SEQUENCES
 from stitch_training.distill import (
     AdaptedModel,
     Aim,
@@ -36,7 +37,6 @@ from stitch_training.models import FrozenModel, LoadedPair, Pair, load_pair
 from stitch_training.readout import readout
 from stitch_training.report import loss_lines, plot_losses, write_json
 from stitch_training.scoring import (
-    BATCH_SEQUENCES,
     Mapping,
     Slices,
     TailScores,
@@ -91,6 +91,7 @@ class FitSettings:
     start: Path | None = None
     # Run directories of earlier passes, whose sequences don't run through the bottom model again.
     reuse: tuple[Path, ...] = ()
+    device: torch.device = CPU
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
     initial_adapters, initial_name = None, "least squares"
     is_control = isinstance(settings.subject, Control)
     if is_control:
-        start, initial_name = replace(start, map=identity_map(loaded.top.hidden_size)), WHOLE_MODEL
+        start, initial_name = replace(start, map=identity_map(loaded.top.hidden_size, loaded.pair.device)), WHOLE_MODEL
     if settings.start is not None:
         stitch, initial_name = loaded.load_stitch(settings.start, cut), "start"
         start, initial_adapters = replace(start, map=map_of(stitch)), stitch.adapters
@@ -201,15 +202,16 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
 
 def _load_subject(settings: FitSettings) -> tuple[LoadedPair, CutPoint]:
     """Returns the models and the cut point. Raises InvalidRequest where there is nothing to train."""
-    subject, training = settings.subject, settings.training
+    subject, training, dtype = settings.subject, settings.training, getattr(torch, settings.dtype)
     if isinstance(subject, str):
         cut = cut_of(settings.cluster.route(subject))
-        return load_pair(settings.cluster, getattr(torch, settings.dtype)), cut
+        return load_pair(settings.cluster, dtype, settings.device), cut
     if subject.is_adapted and not training.adapter_rank:
         raise InvalidRequest("adapter_rank", 0, f"it must be at least 1: the control {subject} has adapters alone")
     if training.aim != "states":
         raise InvalidRequest("aim", training.aim, "it must be states: a control starts from the whole model")
-    return load_pair(settings.cluster, getattr(torch, settings.dtype)).control(subject.role), subject.cut
+    loaded = load_pair(settings.cluster, dtype, settings.device)
+    return loaded.control(subject.role), subject.cut
 
 
 def cut_of(route: RouteConfig) -> CutPoint:
@@ -319,8 +321,8 @@ def _adapters(
         raise InvalidRequest("adapter_rank", training.adapter_rank, f"it must be {initial.rank}, as in the start")
     if not training.adapter_rank:
         return None
-    rows = torch.arange(min(BATCH_SEQUENCES, data.sequences))
-    scales = channel_scales(top, start(data.trace.hidden(cut.k, rows)), cut.j)
+    rows = torch.arange(min(CPU_BATCH_SEQUENCES, data.sequences))
+    scales = channel_scales(top, start(data.trace.hidden(cut.k, rows).to(top.device)), cut.j)
     if initial is not None:
         return TrainableAdapters(scales, initial)
     return TrainableAdapters.fresh(cut.j, training.adapter_rank, scales, training.seed)
@@ -370,6 +372,7 @@ def describe(loaded: LoadedPair, passes: Passes, data: DataSettings, dtype: str)
         "bottom": {"id": loaded.bottom.id, "revision": loaded.bottom.revision},
         "top": {"id": loaded.top.id, "revision": loaded.top.revision},
         "dtype": dtype,
+        "device": str(loaded.pair.device),
         "files": [path.name for path in data.files],
         "data": passes.training.fingerprint,
         "tokens": passes.training.sequences * data.sequence_tokens,
@@ -382,11 +385,11 @@ def describe(loaded: LoadedPair, passes: Passes, data: DataSettings, dtype: str)
 
 def write_fit(fitted: Fit, out: Path, store: str) -> None:
     """Writes the stitch in dtype `store`, its report (.json) and its plot (.png); prints the table of losses."""
-    loaded, dtype = fitted.loaded, getattr(torch, store)
+    loaded, dtype, stitch = fitted.loaded, getattr(torch, store), fitted.map
     binding = StitchBinding.of(loaded.bottom, loaded.top, *fitted.cut, loaded.tokenizer)
-    weight, bias = fitted.map.weight.to(dtype), fitted.map.bias.to(dtype)
-    first = None if fitted.map.first is None else fitted.map.first.to(dtype)
-    adapters = None if fitted.adapters is None else fitted.adapters.to(torch.device("cpu"), dtype)
+    weight, bias = stitch.weight.to(CPU, dtype), stitch.bias.to(CPU, dtype)
+    first = None if stitch.first is None else stitch.first.to(CPU, dtype)
+    adapters = None if fitted.adapters is None else fitted.adapters.to(CPU, dtype)
     Stitch(weight, bias, binding, provenance(fitted.report), adapters=adapters, first=first).save(out)
     write_json(out.with_suffix(".json"), fitted.report)
     plot_losses(fitted.report, out.with_suffix(".png"))

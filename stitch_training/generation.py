@@ -76,7 +76,7 @@ def _decode_step(
     for index, (stage, store) in enumerate(zip(pipeline.stages, stores, strict=True)):
         hidden = pipeline.between(hidden, starts) if index else hidden
         hidden = stage.model.extend(hidden, spans, store, stage.adapters)
-    last = torch.tensor(ends) - 1
+    last = (torch.tensor(ends) - 1).to(hidden.device)
     sampled: Tensor = pipeline.head.logits(hidden[last])[:, :vocabulary].argmax(1)
     for one, token in zip(generations, sampled.tolist(), strict=True):
         one.append(token)

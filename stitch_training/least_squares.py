@@ -26,6 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stitch_training.device import CPU
+
 RIDGES = (1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
@@ -39,10 +41,10 @@ class CutPoint(NamedTuple):
 class Gram:
     """Sums over states x `[tokens, inputs]` at one depth of the bottom model: their count, Σ x and Σ x xᵀ."""
 
-    def __init__(self, inputs: int) -> None:
-        self.count = torch.zeros((), dtype=torch.float64)
-        self.total = torch.zeros(inputs, dtype=torch.float64)
-        self.products = torch.zeros(inputs, inputs, dtype=torch.float64)
+    def __init__(self, inputs: int, device: torch.device = CPU) -> None:
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.total = torch.zeros(inputs, dtype=torch.float64, device=device)
+        self.products = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
 
     def add(self, states: Tensor) -> None:
         """Adds `states` `[tokens, inputs]`."""
@@ -59,10 +61,10 @@ class Gram:
 class Cross:
     """Sums over states x `[tokens, inputs]` and targets y `[tokens, outputs]` of one cut: Σ y, Σ y xᵀ and Σ |y|²."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        self.total = torch.zeros(outputs, dtype=torch.float64)
-        self.products = torch.zeros(outputs, inputs, dtype=torch.float64)
-        self.squares = torch.zeros((), dtype=torch.float64)
+    def __init__(self, inputs: int, outputs: int, device: torch.device = CPU) -> None:
+        self.total = torch.zeros(outputs, dtype=torch.float64, device=device)
+        self.products = torch.zeros(outputs, inputs, dtype=torch.float64, device=device)
+        self.squares = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, states: Tensor, targets: Tensor) -> None:
         """Adds `states` `[tokens, inputs]` with their `targets` `[tokens, outputs]`."""
@@ -79,9 +81,9 @@ class Cross:
 class FirstStates:
     """The count and sum of the states of sequences' first tokens at one depth of one model."""
 
-    def __init__(self, width: int) -> None:
-        self.count = torch.zeros((), dtype=torch.float64)
-        self.total = torch.zeros(width, dtype=torch.float64)
+    def __init__(self, width: int, device: torch.device = CPU) -> None:
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.total = torch.zeros(width, dtype=torch.float64, device=device)
 
     def add(self, states: Tensor) -> None:
         """Adds `states` `[sequences, width]`."""
@@ -98,16 +100,19 @@ class FirstStates:
 
 
 class Sums:
-    """All sums of one pass: a Gram per bottom depth, a Cross per cut, first-token states per depth of either model."""
+    """All sums of one pass: a Gram per bottom depth, a Cross per cut, first-token states per depth of either model.
 
-    def __init__(self, cuts: Iterable[CutPoint], bottom_width: int, top_width: int) -> None:
+    They are on the device of the states that are added.
+    """
+
+    def __init__(self, cuts: Iterable[CutPoint], bottom_width: int, top_width: int, device: torch.device = CPU) -> None:
         self.cuts = tuple(cuts)
         self.bottom_depths = tuple(sorted({k for k, _ in self.cuts}))
         self.top_depths = tuple(sorted({j for _, j in self.cuts}))
-        self.grams = {k: Gram(bottom_width) for k in self.bottom_depths}
-        self.crosses = {cut: Cross(bottom_width, top_width) for cut in self.cuts}
-        self.first_bottom = {k: FirstStates(bottom_width) for k in self.bottom_depths}
-        self.first_top = {j: FirstStates(top_width) for j in self.top_depths}
+        self.grams = {k: Gram(bottom_width, device) for k in self.bottom_depths}
+        self.crosses = {cut: Cross(bottom_width, top_width, device) for cut in self.cuts}
+        self.first_bottom = {k: FirstStates(bottom_width, device) for k in self.bottom_depths}
+        self.first_top = {j: FirstStates(top_width, device) for j in self.top_depths}
 
     def add(self, bottom: Mapping[int, Tensor], top: Mapping[int, Tensor]) -> None:
         """Adds sequences: for every depth of each model their states `[sequences, tokens, width]`."""
@@ -143,16 +148,17 @@ class AffineMap:
     first: Tensor | None = None
 
 
-def identity_map(width: int) -> AffineMap:
+def identity_map(width: int, device: torch.device = CPU) -> AffineMap:
     """Returns the map that leaves states of `width` values as they are."""
-    return AffineMap(torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
+    exact = torch.float64
+    return AffineMap(torch.eye(width, dtype=exact, device=device), torch.zeros(width, dtype=exact, device=device))
 
 
 def is_identity(fitted: AffineMap) -> bool:
     """Whether a map leaves states as they are."""
     outputs, inputs = fitted.weight.shape
     is_square = outputs == inputs and fitted.first is None and not fitted.bias.any()
-    return is_square and torch.equal(fitted.weight, identity_map(outputs).weight)
+    return is_square and torch.equal(fitted.weight, identity_map(outputs, fitted.weight.device).weight)
 
 
 @dataclass(frozen=True)

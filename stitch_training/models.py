@@ -31,6 +31,7 @@ from stitch_server.sources.resolve import resolve
 from stitch_training.chat_spans import ContentSpan, content_spans
 from stitch_training.data import PairRevisions, RoledToken, Turn
 from stitch_training.data import Role as TokenRole
+from stitch_training.device import CPU
 from stitch_training.trace import TEACHER_TOKENS, Teacher
 
 # Tokens whose logits are in memory at a time; over a vocabulary of 152 k and in float32, one token has 0.6 MB.
@@ -53,6 +54,11 @@ class FrozenModel:
         return cls(Embedding.load(folder, device, dtype), decoder, DenseHead.load(folder, device, dtype), dtype)
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are, and the states."""
+        return self._device
+
+    @property
     def depth(self) -> int:
         """The number of decoder layers."""
         return self._layers.end
@@ -63,8 +69,11 @@ class FrozenModel:
         return self._layers.hidden_size
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Returns the input of layer 0, `[sequences, tokens, hidden]`, for token ids `[sequences, tokens]`."""
-        return self._embedding(tokens)
+        """Returns the input of layer 0, `[sequences, tokens, hidden]`, for token ids `[sequences, tokens]`.
+
+        The ids may be on the CPU.
+        """
+        return self._embedding(tokens.to(self._device))
 
     def run(self, hidden: Tensor, first: int, end: int, adapters: Adapters | None = None) -> Tensor:
         """Runs hidden states `[sequences, tokens, hidden]` through layers [first, end), with adapters beside them."""
@@ -163,6 +172,11 @@ class Pair:
     vocabulary: int
     # Of a control, whose bottom is not the model that training imitates; None: it is the bottom.
     other_teacher: FrozenModel | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where both models are."""
+        return self.bottom.device
 
     @property
     def teacher(self) -> FrozenModel:
@@ -316,8 +330,11 @@ class LoadedPair:
         return replace(self, pair=pair, bottom=self.top, bottom_count=self.top_count, teacher=self.bottom)
 
     def load_stitch(self, path: Path, cut: tuple[int, int]) -> Stitch:
-        """Reads a stitch in float32. Raises Incompatible where it was made for another pair or cut point."""
-        stitch = Stitch.load(path, torch.device("cpu"), torch.float32)
+        """Reads a stitch in float32 onto the models' device.
+
+        Raises Incompatible where it was made for another pair or cut point.
+        """
+        stitch = Stitch.load(path, self.pair.device, torch.float32)
         stitch.check_models(self.bottom.to_proto(), self.top.to_proto())
         stitch.check_cut(*cut)
         stitch.check_tokenizer(self.tokenizer)
@@ -325,8 +342,8 @@ class LoadedPair:
         return stitch
 
 
-def load_pair(cluster: ClusterConfig, dtype: torch.dtype) -> LoadedPair:
-    """Loads both models on the CPU in `dtype`; once where both roles have the same folder.
+def load_pair(cluster: ClusterConfig, dtype: torch.dtype, device: torch.device = CPU) -> LoadedPair:
+    """Loads both models on the device in `dtype`; once where both roles have the same folder.
 
     Raises Incompatible where their tokenizers differ.
     """
@@ -336,8 +353,10 @@ def load_pair(cluster: ClusterConfig, dtype: torch.dtype) -> LoadedPair:
     if hashes[0] != hashes[1]:
         raise Incompatible(f"the tokenizers of {sources[0].id} and {sources[1].id} differ")
     descriptions = [ModelDescription.read(folder, source.id) for folder, source in zip(folders, sources, strict=True)]
-    bottom = _load(folders[0], descriptions[0], dtype)
-    top = bottom if folders[0] == folders[1] else _load(folders[1], descriptions[1], dtype)
+    bottom = FrozenModel.load(folders[0], descriptions[0].layers, device, dtype)
+    top = bottom
+    if folders[0] != folders[1]:
+        top = FrozenModel.load(folders[1], descriptions[1].layers, device, dtype)
     return LoadedPair(
         pair=Pair(bottom, top, min(model.vocabulary_size for model in descriptions)),
         bottom=descriptions[0],
@@ -347,7 +366,3 @@ def load_pair(cluster: ClusterConfig, dtype: torch.dtype) -> LoadedPair:
         encoder=FolderEncoder(folders[0]),
         tokenizer=hashes[0],
     )
-
-
-def _load(folder: Path, description: ModelDescription, dtype: torch.dtype) -> FrozenModel:
-    return FrozenModel.load(folder, description.layers, torch.device("cpu"), dtype)

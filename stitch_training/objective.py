@@ -94,6 +94,10 @@ class Shortlist:
         offset = torch.tensor(len(others) / sampled).log()
         return cls(token_ids, torch.where(is_named[token_ids], torch.zeros(()), offset))
 
+    def to(self, device: torch.device) -> Shortlist:
+        """Returns the same list on a device."""
+        return Shortlist(self.token_ids.to(device), self.offsets.to(device))
+
     def indices(self, token_ids: Tensor) -> Tensor:
         """Returns the positions of named tokens in the list."""
         return torch.searchsorted(self.token_ids, token_ids)
@@ -114,7 +118,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, model: FrozenModel, targets: Targets) -> Tensor:
-        gradients, total, shortlist = [], torch.zeros(()), targets.shortlist
+        gradients, total, shortlist = [], torch.zeros((), device=states.device), targets.shortlist
         for start in range(0, len(states), LOGIT_TOKENS):
             chunk = slice(start, start + LOGIT_TOKENS)
             teacher = Teacher(shortlist.indices(targets.teacher.ids[chunk]), targets.teacher.logprobs[chunk])
@@ -140,12 +144,15 @@ def head_loss(
 ) -> Tensor:
     """Returns the mean loss over the next tokens that are `counted`, bool `[sequences, tokens - 1]`, of which one is.
 
-    `hidden` are the last-layer states of `tokens` `[sequences, tokens]`, whose last one has no next token.
+    `hidden` are the last-layer states of `tokens` `[sequences, tokens]`, whose last one has no next token, on the
+    model's device. All others are on the CPU: there the shortlist is drawn, so that every device trains on the same.
     """
-    states, following = hidden[:, :-1][counted], tokens[:, 1:][counted]
-    teacher = Teacher(teacher.ids[:, :-1][counted], teacher.logprobs[:, :-1][counted])
+    device, at = hidden.device, counted.nonzero(as_tuple=True)
+    following = tokens[:, 1:][at]
+    teacher = Teacher(teacher.ids[:, :-1][at], teacher.logprobs[:, :-1][at])
     named = torch.cat([following, teacher.ids.flatten()])
     shortlist = Shortlist.draw(named, settings.vocabulary, settings.sampled, settings.generator)
-    targets = Targets(shortlist, following, teacher, settings.teacher_share)
+    targets = Targets(shortlist.to(device), following.to(device), teacher.to(device), settings.teacher_share)
+    states = hidden[:, :-1][tuple(index.to(device) for index in at)]
     loss: Tensor = _HeadLoss.apply(states, model, targets)  # type: ignore[no-untyped-call]
     return loss

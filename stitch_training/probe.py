@@ -35,6 +35,7 @@ from stitch_server.model.probe import MAX_PROBE_TOKENS, Probe, ProbeBinding, fea
 from stitch_server.sources.resolve import resolve
 from stitch_training.activations import Progress
 from stitch_training.calibration import calibrate, percentiles, relative_costs, resolve_budget
+from stitch_training.device import CPU
 from stitch_training.labels import LabelledSet, folds, prompt_key, read_prompts
 from stitch_training.models import CausalSequences
 from stitch_training.recovery import Float64Array
@@ -59,6 +60,7 @@ class ProbeSettings:
     dtype: torch.dtype
     # Whether every prompt is the first turn of a conversation.
     is_chat: bool
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
         checks: tuple[tuple[str, bool, object, str], ...] = (
@@ -102,7 +104,8 @@ def train_probe(settings: ProbeSettings, sets: Sequence[LabelledSet], progress: 
     """Trains a probe on all sets. Raises InvalidRequest or Incompatible where settings, data or model don't fit."""
     cluster, prompts = settings.cluster, [prompt for labelled in sets for prompt in labelled.prompts]
     folder = resolve(cluster.model_source("bottom"), cache_folder())
-    extractor = FeatureExtractor.load(folder, cluster.earliest_cut, settings.tokens, settings.dtype, settings.is_chat)
+    layer, device = cluster.earliest_cut, settings.device
+    extractor = FeatureExtractor.load(folder, layer, settings.tokens, settings.dtype, settings.is_chat, device)
     rows = extractor.from_texts(prompts, lambda done, total: progress("reading prompts", done, total))
     qualities = np.concatenate([labelled.qualities for labelled in sets])
     gains = qualities[:, 1:] - qualities[:, :1]
@@ -159,19 +162,20 @@ def calibrate_probe(
     costs: Mapping[str, float] | None,
     dtype: torch.dtype,
     progress: Progress,
+    device: torch.device = CPU,
 ) -> tuple[Thresholds, str]:
     """Calibrates a probe on prompts, which need no labels; returns its thresholds and their summary.
 
     Raises InvalidRequest or Incompatible where the target, the data, the probe or the cluster don't fit together.
     """
-    probe = Probe.load(path, torch.device("cpu"))
+    probe = Probe.load(path, CPU)
     budget, relative = resolve_budget(budget, cost, costs, probe.binding.routes)
     folder = resolve(cluster.model_source("bottom"), cache_folder())
     bottom = ModelDescription.read(folder, cluster.models.bottom.id)
     probe.check(bottom, cluster.earliest_cut, [route.name for route in cluster.routes], tokenizer_hash(folder))
     prompts = [prompt for file in data for prompt in read_prompts(file)]
     is_chat, binding = bool(probe.training.get("chat")), probe.binding
-    extractor = FeatureExtractor.load(folder, binding.layer, binding.tokens, dtype, is_chat)
+    extractor = FeatureExtractor.load(folder, binding.layer, binding.tokens, dtype, is_chat, device)
     rows = extractor.from_texts(prompts, lambda done, total: progress("reading prompts", done, total))
     predicted = rows @ probe.weight.double().numpy().T + probe.bias.double().numpy()
     gains = np.hstack([np.zeros((len(rows), 1)), predicted])
@@ -189,17 +193,20 @@ class FeatureExtractor:
     encode: Callable[[str], list[int]]
     # Number of a prompt's first tokens that are read.
     tokens: int
+    # Where the layers are.
+    device: torch.device
 
     @classmethod
-    def load(cls, folder: Path, layer: int, tokens: int, dtype: torch.dtype, is_chat: bool) -> FeatureExtractor:
-        """Loads layers [0, layer) on the CPU; `is_chat`: every prompt is the first turn of a conversation.
+    def load(
+        cls, folder: Path, layer: int, tokens: int, dtype: torch.dtype, is_chat: bool, device: torch.device = CPU
+    ) -> FeatureExtractor:
+        """Loads layers [0, layer) on the device; `is_chat`: every prompt is the first turn of a conversation.
 
         Raises Incompatible where the model has no such layers, or no chat template where one is needed.
         """
-        cpu = torch.device("cpu")
-        layers = DecoderLayers.load(folder, 0, layer, cpu, dtype)
+        layers = DecoderLayers.load(folder, 0, layer, device, dtype)
         encode = chat_encoder(folder) if is_chat else plain_encoder(folder)
-        return cls(Embedding.load(folder, cpu, dtype), layers, encode, tokens)
+        return cls(Embedding.load(folder, device, dtype), layers, encode, tokens, device)
 
     def from_texts(self, prompts: Sequence[str], progress: Callable[[int, int], None]) -> Float64Array:
         """Returns features `[prompts, features]`; `progress(done, total)` is called after every batch."""
@@ -221,12 +228,12 @@ class FeatureExtractor:
     @torch.inference_mode()
     def _pool(self, windows: Sequence[Sequence[int]]) -> Float64Array:
         """Returns features `[prompts, features]` of prompts of one length."""
-        tokens = torch.tensor(windows)
+        tokens = torch.tensor(windows).to(self.device)
         count, length = tokens.shape
-        rotary = self.layers.rotary(torch.arange(length).repeat(count))
+        rotary = self.layers.rotary(torch.arange(length, device=self.device).repeat(count))
         hidden = self.embedding(tokens.flatten())
         states = self.layers.run(hidden, rotary, CausalSequences(count), 0, self.layers.end).view(count, length, -1)
-        rows: Float64Array = torch.stack([pool(one) for one in states]).double().numpy()
+        rows: Float64Array = torch.stack([pool(one) for one in states]).double().cpu().numpy()
         return rows
 
 

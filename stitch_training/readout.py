@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from stitch_training.activations import Passes, PassResult
-from stitch_training.least_squares import AffineMap, ClosedForm, Cross, RidgeFit, fit_ridge
+from stitch_training.device import CPU_BATCH_SEQUENCES, batch_sequences
+from stitch_training.least_squares import AffineMap, ClosedForm, Cross, RidgeFit, fit_ridge, identity_map
 from stitch_training.models import Pair
-from stitch_training.scoring import BATCH_SEQUENCES
 
 # s above. A layer adds about 1.5 to each channel of a state whose channels are about s.
 SCALE = 64.0
@@ -67,24 +67,25 @@ def readout(pair: Pair, k: int, passes: Passes, closed: ClosedForm) -> tuple[Aff
 def _normalized(closed: ClosedForm, k: int) -> AffineMap:
     """Returns x over its root mean square over all tokens; after the last layer, the state's direction is kept."""
     width = len(closed.spread(k).mean)
-    identity, none = torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+    identity, none = (whole := identity_map(width, closed.spread(k).mean.device)).weight, whole.bias
     return AffineMap(identity / sqrt(closed.mean_square(k, identity, none) / width), none)
 
 
 def _cross(data: PassResult, k: int, last: int) -> Cross:
     """Sums, from a trace, the states after `k` layers with x̂, without first tokens."""
-    width = data.trace.shape.hidden_size
-    cross = Cross(width, width)
-    for rows in torch.split(torch.arange(data.sequences), BATCH_SEQUENCES):
-        normed = torch.nn.functional.rms_norm(data.trace.hidden(last, rows)[:, 1:].float(), (width,), None, _EPSILON)
-        cross.add(data.trace.hidden(k, rows)[:, 1:].flatten(0, 1), normed.flatten(0, 1))
+    width, device = data.trace.shape.hidden_size, data.sums.grams[k].total.device
+    cross = Cross(width, width, device)
+    for rows in torch.split(torch.arange(data.sequences), batch_sequences(device)):
+        targets, states = (data.trace.hidden(depth, rows)[:, 1:].to(device) for depth in (last, k))
+        normed = torch.nn.functional.rms_norm(targets.float(), (width,), None, _EPSILON)
+        cross.add(states.flatten(0, 1), normed.flatten(0, 1))
     return cross
 
 
 def token_shares(data: PassResult, vocabulary: int) -> Tensor:
-    """Returns the mean probability `[vocabulary]` of each token in the bottom's distributions, float32."""
+    """Returns the mean probability `[vocabulary]` of each token in the bottom's distributions, float32 on the CPU."""
     shares = torch.zeros(vocabulary)
-    for rows in torch.split(torch.arange(data.sequences), BATCH_SEQUENCES):
+    for rows in torch.split(torch.arange(data.sequences), CPU_BATCH_SEQUENCES):
         teacher = data.trace.teacher(rows)
         shares.index_add_(0, teacher.ids.flatten(), teacher.logprobs.exp().flatten())
     return (1 - UNNAMED_SHARE) * shares / shares.sum() + UNNAMED_SHARE / vocabulary
@@ -92,11 +93,11 @@ def token_shares(data: PassResult, vocabulary: int) -> Tensor:
 
 def translate_head(pair: Pair, shares: Tensor) -> HeadTranslation:
     """Solves M and u for tokens of these mean probabilities `shares` `[vocabulary]`."""
-    bottom, top = pair.bottom.head_weight(), pair.top.head_weight()
+    bottom, top, shares = pair.bottom.head_weight(), pair.top.head_weight(), shares.to(pair.device)
     means = _weighted_mean(bottom, shares), _weighted_mean(top, shares)
-    products = torch.zeros(len(means[1]), len(means[0]), dtype=torch.float64)
-    gram = torch.zeros(len(means[1]), len(means[1]), dtype=torch.float64)
-    for ids in torch.split(torch.arange(len(shares)), VOCABULARY_ROWS):
+    products = torch.zeros(len(means[1]), len(means[0]), dtype=torch.float64, device=pair.device)
+    gram = torch.zeros(len(means[1]), len(means[1]), dtype=torch.float64, device=pair.device)
+    for ids in torch.split(torch.arange(len(shares), device=pair.device), VOCABULARY_ROWS):
         rows = top[ids].float() - means[1]
         weighted = (rows * shares[ids, None]).T
         gram += weighted @ rows
@@ -107,7 +108,7 @@ def translate_head(pair: Pair, shares: Tensor) -> HeadTranslation:
 
 
 def _weighted_mean(rows: Tensor, shares: Tensor) -> Tensor:
-    parts = torch.split(torch.arange(len(shares)), VOCABULARY_ROWS)
+    parts = torch.split(torch.arange(len(shares), device=shares.device), VOCABULARY_ROWS)
     return torch.stack([shares[ids] @ rows[ids].float() for ids in parts]).sum(0)
 
 

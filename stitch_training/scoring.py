@@ -22,6 +22,7 @@ from stitch_server.model.adapters import Adapters
 from stitch_server.model.stitch import Stitch
 from stitch_training.activations import PassResult
 from stitch_training.data import CONTENT, CONTENT_SLICE, COUNTED_ROLES, LossOn, Role
+from stitch_training.device import batch_sequences
 from stitch_training.intervals import Sample
 from stitch_training.least_squares import AffineMap, CutPoint
 from stitch_training.models import LOGIT_TOKENS, FrozenModel, Pair
@@ -32,7 +33,6 @@ from stitch_training.trace import Teacher
 Mapping = Callable[[Tensor], Tensor]
 # The same for packed tokens, `[tokens, inputs]`, with the indices of the tokens that start a sequence.
 PackedMapping = Callable[[Tensor, Sequence[int]], Tensor]
-BATCH_SEQUENCES = 4
 WHOLE_LOSSES = "whole-losses.safetensors"
 
 
@@ -111,7 +111,7 @@ def stitched(pair: Pair, cut: CutPoint, stitch: AffineMap, adapters: Adapters | 
 
 @dataclass(frozen=True, eq=False)
 class TextScores:
-    """Of every next token: its cross-entropy in nats, and the token that was the likeliest there."""
+    """Of every next token, on the CPU: its cross-entropy in nats, and the token that was the likeliest there."""
 
     losses: Tensor
     likeliest: Tensor
@@ -121,19 +121,20 @@ def text_scores(pipeline: Pipeline, tokens: Tensor) -> TextScores:
     """Scores `tokens` `[sequences, tokens]`."""
     losses, likeliest = [], []
     with torch.no_grad():
-        for batch in torch.split(tokens, BATCH_SEQUENCES):
-            states, following = pipeline.states(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+        for batch in torch.split(tokens, batch_sequences(pipeline.head.device)):
+            states = pipeline.states(batch)[:, :-1].flatten(0, 1)
+            following = batch[:, 1:].flatten().to(states.device)
             for some, ids in zip(torch.split(states, LOGIT_TOKENS), torch.split(following, LOGIT_TOKENS), strict=True):
                 logits = pipeline.head.logits(some)
                 losses.append(F.cross_entropy(logits, ids, reduction="none"))
                 likeliest.append(logits.argmax(1))
     shape = (len(tokens), -1)
-    return TextScores(torch.cat(losses).view(shape), torch.cat(likeliest).view(shape))
+    return TextScores(torch.cat(losses).view(shape).cpu(), torch.cat(likeliest).view(shape).cpu())
 
 
 @dataclass(frozen=True)
 class TailScores:
-    """Of every next token: its cross-entropy, and the divergence from the traced teacher, in nats."""
+    """Of every next token, on the CPU: its cross-entropy, and the divergence from the traced teacher, in nats."""
 
     losses: Tensor
     divergences: Tensor
@@ -147,19 +148,21 @@ def tail_scores(
     pair: Pair, held_out: PassResult, cut: CutPoint, mapping: Mapping, adapters: Adapters | None = None
 ) -> TailScores:
     """Scores the top's layers [j, …) after `mapping` of the traced states."""
-    top, trace, (k, j) = pair.top, held_out.trace, cut
+    top, device, trace, (k, j) = pair.top, pair.device, held_out.trace, cut
     losses, diverging = [], []
     with torch.no_grad():
-        for rows in torch.split(torch.arange(held_out.sequences), BATCH_SEQUENCES):
-            states = top.run(mapping(trace.hidden(k, rows)), j, top.depth, adapters)[:, :-1].flatten(0, 1)
-            teacher, following = trace.teacher(rows), trace.tokens(rows)[:, 1:].flatten()
+        for rows in torch.split(torch.arange(held_out.sequences), batch_sequences(device)):
+            mapped = mapping(trace.hidden(k, rows).to(device))
+            states = top.run(mapped, j, top.depth, adapters)[:, :-1].flatten(0, 1)
+            teacher, following = trace.teacher(rows).to(device), trace.tokens(rows)[:, 1:].flatten().to(device)
             ids, logprobs = (kept[:, :-1].flatten(0, 1) for kept in (teacher.ids, teacher.logprobs))
-            for chunk in torch.split(torch.arange(len(states)), LOGIT_TOKENS):
+            for start in range(0, len(states), LOGIT_TOKENS):
+                chunk = slice(start, start + LOGIT_TOKENS)
                 logits = top.logits(states[chunk])
                 losses.append(F.cross_entropy(logits, following[chunk], reduction="none"))
                 diverging.append(divergence(logits[:, : pair.vocabulary], Teacher(ids[chunk], logprobs[chunk])))
     shape = (held_out.sequences, -1)
-    return TailScores(torch.cat(losses).view(shape), torch.cat(diverging).view(shape))
+    return TailScores(torch.cat(losses).view(shape).cpu(), torch.cat(diverging).view(shape).cpu())
 
 
 def whole_losses(pair: Pair, held_out: PassResult, folder: Path) -> dict[str, Tensor]:

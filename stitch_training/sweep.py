@@ -17,6 +17,7 @@ from stitch.errors import InvalidRequest
 from stitch_training.activations import HELD_OUT, Passes, Progress
 from stitch_training.cost_ladder import BOTTOM, TOP, Ladder, Rung, parameters_of, whole_parameters
 from stitch_training.data import DataSettings, LossOn
+from stitch_training.device import CPU
 from stitch_training.fit import check_cut, describe, passes_for
 from stitch_training.intervals import Sample
 from stitch_training.least_squares import ClosedForm, CutPoint
@@ -42,6 +43,7 @@ class SweepSettings:
     least_saving: float = 0.0
     # Run directories of earlier passes, whose sequences don't run through the bottom model again.
     reuse: tuple[Path, ...] = ()
+    device: torch.device = CPU
 
 
 def grid(loaded: LoadedPair, bottom_layers: list[int], around: int) -> tuple[CutPoint, ...]:
@@ -87,7 +89,7 @@ def sweep(settings: SweepSettings, progress: Progress) -> Sweep:
     `fit` can reuse the run directory for any of the cuts. Raises InvalidRequest for a cut outside of the models, and
     where none saves enough.
     """
-    loaded = load_pair(settings.cluster, getattr(torch, settings.dtype))
+    loaded = load_pair(settings.cluster, getattr(torch, settings.dtype), settings.device)
     cuts = _saving(loaded, settings)
     passes = passes_for(loaded, cuts, settings.data, settings.dtype, settings.run_dir, progress, settings.reuse)
     closed = ClosedForm(passes.training.sums, passes.held_out.sums)

@@ -1,6 +1,7 @@
 """The arrays that a pass over the data leaves on disk: tokens, hidden states, the teacher's likeliest tokens.
 
-Every array is a raw memory-mapped file, so the memory of a fit does not grow with its number of tokens:
+Every array is a raw memory-mapped file, so the memory of a fit does not grow with its number of tokens.
+Tensors are read and written from any device, and returned on the CPU:
 
     tokens          int32     [sequences, tokens]
     roles           int8      [sequences, tokens]          of the text that a token is a part of (`data.Role`)
@@ -45,6 +46,10 @@ class Teacher:
     ids: Tensor
     logprobs: Tensor
 
+    def to(self, device: torch.device) -> Teacher:
+        """Returns the same on a device."""
+        return Teacher(self.ids.to(device), self.logprobs.to(device))
+
 
 class Trace:
     """The memory-mapped arrays of one pass in a folder."""
@@ -75,10 +80,10 @@ class Trace:
         self._tokens[rows] = [sequence.token_ids for sequence in batch]
         self._roles[rows] = [sequence.roles for sequence in batch]
         self._files[rows] = [sequence.file for sequence in batch]
-        self._ids[rows] = teacher.ids.numpy()
-        self._logprobs[rows] = teacher.logprobs.half().numpy()
+        self._ids[rows] = teacher.ids.cpu().numpy()
+        self._logprobs[rows] = teacher.logprobs.half().cpu().numpy()
         for depth, states in hidden.items():
-            self._hidden[depth][rows] = states.bfloat16().view(torch.int16).numpy()
+            self._hidden[depth][rows] = states.bfloat16().view(torch.int16).cpu().numpy()
 
     def flush(self) -> None:
         """Flushes all arrays to disk; a checkpoint may then refer to them."""
