@@ -145,7 +145,8 @@ async def open_gateway(
         metrics.read_fits(routes, predictor.fit)
         router, calibration = open_router(cluster)
         monitor = DriftMonitor(metrics, calibration)
-        selector = Selector(router, models, predictor, conversation_routes(time.monotonic), monitor)
+        conversations, cheaper = conversation_routes(time.monotonic), cluster.gateway.cheaper_under_load
+        selector = Selector(router, models, predictor, conversations, monitor, cheaper)
 
         in_flight, health = InFlightTracker("this gateway"), Health()
         queues = stack.enter_context(TextQueues(cluster.gateway.limits.text_wait_seconds))

@@ -7,6 +7,7 @@ request that is refused, nothing is kept.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,8 @@ from stitch.errors import InvalidRequest
 MAX_CONVERSATIONS = 10_000
 # After the last request of a conversation.
 CONVERSATION_SECONDS = 3600.0
+# Of the latest requests with an objective for their TTFT, the share whose objectives count as tight.
+LATEST_OBJECTIVES, TIGHT_SHARE = 64, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,10 @@ def conversation_routes(clock: Callable[[], float]) -> TTLCache[str, str]:
 
 
 class Selector:
-    """Combines the router with requests, conversations and objectives. `conversations` maps their ids to routes."""
+    """Combines the router with requests, conversations and objectives. `conversations` maps their ids to routes.
+
+    With `cheaper_under_load` thresholds rise for requests with an objective while earlier prompts are pending.
+    """
 
     def __init__(
         self,
@@ -68,12 +74,16 @@ class Selector:
         predictor: TtftPredictor,
         conversations: MutableMapping[str, str],
         monitor: DriftMonitor,
+        cheaper_under_load: bool = True,
     ) -> None:
         self._router = router
         self._models = models
         self._predictor = predictor
         self._conversations = conversations
         self._monitor = monitor
+        self._cheaper_under_load = cheaper_under_load
+        # Seconds; without those that the cheapest route could not meet if it were idle.
+        self._latest_objectives: deque[float] = deque(maxlen=LATEST_OBJECTIVES)
 
     def select(
         self, options: RoutingOptions, turns: Sequence[str], prompt_tokens: int, wait: Wait = NO_WAIT
@@ -85,7 +95,7 @@ class Selector:
         query = Query(tuple(turns), tuple(self._models.routes()))
         routed = self._router.decide(query)
         if options.threshold is None:
-            routed = self._under_load(routed, query, wait)
+            routed = self._under_load(routed, query, self._pressure(routed, query, options, prompt_tokens, wait))
         else:
             routed = _by_threshold(routed, options.threshold, query.routes)
         preferred = self._preferred(options, routed)
@@ -116,13 +126,44 @@ class Selector:
         elif decision.kind not in ("fallback", "objective", "load"):
             self._conversations[name] = decision.route
 
+    def _pressure(
+        self,
+        routed: RouteDecision | DeferredDecision,
+        query: Query,
+        options: RoutingOptions,
+        prompt_tokens: int,
+        wait: Wait,
+    ) -> float:
+        """What of the time for which the request may wait it will wait: 0 to 1.
+
+        With an objective for its TTFT, what earlier prompts take of the tight ones among the latest requests' if that
+        is more: shards have room for many prompts that miss them, and a request with time makes way for one without.
+        """
+        most = options.objectives.max_ttft_seconds
+        if most is None or not self._cheaper_under_load or isinstance(routed, DeferredDecision):
+            return wait.pressure
+        least = self._predictor.alone_seconds(query.routes[0], prompt_tokens)
+        if least is None or least <= most:
+            self._latest_objectives.append(most)
+        predicted = self._predictor.predict_seconds(routed.route, prompt_tokens)
+        alone = self._predictor.alone_seconds(routed.route, prompt_tokens)
+        waited = wait.seconds if wait.pressure else 0.0
+        if predicted is not None and alone is not None:
+            waited += predicted - alone
+        return max(wait.pressure, min(1.0, waited / min(most, self._tight_objective(most))))
+
+    def _tight_objective(self, default: float) -> float:
+        """Seconds that TIGHT_SHARE of the latest objectives don't exceed."""
+        latest = sorted(self._latest_objectives)
+        return latest[int(TIGHT_SHARE * (len(latest) - 1))] if latest else default
+
     def _under_load(
-        self, routed: RouteDecision | DeferredDecision, query: Query, wait: Wait
+        self, routed: RouteDecision | DeferredDecision, query: Query, pressure: float
     ) -> RouteDecision | DeferredDecision:
         """The router's decision with thresholds that rise while requests wait; a probe's don't, nor does a fallback."""
-        if not wait.pressure or isinstance(routed, DeferredDecision) or routed.kind == "fallback":
+        if not pressure or isinstance(routed, DeferredDecision) or routed.kind == "fallback":
             return routed
-        decided = self._router.decide(replace(query, pressure=wait.pressure))
+        decided = self._router.decide(replace(query, pressure=pressure))
         if isinstance(decided, DeferredDecision) or decided.kind == "fallback" or decided.route == routed.route:
             return routed
         why = f"since requests wait for shards; otherwise it would be {routed.route} ({routed.reason})"

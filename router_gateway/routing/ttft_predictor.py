@@ -124,6 +124,10 @@ class TtftPredictor:
         """From now to the first text, a bound that nearly all requests keep; None with too few samples."""
         return self._regressions[route].bound(self._work_tokens(prompt_tokens), self._clock())
 
+    def alone_seconds(self, route: str, prompt_tokens: int) -> float | None:
+        """The same as if no earlier prompt were pending."""
+        return self._regressions[route].bound(prompt_tokens, self._clock())
+
     def fit(self, route: str) -> tuple[float, float]:
         """Intercept in seconds, and slope in seconds per token, of a route; NaN with too few samples.
 

@@ -21,6 +21,7 @@ from router_gateway.routing.router import (
 )
 from router_gateway.routing.selector import (
     CONVERSATION_SECONDS,
+    LATEST_OBJECTIVES,
     MAX_CONVERSATIONS,
     RoutingOptions,
     Selector,
@@ -62,9 +63,10 @@ class SelectorSetup:
         self.metrics = Metrics(["weak", "strong"], REASON_KINDS)
         self.selector = self.selector_of(self.router)
 
-    def selector_of(self, router: Router) -> Selector:
+    def selector_of(self, router: Router, cheaper_under_load: bool = True) -> Selector:
         models, monitor = cast(ModelRegistry, Pair()), DriftMonitor(self.metrics, None)
-        return Selector(router, models, self.predictor, conversation_routes(lambda: self.now), monitor)
+        conversations = conversation_routes(lambda: self.now)
+        return Selector(router, models, self.predictor, conversations, monitor, cheaper_under_load)
 
     def learn(self, route: str, seconds_a_token: float) -> None:
         for index in range(2 * MIN_SAMPLES):
@@ -124,6 +126,47 @@ class TestUnderLoad:
         assert decision.reason == (
             "0.60, below 0.80, since requests wait for shards; otherwise it would be strong (0.60, at least 0.40)"
         )
+
+    @pytest.mark.parametrize(
+        ("seconds", "earlier_tokens", "route"),
+        [(5.0, 0, "strong"), (10.0, 100, "strong"), (5.0, 100, "weak"), (5.0, 70, "strong"), (5.0, 90, "weak")],
+    )
+    def test_thresholds_rise_with_what_earlier_prompts_take_of_an_objective(
+        self, setup: SelectorSetup, seconds: float, earlier_tokens: int, route: str
+    ) -> None:
+        # A token takes 0.02 s on the strong route, and 1/3 of the objective raises the threshold to the score.
+        with setup.predictor.track(earlier_tokens, "strong"):
+            decision = setup.ask(objectives=Objectives(max_ttft_seconds=seconds))
+        assert (decision.route, decision.kind) == (route, "load" if route == "weak" else "content")
+
+    def test_request_with_time_makes_way_for_tight_objectives(self, setup: SelectorSetup) -> None:
+        relaxed = Objectives(max_ttft_seconds=100.0)
+        with setup.predictor.track(100, "strong"):
+            assert setup.ask(objectives=relaxed).route == "strong"
+            setup.ask(objectives=Objectives(max_ttft_seconds=5.0))
+            assert setup.ask(objectives=relaxed).route == "weak"
+            # A client without an objective has said nothing of its time.
+            assert setup.ask().route == "strong"
+            for _ in range(LATEST_OBJECTIVES):
+                setup.ask(objectives=relaxed)
+            assert setup.ask(objectives=relaxed).route == "strong"
+
+    def test_objective_that_no_idle_route_meets_moves_no_other_request(self, setup: SelectorSetup) -> None:
+        with setup.predictor.track(100, "strong"):
+            with pytest.raises(ObjectivesUnmet):
+                setup.ask(objectives=Objectives(max_ttft_seconds=0.5))
+            assert setup.ask(objectives=Objectives(max_ttft_seconds=100.0)).route == "strong"
+
+    def test_waiting_for_room_counts_against_an_objective(self, setup: SelectorSetup) -> None:
+        objectives = Objectives(max_ttft_seconds=6.0)
+        assert setup.ask(waited=2.5, pressure=0.01, objectives=objectives).route == "weak"
+        # Since the arrival, without a queue.
+        assert setup.ask(waited=2.5, pressure=0.0, objectives=objectives).route == "strong"
+
+    def test_objectives_raise_no_threshold_where_cheaper_routes_are_switched_off(self, setup: SelectorSetup) -> None:
+        setup.selector = setup.selector_of(ByScore(), cheaper_under_load=False)
+        with setup.predictor.track(100, "strong"):
+            assert setup.ask(objectives=Objectives(max_ttft_seconds=5.0)).route == "strong"
 
     def test_what_the_request_names_holds(self, setup: SelectorSetup) -> None:
         assert setup.ask(pressure=1.0, route="strong").route == "strong"
