@@ -34,9 +34,8 @@ ChatPrompt = tuple[Turn, ...]
 
 @dataclass(frozen=True)
 class AnswersSettings:
-    """The cluster, the prompts, and how to answer them."""
+    """The prompts, and how to answer them."""
 
-    connection: GatewayConnection
     data: tuple[Path, ...]
     out: Path
     route: str
@@ -49,7 +48,7 @@ class AnswersSettings:
     held_out_percent: int = 10
 
 
-async def make_answers(settings: AnswersSettings) -> RunProgress:
+async def make_answers(settings: AnswersSettings, connection: GatewayConnection) -> RunProgress:
     """Appends the answers that the output doesn't have yet.
 
     Raises InvalidRequest where the data can't be read or have no prompt, or the output was made in another way.
@@ -60,7 +59,7 @@ async def make_answers(settings: AnswersSettings) -> RunProgress:
         raise InvalidRequest("data", names, "it must have a prompt that is not held out")
     answered = answered_prompts(settings)
     remaining = [prompt for prompt in prompts if prompt not in answered]
-    async with settings.connection.open() as client:
+    async with connection.open() as client:
 
         async def line_of(prompt: ChatPrompt) -> str:
             return await _line(client, prompt, settings)
@@ -120,7 +119,13 @@ async def _line(client: AsyncClient, prompt: ChatPrompt, settings: AnswersSettin
         seed=seed_of(prompt, settings.seed),
         timeout=ANSWER_TIMEOUT_SECONDS,
     )
-    message = {"role": "assistant", "content": answer.text, "finish_reason": answer.finish_reason}
+    return answer_line(prompt, answer.text, answer.finish_reason, settings)
+
+
+def answer_line(prompt: ChatPrompt, text: str, finish_reason: str, settings: AnswersSettings) -> str:
+    """Returns the line of an answer in the output."""
+    messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.content} for turn in prompt]
+    message = {"role": "assistant", "content": text, "finish_reason": finish_reason}
     return json.dumps({"messages": [*messages, message], **_made_by(settings)}, ensure_ascii=False) + "\n"
 
 

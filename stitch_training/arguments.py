@@ -31,22 +31,10 @@ def add_fit(verbs: Verbs) -> argparse.ArgumentParser:
         "--aim", choices=["states", "answers"], default="states",
         help="of least squares: the top's states, or the bottom's distribution through the top's head; default: states",
     )  # fmt: skip
-    verb.add_argument("--epochs", metavar="N", type=int, default=1, help="of distillation; 0: least squares alone")
-    verb.add_argument("--learning-rate", metavar="X", type=float, default=1e-3, help="at the start; default: 0.001")
-    verb.add_argument(
-        "--teacher-share", metavar="X", type=float, default=0.5,
-        help="weight of the bottom's distribution against the next token, 0 to 1; default: 0.5",
-    )  # fmt: skip
-    _add_loss_on(verb, "the next tokens whose loss counts")
-    verb.add_argument("--batch-sequences", metavar="N", type=int, default=4, help="in one step; default: 4")
+    _add_training(verb, adapter_rank=0, teacher_share=0.5, loss_on="content")
     verb.add_argument(
         "--start", metavar="STITCH", type=Path, help="start from this stitch of the cut, instead of least squares"
     )
-    verb.add_argument(
-        "--adapter-rank", metavar="N", type=int, default=0,
-        help="of adapters beside the top's layers, trained with the stitch; default: 0, none",
-    )  # fmt: skip
-    verb.add_argument("--evaluations", metavar="N", type=int, default=10, help="of held-out loss; default: 10")
     verb.add_argument(
         "--store", choices=["float32", "bfloat16"], default="float32", help="dtype of the file; default: float32"
     )
@@ -118,6 +106,32 @@ def add_probe(verbs: Verbs) -> argparse.ArgumentParser:
         "--budget", metavar="B", type=float, default=0.5, help="mean cost, 0 (all cheapest) to 1; default: 0.5"
     )
     verb.add_argument("--folds", metavar="N", type=int, default=5, help="of the cross-validation; default: 5")
+    return verb
+
+
+def add_fit_within(verbs: Verbs) -> argparse.ArgumentParser:
+    """Adds `fit-within` with its flags, and returns its parser."""
+    purpose = "make a route's stitch of the bottom's own answers within a time limit, and pack it; resumable"
+    verb = _add_verb(verbs, "fit-within", purpose)
+    _add_cluster(verb)
+    verb.add_argument("--route", metavar="R", required=True, help="the route whose stitch to make")
+    verb.add_argument("--seconds", metavar="N", type=float, required=True, help="until the program ends")
+    verb.add_argument(
+        "--data", metavar="FILE", nargs="+", type=Path, required=True, help="conversations, questions or prompts"
+    )
+    verb.add_argument(
+        "--run-dir", metavar="DIR", type=Path, required=True, help="resumed where it, or an unpacked archive, has some"
+    )
+    verb.add_argument("--out", metavar="FILE", type=Path, required=True, help="the archive, a .tar file")
+    verb.add_argument(
+        "--pack-mebibytes", metavar="N", type=int, default=64, help="the most that the archive has; default: 64"
+    )
+    verb.add_argument("--tokens", metavar="N", type=int, default=1_000_000, help="at most; default: 1,000,000")
+    _add_sequences(verb)
+    verb.add_argument("--max-tokens", metavar="N", type=int, default=256, help="of an answer; default: 256")
+    verb.add_argument("--temperature", metavar="T", type=float, default=0.7, help="of answers; default: 0.7")
+    _add_training(verb, adapter_rank=32, teacher_share=1.0, loss_on="assistant")
+    verb.add_argument("--seed", metavar="N", type=int, default=0, help="of answers and training; default: 0")
     return verb
 
 
@@ -238,8 +252,7 @@ def _add_text(verb: argparse.ArgumentParser, tokens: int | None = None) -> None:
     verb.add_argument(
         "--data", metavar="FILE", nargs="+", type=Path, required=True, help="text, JSONL, chat JSONL; .gz too"
     )
-    verb.add_argument("--held-out-tokens", metavar="N", type=int, default=8192, help="to measure on; default: 8192")
-    verb.add_argument("--sequence-tokens", metavar="N", type=int, default=512, help="in one sequence; default: 512")
+    _add_sequences(verb)
     if tokens is not None:
         verb.add_argument("--tokens", metavar="N", type=int, default=tokens, help=f"to fit on; default: {tokens}")
         verb.add_argument(
@@ -253,10 +266,32 @@ def _add_text(verb: argparse.ArgumentParser, tokens: int | None = None) -> None:
         verb.add_argument("--seed", metavar="N", type=int, default=0, help="of the order of the data; default: 0")
 
 
-def _add_loss_on(verb: argparse.ArgumentParser, purpose: str) -> None:
+def _add_sequences(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--held-out-tokens", metavar="N", type=int, default=8192, help="to measure on; default: 8192")
+    verb.add_argument("--sequence-tokens", metavar="N", type=int, default=512, help="in one sequence; default: 512")
+
+
+def _add_training(verb: argparse.ArgumentParser, adapter_rank: int, teacher_share: float, loss_on: str) -> None:
+    """Adds the flags of distillation, with these defaults."""
+    verb.add_argument("--epochs", metavar="N", type=int, default=1, help="of distillation; 0: least squares alone")
+    verb.add_argument("--learning-rate", metavar="X", type=float, default=1e-3, help="at the start; default: 0.001")
     verb.add_argument(
-        "--loss-on", choices=["all", "content", "assistant"], default="content",
-        help=f"{purpose}: all, those of texts and messages, or those of answers; default: content",
+        "--teacher-share", metavar="X", type=float, default=teacher_share,
+        help="weight of the bottom's distribution against the next token, 0 to 1; default: %(default)s",
+    )  # fmt: skip
+    _add_loss_on(verb, "the next tokens whose loss counts", loss_on)
+    verb.add_argument("--batch-sequences", metavar="N", type=int, default=4, help="in one step; default: 4")
+    verb.add_argument(
+        "--adapter-rank", metavar="N", type=int, default=adapter_rank,
+        help="of adapters beside the top's layers, trained with the stitch, 0: none; default: %(default)s",
+    )  # fmt: skip
+    verb.add_argument("--evaluations", metavar="N", type=int, default=10, help="of held-out loss; default: 10")
+
+
+def _add_loss_on(verb: argparse.ArgumentParser, purpose: str, default: str = "content") -> None:
+    verb.add_argument(
+        "--loss-on", choices=["all", "content", "assistant"], default=default,
+        help=f"{purpose}: all, those of texts and messages, or those of answers; default: %(default)s",
     )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stitch-train", description="Makes stitches, probes and routers.")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
     arguments.add_fit(verbs).set_defaults(call=_fit)
+    arguments.add_fit_within(verbs).set_defaults(call=_fit_within)
     arguments.add_sweep(verbs).set_defaults(call=_sweep)
     arguments.add_evaluate(verbs).set_defaults(call=_evaluate)
     arguments.add_probe(verbs).set_defaults(call=_probe)
@@ -85,6 +86,40 @@ def _fit(parsed: argparse.Namespace) -> None:
     _use_threads(parsed)
     with ProgressLine() as progress:
         write_fit(fit(settings, progress), parsed.out, parsed.store)
+
+
+def _fit_within(parsed: argparse.Namespace) -> None:
+    import time
+
+    began = time.monotonic()
+    from stitch.cluster import load_cluster
+    from stitch.progress import ProgressLine
+    from stitch_training.device import training_device
+    from stitch_training.fit_within import FitWithinSettings, TimeLimit, fit_within
+
+    data = _data_settings(parsed)
+    settings = FitWithinSettings(
+        cluster=load_cluster(parsed.cluster),
+        route=parsed.route,
+        prompts=data.files,
+        run_dir=parsed.run_dir,
+        out=parsed.out,
+        seconds=parsed.seconds,
+        device=training_device(parsed.device),
+        dtype=parsed.dtype,
+        tokens=data.tokens,
+        held_out_tokens=data.held_out_tokens,
+        sequence_tokens=data.sequence_tokens,
+        max_tokens=parsed.max_tokens,
+        temperature=parsed.temperature,
+        training=_training_settings(parsed),
+        pack_mebibytes=parsed.pack_mebibytes,
+    )
+    _use_threads(parsed)
+    with ProgressLine() as progress:
+        packed = fit_within(settings, TimeLimit(parsed.seconds, began), progress)
+    left_out = f", without {', '.join(packed.left_out)}" if packed.left_out else ""
+    print(f"packed: {parsed.out}, with {', '.join(packed.names)}{left_out}")
 
 
 def _sweep(parsed: argparse.Namespace) -> None:
@@ -187,7 +222,6 @@ def _answers(parsed: argparse.Namespace) -> int:
     from stitch_training.answers import AnswersSettings, make_answers
 
     settings = AnswersSettings(
-        connection=_connection(parsed),
         data=tuple(parsed.data),
         out=parsed.out,
         route=parsed.route,
@@ -197,7 +231,7 @@ def _answers(parsed: argparse.Namespace) -> int:
         seed=parsed.seed,
         concurrency=parsed.concurrency,
     )
-    return int(asyncio.run(make_answers(settings)).failed > 0)
+    return int(asyncio.run(make_answers(settings, _connection(parsed))).failed > 0)
 
 
 def _connection(parsed: argparse.Namespace) -> GatewayConnection:
@@ -334,7 +368,7 @@ def _training_settings(parsed: argparse.Namespace) -> TrainingSettings:
         if not is_valid:
             raise InvalidRequest(field, getattr(parsed, field), limit)
     return TrainingSettings(
-        aim=parsed.aim,
+        aim=getattr(parsed, "aim", "states"),
         epochs=parsed.epochs,
         batch_sequences=parsed.batch_sequences,
         learning_rate=parsed.learning_rate,

@@ -9,6 +9,8 @@ from stitch.errors import InvalidRequest
 CPU = torch.device("cpu")
 # Sequences that pass a model together. Sums add them batch by batch, so the number decides their last digits.
 CPU_BATCH_SEQUENCES, GPU_BATCH_SEQUENCES = 4, 16
+# Prompts that are answered together.
+CPU_BATCH_PROMPTS, GPU_BATCH_PROMPTS = 16, 64
 
 
 def training_device(name: str) -> torch.device:
@@ -30,3 +32,8 @@ def training_device(name: str) -> torch.device:
 def batch_sequences(device: torch.device) -> int:
     """Returns the number of sequences that pass a model together."""
     return CPU_BATCH_SEQUENCES if device.type == "cpu" else GPU_BATCH_SEQUENCES
+
+
+def batch_prompts(device: torch.device) -> int:
+    """Returns the number of prompts that are answered together."""
+    return CPU_BATCH_PROMPTS if device.type == "cpu" else GPU_BATCH_PROMPTS

@@ -282,19 +282,28 @@ class Distillation:
         if checkpoint.exists():
             self._resume()
 
-    def run(self, held_out_loss: HeldOutLoss, progress: Callable[[int, int, float], None]) -> None:
-        """Trains until the last step or until held-out loss stops falling, and restores the best stitch.
+    def run(
+        self,
+        held_out_loss: HeldOutLoss,
+        progress: Callable[[int, int, float], None],
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Trains until the last step, until held-out loss stops falling or `is_over()`, and restores the best stitch.
 
-        `progress(step, steps, loss)` is called after every step.
+        `progress(step, steps, loss)` is called after every step, and `is_over` before it.
         """
         if not self.history.held_out:
             self._evaluate(held_out_loss)
-        while self.step < self.steps and not self.history.is_stale():
+        while self.step < self.steps and not self.history.is_stale() and not is_over():
             loss = self._train_step()
             progress(self.step, self.steps, loss)
             if self.step % self.interval == 0 or self.step == self.steps:
                 self._evaluate(held_out_loss)
                 self.checkpoint()
+        if self.step > self.history.held_out[-1][0]:
+            # Ended between two evaluations.
+            self._evaluate(held_out_loss)
+            self.checkpoint()
         with torch.no_grad():
             for parameter, best in zip(self.student.parameters(), self._best, strict=True):
                 parameter.copy_(best)

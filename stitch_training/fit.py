@@ -50,6 +50,8 @@ from stitch_training.scoring import (
 # Damping of the coordinates that training moves in, unless the ridge is stronger: without it, directions with less
 # than this share of the mean variance would be scaled to unit variance and carry only noise.
 WHITENING_RIDGE = 1e-3
+# What follows training in a fit with a time limit: evaluations of the held-out sequences, the slowest with the bottom.
+FINAL_EVALUATIONS = 8
 # In reports, a model that nothing is left out of or added to.
 WHOLE_MODEL = "whole model"
 
@@ -153,11 +155,12 @@ class Start:
     first: Tensor
 
 
-def fit(settings: FitSettings, progress: Progress) -> Fit:
+def fit(settings: FitSettings, progress: Progress, seconds_left: Callable[[], float] = lambda: float("inf")) -> Fit:
     """Fits the stitch of a route, or a control.
 
-    `progress(task, done, total)` is called along the way. Raises InvalidRequest for a route without a stitch, data that
-    can't be read, or a run directory of another fit.
+    `progress(task, done, total)` is called along the way. Training ends early where `seconds_left()` is what the
+    evaluations after it are expected to take; the same run directory continues it. Raises InvalidRequest for a route
+    without a stitch, data that can't be read, or a run directory of another fit.
     """
     started_at = time.monotonic()
     loaded, cut = _load_subject(settings)
@@ -177,12 +180,17 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
         start, initial_adapters = replace(start, map=map_of(stitch)), stitch.adapters
         settings = replace(settings, training=replace(settings.training, start=stitch.fingerprint))
     held_out = HeldOutText(loaded.pair, cut, passes.held_out, settings.training)
+    measured_at = time.monotonic()
     initial = final = held_out.measure(start.map, initial_adapters)
-    first_token, history = "held", {}
+    reserve = FINAL_EVALUATIONS * (time.monotonic() - measured_at)
+    first_token, history, steps = "held", {}, {"done": 0, "planned": 0}
     if settings.training.epochs:
-        run = _distil(held_out, passes.training, start, closed, initial.adapters, settings, progress)
+        run = _distillation(held_out, passes.training, start, closed, initial.adapters, settings)
+        run.run(
+            held_out.loss, lambda step, steps, loss: progress("distil", step, steps), lambda: seconds_left() < reserve
+        )
         first_token, final = _choose_first_token(held_out, start, closed, run.student)
-        history = asdict(run.history)
+        history, steps = asdict(run.history), {"done": run.step, "planned": run.steps}
     stitched = {initial_name: initial.scores.losses, "stitched": final.scores.losses}
     losses = held_out_losses(loaded, cut, passes, settings, stitched)
     report = {
@@ -192,6 +200,7 @@ def fit(settings: FitSettings, progress: Progress) -> Fit:
         "cut": {"bottom_layers": cut.k, "top_from": cut.j},
         "ridge": _describe_ridge(start.ridge),
         "training": asdict(settings.training),
+        "steps": steps,
         "first_token": first_token,
         "losses": losses,
         "history": history,
@@ -282,14 +291,13 @@ def coordinates(k: int, start: Start, closed: ClosedForm) -> Coordinates:
     )
 
 
-def _distil(
+def _distillation(
     held_out: HeldOutText,
     data: PassResult,
     start: Start,
     closed: ClosedForm,
     initial: Adapters | None,
     settings: FitSettings,
-    progress: Progress,
 ) -> Distillation:
     pair, cut = held_out.pair, held_out.cut
     adapters = _adapters(pair.top, cut, data, mapping_of(start.map), settings.training, initial)
@@ -300,9 +308,7 @@ def _distil(
         student = TrainableStitch(coordinates(cut.k, start, closed), adapters)
     training = replace(settings.training, data=data.fingerprint)
     checkpoint = settings.run_dir / f"distil-{cut.k}-{cut.j}.safetensors"
-    run = Distillation(pair, cut, data.trace, data.sequences, student, training, checkpoint)
-    run.run(held_out.loss, lambda step, steps, loss: progress("distil", step, steps))
-    return run
+    return Distillation(pair, cut, data.trace, data.sequences, student, training, checkpoint)
 
 
 def _adapters(

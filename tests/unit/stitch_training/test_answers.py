@@ -14,7 +14,6 @@ from stitch_training.answer_quality import kept_back_prompts
 from stitch_training.answers import AnswersSettings, seed_of, training_prompts
 from stitch_training.cli import main
 from stitch_training.data import Document, Turn, is_held_out, read_documents
-from stitch_training.prompt_runs import GatewayConnection
 from tests.support.fake_gateway import FakeGateway, serving
 
 
@@ -138,8 +137,7 @@ def test_nothing_to_do_is_refused(
 
 def test_prompts_are_in_an_order_of_their_seed(data: list[Path], tmp_path: Path) -> None:
     def order(seed: int) -> list[tuple[Turn, ...]]:
-        connection = GatewayConnection("127.0.0.1:1")
-        return list(training_prompts(AnswersSettings(connection, tuple(data), tmp_path / "x", "strong", seed=seed)))
+        return list(training_prompts(AnswersSettings(tuple(data), tmp_path / "x", "strong", seed=seed)))
 
     assert order(0) == order(0) != order(1)
     assert set(order(0)) == set(order(1))

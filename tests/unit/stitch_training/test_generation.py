@@ -1,4 +1,4 @@
-"""Greedy generation with a KV cache."""
+"""Greedy and sampled generation with a KV cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stitch_server.model.adapters import Adapters
-from stitch_training.generation import generate_greedy
+from stitch_training.generation import Answer, generate_greedy, generate_sampled
 from stitch_training.least_squares import AffineMap, CutPoint
 from stitch_training.models import Pair
 from stitch_training.scoring import Pipeline, stitched, whole
@@ -67,3 +67,38 @@ def test_end_token_ends_its_own_generation_only(pipeline: Pipeline) -> None:
 
 def test_no_prompts_generate_nothing(pipeline: Pipeline) -> None:
     assert generate_greedy(pipeline, [], VOCABULARY, MAX_TOKENS, ()) == []
+
+
+def sampled(pipeline: Pipeline, given: list[list[int]], seeds: list[int], temperature: float = 1.0) -> list[list[int]]:
+    answers = generate_sampled(pipeline, given, seeds, VOCABULARY, MAX_TOKENS, (), temperature)
+    return [one.token_ids for one in answers if one is not None]
+
+
+def test_sampled_answers_depend_on_their_seed_and_not_on_the_batch(pipeline: Pipeline) -> None:
+    together = sampled(pipeline, prompts(), [5, 6, 7])
+    alone = [sampled(pipeline, [prompt], [seed])[0] for prompt, seed in zip(prompts(), (5, 6, 7), strict=True)]
+    assert together == alone
+    assert all(one != other for one, other in zip(together, sampled(pipeline, prompts(), [8, 9, 10]), strict=True))
+
+
+def test_sampling_without_a_temperature_is_greedy(pipeline: Pipeline) -> None:
+    assert sampled(pipeline, prompts(), [1, 2, 3], 0.0) == generate_greedy(
+        pipeline, prompts(), VOCABULARY, MAX_TOKENS, ()
+    )
+
+
+def test_sampling_says_whether_an_answer_was_cut_and_drops_those_without_an_end(pipeline: Pipeline) -> None:
+    greedy = generate_greedy(pipeline, prompts(), VOCABULARY, MAX_TOKENS, ())
+    end = greedy[0][3]
+    first_end = greedy[0].index(end)
+    calls = iter(range(1000))
+
+    def is_over() -> bool:
+        # Three prefills, and decode steps until the first answer has ended.
+        return next(calls) >= 3 + first_end
+
+    found = generate_sampled(pipeline, prompts(), [0] * 3, VOCABULARY, MAX_TOKENS, {end}, 0.0, is_over)
+    assert found[0] == Answer(greedy[0][: first_end + 1], is_cut=False)
+    assert [one is None for one in found[1:]] == [end not in one[: first_end + 1] for one in greedy[1:]]
+    whole_answers = generate_sampled(pipeline, prompts(), [0] * 3, VOCABULARY, MAX_TOKENS, (), 0.0)
+    assert whole_answers == [Answer(one, is_cut=True) for one in greedy]
