@@ -220,6 +220,9 @@ class ComputeConfig(Settings):
     # Tokens per KV block; 0: 16, or 256 on a GPU with the flash-attention kernel. All shards of a chain need blocks of
     # one size, so a chain of a GPU and a CPU has to set 256.
     kv_block_tokens: int = Field(default=0, ge=0, le=4096)
+    # Bytes of hidden states that each bottom shard keeps at the cuts of routes, so that a conversation which moves to
+    # another route computes only the layers that it has not passed; 0: none.
+    state_cache_bytes: int = Field(default=256 << 20, ge=0)
     # On a GPU with the flash-attention kernel: decode steps replay a captured CUDA graph.
     captured_decode: bool = True
     # CPU threads of one shard; 0: as many as CPUs that it may use, by affinity and the quota of its container.

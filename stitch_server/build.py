@@ -7,7 +7,7 @@ and `build_runner` wires both into the shard's `ModelRunner`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from stitch_server.attention import AttentionBackend, backend_for
 from stitch_server.attention.flash import PAGE_TOKENS, varlen_kernel_for
 from stitch_server.engine.types import LayerRange
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool, blocks_for
+from stitch_server.kv_cache.hidden_states import HiddenStateCache
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.kv_sizing import kv_bytes_per_token, kv_tokens
 from stitch_server.model.adapters import Adapters
@@ -63,6 +64,8 @@ class LoadedStage:
     count: ParameterCount
     # The routes that end with the head on this shard.
     ending: frozenset[str] = frozenset()
+    # On a bottom shard: the layers after which routes go on to a next shard.
+    cuts: tuple[int, ...] = ()
     # On the bottom's first shard, if the cluster file names one.
     probe: Probe | None = None
 
@@ -120,6 +123,7 @@ def load_stage(cluster: ClusterConfig, config: ShardConfig, device: torch.device
         tokenizer=tokenizer,
         count=ParameterCount.read(folder),
         ending=ending,
+        cuts=_cuts(config, layer_ranges, ending),
         probe=_load_probe(cluster, model, tokenizer, device) if (config.role, first) == ("bottom", 0) else None,
     )
 
@@ -132,12 +136,21 @@ class KVCache:
     store: KVStore
     attention: AttentionBackend
     graphs: DecodeGraphs | None
+    # None where no hidden states are kept.
+    states: HiddenStateCache | None = None
 
 
 def allocate_kv_cache(
-    compute: ComputeConfig, decoder: DecoderLayers, context_length: int, device: torch.device
+    compute: ComputeConfig,
+    decoder: DecoderLayers,
+    context_length: int,
+    device: torch.device,
+    cuts: Sequence[int] = (),
 ) -> KVCache:
-    """Sizes the KV cache of `decoder`'s layers, whose weights are already loaded, and allocates it."""
+    """Sizes the KV cache of `decoder`'s layers, whose weights are already loaded, and allocates it.
+
+    `cuts`: the layers after which hidden states are kept.
+    """
     dtype: torch.dtype = getattr(torch, compute.dtype)
     shape = decoder.kv_heads, decoder.head_dim
     kernel = varlen_kernel_for(device, dtype, decoder.head_dim)
@@ -145,16 +158,35 @@ def allocate_kv_cache(
     if block_tokens % PAGE_TOKENS:
         kernel = None
     token_bytes = kv_bytes_per_token(decoder.end - decoder.first, *shape, dtype)
-    tokens = kv_tokens(compute.kv_tokens, token_bytes, context_length, device, block_tokens=block_tokens)
-    pool = BlockPool(tokens // block_tokens, block_tokens)
+    reserved = compute.state_cache_bytes if cuts else 0
+    tokens = kv_tokens(compute.kv_tokens, token_bytes, context_length, device, reserved, block_tokens=block_tokens)
+    states = _allocate_states(compute, decoder, cuts, tokens // block_tokens, block_tokens, device)
+    pool = BlockPool(tokens // block_tokens, block_tokens, states)
     # One block that the pool never hands out, into which the padding of CUDA graphs writes.
     blocks = pool.blocks + (kernel is not None)
     store = KVStore(decoder.first, decoder.end, blocks, *shape, device, dtype, block_tokens)
     attention, capture = backend_for(store, kernel), capture_for(device)
     if kernel is None or capture is None or not (compute.captured_decode and decoder.is_native):
-        return KVCache(pool, store, attention, None)
+        return KVCache(pool, store, attention, None, states)
     max_blocks = min(pool.blocks, blocks_for(context_length, block_tokens))
-    return KVCache(pool, store, attention, DecodeGraphs(decoder, store, kernel, max_blocks, capture))
+    return KVCache(pool, store, attention, DecodeGraphs(decoder, store, kernel, max_blocks, capture), states)
+
+
+def _allocate_states(
+    compute: ComputeConfig,
+    decoder: DecoderLayers,
+    cuts: Sequence[int],
+    blocks: int,
+    block_tokens: int,
+    device: torch.device,
+) -> HiddenStateCache | None:
+    """Where hidden states after the layers `cuts` are kept; None where none fit or there are no cuts."""
+    dtype: torch.dtype = getattr(torch, compute.dtype)
+    if not cuts or compute.state_cache_bytes < block_tokens * decoder.hidden_size * dtype.itemsize:
+        return None
+    return HiddenStateCache(
+        compute.state_cache_bytes, decoder.first, cuts, decoder.hidden_size, device, dtype, blocks, block_tokens
+    )
 
 
 def build_runner(
@@ -200,6 +232,12 @@ def layer_range_of(route: RouteConfig, config: ShardConfig) -> LayerRange | None
     else:
         first = max(first, route.top_from)
     return LayerRange(first, end) if first < end else None
+
+
+def _cuts(config: ShardConfig, layer_ranges: Mapping[str, LayerRange], ending: frozenset[str]) -> tuple[int, ...]:
+    if config.role == "top":
+        return ()
+    return tuple(sorted({layers.end for name, layers in layer_ranges.items() if name not in ending}))
 
 
 def _load_stitches(

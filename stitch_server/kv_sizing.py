@@ -115,10 +115,10 @@ def _plan_of(cluster: ClusterConfig, config: ShardConfig, device: torch.device, 
     weights = _weight_bytes(cluster, config, ParameterCount.read(folder), device, is_last, is_native)
     token_bytes = kv_bytes_per_token(end - first, model.kv_heads, model.head_dim, dtype)
     block_tokens = compute.kv_block_tokens or BLOCK_TOKENS
-    tokens = kv_tokens(
-        compute.kv_tokens, token_bytes, model.context_length, device, weights, memory_bytes, block_tokens
-    )
     going_on = cluster.passing(config.stage) - cluster.ending_on(config.stage)
+    # Hidden states are kept where the bottom's routes go on.
+    taken = weights + (compute.state_cache_bytes if going_on and config.role == "bottom" else 0)
+    tokens = kv_tokens(compute.kv_tokens, token_bytes, model.context_length, device, taken, memory_bytes, block_tokens)
     link = bytes_per_token(model.hidden_size, compute.wire_dtype) if going_on else 0
     return ShardPlan(config.name, f"{config.role} {first} to {end - 1}", weights, token_bytes, tokens, link)
 

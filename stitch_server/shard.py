@@ -23,6 +23,7 @@ from stitch_server.build import LoadedStage, allocate_kv_cache, build_runner
 from stitch_server.devices import to_device_async
 from stitch_server.engine.first_stage import FirstStage
 from stitch_server.engine.in_flight import Downstream, StepsInFlight
+from stitch_server.engine.kept_states import KeptPrefixes
 from stitch_server.engine.local_hop import BothStages, LocalLink
 from stitch_server.engine.loop import Engine, Inbox
 from stitch_server.engine.next_stage import NextStage
@@ -30,6 +31,7 @@ from stitch_server.engine.scheduler import Scheduler
 from stitch_server.engine.session_table import OpeningLimits
 from stitch_server.engine.types import Batch, LinkEvent
 from stitch_server.kv_cache.block_pool import BlockPool
+from stitch_server.kv_cache.hidden_states import HiddenStateCache
 from stitch_server.metrics import Metrics, PassObserver
 from stitch_server.model.constraint import Constraints
 from stitch_server.model.embedding_and_head import Embedding
@@ -130,8 +132,9 @@ def build_shard(
 ) -> Shard:
     """Builds KV cache, runner, links, batch source and engine around the loaded stage; nothing runs yet."""
     compute = cluster.compute
-    kv_cache = allocate_kv_cache(compute, loaded.decoder, loaded.model.context_length, device)
+    kv_cache = allocate_kv_cache(compute, loaded.decoder, loaded.model.context_length, device, loaded.cuts)
     pool = kv_cache.pool
+    kept = KeptPrefixes(pool, loaded.layer_ranges, kv_cache.states)
     runner = build_runner(cluster, config, loaded, kv_cache, device)
     identity, inbox = _identity(cluster, config, loaded, pool, device), Inbox()
     links = open_links(identity, inbox.put)
@@ -144,15 +147,16 @@ def build_shard(
     next_stage: NextStage | None = None
     first_hop: tuple[str, ...] = ()
     if config.role == "bottom" and loaded.embedding is not None:
-        source = first_stage = stages.first(pool, steps, "bottom_prefill")
+        source = first_stage = stages.first(pool, steps, "bottom_prefill", kept)
     else:
-        source = next_stage = stages.next(pool, in_flight)
+        source = next_stage = stages.next(pool, in_flight, kept)
     if next_stage is not None and loaded.embedding is not None:
         first_hop = (config.name,)
         link = LocalLink(config.name, cluster.beginning_on(config.stage), next_stage, inbox.put)
         # Its blocks are counted, and their tokens are in the next stage's.
         counted = BlockPool(pool.blocks, pool.block_tokens)
-        first_stage = stages.first(counted, StepsInFlight(link), "top_prefill")
+        none_kept = KeptPrefixes(counted, loaded.layer_ranges, None)
+        first_stage = stages.first(counted, StepsInFlight(link), "top_prefill", none_kept)
         source = BothStages(config.name, first_stage, next_stage, _embed_on(device, loaded.embedding))
 
     probe_tokens = 0 if cluster.gateway.probe is None else MAX_PROBE_TOKENS
@@ -180,7 +184,7 @@ def build_shard(
         device=device,
         max_prefill_tokens=max(batching.max_merged_tokens, batching.max_num_batched_tokens + probe_tokens),
     )
-    _register_metrics(metrics, shard, runner)
+    _register_metrics(metrics, shard, runner, kv_cache.states)
     return shard
 
 
@@ -194,7 +198,7 @@ class _Stages:
     loaded: LoadedStage
     neighbours: Neighbours
 
-    def first(self, pool: BlockPool, in_flight: StepsInFlight, stage: str) -> FirstStage:
+    def first(self, pool: BlockPool, in_flight: StepsInFlight, stage: str, kept: KeptPrefixes) -> FirstStage:
         loaded = self.loaded
         scheduler = Scheduler(
             pool,
@@ -208,10 +212,12 @@ class _Stages:
             has_room=in_flight.has_room,
             is_late=in_flight.is_late,
             route_costs={name: loaded.describe(self.cluster.route(name)).parameters for name in loaded.layer_ranges},
+            kept=kept,
         )
-        return FirstStage(pool, scheduler, in_flight, shard=self.shard, stage=stage, constrain=_constraints(loaded))
+        constrain = _constraints(loaded)
+        return FirstStage(pool, scheduler, in_flight, shard=self.shard, stage=stage, constrain=constrain, kept=kept)
 
-    def next(self, pool: BlockPool, in_flight: StepsInFlight | None) -> NextStage:
+    def next(self, pool: BlockPool, in_flight: StepsInFlight | None, kept: KeptPrefixes) -> NextStage:
         return NextStage(
             pool,
             self.loaded.layer_ranges,
@@ -221,6 +227,7 @@ class _Stages:
             limits=_opening_limits(self.loaded),
             shard=self.shard,
             constrain=_constraints(self.loaded),
+            kept=kept,
         )
 
 
@@ -257,7 +264,7 @@ def _share_cores(cluster: ClusterConfig, device: torch.device) -> bool:
     )
 
 
-def _register_metrics(metrics: Metrics, shard: Shard, runner: ModelRunner) -> None:
+def _register_metrics(metrics: Metrics, shard: Shard, runner: ModelRunner, states: HiddenStateCache | None) -> None:
     about = "The share of KV blocks that sessions hold; blocks that only cache a prefix count as free."
     metrics.read_gauge("stitch_kv_cache_usage_ratio", about, lambda: shard.pool.usage)
     about = "The tokens that the KV cache holds."
@@ -274,6 +281,11 @@ def _register_metrics(metrics: Metrics, shard: Shard, runner: ModelRunner) -> No
     metrics.read_counter("stitch_prefix_tokens_asked", about, lambda: shard.pool.queried_tokens)
     about = "Prompt tokens that were found in the prefix cache."
     metrics.read_counter("stitch_prefix_tokens_reused", about, lambda: shard.pool.reused_tokens)
+    about = "Tokens whose lower layers were not computed again, since their hidden states were kept."
+    resumed = lambda: 0 if states is None else states.resumed_tokens  # noqa: E731
+    metrics.read_counter("stitch_prefix_tokens_resumed", about, resumed)
+    about = "The share of the room for hidden states that is in use."
+    metrics.read_gauge("stitch_state_cache_usage_ratio", about, lambda: 0.0 if states is None else states.usage)
 
 
 def _identity(

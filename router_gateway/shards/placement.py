@@ -180,7 +180,7 @@ class Placement:
         """
         if facts is not None and not self._registry.compatibility.continues(facts, (route,)):
             return None
-        computed = self.prefixes.computed(prompt.tenant, route, prompt.token_ids)
+        computed = self._computed(route, prompt)
         chosen: list[Replica] = []
         for stage in self._registry.stages[route]:
             candidates = [replica for replica in stage if replica.accepts_requests]
@@ -195,6 +195,23 @@ class Placement:
 
             chosen.append(min(candidates, key=preference))
         return Chain(tuple(chosen))
+
+    def _computed(self, route: str, prompt: Prompt) -> Counter[Names]:
+        """How many tokens of the prompt each chain, and each beginning of one, has computed.
+
+        Bottom shards share what they have computed between routes, so there the tokens of all routes count, and those
+        of this route a second time: of these all layers are computed.
+        """
+        found = Counter(self.prefixes.computed(prompt.tenant, route, prompt.token_ids))
+        bottoms = {
+            one.config.name for stage in self._registry.stages[route] for one in stage if one.config.role == "bottom"
+        }
+        shared = Counter[Names]()
+        for other in self._registry.stages if bottoms and prompt.token_ids else ():
+            for names, tokens in self.prefixes.computed(prompt.tenant, other, prompt.token_ids).items():
+                if bottoms.issuperset(names):
+                    shared[names] = max(shared[names], tokens)
+        return found + shared
 
     def choose_candidates(
         self,

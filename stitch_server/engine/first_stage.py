@@ -14,6 +14,7 @@ from stitch.errors import Draining, Exhausted, Expired, Incompatible, OutOfStep,
 from stitch.sampling import Token
 from stitch.v1 import shard_pb2
 from stitch_server.engine.in_flight import StepsInFlight
+from stitch_server.engine.kept_states import KeptPrefixes
 from stitch_server.engine.request import Chunk, Request, RequestOutput, RequestStatus
 from stitch_server.engine.scheduler import TOO_LARGE_RETRY_SECONDS, Scheduler
 from stitch_server.engine.session_table import Constrain
@@ -33,12 +34,17 @@ class FirstStage:
         shard: str = "",
         stage: str = "bottom_prefill",
         constrain: Constrain | None = None,
+        kept: KeptPrefixes | None = None,
     ) -> None:
-        """`shard` is the name of this one, `stage` that of its time in the TTFT; with `constrain` routes end here."""
+        """`shard` is the name of this one, `stage` that of its time in the TTFT; with `constrain` routes end here.
+
+        `kept`: the hidden states of prefixes, those that the scheduler has.
+        """
         self._shard = shard
         self._stage = stage
         self._constrain = constrain
         self.scheduler = scheduler
+        self._kept = kept or KeptPrefixes(pool, {}, None)
         self._pool = pool
         self._in_flight = in_flight
         self._clock = clock
@@ -87,6 +93,7 @@ class FirstStage:
         segments = self.scheduler.next_segments()
         if not segments:
             return None
+        segments = [self._kept.attach(segment) for segment in segments]
         return Batch(in_layer_order(segments), pipelined=self._in_flight.count > 0)
 
     def deliver(self, batch: Batch, output: StepOutput) -> None:
@@ -98,6 +105,7 @@ class FirstStage:
                 self._in_flight.credit.open(request)
                 self.scheduler.share_prefix(request)
         self._in_flight.send(batch, output, pipelined=self.scheduler.has_work)
+        self._kept.keep(batch, output)
         now = self._clock()
         for _, request, segment in _requests_of(batch):
             request.last_sent_at = now

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from stitch.errors import Incompatible, OutOfStep, StitchError, Unavailable
 from stitch.v1 import shard_pb2
 from stitch_server.engine.in_flight import StepsInFlight
+from stitch_server.engine.kept_states import KeptPrefixes
 from stitch_server.engine.session_table import CheckChain, Constrain, OpeningLimits, SessionTable, contradiction
 from stitch_server.engine.types import (
     Batch,
@@ -90,14 +91,17 @@ class NextStage:
         limits: OpeningLimits = OpeningLimits(),  # noqa: B008  # frozen
         shard: str = "",
         constrain: Constrain | None = None,
+        kept: KeptPrefixes | None = None,
     ) -> None:
         """`in_flight` is None where every route ends on this shard; `constrain` is for those that do.
 
-        `max_merged_tokens`: of several steps in one pass. `shard` is the name of this one.
+        `max_merged_tokens`: of several steps in one pass. `shard` is the name of this one. `kept`: the hidden states of
+        prefixes.
         """
         self._shard = shard
         self._pool = pool
-        self._sessions = SessionTable(pool, layer_ranges, in_flight, check_chain, limits, clock, constrain)
+        self._kept = kept or KeptPrefixes(pool, layer_ranges, None)
+        self._sessions = SessionTable(pool, layer_ranges, in_flight, check_chain, limits, clock, constrain, self._kept)
         self._in_flight = in_flight
         self._max_merged_tokens = max_merged_tokens
         self._clock = clock
@@ -172,6 +176,7 @@ class NextStage:
             now = self._clock()
             for step in self._in_flight.send(batch, output, pipelined=len(self._queue) > 0):
                 self._sent_at[step] = now
+            self._kept.keep(batch, output)
         # After the send: a session that this batch opened downstream and that fails here must be closed there.
         for index, (segment, slot) in enumerate(zip(batch.segments, slots, strict=True)):
             if (values := output.non_finite.get(index)) is not None:
@@ -264,7 +269,7 @@ class NextStage:
         self._send_complete(touched)
 
     def _segment(self, session: Session, rows: Tensor, slot: ReplySlot) -> Segment:
-        return Segment(
+        segment = Segment(
             session=session,
             layers=self._sessions.layers_of(session),
             position=slot.segment.position,
@@ -274,6 +279,7 @@ class NextStage:
             hidden=rows,
             reply_slot=slot,
         )
+        return self._kept.attach(segment)
 
     def _withdraw(
         self, upstream: Upstream, session_id: int, reason: SessionRefused, segments: list[Segment]

@@ -125,5 +125,5 @@ class Request(Session):
     def reset_for_recompute(self) -> None:
         """Starts a new epoch with no KV; the tokens stay."""
         self.epoch += 1
-        self.cached = self.reused = 0
+        self.cached = self.reused = self.resumed = 0
         self.open_downstream = False

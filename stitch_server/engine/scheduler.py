@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from stitch.cluster import BatchingConfig
 from stitch.errors import Exhausted
+from stitch_server.engine.kept_states import KeptPrefixes
 from stitch_server.engine.kv_room import KvCredit
 from stitch_server.engine.request import Request, RequestStatus
 from stitch_server.engine.types import LayerRange, Segment
@@ -101,6 +102,7 @@ class Scheduler:
         has_room: Callable[[Sequence[str]], bool] = lambda next_shards: True,
         is_late: Callable[[Sequence[str]], bool] = lambda next_shards: False,
         route_costs: Mapping[str, float] = NO_COSTS,
+        kept: KeptPrefixes | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`min_efficient_tokens`: fewer take about as long; `probe_tokens`: what the route probe reads of a prompt.
@@ -109,9 +111,10 @@ class Scheduler:
 
         `close_downstream` is called with a preempted request, whose KV the next shards must free as well.
         `credit` is the KV room of the next shards; `answer_tokens` is the expected length of the first answers.
-        `has_room` and `is_late` tell about the next shards of a request.
+        `has_room` and `is_late` tell about the next shards of a request. `kept`: the hidden states of prefixes.
         """
         self._pool = pool
+        self._kept = kept or KeptPrefixes(pool, layer_ranges, None)
         self._layer_ranges = layer_ranges
         # The layers that all routes have in common.
         self._common_layers = min(layer_ranges.values(), key=lambda layers: layers.end)
@@ -305,7 +308,7 @@ class Scheduler:
         if not self._pool.has_room(request.expected_tokens):
             return None
         self.waiting.take(request)
-        self._pool.begin(request.id, hashes, reused, request.expected_tokens)
+        self._kept.begin(request, hashes, reused, request.expected_tokens)
         if not request.awaits_route:
             self._credit.open(request)
         request.cached = request.reused = reused * self._pool.block_tokens

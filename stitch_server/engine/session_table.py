@@ -18,6 +18,7 @@ from stitch.grammar import Grammar
 from stitch.v1 import shard_pb2
 from stitch.v1.shard_pb2 import FailureCause
 from stitch_server.engine.in_flight import StepsInFlight
+from stitch_server.engine.kept_states import KeptPrefixes
 from stitch_server.engine.kv_room import KvGrants
 from stitch_server.engine.types import IncomingSegment, LayerRange, Session, SessionRefused, Upstream
 from stitch_server.kv_cache.block_pool import BlockPool
@@ -100,9 +101,14 @@ class SessionTable:
         limits: OpeningLimits,
         clock: Callable[[], float] = time.perf_counter,
         constrain: Constrain | None = None,
+        kept: KeptPrefixes | None = None,
     ) -> None:
-        """`in_flight` is None where every route ends on this shard; `constrain` is for those that do."""
+        """`in_flight` is None where every route ends on this shard; `constrain` is for those that do.
+
+        `kept`: the hidden states of prefixes.
+        """
         self._pool = pool
+        self._kept = kept or KeptPrefixes(pool, layer_ranges, None)
         self.grants = KvGrants(pool, None if in_flight is None else in_flight.credit, clock)
         self._layer_ranges = layer_ranges
         self._in_flight = in_flight
@@ -212,7 +218,7 @@ class SessionTable:
         # Also on the next shards, which get the tenant from here.
         session.tenant = _scoped(upstream.prefix_scope, session.tenant)
         hashes = self._pool.hashes(session.tenant, session.route, session.token_ids[: session.prompt_tokens])
-        if not self._pool.begin(session.id, hashes, reused_blocks, expected):
+        if not self._kept.begin(session, hashes, reused_blocks, expected):
             message = f"the first {session.reused} tokens of session {session_id} are not cached"
             raise SessionRefused(shard_pb2.FAILURE_CAUSE_PREFIX_MISSING, message)
         self.grants.use_grant(upstream)

@@ -46,6 +46,10 @@ class Session:
     cached: int = 0
     # Tokens of the prefix that another session had cached.
     reused: int = 0
+    # Tokens of the prefix, with the `reused` ones, of which an earlier session has left the KV of the layers here up
+    # to `resumed_layer` and the hidden states there: this session computes them from there on.
+    resumed: int = 0
+    resumed_layer: int = 0
     # The length that it is expected to have in the end, for which shards keep KV room; at least that of `token_ids`.
     expected_tokens: int = 0
     # What the generated tokens match; None: anything.
@@ -72,6 +76,16 @@ class LayerRange:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class KeptStates:
+    """Hidden states of leading tokens of a segment, as an earlier session left them."""
+
+    # The layers up to this one are computed, and their KV is in the segment's blocks.
+    layer: int
+    # [tokens, hidden]
+    states: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Segment:
     """Consecutive tokens of one session, computed in one pass."""
 
@@ -90,6 +104,8 @@ class Segment:
     # The routes, cheapest first, of which this pass selects one for the session; empty where the route is known.
     # `layers` is then the range of the earliest cut, and the segment holds all tokens that the route probe reads.
     candidates: tuple[str, ...] = ()
+    # Of its leading tokens, for which the pass begins after these.
+    kept: KeptStates | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 A `BlockPool` hands out block numbers and counts the holders of each; it has no tensors. A full block of a prompt is
 published under a hash of the tenant, the route and all tokens up to its end, and sequences with the same prefix share
-it. A published block that nobody holds stays cached until its room is needed, the least recently used first.
+it. A block may be published for several routes, and be one whose hidden states are kept. Such a block stays cached when
+nobody holds it, until its room is needed, the least recently used first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass, field
+from typing import Protocol
 
 # The default block size; flash attention requires larger blocks.
 BLOCK_TOKENS = 16
@@ -33,6 +35,16 @@ def prefix_hashes(salt: str, route: str, token_ids: Sequenced[int], block_tokens
     return hashes
 
 
+class KeptBlocks(Protocol):
+    """What is kept of blocks in addition to their KV, by which other sequences find them."""
+
+    def holds(self, block: int) -> bool:
+        """Whether sequences can find the block by what is kept of it."""
+
+    def discard(self, block: int) -> None:
+        """The block gets other tokens."""
+
+
 @dataclass(slots=True)
 class _SequenceBlocks:
     """The blocks of one sequence, the hashes of its prompt's full blocks, and how many of these are published."""
@@ -52,12 +64,13 @@ class _SequenceBlocks:
 class BlockPool:
     """Hands out `blocks` blocks of `block_tokens` tokens to sequences."""
 
-    def __init__(self, blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
+    def __init__(self, blocks: int, block_tokens: int = BLOCK_TOKENS, kept: KeptBlocks | None = None) -> None:
         self.blocks = blocks
         self.block_tokens = block_tokens
+        self._kept = kept
         self._free = list(range(blocks - 1, -1, -1))
         self._holders = [0] * blocks
-        self._hash_by_block: dict[int, bytes] = {}
+        self._hashes_by_block: dict[int, list[bytes]] = {}
         self._block_by_hash: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._sequences: dict[int, _SequenceBlocks] = {}
@@ -105,17 +118,24 @@ class BlockPool:
             count += 1
         return count
 
-    def begin(self, session_id: int, hashes: Sequenced[bytes], reused: int, expected_tokens: int = 0) -> bool:
+    def begin(
+        self,
+        session_id: int,
+        hashes: Sequenced[bytes],
+        reused: int,
+        expected_tokens: int = 0,
+        found: Sequenced[int] = (),
+    ) -> bool:
         """Starts a sequence that shares its first `reused` blocks; False if one of them is no longer cached.
 
         `expected_tokens`: its length in the end, for which `room_tokens` leaves blocks free. They are not its own: any
-        sequence may grow into them.
+        sequence may grow into them. `found`: the first blocks of its tokens that are kept, which it shares from number
+        `reused` on. They have the KV of lower layers; that of the others the sequence writes into them.
         """
         if self.count_cached(hashes[:reused]) < reused:
             return False
         held = _SequenceBlocks(hashes=list(hashes), published=reused, expected=self.blocks_for(expected_tokens))
-        for content in hashes[:reused]:
-            block = self._block_by_hash[content]
+        for block in [*(self._block_by_hash[content] for content in hashes[:reused]), *found[reused:]]:
             self._holders[block] += 1
             self._cached.pop(block, None)
             held.blocks.append(block)
@@ -124,6 +144,10 @@ class BlockPool:
         self.queried_tokens += len(hashes) * self.block_tokens
         self.reused_tokens += reused * self.block_tokens
         return True
+
+    def is_open(self, session_id: int) -> bool:
+        """Whether the sequence has begun and is not released."""
+        return session_id in self._sequences
 
     def set_hashes(self, session_id: int, hashes: Sequenced[bytes]) -> None:
         """Sets the hashes of a sequence that began without them, since its route was not decided yet."""
@@ -155,7 +179,7 @@ class BlockPool:
             content, block = held.hashes[index], held.blocks[index]
             if content not in self._block_by_hash:
                 self._block_by_hash[content] = block
-                self._hash_by_block[block] = content
+                self._hashes_by_block.setdefault(block, []).append(content)
         held.published = max(held.published, ready)
 
     def blocks_of(self, session_id: int) -> list[int]:
@@ -175,17 +199,25 @@ class BlockPool:
                 self._free_block(block)
 
     def _free_block(self, block: int) -> None:
-        if block in self._hash_by_block:
+        if block in self._hashes_by_block or (self._kept is not None and self._kept.holds(block)):
             self._cached[block] = None
         else:
+            self._forget(block)
             self._free.append(block)
 
     def _allocate(self) -> int:
         if self._free:
             return self._free.pop()
         block, _ = self._cached.popitem(last=False)
-        del self._block_by_hash[self._hash_by_block.pop(block)]
+        self._forget(block)
         return block
+
+    def _forget(self, block: int) -> None:
+        """No sequence finds the block any more."""
+        for content in self._hashes_by_block.pop(block, ()):
+            del self._block_by_hash[content]
+        if self._kept is not None:
+            self._kept.discard(block)
 
 
 def blocks_for(tokens: int, block_tokens: int = BLOCK_TOKENS) -> int:

@@ -31,6 +31,7 @@ from stitch_server.model.constraint import Forbidden, Masks
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.sampler import SampleRequest, sample
 from stitch_server.worker.cuda_graphs import DecodeGraphs
+from stitch_server.worker.kept_pass import run_after_kept
 from stitch_server.worker.parallelism import (
     LayerBarrier,
     MicroBatchPool,
@@ -101,7 +102,9 @@ class ModelRunner:
             wanting = [index for index in ending if batch.segments[index].wants_token and index not in without]
             tokens = self._sample(self.head, batch.segments, wanting, hidden, non_finite, forbidden, stages)
         seconds = time.perf_counter() - started
-        self.tuner.record(shape, parallelism, seconds)
+        # Tokens with kept states take less time than others.
+        if all(segment.kept is None for segment in batch.segments):
+            self.tuner.record(shape, parallelism, seconds)
         self.busy_seconds += seconds
         leaves = len(ending) < len(batch.segments)
         return StepOutput(hidden if leaves else None, tokens, non_finite, refused, stages, decisions)
@@ -147,6 +150,9 @@ class ModelRunner:
     ) -> tuple[Tensor, dict[int, RouteDecision]]:
         """The layers' output `[tokens, hidden]`, and the route decisions by segment index."""
         run_layers = partial(self.micro_batches.run, self._run_micro_batch, parallelism)
+        if any(segment.kept is not None for segment in segments):
+            others = partial(self._run_layers, parallelism=parallelism)
+            return run_after_kept(run_layers, others, segments, hidden)
         if self.probe is None or not any(segment.candidates for segment in segments):
             return run_layers(segments, hidden), {}
         return decide_inside_pass(self.probe, self.layer_ranges, run_layers, segments, hidden)

@@ -152,6 +152,25 @@ async def test_replica_that_has_computed_the_prefix_is_preferred_to_the_one_with
         assert names_for(placement, Prompt("another", PROMPT.token_ids)) == ("bottom-0", "top-0")
 
 
+async def test_bottom_shard_that_has_computed_the_prefix_on_another_route_is_preferred() -> None:
+    async with registry_of(*shards()) as (_, registry):
+        await registry.refresh()
+        placement = Placement(registry)
+        placement.prefixes.record("someone", "weak", PROMPT.token_ids, ("bottom-1", "top-1"))
+        # The top's KV is of no use to another route.
+        assert names_for(placement, PROMPT) == ("bottom-1", "top-0")
+        assert names_for(placement, Prompt("another", PROMPT.token_ids)) == ("bottom-0", "top-0")
+
+
+async def test_prefix_on_the_same_route_counts_more_than_one_on_another_route() -> None:
+    async with registry_of(*shards()) as (_, registry):
+        await registry.refresh()
+        placement = Placement(registry)
+        placement.prefixes.record("someone", "weak", PROMPT.token_ids, ("bottom-0", "top-0"))
+        placement.prefixes.record("someone", "strong", PROMPT.token_ids, ("bottom-1", "top-1"))
+        assert names_for(placement, PROMPT) == ("bottom-1", "top-1")
+
+
 async def test_prefix_counts_only_after_the_first_shard_that_computed_it() -> None:
     async with registry_of(*shards()) as (_, registry):
         await registry.refresh()

@@ -1,0 +1,66 @@
+"""Between the stages of a bottom shard and its `HiddenStateCache`: what is read before a pass, and kept after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from stitch_server.engine.types import Batch, KeptStates, LayerRange, Segment, Session, StepOutput
+from stitch_server.kv_cache.block_pool import BlockPool
+
+if TYPE_CHECKING:
+    from stitch_server.kv_cache.hidden_states import HiddenStateCache
+
+
+class KeptPrefixes:
+    """The hidden states that a stage keeps of its sessions, and the blocks that sessions share by them."""
+
+    def __init__(
+        self, pool: BlockPool, layer_ranges: Mapping[str, LayerRange], states: HiddenStateCache | None
+    ) -> None:
+        """`states` is None where none are kept."""
+        self._pool = pool
+        self._layer_ranges = layer_ranges
+        self._states = states
+
+    def begin(self, session: Session, hashes: list[bytes], reused_blocks: int, expected_tokens: int) -> bool:
+        """Starts the session's sequence in the pool with all leading blocks that it can share.
+
+        The other arguments and the result are those of `BlockPool.begin`.
+        """
+        layer, found = 0, ()
+        if self._states is not None and session.route in self._layer_ranges:
+            last_layer = self._layer_ranges[session.route].end
+            layer, found = self._states.match(session.tenant, session.token_ids, last_layer, reused_blocks)
+        session.resumed, session.resumed_layer = len(found) * self._pool.block_tokens, layer
+        return self._pool.begin(session.id, hashes, reused_blocks, expected_tokens, found)
+
+    def attach(self, segment: Segment) -> Segment:
+        """The segment with the states that are kept of its leading tokens."""
+        session, most = segment.session, segment.session.resumed - segment.position
+        if self._states is None or most <= 0:
+            return segment
+        layer = session.resumed_layer
+        states = self._states.read(layer, segment.blocks, segment.position, min(most, segment.length))
+        # The rest was evicted in the meantime: its layers are computed again, in the same blocks.
+        if states is None or len(states) < min(most, segment.length):
+            session.resumed = 0
+        return segment if states is None else replace(segment, kept=KeptStates(layer, states))
+
+    def keep(self, batch: Batch, output: StepOutput) -> None:
+        """Keeps the states of a pass whose sessions go on to a next shard."""
+        if self._states is None or output.hidden is None:
+            return
+        slots, rows, row = list[int](), list[int](), 0
+        for index, segment in enumerate(batch.segments):
+            session = segment.session
+            if session.chain and index not in output.non_finite and self._pool.is_open(session.id):
+                layer, position = self._layer_ranges[session.route].end, segment.position
+                reserved = self._states.reserve(
+                    session.tenant, session.token_ids, layer, segment.blocks, position, segment.length
+                )
+                slots += reserved
+                rows += range(row, row + len(reserved))
+            row += segment.length
+        self._states.write(slots, output.hidden if len(rows) == row else output.hidden[rows])
