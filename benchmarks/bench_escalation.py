@@ -42,11 +42,16 @@ class Conversations:
         return sum(sum(one.cpu_times()[:2]) for one in self._shards)
 
 
-async def measure(options: Options, name: str, routes: tuple[str, str], tokens: int, rounds: int) -> None:
+async def measure(
+    options: Options, name: str, quantization: str, routes: tuple[str, str], tokens: int, rounds: int
+) -> None:
     """Samples conversations of `tokens` tokens, none of which begins as another one."""
     samples: dict[str, list[float]] = {}
     unequal = 0
-    clusters = [preset(name), preset(name, state_cache_bytes=0)]
+    clusters = [
+        preset(name, quantization=quantization),
+        preset(name, quantization=quantization, state_cache_bytes=0),
+    ]
     with ExitStack() as processes:
         local = [processes.enter_context(running(one)) for one in clusters]
         async with AsyncExitStack() as links:
@@ -76,9 +81,11 @@ async def measure(options: Options, name: str, routes: tuple[str, str], tokens: 
 if __name__ == "__main__":
     parser = flags(__doc__ or "")
     parser.add_argument("--preset", default="smollm2")
+    parser.add_argument("--quantization", default="none", help="as in [compute]")
     parser.add_argument("--routes", nargs=2, metavar="ROUTE", default=("weak", "strong"), help="before and after")
     parser.add_argument("--tokens", type=int, default=2_000, help="of the conversation before the next turn")
     parser.add_argument("--rounds", type=int, default=9)
     parsed = parser.parse_args()
     rounds = 1 if parsed.tiny else parsed.rounds
-    run(measure(Options(parsed.tiny, parsed.out), parsed.preset, tuple(parsed.routes), parsed.tokens, rounds))
+    options = Options(parsed.tiny, parsed.out)
+    run(measure(options, parsed.preset, parsed.quantization, tuple(parsed.routes), parsed.tokens, rounds))

@@ -95,6 +95,19 @@ def test_answer_to_a_long_prompt_equals_the_whole_model(
     assert list(answer.token_ids) == greedy(whole, ids, answer.token_ids)
 
 
+def test_conversation_that_moves_to_the_whole_model_equals_it(
+    cluster: Cluster, tokenizer: Any, whole: PreTrainedModel
+) -> None:
+    prompt, question = (tokenizer(text)["input_ids"] for text in (" ".join(PROMPTS[:6]), PROMPTS[7]))
+    resumed = "stitch_prefix_tokens_resumed_total"
+    first = cluster.generate(token_ids=prompt, route="weak", max_tokens=ANSWER_TOKENS, ignore_eos=True)
+    before, ids = cluster.metric("bottom-0", resumed), [*prompt, *first.token_ids, *question]
+    answer = cluster.generate(token_ids=ids, route="strong", max_tokens=ANSWER_TOKENS, ignore_eos=True)
+    assert list(answer.token_ids) == greedy(whole, ids, answer.token_ids)
+    # All but the last token of the first answer, in whole blocks of 16.
+    assert cluster.metric("bottom-0", resumed) - before == (len(prompt) + ANSWER_TOKENS - 1) // 16 * 16
+
+
 def test_batch_of_eight_equals_single_answers(cluster: Cluster, alone: dict[str, Answer]) -> None:
     prompts = PROMPTS[:8]
     fields = {"route": "strong", "max_tokens": ANSWER_TOKENS, "ignore_eos": True}

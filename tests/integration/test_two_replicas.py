@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,7 +17,9 @@ import pytest
 from stitch.client import Answer, Client, Delta
 from stitch.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.processes import GATEWAY, Cluster, running_cluster
-from tests.support.tiny_cluster import BOTTOM, TOP, write_tiny_cluster
+from tests.support.stitched_reference import reference
+from tests.support.tiny_cluster import BOTTOM, CUTS, TOP, write_tiny_cluster
+from tests.support.tiny_model import TOKENS
 from tests.support.waiting import becomes_true
 
 BOTTOMS, TOPS = ("bottom-0", "bottom-1"), ("top-0", "top-1")
@@ -115,7 +119,35 @@ def test_several_answers_compute_the_prompt_once(cluster: Cluster) -> None:
     assert replayed.replays + sum(one.replays for one in replayed.others) >= 1
 
 
-def over_replay(cluster: Cluster, role: tuple[str, str], fields: dict[str, Any], prompt: str = "stitch") -> Answer:
+def resumed_tokens(cluster: Cluster) -> int:
+    """Tokens of which no bottom shard has computed the lower layers again."""
+    return sum(int(cluster.metric(name, "stitch_prefix_tokens_resumed_total")) for name in BOTTOMS)
+
+
+def test_conversation_that_moves_keeps_what_is_computed_also_over_replay(cluster: Cluster, tmp_path: Path) -> None:
+    prompt = random.Random(1).choices(range(3, TOKENS), k=200)
+    asked: dict[str, Any] = {"conversation_id": "moves", "ignore_eos": True}
+    first = cluster.generate(token_ids=prompt, route="weak", max_tokens=25, **asked)
+    # Whole blocks of prompt and answer, whose last token no layer has seen.
+    kept = (200 + 24) // BLOCK_TOKENS * BLOCK_TOKENS
+    token_ids = [*prompt, *first.token_ids, *prompt[:7]]
+    write_tiny_cluster(tmp_path)
+    files = [tmp_path / name for name in ("bottom", "top", "strong.safetensors")]
+    expected = reference(*files, *CUTS["strong"]).generate(token_ids, 120)
+    before = resumed_tokens(cluster)
+    fields = {"token_ids": token_ids, "route": "strong", "max_tokens": 120, **asked}
+    assert list(cluster.generate(**fields).token_ids) == expected
+    assert resumed_tokens(cluster) - before == kept
+    for role, least in (TOPS, kept), (BOTTOMS, 0):
+        before = resumed_tokens(cluster)
+        answer = over_replay(cluster, role, fields, None)
+        assert (list(answer.token_ids), answer.replays) == (expected, 1)
+        assert resumed_tokens(cluster) - before >= least
+
+
+def over_replay(
+    cluster: Cluster, role: tuple[str, str], fields: dict[str, Any], prompt: str | None = "stitch"
+) -> Answer:
     """The answers of a request whose shard of that role stops after the first token."""
     with Client(cluster.gateway) as client:
         stream = client.stream(prompt, **fields)
