@@ -29,10 +29,11 @@ class KeptPrefixes:
 
         The other arguments and the result are those of `BlockPool.begin`.
         """
-        layer, found = 0, ()
-        if self._states is not None and session.route in self._layer_ranges:
-            last_layer = self._layer_ranges[session.route].end
-            layer, found = self._states.match(session.tenant, session.token_ids, last_layer, reused_blocks)
+        if self._states is None or session.route not in self._layer_ranges:
+            session.resumed = 0
+            return self._pool.begin(session.id, hashes, reused_blocks, expected_tokens)
+        last_layer = self._layer_ranges[session.route].end
+        layer, found = self._states.match(session.tenant, session.token_ids, last_layer, reused_blocks)
         session.resumed, session.resumed_layer = len(found) * self._pool.block_tokens, layer
         return self._pool.begin(session.id, hashes, reused_blocks, expected_tokens, found)
 
