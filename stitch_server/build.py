@@ -27,7 +27,7 @@ from stitch_server.engine.types import LayerRange
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool, blocks_for
 from stitch_server.kv_cache.hidden_states import HiddenStateCache
 from stitch_server.kv_cache.store import KVStore
-from stitch_server.kv_sizing import kv_bytes_per_token, kv_tokens
+from stitch_server.kv_sizing import kv_bytes_per_token, kv_tokens_beside_states
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import ModelDescription, ParameterCount
@@ -158,8 +158,10 @@ def allocate_kv_cache(
     if block_tokens % PAGE_TOKENS:
         kernel = None
     token_bytes = kv_bytes_per_token(decoder.end - decoder.first, *shape, dtype)
-    reserved = compute.state_cache_bytes if cuts else 0
-    tokens = kv_tokens(compute.kv_tokens, token_bytes, context_length, device, reserved, block_tokens=block_tokens)
+    state_bytes = len(cuts) * decoder.hidden_size * dtype.itemsize
+    tokens = kv_tokens_beside_states(
+        compute, token_bytes, state_bytes, context_length, device, block_tokens=block_tokens
+    )
     states = _allocate_states(compute, decoder, cuts, tokens // block_tokens, block_tokens, device)
     pool = BlockPool(tokens // block_tokens, block_tokens, states)
     # One block that the pool never hands out, into which the padding of CUDA graphs writes.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stitch.cluster import ClusterConfig, ShardConfig
+from stitch.cluster import ClusterConfig, ComputeConfig, ShardConfig
 from stitch.environment import cache_folder
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.model.description import ModelDescription, ParameterCount, read_config
@@ -57,6 +57,27 @@ def kv_tokens(
         available = max(0, free - weight_bytes)
         tokens = min(int(available * share) // bytes_per_token, MAX_CONTEXTS * context_length)
     return max(1, tokens // block_tokens) * block_tokens
+
+
+def kv_tokens_beside_states(
+    compute: ComputeConfig,
+    bytes_per_token: int,
+    state_bytes_per_token: int,
+    context_length: int,
+    device: torch.device,
+    weight_bytes: int = 0,
+    memory_bytes: int | None = None,
+    block_tokens: int = BLOCK_TOKENS,
+) -> int:
+    """`kv_tokens` of what hidden states leave, which take `state_bytes_per_token`, and no more than they may in all."""
+
+    def tokens(each: int, taken: int) -> int:
+        return kv_tokens(compute.kv_tokens, each, context_length, device, taken, memory_bytes, block_tokens)
+
+    most = compute.state_cache_bytes if state_bytes_per_token else 0
+    return max(
+        tokens(bytes_per_token + state_bytes_per_token, weight_bytes), tokens(bytes_per_token, weight_bytes + most)
+    )
 
 
 def free_bytes(device: torch.device) -> int:
@@ -116,9 +137,12 @@ def _plan_of(cluster: ClusterConfig, config: ShardConfig, device: torch.device, 
     token_bytes = kv_bytes_per_token(end - first, model.kv_heads, model.head_dim, dtype)
     block_tokens = compute.kv_block_tokens or BLOCK_TOKENS
     going_on = cluster.passing(config.stage) - cluster.ending_on(config.stage)
-    # Hidden states are kept where the bottom's routes go on.
-    taken = weights + (compute.state_cache_bytes if going_on and config.role == "bottom" else 0)
-    tokens = kv_tokens(compute.kv_tokens, token_bytes, model.context_length, device, taken, memory_bytes, block_tokens)
+    # Hidden states are kept after each layer from which the bottom's routes go on.
+    cuts = {min(end, cluster.route(name).bottom_layers) for name in going_on} if config.role == "bottom" else ()
+    state_bytes = len(cuts) * model.hidden_size * dtype.itemsize
+    tokens = kv_tokens_beside_states(
+        compute, token_bytes, state_bytes, model.context_length, device, weights, memory_bytes, block_tokens
+    )
     link = bytes_per_token(model.hidden_size, compute.wire_dtype) if going_on else 0
     return ShardPlan(config.name, f"{config.role} {first} to {end - 1}", weights, token_bytes, tokens, link)
 

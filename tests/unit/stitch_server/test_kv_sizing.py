@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from stitch.cluster import ClusterConfig, load_cluster
+from stitch.cluster import ClusterConfig, ComputeConfig, load_cluster
 from stitch_server import cpu, kv_sizing
 from stitch_server.build import load_stage
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
@@ -20,6 +20,7 @@ from stitch_server.kv_sizing import (
     free_bytes,
     kv_bytes_per_token,
     kv_tokens,
+    kv_tokens_beside_states,
     plan,
     table,
 )
@@ -52,6 +53,19 @@ def test_gpu_share_is_larger_than_the_cpu_s(monkeypatch: pytest.MonkeyPatch) -> 
 def test_weights_not_yet_loaded_are_subtracted() -> None:
     assert kv_tokens(0, 1024, 1 << 30, CPU, FREE // 2) == pytest.approx(kv_tokens(0, 1024, 1 << 30, CPU) / 2, abs=16)
     assert kv_tokens(0, 1024, 1 << 30, CPU, 2 * FREE) == BLOCK_TOKENS
+
+
+@pytest.mark.parametrize(("state_bytes", "most", "left"), [(0, 1 << 29, FREE), (64, 1 << 20, FREE - (1 << 20))])
+def test_hidden_states_leave_the_rest_of_the_memory(state_bytes: int, most: int, left: int) -> None:
+    compute = ComputeConfig(state_cache_bytes=most)
+    tokens = kv_tokens_beside_states(compute, 1024, state_bytes, 1 << 30, CPU)
+    assert tokens == kv_tokens(0, 1024, 1 << 30, CPU, memory_bytes=left)
+
+
+def test_hidden_states_take_no_more_than_those_of_all_tokens() -> None:
+    compute = ComputeConfig(state_cache_bytes=1 << 40)
+    tokens = kv_tokens_beside_states(compute, 1024, 1024, 1 << 30, CPU)
+    assert tokens == kv_tokens(0, 2048, 1 << 30, CPU)
 
 
 def test_capacity_is_capped_at_max_contexts() -> None:
