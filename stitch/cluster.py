@@ -57,6 +57,15 @@ class PairConfig(Settings):
     top: ModelConfig
 
 
+class FfnSkipConfig(Settings):
+    """Gates by which generated tokens leave out a share of a model's feed-forward networks."""
+
+    # A safetensors file, relative to the cluster file.
+    file: str
+    # One that the file is calibrated to.
+    share: float = Field(gt=0, lt=1)
+
+
 class RouteConfig(Settings):
     """Layers [0, bottom_layers) of the bottom model, a stitch, layers [top_from, …) of the top model.
 
@@ -70,6 +79,8 @@ class RouteConfig(Settings):
     top_from: int | None = Field(default=None, ge=0)
     # A safetensors file, relative to the cluster file. None: one model, whole, or cut at one layer into bottom and top.
     stitch: str | None = None
+    # None: every token passes every layer whole.
+    ffn_skip: FfnSkipConfig | None = None
 
     @property
     def joins_models(self) -> bool:
@@ -86,6 +97,8 @@ class RouteConfig(Settings):
             raise ValueError(f"route {self.name} is one model alone, so it has no stitch")
         if self.joins_models and self.stitch is None and self.bottom_layers != self.top_from:
             raise ValueError(f"route {self.name} leaves out or repeats layers, so it needs a stitch")
+        if self.ffn_skip is not None and self.stitch is not None:
+            raise ValueError(f"route {self.name} has a stitch, and gates of FFNs are trained for a whole model")
         return self
 
 
@@ -362,6 +375,10 @@ class ClusterConfig(Settings):
     def stitch_file(self, route: RouteConfig) -> Path | None:
         """The path of the route's stitch; None where it has none."""
         return None if route.stitch is None else self.folder / route.stitch
+
+    def ffn_skip_file(self, route: RouteConfig) -> Path | None:
+        """The path of the gates by which the route leaves out feed-forward networks; None where it has none."""
+        return None if route.ffn_skip is None else self.folder / route.ffn_skip.file
 
     @property
     def gateway_endpoint(self) -> tuple[str, Path | None]:

@@ -32,6 +32,7 @@ from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import ModelDescription, ParameterCount
 from stitch_server.model.embedding_and_head import Embedding, Head
+from stitch_server.model.ffn_skip import FfnGates, FfnSkip
 from stitch_server.model.probe import Probe
 from stitch_server.model.stitch import Stitch
 from stitch_server.model.weights import WeightFormat
@@ -56,6 +57,8 @@ class LoadedStage:
     stitches: dict[str, Stitch | None]
     # By route whose stitch adapts layers on this shard, whichever shard it enters the top model on.
     adapters: dict[str, Adapters]
+    # By route whose generated tokens leave out FFNs; those of this shard's layers, which may be none.
+    ffn_skips: dict[str, FfnSkip]
     # By route, of the stitches in `stitches` and `adapters`.
     fingerprints: dict[str, str]
     # By route that passes this shard.
@@ -77,12 +80,15 @@ class LoadedStage:
         parameters += 0 if stitch is None else stitch.weight.numel() + stitch.bias.numel()
         parameters += 0 if adapters is None else adapters.parameters
         parameters += self.count.head if route.name in self.ending else 0
+        skip = self.ffn_skips.get(route.name)
+        parameters -= 0 if skip is None else skip.saved_parameters(self.count)
         return inference_pb2.RouteDescription(
             name=route.name,
             bottom_layers=route.bottom_layers,
             top_from=route.top_from,
             stitch=self.fingerprints.get(route.name, ""),
             parameters=parameters,
+            ffn_skip="" if skip is None else skip.fingerprint,
         )
 
 
@@ -114,6 +120,7 @@ def load_stage(cluster: ClusterConfig, config: ShardConfig, device: torch.device
         head=Head.load(folder, device, dtype, token_count(folder), weight_format) if ending else None,
         stitches={name: stitch for name, stitch in stitches.items() if name in entering},
         adapters=adapters,
+        ffn_skips=_load_ffn_skips(cluster, config, layer_ranges, model, decoder, device),
         fingerprints={
             name: stitch.fingerprint
             for name, stitch in stitches.items()
@@ -205,6 +212,7 @@ def build_runner(
         stage=f"{config.role}_prefill",
         stitches={route: stitch for route, stitch in loaded.stitches.items() if stitch is not None},
         adapters=loaded.adapters,
+        ffn_skips={route: skip for route, skip in loaded.ffn_skips.items() if skip.first < skip.end},
         head=loaded.head,
         ending=loaded.ending,
         probe=_route_probe(cluster, loaded.probe),
@@ -274,6 +282,29 @@ def _adapters_of(stitches: Mapping[str, Stitch | None], config: ShardConfig) -> 
         if stitch is not None and stitch.adapters is not None
     }
     return {name: found for name, found in adapters.items() if found is not None}
+
+
+def _load_ffn_skips(
+    cluster: ClusterConfig,
+    config: ShardConfig,
+    layer_ranges: Mapping[str, LayerRange],
+    model: ModelDescription,
+    decoder: DecoderLayers,
+    device: torch.device,
+) -> dict[str, FfnSkip]:
+    """By route that passes this shard and leaves out FFNs, its gates of the shard's layers."""
+    skips: dict[str, FfnSkip] = {}
+    for route in cluster.routes:
+        path = cluster.ffn_skip_file(route)
+        if path is None or route.ffn_skip is None or route.name not in layer_ranges:
+            continue
+        if not decoder.is_native:
+            raise Incompatible(f"route {route.name} leaves out FFNs, which layers of {model.architecture} can't")
+        gates = FfnGates.load(path)
+        gates.check_model(model)
+        dtype = getattr(torch, cluster.compute.dtype)
+        skips[route.name] = gates.at(route.ffn_skip.share).between(*config.layers).to(device, dtype)
+    return skips
 
 
 def _load_probe(cluster: ClusterConfig, bottom: ModelDescription, tokenizer: str, device: torch.device) -> Probe | None:

@@ -191,7 +191,9 @@ def likeliest_tokens(
     found = []
     with torch.no_grad():
         for prompt, answer in zip(prompts, answers, strict=True):
-            states = pipeline.states(torch.tensor([[*prompt, *answer]]))[0, len(prompt) - 1 : -1]
+            tokens = torch.tensor([[*prompt, *answer]])
+            generated = torch.arange(tokens.shape[1])[None] >= len(prompt)
+            states = pipeline.states(tokens, generated)[0, len(prompt) - 1 : -1]
             found.append(pipeline.head.logits(states)[:, :vocabulary].argmax(1).cpu())
     return found
 

@@ -41,6 +41,25 @@ def add_fit(verbs: Verbs) -> argparse.ArgumentParser:
     return verb
 
 
+def add_gates(verbs: Verbs) -> argparse.ArgumentParser:
+    """Adds `gates` with its flags, and returns its parser."""
+    verb = _add_verb(verbs, "gates", "make gates by which a model's generated tokens leave out FFNs")
+    _add_cluster(verb)
+    _add_text(verb, tokens=50_000)
+    verb.add_argument("--model", choices=["bottom", "top"], default="bottom", help="whose layers; default: bottom")
+    verb.add_argument(
+        "--skip-shares", metavar="X", nargs="+", type=float, default=[0.1, 0.2, 0.3],
+        help="of all FFNs, to calibrate to; default: 0.1 0.2 0.3",
+    )  # fmt: skip
+    verb.add_argument("--rank", metavar="N", type=int, default=16, help="of what heals a skipped FFN; default: 16")
+    verb.add_argument("--epochs", metavar="N", type=int, default=1, help="over the data; default: 1")
+    verb.add_argument("--batch-sequences", metavar="N", type=int, default=2, help="in one step; default: 2")
+    verb.add_argument("--learning-rate", metavar="X", type=float, default=1e-3, help="at the start; default: 0.001")
+    verb.add_argument("--out", metavar="FILE", type=Path, required=True, help="a .safetensors file")
+    _add_run_dir(verb)
+    return verb
+
+
 def add_sweep(verbs: Verbs) -> argparse.ArgumentParser:
     """Adds `sweep` with its flags, and returns its parser."""
     verb = _add_verb(verbs, "sweep", "compare many cut points by least squares from one pass over the data")

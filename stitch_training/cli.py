@@ -28,6 +28,9 @@ _RANGES = (
     ("function_tokens", 1, None),
     ("least_saving", 0, 1),
     ("tokens", 1, None),
+    ("rank", 1, None),
+    ("batch_sequences", 1, None),
+    ("epochs", 0, None),
     ("held_out_tokens", 1, None),
     ("sequence_tokens", 16, None),
 )
@@ -54,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
     arguments.add_fit(verbs).set_defaults(call=_fit)
     arguments.add_fit_within(verbs).set_defaults(call=_fit_within)
+    arguments.add_gates(verbs).set_defaults(call=_gates)
     arguments.add_sweep(verbs).set_defaults(call=_sweep)
     arguments.add_evaluate(verbs).set_defaults(call=_evaluate)
     arguments.add_probe(verbs).set_defaults(call=_probe)
@@ -120,6 +124,36 @@ def _fit_within(parsed: argparse.Namespace) -> None:
         packed = fit_within(settings, TimeLimit(parsed.seconds, began), progress)
     left_out = f", without {', '.join(packed.left_out)}" if packed.left_out else ""
     print(f"packed: {parsed.out}, with {', '.join(packed.names)}{left_out}")
+
+
+def _gates(parsed: argparse.Namespace) -> None:
+    from stitch.cluster import load_cluster
+    from stitch.progress import ProgressLine
+    from stitch_training.device import training_device
+    from stitch_training.ffn_skip import SkipSettings, fit_gates
+    from stitch_training.report import write_json
+
+    settings = SkipSettings(
+        cluster=load_cluster(parsed.cluster),
+        role=parsed.model,
+        data=_data_settings(parsed),
+        dtype=parsed.dtype,
+        device=training_device(parsed.device),
+        run_dir=_run_dir(parsed),
+        shares=tuple(parsed.skip_shares),
+        rank=parsed.rank,
+        epochs=parsed.epochs,
+        batch_sequences=parsed.batch_sequences,
+        learning_rate=parsed.learning_rate,
+        reuse=tuple(parsed.reuse),
+    )
+    _use_threads(parsed)
+    with ProgressLine() as progress:
+        fitted = fit_gates(settings, progress)
+    fitted.gates.save(parsed.out)
+    write_json(parsed.out.with_suffix(".json"), fitted.report)
+    for share, one in fitted.gates.calibrations.items():
+        print(f"{share:g}: {' '.join(f'{rate:.2f}' for rate in one.rates)}")
 
 
 def _sweep(parsed: argparse.Namespace) -> None:

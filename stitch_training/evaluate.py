@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stitch.cluster import ClusterConfig, RouteConfig
 from stitch.errors import InvalidRequest
+from stitch_server.model.ffn_skip import FfnGates
 from stitch_server.model.stitch import Stitch
 from stitch_training.activations import Progress
 from stitch_training.answer_quality import AnswerQuality, AnswerSettings
@@ -26,7 +27,17 @@ from stitch_training.intervals import Sample
 from stitch_training.least_squares import CutPoint, is_identity
 from stitch_training.models import LoadedPair, load_pair
 from stitch_training.report import write_json
-from stitch_training.scoring import Pipeline, Slices, Stage, TextScores, map_of, stitched, text_scores, whole
+from stitch_training.scoring import (
+    Pipeline,
+    Slices,
+    Stage,
+    TextScores,
+    generated_tokens,
+    map_of,
+    stitched,
+    text_scores,
+    whole,
+)
 
 
 @dataclass(frozen=True)
@@ -57,9 +68,14 @@ class System:
 
 @dataclass(frozen=True, eq=False)
 class HeldOutTokens:
-    """The held-out sequences `[sequences, tokens]`, their slices, and the bottom model's scores."""
+    """The held-out sequences `[sequences, tokens]`, their slices, and the bottom model's scores.
+
+    Where a route leaves out FFNs of generated tokens, only what follows such tokens counts, of every system.
+    """
 
     tokens: Tensor
+    # Bool, of the same shape; None where no route leaves out FFNs.
+    generated: Tensor | None
     slices: Slices
     bottom: Pipeline
     bottom_scores: TextScores
@@ -73,19 +89,21 @@ class HeldOutTokens:
         tokens = torch.tensor([sequence.token_ids for sequence in held_out])
         roles = torch.tensor([sequence.roles for sequence in held_out])
         files = torch.tensor([sequence.file for sequence in held_out])
-        slices = Slices.of(roles, files, [path.name for path in data.files])
+        has_skips = any(route.ffn_skip is not None for route in settings.cluster.routes)
+        generated = generated_tokens(roles) if has_skips else None
+        slices = Slices.of(roles, files, [path.name for path in data.files], generated)
         bottom = whole(loaded.pair.bottom)
-        return cls(tokens, slices, bottom, text_scores(bottom, tokens))
+        return cls(tokens, generated, slices, bottom, text_scores(bottom, tokens))
 
     def losses_and_agreement(self, pipeline: Pipeline) -> tuple[dict[str, Sample], dict[str, Sample]]:
         """Returns by slice the losses, and the shares of next tokens at which the likeliest is the bottom's."""
-        scores = self.bottom_scores if pipeline == self.bottom else text_scores(pipeline, self.tokens)
+        scores = self.bottom_scores if pipeline == self.bottom else text_scores(pipeline, self.tokens, self.generated)
         is_same = scores.likeliest == self.bottom_scores.likeliest
         return self.slices.samples(scores.losses), self.slices.samples(is_same)
 
 
 def evaluate(settings: EvaluationSettings, progress: Progress) -> Ladder:
-    """Measures both whole models, every route that joins them, and controls; a route of one model is that model.
+    """Measures both whole models, every route that joins them or leaves out FFNs, and controls.
 
     Raises InvalidRequest for data or questions that can't be read, and Incompatible where a stitch was made for other
     models, another cut or another tokenizer.
@@ -104,7 +122,7 @@ def evaluate(settings: EvaluationSettings, progress: Progress) -> Ladder:
 
 
 def systems_of(loaded: LoadedPair, settings: EvaluationSettings) -> list[System]:
-    """Returns the bottom, the top unless it is the bottom, the routes that have a stitch, and the controls.
+    """Returns the bottom, the top unless it is the bottom, the routes with a stitch or gates, and the controls.
 
     Raises InvalidRequest where two controls are the same.
     """
@@ -113,6 +131,7 @@ def systems_of(loaded: LoadedPair, settings: EvaluationSettings) -> list[System]
         ends.append(System(TOP, "end", whole(loaded.pair.top), whole_parameters(loaded.top_count)))
     files = [(route, settings.cluster.stitch_file(route)) for route in settings.cluster.routes]
     routes = [route_system(loaded, route, file) for route, file in files if file is not None]
+    routes += [skipping_system(loaded, settings.cluster, one) for one in settings.cluster.routes if one.ffn_skip]
     controls = [control_system(loaded, file) for file in settings.controls]
     names = [one.name for one in controls]
     if len(set(names)) < len(names):
@@ -128,6 +147,23 @@ def route_system(loaded: LoadedPair, route: RouteConfig, path: Path) -> System:
     rank = 0 if stitch.adapters is None else stitch.adapters.rank
     pipeline = stitched(loaded.pair, cut, map_of(stitch), stitch.adapters)
     return System(route.name, "route", pipeline, parameters_of(loaded, cut, rank))
+
+
+def skipping_system(loaded: LoadedPair, cluster: ClusterConfig, route: RouteConfig) -> System:
+    """Returns a route that leaves out FFNs, as it is served. Raises Incompatible where its gates are of no model here.
+
+    Its parameters are the mean of what a generated token reads.
+    """
+    path = cluster.ffn_skip_file(route)
+    if path is None or route.ffn_skip is None:
+        raise InvalidRequest("route", route.name, "the cluster file gives it no gates of FFNs")
+    is_top = route.bottom_layers == 0
+    model, described = (loaded.pair.top, loaded.top) if is_top else (loaded.pair.bottom, loaded.bottom)
+    count, gates = loaded.top_count if is_top else loaded.bottom_count, FfnGates.load(path)
+    gates.check_model(described)
+    skip = gates.at(route.ffn_skip.share)
+    pipeline = Pipeline((Stage(model, 0, model.depth, skip=skip),))
+    return System(route.name, "route", pipeline, whole_parameters(count) - skip.saved_parameters(count))
 
 
 def control_system(loaded: LoadedPair, path: Path) -> System:

@@ -144,10 +144,11 @@ def _decode_step(
     new_tokens = [token for one in generations for token in one.token_ids[one.cached :]]
     hidden = pipeline.stages[0].model.embed(torch.tensor(new_tokens))
     ends = list(accumulate(span.length for span in spans))
+    decoded = [end - 1 for end, one in zip(ends, generations, strict=True) if one.generated]
     starts = [end - span.length for end, span in zip(ends, spans, strict=True) if span.position == 0]
     for index, (stage, store) in enumerate(zip(pipeline.stages, stores, strict=True)):
         hidden = pipeline.between(hidden, starts) if index else hidden
-        hidden = stage.model.extend(hidden, spans, store, stage.adapters)
+        hidden = stage.model.extend(hidden, spans, store, stage.adapters, stage.skip, decoded)
     last = (torch.tensor(ends) - 1).to(hidden.device)
     logits = pipeline.head.logits(hidden[last])[:, :vocabulary]
     for one, token in zip(generations, choose(logits, generations), strict=True):

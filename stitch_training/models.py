@@ -5,7 +5,7 @@ Sequences are causal and start at position 0. Gradients flow to the hidden state
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -19,12 +19,13 @@ from stitch.cluster import ROLES, ClusterConfig, Role
 from stitch.environment import cache_folder
 from stitch.errors import Incompatible
 from stitch.tokenizer_files import end_tokens, read, tokenizer_hash
-from stitch_server.attention import backend_for
+from stitch_server.attention import Attend, Layer, Rotary, backend_for
 from stitch_server.kv_cache.store import KVStore, Span
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import ModelDescription, ParameterCount, read_config
 from stitch_server.model.embedding_and_head import Embedding
+from stitch_server.model.ffn_skip import FfnSkip, Skipping
 from stitch_server.model.stitch import Stitch
 from stitch_server.model.weights import Weights
 from stitch_server.sources.resolve import resolve
@@ -75,25 +76,56 @@ class FrozenModel:
         """
         return self._embedding(tokens.to(self._device))
 
-    def run(self, hidden: Tensor, first: int, end: int, adapters: Adapters | None = None) -> Tensor:
-        """Runs hidden states `[sequences, tokens, hidden]` through layers [first, end), with adapters beside them."""
+    def run(
+        self,
+        hidden: Tensor,
+        first: int,
+        end: int,
+        adapters: Adapters | None = None,
+        skip: FfnSkip | None = None,
+        generated: Tensor | None = None,
+    ) -> Tensor:
+        """Runs hidden states `[sequences, tokens, hidden]` through layers [first, end), with adapters beside them.
+
+        Of the tokens that are `generated`, bool `[sequences, tokens]`, those `skip` FFNs whose gates open.
+        """
         sequences, length, _ = hidden.shape
-        rotary = self._layers.rotary(torch.arange(length, device=hidden.device).repeat(sequences))
-        packed = hidden.to(self._dtype).flatten(0, 1)
+        packed, rotary = self._packed(hidden)
         attend, adapted = CausalSequences(sequences), self._adapted(adapters)
-        return self._layers.run(packed, rotary, attend, first, end, adapted).view(sequences, length, -1)
+        skipping = [] if generated is None else self._skipping(skip, generated.flatten().nonzero()[:, 0])
+        return self._layers.run(packed, rotary, attend, first, end, adapted, skipping).view(sequences, length, -1)
+
+    def run_each(self, hidden: Tensor, run_layer: Callable[[Layer, Tensor, Rotary, Attend], Tensor]) -> Tensor:
+        """Runs hidden states `[sequences, tokens, hidden]` through all layers, each packed by `run_layer`."""
+        sequences, length, _ = hidden.shape
+        packed, rotary = self._packed(hidden)
+        for index in range(self.depth):
+            packed = run_layer(self._layers.layer(index), packed, rotary, CausalSequences(sequences))
+        return packed.view(sequences, length, -1)
 
     def new_store(self, first: int, end: int, blocks: int) -> KVStore:
         """Allocates a KV cache of `blocks` blocks for layers [first, end)."""
         layers = self._layers
         return KVStore(first, end, blocks, layers.kv_heads, layers.head_dim, self._device, self._dtype)
 
-    def extend(self, hidden: Tensor, spans: Sequence[Span], store: KVStore, adapters: Adapters | None = None) -> Tensor:
-        """Runs packed hidden states `[tokens, hidden]`, which extend their `spans`, through the layers of `store`."""
+    def extend(
+        self,
+        hidden: Tensor,
+        spans: Sequence[Span],
+        store: KVStore,
+        adapters: Adapters | None = None,
+        skip: FfnSkip | None = None,
+        generated: Sequence[int] = (),
+    ) -> Tensor:
+        """Runs packed hidden states `[tokens, hidden]`, which extend their `spans`, through the layers of `store`.
+
+        The rows that are `generated` `skip` FFNs.
+        """
         positions = torch.cat([torch.arange(span.position, span.end, device=hidden.device) for span in spans])
         rotary = self._layers.rotary(positions)
         attend, adapted = backend_for(store)(spans), self._adapted(adapters)
-        return self._layers.run(hidden.to(self._dtype), rotary, attend, store.first, store.end, adapted)
+        skipping = self._skipping(skip, torch.tensor(list(generated), dtype=torch.int64))
+        return self._layers.run(hidden.to(self._dtype), rotary, attend, store.first, store.end, adapted, skipping)
 
     def logits(self, hidden: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Returns float32 logits `[tokens, vocabulary]` of last-layer states `[tokens, hidden]`.
@@ -105,6 +137,15 @@ class FrozenModel:
     def head_weight(self) -> Tensor:
         """Returns the LM head with the final norm's gains multiplied in, `[vocabulary, hidden]`."""
         return self._head.weight * self._head.norm
+
+    def _packed(self, hidden: Tensor) -> tuple[Tensor, Rotary]:
+        """Returns the states `[tokens, hidden]` of whole sequences, and their rotations."""
+        sequences, length, _ = hidden.shape
+        rotary = self._layers.rotary(torch.arange(length, device=hidden.device).repeat(sequences))
+        return hidden.to(self._dtype).flatten(0, 1), rotary
+
+    def _skipping(self, skip: FfnSkip | None, rows: Tensor) -> Skipping:
+        return [] if skip is None or not len(rows) else [(rows.to(self._device), skip.to(self._device, self._dtype))]
 
     def _adapted(self, adapters: Adapters | None) -> list[tuple[slice, Adapters]]:
         return [] if adapters is None else [(slice(None), adapters.to(self._device, self._dtype))]

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stitch_server.model.adapters import Adapters
+from stitch_server.model.ffn_skip import FfnSkip
 from stitch_server.model.stitch import Stitch
 from stitch_training.activations import PassResult
 from stitch_training.data import CONTENT, CONTENT_SLICE, COUNTED_ROLES, LossOn, Role
@@ -34,6 +35,8 @@ Mapping = Callable[[Tensor], Tensor]
 # The same for packed tokens, `[tokens, inputs]`, with the indices of the tokens that start a sequence.
 PackedMapping = Callable[[Tensor, Sequence[int]], Tensor]
 WHOLE_LOSSES = "whole-losses.safetensors"
+# Of a sequence of plain text, where it is measured what tokens cost that are generated.
+PROMPT_TOKENS = 32
 
 
 def map_of(stitch: Stitch) -> AffineMap:
@@ -68,12 +71,13 @@ def _map_sequences(mapping: PackedMapping, states: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers [first, end) of one model, with adapters beside them."""
+    """Layers [first, end) of one model, with adapters beside them, or gates by which generated tokens skip FFNs."""
 
     model: FrozenModel
     first: int
     end: int
     adapters: Adapters | None = None
+    skip: FfnSkip | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +93,15 @@ class Pipeline:
         """The model whose head gives the logits."""
         return self.stages[-1].model
 
-    def states(self, tokens: Tensor) -> Tensor:
-        """Returns last-layer states `[sequences, tokens, hidden]` of token ids `[sequences, tokens]`."""
+    def states(self, tokens: Tensor, generated: Tensor | None = None) -> Tensor:
+        """Returns last-layer states `[sequences, tokens, hidden]` of token ids `[sequences, tokens]`.
+
+        `generated`, of the same shape, says which tokens may skip FFNs; None: none of them.
+        """
         hidden = self.stages[0].model.embed(tokens)
         for index, stage in enumerate(self.stages):
             hidden = _map_sequences(self.between, hidden) if index else hidden
-            hidden = stage.model.run(hidden, stage.first, stage.end, stage.adapters)
+            hidden = stage.model.run(hidden, stage.first, stage.end, stage.adapters, stage.skip, generated)
         return hidden
 
 
@@ -117,12 +124,14 @@ class TextScores:
     likeliest: Tensor
 
 
-def text_scores(pipeline: Pipeline, tokens: Tensor) -> TextScores:
-    """Scores `tokens` `[sequences, tokens]`."""
+def text_scores(pipeline: Pipeline, tokens: Tensor, generated: Tensor | None = None) -> TextScores:
+    """Scores `tokens` `[sequences, tokens]`, of which the `generated` ones may skip FFNs."""
     losses, likeliest = [], []
+    size = batch_sequences(pipeline.head.device)
+    parts = [None] * len(tokens) if generated is None else torch.split(generated, size)
     with torch.no_grad():
-        for batch in torch.split(tokens, batch_sequences(pipeline.head.device)):
-            states = pipeline.states(batch)[:, :-1].flatten(0, 1)
+        for batch, part in zip(torch.split(tokens, size), parts, strict=False):
+            states = pipeline.states(batch, part)[:, :-1].flatten(0, 1)
             following = batch[:, 1:].flatten().to(states.device)
             for some, ids in zip(torch.split(states, LOGIT_TOKENS), torch.split(following, LOGIT_TOKENS), strict=True):
                 logits = pipeline.head.logits(some)
@@ -197,6 +206,15 @@ def counted(roles: Tensor, loss_on: LossOn) -> Tensor:
     return torch.isin(roles[:, 1:], torch.tensor(COUNTED_ROLES[loss_on]))
 
 
+def generated_tokens(roles: Tensor) -> Tensor:
+    """Returns which tokens count as generated, bool, of roles `[sequences, tokens]`: those of answers and of texts.
+
+    The first PROMPT_TOKENS tokens of a sequence are a prompt where they are plain text.
+    """
+    is_text = (roles == Role.PLAIN) & (torch.arange(roles.shape[1]) >= PROMPT_TOKENS)
+    return is_text | torch.isin(roles, torch.tensor(COUNTED_ROLES["assistant"]))
+
+
 @dataclass(frozen=True, eq=False)
 class Slices:
     """Which next tokens count, bool `[sequences, tokens - 1]`: all content, the content of each file, each role."""
@@ -204,13 +222,17 @@ class Slices:
     masks: dict[str, Tensor]
 
     @classmethod
-    def of(cls, roles: Tensor, files: Tensor, names: Sequence[str]) -> Slices:
-        """Takes the roles `[sequences, tokens]` and the files `[sequences]`, as indices into `names`."""
+    def of(cls, roles: Tensor, files: Tensor, names: Sequence[str], after: Tensor | None = None) -> Slices:
+        """Takes the roles `[sequences, tokens]` and the files `[sequences]`, as indices into `names`.
+
+        Next tokens count `after` these tokens alone, bool `[sequences, tokens]`; None: after all.
+        """
         following = roles[:, 1:]
         content = torch.isin(following, torch.tensor(CONTENT))
         masks = {CONTENT_SLICE: content}
         masks |= {name: content & (files == number)[:, None] for number, name in enumerate(names)}
         masks |= {role.name.lower(): following == role for role in Role}
+        masks = masks if after is None else {name: mask & after[:, :-1] for name, mask in masks.items()}
         return cls({name: mask for name, mask in masks.items() if mask.any()})
 
     @classmethod

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence, Sized
 from router_gateway.requests.types import Prompt, TokenIds
 from router_gateway.routing.objectives import Objectives
 from router_gateway.tokenization.chat_template import Turn
+from stitch.cluster import RouteConfig
 from stitch.errors import InvalidRequest
 from stitch.sampling import Sampling
 
@@ -79,15 +80,18 @@ def check_answers(n: int) -> None:
         raise InvalidRequest("n", n, f"it must be at least 1 and at most {MAX_ANSWERS}")
 
 
-def check_prompt_logprobs(sampling: Sampling, decided: bool) -> None:
-    """`decided`: whether the route is known before a shard computes."""
+def check_prompt_logprobs(sampling: Sampling, route: RouteConfig | None) -> None:
+    """`route` is None where it is not known before a shard computes."""
     if sampling.logprobs is None:
         raise InvalidRequest("prompt_logprobs", True, "sampling.logprobs is not set")
     for field in ("presence_penalty", "frequency_penalty"):
         if penalty := getattr(sampling, field):
             raise InvalidRequest(f"sampling.{field}", penalty, "with the log-probabilities of the prompt it must be 0")
-    if not decided:
+    if route is None:
         raise InvalidRequest("prompt_logprobs", True, "the request must name its route, since a probe decides here")
+    if route.ffn_skip is not None:
+        limit = f"route {route.name} has none: its gates would leave out FFNs of the prompt's tokens"
+        raise InvalidRequest("prompt_logprobs", True, limit)
 
 
 def check_threshold(threshold: float | None, route: str) -> None:

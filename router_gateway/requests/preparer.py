@@ -103,7 +103,8 @@ class RequestPreparer:
         turns = await self._turns(request.prompt, vocabulary)
         decision = self._selector.select(request.routing, turns, len(ids), wait())
         if request.prompt_logprobs:
-            limits.check_prompt_logprobs(sampling, isinstance(decision, RouteDecision))
+            route = self._cluster.route(decision.route) if isinstance(decision, RouteDecision) else None
+            limits.check_prompt_logprobs(sampling, route)
         return Prepared(
             request,
             StreamInput(request.request_id, tuple(ids), decision, sampling, facts=facts, grammar=grammar),

@@ -73,6 +73,7 @@ class CompatibilityCheck:
             stated[Fact("model")] = _model(identity.top)
         for route in identity.routes:
             stated[Fact("stitch", route.name)] = route.stitch
+            stated[Fact("FFN skip", route.name)] = route.ffn_skip
             has_top = route.HasField("top_from")
             cut = f"{route.bottom_layers} to {route.top_from if has_top else 'the end'}"
             stated[Fact("cut point", route.name)] = cut if route.bottom_layers or has_top else ""

@@ -80,11 +80,12 @@ class ModelRegistry:
             bottom_layers=route.bottom_layers,
             top_from=route.top_from,
             stitch=next((stage.stitch for stage in stages if stage.stitch), ""),
+            ffn_skip=next((stage.ffn_skip for stage in stages if stage.ffn_skip), ""),
             parameters=sum(stage.parameters for stage in stages) if all(stage.parameters for stage in stages) else 0,
         )
 
     def _stage_of(self, route: RouteConfig, stage: Iterable[Replica]) -> inference_pb2.RouteDescription:
-        """The stitch and the parameters that any replica of a stage states for its layers of the route."""
+        """The stitch, the gates and the parameters that any replica of a stage states for its layers of the route."""
         for replica in stage:
             for stated in replica.identity.routes if replica.identity and replica.mismatch is None else ():
                 if stated.name == route.name:

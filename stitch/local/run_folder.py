@@ -120,6 +120,8 @@ def _portable(cluster: ClusterConfig) -> dict[str, Any]:
     for route, config in zip(fields["routes"], cluster.routes, strict=True):
         file = cluster.stitch_file(config)
         route["stitch"] = str(file.resolve()) if file else None
+        if (gates := cluster.ffn_skip_file(config)) is not None:
+            route["ffn_skip"]["file"] = str(gates.resolve())
     for name in ("router", "router_thresholds", "probe", "probe_thresholds", "keys"):
         if fields["gateway"][name] is not None:
             fields["gateway"][name] = str((cluster.folder / fields["gateway"][name]).resolve())

@@ -421,18 +421,20 @@ class Model(_message.Message):
     def __init__(self, id: _Optional[str] = ..., revision: _Optional[str] = ..., architecture: _Optional[str] = ..., layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., context_length: _Optional[int] = ...) -> None: ...
 
 class RouteDescription(_message.Message):
-    __slots__ = ("name", "bottom_layers", "top_from", "stitch", "parameters")
+    __slots__ = ("name", "bottom_layers", "top_from", "stitch", "parameters", "ffn_skip")
     NAME_FIELD_NUMBER: _ClassVar[int]
     BOTTOM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     TOP_FROM_FIELD_NUMBER: _ClassVar[int]
     STITCH_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    FFN_SKIP_FIELD_NUMBER: _ClassVar[int]
     name: str
     bottom_layers: int
     top_from: int
     stitch: str
     parameters: int
-    def __init__(self, name: _Optional[str] = ..., bottom_layers: _Optional[int] = ..., top_from: _Optional[int] = ..., stitch: _Optional[str] = ..., parameters: _Optional[int] = ...) -> None: ...
+    ffn_skip: str
+    def __init__(self, name: _Optional[str] = ..., bottom_layers: _Optional[int] = ..., top_from: _Optional[int] = ..., stitch: _Optional[str] = ..., parameters: _Optional[int] = ..., ffn_skip: _Optional[str] = ...) -> None: ...
 
 class ShardDescription(_message.Message):
     __slots__ = ("name", "address", "role", "first_layer", "end_layer", "device", "dtype", "kv_capacity_tokens", "serving", "state")

@@ -20,6 +20,7 @@ from stitch_server.attention import Attend, Layer, Rotary
 from stitch_server.model import hf_layers, llama, llama_loader
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.description import Config, check_tensors, head_dim, kv_heads, read_config
+from stitch_server.model.ffn_skip import Skipping, run_layer
 from stitch_server.model.llama_config import FAMILIES, LlamaConfig
 from stitch_server.model.weights import AS_STORED, WeightFormat, Weights
 
@@ -91,6 +92,10 @@ class DecoderLayers:
         """
         return 3 * self.hidden_size
 
+    def layer(self, index: int) -> Layer:
+        """Returns a layer by its index in the whole model."""
+        return self._layers[index - self.first]
+
     def rotary(self, positions: Tensor) -> Rotary:
         """Returns the rotations of positions `[tokens]`, computed once for all layers of a batch."""
         return self._rotary(positions)
@@ -103,12 +108,14 @@ class DecoderLayers:
         first: int,
         end: int,
         adapted: Adapted = (),
+        skipping: Skipping = (),
     ) -> Tensor:
         """Takes hidden states `[tokens, hidden_size]` through layers `first` to `end` of its own range.
 
-        Tokens that are `adapted` pass their adapters beside every layer.
+        Tokens that are `adapted` pass their adapters beside every layer, and rows that are `skipping` leave out the
+        feed-forward networks whose gates open. These layers must be native.
         """
-        return _run_adapted(adapted, partial(self._run_layers, rotary, attend), hidden, first, end)
+        return _run_adapted(adapted, partial(self._run_layers, rotary, attend, skipping), hidden, first, end)
 
     def run_compiled(self, hidden: Tensor, paged_kv: PagedKV, first: int, end: int, adapted: Adapted = ()) -> Tensor:
         """Does the same in the CPU kernels, which rotate and attend themselves, over the slots in `paged_kv`.
@@ -119,9 +126,16 @@ class DecoderLayers:
             raise ValueError("these layers are not packed for the CPU kernels")
         return _run_adapted(adapted, partial(self._compiled.run, paged_kv), hidden, first, end)
 
-    def _run_layers(self, rotary: Rotary, attend: Attend, hidden: Tensor, first: int, end: int) -> Tensor:
+    def _run_layers(
+        self, rotary: Rotary, attend: Attend, skipping: Skipping, hidden: Tensor, first: int, end: int
+    ) -> Tensor:
         for index in range(first, end):
-            hidden = self._layers[index - self.first](hidden, rotary, attend)
+            layer = self._layers[index - self.first]
+            gated = [(rows, skip) for rows, skip in skipping if skip.first <= index < skip.end]
+            if gated and isinstance(layer, llama.NativeLayer):
+                hidden = run_layer(layer, hidden, rotary, attend, gated)
+            else:
+                hidden = layer(hidden, rotary, attend)
         return hidden
 
 

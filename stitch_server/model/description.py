@@ -213,6 +213,7 @@ def _samples(path: Path) -> dict[str, bytes]:
 
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_FEED_FORWARD = "mlp."
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,17 +223,21 @@ class ParameterCount:
     layers: tuple[int, ...]
     # The final norm and the language-model head, tied or not.
     head: int
+    # By layer, of the feed-forward network alone; empty where these are not known.
+    feed_forward: tuple[int, ...] = ()
 
     @classmethod
     def read(cls, folder: Path) -> ParameterCount:
         sizes = {name: prod(stored.shape) for name, stored in stored_tensors(folder).items()}
         config = read_config(folder)
-        layers: Counter[int] = Counter()
+        layers, feed_forward = Counter[int](), Counter[int]()
         for name, size in sizes.items():
             if found := _LAYER.match(name):
                 layers[int(found[1])] += size
+                feed_forward[int(found[1])] += size if name.startswith(_FEED_FORWARD, found.end()) else 0
         head = sizes[HEAD if HEAD in sizes else EMBEDDING] + sizes.get("model.norm.weight", 0)
-        return cls(tuple(layers[index] for index in range(config.num_hidden_layers)), head)
+        depth = range(config.num_hidden_layers)
+        return cls(tuple(layers[index] for index in depth), head, tuple(feed_forward[index] for index in depth))
 
     def between(self, first: int, end: int | None) -> int:
         """Returns the parameters of layers `[first, end)`; `end` None: up to the last one."""

@@ -95,9 +95,21 @@ class NativeLayer:
 
     def __call__(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """Takes and returns `[tokens, hidden_size]`; leaves its arguments unchanged."""
-        hidden = self._attention(self.attention_norm(hidden), rotary, attend).add_(hidden)
-        gate, up = self.gate_up(self.feed_forward_norm(hidden)).chunk(2, dim=1)
-        return self.down(F.silu(gate).mul_(up)).add_(hidden)
+        hidden = self.add_attention(hidden, rotary, attend)
+        return self.feed_forward(self.normalize(hidden)).add_(hidden)
+
+    def add_attention(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        """Takes the layer's input, `[tokens, hidden_size]`, and returns the state after its attention."""
+        return self._attention(self.attention_norm(hidden), rotary, attend).add_(hidden)
+
+    def normalize(self, hidden: Tensor) -> Tensor:
+        """Takes the state after the attention and returns the input of the feed-forward network."""
+        return self.feed_forward_norm(hidden)
+
+    def feed_forward(self, normed: Tensor) -> Tensor:
+        """Takes its input, `[tokens, hidden_size]`, and returns what the network adds to the state."""
+        gate, up = self.gate_up(normed).chunk(2, dim=1)
+        return self.down(F.silu(gate).mul_(up))
 
     def _attention(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         qkv = self.query_key_value(hidden).view(len(hidden), -1, self.head_dim)

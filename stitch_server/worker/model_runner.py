@@ -29,6 +29,7 @@ from stitch_server.kv_cache.store import Span
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.constraint import Forbidden, Masks
 from stitch_server.model.decoder import DecoderLayers
+from stitch_server.model.ffn_skip import FfnSkip, Skipping
 from stitch_server.model.sampler import SampleRequest, sample
 from stitch_server.worker.cuda_graphs import DecodeGraphs
 from stitch_server.worker.kept_pass import run_after_kept
@@ -63,6 +64,8 @@ class ModelRunner:
     stitches: Mapping[str, Callable[[Tensor, Sequenced[int]], Tensor]] = field(default_factory=dict)
     # By route whose stitch adapts these layers.
     adapters: Mapping[str, Adapters] = field(default_factory=dict)
+    # By route whose generated tokens leave out FFNs of these layers.
+    ffn_skips: Mapping[str, FfnSkip] = field(default_factory=dict)
     # Hidden states to logits, where the routes `ending` end.
     head: Callable[[Tensor], Tensor] | None = None
     ending: frozenset[str] = frozenset()
@@ -188,6 +191,11 @@ class ModelRunner:
     ) -> Tensor:
         """Layers `first` to `end` over the leading segments: as a CUDA graph, compiled, or layer by layer."""
         adapted = self._adapted_rows(segments)
+        if skipping := self._skipping_rows(segments):
+            attention = inputs.attention(len(segments))
+            return self.decoder.run(
+                hidden, leading(inputs.rotary, len(hidden)), attention, first, end, adapted, skipping
+            )
         if self.graphs is not None:
             rotary = leading(inputs.rotary, len(hidden))
             replayed = self.graphs.run(inputs.spans[: len(segments)], hidden, rotary, first, end, adapted)
@@ -207,6 +215,20 @@ class ModelRunner:
                 adapted.append((slice(row, end), adapters))
             row = end
         return adapted
+
+    def _skipping_rows(self, segments: Sequenced[Segment]) -> Skipping:
+        """The rows of generated tokens, also of those that a replay computes again, by route that leaves out FFNs."""
+        by_route, begin = dict[str, list[int]](), 0
+        for one in segments:
+            if one.session.route in self.ffn_skips:
+                prompt_rows = min(max(one.session.prompt_tokens - one.position, 0), one.length)
+                by_route.setdefault(one.session.route, []).extend(range(begin + prompt_rows, begin + one.length))
+            begin += one.length
+        return [
+            (to_device_async(torch.tensor(rows), self.device), self.ffn_skips[route])
+            for route, rows in by_route.items()
+            if rows
+        ]
 
     def _synchronize_prefill(self, batch: Batch) -> None:
         """Waits for a GPU, so that the stages of a prefill are its real durations.

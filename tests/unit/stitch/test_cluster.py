@@ -105,6 +105,31 @@ def test_stitch_file_is_relative_to_cluster_file(tmp_path: Path) -> None:
     assert found.stitch_file(found.route("strong")) is None
 
 
+def skipping(**route: Any) -> list[dict[str, Any]]:
+    """The routes, with gates of FFNs for the second one, or for another one."""
+    first, second = fields()["routes"]
+    return [first, {**second, "ffn_skip": {"file": "gates.safetensors", "share": 0.2}, **route}]
+
+
+def test_file_of_gates_is_relative_to_cluster_file(tmp_path: Path) -> None:
+    found = cluster(tmp_path, routes=skipping())
+    assert found.ffn_skip_file(found.route("strong")) == tmp_path / "gates.safetensors"
+    assert found.ffn_skip_file(found.route("weak")) is None
+
+
+@pytest.mark.parametrize(
+    ("route", "reason"),
+    [
+        ({"top_from": 3, "stitch": "a.safetensors"}, "route strong has a stitch, and gates of FFNs are trained for"),
+        ({"ffn_skip": {"file": "gates.safetensors", "share": 1.0}}, "less than 1"),
+        ({"ffn_skip": {"file": "gates.safetensors"}}, "required"),
+    ],
+)
+def test_gates_that_do_not_fit_the_route_are_refused(tmp_path: Path, route: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidRequest, match=reason):
+        cluster(tmp_path, routes=skipping(**route))
+
+
 @pytest.mark.parametrize(
     ("route", "stages"),
     [

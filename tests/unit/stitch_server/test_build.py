@@ -25,6 +25,7 @@ from stitch_server.model.decoder import DecoderLayers
 from tests.support.cpu_capture import CpuCapture
 from tests.support.reference_varlen_kernel import reference_varlen
 from tests.support.tiny_cluster import Layers, write_tiny_cluster
+from tests.support.tiny_gates import ROUTE, add_skipping_route, write_random_gates
 from tests.support.tiny_model import NATIVE_FAMILIES, write_tiny_model
 
 ROOT = Path(__file__).parents[3]
@@ -158,6 +159,31 @@ def test_missing_stitch_is_refused_by_name(cluster: ClusterConfig, tmp_path: Pat
     other = changed(cluster, lambda fields: fields["routes"][0].update(stitch="gone.safetensors"), tmp_path)
     with pytest.raises(Incompatible, match=r"gone\.safetensors is no stitch"):
         load_stage(other, other.shard("top-0"), CPU)
+
+
+def test_shard_holds_the_gates_of_its_layers_and_states_what_they_save(tmp_path: Path) -> None:
+    layouts = {"bottoms": [(0, 1), (1, 3), (3, 5)], "tops": [(0, 4)]}
+    cluster = load_cluster(str(add_skipping_route(write_tiny_cluster(tmp_path, **layouts, with_ends=True))))
+    stages = [load_stage(cluster, config, CPU) for config in cluster.shards]
+    held = [{name: (one.first, one.end) for name, one in loaded.ffn_skips.items()} for loaded in stages]
+    assert held == [{ROUTE: (1, 1)}, {ROUTE: (1, 3)}, {ROUTE: (3, 4)}, {}]
+    stated = [[loaded.describe(cluster.route(name)) for name in ("whole", ROUTE)] for loaded in stages[:3]]
+    assert [whole.parameters > skipping.parameters for whole, skipping in stated] == [False, True, True]
+    assert {whole.ffn_skip for whole, _ in stated} == {""}
+    (fingerprint,) = {skipping.ffn_skip for _, skipping in stated}
+    assert fingerprint
+
+
+def test_gates_are_refused_for_layers_of_transformers_and_for_another_model(tmp_path: Path) -> None:
+    layouts = {"bottoms": [(0, 5)], "tops": [(0, 4)], "with_ends": True}
+    foreign = load_cluster(str(add_skipping_route(write_tiny_cluster(tmp_path / "olmo2", "olmo2", **layouts))))
+    with pytest.raises(Incompatible, match="route skipping leaves out FFNs, which layers of olmo2 can't"):
+        load_stage(foreign, foreign.shards[0], CPU)
+    file = add_skipping_route(write_tiny_cluster(tmp_path / "llama", **layouts))
+    write_random_gates(file.parent / "gates.safetensors", file.parent / "top")
+    other = load_cluster(str(file))
+    with pytest.raises(Incompatible, match="gates of FFNs are made for the model top"):
+        load_stage(other, other.shards[0], CPU)
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,11 @@ FIRST = ShardIdentity(
 )
 
 
+def test_gates_of_a_route_are_a_fact() -> None:
+    identity = ShardIdentity(routes=[RouteDescription(name="weak", ffn_skip="g1")])
+    assert CompatibilityCheck(cluster()).facts_of(identity) == {Fact("FFN skip", "weak"): "g1"}
+
+
 def test_cut_of_one_model_alone_is_a_fact() -> None:
     routes = [
         RouteDescription(name="small", top_from=0),
