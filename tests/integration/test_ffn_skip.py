@@ -37,6 +37,20 @@ def reference(cluster: Cluster) -> SkippingReference:
     return SkippingReference(folder / "bottom", folder / "gates.safetensors")
 
 
+def test_log_probabilities_of_a_prompt_are_refused_where_it_would_skip(cluster: Cluster) -> None:
+    fields: dict[str, Any] = {"max_tokens": 1, "logprobs": 1, "prompt_logprobs": True}
+    assert cluster.generate(PROMPT, route="whole", **fields)
+    with pytest.raises(InvalidRequest, match=r"prompt_logprobs is True, but route skipping has none"):
+        cluster.generate(PROMPT, route=ROUTE, **fields)
+
+
+def test_description_shows_gates_and_fewer_parameters(cluster: Cluster) -> None:
+    routes = {route.name: route for route in cluster.client.describe().routes}
+    assert routes[ROUTE].ffn_skip
+    assert not routes["whole"].ffn_skip
+    assert routes[ROUTE].parameters < routes["whole"].parameters
+
+
 def test_text_is_the_same_alone_in_a_batch_and_over_a_kill(cluster: Cluster, reference: SkippingReference) -> None:
     assert becomes_true(cluster.all_serving, WAIT_SECONDS)
     fields: dict[str, Any] = {"prompt": PROMPT, "route": ROUTE, "max_tokens": TOKENS, "ignore_eos": True}
@@ -52,23 +66,8 @@ def test_text_is_the_same_alone_in_a_batch_and_over_a_kill(cluster: Cluster, ref
         [used] = [name for name in BOTTOMS if cluster.metric(name, "stitch_sessions_running")]
         cluster.kill(used)
         assert streams.ended(8 * WAIT_SECONDS)
-    cluster.restart(used)
     (stream,) = streams.streams
     assert (stream.error, stream.finished, len(stream.token_ids)) == (None, True, LONG_TOKENS)
     assert cluster.metric(GATEWAY, "stitch_replays_total") > before
     assert tuple(stream.token_ids[:TOKENS]) == alone
     assert stream.token_ids == reference.greedy(tokens(PROMPT), stream.token_ids)
-
-
-def test_log_probabilities_of_a_prompt_are_refused_where_it_would_skip(cluster: Cluster) -> None:
-    fields: dict[str, Any] = {"max_tokens": 1, "logprobs": 1, "prompt_logprobs": True}
-    assert cluster.generate(PROMPT, route="whole", **fields)
-    with pytest.raises(InvalidRequest, match=r"prompt_logprobs is True, but route skipping has none"):
-        cluster.generate(PROMPT, route=ROUTE, **fields)
-
-
-def test_description_shows_gates_and_fewer_parameters(cluster: Cluster) -> None:
-    routes = {route.name: route for route in cluster.client.describe().routes}
-    assert routes[ROUTE].ffn_skip
-    assert not routes["whole"].ffn_skip
-    assert routes[ROUTE].parameters < routes["whole"].parameters

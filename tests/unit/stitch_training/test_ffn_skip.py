@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from stitch.cluster import FfnSkipConfig, RouteConfig, load_cluster
 from stitch.errors import InvalidRequest
 from stitch_server.model.ffn_skip import FfnGates
+from stitch_training.cli import main
 from stitch_training.data import DataSettings, Role
 from stitch_training.evaluate import skipping_system
 from stitch_training.ffn_skip import SkipSettings, fit_gates
 from stitch_training.generation import generate_greedy
 from stitch_training.models import load_pair
 from stitch_training.scoring import PROMPT_TOKENS, generated_tokens, text_scores, whole
-from tests.support.tiny_fit import write_cluster, write_texts
+from tests.support.tiny_fit import write_chats, write_cluster, write_texts
 from tests.support.tiny_model import TOKENS, write_tiny_model
 
 SEQUENCE_TOKENS = 64
@@ -105,3 +107,21 @@ def test_answers_and_late_text_count_as_generated() -> None:
 def test_share_outside_of_its_range_is_refused(settings: SkipSettings) -> None:
     with pytest.raises(InvalidRequest, match=r"^shares is \(1.5,\), but each must be over 0 and below 1$"):
         fit_gates(replace(settings, shares=(1.5,)), quiet)
+
+
+def test_program_makes_gates_and_evaluates_their_route(settings: SkipSettings, tmp_path: Path) -> None:
+    cluster, data = settings.cluster.file, settings.data.files[0]
+    gates, out, text = tmp_path / "made.safetensors", tmp_path / "quality.json", ["--sequence-tokens", "64"]
+    shared = [str(cluster), "--data", str(data), "--held-out-tokens", "256", *text]
+    assert main(["gates", *shared, "--tokens", "512", "--skip-shares", "0.4", "--out", str(gates)]) == 0
+    route = f'[[routes]]\nname = "skipping"\nbottom_layers = 6\nffn_skip = {{ file = "{gates}", share = 0.4 }}\n'
+    given = settings.cluster.folder / "cluster.toml"
+    stitched, routes = tmp_path / "cluster.toml", given.read_text().split("[[routes]]")
+    stitched.write_text(routes[0] + route + routes[1][routes[1].index("[[shards]]") :])
+    assert main(["evaluate", str(stitched), *shared[1:], "--prompts", str(write_chats(tmp_path / "chats.jsonl")),
+                 "--prompt-rows", "2", "--prompt-tokens", "8", "--out", str(out)]) == 0  # fmt: skip
+    systems = {row["name"]: row for row in json.loads(out.read_text())["systems"]}
+    whole_model, skipping = systems["bottom alone"], systems["skipping"]
+    assert skipping["parameters"] < whole_model["parameters"]
+    assert skipping["losses"]["content"]["mean"] != whole_model["losses"]["content"]["mean"]
+    assert 0 < skipping["figures"]["agreement"]["mean"] <= 1
