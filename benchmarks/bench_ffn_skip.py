@@ -1,9 +1,9 @@
 """What does a decode step cost with FFNs left out? CPU time beside the whole model and beside layers left out.
 
-One process over all layers of SmolLM2 with its head, in float32, on one thread; all forms alternate. It samples CPU
-time, which other processes hardly lengthen. The gates read every token and always say the same, since the time of a
-step depends on how many FFNs are left out, not on which: 3, 6 or 9 of 30. Beside them are 2, 4 and 7 layers left out,
-which read about as many parameters, and gates that leave out nothing.
+One process over all layers of a preset's bottom with its head, in float32, on one thread; all forms alternate. It
+samples CPU time, which other processes hardly lengthen. The gates read every token and always say the same, since the
+time of a step depends on how many FFNs are left out, not on which: none, or about 10, 20 and 30 %. Beside them are as
+many layers left out as have about as many parameters.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import time
 
 import torch
 
-from benchmarks.clusters import preset, run
-from benchmarks.report import Options, options, ratio, write
+from benchmarks.clusters import preset
+from benchmarks.report import Options, flags, ratio, write
 from stitch.environment import cache_folder
 from stitch.sampling import Sampling
 from stitch_server.attention import backend_for
@@ -22,7 +22,7 @@ from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from stitch_server.kv_cache.store import KVStore
 from stitch_server.model.adapters import Adapters
 from stitch_server.model.decoder import DecoderLayers
-from stitch_server.model.description import ModelDescription
+from stitch_server.model.description import ModelDescription, ParameterCount
 from stitch_server.model.embedding_and_head import Embedding, Head
 from stitch_server.model.ffn_skip import FIRST_GATED, SPARED_LAST, FfnSkip
 from stitch_server.model.weights import WeightFormat
@@ -31,7 +31,7 @@ from stitch_server.worker.model_runner import ModelRunner
 from stitch_server.worker.parallelism import ParallelismTuner
 
 WHOLE = "whole"
-SKIPPED_FFNS, LEFT_OUT_LAYERS = (0, 3, 6, 9), (2, 4, 7)
+SHARES = (0.0, 0.1, 0.2, 0.3)
 RANK = 16
 SESSIONS = (1, 8)
 CPU = torch.device("cpu")
@@ -40,22 +40,26 @@ CPU = torch.device("cpu")
 class WholeModel:
     """One runner over all layers, with a route for each form of a step."""
 
-    def __init__(self) -> None:
-        cluster = preset()
+    def __init__(self, name: str) -> None:
+        cluster = preset(name)
         folder = resolve(cluster.model_source("bottom"), cache_folder())
-        model, weight_format = ModelDescription.read(folder, "smollm2"), WeightFormat.of(cluster.compute)
+        model, weight_format = ModelDescription.read(folder, name), WeightFormat.of(cluster.compute)
         decoder = DecoderLayers.load(folder, 0, model.layers, CPU, torch.float32, weight_format)
         store = KVStore(0, model.layers, max(SESSIONS), decoder.kv_heads, decoder.head_dim, CPU, torch.float32)
-        self.layers = {WHOLE: model.layers}
-        self.layers |= {f"{count} FFNs left out": model.layers for count in SKIPPED_FFNS}
-        self.layers |= {f"{count} layers left out": model.layers - count for count in LEFT_OUT_LAYERS}
+        skipped = {f"{count} FFNs left out": count for count in (round(share * model.layers) for share in SHARES)}
+        count = ParameterCount.read(folder)
+        of_ffns = count.feed_forward[0] / count.layers[0]
+        layers = [round(some * of_ffns) for some in skipped.values() if some]
+        left_out = {f"{some} layers left out": some for some in layers}
+        self.layers = {WHOLE: model.layers, **dict.fromkeys(skipped, model.layers)}
+        self.layers |= {form: model.layers - some for form, some in left_out.items()}
         self._runner = ModelRunner(
             decoder=decoder,
             attention=backend_for(store),
             device=CPU,
             tuner=ParallelismTuner(1, 1),
             embed=Embedding.load(folder, CPU, torch.float32),
-            ffn_skips={f"{count} FFNs left out": _gates(model, count) for count in SKIPPED_FFNS},
+            ffn_skips={form: _gates(model, some) for form, some in skipped.items()},
             head=Head.load(folder, CPU, torch.float32, model.vocabulary_size, weight_format),
             ending=frozenset(self.layers),
         )
@@ -81,10 +85,10 @@ def _gates(model: ModelDescription, count: int) -> FfnSkip:
     return FfnSkip(torch.zeros(layers, width), bias, healing, tuple((bias > 0).float().tolist()), "")
 
 
-async def measure(options: Options) -> None:
+def measure(name: str, options: Options) -> None:
     """Samples every form at every number of sessions; ratios are those to the whole model."""
     rounds = 3 if options.tiny else 40
-    model = WholeModel()
+    model = WholeModel(name)
     samples: dict[str, list[float]] = {}
     for index in range(rounds + 1):
         for sessions in SESSIONS:
@@ -104,4 +108,7 @@ async def measure(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run(measure(options(__doc__ or "")))
+    parser = flags(__doc__ or "")
+    parser.add_argument("--preset", default="smollm2", help="whose bottom to measure; default: smollm2")
+    parsed = parser.parse_args()
+    measure(parsed.preset, Options(parsed.tiny, parsed.out))

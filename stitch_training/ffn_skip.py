@@ -44,12 +44,13 @@ TEMPERATURE = 0.5
 # The weight of a step's quantile in the threshold, in training and in the passes of a calibration.
 FOLLOWING, CALIBRATING = 0.3, 0.7
 PENALTY = 10.0
-CALIBRATION_PASSES = 4
+CALIBRATION_PASSES = 3
 # Tokens that a step normalizes over beside those that are named.
 SAMPLED_TOKENS = 4096
 # The strength of the regression of single tokens' harm, as a share of the input's mean variance times the tokens.
 RIDGE = 1.0
 START_SEQUENCES = 4
+BIAS_RATE = 10.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class SkipSettings:
     rank: int = 16
     epochs: int = 1
     batch_sequences: int = 2
-    # Of bottlenecks, in shares as in `distill`; gates learn faster by GATE_RATE.
+    # In shares as in `distill`; biases learn faster by BIAS_RATE.
     learning_rate: float = 1e-3
     reuse: tuple[Path, ...] = ()
 
@@ -73,9 +74,6 @@ class SkipSettings:
         """Returns what the file says of its training."""
         names = ("shares", "rank", "epochs", "batch_sequences", "learning_rate")
         return {name: getattr(self, name) for name in names}
-
-
-GATE_RATE = 10.0
 
 
 @dataclass
@@ -206,13 +204,10 @@ def start(model: FrozenModel, harm: Harm, settings: SkipSettings) -> GateStudent
 
 def train(student: GateStudent, data: PassResult, vocabulary: int, settings: SkipSettings, progress: Progress) -> None:
     """Trains for the settings' epochs, at the shares in turn."""
-    groups = [
-        {"params": student.bottlenecks.parameters(), "lr": settings.learning_rate},
-        {"params": [student.gate], "lr": settings.learning_rate},
-        {"params": [student.bias], "lr": settings.learning_rate * GATE_RATE},
-    ]
+    rates = [settings.learning_rate, settings.learning_rate, settings.learning_rate * BIAS_RATE]
+    trained = [student.bottlenecks.parameters(), [student.gate], [student.bias]]
+    groups = [{"params": list(some), "lr": rate} for some, rate in zip(trained, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
-    rates = [group["lr"] for group in groups]
     size = settings.batch_sequences
     steps = settings.epochs * (data.sequences // size)
     for step in range(steps):
@@ -253,17 +248,16 @@ def calibrate(student: GateStudent, data: PassResult, share: float) -> Calibrati
     rows = torch.arange(data.sequences)
     generated = generated_tokens(data.trace.roles(rows))
     hidden = student.model.embed(data.trace.tokens(rows))
-    for number in range(CALIBRATION_PASSES):
+
+    def pass_over() -> Tensor:
+        parts = zip(torch.split(hidden, 4), torch.split(generated, 4), strict=True)
         with torch.no_grad():
-            found = [
-                student.run(some, part, share)[1]
-                for some, part in zip(torch.split(hidden, 4), torch.split(generated, 4), strict=True)
-            ]
-        z = torch.cat(found, dim=1)
-        skipped = z > student.thresholds[share]
-        if number < CALIBRATION_PASSES - 1:
-            found_threshold = _quantile(z, share, student.model.depth)
-            student.thresholds[share] += CALIBRATING * (found_threshold - student.thresholds[share])
+            return torch.cat([student.run(some, part, share)[1] for some, part in parts], dim=1)
+
+    for _ in range(CALIBRATION_PASSES):
+        found = _quantile(pass_over(), share, student.model.depth)
+        student.thresholds[share] += CALIBRATING * (found - student.thresholds[share])
+    skipped = pass_over() > student.thresholds[share]
     return Calibration(student.thresholds[share], tuple(skipped.float().mean(1).tolist()))
 
 

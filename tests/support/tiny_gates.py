@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stitch_server.model.adapters import Adapters
@@ -53,8 +53,9 @@ class SkippingReference:
         self._threshold = self._gates.calibrations[share].threshold
         # Tokens of the last pass that skipped, by layer.
         self.skipped: dict[int, int] = {}
+        layers: Any = self._model.model.layers
         for at in range(len(self._gates.gate)):
-            self._replace(self._model.model.layers[at + FIRST_GATED], at)
+            self._replace(layers[at + FIRST_GATED], at)
 
     @torch.inference_mode()
     def logits(self, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
@@ -65,9 +66,10 @@ class SkippingReference:
 
     def greedy(self, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
         """The greedy token at every position of the answer, after the tokens before it."""
-        return self.logits(prompt, answer)[len(prompt) - 1 : -1, :TOKENS].argmax(1).tolist()
+        likeliest: list[int] = self.logits(prompt, answer)[len(prompt) - 1 : -1, :TOKENS].argmax(1).tolist()
+        return likeliest
 
-    def _replace(self, layer: nn.Module, at: int) -> None:
+    def _replace(self, layer: Any, at: int) -> None:
         """Makes the layer's FFN that of the formula; its norm is called with the state, the FFN with the result."""
         states: list[Tensor] = []
         layer.post_attention_layernorm.register_forward_pre_hook(lambda module, taken: states.append(taken[0]))
