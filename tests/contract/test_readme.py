@@ -16,7 +16,7 @@ import stitch.cli.main
 import stitch_server.cli
 import stitch_training.cli
 from router_gateway.admission.tenants import Tenant
-from stitch.cluster import BatchingConfig, ComputeConfig, GatewayConfig, PairConfig, ShardConfig
+from stitch.cluster import BatchingConfig, ComputeConfig, GatewayConfig, PairConfig, RouteConfig, ShardConfig
 from stitch.settings import Settings
 from stitch.tls import TlsFiles
 from tests.support.fake_gateway import FakeGateway, serving
@@ -79,6 +79,8 @@ def test_settings_in_the_configuration_page_exist() -> None:
         assert set(fields) <= set(Tenant.model_fields)
     for fields in sections.pop("shards"):
         assert ShardConfig.model_validate(fields)
+    for fields in sections.pop("routes"):
+        assert RouteConfig.model_validate(fields)
     assert set(sections) == set(SECTIONS)
     for name, fields in sections.items():
         assert set(fields) <= set(SECTIONS[name].model_fields)
