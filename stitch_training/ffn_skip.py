@@ -32,6 +32,7 @@ from stitch_server.model.ffn_skip import FIRST_GATED, SPARED_LAST, Calibration, 
 from stitch_server.model.llama import NativeLayer
 from stitch_training.activations import PassResult, Progress
 from stitch_training.data import DataSettings
+from stitch_training.device import CPU
 from stitch_training.distill import ChannelScales, TrainableAdapters
 from stitch_training.fit import passes_for
 from stitch_training.least_squares import CutPoint
@@ -62,6 +63,7 @@ class SkipSettings:
     data: DataSettings
     dtype: str
     run_dir: Path
+    device: torch.device = CPU
     shares: tuple[float, ...] = (0.1, 0.2, 0.3)
     rank: int = 16
     epochs: int = 1
@@ -96,7 +98,7 @@ class GateStudent:
 
     def run(self, hidden: Tensor, generated: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """Returns the last layer's states, and z [layers, generated tokens] before the threshold."""
-        skip, rows, seen = self.skip(share), generated.flatten(), list[Tensor]()
+        skip, rows, seen = self.skip(share), generated.flatten().to(hidden.device), list[Tensor]()
 
         def run_layer(layer: Layer, states: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
             native = _native(layer)
@@ -155,7 +157,7 @@ def measure_harm(model: FrozenModel, data: PassResult, vocabulary: int) -> Harm:
     """Measures what leaving out single FFNs changes, to first order of the next token's likelihood, on one batch."""
     rows = torch.arange(min(START_SEQUENCES, data.sequences))
     tokens, roles = data.trace.tokens(rows), data.trace.roles(rows)
-    generated = generated_tokens(roles).flatten()
+    generated = generated_tokens(roles).flatten().to(model.device)
     inputs, states, masks = list[Tensor](), list[Tensor](), list[Tensor]()
 
     def run_layer(layer: Layer, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
@@ -164,14 +166,14 @@ def measure_harm(model: FrozenModel, data: PassResult, vocabulary: int) -> Harm:
             return native(hidden, rotary, attend)
         hidden = native.add_attention(hidden, rotary, attend)
         normed = native.normalize(hidden)
-        masks.append(torch.zeros(len(hidden), requires_grad=True))
+        masks.append(torch.zeros(len(hidden), device=hidden.device, requires_grad=True))
         inputs.append(normed.detach()[generated].float())
         states.append(hidden.detach()[generated].float())
         return hidden + (1 - masks[-1][:, None]) * native.feed_forward(normed)
 
     hidden = model.run_each(model.embed(tokens), run_layer)
     settings = LossSettings(0.0, vocabulary, SAMPLED_TOKENS, torch.Generator().manual_seed(0))
-    on = counted(roles, "content") & generated.view_as(roles)[:, :-1]
+    on = counted(roles, "content") & generated_tokens(roles)[:, :-1]
     loss = head_loss(model, hidden, tokens, data.trace.teacher(rows), on, settings) * int(on.sum())
     squares = torch.stack(torch.autograd.grad(loss, masks))[:, generated].square()
     spread = [one / one.square().mean(1, keepdim=True).sqrt() for one in states]
@@ -192,7 +194,7 @@ def start(model: FrozenModel, harm: Harm, settings: SkipSettings) -> GateStudent
         x = inputs / scale
         # The logarithm of a square of a normal value has a deviation of 2.2; a root keeps outliers from deciding.
         y = -(squares / level.clamp_min(1e-12)).pow(0.25)
-        kernel = x @ x.T + RIDGE * x.shape[1] * torch.eye(len(x))
+        kernel = x @ x.T + RIDGE * x.shape[1] * torch.eye(len(x), device=x.device)
         gate.append(x.T @ torch.linalg.solve(kernel, y - y.mean()))
     bottlenecks = TrainableAdapters.fresh(FIRST_GATED, settings.rank, harm.scales, settings.data.seed)
     student = GateStudent(model, harm.normed, bottlenecks, torch.stack(gate).requires_grad_(), bias.requires_grad_())
@@ -275,7 +277,9 @@ def fit_gates(settings: SkipSettings, progress: Progress) -> FittedGates:
     Raises InvalidRequest for data that can't be read or a run directory of another fit.
     """
     started_at = time.monotonic()
-    loaded: LoadedPair = load_pair(settings.cluster, getattr(torch, settings.dtype)).control(settings.role)
+    loaded: LoadedPair = load_pair(settings.cluster, getattr(torch, settings.dtype), settings.device).control(
+        settings.role
+    )
     if any(not 0 < share < 1 for share in settings.shares):
         raise InvalidRequest("shares", settings.shares, "each must be over 0 and below 1")
     cuts = (CutPoint(0, 0),)
@@ -286,7 +290,7 @@ def fit_gates(settings: SkipSettings, progress: Progress) -> FittedGates:
     with torch.no_grad():
         calibrations = {share: calibrate(student, passes.held_out, share) for share in settings.shares}
         healing = student.bottlenecks.to_adapters()
-        gate, bias = (student.gate / student.scales).detach(), student.bias.detach()
+        gate, bias = (student.gate / student.scales).cpu().detach(), student.bias.cpu().detach()
     making = {
         "data": passes.training.fingerprint,
         "files": [path.name for path in settings.data.files],
@@ -295,7 +299,7 @@ def fit_gates(settings: SkipSettings, progress: Progress) -> FittedGates:
         **settings.describe(),
     }
     described = loaded.top
-    healing = Adapters(healing.first, healing.down.detach(), healing.up.detach())
+    healing = Adapters(healing.first, healing.down.cpu(), healing.up.cpu())
     gates = FfnGates(gate, bias, healing, described.id, described.revision, calibrations, making)
     report = {**making, "seconds": time.monotonic() - started_at}
     report["calibrations"] = {f"{share:g}": asdict(one) for share, one in calibrations.items()}
