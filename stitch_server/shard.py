@@ -134,7 +134,9 @@ def build_shard(
     compute = cluster.compute
     kv_cache = allocate_kv_cache(compute, loaded.decoder, loaded.model.context_length, device, loaded.cuts)
     pool = kv_cache.pool
-    kept = KeptPrefixes(pool, loaded.layer_ranges, kv_cache.states)
+    # States of tokens that skip FFNs are those of one route, and of generated tokens alone.
+    exact = {name: layers for name, layers in loaded.layer_ranges.items() if name not in loaded.ffn_skips}
+    kept = KeptPrefixes(pool, exact, kv_cache.states)
     runner = build_runner(cluster, config, loaded, kv_cache, device)
     identity, inbox = _identity(cluster, config, loaded, pool, device), Inbox()
     links = open_links(identity, inbox.put)

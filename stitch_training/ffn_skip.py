@@ -63,7 +63,6 @@ class SkipSettings:
     data: DataSettings
     dtype: str
     run_dir: Path
-    device: torch.device = CPU
     shares: tuple[float, ...] = (0.1, 0.2, 0.3)
     rank: int = 16
     epochs: int = 1
@@ -71,6 +70,7 @@ class SkipSettings:
     # In shares as in `distill`; biases learn faster by BIAS_RATE.
     learning_rate: float = 1e-3
     reuse: tuple[Path, ...] = ()
+    device: torch.device = CPU
 
     def describe(self) -> dict[str, Any]:
         """Returns what the file says of its training."""

@@ -19,7 +19,7 @@ class KeptPrefixes:
     def __init__(
         self, pool: BlockPool, layer_ranges: Mapping[str, LayerRange], states: HiddenStateCache | None
     ) -> None:
-        """`states` is None where none are kept."""
+        """`layer_ranges` are those of routes whose states depend on tokens alone; `states` None: none are kept."""
         self._pool = pool
         self._layer_ranges = layer_ranges
         self._states = states
@@ -56,7 +56,8 @@ class KeptPrefixes:
         slots, rows, row = list[int](), list[int](), 0
         for index, segment in enumerate(batch.segments):
             session = segment.session
-            if session.chain and index not in output.non_finite and self._pool.is_open(session.id):
+            is_kept = bool(session.chain) and session.route in self._layer_ranges and index not in output.non_finite
+            if is_kept and self._pool.is_open(session.id):
                 layer, position = self._layer_ranges[session.route].end, segment.position
                 reserved = self._states.reserve(
                     session.tenant, session.token_ids, layer, segment.blocks, position, segment.length

@@ -11,6 +11,7 @@ import pytest
 
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS
 from tests.support.loopback_shards import Shards, open_shards
+from tests.support.stitched_reference import WholeReference
 from tests.support.tiny_cluster import WHOLE_BOTTOM, WHOLE_TOP, write_tiny_cluster
 from tests.support.tiny_gates import ROUTE, SkippingReference, add_skipping_route
 from tests.support.tiny_model import NATIVE_FAMILIES, TOKENS
@@ -63,23 +64,30 @@ async def test_answers_equal_the_reference_alone_and_beside_all_routes(
     assert others_alone[3::4] != alone
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("generated", [1, 7, BLOCK_TOKENS + 3])
-async def test_replay_recomputes_generated_tokens_with_their_gates(generated: int, tmp_path: Path) -> None:
+async def test_replay_recomputes_generated_tokens_with_their_gates(generated: int, layout: str, tmp_path: Path) -> None:
     prompt = drawn_prompt(5)
-    async with open_shards(write_cluster(tmp_path)) as shards:
+    async with open_shards(write_cluster(tmp_path, layout=layout)) as shards:
         answer = await shards.generate(prompt, ROUTE, ANSWER_TOKENS)
+        # What other routes keep of the same tokens, prompt and answer, is not that of tokens that skip.
+        await shards.generate([*prompt, *answer], "whole", 1)
         assert await shards.replay(prompt, answer[:generated], ROUTE, ANSWER_TOKENS) == answer[generated:]
 
 
-async def test_next_turn_does_not_reuse_the_answer_that_skipped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_next_turn_does_not_reuse_the_answer_that_skipped(layout: str, tmp_path: Path) -> None:
     prompt = drawn_prompt(6, 2 * BLOCK_TOKENS + 1)
-    async with open_shards(write_cluster(tmp_path)) as shards:
+    async with open_shards(write_cluster(tmp_path, layout=layout)) as shards:
         pool = shards.running["bottom-0"].shard.pool
         answer = await shards.generate(prompt, ROUTE, ANSWER_TOKENS)
         turn = [*prompt, *answer, *drawn_prompt(7, 8)]
         following = await shards.generate(turn, ROUTE, ANSWER_TOKENS)
         # The prompt's blocks and none of the answer's.
         assert pool.reused_tokens == 2 * BLOCK_TOKENS
+        elsewhere = await shards.generate(turn, "whole", ANSWER_TOKENS)
+    whole = WholeReference(tmp_path / "bottom").logits([*turn, *elsewhere])[len(turn) - 1 : -1, :TOKENS]
+    assert elsewhere == whole.argmax(1).tolist()
     assert following == reference(tmp_path).greedy(turn, following)
 
 
