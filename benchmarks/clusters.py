@@ -106,9 +106,10 @@ class FirstShard:
 
 
 @asynccontextmanager
-async def first_shard(local: LocalCluster) -> AsyncIterator[FirstShard]:
-    """A client of the shard with the embedding."""
-    first = local.cluster.stages(local.cluster.routes[-1])[0][0]
+async def first_shard(local: LocalCluster, route: str | None = None) -> AsyncIterator[FirstShard]:
+    """A client of the shard with the embedding of a route, by default the costliest one."""
+    cluster = local.cluster
+    first = cluster.stages(cluster.routes[-1] if route is None else cluster.route(route))[0][0]
     async with open_channel(first.address) as channel:
         stub: shard_pb2_grpc.ShardAsyncStub = shard_pb2_grpc.ShardStub(channel)
         yield FirstShard(stub, local.cluster)

@@ -27,8 +27,10 @@ from stitch_training.least_squares import CutPoint
 from stitch_training.models import LoadedPair
 
 BOTTOM, TOP = "bottom alone", "top alone"
-# `adapted`: a whole model with adapters; `control`: another control, which is no alternative to a route.
-Kind: TypeAlias = Literal["end", "route", "adapted", "control"]
+# `adapted`: a whole model with adapters. No alternatives to a route: `control`, which is another control, and
+# `quantized`, any system by weights of fewer bits, which costs fewer bytes for as many parameters.
+Kind: TypeAlias = Literal["end", "route", "adapted", "control", "quantized"]
+ALTERNATIVES: tuple[Kind, ...] = ("end", "route", "adapted")
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +102,7 @@ class Ladder:
 
         None where none of the others is cheaper, or none costlier.
         """
-        others = [one for one in self.systems() if one is not rung and one.kind != "control"]
+        others = [one for one in self.systems() if one is not rung and one.kind in ALTERNATIVES]
         pairs = [
             (cheaper, costlier)
             for cheaper in others
@@ -163,9 +165,10 @@ class Ladder:
         figures = list(dict.fromkeys(name for one in systems for name in one.quantities() if name != "loss"))
         if figures:
             rows = [[one.name, *(_cell(one.quantities(), name) for name in figures)] for one in systems]
-            tables += ["Shares", _table(["system", *figures], rows)]
-        rows = [[one.name, *(_difference_cell(one, other) for other in systems)] for one in systems]
-        tables += ["Loss of a row minus that of a column", _table(["", *(one.name for one in systems)], rows)]
+            tables += ["Shares and times", _table(["system", *figures], rows)]
+        columns = [one for one in systems if one.kind != "quantized"]
+        rows = [[one.name, *(_difference_cell(one, other) for other in columns)] for one in systems]
+        tables += ["Loss of a row minus that of a column", _table(["", *(one.name for one in columns)], rows)]
         return "\n\n".join(tables) + "\n"
 
     def _place(self, rung: Rung) -> list[str]:
@@ -189,9 +192,9 @@ class Ladder:
         figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
         bottom, top = self.ends()
         axes.plot([end.parameters / 1e6 for end in (top, bottom)], [end.loss.mean() for end in (top, bottom)], "k--o")
-        corners = hull((one.parameters, one.loss.mean()) for one in self.systems() if one.kind != "control")
+        corners = hull((one.parameters, one.loss.mean()) for one in self.systems() if one.kind in ALTERNATIVES)
         axes.plot([cost / 1e6 for cost, _ in corners], [loss for _, loss in corners], color="0.7", zorder=0)
-        for rung in self.systems():
+        for rung in (one for one in self.systems() if one.kind != "quantized"):
             loss, millions = rung.loss.interval(), rung.parameters / 1e6
             spread = [[max(0.0, loss.mean - loss.low)], [max(0.0, loss.high - loss.mean)]]
             axes.errorbar(millions, loss.mean, spread, fmt="o" if rung.kind == "route" else "s", capsize=3, color="C0")

@@ -6,14 +6,17 @@ template and separators apart. On prompts that are kept back: figures of answers
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from stitch.cluster import ClusterConfig, RouteConfig
+from stitch.cluster import ClusterConfig, Quantization, RouteConfig
 from stitch.errors import InvalidRequest
 from stitch_server.model.ffn_skip import FfnGates
 from stitch_server.model.stitch import Stitch
@@ -39,6 +42,9 @@ from stitch_training.scoring import (
     whole,
 )
 
+# What a report of `benchmarks.bench_routes` has of every route: the time between tokens and to the first one.
+TIMINGS = ("ms per token", "TTFT in ms")
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -52,6 +58,10 @@ class EvaluationSettings:
     answers: AnswerSettings = field(default_factory=AnswerSettings)
     # Files of `fit --control`.
     controls: tuple[Path, ...] = ()
+    # Kinds of quantized weights, by which every system is measured once more.
+    quantizations: tuple[Quantization, ...] = ()
+    # A report of `benchmarks.bench_routes` of this cluster.
+    timings: Path | None = None
     device: torch.device = CPU
 
 
@@ -111,11 +121,13 @@ def evaluate(settings: EvaluationSettings, progress: Progress) -> Ladder:
     loaded = load_pair(settings.cluster, getattr(torch, settings.dtype), settings.device)
     text = HeldOutTokens.read(settings, loaded)
     answers = AnswerQuality.read(settings.answers, settings.held_out_percent, loaded)
+    timings = read_timings(settings)
     systems = systems_of(loaded, settings)
+    total = len(systems) * (1 + len(settings.quantizations))
     rungs = []
-    for number, system in enumerate(systems, 1):
-        rungs.append(_measure(system, text, answers, progress))
-        progress("evaluate", number, len(systems))
+    for number, system in enumerate(chain(systems, _quantized(settings)), 1):
+        rungs.append(_measure(system, text, answers, timings.get(system.name, {}), progress))
+        progress("evaluate", number, total)
     ends = {rung.name: rung for rung in rungs if rung.kind == "end"}
     others = tuple(rung for rung in rungs if rung.kind != "end")
     return Ladder(ends[BOTTOM], ends.get(TOP, ends[BOTTOM]), others)
@@ -137,6 +149,47 @@ def systems_of(loaded: LoadedPair, settings: EvaluationSettings) -> list[System]
     if len(set(names)) < len(names):
         raise InvalidRequest("controls", names, "they must be different ones")
     return [*ends, *routes, *controls]
+
+
+def _quantized(settings: EvaluationSettings) -> Iterator[System]:
+    """Yields every system by each kind of quantized weights; the models of one kind alone are in memory at a time."""
+    for quantization in settings.quantizations:
+        loaded = load_pair(settings.cluster, getattr(torch, settings.dtype), settings.device, quantization)
+        for system in systems_of(loaded, settings):
+            yield replace(system, name=quantized_name(system.name, quantization), kind="quantized")
+
+
+def quantized_name(name: str, quantization: Quantization) -> str:
+    """Returns the name of a system by quantized weights."""
+    return name if quantization == "none" else f"{name}, {quantization}"
+
+
+def read_timings(settings: EvaluationSettings) -> dict[str, dict[str, Sample]]:
+    """Reads by system what `benchmarks.bench_routes` has measured of the route that serves it.
+
+    Raises InvalidRequest where the file is no such report, or lacks a route.
+    """
+    if settings.timings is None:
+        return {}
+    try:
+        samples = json.loads(settings.timings.read_text())["samples"]
+        return {
+            quantized_name(system_name(route), quantization): {
+                name: Sample.of(torch.tensor(samples[f"{quantized_name(route.name, quantization)}, {name}"]))
+                for name in TIMINGS
+            }
+            for route in settings.cluster.routes
+            for quantization in ("none", *settings.quantizations)
+        }
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InvalidRequest("timings", settings.timings.name, f"it must time every route: {error}") from error
+
+
+def system_name(route: RouteConfig) -> str:
+    """Returns the name of what a route serves: a route without a stitch is one of the models."""
+    if route.stitch is not None:
+        return route.name
+    return TOP if route.bottom_layers == 0 else BOTTOM
 
 
 def route_system(loaded: LoadedPair, route: RouteConfig, path: Path) -> System:
@@ -182,10 +235,12 @@ def control_system(loaded: LoadedPair, path: Path) -> System:
     return System(f"{name}, {cut.k} → {cut.k}", "control", pipeline, parameters_of(own, cut, rank))
 
 
-def _measure(system: System, text: HeldOutTokens, answers: AnswerQuality, progress: Progress) -> Rung:
+def _measure(
+    system: System, text: HeldOutTokens, answers: AnswerQuality, timings: dict[str, Sample], progress: Progress
+) -> Rung:
     pipeline = system.pipeline
     losses, agreement = text.losses_and_agreement(pipeline)
-    figures = answers.measure(pipeline, partial(progress, f"answers of {system.name}"))
+    figures = answers.measure(pipeline, partial(progress, f"answers of {system.name}")) | timings
     return Rung(system.name, system.parameters, losses, agreement, figures, system.kind)
 
 
@@ -202,6 +257,8 @@ def write_evaluation(ladder: Ladder, settings: EvaluationSettings, out: Path | N
         "held_out_percent": settings.held_out_percent,
         "sequence_tokens": data.sequence_tokens,
         "controls": [path.name for path in settings.controls],
+        "quantizations": settings.quantizations,
+        "timings": None if settings.timings is None else settings.timings.name,
         "answers": answers.describe(),
     }
     write_json(out, {**described, **ladder.as_json()})

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from stitch.cluster import ROLES, ClusterConfig, Role
+from stitch.cluster import ROLES, ClusterConfig, Quantization, Role
 from stitch.environment import cache_folder
 from stitch.errors import Incompatible
 from stitch.tokenizer_files import end_tokens, read, tokenizer_hash
@@ -26,8 +26,9 @@ from stitch_server.model.decoder import DecoderLayers
 from stitch_server.model.description import ModelDescription, ParameterCount, read_config
 from stitch_server.model.embedding_and_head import Embedding
 from stitch_server.model.ffn_skip import FfnSkip, Skipping
+from stitch_server.model.quantized import rounded
 from stitch_server.model.stitch import Stitch
-from stitch_server.model.weights import Weights
+from stitch_server.model.weights import AS_STORED, WeightFormat, Weights
 from stitch_server.sources.resolve import resolve
 from stitch_training.chat_spans import ContentSpan, content_spans
 from stitch_training.data import PairRevisions, RoledToken, Turn
@@ -49,10 +50,18 @@ class FrozenModel:
         self._device = head.weight.device
 
     @classmethod
-    def load(cls, folder: Path, layers: int, device: torch.device, dtype: torch.dtype) -> FrozenModel:
+    def load(
+        cls,
+        folder: Path,
+        layers: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        weight_format: WeightFormat = AS_STORED,
+    ) -> FrozenModel:
         """Raises Incompatible where the folder does not hold `layers` layers of a known family."""
-        decoder = DecoderLayers.load(folder, 0, layers, device, dtype)
-        return cls(Embedding.load(folder, device, dtype), decoder, DenseHead.load(folder, device, dtype), dtype)
+        decoder = DecoderLayers.load(folder, 0, layers, device, dtype, weight_format)
+        head = DenseHead.load(folder, device, dtype, weight_format)
+        return cls(Embedding.load(folder, device, dtype), decoder, head, dtype)
 
     @property
     def device(self) -> torch.device:
@@ -161,12 +170,15 @@ class DenseHead:
     weight: Tensor
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> DenseHead:
+    def load(
+        cls, folder: Path, device: torch.device, dtype: torch.dtype, weight_format: WeightFormat = AS_STORED
+    ) -> DenseHead:
         """Reads the head; a tied one is the embedding. Raises Incompatible where a tensor is missing."""
         config = read_config(folder)
         with Weights(folder, device, dtype) as weights:
             matrix = weights.read(weights.head_name(config.tie_word_embeddings))
-            return cls(weights.read("model.norm.weight"), config.rms_norm_eps, matrix)
+            norm = weights.read("model.norm.weight")
+        return cls(norm, config.rms_norm_eps, rounded(matrix, weight_format.for_head.quantization))
 
     def __call__(self, hidden: Tensor, token_ids: Tensor | None) -> Tensor:
         """Returns float32 `[tokens, vocabulary]`, or `[tokens, len(token_ids)]`, of states `[tokens, hidden]`."""
@@ -383,8 +395,12 @@ class LoadedPair:
         return stitch
 
 
-def load_pair(cluster: ClusterConfig, dtype: torch.dtype, device: torch.device = CPU) -> LoadedPair:
+def load_pair(
+    cluster: ClusterConfig, dtype: torch.dtype, device: torch.device = CPU, quantization: Quantization = "none"
+) -> LoadedPair:
     """Loads both models on the device in `dtype`; once where both roles have the same folder.
+
+    Their weights are rounded to those that the `quantization` stands for.
 
     Raises Incompatible where their tokenizers differ.
     """
@@ -394,10 +410,11 @@ def load_pair(cluster: ClusterConfig, dtype: torch.dtype, device: torch.device =
     if hashes[0] != hashes[1]:
         raise Incompatible(f"the tokenizers of {sources[0].id} and {sources[1].id} differ")
     descriptions = [ModelDescription.read(folder, source.id) for folder, source in zip(folders, sources, strict=True)]
-    bottom = FrozenModel.load(folders[0], descriptions[0].layers, device, dtype)
+    weight_format = WeightFormat(quantization, is_rounded=True)
+    bottom = FrozenModel.load(folders[0], descriptions[0].layers, device, dtype, weight_format)
     top = bottom
     if folders[0] != folders[1]:
-        top = FrozenModel.load(folders[1], descriptions[1].layers, device, dtype)
+        top = FrozenModel.load(folders[1], descriptions[1].layers, device, dtype, weight_format)
     return LoadedPair(
         pair=Pair(bottom, top, min(model.vocabulary_size for model in descriptions)),
         bottom=descriptions[0],

@@ -21,7 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stitch.cluster import Quantization
-from stitch_server.model.quantized import TYPICAL_TOKENS, PackedInt8Linear, PlainInt4Linear, PlainInt8Linear, to_int4
+from stitch_server.model.quantized import (
+    TYPICAL_TOKENS,
+    PackedInt8Linear,
+    PlainInt4Linear,
+    PlainInt8Linear,
+    rounded,
+    to_int4,
+)
 from stitch_server.model.weights import AS_STORED, PACKED_DTYPES, WeightFormat, has_onednn
 
 if TYPE_CHECKING:
@@ -37,6 +44,8 @@ def linear(weight: Tensor, bias: Tensor | None = None, weight_format: WeightForm
     Keeps its own copy of the weight where that is faster. Gradients go through to x, not to the weight; compiled and
     quantized layers have none.
     """
+    if weight_format.is_rounded:
+        return _library_linear(rounded(weight, weight_format.quantization), bias, "none")
     if not weight_format.uses_kernels(weight.device, weight.dtype):
         return _library_linear(weight, bias, weight_format.quantization)
     # Imported here, since the compiler takes a second to load.

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stitch.cluster import Quantization
 from stitch_server.cpu import INT4_GROUP, INT4_MAX_STEPS, INT4_SHIFTS, INT4_WORD_INPUTS, INT4_WORDS
 from stitch_server.model.weights import WeightFormat
 
@@ -52,6 +53,16 @@ def to_int4(weight: Tensor) -> Tensor:
     words = _pack(steps.to(torch.int32).view(outputs, -1, INT4_WORDS - 1, INT4_WORD_INPUTS), INT4_SHIFTS)
     pairs = _pack(torch.stack([step, least], -1).view(torch.int16).to(torch.int32) & 0xFFFF, (0, 16))
     return torch.cat([words, pairs], -1).view(outputs, -1).view(torch.uint32)
+
+
+def rounded(weight: Tensor, quantization: Quantization) -> Tensor:
+    """Returns the weights `[outputs, inputs]` that the quantized ones stand for, in the dtype of `weight`."""
+    if quantization == "int8":
+        int8, scales = to_int8(weight)
+        return (int8 * scales[:, None]).to(weight.dtype)
+    if quantization == "int4":
+        return from_int4(to_int4(weight))[:, : weight.shape[1]].to(weight.dtype)
+    return weight
 
 
 def _pack(numbers: Tensor, shifts: Sequence[int]) -> Tensor:

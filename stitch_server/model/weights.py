@@ -39,6 +39,8 @@ class WeightFormat:
     quantization: Quantization = "none"
     # Packed for this project's CPU kernels.
     kernels: bool = False
+    # Rounded to what quantized weights stand for, but kept in the dtype: to measure what quantization costs in quality.
+    is_rounded: bool = False
 
     @classmethod
     def of(cls, compute: ComputeConfig) -> WeightFormat:

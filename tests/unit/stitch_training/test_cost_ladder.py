@@ -51,6 +51,17 @@ def test_over_mix_takes_the_best_two_others_at_the_cost() -> None:
     assert LADDER.over_mix(TOP_RUNG) is None
 
 
+def test_quantized_systems_are_rows_and_no_part_of_a_mix() -> None:
+    quantized = rung("24 → 17, int4", 900, 0.1, "quantized")
+    ladder = Ladder(BOTTOM_RUNG, TOP_RUNG, (GOOD, quantized))
+    assert _mean(ladder.over_mix(GOOD)) == pytest.approx(0.1)
+    losses_of_all, _, places, *_, differences = ladder.markdown().split("\n\n")[1:]
+    assert "| 24 → 17, int4 |" in losses_of_all
+    assert "int4" not in places
+    assert "24 → 17, int4" not in differences.splitlines()[0]
+    assert "| 24 → 17, int4 |" in differences
+
+
 def test_controls_are_no_part_of_a_mix_but_adapted_ends_are() -> None:
     control = rung("24 → 24", 880, 0.1, "control")
     assert _mean(Ladder(BOTTOM_RUNG, TOP_RUNG, (GOOD, control)).over_mix(GOOD)) == pytest.approx(0.1)

@@ -7,10 +7,14 @@ import torch
 from gguf import GGMLQuantizationType, dequantize, quantize
 from torch.nn import functional as F
 
+from stitch.cluster import Quantization
 from stitch_server.model.linear import linear
 from stitch_server.model.quantized import PackedInt8Linear, PlainInt8Linear, from_int4, to_int4, to_int8
 from stitch_server.model.weights import WeightFormat
 from tests.support.linear_operands import linear_operands
+
+# Older CPUs overflow in oneDNN's sums of pairs, so shards don't use it there.
+needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="the CPU has no VNNI instructions")
 
 
 class TestInt8:
@@ -22,7 +26,7 @@ class TestInt8:
         # Half of a step, and what float32 leaves of it.
         assert bool(((int8 * scales[:, None] - weight).abs() <= 0.5001 * scales[:, None]).all())
 
-    @pytest.mark.parametrize("kind", [PackedInt8Linear, PlainInt8Linear])
+    @pytest.mark.parametrize("kind", [pytest.param(PackedInt8Linear, marks=needs_vnni), PlainInt8Linear])
     @pytest.mark.parametrize(("tokens", "biased"), [(0, True), (1, False), (2, True), (33, False), (200, True)])
     def test_linear_errs_by_at_most_two_percent(self, kind: type[PackedInt8Linear], tokens: int, biased: bool) -> None:
         x, weight, bias = linear_operands(tokens)
@@ -89,3 +93,21 @@ class TestInt4:
         x, weight, bias = (one.bfloat16() for one in linear_operands(5))
         for kernels in (False, True):
             assert linear(weight, bias, WeightFormat("int4", kernels))(x).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_rounded_weights_multiply_as_the_quantized_ones(quantization: Quantization) -> None:
+    x, weight, bias = linear_operands(5, 96)
+    dense = linear(weight, bias, WeightFormat(quantization, is_rounded=True))
+    # The kernels' layout quantizes weights alone; so does the plain one.
+    plain = {"none": F.linear, "int8": _by_int8, "int4": _by_int4}[quantization](x, weight, bias)
+    torch.testing.assert_close(dense(x), plain)
+
+
+def _by_int8(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    int8, scales = to_int8(weight)
+    return (x @ int8.float().T) * scales + bias
+
+
+def _by_int4(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return x @ from_int4(to_int4(weight))[:, : weight.shape[1]].T + bias
