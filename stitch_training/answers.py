@@ -1,9 +1,9 @@
 """Makes training text of a route's own answers: prompts of any files in, a file of conversations out.
 
-Prompts are the turns of a conversation before its first answer; those that are held out are skipped, so `evaluate` can
-ask them. A line has the fields `messages`, whose last one is the answer, `route`, `temperature`, `max_tokens` and
-`seed`. The tokens of an answer are drawn by the run's seed and the prompt alone: an interrupted run resumes, and gives
-the answers that an uninterrupted one gives.
+Prompts are the turns of a conversation before its first answer. Those that are held out are answered as well: a fit
+measures itself on their answers, and never trains on them. A line has the fields `messages`, whose last one is the
+answer, `route`, `temperature`, `max_tokens` and `seed`. The tokens of an answer are drawn by the run's seed and the
+prompt alone: an interrupted run resumes, and gives the answers that an uninterrupted one gives.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from stitch.client import AsyncClient
 from stitch.errors import InvalidRequest, shown
-from stitch_training.data import Turn, is_held_out, read_documents, shuffle, to_document
+from stitch_training.data import Turn, read_documents, shuffle, to_document
 from stitch_training.prompt_runs import (
     ANSWER_TIMEOUT_SECONDS,
     GatewayConnection,
@@ -45,7 +45,6 @@ class AnswersSettings:
     temperature: float = 0.7
     seed: int = 0
     concurrency: int = 8
-    held_out_percent: int = 10
 
 
 async def make_answers(settings: AnswersSettings, connection: GatewayConnection) -> RunProgress:
@@ -56,7 +55,7 @@ async def make_answers(settings: AnswersSettings, connection: GatewayConnection)
     prompts = list(islice(training_prompts(settings), settings.prompts))
     if not prompts:
         names = ", ".join(path.name for path in settings.data)
-        raise InvalidRequest("data", names, "it must have a prompt that is not held out")
+        raise InvalidRequest("data", names, "it must have a prompt")
     answered = answered_prompts(settings)
     remaining = [prompt for prompt in prompts if prompt not in answered]
     async with connection.open() as client:
@@ -70,14 +69,13 @@ async def make_answers(settings: AnswersSettings, connection: GatewayConnection)
 
 def training_prompts(settings: AnswersSettings) -> Iterator[ChatPrompt]:
     """Yields every prompt once, of the files in turn, each in an order drawn from the seed."""
-    streams = [_prompts_of(path, settings) for path in settings.data]
+    streams = [_prompts_of(path, settings.seed) for path in settings.data]
     in_turn = (prompt for prompt in chain.from_iterable(zip_longest(*streams)) if prompt is not None)
     return iter(dict.fromkeys(in_turn))
 
 
-def _prompts_of(path: Path, settings: AnswersSettings) -> Iterator[ChatPrompt]:
-    documents = (one for one in read_documents(path) if not is_held_out(one, settings.held_out_percent))
-    return (prompt for document in shuffle(documents, settings.seed) if (prompt := document.prompt()))
+def _prompts_of(path: Path, seed: int) -> Iterator[ChatPrompt]:
+    return (prompt for document in shuffle(read_documents(path), seed) if (prompt := document.prompt()))
 
 
 def answered_prompts(settings: AnswersSettings) -> set[ChatPrompt]:

@@ -109,6 +109,14 @@ def add_evaluate(verbs: Verbs) -> argparse.ArgumentParser:
         help="functions of the standard library to write, tested by their doctests in a sandbox; default: 0, none",
     )  # fmt: skip
     verb.add_argument("--function-tokens", metavar="N", type=int, default=384, help="of an answer; default: 384")
+    verb.add_argument(
+        "--quantizations", metavar="KIND", nargs="+", choices=["int8", "int4"], default=[],
+        help="measure every system once more with weights of these kinds: int8, int4",
+    )  # fmt: skip
+    verb.add_argument(
+        "--timings", metavar="FILE", type=Path,
+        help="a report of `benchmarks.bench_routes` on this cluster, whose times come into the table",
+    )  # fmt: skip
     verb.add_argument("--out", metavar="FILE", type=Path, help="a .json file; tables (.md) and plot (.png) are beside")
     return verb
 
@@ -187,7 +195,7 @@ def add_answers(verbs: Verbs) -> argparse.ArgumentParser:
     add_connection(verb)
     verb.add_argument(
         "--data", metavar="FILE", nargs="+", type=Path, required=True,
-        help="conversations, questions or prompts; those that are held out are left out",
+        help="conversations, questions or prompts",
     )  # fmt: skip
     verb.add_argument(
         "--out", metavar="FILE", type=Path, required=True, help="chat JSONL; an interrupted run resumes it"

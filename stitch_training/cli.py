@@ -197,6 +197,8 @@ def _evaluate(parsed: argparse.Namespace) -> None:
         device=training_device(parsed.device),
         held_out_percent=parsed.held_out_percent,
         controls=tuple(parsed.controls),
+        quantizations=tuple(parsed.quantizations),
+        timings=parsed.timings,
         answers=AnswerSettings(
             prompts=tuple(parsed.prompts),
             prompt_rows=parsed.prompt_rows,

@@ -31,6 +31,8 @@ from typing import Literal, NamedTuple, Protocol, TextIO, TypeAlias, TypeVar
 
 from stitch.errors import InvalidRequest, shown
 
+# The share of documents that fits don't train on.
+HELD_OUT_PERCENT = 10
 # Documents among which the order is drawn; it bounds the memory of the shuffle.
 SHUFFLE_DOCUMENTS = 8192
 _FIELDS = "its line needs `messages`, `text`, `question` or `prompt`"
@@ -253,7 +255,7 @@ class Corpus:
     files: tuple[Path, ...]
     encoder: Encoder
     sequence_tokens: int = 512
-    held_out_percent: int = 10
+    held_out_percent: int = HELD_OUT_PERCENT
     seed: int = 0
     # Training sequences per file and round; held-out sequences alternate one by one.
     shares: tuple[int, ...] = ()

@@ -7,7 +7,7 @@ each token. Prompts that are held out are answered as well, as far as a fit need
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 from stitch.errors import InvalidRequest
@@ -19,7 +19,7 @@ from stitch_training.answers import (
     seed_of,
     training_prompts,
 )
-from stitch_training.data import Document, is_held_out, read_documents
+from stitch_training.data import HELD_OUT_PERCENT, Document, is_held_out, read_documents
 from stitch_training.generation import generate_sampled
 from stitch_training.models import LoadedPair
 from stitch_training.prompt_runs import open_for_append
@@ -42,7 +42,7 @@ class OwnAnswers:
     """The answers of a pair's whole bottom model to the prompts of some files, and the output that has them."""
 
     def __init__(self, loaded: LoadedPair, settings: AnswersSettings, most_prompt_tokens: int) -> None:
-        """Longer prompts than `most_prompt_tokens` are left out; `settings.held_out_percent` are held out.
+        """Longer prompts than `most_prompt_tokens` are left out.
 
         Raises InvalidRequest where the data can't be read or the output was made in another way.
         """
@@ -59,7 +59,7 @@ class OwnAnswers:
         for document in read_documents(self._settings.out):
             *prompt, answer = document.turns
             tokens = len(encoder.encode_prompt(prompt)) + len(encoder.encode(answer.content))
-            held_out = is_held_out(document, self._settings.held_out_percent)
+            held_out = is_held_out(document, HELD_OUT_PERCENT)
             self.written[held_out] = self.written[held_out].plus(1, tokens)
 
     def append(
@@ -89,9 +89,8 @@ class OwnAnswers:
 
     def _remaining(self, held_out: bool) -> Iterator[tuple[ChatPrompt, list[int]]]:
         """Yields prompts without an answer, with their tokens. Raises InvalidRequest where the data have no prompt."""
-        percent = self._settings.held_out_percent
-        everything = training_prompts(replace(self._settings, held_out_percent=0))
-        prompts = [prompt for prompt in everything if is_held_out(Document(turns=prompt), percent) == held_out]
+        everything = training_prompts(self._settings)
+        prompts = [prompt for prompt in everything if is_held_out(Document(turns=prompt), HELD_OUT_PERCENT) == held_out]
         if not prompts:
             names, part = ", ".join(path.name for path in self._settings.data), "held-out" if held_out else "training"
             raise InvalidRequest("data", names, f"its {part} part must have a prompt")

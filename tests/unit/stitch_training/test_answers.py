@@ -13,7 +13,7 @@ from stitch.errors import Unavailable
 from stitch_training.answer_quality import kept_back_prompts
 from stitch_training.answers import AnswersSettings, seed_of, training_prompts
 from stitch_training.cli import main
-from stitch_training.data import Document, Turn, is_held_out, read_documents
+from stitch_training.data import Turn, is_held_out, read_documents
 from tests.support.fake_gateway import FakeGateway, serving
 
 
@@ -68,15 +68,17 @@ def test_answers_are_conversations_that_training_reads(gateway: FakeGateway, dat
     assert (row["route"], row["temperature"], row["seed"]) == ("strong", 0.7, 0)
 
 
-def test_held_out_prompts_are_never_asked(gateway: FakeGateway, data: list[Path], tmp_path: Path) -> None:
-    run(gateway, data, tmp_path / "answers.jsonl")
-    asked = prompts_in(tmp_path / "answers.jsonl")
-    everything = {document.prompt() for path in data for document in read_documents(path) if document.turns}
-    held_out = {prompt for prompt in everything if is_held_out(Document(turns=prompt), 10)}
-    assert held_out
-    assert asked == everything - held_out
-    # What an evaluation asks is what was held out.
-    assert set(kept_back_prompts([data[1]], 10, 100)) <= held_out
+def test_answers_to_held_out_prompts_are_what_a_fit_measures_itself_on(
+    gateway: FakeGateway, data: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "answers.jsonl"
+    run(gateway, data, out)
+    assert prompts_in(out) == {
+        document.prompt() for path in data for document in read_documents(path) if document.turns
+    }
+    held_out = {document.prompt() for document in read_documents(out) if is_held_out(document, 10)}
+    # An evaluation asks them too.
+    assert held_out == {prompt for path in data for prompt in kept_back_prompts([path], 10, 100)}
 
 
 def test_requests_have_the_route_the_sampling_and_a_seed_of_their_own(

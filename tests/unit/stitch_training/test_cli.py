@@ -362,6 +362,31 @@ def test_evaluate_measures_every_route(workbench: Workbench) -> None:
     assert out.with_suffix(".png").exists()
 
 
+def test_evaluate_measures_quantized_weights_and_takes_measured_times(workbench: Workbench) -> None:
+    workbench.fit("weak.safetensors", "--epochs", 0)
+    whole = f'[[routes]]\nname = "whole"\nbottom_layers = {BOTTOM_LAYERS}\n'
+    workbench.cluster.write_text(workbench.cluster.read_text() + whole)
+    names = [f"{route}{kind}, {time}" for route in ("weak", "whole") for kind in ("", ", int8", ", int4")
+             for time in ("ms per token", "TTFT in ms")]  # fmt: skip
+    samples = {name: [1.0 + number, 3.0 + number] for number, name in enumerate(names)}
+    times = workbench.folder / "times.json"
+    times.write_text(json.dumps({"samples": samples}))
+    systems = workbench.evaluate("--quantizations", "int8", "int4", "--timings", times)
+    assert len(systems) == 9
+    exact, eight, four = (systems[f"weak{kind}"] for kind in ("", ", int8", ", int4"))
+    assert (exact["kind"], eight["kind"], four["kind"]) == ("route", "quantized", "quantized")
+    assert len({content_loss(one["losses"]) for one in (exact, eight, four)}) == 3
+    assert [one["figures"]["ms per token"]["mean"] for one in (exact, eight, four)] == [2.0, 4.0, 6.0]
+    assert systems["bottom alone, int4"]["figures"]["TTFT in ms"]["mean"] == 13.0
+    assert systems["top alone"]["figures"] == {}
+    del samples["whole, int4, TTFT in ms"]
+    times.write_text(json.dumps({"samples": samples}))
+    with pytest.raises(
+        InvalidRequest, match=r"timings is 'times\.json', but it must time every route: 'whole, int4, TTFT"
+    ):
+        workbench.evaluate("--quantizations", "int8", "int4", "--timings", times)
+
+
 def test_evaluate_measures_exact_match_with_gold_answers(
     workbench: Workbench, capsys: pytest.CaptureFixture[str]
 ) -> None:
