@@ -39,7 +39,7 @@ from stitch_training.own_answers import OwnAnswers, Written
 from stitch_training.report import write_json
 
 # Shares of the limit after which a stage gives way to the next one.
-HELD_OUT_ANSWERS_UNTIL, ANSWERS_UNTIL, PASSES_UNTIL = 0.1, 0.5, 0.65
+HELD_OUT_ANSWERS_UNTIL, ANSWERS_UNTIL, PASSES_UNTIL = 0.2, 0.5, 0.65
 # To write the stitch and the archive, and for the program to end.
 PACK_SECONDS = 8.0
 LEAST_SECONDS = 60.0
@@ -124,6 +124,10 @@ def fit_within(settings: FitWithinSettings, limit: TimeLimit, progress: Progress
     answers = {"training": asdict(written[False]), "held_out": asdict(written[True])}
     record = {"seconds": settings.seconds, "device": str(settings.device), "answers": answers}
     _pack(settings, record)
+    least = settings.sequence_tokens
+    if min(one.tokens for one in written.values()) < least:
+        needed = f"answers of each part must fill a sequence of {least} tokens first; the same run directory goes on"
+        raise InvalidRequest("seconds", settings.seconds, needed)
     tokens = _planned_tokens(settings, loaded, written, limit, progress)
     del loaded
     fitted = fit(_fit_settings(settings, tokens), progress, lambda: limit.left() - PACK_SECONDS)

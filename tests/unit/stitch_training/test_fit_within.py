@@ -166,6 +166,14 @@ def test_an_archive_of_answers_is_there_before_the_passes(folder: Path, tmp_path
     assert set(names_in(settings.out)) == {RUN, ANSWERS}
 
 
+def test_too_little_time_for_answers_is_said_and_the_run_goes_on(folder: Path, tmp_path: Path) -> None:
+    settings = settings_of(folder, tmp_path / "run")
+    with pytest.raises(InvalidRequest, match=r"seconds is 1000\.0.*must fill a sequence of 16 tokens first"):
+        fit_within(settings, TimeLimit(SECONDS, 0.0, lambda: 0.9 * SECONDS), Stopwatch().progress)
+    assert not (settings.run_dir / PLAN).exists()
+    assert run(settings, Stopwatch())["steps"]["done"] > 0
+
+
 def test_what_does_not_fit_the_archive_is_left_out_and_named(
     folder: Path, finished: FitWithinSettings, tmp_path: Path
 ) -> None:
