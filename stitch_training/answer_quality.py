@@ -24,12 +24,13 @@ from torch import Tensor
 
 from stitch.errors import InvalidRequest
 from stitch_training.data import Document, Turn, is_held_out, read_documents, shuffle
+from stitch_training.folder_encoder import FolderEncoder
 from stitch_training.functions import find_functions, is_correct, prompt_of
 from stitch_training.generation import generate_greedy
 from stitch_training.intervals import Sample
 from stitch_training.labelling import GOLD_MARK, matches_gold
 from stitch_training.labels import read_json_lines
-from stitch_training.models import FolderEncoder, LoadedPair
+from stitch_training.models import LoadedPair
 from stitch_training.sandbox import DoctestedFunction
 from stitch_training.scoring import Pipeline, whole
 

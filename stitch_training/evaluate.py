@@ -186,8 +186,8 @@ def read_timings(settings: EvaluationSettings) -> dict[str, dict[str, Sample]]:
 
 
 def system_name(route: RouteConfig) -> str:
-    """Returns the name of what a route serves: a route without a stitch is one of the models."""
-    if route.stitch is not None:
+    """Returns the name of what a route serves: one without a stitch and without gates is one of the models."""
+    if route.stitch is not None or route.ffn_skip is not None:
         return route.name
     return TOP if route.bottom_layers == 0 else BOTTOM
 

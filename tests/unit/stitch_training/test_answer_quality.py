@@ -25,8 +25,9 @@ from stitch_training.answer_quality import (
     repeated_grams,
 )
 from stitch_training.data import Document, Turn, is_held_out
+from stitch_training.folder_encoder import FolderEncoder
 from stitch_training.generation import generate_greedy
-from stitch_training.models import FolderEncoder, LoadedPair, load_pair
+from stitch_training.models import LoadedPair, load_pair
 from stitch_training.sandbox import DoctestedFunction
 from stitch_training.scoring import Pipeline, whole
 from tests.support.tiny_fit import write_cluster

@@ -13,7 +13,7 @@ import pytest
 from stitch.errors import Incompatible
 from stitch_training.chat_spans import content_spans
 from stitch_training.data import Role, RoledToken, Turn
-from stitch_training.models import FolderEncoder
+from stitch_training.folder_encoder import FolderEncoder
 from tests.support.tool_templates import FAMILIES, Family
 
 # Contents that are words of templates, have spaces at their ends, lines, and characters of several bytes.

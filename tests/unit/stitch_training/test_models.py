@@ -15,8 +15,9 @@ from stitch.errors import Incompatible, InvalidRequest
 from stitch_training.cost_ladder import parameters_of, whole_parameters
 from stitch_training.data import Turn
 from stitch_training.fit import check_cut
+from stitch_training.folder_encoder import FolderEncoder
 from stitch_training.least_squares import CutPoint
-from stitch_training.models import CausalSequences, FolderEncoder, LoadedPair, banded_mask, load_pair
+from stitch_training.models import CausalSequences, LoadedPair, banded_mask, load_pair
 from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.tiny_fit import BOTTOM_LAYERS, TOP_LAYERS, load_frozen, write_cluster
 from tests.support.tiny_model import NATIVE_FAMILIES, TOKENS, write_tiny_model
