@@ -63,7 +63,7 @@ def _library_linear(weight: Tensor, bias: Tensor | None, quantization: Quantizat
         return _int8_linear(weight, bias)
     if quantization == "int4":
         return PlainInt4Linear(to_int4(weight), bias)
-    if not has_onednn(weight.device) or weight.dtype not in PACKED_DTYPES:
+    if weight.dtype not in PACKED_DTYPES or not has_onednn(weight.device, weight.dtype):
         return PlainLinear(weight, bias)
     return PackedLinear(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_TOKENS), bias)
 

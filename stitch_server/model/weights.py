@@ -68,15 +68,17 @@ class WeightFormat:
             return False
         if self.quantization != "none":
             return self.quantization == "int8" and not cpu.has_amx()
-        return dtype != torch.float32 and has_onednn(device)
+        return dtype != torch.float32 and has_onednn(device, dtype)
 
 
 AS_STORED = WeightFormat()
 
 
-def has_onednn(device: torch.device) -> bool:
-    """Whether oneDNN multiplies matrices on this device."""
-    return torch.backends.mkldnn.is_available() and device.type == "cpu"  # type: ignore[no-untyped-call]
+def has_onednn(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether oneDNN multiplies by matrices of this dtype on this device; in bfloat16 it takes a CPU with AVX-512."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype is not torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from stitch_server import cpu
 from stitch_server.model.compiled_linear import CompiledLinear, is_faster_for, pack_panels
 from stitch_server.model.linear import Linear, PackedLinear, PlainLinear, TwoLayoutLinear, linear
 from stitch_server.model.quantized import quantize, to_int8
-from stitch_server.model.weights import WeightFormat
+from stitch_server.model.weights import WeightFormat, has_onednn
 from tests.support.linear_operands import linear_operands
 
 CPU = torch.device("cpu")
@@ -174,6 +174,7 @@ class TestKernels:
         for first, end in ((0, fewest), (1, 1 + fewest), (7, 120), (100, 200), (150, 199)):
             assert torch.equal(multiply(x[first:end]), together[first:end])
 
+    @pytest.mark.skipif(not has_onednn(CPU, torch.bfloat16), reason="oneDNN has no bfloat16 on this CPU")
     @pytest.mark.parametrize(("tokens", "few"), [(1, True), (16, True), (17, False)])
     def test_bfloat16_kernel_multiplies_a_few_tokens_only(self, tokens: int, few: bool) -> None:
         multiply = linear(torch.ones(3, 37, dtype=torch.bfloat16), None, KERNELS)
@@ -222,19 +223,26 @@ class TestKernels:
 
 
 @pytest.mark.parametrize(
-    ("weight_format", "dtype", "has_amx", "two"),
+    ("weight_format", "dtype", "has_amx", "in_onednn", "two"),
     [
-        (KERNELS, torch.float32, False, False),
-        (KERNELS, torch.bfloat16, True, True),
-        (INT8_KERNELS, torch.float32, False, True),
-        (INT8_KERNELS, torch.float32, True, False),
-        (WeightFormat("int8"), torch.float32, False, False),
+        (KERNELS, torch.float32, False, True, False),
+        (KERNELS, torch.bfloat16, True, True, True),
+        (KERNELS, torch.bfloat16, False, False, False),
+        (INT8_KERNELS, torch.float32, False, True, True),
+        (INT8_KERNELS, torch.float32, True, True, False),
+        (WeightFormat("int8"), torch.float32, False, True, False),
     ],
 )
 def test_narrow_weights_are_kept_in_two_layouts_unless_amx_multiplies_them(
-    weight_format: WeightFormat, dtype: torch.dtype, has_amx: bool, two: bool, monkeypatch: pytest.MonkeyPatch
+    weight_format: WeightFormat,
+    dtype: torch.dtype,
+    has_amx: bool,
+    in_onednn: bool,
+    two: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cpu, "has_amx", lambda: has_amx)
+    monkeypatch.setattr("stitch_server.model.weights.has_onednn", lambda device, dtype: in_onednn)
     assert weight_format.keeps_two_layouts(CPU, dtype) is two
 
 
@@ -254,6 +262,14 @@ def test_kernels_are_faster_for_many_tokens_by_float32_or_in_amx_tiles(
     packed = pack_panels(quantize(torch.ones(32, 64, dtype=dtype), weight_format)[0])
     panels = (packed.view(torch.uint16) if dtype is torch.bfloat16 else packed).numpy()
     assert [is_faster_for(tokens, panels) for tokens in (1, 16, 17, 1000)] == [True, True, many, many]
+
+
+def test_bfloat16_on_a_cpu_without_avx512_has_the_plain_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = (one.bfloat16() for one in linear_operands(3))
+    monkeypatch.setattr("stitch_server.model.linear.has_onednn", lambda device, dtype: dtype is not torch.bfloat16)
+    multiply = linear(weight, bias)
+    assert isinstance(multiply, PlainLinear)
+    torch.testing.assert_close(multiply(x), torch.nn.functional.linear(x, weight, bias))
 
 
 def test_float32_is_packed_for_onednn() -> None:
