@@ -98,7 +98,9 @@ def test_answer_to_a_long_prompt_equals_the_whole_model(
 def test_conversation_that_moves_to_the_whole_model_equals_it(
     cluster: Cluster, tokenizer: Any, whole: PreTrainedModel
 ) -> None:
-    prompt, question = (tokenizer(text)["input_ids"] for text in (" ".join(PROMPTS[:6]), PROMPTS[7]))
+    # No other test sends it, so no other route has computed it.
+    texts = (" ".join(["This conversation moves.", *PROMPTS[:6]]), PROMPTS[7])
+    prompt, question = (tokenizer(text)["input_ids"] for text in texts)
     resumed = "stitch_prefix_tokens_resumed_total"
     first = cluster.generate(token_ids=prompt, route="weak", max_tokens=ANSWER_TOKENS, ignore_eos=True)
     before, ids = cluster.metric("bottom-0", resumed), [*prompt, *first.token_ids, *question]
