@@ -143,7 +143,9 @@ class Failover:
             session.lost(error.shard if named else "", str(error), at_once=error.cause == "incompatible")
         failures.last_error = error
         if isinstance(error, Exhausted) and not generated_tokens:
-            if self._choose(allow_failed=False) is None:
+            # Also one that failed long ago has been tried.
+            other = self._choose(allow_failed=True)
+            if other is None or other.names in failures.chains:
                 raise error
             return
         failures.count += 1

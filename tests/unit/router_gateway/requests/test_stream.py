@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from itertools import count
 
 import grpc
 import pytest
@@ -534,7 +535,8 @@ class TestRoom:
         shards = bottoms(3)
         for shard in shards:
             shard.faults[0] = raises(Exhausted("no room", 2.5))
-        async with streaming(*shards, top()) as stream:
+        # However long the tries take: every look at the clock is a second later.
+        async with streaming(*shards, top(), clock=count(1.0).__next__) as stream:
             with pytest.raises(Exhausted, match="no room"):
                 await stream.all()
         assert [len(shard.requests) for shard in shards] == [1, 1, 1]
