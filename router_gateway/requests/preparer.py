@@ -229,8 +229,8 @@ def complete_sampling(
 
 
 def within_tenant(request: Request, tenant: Tenant) -> Request:
-    """The request with its tenant's limit in place of a default that exceeds it, in its tenant's own conversation."""
-    sampling, routing = request.sampling, request.routing
+    """The request as its tenant's: with its limit in place of a default that exceeds it, in its own conversation."""
+    sampling, routing = request.sampling, replace(request.routing, tenant=tenant.name)
     if tenant.max_tokens is not None and sampling.max_tokens > tenant.max_tokens:
         sampling = replace(sampling, max_tokens=tenant.max_tokens)
     if routing.conversation_id:

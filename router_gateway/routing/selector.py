@@ -7,9 +7,10 @@ request that is refused, nothing is kept.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from cachetools import TTLCache
 
@@ -36,6 +37,8 @@ class RoutingOptions:
     objectives: Objectives = NO_OBJECTIVES
     # Empty: the request belongs to no conversation.
     conversation_id: str = ""
+    # Whose requests make way for each other's objectives under load.
+    tenant: str = ""
     # In place of the router's: the score from which on the most expensive route answers; None: the router's.
     threshold: float | None = None
 
@@ -82,8 +85,8 @@ class Selector:
         self._conversations = conversations
         self._monitor = monitor
         self._cheaper_under_load = cheaper_under_load
-        # Seconds; without those that the cheapest route could not meet if it were idle.
-        self._latest_objectives: deque[float] = deque(maxlen=LATEST_OBJECTIVES)
+        # Seconds, by tenant; without those that the cheapest route could not meet if it were idle.
+        self._latest_objectives: dict[str, deque[float]] = defaultdict(partial(deque, maxlen=LATEST_OBJECTIVES))
 
     def select(
         self, options: RoutingOptions, turns: Sequence[str], prompt_tokens: int, wait: Wait = NO_WAIT
@@ -136,26 +139,23 @@ class Selector:
     ) -> float:
         """What of the time for which the request may wait it will wait: 0 to 1.
 
-        With an objective for its TTFT, what earlier prompts take of the tight ones among the latest requests' if that
-        is more: shards have room for many prompts that miss them, and a request with time makes way for one without.
+        With an objective for its TTFT, what earlier prompts take of the tight ones among its tenant's latest requests'
+        if that is more: shards have room for many prompts that miss them, and a request with time makes way for one
+        without.
         """
         most = options.objectives.max_ttft_seconds
         if most is None or not self._cheaper_under_load or isinstance(routed, DeferredDecision):
             return wait.pressure
         least = self._predictor.alone_seconds(query.routes[0], prompt_tokens)
+        latest = self._latest_objectives[options.tenant]
         if least is None or least <= most:
-            self._latest_objectives.append(most)
+            latest.append(most)
         predicted = self._predictor.predict_seconds(routed.route, prompt_tokens)
         alone = self._predictor.alone_seconds(routed.route, prompt_tokens)
         waited = wait.seconds if wait.pressure else 0.0
         if predicted is not None and alone is not None:
             waited += predicted - alone
-        return max(wait.pressure, min(1.0, waited / min(most, self._tight_objective(most))))
-
-    def _tight_objective(self, default: float) -> float:
-        """Seconds that TIGHT_SHARE of the latest objectives don't exceed."""
-        latest = sorted(self._latest_objectives)
-        return latest[int(TIGHT_SHARE * (len(latest) - 1))] if latest else default
+        return max(wait.pressure, min(1.0, waited / min(most, _tight_objective(latest, most))))
 
     def _under_load(
         self, routed: RouteDecision | DeferredDecision, query: Query, pressure: float
@@ -195,6 +195,11 @@ class Selector:
                 cost=costs.get(route),
                 quality=None if qualities is None else qualities[index],
             )
+
+
+def _tight_objective(latest: Collection[float], default: float) -> float:
+    """Seconds that TIGHT_SHARE of the latest objectives don't exceed."""
+    return sorted(latest)[int(TIGHT_SHARE * (len(latest) - 1))] if latest else default
 
 
 def _by_threshold(

@@ -151,6 +151,13 @@ class TestUnderLoad:
                 setup.ask(objectives=relaxed)
             assert setup.ask(objectives=relaxed).route == "strong"
 
+    def test_objectives_of_one_tenant_move_no_request_of_another(self, setup: SelectorSetup) -> None:
+        relaxed = Objectives(max_ttft_seconds=100.0)
+        with setup.predictor.track(100, "strong"):
+            setup.ask(objectives=Objectives(max_ttft_seconds=5.0), tenant="hurried")
+            assert setup.ask(objectives=relaxed, tenant="hurried").route == "weak"
+            assert setup.ask(objectives=relaxed, tenant="patient").route == "strong"
+
     def test_objective_that_no_idle_route_meets_moves_no_other_request(self, setup: SelectorSetup) -> None:
         with setup.predictor.track(100, "strong"):
             with pytest.raises(ObjectivesUnmet):
