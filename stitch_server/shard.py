@@ -284,10 +284,9 @@ def _register_metrics(metrics: Metrics, shard: Shard, runner: ModelRunner, state
     about = "Prompt tokens that were found in the prefix cache."
     metrics.read_counter("stitch_prefix_tokens_reused", about, lambda: shard.pool.reused_tokens)
     about = "Tokens whose lower layers were not computed again, since their hidden states were kept."
-    resumed = lambda: 0 if states is None else states.resumed_tokens  # noqa: E731
-    metrics.read_counter("stitch_prefix_tokens_resumed", about, resumed)
+    metrics.read_counter("stitch_prefix_tokens_resumed", about, lambda: states.resumed_tokens if states else 0)
     about = "The share of the room for hidden states that is in use."
-    metrics.read_gauge("stitch_state_cache_usage_ratio", about, lambda: 0.0 if states is None else states.usage)
+    metrics.read_gauge("stitch_state_cache_usage_ratio", about, lambda: states.usage if states else 0.0)
 
 
 def _identity(

@@ -3,8 +3,9 @@
 A bottom shard keeps the states that it sends on. In: the states of a session's consecutive tokens after the layers of
 its route. Out: for other tokens with the same prefix, the blocks that have the KV of those layers, and the states. A
 session of another route shares these blocks, and computes only the layers after the cut. Invariants: what is kept takes
-no more than the given bytes, and the least recently used blocks and the ends of prefixes are evicted first; a block is
-found only after all earlier ones of its prefix, by the tenant that has computed it.
+no more than the given bytes; the least recently used prefix is evicted first, from its end on; a block is found only
+after all earlier ones of its prefix, by the tenant that has computed it. Each block that is kept or evicted takes the
+same time, however long its prefix is.
 """
 
 from __future__ import annotations
@@ -32,21 +33,26 @@ class Match(NamedTuple):
 NO_MATCH = Match(0, ())
 
 
-@dataclass(slots=True)
+class _Key(NamedTuple):
+    block: int
+    layer: int
+
+
+@dataclass(slots=True, eq=False)
 class _Kept:
     """The states of one block after one layer."""
 
+    key: _Key
     # Of the tensor.
     row: int
+    # The block before it; None: it is the first of its prefix.
+    previous: _Kept | None
+    # The kept blocks that follow it.
+    following: int = 0
     # Leading tokens of the block whose states are written.
     tokens: int = 0
     # The hash of all tokens up to the block's end; empty until the block is full.
     name: bytes = b""
-
-
-class _Key(NamedTuple):
-    block: int
-    layer: int
 
 
 class HiddenStateCache:
@@ -77,8 +83,9 @@ class HiddenStateCache:
         # Uninitialized: no slot is read before it is written.
         self._states = torch.empty(rows * block_tokens, hidden_size, device=device, dtype=dtype)
         self._free = list(range(rows - 1, -1, -1))
-        # The least recently used first.
-        self._kept: OrderedDict[_Key, _Kept] = OrderedDict()
+        self._kept: dict[_Key, _Kept] = {}
+        # Those that no other follows, the least recently used first.
+        self._ends: OrderedDict[_Key, _Kept] = OrderedDict()
         self._key_by_name: dict[bytes, _Key] = {}
         # Tokens whose lower layers were not computed again.
         self.resumed_tokens = 0
@@ -151,8 +158,8 @@ class HiddenStateCache:
     def discard(self, block: int) -> None:
         """Frees the states of a block, which gets other tokens."""
         for layer in self.layers:
-            if (kept := self._kept.pop(_Key(block, layer), None)) is not None:
-                self._release(_Key(block, layer), kept)
+            if (kept := self._kept.get(_Key(block, layer))) is not None:
+                self._release(kept)
 
     def _find(self, salt: str, token_ids: Sequence[int], layer: int) -> list[int]:
         """The leading blocks of the tokens that have states after `layer`."""
@@ -164,40 +171,48 @@ class HiddenStateCache:
             if key is None:
                 break
             found.append(key.block)
-        self._touch(found, layer)
+        for block in reversed(found):
+            if (key := _Key(block, layer)) in self._ends:
+                self._ends.move_to_end(key)
         return found
-
-    def _touch(self, blocks: Sequence[int], layer: int) -> None:
-        """Marks blocks of a prefix as used; its end is evicted first, without which the rest can still be found."""
-        for block in reversed(blocks):
-            if (key := _Key(block, layer)) in self._kept:
-                self._kept.move_to_end(key)
 
     def _row_for(self, blocks: Sequence[int], index: int, layer: int, offset: int) -> _Kept | None:
         """Where a block's states from `offset` on go; None where they would continue nothing."""
         key = _Key(blocks[index], layer)
-        kept = self._kept.get(key)
-        if kept is not None:
+        if (kept := self._kept.get(key)) is not None:
             return kept if offset <= kept.tokens else None
-        if offset or (index and not self._name_of(blocks[index - 1], layer)):
+        previous = self._kept.get(_Key(blocks[index - 1], layer)) if index else None
+        if offset or (index and (previous is None or not previous.name)) or not self._make_room(previous):
             return None
-        row = self._take_row()
-        if index and not self._name_of(blocks[index - 1], layer):
-            # It made room for this one.
-            self._free.append(row)
-            return None
-        self._kept[key] = _Kept(row)
-        return self._kept[key]
+        kept = self._kept[key] = self._ends[key] = _Kept(key, self._free.pop(), previous)
+        if previous is not None:
+            previous.following += 1
+            self._ends.pop(previous.key, None)
+        return kept
 
-    def _take_row(self) -> int:
-        if not self._free:
-            self._release(*self._kept.popitem(last=False))
-        return self._free.pop()
+    def _make_room(self, previous: _Kept | None) -> bool:
+        """Frees a row where none is free; False where `previous`, which is in use, is the only end."""
+        if self._free:
+            return True
+        oldest = next(iter(self._ends.values()))
+        if oldest is not previous:
+            self._release(oldest)
+        return bool(self._free)
 
-    def _release(self, key: _Key, kept: _Kept) -> None:
+    def _release(self, kept: _Kept) -> None:
+        """Frees the row of a block; the end of its prefix is then the block before it, unless others follow that."""
+        del self._kept[kept.key]
+        self._ends.pop(kept.key, None)
         self._free.append(kept.row)
-        if self._key_by_name.get(kept.name) == key:
+        if self._key_by_name.get(kept.name) == kept.key:
             del self._key_by_name[kept.name]
+        previous = kept.previous
+        if previous is None:
+            return
+        previous.following -= 1
+        if not previous.following and self._kept.get(previous.key) is previous:
+            self._ends[previous.key] = previous
+            self._ends.move_to_end(previous.key, last=False)
 
     def _name_of(self, block: int, layer: int) -> bytes:
         kept = self._kept.get(_Key(block, layer))
@@ -212,7 +227,6 @@ class HiddenStateCache:
         key = _Key(blocks[index], layer)
         name = self._kept[key].name = _next_name(previous, token_ids[start:end])
         self._key_by_name.setdefault(name, key)
-        self._touch(blocks[: index + 1], layer)
 
     def _index(self, slots: Sequence[int]) -> Tensor:
         return to_device_async(torch.tensor(slots), self._states.device)
