@@ -33,7 +33,7 @@ from stitch_server.model.llama import NativeLayer
 from stitch_training.activations import PassResult, Progress
 from stitch_training.data import DataSettings
 from stitch_training.device import CPU
-from stitch_training.distill import ChannelScales, TrainableAdapters
+from stitch_training.distill import SAMPLED_TOKENS, ChannelScales, TrainableAdapters
 from stitch_training.fit import passes_for
 from stitch_training.least_squares import CutPoint
 from stitch_training.models import FrozenModel, LoadedPair, load_pair
@@ -46,8 +46,6 @@ TEMPERATURE = 0.5
 FOLLOWING, CALIBRATING = 0.3, 0.7
 PENALTY = 10.0
 CALIBRATION_PASSES = 3
-# Tokens that a step normalizes over beside those that are named.
-SAMPLED_TOKENS = 4096
 # The strength of the regression of single tokens' harm, as a share of the input's mean variance times the tokens.
 RIDGE = 1.0
 START_SEQUENCES = 4
