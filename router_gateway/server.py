@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -148,7 +148,7 @@ async def open_gateway(
         conversations, cheaper = conversation_routes(time.monotonic), cluster.gateway.cheaper_under_load
         selector = Selector(router, models, predictor, conversations, monitor, cheaper)
 
-        in_flight, health = InFlightTracker("this gateway"), Health()
+        in_flight, health = InFlightTracker("this gateway"), Health(routes)
         queues = stack.enter_context(TextQueues(cluster.gateway.limits.text_wait_seconds))
         preparer = RequestPreparer(cluster, models, source, selector, queues)
         failover = FailoverDependencies(registry, placement, metrics, settings.retry, time.monotonic)
@@ -184,7 +184,7 @@ async def open_gateway(
         http, http_port = await _listening_http(services, settings, certificates, metrics.http_requests)
         gateway = Gateway(port, metrics_port, metrics, server, health, in_flight, http, http_port)
         stack.push_async_callback(gateway.stop)
-        readiness = health.follow(registry, lambda: _is_ready(source, placement, routes, metrics))
+        readiness = health.follow(registry, lambda: _ready(source, placement, routes, metrics))
         loading = source.follow(settings.health.poll_seconds)
         observed = observe_event_loop(metrics.event_loop_delay, metrics.event_loop_tasks)
         following = [] if certificates is None else [certificates.follow()]
@@ -193,12 +193,14 @@ async def open_gateway(
         yield gateway
 
 
-def _is_ready(source: VocabularySource, placement: Placement, routes: Sequence[str], metrics: Metrics) -> bool:
-    """Whether the shards' tokenizer is loaded, and the shards of at least one route accept requests."""
+def _ready(
+    source: VocabularySource, placement: Placement, routes: Sequence[str], metrics: Metrics
+) -> Mapping[str, bool]:
+    """By route: whether the shards' tokenizer is loaded, and the shards of the route accept requests."""
     ready = {route: placement.reachable(route) for route in routes}
     for route, is_ready in ready.items():
         metrics.route_ready.labels(route=route).set(is_ready)
-    return source.is_current and any(ready.values())
+    return {route: is_ready and source.is_current for route, is_ready in ready.items()}
 
 
 async def _listening(
@@ -221,7 +223,7 @@ async def _listening(
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     if settings.reflects:
         reflection.enable((*filter(None, SERVICES), "grpc.health.v1.Health"), server)
-    await health.set(False)
+    await health.set({})
     port = channels.listen(server, settings.address, certificates.to_clients() if certificates else None)
     await server.start()
     return server, port

@@ -122,15 +122,17 @@ def listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCreden
     return port
 
 
-def serves(address: str, credentials: grpc.ChannelCredentials | None = None, host: str | None = None) -> bool:
-    """Whether the process at `host:port` reports SERVING now, by grpc.health.v1."""
+def serves(
+    address: str, credentials: grpc.ChannelCredentials | None = None, host: str | None = None, service: str = ""
+) -> bool:
+    """Whether the process at `host:port`, or that service of it, reports SERVING now, by grpc.health.v1."""
     # Clients that check no health need no stubs for it.
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     with open_sync_channel(address, credentials, host=host) as channel:
         try:
             health = health_pb2_grpc.HealthStub(channel)
-            reply = health.Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_CHECK_SECONDS)
+            reply = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=HEALTH_CHECK_SECONDS)
         except grpc.RpcError:
             return False
     return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)

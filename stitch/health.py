@@ -19,6 +19,16 @@ def program_serves(cluster: ClusterConfig, name: str, tls: Tls | None) -> bool:
     return serves(cluster.shard(name).address, tls.client() if tls else None, host)
 
 
+def route_service(route: str) -> str:
+    """The name of a route for health checks of the gateway, beside the names of its services."""
+    return f"route/{route}"
+
+
+def route_serves(cluster: ClusterConfig, route: str, tls: Tls | None) -> bool:
+    """Whether the gateway reports SERVING for that route to a program with these certificates."""
+    return serves(cluster.gateway.address, tls.gateway_client() if tls else None, service=route_service(route))
+
+
 def main(arguments: Sequence[str]) -> int:
     """The exit status: 0 where the program serves, which is asked with its own certificate."""
     file, name = arguments

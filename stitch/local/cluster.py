@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from stitch.cluster import ClusterConfig, GatewayConfig, ShardConfig
 from stitch.errors import InvalidRequest, Unavailable
-from stitch.health import program_serves
+from stitch.health import program_serves, route_serves
 from stitch.local.processes import LocalProcess, spawn, stop
 from stitch.local.run_folder import RunFolder
 from stitch.tls import GATEWAY, Tls, load_tls
@@ -21,6 +21,8 @@ from stitch.tls import GATEWAY, Tls, load_tls
 POLL_SECONDS = 0.1
 # Long enough for a large model from a slow disk.
 START_SECONDS = 600.0
+# For the gateway to reach the shards of every route once all processes serve.
+ROUTES_SECONDS = 60.0
 # Between two reports of the processes that don't serve yet.
 WAITING_SECONDS = 10.0
 # Longer than the 30 s in which a gateway drains.
@@ -54,6 +56,11 @@ class LocalCluster:
     def names(self) -> list[str]:
         return [*(shard.name for shard in self.cluster.shards), GATEWAY]
 
+    @property
+    def awaited_routes(self) -> list[str]:
+        """The routes that the gateway serves once every process does."""
+        return [route.name for route in self.cluster.routes]
+
     def address(self, name: str) -> str:
         """The address of that process, `host:port`."""
         return self.gateway if name == GATEWAY else self.cluster.shard(name).address
@@ -82,11 +89,12 @@ class LocalCluster:
     def start_all(
         self, on_serving: Serving, timeout_seconds: float = START_SECONDS, on_waiting: Waiting | None = None
     ) -> None:
-        """Starts every process and waits until all serve; stops all where one doesn't."""
+        """Starts every process and waits until all serve, and the gateway every route; stops all where one doesn't."""
         try:
             for name in self.names:
                 self.start(name)
             self.wait_until_serving(self.names, on_serving, timeout_seconds, on_waiting)
+            self._wait_for_routes()
         except BaseException:
             self.stop(grace_seconds=1.0)
             raise
@@ -116,6 +124,18 @@ class LocalCluster:
                 for name in waiting:
                     on_waiting(name, now - begin, self.folder.last_lines(name, 1))
             time.sleep(POLL_SECONDS)
+
+    def _wait_for_routes(self) -> None:
+        """Waits until the gateway has reached the shards of every route, which may serve before it asks them again."""
+        give_up = time.monotonic() + ROUTES_SECONDS
+        tls = load_tls(self.cluster.tls, self.cluster.folder, GATEWAY)
+        for route in self.awaited_routes:
+            while not route_serves(self.cluster, route, tls):
+                for name in self.names:
+                    self.check_running(name)
+                if time.monotonic() > give_up:
+                    raise Unavailable(f"the gateway did not serve route {route} within {ROUTES_SECONDS:g} s")
+                time.sleep(POLL_SECONDS)
 
     def _not_serving(self, names: list[str], timeout_seconds: float) -> Unavailable:
         logs = "".join(f"\n{name}: {self.folder.last_lines(name, 1) or 'its log is empty'}" for name in names)

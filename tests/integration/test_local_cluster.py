@@ -16,7 +16,7 @@ from stitch.local.cluster import LocalCluster, attached, import_models, prepared
 from stitch.local.processes import LocalProcess
 from stitch.local.run_folder import run_folder, running_clusters
 from stitch.tls import GATEWAY
-from tests.support.fake_programs import DYING, LOADING, STUBBORN
+from tests.support.fake_programs import DYING, LOADING, STUBBORN, UNREACHED
 
 pytestmark = pytest.mark.usefixtures("programs")
 START_SECONDS = 60.0
@@ -92,6 +92,14 @@ def test_start_timeout_names_the_processes_that_do_not_serve(local: Prepare) -> 
     cluster = local()
     with pytest.raises(Unavailable, match=r"bottom-0, top-0, gateway did not serve within 0 s; their logs end:"):
         cluster.start_all(ignore, timeout_seconds=0)
+    assert running_clusters() == []
+
+
+def test_routes_that_the_gateway_does_not_reach_are_named(local: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(UNREACHED, "weak")
+    monkeypatch.setattr("stitch.local.cluster.ROUTES_SECONDS", 1.0)
+    with pytest.raises(Unavailable, match="the gateway did not serve route weak within 1 s"):
+        local().start_all(ignore, START_SECONDS)
     assert running_clusters() == []
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,15 @@ from tests.support.waiting import becomes_true
 pytestmark = pytest.mark.slow
 
 RELOAD_SECONDS = 10.0
-# For about 20 requests.
+# For about 16 requests.
 KV_TOKENS = 1024
+# Work for the shards rather than for clients, to which a prompt costs nothing and each token a message.
+PROMPT, TOKENS = "question {number:05}" + 40 * "x", 4
 # Clients of each tenant, which ask again at once, and how many of its requests wait when the count begins and ends.
 CLIENTS, WAITING = 160, 40
 SKIPPED, COUNTED = 80, 320
+# Reading metrics takes the clients' time.
+POLL_SECONDS = 0.2
 
 
 def sections(**weights: int) -> str:
@@ -54,10 +59,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Iterator[Cl
 async def finished_by_tenant(cluster: Cluster) -> Counter[str]:
     """The answers to equal questions of both tenants, in a time in which each has requests that wait."""
     finished: list[str] = []
+    numbers = count()
 
-    async def ask(name: str, client: AsyncClient, number: int) -> None:
+    async def ask(name: str, client: AsyncClient) -> None:
         while True:
-            await client.generate(f"question {number + 100}", route="strong", max_tokens=16, ignore_eos=True)
+            prompt = PROMPT.format(number=next(numbers))
+            await client.generate(prompt, route="strong", max_tokens=TOKENS, ignore_eos=True)
             finished.append(name)
 
     async def all_wait() -> bool:
@@ -70,12 +77,13 @@ async def finished_by_tenant(cluster: Cluster) -> Counter[str]:
 
     async with AsyncClient(cluster.gateway, key="one") as one, AsyncClient(cluster.gateway, key="three") as three:
         clients = {"one": one, "three": three}
-        tasks = [asyncio.create_task(ask(name, clients[name], i)) for i in range(CLIENTS) for name in clients]
+        tasks = [asyncio.create_task(ask(name, clients[name])) for _ in range(CLIENTS) for name in clients]
         while not await all_wait():
             assert not any(task.done() for task in tasks)
+            await asyncio.sleep(POLL_SECONDS)
         begin = len(finished) + SKIPPED
         while len(finished) < begin + COUNTED:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(POLL_SECONDS)
         assert await all_wait()
         for task in tasks:
             task.cancel()

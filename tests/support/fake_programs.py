@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from stitch.cluster import load_cluster
+from stitch.health import route_service
 from stitch.v1 import inference_pb2_grpc
 from tests.support.fake_gateway import FakeGateway
 
@@ -24,6 +26,8 @@ DYING = "FAKE_PROGRAM_DYING"
 STUBBORN = "FAKE_PROGRAM_STUBBORN"
 # Environment variable with the name of the process that never finishes loading.
 LOADING = "FAKE_PROGRAM_LOADING"
+# Environment variable with the name of the route whose shards the gateway never reaches.
+UNREACHED = "FAKE_PROGRAM_UNREACHED"
 
 _PROGRAM = """
 from tests.support.fake_programs import main
@@ -64,13 +68,18 @@ def _run(cluster_file: str, name: str) -> None:
         import signal
 
         signal.signal(signal.SIGTERM, lambda number, frame: print("not now", flush=True))
-    _serve(cluster.gateway.address if name == "gateway" else cluster.shard(name).address)
+    if name == "gateway":
+        reached = [route.name for route in cluster.routes if route.name != os.environ.get(UNREACHED)]
+        _serve(cluster.gateway.address, ["", *map(route_service, reached)])
+    else:
+        _serve(cluster.shard(name).address, [""])
 
 
-def _serve(address: str) -> None:
+def _serve(address: str, services: Sequence[str]) -> None:
     server = grpc.server(ThreadPoolExecutor(max_workers=4))
     servicer = health.HealthServicer()
-    servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    for service in services:
+        servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     inference_pb2_grpc.add_InferenceServicer_to_server(FakeGateway(), server)
     server.add_insecure_port(address)

@@ -137,23 +137,36 @@ def test_shards_of_both_ends_plan_what_they_load(tmp_path: Path) -> None:
     assert (last_bottom.link_bytes_per_token, top.link_bytes_per_token) == (first.link_bytes_per_token, 0)
 
 
-@pytest.mark.parametrize(("dtype", "times"), [("float32", 1), ("bfloat16", 2)])
+@pytest.mark.parametrize(
+    ("dtype", "in_onednn", "times"), [("float32", True, 1), ("bfloat16", True, 2), ("bfloat16", False, 1)]
+)
 @pytest.mark.parametrize(("device", "fields"), [("cpu", {"kernels": False}), ("cuda", {})])
-def test_bfloat16_weights_count_twice_with_compiled_kernels(
-    tmp_path: Path, device: str, fields: dict[str, Any], dtype: str, times: int
+def test_bfloat16_weights_count_twice_with_compiled_kernels_beside_onednn(
+    tmp_path: Path,
+    device: str,
+    fields: dict[str, Any],
+    dtype: str,
+    in_onednn: bool,
+    times: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("stitch_server.model.weights.has_onednn", lambda device, dtype: in_onednn)
     compiled = plan(tiny(tmp_path, dtype=dtype), CPU)
     once = plan(tiny(tmp_path, kv_tokens=64, dtype=dtype, **fields), torch.device(device))
     assert [one.weight_bytes for one in compiled[1:]] == [times * one.weight_bytes for one in once[1:]]
 
 
-def test_only_the_head_counts_twice_for_layers_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("in_onednn", "heads"), [(True, 2), (False, 1)])
+def test_only_the_head_counts_twice_for_layers_of_transformers(
+    tmp_path: Path, in_onednn: bool, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = write_tiny_cluster(tmp_path, "olmo2", bottoms=((0, 4),), tops=((2, 4),), dtype="bfloat16")
     cluster = load_cluster(str(file))
-    first, last = plan(cluster, CPU)
     bottom, top = (load_stage(cluster, config, CPU).count for config in cluster.shards)
+    monkeypatch.setattr("stitch_server.model.weights.has_onednn", lambda device, dtype: in_onednn)
+    first, last = plan(cluster, CPU)
     assert first.weight_bytes == (bottom.between(0, 4) + bottom.head) * torch.bfloat16.itemsize
-    assert last.weight_bytes == (top.between(2, 4) + 2 * top.head) * torch.bfloat16.itemsize
+    assert last.weight_bytes == (top.between(2, 4) + heads * top.head) * torch.bfloat16.itemsize
 
 
 @pytest.mark.parametrize(("kernels", "tiles", "times"), [(False, False, 4), (True, False, 2), (True, True, 4)])

@@ -9,9 +9,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from router_gateway.config import GatewaySettings
-from router_gateway.rpc.health import SERVICES
+from router_gateway.rpc.health import SERVICES, Health
 from router_gateway.server import open_gateway
 from stitch import channels
+from stitch.health import route_service
 from tests.support.fake_shard import FakeShard, fake_cluster
 from tests.unit.router_gateway.conftest import QUICK, Reach
 
@@ -46,6 +47,41 @@ async def test_status_is_not_serving_while_the_only_replica_drains(reach: Reach)
         assert (await anext(statuses)).status == NOT_SERVING
         top.draining = False
         assert (await anext(statuses)).status == SERVING
+
+
+async def test_each_route_has_a_status_of_its_own() -> None:
+    routes = {"weak": SERVING, "strong": NOT_SERVING, "unknown": None}
+    servicer = Health(["weak", "strong"])
+    await servicer.set({"weak": True})
+    server = channels.open_server()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer.servicer, server)
+    port = channels.listen(server, "127.0.0.1:0")
+    await server.start()
+    async with channels.open_channel(f"127.0.0.1:{port}") as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for route, status in routes.items():
+            request = health_pb2.HealthCheckRequest(service=route_service(route))
+            if status is not None:
+                assert (await health.Check(request)).status == status
+                continue
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await health.Check(request)
+            assert error.value.code() is grpc.StatusCode.NOT_FOUND
+    await server.stop(None)
+
+
+async def test_routes_without_tokenizer_are_not_serving() -> None:
+    bottom, top = shards()
+    bottom.files = {"tokenizer.json": b"{}"}
+    async with (
+        fake_cluster(bottom, top) as cluster,
+        open_gateway(GatewaySettings(cluster=cluster, **QUICK)) as gateway,
+        channels.open_channel(f"127.0.0.1:{gateway.port}") as channel,
+    ):
+        health = health_pb2_grpc.HealthStub(channel)
+        for route in cluster.routes:
+            request = health_pb2.HealthCheckRequest(service=route_service(route.name))
+            assert (await health.Check(request)).status == NOT_SERVING
 
 
 async def test_status_is_not_serving_without_tokenizer() -> None:
