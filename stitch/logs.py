@@ -15,6 +15,9 @@ from stitch.errors import plain
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
+# Of gRPC's servers.
+GRPC_LOGGER = "grpc._cython.cygrpc"
+
 ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 # The request that the current task is about, and its trace.
@@ -47,6 +50,18 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields)
 
 
+class _EndedCalls(logging.Filter):
+    """Makes one line of gRPC's traceback where a caller left at the moment in which its call was answered."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[0] if record.exc_info else None
+        # gRPC's class is private.
+        if error is not None and error.__name__ == "ExecuteBatchError":
+            record.msg, record.args, record.exc_info = f"{record.getMessage()}: its caller has left", None, None
+            record.levelno, record.levelname = logging.INFO, logging.getLevelName(logging.INFO)
+        return True
+
+
 def name_in_log(request_id: str, trace_id: str = "") -> None:
     """Adds both ids, unless they are empty, to what the current task logs as JSON from now on."""
     _ids.set({name: value for name, value in (("request_id", request_id), ("trace_id", trace_id)) if value})
@@ -56,4 +71,5 @@ def set_up_logging(log_format: str = "text") -> None:
     """Logs records of level INFO and above, as `text` or as `json`."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else LineFormatter(FORMAT))
+    logging.getLogger(GRPC_LOGGER).addFilter(_EndedCalls())
     logging.basicConfig(level=logging.INFO, handlers=[handler])

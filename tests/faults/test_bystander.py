@@ -56,8 +56,6 @@ DEFECTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     file = write_tiny_cluster(tmp_path_factory.mktemp("pair"), tops=((2, 3), (3, 4)))
     with running_cluster(file, tmp_path_factory.mktemp("run")) as running:
-        # The gateway may serve before it has asked every shard.
-        assert becomes_true(running.all_serving, RELEASE_SECONDS)
         yield running
 
 

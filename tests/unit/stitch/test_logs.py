@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Iterator
 from datetime import datetime
 
 import pytest
 
 from stitch.errors import plain
-from stitch.logs import FORMAT, JsonFormatter, LineFormatter, name_in_log
+from stitch.logs import FORMAT, GRPC_LOGGER, JsonFormatter, LineFormatter, name_in_log, set_up_logging
 
 FORGED = "gone\n2026-01-01 00:00:00 INFO stitch: all is well\r\x1b[31m"
 
@@ -79,3 +80,39 @@ async def test_json_line_has_the_ids_of_its_task_alone() -> None:
     assert first == {"request_id": "a", "trace_id": "1"}
     assert second == {"request_id": "b"}
     assert "request_id" not in logged_as_json("nobody's")
+
+
+@pytest.fixture
+def grpc_records() -> Iterator[list[logging.LogRecord]]:
+    """What gRPC's servers log once logging is set up."""
+    records: list[logging.LogRecord] = []
+    handler, logger = logging.Handler(), logging.getLogger(GRPC_LOGGER)
+    handler.emit = records.append  # type: ignore[method-assign]
+    before, root = list(logger.filters), logging.getLogger()
+    set_up_logging()
+    root.addHandler(handler)
+    yield records
+    root.removeHandler(handler)
+    logger.filters[:] = before
+
+
+def test_call_whose_caller_left_takes_one_line(grpc_records: list[logging.LogRecord]) -> None:
+    try:
+        raise type("ExecuteBatchError", (Exception,), {})('Failed "execute_batch"')
+    except Exception:
+        logging.getLogger(GRPC_LOGGER).exception("ExecuteBatchError raised by [%s]", b"/stitch.v1.Inference/Generate")
+    [line] = [LineFormatter(FORMAT).format(record).splitlines() for record in grpc_records]
+    assert len(line) == 1
+    assert line[0].endswith(
+        "INFO grpc._cython.cygrpc: ExecuteBatchError raised by [b'/stitch.v1.Inference/Generate']: its caller has left"
+    )
+
+
+def test_other_errors_of_grpc_keep_their_traceback(grpc_records: list[logging.LogRecord]) -> None:
+    try:
+        raise RuntimeError("broken")
+    except RuntimeError:
+        logging.getLogger(GRPC_LOGGER).exception("Unexpected error")
+    [record] = grpc_records
+    assert record.levelno == logging.ERROR
+    assert "Traceback" in LineFormatter(FORMAT).format(record)
