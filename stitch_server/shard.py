@@ -149,16 +149,15 @@ def build_shard(
     next_stage: NextStage | None = None
     first_hop: tuple[str, ...] = ()
     if config.role == "bottom" and loaded.embedding is not None:
-        source = first_stage = stages.first(pool, steps, "bottom_prefill", kept)
+        source = first_stage = stages.first(kept, steps, "bottom_prefill")
     else:
-        source = next_stage = stages.next(pool, in_flight, kept)
+        source = next_stage = stages.next(kept, in_flight)
     if next_stage is not None and loaded.embedding is not None:
         first_hop = (config.name,)
         link = LocalLink(config.name, cluster.beginning_on(config.stage), next_stage, inbox.put)
         # Its blocks are counted, and their tokens are in the next stage's.
         counted = BlockPool(pool.blocks, pool.block_tokens)
-        none_kept = KeptPrefixes(counted, loaded.layer_ranges, None)
-        first_stage = stages.first(counted, StepsInFlight(link), "top_prefill", none_kept)
+        first_stage = stages.first(KeptPrefixes(counted, {}, None), StepsInFlight(link), "top_prefill")
         source = BothStages(config.name, first_stage, next_stage, _embed_on(device, loaded.embedding))
 
     probe_tokens = 0 if cluster.gateway.probe is None else MAX_PROBE_TOKENS
@@ -200,10 +199,10 @@ class _Stages:
     loaded: LoadedStage
     neighbours: Neighbours
 
-    def first(self, pool: BlockPool, in_flight: StepsInFlight, stage: str, kept: KeptPrefixes) -> FirstStage:
+    def first(self, kept: KeptPrefixes, in_flight: StepsInFlight, stage: str) -> FirstStage:
         loaded = self.loaded
         scheduler = Scheduler(
-            pool,
+            kept,
             loaded.layer_ranges,
             self.batching,
             close_downstream=in_flight.close_session,
@@ -214,14 +213,13 @@ class _Stages:
             has_room=in_flight.has_room,
             is_late=in_flight.is_late,
             route_costs={name: loaded.describe(self.cluster.route(name)).parameters for name in loaded.layer_ranges},
-            kept=kept,
         )
         constrain = _constraints(loaded)
-        return FirstStage(pool, scheduler, in_flight, shard=self.shard, stage=stage, constrain=constrain, kept=kept)
+        return FirstStage(kept, scheduler, in_flight, shard=self.shard, stage=stage, constrain=constrain)
 
-    def next(self, pool: BlockPool, in_flight: StepsInFlight | None, kept: KeptPrefixes) -> NextStage:
+    def next(self, kept: KeptPrefixes, in_flight: StepsInFlight | None) -> NextStage:
         return NextStage(
-            pool,
+            kept,
             self.loaded.layer_ranges,
             in_flight,
             self.neighbours.check_chain,
@@ -229,7 +227,6 @@ class _Stages:
             limits=_opening_limits(self.loaded),
             shard=self.shard,
             constrain=_constraints(self.loaded),
-            kept=kept,
         )
 
 

@@ -19,7 +19,6 @@ from stitch_server.engine.request import Chunk, Request, RequestOutput, RequestS
 from stitch_server.engine.scheduler import TOO_LARGE_RETRY_SECONDS, Scheduler
 from stitch_server.engine.session_table import Constrain
 from stitch_server.engine.types import Batch, Segment, SessionFailure, StepOutput, StepReply, in_layer_order
-from stitch_server.kv_cache.block_pool import BlockPool
 
 
 class FirstStage:
@@ -27,25 +26,24 @@ class FirstStage:
 
     def __init__(
         self,
-        pool: BlockPool,
+        kept: KeptPrefixes,
         scheduler: Scheduler,
         in_flight: StepsInFlight,
         clock: Callable[[], float] = time.perf_counter,
         shard: str = "",
         stage: str = "bottom_prefill",
         constrain: Constrain | None = None,
-        kept: KeptPrefixes | None = None,
     ) -> None:
-        """`shard` is the name of this one, `stage` that of its time in the TTFT; with `constrain` routes end here.
+        """`kept` is that of the scheduler: the KV blocks of the requests, and the hidden states of their prefixes.
 
-        `kept`: the hidden states of prefixes, those that the scheduler has.
+        `shard` is the name of this one, `stage` that of its time in the TTFT; with `constrain` routes end here.
         """
         self._shard = shard
         self._stage = stage
         self._constrain = constrain
         self.scheduler = scheduler
-        self._kept = kept or KeptPrefixes(pool, {}, None)
-        self._pool = pool
+        self._pool = kept.pool
+        self._kept = kept
         self._in_flight = in_flight
         self._clock = clock
         # Waiting and running ones, by id.

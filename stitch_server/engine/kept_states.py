@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class KeptPrefixes:
-    """The hidden states that a stage keeps of its sessions, and the blocks that sessions share by them."""
+    """The KV blocks of a stage's sessions, and the hidden states that it keeps of them, by which they share blocks."""
 
     def __init__(
         self, pool: BlockPool, layer_ranges: Mapping[str, LayerRange], states: HiddenStateCache | None
     ) -> None:
         """`layer_ranges` are those of routes whose states depend on tokens alone; `states` None: none are kept."""
-        self._pool = pool
+        self.pool = pool
         self._layer_ranges = layer_ranges
         self._states = states
 
@@ -31,11 +31,11 @@ class KeptPrefixes:
         """
         if self._states is None or session.route not in self._layer_ranges:
             session.resumed = 0
-            return self._pool.begin(session.id, hashes, reused_blocks, expected_tokens)
+            return self.pool.begin(session.id, hashes, reused_blocks, expected_tokens)
         last_layer = self._layer_ranges[session.route].end
         layer, found = self._states.match(session.tenant, session.token_ids, last_layer, reused_blocks)
-        session.resumed, session.resumed_layer = len(found) * self._pool.block_tokens, layer
-        return self._pool.begin(session.id, hashes, reused_blocks, expected_tokens, found)
+        session.resumed, session.resumed_layer = len(found) * self.pool.block_tokens, layer
+        return self.pool.begin(session.id, hashes, reused_blocks, expected_tokens, found)
 
     def attach(self, segment: Segment) -> Segment:
         """The segment with the states that are kept of its leading tokens."""
@@ -57,7 +57,7 @@ class KeptPrefixes:
         for index, segment in enumerate(batch.segments):
             session = segment.session
             is_kept = bool(session.chain) and session.route in self._layer_ranges and index not in output.non_finite
-            if is_kept and self._pool.is_open(session.id):
+            if is_kept and self.pool.is_open(session.id):
                 layer, position = self._layer_ranges[session.route].end, segment.position
                 reserved = self._states.reserve(
                     session.tenant, session.token_ids, layer, segment.blocks, position, segment.length

@@ -38,7 +38,6 @@ from stitch_server.engine.types import (
     Upstream,
     in_layer_order,
 )
-from stitch_server.kv_cache.block_pool import BlockPool
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +81,7 @@ class NextStage:
 
     def __init__(
         self,
-        pool: BlockPool,
+        kept: KeptPrefixes,
         layer_ranges: Mapping[str, LayerRange],
         in_flight: StepsInFlight | None,
         check_chain: CheckChain,
@@ -91,17 +90,16 @@ class NextStage:
         limits: OpeningLimits = OpeningLimits(),  # noqa: B008  # frozen
         shard: str = "",
         constrain: Constrain | None = None,
-        kept: KeptPrefixes | None = None,
     ) -> None:
-        """`in_flight` is None where every route ends on this shard; `constrain` is for those that do.
+        """`kept` has the KV blocks of the shard's sessions, and the hidden states of their prefixes.
 
-        `max_merged_tokens`: of several steps in one pass. `shard` is the name of this one. `kept`: the hidden states of
-        prefixes.
+        `in_flight` is None where every route ends on this shard; `constrain` is for those that do.
+        `max_merged_tokens`: of several steps in one pass. `shard` is the name of this one.
         """
         self._shard = shard
-        self._pool = pool
-        self._kept = kept or KeptPrefixes(pool, layer_ranges, None)
-        self._sessions = SessionTable(pool, layer_ranges, in_flight, check_chain, limits, clock, constrain, self._kept)
+        self._pool = kept.pool
+        self._kept = kept
+        self._sessions = SessionTable(kept, layer_ranges, in_flight, check_chain, limits, clock, constrain)
         self._in_flight = in_flight
         self._max_merged_tokens = max_merged_tokens
         self._clock = clock

@@ -18,7 +18,6 @@ from stitch_server.engine.kv_room import KvCredit
 from stitch_server.engine.request import Request, RequestStatus
 from stitch_server.engine.types import LayerRange, Segment
 from stitch_server.engine.waiting import WaitingRequests
-from stitch_server.kv_cache.block_pool import BlockPool
 
 # The expected length of an answer until some have ended, and the weight of each that ends.
 INITIAL_ANSWER_TOKENS, ANSWER_WEIGHT = 64.0, 0.2
@@ -89,7 +88,7 @@ class Scheduler:
 
     def __init__(
         self,
-        pool: BlockPool,
+        kept: KeptPrefixes,
         layer_ranges: Mapping[str, LayerRange],
         batching: BatchingConfig,
         *,
@@ -102,19 +101,18 @@ class Scheduler:
         has_room: Callable[[Sequence[str]], bool] = lambda next_shards: True,
         is_late: Callable[[Sequence[str]], bool] = lambda next_shards: False,
         route_costs: Mapping[str, float] = NO_COSTS,
-        kept: KeptPrefixes | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`min_efficient_tokens`: fewer take about as long; `probe_tokens`: what the route probe reads of a prompt.
+        """`kept` has the KV blocks of the requests, and the hidden states of their prefixes.
 
+        `min_efficient_tokens`: fewer take about as long; `probe_tokens`: what the route probe reads of a prompt.
         `route_costs`: what tenants are charged for one token of a route, relative to other routes.
-
         `close_downstream` is called with a preempted request, whose KV the next shards must free as well.
         `credit` is the KV room of the next shards; `answer_tokens` is the expected length of the first answers.
-        `has_room` and `is_late` tell about the next shards of a request. `kept`: the hidden states of prefixes.
+        `has_room` and `is_late` tell about the next shards of a request.
         """
-        self._pool = pool
-        self._kept = kept or KeptPrefixes(pool, layer_ranges, None)
+        self._pool = kept.pool
+        self._kept = kept
         self._layer_ranges = layer_ranges
         # The layers that all routes have in common.
         self._common_layers = min(layer_ranges.values(), key=lambda layers: layers.end)

@@ -21,7 +21,6 @@ from stitch_server.engine.in_flight import StepsInFlight
 from stitch_server.engine.kept_states import KeptPrefixes
 from stitch_server.engine.kv_room import KvGrants
 from stitch_server.engine.types import IncomingSegment, LayerRange, Session, SessionRefused, Upstream
-from stitch_server.kv_cache.block_pool import BlockPool
 
 if TYPE_CHECKING:
     from stitch_server.model.constraint import Constraint
@@ -94,22 +93,21 @@ class SessionTable:
 
     def __init__(
         self,
-        pool: BlockPool,
+        kept: KeptPrefixes,
         layer_ranges: Mapping[str, LayerRange],
         in_flight: StepsInFlight | None,
         check_chain: CheckChain,
         limits: OpeningLimits,
         clock: Callable[[], float] = time.perf_counter,
         constrain: Constrain | None = None,
-        kept: KeptPrefixes | None = None,
     ) -> None:
-        """`in_flight` is None where every route ends on this shard; `constrain` is for those that do.
+        """`kept` has the KV blocks of the sessions, and the hidden states of their prefixes.
 
-        `kept`: the hidden states of prefixes.
+        `in_flight` is None where every route ends on this shard; `constrain` is for those that do.
         """
-        self._pool = pool
-        self._kept = kept or KeptPrefixes(pool, layer_ranges, None)
-        self.grants = KvGrants(pool, None if in_flight is None else in_flight.credit, clock)
+        self._pool = kept.pool
+        self._kept = kept
+        self.grants = KvGrants(kept.pool, None if in_flight is None else in_flight.credit, clock)
         self._layer_ranges = layer_ranges
         self._in_flight = in_flight
         self._check_chain = check_chain

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from stitch.sampling import Sampling, Token
+from stitch_server.engine.kept_states import KeptPrefixes
 from stitch_server.engine.request import Request, RequestOutput
 from stitch_server.engine.types import Batch, OutgoingStep, SessionToken, StepOutput, StepReply
+from stitch_server.kv_cache.block_pool import BlockPool
 
 WIDTH = 4
 # The token that every fake chain samples.
@@ -91,6 +93,11 @@ class FakeUpstream:
     @property
     def last(self) -> StepReply:
         return self.replies[-1]
+
+
+def without_states(pool: BlockPool) -> KeptPrefixes:
+    """What a stage keeps where it has KV blocks alone, and no hidden states of prefixes."""
+    return KeptPrefixes(pool, {}, None)
 
 
 def any_chain(route: str, chain: Sequence[str]) -> None:

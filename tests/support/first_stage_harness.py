@@ -12,7 +12,7 @@ from stitch_server.engine.request import Request, RequestOutput
 from stitch_server.engine.scheduler import Scheduler
 from stitch_server.engine.types import Batch, LayerRange, OutgoingStep, SessionFailure, StepReply
 from stitch_server.kv_cache.block_pool import BlockPool
-from tests.support.engine_fakes import TOKEN_ID, FakeDownstream, ManualClock, computed, new_request
+from tests.support.engine_fakes import TOKEN_ID, FakeDownstream, ManualClock, computed, new_request, without_states
 from tests.support.scheduler_harness import new_batching
 
 LAYER_RANGES = {"weak": LayerRange(0, 3), "strong": LayerRange(0, 4)}
@@ -22,9 +22,9 @@ def new_first_stage(
     pool: BlockPool, downstream: FakeDownstream, clock: ManualClock, window_steps: int = 2, **batching: int
 ) -> FirstStage:
     """A first stage over a downstream; fields of `BatchingConfig` are given by name."""
-    in_flight = StepsInFlight(downstream, window_steps, clock)
+    kept, in_flight = without_states(pool), StepsInFlight(downstream, window_steps, clock)
     scheduler = Scheduler(
-        pool,
+        kept,
         LAYER_RANGES,
         new_batching(**batching),
         close_downstream=in_flight.close_session,
@@ -33,7 +33,7 @@ def new_first_stage(
         credit=in_flight.credit,
         clock=clock,
     )
-    return FirstStage(pool, scheduler, in_flight, clock)
+    return FirstStage(kept, scheduler, in_flight, clock)
 
 
 class FirstStageHarness:

@@ -14,7 +14,16 @@ from stitch_server.engine.in_flight import StepsInFlight
 from stitch_server.engine.next_stage import NextStage
 from stitch_server.engine.types import Batch, IncomingSegment, IncomingStep, LayerRange, Session, StepReply
 from stitch_server.kv_cache.block_pool import BlockPool
-from tests.support.engine_fakes import WIDTH, FakeDownstream, FakeUpstream, ManualClock, any_chain, computed, sampled
+from tests.support.engine_fakes import (
+    WIDTH,
+    FakeDownstream,
+    FakeUpstream,
+    ManualClock,
+    any_chain,
+    computed,
+    sampled,
+    without_states,
+)
 
 LAYER_RANGES = {"weak": LayerRange(2, 8), "strong": LayerRange(4, 8)}
 BLOCKS = 32
@@ -58,7 +67,8 @@ class NextStageHarness:
 
     def __post_init__(self) -> None:
         in_flight = None if self.last else StepsInFlight(self.downstream, clock=self.clock)
-        self.stage = NextStage(self.pool, LAYER_RANGES, in_flight, any_chain, self.max_merged_tokens, self.clock)
+        kept = without_states(self.pool)
+        self.stage = NextStage(kept, LAYER_RANGES, in_flight, any_chain, self.max_merged_tokens, self.clock)
 
     def receive(self, *segments: IncomingSegment, upstream: FakeUpstream | None = None, pipelined: bool = False) -> int:
         """Receives a step of these segments; returns its number."""

@@ -10,7 +10,7 @@ from stitch_server.engine.request import Request
 from stitch_server.engine.scheduler import NO_COSTS, Scheduler
 from stitch_server.engine.types import LayerRange, Segment
 from stitch_server.kv_cache.block_pool import BlockPool
-from tests.support.engine_fakes import TOKEN_ID, FakeDownstream, ManualClock, new_request
+from tests.support.engine_fakes import TOKEN_ID, FakeDownstream, ManualClock, new_request, without_states
 
 LAYER_RANGES = {"weak": LayerRange(0, 3), "strong": LayerRange(0, 4)}
 
@@ -33,7 +33,7 @@ class SchedulerHarness:
         self.batching = new_batching(**batching)
         self.closed_downstream: list[Request] = []
         self.scheduler = Scheduler(
-            self.pool,
+            without_states(self.pool),
             LAYER_RANGES,
             self.batching,
             close_downstream=self.closed_downstream.append,

@@ -25,7 +25,7 @@ from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
 from stitch_server.neighbours import Neighbours
 from stitch_server.rpc.servicer import ShardServicer
 from stitch_server.rpc.tensors import Packed, unpack
-from tests.support.engine_fakes import WIDTH, FakeDownstream, ManualClock, computed, sampled
+from tests.support.engine_fakes import WIDTH, FakeDownstream, ManualClock, computed, sampled, without_states
 from tests.support.first_stage_harness import new_first_stage
 
 LAYER_RANGES = {"weak": LayerRange(2, 4)}
@@ -103,7 +103,7 @@ class WeightlessShard:
             self.first_stage = new_first_stage(self.pool, self.downstream, clock, 4, max_waiting_sessions=2)
         else:
             self.next_stage = NextStage(
-                self.pool, LAYER_RANGES, None, self.neighbours.check_chain, max_merged_tokens=64
+                without_states(self.pool), LAYER_RANGES, None, self.neighbours.check_chain, max_merged_tokens=64
             )
         self.engine = InlineEngine(self.stage, self.downstream)
         self.in_flight = InFlightTracker(f"shard {name}")

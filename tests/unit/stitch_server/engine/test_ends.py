@@ -19,7 +19,16 @@ from stitch_server.engine.request import Request, RequestOutput, RequestStatus
 from stitch_server.engine.scheduler import Scheduler
 from stitch_server.engine.types import Batch, KvRoom, LayerRange, LinkReply, SessionRefused, SessionToken, StepOutput
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
-from tests.support.engine_fakes import TOKEN_ID, WIDTH, FakeUpstream, any_chain, computed, new_request, sampled
+from tests.support.engine_fakes import (
+    TOKEN_ID,
+    WIDTH,
+    FakeUpstream,
+    any_chain,
+    computed,
+    new_request,
+    sampled,
+    without_states,
+)
 from tests.support.first_stage_harness import FirstStageHarness, error_of, token_ids
 from tests.support.next_stage_harness import NextStageHarness, segment
 from tests.support.scheduler_harness import new_batching
@@ -119,17 +128,19 @@ class BothHarness:
     def __init__(self, blocks: int = 32) -> None:
         ranges = {"small": LayerRange(0, 8), "weak": LayerRange(2, 8)}
         self.pool, self.inbox, self.up = BlockPool(blocks), Inbox(), FakeUpstream()
-        self.next_stage = NextStage(self.pool, ranges, None, any_chain, 64)
+        self.next_stage = NextStage(without_states(self.pool), ranges, None, any_chain, 64)
         in_flight = StepsInFlight(LocalLink("top-0", frozenset({"small"}), self.next_stage, self.inbox.put))
+        self.counted = BlockPool(blocks)
+        kept = without_states(self.counted)
         scheduler = Scheduler(
-            counted := BlockPool(blocks),
+            kept,
             ranges,
             new_batching(),
             close_downstream=in_flight.close_session,
             has_room=in_flight.has_room,
             credit=in_flight.credit,
         )
-        self.counted, self.first_stage = counted, FirstStage(counted, scheduler, in_flight, stage="top_prefill")
+        self.first_stage = FirstStage(kept, scheduler, in_flight, stage="top_prefill")
         self.source = BothStages("top-0", self.first_stage, self.next_stage, self.embed)
         self.embedded: list[list[int]] = []
 

@@ -16,7 +16,7 @@ from stitch_server.engine.in_flight import StepsInFlight
 from stitch_server.engine.session_table import OpeningLimits, SessionTable
 from stitch_server.engine.types import IncomingSegment, LayerRange, Session, SessionRefused
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
-from tests.support.engine_fakes import FakeDownstream, FakeUpstream, any_chain
+from tests.support.engine_fakes import FakeDownstream, FakeUpstream, any_chain, without_states
 
 LAYER_RANGES = {"weak": LayerRange(2, 8), "strong": LayerRange(4, 8)}
 PROMPT = tuple(range(2 * BLOCK_TOKENS + 1))
@@ -55,7 +55,7 @@ def pool() -> BlockPool:
 
 @pytest.fixture
 def table(pool: BlockPool) -> SessionTable:
-    return SessionTable(pool, LAYER_RANGES, None, any_chain, OpeningLimits())
+    return SessionTable(without_states(pool), LAYER_RANGES, None, any_chain, OpeningLimits())
 
 
 def refusal(
@@ -112,7 +112,7 @@ def test_chain_of_another_route_is_refused(pool: BlockPool, upstream: FakeUpstre
     def check_chain(route: str, chain: Sequence[str]) -> None:
         raise InvalidRequest("chain", [*chain], f"route {route} ends here")
 
-    table = SessionTable(pool, LAYER_RANGES, None, check_chain, OpeningLimits())
+    table = SessionTable(without_states(pool), LAYER_RANGES, None, check_chain, OpeningLimits())
     expected = "chain is ['a'], but route weak ends here"
     assert refusal(table, upstream, first(chain=("a",))) == ("PRECONDITION", expected)
     assert (len(table), pool.free_blocks) == (0, 8)
@@ -290,7 +290,7 @@ class TestClosingDownstream:
 
     @pytest.fixture
     def table(self, pool: BlockPool, downstream: FakeDownstream) -> SessionTable:
-        return SessionTable(pool, LAYER_RANGES, StepsInFlight(downstream), any_chain, OpeningLimits())
+        return SessionTable(without_states(pool), LAYER_RANGES, StepsInFlight(downstream), any_chain, OpeningLimits())
 
     def open_one(self, table: SessionTable, upstream: FakeUpstream, session_id: int = 5, epoch: int = 0) -> int:
         """A session that is open on the next shard; returns its id there."""
@@ -388,7 +388,7 @@ class TestDraining:
 
 
 def test_forced_token_beyond_the_head_is_refused(pool: BlockPool, upstream: FakeUpstream) -> None:
-    table = SessionTable(pool, LAYER_RANGES, None, any_chain, OpeningLimits(logits=300))
+    table = SessionTable(without_states(pool), LAYER_RANGES, None, any_chain, OpeningLimits(logits=300))
     segment = first()
     assert segment.new_session is not None
     segment.new_session.sampling = Sampling(forced_token_ids=(299, 300))
@@ -418,7 +418,7 @@ class TestOpenings:
 
     @pytest.fixture
     def table(self, pool: BlockPool) -> SessionTable:
-        return SessionTable(pool, LAYER_RANGES, None, any_chain, self.LIMITS)
+        return SessionTable(without_states(pool), LAYER_RANGES, None, any_chain, self.LIMITS)
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -464,7 +464,8 @@ class TestOpenings:
         self, upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(session_table, "MAX_IDS_PER_KV_TOKEN", 1)
-        table, other = SessionTable(BlockPool(4), LAYER_RANGES, None, any_chain, OpeningLimits()), FakeUpstream()
+        table = SessionTable(without_states(BlockPool(4)), LAYER_RANGES, None, any_chain, OpeningLimits())
+        other = FakeUpstream()
         table.accept(upstream, first())
         cause, said = refusal(table, upstream, first(6))
         assert cause == "KV_EXHAUSTED"
@@ -529,7 +530,7 @@ def test_wish_for_room_counts_on_a_chain_of_the_links_routes_alone(
             raise InvalidRequest("chain", list(chain), "route weak passes top-1")
 
     in_flight = StepsInFlight(FakeDownstream())
-    table = SessionTable(pool, LAYER_RANGES, in_flight, check_chain, OpeningLimits())
+    table = SessionTable(without_states(pool), LAYER_RANGES, in_flight, check_chain, OpeningLimits())
     table.want(upstream, 16, chain)
     table.grants.give()
     assert upstream.granted == granted

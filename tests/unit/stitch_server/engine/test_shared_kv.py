@@ -17,7 +17,7 @@ from stitch_server.engine.request import Request, RequestOutput
 from stitch_server.engine.scheduler import Scheduler
 from stitch_server.engine.types import IncomingSegment, IncomingStep, LayerRange, OutgoingStep, Session, StepReply
 from stitch_server.kv_cache.block_pool import BlockPool
-from tests.support.engine_fakes import ManualClock, any_chain, computed, new_request, sampled
+from tests.support.engine_fakes import ManualClock, any_chain, computed, new_request, sampled, without_states
 from tests.support.scheduler_harness import new_batching
 
 LAYER_RANGES = {"weak": LayerRange(0, 3)}
@@ -84,13 +84,13 @@ class SharedTop:
 
     def __init__(self, top_tokens: int, first_shards: int = 2) -> None:
         self.clock, self.pool = ManualClock(), BlockPool(top_tokens // 16)
-        self.top = NextStage(self.pool, LAYER_RANGES, None, any_chain, 256, self.clock)
+        self.top = NextStage(without_states(self.pool), LAYER_RANGES, None, any_chain, 256, self.clock)
         self.links = [QueuedLink(self.top) for _ in range(first_shards)]
         for link in self.links:
             in_flight = StepsInFlight(link, clock=self.clock)  # type: ignore[arg-type]
-            pool = BlockPool(1024)
+            kept = without_states(BlockPool(1024))
             scheduler = Scheduler(
-                pool,
+                kept,
                 LAYER_RANGES,
                 new_batching(max_num_batched_tokens=256),
                 close_downstream=in_flight.close_session,
@@ -99,7 +99,7 @@ class SharedTop:
                 credit=in_flight.credit,
                 clock=self.clock,
             )
-            link.sender = FirstStage(pool, scheduler, in_flight, self.clock)
+            link.sender = FirstStage(kept, scheduler, in_flight, self.clock)
         self.outputs: list[list[RequestOutput]] = []
         # The requests that are not answered, with the lengths of their answers.
         self.answering: dict[Request, tuple[QueuedLink, int]] = {}

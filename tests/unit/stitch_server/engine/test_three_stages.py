@@ -22,7 +22,7 @@ from stitch_server.engine.types import Batch, LayerRange, OutgoingStep, StepOutp
 from stitch_server.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
 from stitch_server.rpc.frames import StepAssembler, StepLimits, step_frames
 from stitch_server.rpc.tensors import pack, unpack
-from tests.support.engine_fakes import WIDTH, ManualClock, any_chain, computed, new_request, sampled
+from tests.support.engine_fakes import WIDTH, ManualClock, any_chain, computed, new_request, sampled, without_states
 from tests.support.scheduler_harness import new_batching
 
 pytestmark = pytest.mark.slow
@@ -105,18 +105,19 @@ class Simulation:
             prefill_budget_while_decoding=8,
             num_micro_batches=self.draw.randrange(1, 4),
         )
+        first, middle, last = map(without_states, self.pools)
         in_flight = StepsInFlight(self.links[0])
         scheduler = Scheduler(
-            self.pools[0],
+            first,
             LAYER_RANGES,
             batching,
             close_downstream=in_flight.close_session,
             credit=in_flight.credit,
             clock=self.clock,
         )
-        self.first = FirstStage(self.pools[0], scheduler, in_flight, self.clock)
-        self.middle = NextStage(self.pools[1], LAYER_RANGES, StepsInFlight(self.links[1]), any_chain, 24, self.clock)
-        self.last = NextStage(self.pools[2], LAYER_RANGES, None, any_chain, 24, self.clock)
+        self.first = FirstStage(first, scheduler, in_flight, self.clock)
+        self.middle = NextStage(middle, LAYER_RANGES, StepsInFlight(self.links[1]), any_chain, 24, self.clock)
+        self.last = NextStage(last, LAYER_RANGES, None, any_chain, 24, self.clock)
         self.links[0].name, self.links[1].name = CHAIN
         self.links[0].receiver, self.links[0].on_reply = self.middle, self.first.on_reply
         self.links[1].receiver, self.links[1].on_reply = self.last, self.middle.on_reply
