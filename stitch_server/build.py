@@ -72,6 +72,11 @@ class LoadedStage:
     # On the bottom's first shard, if the cluster file names one.
     probe: Probe | None = None
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether a route goes on from this shard to a next one."""
+        return bool(self.layer_ranges.keys() - self.ending)
+
     def describe(self, route: RouteConfig) -> inference_pb2.RouteDescription:
         """A route that passes this shard, with the parameters that its tokens read here."""
         stitch, adapters = self.stitches.get(route.name), self.adapters.get(route.name)

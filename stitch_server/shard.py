@@ -19,10 +19,10 @@ from stitch.grammar import GrammarCompiler
 from stitch.process import InFlightTracker
 from stitch.tls import is_loopback
 from stitch.v1 import inference_pb2, shard_pb2
-from stitch_server.build import LoadedStage, allocate_kv_cache, build_runner
+from stitch_server.build import KVCache, LoadedStage, allocate_kv_cache, build_runner
 from stitch_server.devices import to_device_async
 from stitch_server.engine.first_stage import FirstStage
-from stitch_server.engine.in_flight import Downstream, StepsInFlight
+from stitch_server.engine.in_flight import BatchSource, Downstream, StepsInFlight
 from stitch_server.engine.kept_states import KeptPrefixes
 from stitch_server.engine.local_hop import BothStages, LocalLink
 from stitch_server.engine.loop import Engine, Inbox
@@ -60,15 +60,17 @@ class Shard:
     steps_in_flight: StepsInFlight | None
     first_stage: FirstStage | None
     next_stage: NextStage | None
-    # What routes that begin here send their first step to: the next shards of a request, after this shard itself where
-    # its next stage computes them.
-    first_hop: tuple[str, ...]
     # `Generate` calls and the sessions of links; closed while the shard drains.
     in_flight: InFlightTracker
     pool: BlockPool
     device: torch.device
     # Prompt tokens that an upstream shard may send in one step.
     max_prefill_tokens: int
+
+    @property
+    def first_hop(self) -> tuple[str, ...]:
+        """This shard where its own next stage computes what its first stage sends; the chain of a request follows."""
+        return (self.config.name,) if self.first_stage is not None and self.next_stage is not None else ()
 
     @property
     def kv_free_tokens(self) -> int:
@@ -130,43 +132,15 @@ def build_shard(
     neighbours: Neighbours,
     step_log: PassObserver | None = None,
 ) -> Shard:
-    """Builds KV cache, runner, links, batch source and engine around the loaded stage; nothing runs yet."""
-    compute = cluster.compute
-    kv_cache = allocate_kv_cache(compute, loaded.decoder, loaded.model.context_length, device, loaded.cuts)
-    pool = kv_cache.pool
-    # States of tokens that skip FFNs are those of one route, and of generated tokens alone.
-    exact = {name: layers for name, layers in loaded.layer_ranges.items() if name not in loaded.ffn_skips}
-    kept = KeptPrefixes(pool, exact, kv_cache.states)
+    """Builds KV cache, runner, links, stages and engine around the loaded stage; nothing runs yet."""
+    kv_cache = allocate_kv_cache(cluster.compute, loaded.decoder, loaded.model.context_length, device, loaded.cuts)
     runner = build_runner(cluster, config, loaded, kv_cache, device)
-    identity, inbox = _identity(cluster, config, loaded, pool, device), Inbox()
+    identity, inbox = _identity(cluster, config, loaded, kv_cache.pool, device), Inbox()
     links = open_links(identity, inbox.put)
-    batching = resolved_batching(cluster, device)
     steps = StepsInFlight(links, count_strays=metrics.link_stray_replies.inc)
-    in_flight = steps if loaded.layer_ranges.keys() - loaded.ending else None
-    stages = _Stages(cluster, config.name, batching, loaded, neighbours)
-    source: FirstStage | NextStage | BothStages
-    first_stage: FirstStage | None = None
-    next_stage: NextStage | None = None
-    first_hop: tuple[str, ...] = ()
-    if config.role == "bottom" and loaded.embedding is not None:
-        source = first_stage = stages.first(kept, steps, "bottom_prefill")
-    else:
-        source = next_stage = stages.next(kept, in_flight)
-    if next_stage is not None and loaded.embedding is not None:
-        first_hop = (config.name,)
-        link = LocalLink(config.name, cluster.beginning_on(config.stage), next_stage, inbox.put)
-        # Its blocks are counted, and their tokens are in the next stage's.
-        counted = BlockPool(pool.blocks, pool.block_tokens)
-        first_stage = stages.first(KeptPrefixes(counted, {}, None), StepsInFlight(link), "top_prefill")
-        source = BothStages(config.name, first_stage, next_stage, _embed_on(device, loaded.embedding))
-
-    probe_tokens = 0 if cluster.gateway.probe is None else MAX_PROBE_TOKENS
-
-    def observe(batch: Batch, started: float, ended: float) -> None:
-        metrics.batch_tokens.observe(batch.num_tokens)
-        if step_log is not None:
-            step_log(batch, started, ended)
-
+    batching = resolved_batching(cluster, device)
+    builder = _StageBuilder(cluster, config, loaded, device, batching, neighbours)
+    stages = builder.build(_kept_prefixes(loaded, kv_cache), steps, inbox.put)
     shard = Shard(
         cluster=cluster,
         config=config,
@@ -174,16 +148,15 @@ def build_shard(
         identity=identity,
         neighbours=neighbours,
         metrics=metrics,
-        engine=Engine(source, runner, inbox, observe),
+        engine=Engine(stages.source, runner, inbox, _pass_observer(metrics, step_log)),
         links=links,
-        steps_in_flight=in_flight,
-        first_stage=first_stage,
-        next_stage=next_stage,
-        first_hop=first_hop,
+        steps_in_flight=steps if loaded.goes_on else None,
+        first_stage=stages.first,
+        next_stage=stages.next,
         in_flight=InFlightTracker(f"shard {config.name}"),
-        pool=pool,
+        pool=kv_cache.pool,
         device=device,
-        max_prefill_tokens=max(batching.max_merged_tokens, batching.max_num_batched_tokens + probe_tokens),
+        max_prefill_tokens=_max_prefill_tokens(cluster, batching),
     )
     _register_metrics(metrics, shard, runner, kv_cache.states)
     return shard
@@ -191,43 +164,103 @@ def build_shard(
 
 @dataclass(frozen=True, slots=True)
 class _Stages:
-    """Makes the stages of one shard."""
+    """The stages of one shard: at least one, and the batch source that the engine computes for."""
+
+    source: BatchSource
+    first: FirstStage | None = None
+    next: NextStage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _StageBuilder:
+    """Chooses and builds the stages of one shard."""
 
     cluster: ClusterConfig
-    shard: str
-    batching: BatchingConfig
+    config: ShardConfig
     loaded: LoadedStage
+    device: torch.device
+    batching: BatchingConfig
     neighbours: Neighbours
 
-    def first(self, kept: KeptPrefixes, in_flight: StepsInFlight, stage: str) -> FirstStage:
+    def build(self, kept: KeptPrefixes, steps: StepsInFlight, on_event: Callable[[LinkEvent], None]) -> _Stages:
+        """The stages that the routes of this shard need.
+
+        The bottom's first shard, on which all of its routes begin, has a first stage alone. All other shards have a
+        next stage for the routes that come over links. Where routes of the top model alone begin, the top's first shard
+        has a first stage as well, which sends to the next stage over a `LocalLink`.
+
+        `steps` are those sent to the next shards; `on_event` takes the events of the `LocalLink`.
+        """
+        embedding = self.loaded.embedding
+        if embedding is not None and self.config.role == "bottom":
+            first = self._first(kept, steps, "bottom_prefill")
+            return _Stages(first, first=first)
+        next_stage = self._next(kept, steps)
+        if embedding is None:
+            return _Stages(next_stage, next=next_stage)
+        first = self._first_on_local_link(next_stage, kept.pool, on_event)
+        both = BothStages(self.config.name, first, next_stage, _embed_on(self.device, embedding))
+        return _Stages(both, first=first, next=next_stage)
+
+    def _first(self, kept: KeptPrefixes, steps: StepsInFlight, stage: str) -> FirstStage:
         loaded = self.loaded
         scheduler = Scheduler(
             kept,
             loaded.layer_ranges,
             self.batching,
-            close_downstream=in_flight.close_session,
-            credit=in_flight.credit,
+            close_downstream=steps.close_session,
+            credit=steps.credit,
             attention_cost_per_token=loaded.decoder.attention_cost_per_token,
             min_efficient_tokens=loaded.decoder.min_efficient_tokens,
             probe_tokens=0 if loaded.probe is None else loaded.probe.binding.tokens,
-            has_room=in_flight.has_room,
-            is_late=in_flight.is_late,
+            has_room=steps.has_room,
+            is_late=steps.is_late,
             route_costs={name: loaded.describe(self.cluster.route(name)).parameters for name in loaded.layer_ranges},
         )
         constrain = _constraints(loaded)
-        return FirstStage(kept, scheduler, in_flight, shard=self.shard, stage=stage, constrain=constrain)
+        return FirstStage(kept, scheduler, steps, shard=self.config.name, stage=stage, constrain=constrain)
 
-    def next(self, kept: KeptPrefixes, in_flight: StepsInFlight | None) -> NextStage:
+    def _next(self, kept: KeptPrefixes, steps: StepsInFlight) -> NextStage:
         return NextStage(
             kept,
             self.loaded.layer_ranges,
-            in_flight,
+            steps if self.loaded.goes_on else None,
             self.neighbours.check_chain,
             self.batching.max_merged_tokens,
             limits=_opening_limits(self.loaded),
-            shard=self.shard,
+            shard=self.config.name,
             constrain=_constraints(self.loaded),
         )
+
+    def _first_on_local_link(
+        self, next_stage: NextStage, pool: BlockPool, on_event: Callable[[LinkEvent], None]
+    ) -> FirstStage:
+        """A first stage that sends to the next stage of this shard, which holds all KV in `pool`."""
+        beginning = self.cluster.beginning_on(self.config.stage)
+        link = LocalLink(self.config.name, beginning, next_stage, on_event)
+        # Its blocks are counted, and their tokens are in the next stage's.
+        counted = BlockPool(pool.blocks, pool.block_tokens)
+        return self._first(KeptPrefixes(counted, {}, None), StepsInFlight(link), "top_prefill")
+
+
+def _kept_prefixes(loaded: LoadedStage, kv_cache: KVCache) -> KeptPrefixes:
+    # States of tokens that skip FFNs are those of one route, and of generated tokens alone.
+    exact = {name: layers for name, layers in loaded.layer_ranges.items() if name not in loaded.ffn_skips}
+    return KeptPrefixes(kv_cache.pool, exact, kv_cache.states)
+
+
+def _pass_observer(metrics: Metrics, step_log: PassObserver | None) -> PassObserver:
+    def observe(batch: Batch, started: float, ended: float) -> None:
+        metrics.batch_tokens.observe(batch.num_tokens)
+        if step_log is not None:
+            step_log(batch, started, ended)
+
+    return observe
+
+
+def _max_prefill_tokens(cluster: ClusterConfig, batching: BatchingConfig) -> int:
+    probe_tokens = 0 if cluster.gateway.probe is None else MAX_PROBE_TOKENS
+    return max(batching.max_merged_tokens, batching.max_num_batched_tokens + probe_tokens)
 
 
 def _embed_on(device: torch.device, embedding: Embedding) -> Callable[[list[int]], Tensor]:
