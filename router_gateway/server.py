@@ -8,11 +8,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
-from prometheus_client import Counter
 
 from router_gateway.admission.admission import Admission
 from router_gateway.admission.capacity import capacity_of
@@ -118,99 +116,124 @@ async def open_gateway(
     Raises InvalidRequest, or OSError where a port is in use.
     """
     check(settings)
-    cluster = settings.cluster
+    cluster, routes = settings.cluster, [route.name for route in settings.cluster.routes]
     certificates = open_certificates(cluster, "gateway", "gateway")
-    routes = [route.name for route in cluster.routes]
+    metrics, in_flight, health = Metrics(routes, REASON_KINDS), InFlightTracker("this gateway"), Health(routes)
+    if certificates is not None:
+        certificates.export(metrics.registry)
     async with AsyncExitStack() as stack:
-        metrics = Metrics(routes, REASON_KINDS)
-        if certificates is not None:
-            certificates.export(metrics.registry)
         serving = serving_metrics(metrics.registry, settings.metrics_address, certificates)
         metrics_port = await stack.enter_async_context(serving)
-
-        connect = certificates.rotating_channel if certificates else channels.open_plain_channel
-        membership = Membership(cluster, resolve, lambda change: metrics.membership_changes.labels(kind=change).inc())
-        registry = ShardRegistry(cluster, connect, settings.health, settings.ejection, metrics)
-        membership.on_change.append(registry.take)
-        if certificates is not None:
-            membership.on_change.append(certificates.policy.take)
-        await stack.enter_async_context(registry.polling())
-        await stack.enter_async_context(background_tasks(membership.follow()))
-        placement, models = Placement(registry), ModelRegistry(membership, registry)
-        progress = ProgressMonitor(placement, settings.health, settings.ejection)
-        await stack.enter_async_context(background_tasks(progress.run()))
-        source = VocabularySource(registry)
-
-        predictor = TtftPredictor(routes, registry.count_first_shards, time.monotonic)
-        metrics.read_fits(routes, predictor.fit)
-        router, calibration = open_router(cluster)
-        monitor = DriftMonitor(metrics, calibration)
-        conversations, cheaper = conversation_routes(time.monotonic), cluster.gateway.cheaper_under_load
-        selector = Selector(router, models, predictor, conversations, monitor, cheaper)
-
-        in_flight, health = InFlightTracker("this gateway"), Health(routes)
+        shards = await stack.enter_async_context(_following_shards(settings, resolve, certificates, metrics))
         queues = stack.enter_context(TextQueues(cluster.gateway.limits.text_wait_seconds))
-        preparer = RequestPreparer(cluster, models, source, selector, queues)
-        failover = FailoverDependencies(registry, placement, metrics, settings.retry, time.monotonic)
-        admission = Admission(
-            open_tenants(cluster.keys_file, routes),
-            cluster.gateway,
-            Forecast(predictor.predict_seconds, models.costs),
-            partial(capacity_of, registry),
-            metrics,
-            time.monotonic,
-        )
-        aborting = lambda: in_flight.aborting  # noqa: E731
-        pipeline = Pipeline(preparer, selector, failover, admission, predictor, metrics, aborting, tracer)
-
-        servicer = InferenceServicer(pipeline, models, in_flight, metrics, settings.batch_concurrency)
-        receiver, access = Receiver(cluster.gateway.limits), _client_access(certificates)
-        interceptor = ReceivingInterceptor(
-            inference_methods(), admission.authenticate, cluster.gateway.limits, receiver
-        )
-        interceptors = [interceptor] if access is None else [access, interceptor]
-        server, port = await _listening(servicer, interceptors, health, settings, certificates)
+        pipeline, admission = _build_pipeline(settings, shards, queues, metrics, lambda: in_flight.aborting, tracer)
         services = Services(
-            cluster.gateway,
-            pipeline,
-            models,
-            source,
-            admission.authenticate,
-            receiver,
-            in_flight,
-            lambda: health.serving,
-            access,
+            config=cluster.gateway,
+            pipeline=pipeline,
+            models=shards.models,
+            source=shards.source,
+            authenticate=admission.authenticate,
+            receiver=Receiver(cluster.gateway.limits),
+            in_flight=in_flight,
+            ready=lambda: health.serving,
+            access=_client_access(certificates),
         )
-        http, http_port = await _listening_http(services, settings, certificates, metrics.http_requests)
+        server, port = await _listening(services, health, settings, certificates, metrics)
+        http, http_port = await _listening_http(services, settings, certificates, metrics)
         gateway = Gateway(port, metrics_port, metrics, server, health, in_flight, http, http_port)
         stack.push_async_callback(gateway.stop)
-        readiness = health.follow(registry, lambda: _ready(source, placement, routes, metrics))
-        loading = source.follow(settings.health.poll_seconds)
+        loading = shards.source.follow(settings.health.poll_seconds)
+        readiness = health.follow(shards.registry, lambda: _ready(shards, routes, metrics))
         observed = observe_event_loop(metrics.event_loop_delay, metrics.event_loop_tasks)
-        following = [] if certificates is None else [certificates.follow()]
-        tasks = (loading, readiness, observed, admission.keep_promises(), *following)
-        await stack.enter_async_context(background_tasks(*tasks))
+        renewed = [] if certificates is None else [certificates.follow()]
+        tasks = background_tasks(loading, readiness, observed, admission.keep_promises(), *renewed)
+        await stack.enter_async_context(tasks)
         yield gateway
 
 
-def _ready(
-    source: VocabularySource, placement: Placement, routes: Sequence[str], metrics: Metrics
-) -> Mapping[str, bool]:
+@dataclass(frozen=True, slots=True)
+class _Shards:
+    """What the gateway knows of the shards, kept up to date."""
+
+    registry: ShardRegistry
+    placement: Placement
+    models: ModelRegistry
+    # Of the tokenizer that the shards have.
+    source: VocabularySource
+
+
+@asynccontextmanager
+async def _following_shards(
+    settings: GatewaySettings, resolve: Resolve, certificates: Certificates | None, metrics: Metrics
+) -> AsyncIterator[_Shards]:
+    """Follows, within the block, which shards are wanted, polls them, and watches the progress of their sessions."""
+    connect = certificates.rotating_channel if certificates else channels.open_plain_channel
+    count = lambda change: metrics.membership_changes.labels(kind=change).inc()  # noqa: E731
+    membership = Membership(settings.cluster, resolve, count)
+    registry = ShardRegistry(settings.cluster, connect, settings.health, settings.ejection, metrics)
+    membership.on_change.append(registry.take)
+    if certificates is not None:
+        membership.on_change.append(certificates.policy.take)
+    placement = Placement(registry)
+    progress = ProgressMonitor(placement, settings.health, settings.ejection)
+    models, source = ModelRegistry(membership, registry), VocabularySource(registry)
+    async with registry.polling(), background_tasks(membership.follow()), background_tasks(progress.run()):
+        yield _Shards(registry, placement, models, source)
+
+
+def _build_pipeline(
+    settings: GatewaySettings,
+    shards: _Shards,
+    queues: TextQueues,
+    metrics: Metrics,
+    aborting: Callable[[], bool],
+    tracer: Tracer,
+) -> tuple[Pipeline, Admission]:
+    """The pipeline of requests, and the admission that they pass. Raises like `open_router`."""
+    cluster, registry = settings.cluster, shards.registry
+    routes = [route.name for route in cluster.routes]
+    predictor = TtftPredictor(routes, registry.count_first_shards, time.monotonic)
+    metrics.read_fits(routes, predictor.fit)
+    selector = _build_selector(cluster, shards.models, predictor, metrics)
+    preparer = RequestPreparer(cluster, shards.models, shards.source, selector, queues)
+    failover = FailoverDependencies(registry, shards.placement, metrics, settings.retry, time.monotonic)
+    admission = Admission(
+        open_tenants(cluster.keys_file, routes),
+        cluster.gateway,
+        Forecast(predictor.predict_seconds, shards.models.costs),
+        partial(capacity_of, registry),
+        metrics,
+        time.monotonic,
+    )
+    return Pipeline(preparer, selector, failover, admission, predictor, metrics, aborting, tracer), admission
+
+
+def _build_selector(
+    cluster: ClusterConfig, models: ModelRegistry, predictor: TtftPredictor, metrics: Metrics
+) -> Selector:
+    """What chooses the routes of requests. Raises like `open_router`."""
+    router, calibration = open_router(cluster)
+    monitor = DriftMonitor(metrics, calibration)
+    conversations, cheaper = conversation_routes(time.monotonic), cluster.gateway.cheaper_under_load
+    return Selector(router, models, predictor, conversations, monitor, cheaper)
+
+
+def _ready(shards: _Shards, routes: Sequence[str], metrics: Metrics) -> Mapping[str, bool]:
     """By route: whether the shards' tokenizer is loaded, and the shards of the route accept requests."""
-    ready = {route: placement.reachable(route) for route in routes}
+    ready = {route: shards.placement.reachable(route) for route in routes}
     for route, is_ready in ready.items():
         metrics.route_ready.labels(route=route).set(is_ready)
-    return {route: is_ready and source.is_current for route, is_ready in ready.items()}
+    return {route: is_ready and shards.source.is_current for route, is_ready in ready.items()}
 
 
 async def _listening(
-    servicer: InferenceServicer,
-    interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]],
-    health: Health,
-    settings: GatewaySettings,
-    certificates: Certificates | None,
+    services: Services, health: Health, settings: GatewaySettings, certificates: Certificates | None, metrics: Metrics
 ) -> tuple[grpc.aio.Server, int]:
-    limits = settings.cluster.gateway.limits
+    """The gRPC server and its port."""
+    limits = services.config.limits
+    methods = inference_methods()
+    interceptor = ReceivingInterceptor(methods, services.authenticate, limits, services.receiver)
+    interceptors = [interceptor] if services.access is None else [services.access, interceptor]
     options: list[tuple[str, int | str]] = [
         ("grpc.max_receive_message_length", limits.request_bytes),
         ("grpc.max_concurrent_streams", limits.calls_per_connection),
@@ -219,6 +242,8 @@ async def _listening(
     if certificates is not None:
         options += certificates.server_options
     server = channels.open_server(interceptors, options)
+    concurrency = settings.batch_concurrency
+    servicer = InferenceServicer(services.pipeline, services.models, services.in_flight, metrics, concurrency)
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     if settings.reflects:
@@ -239,13 +264,13 @@ def _client_access(certificates: Certificates | None) -> Access | None:
 
 
 async def _listening_http(
-    services: Services, settings: GatewaySettings, certificates: Certificates | None, requests: Counter
+    services: Services, settings: GatewaySettings, certificates: Certificates | None, metrics: Metrics
 ) -> tuple[HttpServer | None, int]:
     """The HTTP server and its port; None and 0 where the settings name no address for it."""
     if settings.http_address is None:
         return None, 0
     secured = None if certificates is None else certificates.https_to_clients()
-    server = HttpServer(build_app(services, requests), services.config.limits, secured, services.end_calls)
+    server = HttpServer(build_app(services, metrics.http_requests), services.config.limits, secured, services.end_calls)
     return server, await server.start(settings.http_address)
 
 
