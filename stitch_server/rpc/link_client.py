@@ -74,7 +74,7 @@ class LinkClient:
         self._addresses: dict[str, str] = {}
         self._loop = asyncio.get_running_loop()
         self._has_replica = has_replica
-        self._silence = SilenceBound()
+        self._silence, self._opening = SilenceBound(), SilenceBound(OPENING_SECONDS, few=1)
         # Next shards that have been silent for too long.
         self.suspects: set[str] = set()
         # Others that are silent for now.
@@ -151,6 +151,8 @@ class LinkClient:
 
     def on_welcome(self, link: _Link) -> None:
         """A link is open; to a suspect it is the one that is used from now on."""
+        if self._links.get(link.neighbour) is link:
+            self._opening.learn(link.silent_seconds)
         if link.neighbour in self.suspects:
             log.warning("%s answers again", link.neighbour)
             self.suspects.discard(link.neighbour)
@@ -182,7 +184,8 @@ class LinkClient:
         if not self._has_replica(link.neighbour):
             longest, doubtful = ALONE_SECONDS, ALONE_SECONDS
         elif not link.is_welcomed:
-            longest, doubtful = OPENING_SECONDS, OPENING_SECONDS
+            longest = self._opening.seconds()
+            doubtful = DOUBTED_SHARE * longest if self._opening.is_learned else longest
         else:
             longest = self._silence.seconds(link.unheard_bytes)
             doubtful = DOUBTED_SHARE * longest
@@ -311,9 +314,10 @@ class _Link:
         raise self._unavailable(f"ended the link: {await call.details()}")
 
     def _welcome(self) -> None:
-        self.is_welcomed, self.silent_seconds, self._quiet_seconds = True, 0.0, 0.0
+        self.is_welcomed = True
         self.settled.set()
         self._owner.on_welcome(self)
+        self.silent_seconds, self._quiet_seconds = 0.0, 0.0
 
     def _hear(self) -> None:
         if self.silent_seconds or self._asked:

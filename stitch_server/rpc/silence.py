@@ -22,19 +22,29 @@ FIRST_SECONDS = 2.0
 FEW, RECENT = 8, 128
 # For a next shard without a replica: to wait for it is all that can be done.
 ALONE_SECONDS = 10.0
-# From the opening of a link to its welcome.
+# From the opening of a link to its welcome, while no other link has been opened.
 OPENING_SECONDS = 2.0
 # Hidden states may take a link this long, at a rate that slow links have, before a heartbeat passes.
 SLOW_BYTES_PER_SECOND = 1 << 20
-# After this share of the bound a next shard is doubted: it keeps its sessions, and gets no new ones.
+# After this share of the bound a next shard is doubted: it keeps its sessions, and gets no new ones. One whose link is
+# being opened is not, until it is known how long that takes.
 DOUBTED_SHARE = 0.5
 
 
 class SilenceBound:
-    """The bound that all links of a shard share."""
+    """The bound that all links of a shard share, for the silences of open links or for those from opening to welcome.
 
-    def __init__(self) -> None:
+    It is `first_seconds` while fewer than `few` silences are known.
+    """
+
+    def __init__(self, first_seconds: float = FIRST_SECONDS, few: int = FEW) -> None:
+        self._first_seconds = first_seconds
+        self._few = few
         self._recent: deque[float] = deque(maxlen=RECENT)
+
+    @property
+    def is_learned(self) -> bool:
+        return len(self._recent) >= self._few
 
     def learn(self, seconds: float) -> None:
         """A silence that ended."""
@@ -42,7 +52,7 @@ class SilenceBound:
 
     def seconds(self, unheard_bytes: int = 0) -> float:
         """How long a next shard with a replica may be silent, after it was sent that much."""
-        bound = FIRST_SECONDS
-        if len(self._recent) >= FEW:
+        bound = self._first_seconds
+        if self.is_learned:
             bound = max(LEAST_SECONDS, FACTOR * sorted(self._recent)[len(self._recent) * 9 // 10])
         return min(bound + unheard_bytes / SLOW_BYTES_PER_SECOND, MOST_SECONDS)

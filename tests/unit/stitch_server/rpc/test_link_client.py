@@ -35,6 +35,8 @@ from stitch_server.rpc.silence import (
     DOUBTED_SHARE,
     FIRST_SECONDS,
     IDLE_ASK_SECONDS,
+    LEAST_SECONDS,
+    OPENING_SECONDS,
     SLOW_BYTES_PER_SECOND,
 )
 from tests.support.engine_fakes import WIDTH, ManualClock, new_request
@@ -59,7 +61,7 @@ class FakeCall:
     async def write(self, frame: shard_pb2.LinkRequest) -> None:
         await self.may_write.wait()
         self.written.append(frame)
-        if frame.HasField("hello"):
+        if frame.HasField("hello") and self._welcome is not None:
             self.say(self._welcome)
 
     async def read(self) -> object:
@@ -99,7 +101,8 @@ class LinkClientHarness:
         self.events: list[LinkEvent] = []
         self.sent_bytes: list[int] = []
         self.asked: list[str] = []
-        self.welcome = welcome_of("top-0")
+        # None: none comes.
+        self.welcome: Any = welcome_of("top-0")
         identity = new_identity("bottom-0", "bottom")
         self.addresses = {"top-0": "127.0.0.1:1", "top-1": "127.0.0.1:2"}
         self.links = LinkClient(identity, self.events.append, self.sent_bytes.append, self.address_of)
@@ -383,6 +386,31 @@ class TestSilence:
         assert (harness.events, harness.links.suspects) == ([], set())
         call.say(BEAT)
         await eventually(lambda: not harness.links.doubted)
+
+    async def test_opening_that_takes_longer_than_others_is_doubted_and_then_suspect(
+        self, harness: LinkClientHarness
+    ) -> None:
+        await harness.connected()
+        harness.welcome = None
+        harness.calls[0].say(END)
+        await harness.loss()
+        harness.send(2)
+        await eventually(lambda: "top-0" in harness.links._links)
+        await harness.be_silent(LEAST_SECONDS * DOUBTED_SHARE)
+        await eventually(lambda: harness.links.doubted == {"top-0"})
+        assert (len(harness.losses), harness.links.suspects) == (1, set())
+        await harness.be_silent(LEAST_SECONDS * DOUBTED_SHARE)
+        await eventually(lambda: harness.links.suspects == {"top-0"})
+        assert len(harness.losses) == 2
+
+    async def test_first_opening_is_not_doubted(self, harness: LinkClientHarness) -> None:
+        harness.welcome = None
+        harness.send(1)
+        await eventually(lambda: "top-0" in harness.links._links)
+        await harness.be_silent(0.9 * OPENING_SECONDS)
+        assert (harness.links.doubted, harness.links.suspects) == (frozenset(), set())
+        await harness.be_silent(0.2 * OPENING_SECONDS)
+        await harness.loss()
 
     async def test_bytes_on_their_way_give_a_next_shard_time(self, harness: LinkClientHarness) -> None:
         await harness.connected()

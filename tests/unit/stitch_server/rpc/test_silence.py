@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from stitch_server.rpc.silence import FEW, FIRST_SECONDS, LEAST_SECONDS, MOST_SECONDS, RECENT, SilenceBound
+from stitch_server.rpc.silence import (
+    FEW,
+    FIRST_SECONDS,
+    LEAST_SECONDS,
+    MOST_SECONDS,
+    OPENING_SECONDS,
+    RECENT,
+    SilenceBound,
+)
 
 
 def bound(*silences: float) -> float:
@@ -23,6 +31,15 @@ def test_bound_is_fixed_while_little_is_known() -> None:
 )
 def test_bound_is_four_usual_silences_within_limits(usual: float, expected: float) -> None:
     assert bound(*[usual] * FEW) == expected
+
+
+def test_bound_of_openings_is_learned_from_the_first_one() -> None:
+    openings = SilenceBound(OPENING_SECONDS, few=1)
+    assert (openings.is_learned, openings.seconds()) == (False, OPENING_SECONDS)
+    openings.learn(0.05)
+    assert (openings.is_learned, openings.seconds()) == (True, LEAST_SECONDS)
+    openings.learn(0.8)
+    assert openings.seconds() == 3.2
 
 
 def test_few_long_silences_do_not_change_bound() -> None:
