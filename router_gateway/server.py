@@ -139,6 +139,8 @@ async def open_gateway(
             access=_client_access(certificates),
         )
         server, port = await _listening(services, health, settings, certificates, metrics)
+        # Also where the HTTP port is in use.
+        stack.push_async_callback(server.stop, None)
         http, http_port = await _listening_http(services, settings, certificates, metrics)
         gateway = Gateway(port, metrics_port, metrics, server, health, in_flight, http, http_port)
         stack.push_async_callback(gateway.stop)

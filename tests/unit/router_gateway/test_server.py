@@ -17,6 +17,7 @@ from router_gateway.metrics import EJECTION_CAUSES, REPLAY_CAUSES
 from router_gateway.routing.learned.artifact import RouterArtifact, fingerprint_of, save_router
 from router_gateway.routing.router import Query
 from router_gateway.server import open_gateway, open_router
+from stitch import channels
 from stitch.cluster import ClusterConfig
 from stitch.errors import InvalidRequest
 from stitch.v1 import inference_pb2
@@ -110,6 +111,20 @@ async def test_port_in_use_is_an_error(reach: Reach) -> None:
         with pytest.raises(OSError, match=listen):
             async with open_gateway(taken):
                 pass
+
+
+async def test_http_port_in_use_is_an_error_and_leaves_no_server(reach: Reach, monkeypatch: pytest.MonkeyPatch) -> None:
+    servers: list[grpc.aio.Server] = []
+    async with reach(*shards()) as gateway:
+        taken = f"127.0.0.1:{gateway.gateway.port}"
+        open_server = channels.open_server
+        monkeypatch.setattr(channels, "open_server", lambda *given: servers.append(open_server(*given)) or servers[-1])
+        with pytest.raises(OSError, match="in use"):
+            async with open_gateway(GatewaySettings(cluster=gateway.cluster, http=taken, metrics_port=0)):
+                pass
+    [server] = servers
+    # True: it still runs after that time.
+    assert not await server.wait_for_termination(timeout=0.1)
 
 
 async def test_gateway_without_shards_describes_the_cluster_file() -> None:

@@ -101,7 +101,7 @@ async def test_status_stays_not_serving_after_shutdown(reach: Reach) -> None:
     async with reach(bottom, top) as gateway:
         health = health_pb2_grpc.HealthStub(gateway.channel)
         await gateway.gateway.drain(0)
-        await gateway.gateway.health.set(True)
+        await gateway.gateway.health.set({"weak": True})
         assert (await health.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
 
 
