@@ -350,10 +350,14 @@ async def test_stop_ends_streams_with_an_error(serve: Serve) -> None:
     bottom, top = shards()
     bottom.faults[1] = waits_for(asyncio.Event())
     async with serve(bottom, top) as served:
-        asking = asyncio.create_task(served.chat(stream=True))
-        await eventually(lambda: not bottom.faults)
-        await served.gateway.stop()
-        *_, last = events((await asking).text)
+        fields = {"model": "weak", "messages": USER, "stream": True}
+        async with served.raw.stream("POST", "/v1/chat/completions", json=fields) as response:
+            read = response.aiter_text()
+            # Its head has come.
+            text = await anext(read)
+            await served.gateway.stop()
+            text += "".join([part async for part in read])
+        *_, last = events(text)
         await eventually(lambda: bottom.cancelled == 1)
         assert served.reached.metric("stitch_cancelled_total", cause="shutdown") == 1
     assert '"code": "shutting_down"' in last

@@ -23,8 +23,10 @@ pytestmark = pytest.mark.slow
 RELOAD_SECONDS = 10.0
 # For about 16 requests.
 KV_TOKENS = 1024
-# Work for the shards rather than for clients, to which a prompt costs nothing and each token a message.
 PROMPT, TOKENS = "question {number:05}" + 40 * "x", 4
+# Of each message between the shards: requests wait for a slow link, however fast this machine's clients and shards are.
+LINK_SECONDS = 0.02
+LINK = ("bottom-0", "top-0")
 # Clients of each tenant, which ask again at once, and how many of its requests wait when the count begins and ends.
 CLIENTS, WAITING = 160, 40
 SKIPPED, COUNTED = 80, 320
@@ -52,7 +54,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Iterator[Cl
     fields = json.loads(file.read_text())
     fields["gateway"]["keys"] = str(keys)
     file.write_text(json.dumps(fields))
-    with running_cluster(file, tmp_path_factory.mktemp("run")) as running:
+    with running_cluster(file, tmp_path_factory.mktemp("run"), gates=[LINK]) as running:
         yield running
 
 
@@ -92,7 +94,9 @@ async def finished_by_tenant(cluster: Cluster) -> Counter[str]:
 
 
 def test_answers_of_waiting_tenants_are_shared_by_weight(cluster: Cluster) -> None:
+    cluster.gate(*LINK).delay(LINK_SECONDS)
     counts = asyncio.run(finished_by_tenant(cluster))
+    cluster.gate(*LINK).heal()
     assert counts["three"] / counts["one"] == pytest.approx(3.0, rel=0.1)
     for name in ("one", "three"):
         assert cluster.metric("gateway", "stitch_tenant_work_total", tenant=name) > 0
