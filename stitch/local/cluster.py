@@ -56,7 +56,6 @@ class LocalCluster:
     def names(self) -> list[str]:
         return [*(shard.name for shard in self.cluster.shards), GATEWAY]
 
-    @property
     def awaited_routes(self) -> list[str]:
         """The routes that the gateway serves once every process does."""
         return [route.name for route in self.cluster.routes]
@@ -129,7 +128,7 @@ class LocalCluster:
         """Waits until the gateway has reached the shards of every route, which may serve before it asks them again."""
         give_up = time.monotonic() + ROUTES_SECONDS
         tls = load_tls(self.cluster.tls, self.cluster.folder, GATEWAY)
-        for route in self.awaited_routes:
+        for route in self.awaited_routes():
             while not route_serves(self.cluster, route, tls):
                 for name in self.names:
                     self.check_running(name)

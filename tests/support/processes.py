@@ -54,9 +54,8 @@ class GatedCluster(LocalCluster):
         shards = [shard.name for shard in self.cluster.shards if shard.name not in self.absent]
         return [*shards, GATEWAY, *self.more_gateways]
 
-    @property
     def awaited_routes(self) -> list[str]:
-        return [] if self.absent else LocalCluster.awaited_routes.fget(self)  # type: ignore[attr-defined]
+        return [] if self.absent else LocalCluster.awaited_routes(self)
 
     def address(self, name: str) -> str:
         return self.more_gateways[name][0] if name in self.more_gateways else LocalCluster.address(self, name)

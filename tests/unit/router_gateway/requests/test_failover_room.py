@@ -1,4 +1,4 @@
-"""Tests of failover from shards without room: a new request is tried elsewhere, and a begun answer waits."""
+"""Tests of failover from shards without room: a new request is tried elsewhere, and a started answer waits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def test_new_request_on_a_full_shard_is_exhausted() -> None:
     assert stream.replays == {}
 
 
-async def test_begun_answer_waits_for_room() -> None:
+async def test_started_answer_waits_for_room() -> None:
     first, second = bottoms(2)
     first.free_kv_tokens += 1
     first.faults[2] = aborts(UNAVAILABLE)
@@ -36,7 +36,7 @@ async def test_begun_answer_waits_for_room() -> None:
     assert stream.replays == {"unavailable": 1}
 
 
-async def test_begun_answer_without_room_is_exhausted_after_max_failures() -> None:
+async def test_started_answer_without_room_is_exhausted_after_max_failures() -> None:
     first, second = bottoms(2)
     first.free_kv_tokens += 1
     first.faults[2] = aborts(UNAVAILABLE)

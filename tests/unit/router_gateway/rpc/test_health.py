@@ -70,7 +70,7 @@ async def test_each_route_has_a_status_of_its_own() -> None:
     await server.stop(None)
 
 
-async def test_routes_without_tokenizer_are_not_serving() -> None:
+async def test_nothing_serves_without_tokenizer() -> None:
     bottom, top = shards()
     bottom.files = {"tokenizer.json": b"{}"}
     async with (
@@ -79,21 +79,9 @@ async def test_routes_without_tokenizer_are_not_serving() -> None:
         channels.open_channel(f"127.0.0.1:{gateway.port}") as channel,
     ):
         health = health_pb2_grpc.HealthStub(channel)
-        for route in cluster.routes:
-            request = health_pb2.HealthCheckRequest(service=route_service(route.name))
+        for service in (*SERVICES, *(route_service(route.name) for route in cluster.routes)):
+            request = health_pb2.HealthCheckRequest(service=service)
             assert (await health.Check(request)).status == NOT_SERVING
-
-
-async def test_status_is_not_serving_without_tokenizer() -> None:
-    bottom, top = shards()
-    bottom.files = {"tokenizer.json": b"{}"}
-    async with (
-        fake_cluster(bottom, top) as cluster,
-        open_gateway(GatewaySettings(cluster=cluster, **QUICK)) as gateway,
-        channels.open_channel(f"127.0.0.1:{gateway.port}") as channel,
-    ):
-        health = health_pb2_grpc.HealthStub(channel)
-        assert (await health.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
 
 
 async def test_status_stays_not_serving_after_shutdown(reach: Reach) -> None:
