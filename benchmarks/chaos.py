@@ -133,16 +133,26 @@ class Chaos:
         return False
 
     def ask(self, stream: int) -> None:
-        """Repeats requests until the kills are over; one that loses its gateway is asked again at the other one."""
+        """Repeats requests until the kills are over, each at the gateway that answered the last one."""
         gateways = [*self._roles[GATEWAY]][:: 1 if stream % 2 else -1]
         for number in count(stream):
             if self.over.is_set():
                 return
-            index = number % len(self._requests)
-            if not self._answer(index, gateways[0]):
-                gateways.reverse()
-                if not self._answer(index, gateways[0]):
-                    self.tally.mistaken("lost", f"request {index} at both gateways")
+            self._ask_in_turn(number % len(self._requests), gateways)
+
+    def _ask_in_turn(self, index: int, gateways: list[str]) -> None:
+        """Sends a request that loses its gateway to the other one; each kill of a gateway may cost it one try."""
+        kills = self._gateway_kills()
+        for failures in count(1):
+            if self._answer(index, gateways[0]):
+                return
+            gateways.reverse()
+            if failures > self._gateway_kills() - kills + 1:
+                self.tally.mistaken("lost", f"request {index} after {failures} tries")
+                return
+
+    def _gateway_kills(self) -> int:
+        return sum(self.kills[name] for name in self._roles[GATEWAY])
 
     def _answer(self, index: int, gateway: str) -> bool:
         """Sends one request and records how its answer ends; False where the gateway was killed or is not back."""
