@@ -70,7 +70,8 @@ class Adapters:
         return Adapters(first, self.down[kept].clone(), self.up[kept].clone())
 
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
-        """Returns what is added to the output of `layer`, given its input `[tokens, hidden]`."""
+        """Returns what is added to the output of `layer`, given its input `[tokens, hidden]` of any dtype."""
         at = layer - self.first
-        narrow = F.linear(F.rms_norm(hidden, hidden.shape[-1:], None, EPSILON), self.down[at])
+        normed = F.rms_norm(hidden, hidden.shape[-1:], None, EPSILON).to(self.down.dtype)
+        narrow = F.linear(normed, self.down[at])
         return F.linear(F.silu(narrow), self.up[at])

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +27,9 @@ from stitch_server.model.llama import NativeLayer, RotaryAngles
 from stitch_server.model.quantized import quantize
 from stitch_server.model.weights import WeightFormat
 
+# Takes float32 states `[tokens, hidden_size]` through layers `first` to `end`, in place, and returns them.
+RunLayers = Callable[[Tensor, int, int], Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class CompiledLayers:
@@ -45,16 +48,21 @@ class CompiledLayers:
         """The number of tokens below which a pass takes hardly less time."""
         return min_efficient_tokens(self.layers.down.weight)
 
-    def run(self, paged_kv: PagedKV, hidden: Tensor, first: int, end: int) -> Tensor:
-        """Takes states `[tokens, hidden_size]` through layers `first` to `end`; caches their keys and values."""
-        states = np.array(as_float32(hidden))
+    def pass_over(self, paged_kv: PagedKV) -> RunLayers:
+        """Returns a function that takes a batch through layers and caches its keys and values; calls share buffers."""
+        tokens = len(paged_kv.ends)
         rotations = self.rotary.table(int((paged_kv.ends - paged_kv.begins).max()))
         qkv_width, kv_width = self.layers.query_key_value.bias.shape[1], paged_kv.kv.shape[2] * paged_kv.kv.shape[3]
         widths = (qkv_width, qkv_width - kv_width, self.layers.gate_up.bias.shape[1] // 2)
-        activations = Activations(*(np.empty((len(states), width), np.float32) for width in widths))
-        batch, instructions = Pass(states, rotations, paged_kv, activations), instructions_for(len(states))
-        run_on_thread_pool(partial(run_layers, batch, self.layers, first, end, self.epsilon, instructions))
-        return torch.from_numpy(states).to(hidden.dtype)
+        activations = Activations(*(np.empty((tokens, width), np.float32) for width in widths))
+        instructions = instructions_for(tokens)
+
+        def run(states: Tensor, first: int, end: int) -> Tensor:
+            batch = Pass(states.numpy(), rotations, paged_kv, activations)
+            run_on_thread_pool(partial(run_layers, batch, self.layers, first, end, self.epsilon, instructions))
+            return states
+
+        return run
 
 
 class LayerAssembly:
@@ -110,7 +118,7 @@ class LayerAssembly:
         # Compiles the kernel now, over a cache of one token, so that the first token doesn't wait for the compiler.
         kv = as_bits(torch.zeros(len(layers), 1, 2 * one.kv_heads, one.head_dim, dtype=dtype))
         one_token = PagedKV(one.index, kv, *(np.array([index]) for index in (0, 0, 1)))
-        compiled.run(one_token, torch.zeros(1, len(one.attention_norm.weight)), one.index, one.index + 1)
+        compiled.pass_over(one_token)(torch.zeros(1, len(one.attention_norm.weight)), one.index, one.index + 1)
         return compiled
 
     def _matrix(self, name: str) -> Matrix:

@@ -124,7 +124,8 @@ class DecoderLayers:
         """
         if self._compiled is None:
             raise ValueError("these layers are not packed for the CPU kernels")
-        return _run_adapted(adapted, partial(self._compiled.run, paged_kv), hidden, first, end)
+        states = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return _run_adapted(adapted, self._compiled.pass_over(paged_kv), states, first, end).to(hidden.dtype)
 
     def _run_layers(
         self, rotary: Rotary, attend: Attend, skipping: Skipping, hidden: Tensor, first: int, end: int
@@ -142,14 +143,17 @@ class DecoderLayers:
 def _run_adapted(
     adapted: Adapted, run: Callable[[Tensor, int, int], Tensor], hidden: Tensor, first: int, end: int
 ) -> Tensor:
-    """Runs layers `first` to `end`, one at a time if there are adapters to add to each layer's output."""
+    """Runs layers `first` to `end`, one at a time if there are adapters to add to each layer's output.
+
+    `run` may change its input, which it returns then.
+    """
     if not adapted:
         return run(hidden, first, end)
     for index in range(first, end):
-        output = run(hidden, index, index + 1)
-        for tokens, adapters in adapted:
-            output[tokens] += adapters(index, hidden[tokens])
-        hidden = output
+        added = [adapters(index, hidden[tokens]) for tokens, adapters in adapted]
+        hidden = run(hidden, index, index + 1)
+        for (tokens, _), beside in zip(adapted, added, strict=True):
+            hidden[tokens] += beside
     return hidden
 
 

@@ -175,6 +175,13 @@ class TestKernels:
         compiled = cached.run([(0, 30), (1, 5)], [(slice(1, 2), adapters)])
         torch.testing.assert_close(compiled, cached.run([(0, 30), (1, 5)], [(slice(1, 2), adapters)], compiled=False))
 
+    def test_round_no_token_between_layers_for_the_adapters_of_another(self, tmp_path: Path) -> None:
+        cached = CachedDecoder(tmp_path, torch.bfloat16)
+        draw = torch.Generator().manual_seed(1)
+        adapters = Adapters(0, torch.randn(4, 2, 32, generator=draw), torch.randn(4, 32, 2, generator=draw))
+        others = [(slice(1, 2), adapters.to(CPU, torch.bfloat16))]
+        assert torch.equal(cached.run([(0, 30), (1, 5)], others)[0], cached.run([(0, 30)])[0])
+
     def test_leave_their_input_unchanged(self, tmp_path: Path) -> None:
         cached = CachedDecoder(tmp_path)
         before = cached.hidden.clone()
@@ -185,14 +192,14 @@ class TestKernels:
 class CachedDecoder:
     """Four layers packed for the kernels, and three sequences in a cache with more layers than are run."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         self.layers = DecoderLayers.load(
-            write_tiny_model(folder, "qwen2"), 0, 4, CPU, torch.float32, WeightFormat(kernels=True)
+            write_tiny_model(folder, "qwen2"), 0, 4, CPU, dtype, WeightFormat(kernels=True)
         )
-        self.store = KVStore(0, 4, 9, self.layers.kv_heads, self.layers.head_dim, CPU, torch.float32)
+        self.store = KVStore(0, 4, 9, self.layers.kv_heads, self.layers.head_dim, CPU, dtype)
         draw = torch.Generator().manual_seed(0)
         self.store.kv.normal_(generator=draw)
-        self.hidden = torch.randn(3, 32, generator=draw)
+        self.hidden = torch.randn(3, 32, generator=draw).to(dtype)
 
     @torch.inference_mode()
     def run(self, singles: list[tuple[int, int]], adapted: Adapted = (), compiled: bool = True) -> torch.Tensor:
