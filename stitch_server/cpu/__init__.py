@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stitch_server.cpu.attention.dispatch import PagedKV, attend_shared, slot_mapping, store_all_kv
     from stitch_server.cpu.features import Instructions, has_amx, has_vnni
-    from stitch_server.cpu.layers import Activations, Layers, Pass, run_layers
+    from stitch_server.cpu.layers import Activations, Layers, Pass, RowAdapters, run_layers
     from stitch_server.cpu.matmul.dispatch import matmul_shared
     from stitch_server.cpu.matmul.int4_layout import (
         INT4_BITS_PER_GROUP,
@@ -56,6 +56,7 @@ __all__ = [
     "Numbers",
     "PagedKV",
     "Pass",
+    "RowAdapters",
     "attend_shared",
     "has_amx",
     "has_vnni",
@@ -69,7 +70,7 @@ __all__ = [
 _MODULES = {
     "attention.dispatch": ("PagedKV", "attend_shared", "slot_mapping", "store_all_kv"),
     "features": ("Instructions", "has_amx", "has_vnni"),
-    "layers": ("Activations", "Layers", "Pass", "run_layers"),
+    "layers": ("Activations", "Layers", "Pass", "RowAdapters", "run_layers"),
     "matmul.dispatch": ("matmul_shared",),
     "matmul.int4_layout": (
         "INT4_BITS_PER_GROUP",

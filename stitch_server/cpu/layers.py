@@ -1,7 +1,8 @@
 """Whole decoder layers, one after the other, in one call that threads share. Arrays in and out.
 
 A layer has five stages, each divided into tasks: the QKV projection with RoPE, attention, its output projection, the
-gate and up projections with SwiGLU, and the down projection. A stage begins when the previous one is done.
+gate and up projections with SwiGLU, and the down projection. A stage begins when the previous one is done. The first
+half of an adapter is computed beside the first stage, and its second half is added in the last one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from stitch_server.cpu.matmul.dispatch import (
 from stitch_server.cpu.matmul.panels import ADD, PANEL_OUTPUTS, REPLACE, Matrix
 from stitch_server.cpu.scalars import Floats, Indices, exponential
 from stitch_server.cpu.tasks import first_task, next_task, wait_for
+
+# A task of an adapter's first half: enough values to outweigh its bookkeeping.
+ADAPTER_VALUES_PER_TASK = 16
+NO_ADAPTER = -1
 
 
 class Layers(NamedTuple):
@@ -55,6 +60,20 @@ class Activations(NamedTuple):
     gated: Floats
 
 
+class RowAdapters(NamedTuple):
+    """The adapters beside each layer of rows `begin` to `begin + len(narrow)` of a batch; none if `narrow` is empty."""
+
+    begin: int
+    # The index of the first layer in the whole model.
+    first: int
+    # Both [layers, rank, hidden_size]; `up` is transposed, so that its rows are read in their order.
+    down: Floats
+    up: Floats
+    # [rows, rank]: the bottleneck's values, which all threads share.
+    narrow: Floats
+    epsilon: float
+
+
 class Pass(NamedTuple):
     """The inputs and buffers of one forward pass."""
 
@@ -64,6 +83,7 @@ class Pass(NamedTuple):
     rotations: NDArray[np.complex64]
     paged: PagedKV
     activations: Activations
+    adapters: RowAdapters
 
 
 @compiled()
@@ -78,7 +98,7 @@ def run_layers(
     counts: Indices,
 ) -> None:
     """Takes a batch through layers [first, end), on all threads that call it; returns when all tasks are done."""
-    hidden, paged, activations = states.hidden, states.paged, states.activations
+    hidden, paged, activations, adapters = states.hidden, states.paged, states.activations, states.adapters
     tokens, head_dim, inner = len(hidden), paged.kv.shape[3], activations.gated.shape[1]
     all_heads, heads = activations.qkv.shape[1] // head_dim, activations.attended.shape[1] // head_dim
     qkv = activations.qkv.reshape(tokens, all_heads, head_dim)
@@ -91,18 +111,24 @@ def run_layers(
     gate_up = np.empty((tokens, 2 * gates_per_task), np.float32)
     widest = max(hidden.shape[1], activations.attended.shape[1], inner)
     workspace = new_workspace(tokens, widest, layers.down.weight[0], instructions, threads)
+    narrow_tasks = -(-adapters.narrow.size // ADAPTER_VALUES_PER_TASK)
     task, done = first_task(counts), 0
     for layer in range(first - layers.first, end - layers.first):
         kv = paged.kv[layers.first + layer - paged.first]
-        stage_end = done + -(-all_heads // heads_per_task)
+        beside = layers.first + layer - adapters.first
+        heads_end = done + -(-all_heads // heads_per_task)
+        stage_end = heads_end + narrow_tasks
         if task < stage_end:
             wait_for(counts, done)
             _rms_norm_rows(hidden, layers.attention_norm[layer], epsilon, normed)
             prepare_input(normed, workspace)
         while task < stage_end:
-            head = (task - done) * heads_per_task
-            last = min(head + heads_per_task, all_heads)
-            _project_qkv(normed, layers, layer, head, last, epsilon, workspace, states)
+            if task < heads_end:
+                head = (task - done) * heads_per_task
+                last = min(head + heads_per_task, all_heads)
+                _project_qkv(normed, layers, layer, head, last, epsilon, workspace, states)
+            else:
+                _narrow(hidden, adapters, beside, (task - heads_end) * ADAPTER_VALUES_PER_TASK)
             task = next_task(counts)
         done, stage_end = stage_end, stage_end + task_count(plan)
         if task < stage_end:
@@ -111,7 +137,7 @@ def run_layers(
             attend(task - done, plan, qkv, kv, paged, layers.windows[layer], scale, scratch, attended)
             task = next_task(counts)
         matrix = _of_layer(layers.attention_output, layer)
-        done, task = _add_linear(activations.attended, matrix, workspace, hidden, stage_end, task, counts)
+        done, task = _add_linear(activations.attended, matrix, workspace, states, NO_ADAPTER, stage_end, task, counts)
         stage_end = done + -(-inner // gates_per_task)
         if task < stage_end:
             wait_for(counts, done)
@@ -123,7 +149,7 @@ def run_layers(
             _swiglu(normed, matrix, gate, min(gate + gates_per_task, inner), workspace, gate_up, activations.gated)
             task = next_task(counts)
         matrix = _of_layer(layers.down, layer)
-        done, task = _add_linear(activations.gated, matrix, workspace, hidden, stage_end, task, counts)
+        done, task = _add_linear(activations.gated, matrix, workspace, states, beside, stage_end, task, counts)
     release_workspace(workspace)
     wait_for(counts, done)
 
@@ -161,9 +187,13 @@ def _project_qkv(
 
 @compiled()
 def _add_linear(
-    x: Floats, matrix: Matrix, workspace: Workspace, hidden: Floats, done: int, task: int, counts: Indices
+    x: Floats, matrix: Matrix, workspace: Workspace, states: Pass, beside: int, done: int, task: int, counts: Indices
 ) -> tuple[int, int]:
-    """The stage hidden += x · matrixᵀ, after `done` tasks; returns the tasks up to its end, and the next one to do."""
+    """The stage hidden += x · matrixᵀ and what the adapters `beside` a layer add, after `done` tasks.
+
+    Returns the tasks up to its end, and the next one to do.
+    """
+    hidden = states.hidden
     outputs = hidden.shape[1]
     at_once = outputs_per_task(x.shape[1])
     stage_end = done + -(-outputs // at_once)
@@ -172,9 +202,38 @@ def _add_linear(
         prepare_input(x, workspace)
     while task < stage_end:
         first = (task - done) * at_once
-        matmul(x, matrix, first, min(first + at_once, outputs), workspace, hidden, first, ADD)
+        last = min(first + at_once, outputs)
+        matmul(x, matrix, first, last, workspace, hidden, first, ADD)
+        if beside != NO_ADAPTER:
+            _widen(states.adapters, beside, first, last, hidden)
         task = next_task(counts)
     return stage_end, task
+
+
+@compiled()
+def _narrow(hidden: Floats, adapters: RowAdapters, beside: int, first: int) -> None:
+    """Computes the values of `narrow` from the one numbered `first` on: silu(down · h / rms(h))."""
+    rank, size = adapters.narrow.shape[1], hidden.shape[1]
+    down = adapters.down[beside]
+    for number in range(first, min(first + ADAPTER_VALUES_PER_TASK, adapters.narrow.size)):
+        state, weights = hidden[adapters.begin + number // rank], down[number % rank]
+        total, squares = np.float32(0), np.float32(0)
+        for index in range(size):
+            total += weights[index] * state[index]
+            squares += state[index] * state[index]
+        value = total / np.sqrt(squares / np.float32(size) + np.float32(adapters.epsilon))
+        adapters.narrow[number // rank, number % rank] = value / (np.float32(1) + exponential(-value))
+
+
+@compiled()
+def _widen(adapters: RowAdapters, beside: int, first: int, end: int, hidden: Floats) -> None:
+    """hidden[:, first:end] += up · narrow, of the adapted rows."""
+    for row in range(len(adapters.narrow)):
+        state = hidden[adapters.begin + row, first:end]
+        for bottleneck in range(adapters.narrow.shape[1]):
+            value, weights = adapters.narrow[row, bottleneck], adapters.up[beside, bottleneck, first:end]
+            for index in range(end - first):
+                state[index] += value * weights[index]
 
 
 @compiled()

@@ -11,12 +11,18 @@ around the whole layer. So adapters fit every family, and routes with other adap
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stitch.errors import Incompatible
+from stitch_server.devices import as_float32
+
+if TYPE_CHECKING:
+    from stitch_server.cpu import Floats
 
 # Keeps a token of zeros from being divided by zero.
 EPSILON = 1e-6
@@ -56,6 +62,11 @@ class Adapters:
     def parameters(self) -> int:
         """The parameters that one token reads."""
         return self.down.numel() + self.up.numel()
+
+    @cached_property
+    def as_read_by_kernels(self) -> tuple[Floats, Floats]:
+        """`down` and `up` in float32, both [layers, rank, hidden]: an output's weights are read rank by rank."""
+        return as_float32(self.down), as_float32(self.up.transpose(1, 2))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Adapters:
         """Returns the same adapters on another device or in another dtype."""

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stitch_server.cpu import Activations, Floats, Layers, Matrix, PagedKV, Pass, run_layers
+from stitch_server.cpu import Activations, Floats, Layers, Matrix, PagedKV, Pass, RowAdapters, run_layers
 from stitch_server.devices import HugePageArena, as_bits, as_float32, run_on_thread_pool
+from stitch_server.model.adapters import EPSILON, Adapters
 from stitch_server.model.compiled_linear import (
     CompiledLinear,
     instructions_for,
@@ -48,21 +49,33 @@ class CompiledLayers:
         """The number of tokens below which a pass takes hardly less time."""
         return min_efficient_tokens(self.layers.down.weight)
 
-    def pass_over(self, paged_kv: PagedKV) -> RunLayers:
-        """Returns a function that takes a batch through layers and caches its keys and values; calls share buffers."""
+    def pass_over(self, paged_kv: PagedKV, adapted: tuple[slice, Adapters] | None = None) -> RunLayers:
+        """Returns a function that takes a batch through layers and caches its keys and values; calls share buffers.
+
+        Some rows may be adapted beside every layer.
+        """
         tokens = len(paged_kv.ends)
         rotations = self.rotary.table(int((paged_kv.ends - paged_kv.begins).max()))
         qkv_width, kv_width = self.layers.query_key_value.bias.shape[1], paged_kv.kv.shape[2] * paged_kv.kv.shape[3]
         widths = (qkv_width, qkv_width - kv_width, self.layers.gate_up.bias.shape[1] // 2)
         activations = Activations(*(np.empty((tokens, width), np.float32) for width in widths))
-        instructions = instructions_for(tokens)
+        adapters, instructions = _row_adapters(adapted), instructions_for(tokens)
 
         def run(states: Tensor, first: int, end: int) -> Tensor:
-            batch = Pass(states.numpy(), rotations, paged_kv, activations)
+            batch = Pass(states.numpy(), rotations, paged_kv, activations, adapters)
             run_on_thread_pool(partial(run_layers, batch, self.layers, first, end, self.epsilon, instructions))
             return states
 
         return run
+
+
+def _row_adapters(adapted: tuple[slice, Adapters] | None) -> RowAdapters:
+    if adapted is None:
+        none = np.empty((0, 0, 0), np.float32)
+        return RowAdapters(0, 0, none, none, np.empty((0, 0), np.float32), EPSILON)
+    rows, adapters = adapted
+    narrow = np.empty((rows.stop - rows.start, adapters.rank), np.float32)
+    return RowAdapters(rows.start, adapters.first, *adapters.as_read_by_kernels, narrow, EPSILON)
 
 
 class LayerAssembly:

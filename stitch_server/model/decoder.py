@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # Slices of a batch's tokens, and the adapters that each passes beside every layer.
 Adapted = Sequence[tuple[slice, Adapters]]
+# In larger batches PyTorch's matmuls for adapters save more than a call of the CPU kernels for each layer costs.
+MAX_ADAPTED_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class DecoderLayers:
         if self._compiled is None:
             raise ValueError("these layers are not packed for the CPU kernels")
         states = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if len(adapted) == 1 and len(states) <= MAX_ADAPTED_TOKENS:
+            return self._compiled.pass_over(paged_kv, adapted[0])(states, first, end).to(hidden.dtype)
         return _run_adapted(adapted, self._compiled.pass_over(paged_kv), states, first, end).to(hidden.dtype)
 
     def _run_layers(

@@ -14,6 +14,7 @@ from stitch_server.cpu import (
     Matrix,
     PagedKV,
     Pass,
+    RowAdapters,
     new_task_counts,
     run_layers,
 )
@@ -37,6 +38,11 @@ def rms_norm(x: Array, gains: Array) -> Array:
     return normed
 
 
+def silu(x: Array) -> Array:
+    result: Array = x / (1 + np.exp(-x))
+    return result
+
+
 def rope(heads: Array, rotations: NDArray[np.complex64]) -> Array:
     """Rotates `[tokens, heads, HEAD_DIM]`, whose pairs are neighbours."""
     pairs = (heads[..., ::2] + 1j * heads[..., 1::2]) * rotations[:, None]
@@ -56,8 +62,9 @@ def attention(qkv: Array) -> Array:
     return result
 
 
+@pytest.mark.parametrize("rank", [0, 20])
 @pytest.mark.parametrize("has_query_key_norm", [False, True])
-def test_decoder_layer_matches_numpy(has_query_key_norm: bool) -> None:
+def test_decoder_layer_matches_numpy(has_query_key_norm: bool, rank: int) -> None:
     draw = np.random.default_rng(0)
 
     def normal(*shape: int) -> Array:
@@ -89,7 +96,11 @@ def test_decoder_layer_matches_numpy(has_query_key_norm: bool) -> None:
     paged_kv = PagedKV(0, kv, slots, begins, np.arange(1, TOKENS + 1))
     widths = (ALL_HEADS * HEAD_DIM, HIDDEN, INNER)
     activations = Activations(*(np.empty((TOKENS, width), np.float32) for width in widths))
-    states = Pass(x.copy(), rotations, paged_kv, activations)
+    adapted = slice(1, TOKENS - 1 if rank else 1)
+    down, up = normal(rank, HIDDEN), normal(rank, HIDDEN)
+    narrow = np.empty((adapted.stop - 1, rank), np.float32)
+    adapters = RowAdapters(1, 0, down[None], up[None], narrow, EPSILON)
+    states = Pass(x.copy(), rotations, paged_kv, activations, adapters)
     run_layers(states, layers, 0, 1, EPSILON, Instructions(False, False), 1, new_task_counts())
 
     def project(states: Array, name: str) -> Array:
@@ -101,7 +112,8 @@ def test_decoder_layer_matches_numpy(has_query_key_norm: bool) -> None:
         qkv[:, :ROTATED] = rms_norm(qkv[:, :ROTATED], query_key_norm)
     qkv[:, :ROTATED] = rope(qkv[:, :ROTATED], rotations)
     expected = x + project(attention(qkv), "attention_output")
-    gate, up = np.split(project(rms_norm(expected, norms[1]), "gate_up"), 2, axis=1)
-    expected = expected + project(gate / (1 + np.exp(-gate)) * up, "down")
+    gate, linear = np.split(project(rms_norm(expected, norms[1]), "gate_up"), 2, axis=1)
+    expected = expected + project(silu(gate) * linear, "down")
+    expected[adapted] += silu(rms_norm(x[adapted], np.ones(HIDDEN, np.float32)) @ down.T) @ up
     np.testing.assert_allclose(states.hidden, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(kv[0, slots], qkv[:, HEADS:], rtol=1e-4, atol=1e-4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -137,7 +137,7 @@ class TestKernels:
         layers = CachedDecoder(tmp_path).layers
         assert all(layers.is_compiled(tokens) for tokens in (1, 16, 17, 1000))
 
-    def test_run_all_layers_in_one_call_or_each_beside_adapters(
+    def test_run_all_layers_in_one_call_or_one_by_one_beside_adapters_of_two_routes(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         ranges: list[tuple[int, int]] = []
@@ -152,8 +152,10 @@ class TestKernels:
         cached = CachedDecoder(tmp_path)
         monkeypatch.setattr(compiled_layers, "run_layers", record_range)
         cached.run([(0, 30), (1, 5)])
-        cached.run([(0, 30)], adapted=[(slice(0, 1), cast(Adapters, lambda index, hidden: hidden))])
-        assert ranges == [(1, 3), (1, 2), (2, 3)]
+        cached.run([(0, 30), (1, 5)], adapted=[(slice(1, 2), some_adapters())])
+        assert ranges == 2 * [(1, 3)]
+        cached.run([(0, 30), (1, 5)], adapted=[(slice(0, 1), some_adapters()), (slice(1, 2), some_adapters(1))])
+        assert ranges[2:] == [(1, 2), (2, 3)]
 
     def test_compute_each_sequence_of_a_batch_over_its_own_context(self, tmp_path: Path) -> None:
         cached = CachedDecoder(tmp_path)
@@ -169,17 +171,23 @@ class TestKernels:
         assert bool(after[0].isfinite().all())
         assert not bool(after[1].isfinite().any())
 
-    def test_add_adapters_beside_every_layer(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("adapted", [1, 2], ids=["of one route", "of two routes"])
+    def test_add_adapters_beside_every_layer(self, tmp_path: Path, adapted: int) -> None:
         cached = CachedDecoder(tmp_path)
-        adapters = cast(Adapters, lambda index, hidden: (index + 1) * hidden.tanh())
-        compiled = cached.run([(0, 30), (1, 5)], [(slice(1, 2), adapters)])
-        torch.testing.assert_close(compiled, cached.run([(0, 30), (1, 5)], [(slice(1, 2), adapters)], compiled=False))
+        singles = [(0, 30), (1, 5), (2, 17)]
+        routes = [(slice(1 + number, 2 + number), some_adapters(number)) for number in range(adapted)]
+        torch.testing.assert_close(cached.run(singles, routes), cached.run(singles, routes, compiled=False))
+        assert not torch.allclose(cached.run(singles, routes)[1], cached.run(singles)[1])
+
+    def test_add_the_same_beside_many_tokens(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        cached, routes = CachedDecoder(tmp_path), [(slice(0, 2), some_adapters())]
+        few = cached.run([(0, 30), (1, 5)], routes)
+        monkeypatch.setattr("stitch_server.model.decoder.MAX_ADAPTED_TOKENS", 1)
+        torch.testing.assert_close(cached.run([(0, 30), (1, 5)], routes), few)
 
     def test_round_no_token_between_layers_for_the_adapters_of_another(self, tmp_path: Path) -> None:
         cached = CachedDecoder(tmp_path, torch.bfloat16)
-        draw = torch.Generator().manual_seed(1)
-        adapters = Adapters(0, torch.randn(4, 2, 32, generator=draw), torch.randn(4, 32, 2, generator=draw))
-        others = [(slice(1, 2), adapters.to(CPU, torch.bfloat16))]
+        others = [(slice(1, 2), some_adapters().to(CPU, torch.bfloat16))]
         assert torch.equal(cached.run([(0, 30), (1, 5)], others)[0], cached.run([(0, 30)])[0])
 
     def test_leave_their_input_unchanged(self, tmp_path: Path) -> None:
@@ -187,6 +195,12 @@ class TestKernels:
         before = cached.hidden.clone()
         cached.run([(0, 30), (1, 5)])
         assert torch.equal(cached.hidden, before)
+
+
+def some_adapters(seed: int = 0) -> Adapters:
+    """Beside all layers of `CachedDecoder`, of a rank that fills no vector."""
+    draw = torch.Generator().manual_seed(seed)
+    return Adapters(0, torch.randn(4, 3, 32, generator=draw), torch.randn(4, 32, 3, generator=draw))
 
 
 class CachedDecoder:
