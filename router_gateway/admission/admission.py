@@ -113,7 +113,7 @@ class Admission:
         self._open_account(tenant)
         ticket.resize(self._forecast.size(tenant.name, "", 0, max_tokens, is_exact=False, answers=demand.answers))
         if not self._starts_now(ticket):
-            self._check(ticket, self._forecast.seconds(ticket.size, self._running_beside()))
+            self._check(ticket, self._forecast.seconds(ticket.size, self._running_beside(ticket)))
         return ticket
 
     async def keep_promises(self) -> None:
@@ -137,7 +137,7 @@ class Admission:
             # whose requests wait for one another on the first shard.
             is_preferred = ticket.promise is not None or self.running.is_owed(tenant)
             seconds = self._forecast.seconds if is_preferred else self._forecast.bound_seconds
-            self._check(ticket, seconds(ticket.size, self._running_beside()))
+            self._check(ticket, seconds(ticket.size, self._running_beside(ticket)))
         self._queue.push(
             ticket,
             tenant.name,
@@ -253,7 +253,7 @@ class Admission:
         left = ticket.deadline - self.clock()
         if left <= 0:
             raise Expired("the deadline passed while the request waited for shards")
-        late = self._forecast.seconds(ticket.size, self._running_beside()) - left
+        late = self._forecast.seconds(ticket.size, self._running_beside(ticket)) - left
         if late > 0 and not self._is_calm():
             raise self._refusal(
                 ticket, "late", f"the answer would come {late:.1f} s after the request's deadline", late
@@ -282,7 +282,7 @@ class Admission:
         seconds = self.wait_seconds(ticket)
         if not seconds or not self._config.cheaper_under_load:
             return seconds, 0.0
-        left = ticket.deadline - self.clock() - self._forecast.seconds(ticket.size, self._running_beside())
+        left = ticket.deadline - self.clock() - self._forecast.seconds(ticket.size, self._running_beside(ticket))
         most = min(left, self._config.max_queue_seconds)
         return seconds, min(1.0, seconds / most) if most > 0 else 1.0
 
@@ -312,6 +312,9 @@ class Admission:
 
     def _start(self, ticket: Ticket) -> None:
         now, tenant, size = self.clock(), ticket.tenant, ticket.size
+        ticket.running_within = self._forecast.running_within(size, ticket.deadline - now)
+        if ticket.promise is not None:
+            ticket.running_within = max(ticket.running_within, self.running.least_beside_promise())
         self.running.add(ticket)
         if tenant.tokens_per_minute is not None:
             self._accounts[tenant.name].budget.take(size.tokens, tenant.tokens_per_minute, now)
@@ -319,7 +322,6 @@ class Admission:
             self._metrics.admission_returns.labels(outcome="admitted").inc()
         self._queue.charge(tenant.name, size.work)
         ticket.started_at = now
-        ticket.running_within = self._forecast.running_within(size, ticket.deadline - now)
         ticket.status = Status.RUNNING
         ticket.release(None)
 
@@ -349,9 +351,13 @@ class Admission:
         else:
             account.tenant = tenant
 
-    def _running_beside(self) -> float:
-        """How many requests will run on each first shard when those that wait and one more have come."""
-        return self.running.per_shard_with(len(self._queue) + 1)
+    def _running_beside(self, ticket: Ticket) -> float:
+        """How many requests will run on each first shard when those that wait and one more have come.
+
+        A promise is kept at the cost of others: fewer of them start beside it.
+        """
+        beside = self.running.per_shard_with(len(self._queue) + 1)
+        return beside if ticket.promise is None else min(beside, self.running.least_beside_promise())
 
     def _show(self, tenant: Tenant) -> None:
         self._metrics.tenant_running.labels(tenant=tenant.name).set(self._accounts[tenant.name].running)

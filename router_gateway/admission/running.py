@@ -18,6 +18,8 @@ LEAST_RUNNING = 16
 LONGEST_TOKEN_SECONDS = 0.1
 # A deadline that allows fewer running requests than this share of the limit is not kept at the cost of the others.
 LEAST_SHARE_FOR_DEADLINE = 0.25
+# That of a request that comes back when it was told to is kept, as far as this share of the limit allows.
+LEAST_SHARE_FOR_PROMISE = 0.5
 # Of the KV cache, what running requests are expected to fill.
 KV_SHARE = 0.9
 
@@ -49,8 +51,8 @@ class Running:
         self._capacity = capacity
         self._clock = clock
         self._requests: set[Placed] = set()
-        # See `limit`; None: it has to be counted anew.
-        self._limit: int | None = None
+        # See `limit`, and the same if no running request had a deadline; None: they have to be counted anew.
+        self._limits: tuple[int, float] | None = None
         # See `request_seconds`; up to `_summed_at`.
         self._request_seconds = 0.0
         self._summed_at = clock()
@@ -63,13 +65,13 @@ class Running:
         self.request_seconds()
         self._requests.add(request)
         self._accounts[request.tenant.name].running += 1
-        self._limit = None
+        self._limits = None
 
     def remove(self, request: Placed) -> None:
         self.request_seconds()
         self._requests.remove(request)
         self._accounts[request.tenant.name].running -= 1
-        self._limit = None
+        self._limits = None
 
     def request_seconds(self) -> float:
         """Their number summed over time; the difference ÷ seconds is the mean number."""
@@ -85,13 +87,15 @@ class Running:
     @property
     def limit(self) -> int:
         """How many requests the shards hold; refusals, of which there may be many, don't count it anew."""
-        if self._limit is None:
-            self._limit = self._count_limit()
-        return self._limit
+        return self._counted()[0]
+
+    def least_beside_promise(self) -> float:
+        """How many run on each first shard beside a request that comes back at its time, however tight its deadline."""
+        return LEAST_SHARE_FOR_PROMISE * self._counted()[1] / self._capacity().first_shards
 
     def forget_limit(self) -> None:
         """Shards may have come or gone."""
-        self._limit = None
+        self._limits = None
 
     def limit_per_shard(self) -> float:
         """Of each first shard."""
@@ -135,14 +139,19 @@ class Running:
     def _active_accounts(self) -> Iterator[Account]:
         return (one for one in self._accounts.values() if one.running or self._num_waiting(one.tenant.name))
 
-    def _count_limit(self) -> int:
-        """As many as get their tokens fast, fit the KV cache, and end in time."""
+    def _counted(self) -> tuple[int, float]:
+        if self._limits is None:
+            most, shards = self._count_limit(), self._capacity().first_shards
+            within = (shards * one.running_within for one in self._requests)
+            kept = (one for one in within if LEAST_SHARE_FOR_DEADLINE * most <= one < most)
+            self._limits = max(1, int(min(kept, default=most))), most
+        return self._limits
+
+    def _count_limit(self) -> float:
+        """As many as get their tokens fast and fit the KV cache."""
         capacity = self._capacity()
         fast = self._forecast.decode.running_within(LONGEST_TOKEN_SECONDS)
         limit = capacity.first_shards * max(LEAST_RUNNING, fast or 0.0)
         if capacity.kv_tokens and self._forecast.mean_tokens:
             limit = min(limit, KV_SHARE * capacity.kv_tokens / self._forecast.mean_tokens)
-        within = (capacity.first_shards * one.running_within for one in self._requests)
-        return max(
-            1, int(min((one for one in within if LEAST_SHARE_FOR_DEADLINE * limit <= one < limit), default=limit))
-        )
+        return limit

@@ -12,7 +12,7 @@ import pytest
 
 from router_gateway.admission.tenants import Tenant
 from tests.support.simulated_first_shard import SimulatedFirstShard
-from tests.support.simulated_shards import Counts, Simulation
+from tests.support.simulated_shards import Counts, SimulatedShards, Simulation
 from tests.support.virtual_time import run_virtually
 
 # Answers of 32 tokens a second that the simulated shards give to 24 clients, who ask again at once.
@@ -81,6 +81,25 @@ def test_overload_keeps_goodput_and_promises(load: float, returns: Returns) -> N
     returned = sum(counts.returned.values())
     assert counts.returned["refused"] <= 0.1 * returned
     assert returned or not returns(0.0)
+
+
+def test_promises_to_the_longest_answers_are_kept_on_slow_shards() -> None:
+    async def story() -> Counts:
+        simulation = Simulation(shards=SimulatedShards(speed=0.6))
+        await closed_loop(simulation, 24, 30.0)
+        counts = simulation.counts["default"] = Counts()
+        # Beside as many others as may run, 48 tokens take as long as the deadline.
+        await asyncio.gather(
+            *(open_loop(simulation, 2.0, 200.0, lambda told: True, tokens=tokens) for tokens in (16, 24, 32, 40, 48))
+        )
+        await simulation.close()
+        return counts
+
+    counts = simulate(story)
+    returned = sum(counts.returned.values())
+    assert counts.returned["refused"] <= 0.1 * returned
+    assert counts.returned["late"] <= 0.03 * returned
+    assert counts.tokens >= 0.8 * 0.6 * PEAK_PER_SECOND * 32 * 200.0
 
 
 def test_waiting_tenants_share_tokens_by_weight() -> None:
