@@ -185,10 +185,11 @@ class TestKernels:
         monkeypatch.setattr("stitch_server.model.decoder.MAX_ADAPTED_TOKENS", 1)
         torch.testing.assert_close(cached.run([(0, 30), (1, 5)], routes), few)
 
-    def test_round_no_token_between_layers_for_the_adapters_of_another(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("adapted", [1, 2], ids=["of one route", "of two routes"])
+    def test_round_no_token_between_layers_for_the_adapters_of_others(self, tmp_path: Path, adapted: int) -> None:
         cached = CachedDecoder(tmp_path, torch.bfloat16)
-        others = [(slice(1, 2), some_adapters().to(CPU, torch.bfloat16))]
-        assert torch.equal(cached.run([(0, 30), (1, 5)], others)[0], cached.run([(0, 30)])[0])
+        others = [(slice(1 + at, 2 + at), some_adapters(at).to(CPU, torch.bfloat16)) for at in range(adapted)]
+        assert torch.equal(cached.run([(0, 30), (1, 5), (2, 17)], others)[0], cached.run([(0, 30)])[0])
 
     def test_leave_their_input_unchanged(self, tmp_path: Path) -> None:
         cached = CachedDecoder(tmp_path)
