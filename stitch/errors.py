@@ -198,6 +198,8 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
         return Unauthenticated(message)
     if code is grpc.StatusCode.PERMISSION_DENIED:
         return Forbidden(message)
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return Incompatible(f"the server there has no such call ({message}): it is of another kind or version")
     return error
 
 

@@ -92,6 +92,15 @@ async def test_out_of_step_is_failed_precondition() -> None:
     assert (type(translated), str(translated)) == (OutOfStep, "position 7 is not 5")
 
 
+async def test_server_of_another_kind_is_incompatible() -> None:
+    async with listening(open_server()) as address, open_channel(address) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            await channel.unary_unary("/t.T/M")(b"")
+    translated = from_rpc_error(caught.value)
+    assert isinstance(translated, Incompatible)
+    assert "no such call (Method not found!): it is of another kind or version" in str(translated)
+
+
 async def test_unknown_rpc_error_is_not_translated() -> None:
     failure = await received(ZeroDivisionError("secret"))
     assert failure.code() is grpc.StatusCode.UNKNOWN
