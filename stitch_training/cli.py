@@ -87,7 +87,7 @@ def _fit(parsed: argparse.Namespace) -> None:
         reuse=tuple(parsed.reuse),
         start=parsed.start,
     )
-    _use_cpu(parsed)
+    _use_threads(parsed)
     with ProgressLine() as progress:
         write_fit(fit(settings, progress), parsed.out, parsed.store)
 
@@ -119,7 +119,7 @@ def _fit_within(parsed: argparse.Namespace) -> None:
         training=_training_settings(parsed),
         pack_mebibytes=parsed.pack_mebibytes,
     )
-    _use_cpu(parsed)
+    _use_threads(parsed)
     with ProgressLine() as progress:
         packed = fit_within(settings, TimeLimit(parsed.seconds, began), progress)
     left_out = f", without {', '.join(packed.left_out)}" if packed.left_out else ""
@@ -147,7 +147,7 @@ def _gates(parsed: argparse.Namespace) -> None:
         learning_rate=parsed.learning_rate,
         reuse=tuple(parsed.reuse),
     )
-    _use_cpu(parsed)
+    _use_threads(parsed)
     with ProgressLine() as progress:
         fitted = fit_gates(settings, progress)
     fitted.gates.save(parsed.out)
@@ -174,7 +174,7 @@ def _sweep(parsed: argparse.Namespace) -> None:
         least_saving=parsed.least_saving,
         reuse=tuple(parsed.reuse),
     )
-    _use_cpu(parsed)
+    _use_threads(parsed)
     with ProgressLine() as progress:
         found = sweep(settings, progress)
     ranking = [rung.name for rung in found.ranking()]
@@ -210,7 +210,7 @@ def _evaluate(parsed: argparse.Namespace) -> None:
             function_tokens=parsed.function_tokens,
         ),
     )
-    _use_cpu(parsed)
+    _use_threads(parsed)
     with ProgressLine() as progress:
         ladder = evaluate(settings, progress)
     write_evaluation(ladder, settings, parsed.out)
@@ -230,7 +230,7 @@ def _probe(parsed: argparse.Namespace) -> None:
     settings = ProbeSettings(cluster, parsed.tokens, parsed.budget, parsed.folds, dtype, parsed.chat, device)
     routes, renamed = routes_by_cost(cluster), named(parsed.rename, "rename")
     sets = [read_labels(path, routes, renamed) for path in parsed.data]
-    _use_cpu(parsed)
+    _use_threads(parsed)
     with ProgressLine() as progress:
         write_probe(train_probe(settings, sets, progress), parsed.out)
 
@@ -314,7 +314,7 @@ def _calibrate(parsed: argparse.Namespace) -> None:
 
         if parsed.cluster is None:
             raise InvalidRequest("cluster", None, "--probe needs the cluster that it is for")
-        _use_cpu(parsed)
+        _use_threads(parsed)
         cluster, dtype = load_cluster(parsed.cluster), getattr(torch, parsed.dtype)
         device = training_device(parsed.device)
         with ProgressLine() as progress:
@@ -421,12 +421,9 @@ def _run_dir(parsed: argparse.Namespace) -> Path:
     return path
 
 
-def _use_cpu(parsed: argparse.Namespace) -> None:
+def _use_threads(parsed: argparse.Namespace) -> None:
     import torch
 
-    from stitch_training.device import keep_freed_memory
-
-    keep_freed_memory()
     if parsed.threads > 0:
         torch.set_num_threads(parsed.threads)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
-
 import torch
 
 from stitch.errors import InvalidRequest
@@ -14,20 +11,6 @@ CPU = torch.device("cpu")
 CPU_BATCH_SEQUENCES, GPU_BATCH_SEQUENCES = 4, 16
 # Prompts that are answered together.
 CPU_BATCH_PROMPTS, GPU_BATCH_PROMPTS = 16, 64
-# Parameters of glibc's `mallopt` (malloc.h), and what it is told.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_INT, _GIBIBYTE = (1 << 31) - 1, 1 << 30
-
-
-def keep_freed_memory() -> None:
-    """Makes this process keep the memory of freed tensors for the next ones, where the C library is glibc.
-
-    By default glibc maps anything over 32 MiB anew, and gives freed memory back: a step of training then spends most of
-    its time on page faults. The process stays as large as it has ever been.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, _GIBIBYTE)
-        libc.mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
 
 
 def training_device(name: str) -> torch.device:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +27,6 @@ from tests.support.tiny_fit import write_chats, write_cluster, write_texts
 
 RANK = 2
 SEQUENCE_TOKENS = 32
-# Makes and frees tensors of 64 MB, then prints how many pages the kernel had to bring for twenty more.
-FREED_TENSORS = """
-import resource, sys, torch
-from stitch_training.device import keep_freed_memory
-if sys.argv[1] == "kept":
-    keep_freed_memory()
-torch.set_num_threads(1)
-for _ in range(20):
-    torch.ones(1 << 24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    torch.ones(1 << 24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -175,11 +159,3 @@ def test_probe_features_are_computed_on_the_device(folder: Path) -> None:
     assert rows.shape[0] == 2
     assert not rows.any()
     assert "aten.embedding.default" in accelerator.operations
-
-
-def test_memory_of_freed_tensors_is_used_again() -> None:
-    kept, returned = (
-        int(subprocess.run([sys.executable, "-c", FREED_TENSORS, memory], capture_output=True, check=True).stdout)
-        for memory in ("kept", "returned")
-    )
-    assert kept < returned / 100
