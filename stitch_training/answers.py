@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stitch.client import AsyncClient
+from stitch.client.until_room import until_room
 from stitch.errors import InvalidRequest, shown
 from stitch_training.data import Turn, read_documents, shuffle, to_document
 from stitch_training.prompt_runs import (
@@ -109,13 +110,15 @@ def seed_of(prompt: Sequence[Turn], seed: int) -> int:
 
 async def _line(client: AsyncClient, prompt: ChatPrompt, settings: AnswersSettings) -> str:
     messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.content} for turn in prompt]
-    answer = await client.generate(
-        messages=messages,
-        route=settings.route,
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
-        seed=seed_of(prompt, settings.seed),
-        timeout=ANSWER_TIMEOUT_SECONDS,
+    answer = await until_room(
+        lambda: client.generate(
+            messages=messages,
+            route=settings.route,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            seed=seed_of(prompt, settings.seed),
+            timeout=ANSWER_TIMEOUT_SECONDS,
+        )
     )
     return answer_line(prompt, answer.text, answer.finish_reason, settings)
 

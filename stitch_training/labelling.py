@@ -23,7 +23,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, Protocol, TextIO, TypeAlias
 
-from stitch.client import AsyncClient
+from stitch.client import Answer, AsyncClient
+from stitch.client.until_room import until_room
 from stitch.errors import InvalidRequest
 from stitch_training.functions import is_correct
 from stitch_training.labels import read_json_lines
@@ -89,13 +90,16 @@ class ClusterRoutes:
     async def answer(self, prompt: str, route: str) -> str:
         """See `Routes`."""
         fields = self._fields(prompt, route) | {"temperature": 0.0}
-        return (await self.client.generate(**fields, timeout=ANSWER_TIMEOUT_SECONDS)).text
+        return (await self._ask(fields)).text
 
     async def likelihood(self, prompt: str, route: str, answer: str) -> float:
         """See `Routes`; over the answer's first `max_tokens` tokens."""
         fields = self._fields(prompt, route) | {"forced_answer": answer, "logprobs": 0, "ignore_eos": True}
-        reply = await self.client.generate(**fields, timeout=ANSWER_TIMEOUT_SECONDS)
+        reply = await self._ask(fields)
         return math.exp(fmean(token.logprob for token in reply.logprobs))
+
+    async def _ask(self, fields: dict[str, Any]) -> Answer:
+        return await until_room(lambda: self.client.generate(**fields, timeout=ANSWER_TIMEOUT_SECONDS))
 
     def _fields(self, prompt: str, route: str) -> dict[str, Any]:
         content = {"prompt": prompt} if self.is_plain else {"messages": [{"role": "user", "content": prompt}]}

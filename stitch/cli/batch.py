@@ -31,10 +31,8 @@ from stitch.cli.arguments import gateway_endpoint, request_fields
 from stitch.cli.output import json_line
 from stitch.client import Answer, AsyncClient
 from stitch.client.messages import generate_request
-from stitch.errors import Exhausted, InvalidRequest, StitchError, shown
-
-# A full gateway is asked again after the time that it names, up to this many times.
-MAX_ATTEMPTS = 20
+from stitch.client.until_room import until_room
+from stitch.errors import InvalidRequest, StitchError, shown
 
 _BYTE_ORDER_MARKS = (
     *((mark, "utf-32") for mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
@@ -383,9 +381,4 @@ async def _generate(client: AsyncClient, fields: Record) -> Answer:
     """One answer; repeats the request while the gateway is full."""
     # Refuses fields that no request has; `generate` itself would accept `timeout`.
     generate_request(fields)
-    for _ in range(MAX_ATTEMPTS - 1):
-        try:
-            return await client.generate(**fields)
-        except Exhausted as full:
-            await asyncio.sleep(full.retry_after_seconds)
-    return await client.generate(**fields)
+    return await until_room(lambda: client.generate(**fields))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from stitch.errors import InvalidRequest, Unavailable
+from stitch.errors import Exhausted, InvalidRequest, Unavailable
 from stitch_training.cli import main
 from stitch_training.labelling import (
     chosen_routes,
@@ -289,6 +289,14 @@ def test_label_with_failures_returns_1_and_the_next_run_retries_them(gateway: Fa
     gateway.failure = lambda request: None
     assert run_label(gateway, tmp_path, "--plain") == 0
     assert [row["prompt"] for row in labels(tmp_path)] == ["good", "bad"]
+
+
+def test_label_waits_for_room(gateway: FakeGateway, tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", [{"prompt": "one two", "answer": "two"}])
+    refusals = iter([Exhausted("full", 0.01), Exhausted("full", 0.01)])
+    gateway.failure = lambda request: next(refusals, None)
+    assert run_label(gateway, tmp_path) == 0
+    assert [row["prompt"] for row in labels(tmp_path)] == ["one two"]
 
 
 def test_label_of_one_route_returns_2(gateway: FakeGateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

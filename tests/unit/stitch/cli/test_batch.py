@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 
-from stitch.cli import batch
 from stitch.cli.batch import (
-    MAX_ATTEMPTS,
     Line,
     Outcomes,
     Record,
@@ -26,7 +24,8 @@ from stitch.cli.batch import (
     output_target,
     read_lines,
 )
-from stitch.client import AsyncClient
+from stitch.client import AsyncClient, until_room
+from stitch.client.until_room import MAX_ATTEMPTS
 from stitch.errors import Exhausted, InvalidRequest, StitchError
 from stitch.v1 import inference_pb2
 from tests.support.fake_gateway import FakeGateway
@@ -116,7 +115,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     async def sleep(seconds: float) -> None:
         found.append(seconds)
 
-    monkeypatch.setattr(batch.asyncio, "sleep", sleep)
+    monkeypatch.setattr(until_room.asyncio, "sleep", sleep)
     return found
 
 
