@@ -110,7 +110,7 @@ class GateStudent:
             soft = torch.sigmoid(z / TEMPERATURE)
             mask = ((z > 0).float() + soft - soft.detach()) * rows
             computed, healed = native.feed_forward(normed), skip.healing(native.index, states)
-            return states + computed + mask[:, None] * (healed - computed)
+            return states + computed + (mask[:, None] * (healed - computed)).to(states.dtype)
 
         return self.model.run_each(hidden, run_layer), torch.stack(seen)
 
@@ -167,7 +167,7 @@ def measure_harm(model: FrozenModel, data: PassResult, vocabulary: int) -> Harm:
         masks.append(torch.zeros(len(hidden), device=hidden.device, requires_grad=True))
         inputs.append(normed.detach()[generated].float())
         states.append(hidden.detach()[generated].float())
-        return hidden + (1 - masks[-1][:, None]) * native.feed_forward(normed)
+        return hidden + ((1 - masks[-1][:, None]) * native.feed_forward(normed)).to(hidden.dtype)
 
     hidden = model.run_each(model.embed(tokens), run_layer)
     settings = LossSettings(0.0, vocabulary, SAMPLED_TOKENS, torch.Generator().manual_seed(0))

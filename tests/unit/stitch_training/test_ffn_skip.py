@@ -58,6 +58,12 @@ def test_calibrated_shares_hold_on_the_held_out_pass(file: Path) -> None:
         assert sum(calibration.rates) / 6 == pytest.approx(share, abs=0.05)
 
 
+def test_calibrated_shares_hold_in_bfloat16(settings: SkipSettings, tmp_path: Path) -> None:
+    gates = fit_gates(replace(settings, dtype="bfloat16", run_dir=tmp_path / "run"), quiet).gates
+    for share, calibration in gates.calibrations.items():
+        assert sum(calibration.rates) / 6 == pytest.approx(share, abs=0.05)
+
+
 def test_gates_leave_out_the_ffns_that_do_nothing(settings: SkipSettings, tmp_path: Path) -> None:
     silent = {2, 4}
     folder = write_tiny_model(tmp_path / "bottom", "qwen2", layers=6, hidden_size=48, heads=6)
