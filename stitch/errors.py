@@ -167,10 +167,16 @@ async def translated_errors(context: grpc.aio.ServicerContext[Any, Any]) -> Asyn
 
 @contextmanager
 def translated_rpc_errors() -> Iterator[None]:
-    """Raises the StitchError that the other side raised; any other RpcError passes unchanged."""
+    """Raises the StitchError that the other side raised, and Incompatible where it has no such call.
+
+    Any other RpcError passes unchanged.
+    """
     try:
         yield
     except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            message = f"the server there has no such call ({error.details()}): it is of another kind or version"
+            raise Incompatible(message) from error
         translated = from_rpc_error(error)
         if translated is error:
             raise
@@ -198,8 +204,6 @@ def from_rpc_error(error: grpc.RpcError) -> Exception:
         return Unauthenticated(message)
     if code is grpc.StatusCode.PERMISSION_DENIED:
         return Forbidden(message)
-    if code is grpc.StatusCode.UNIMPLEMENTED:
-        return Incompatible(f"the server there has no such call ({message}): it is of another kind or version")
     return error
 
 

@@ -65,7 +65,7 @@ def test_unavailable_keeps_its_tokens_and_shard_over_rpc() -> None:
 
 
 def test_rpc_error_without_details_is_returned_unchanged() -> None:
-    foreign = AioRpcError(grpc.StatusCode.UNKNOWN, Metadata(), Metadata(), "it broke", None)
+    foreign = AioRpcError(grpc.StatusCode.UNIMPLEMENTED, Metadata(), Metadata(), "no such method", None)
     assert from_rpc_error(foreign) is foreign
 
 

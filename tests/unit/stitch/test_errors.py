@@ -27,6 +27,7 @@ from stitch.errors import (
     shown,
     to_status,
     translated_errors,
+    translated_rpc_errors,
 )
 from tests.support.listening import listening
 
@@ -93,12 +94,10 @@ async def test_out_of_step_is_failed_precondition() -> None:
 
 
 async def test_server_of_another_kind_is_incompatible() -> None:
+    expected = r"no such call \(Method not found!\): it is of another kind or version"
     async with listening(open_server()) as address, open_channel(address) as channel:
-        with pytest.raises(grpc.RpcError) as caught:
+        with pytest.raises(Incompatible, match=expected), translated_rpc_errors():
             await channel.unary_unary("/t.T/M")(b"")
-    translated = from_rpc_error(caught.value)
-    assert isinstance(translated, Incompatible)
-    assert "no such call (Method not found!): it is of another kind or version" in str(translated)
 
 
 async def test_unknown_rpc_error_is_not_translated() -> None:
