@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stitch.errors import Unavailable
+from stitch.errors import Exhausted, Unavailable
 from stitch_training.answer_quality import kept_back_prompts
 from stitch_training.answers import AnswersSettings, seed_of, training_prompts
 from stitch_training.cli import main
@@ -112,6 +112,15 @@ def test_interrupted_run_resumes_to_the_same_file(gateway: FakeGateway, data: li
     assert asked
     assert all(text.startswith("chat") for text in asked)
     assert lines(resumed) == lines(whole)
+
+
+def test_full_cluster_is_waited_for(gateway: FakeGateway, data: list[Path], tmp_path: Path) -> None:
+    run(gateway, data, tmp_path / "at-once.jsonl")
+    refusals = iter([Exhausted("full", 0.01), Exhausted("full", 0.01)])
+    gateway.failure = lambda request: next(refusals, None)
+    assert run(gateway, data, tmp_path / "later.jsonl") == 0
+    assert next(refusals, None) is None
+    assert lines(tmp_path / "later.jsonl") == lines(tmp_path / "at-once.jsonl")
 
 
 @pytest.mark.parametrize("flags", [("--temperature", "0"), ("--seed", "1"), ("--route", "weak")])
