@@ -17,6 +17,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stitch.access import REFUSED
 from stitch.channels import open_channel
@@ -222,19 +223,26 @@ async def test_new_certificates_under_load_cost_no_answer_and_old_ones_can_be_re
 ) -> None:
     names, first = secured.cluster.names, {name: secured.own(name) for name in secured.cluster.names}
     certificates = CertificateSet(load_cluster(str(secured.cluster.file)), secured.folder, DAY)
-    with Load(secured.cluster) as load:
-        for _ in range(rotations):
-            before = changes(secured)
-            assert len(list(certificates.write(renew=names))) == len(names)
-            await all_have_changed(secured, before)
-            so_far = len(load.answers)
-            await eventually(lambda count=so_far: load.failures or len(load.answers) > count + 10, 60)
-    assert load.failures == []
-    assert len(set(load.answers)) == 1
-    before = changes(secured)
-    (secured.folder / "revoked").write_text("".join(f"{own.serial:x}\n" for own in first.values()))
-    await all_have_changed(secured, before)
-    assert "has been revoked" in secured.cluster.log("top-0")
+    async with secured.channel("top-0", first[GATEWAY]) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        watched = asyncio.create_task(_end(watch))
+        with Load(secured.cluster) as load:
+            for _ in range(rotations):
+                before = changes(secured)
+                assert len(list(certificates.write(renew=names))) == len(names)
+                await all_have_changed(secured, before)
+                so_far = len(load.answers)
+                await eventually(lambda count=so_far: load.failures or len(load.answers) > count + 10, 60)
+        assert load.failures == []
+        assert len(set(load.answers)) == 1
+        assert not watched.done()
+        before = changes(secured)
+        (secured.folder / "revoked").write_text("".join(f"{own.serial:x}\n" for own in first.values()))
+        await all_have_changed(secured, before)
+        async with asyncio.timeout(ENDED_SECONDS):
+            assert await watched == DENIED
+    lines = [line for line in secured.cluster.log("top-0").splitlines() if "has been revoked" in line]
+    assert any(f"{first[GATEWAY].serial:x}" in line and "Watch" in line for line in lines)
     answer = secured.cluster.generate("stitch", route="strong", max_tokens=24, ignore_eos=True, timeout=60)
     assert answer.text == load.answers[0]
     assert set((await secured.outcomes(first[GATEWAY])).values()) == {DENIED}
