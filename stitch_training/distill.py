@@ -1,9 +1,10 @@
 """Distillation: trains a stitch, and adapters of the top model, through the frozen top model on a trace.
 
-The optimizer is Adam with a rate that falls linearly to zero over all steps. The order of sequences is drawn from the
-seed for every epoch, so a run is determined by its trace and settings; a run resumed from its checkpoint gives the same
-numbers as an uninterrupted one. Parameters and optimizer are on the models' device; all draws are the CPU's, so every
-device trains on the same sequences from the same adapters.
+The optimizer is Adam. Its rate rises over the first steps, since Adam's first ones are as large as the rate whatever
+the gradients, and falls linearly to zero over all steps. The order of sequences is drawn from the seed for every epoch,
+so a run is determined by its trace and settings; a run resumed from its checkpoint gives the same numbers as an
+uninterrupted one. Parameters and optimizer are on the models' device; all draws are the CPU's, so every device trains
+on the same sequences from the same adapters.
 
 The stitch is trained in coordinates in which one learning rate suits every entry, although the channels of a language
 model differ in size by a factor of a thousand:
@@ -49,6 +50,8 @@ from stitch_training.trace import Trace
 Aim = Literal["states", "answers"]
 # Training ends after this number of evaluations in a row that are worse than an earlier one.
 PATIENCE_EVALUATIONS = 3
+# Of all steps, those over which the rate rises.
+WARM_UP_SHARE = 0.05
 # Tokens drawn for a step's normalizer from those that neither its teacher nor its text contains.
 SAMPLED_TOKENS = 4096
 
@@ -257,6 +260,11 @@ def counting_sequences(trace: Trace, sequences: int, loss_on: LossOn) -> Tensor:
     return found
 
 
+def rate_share(step: int, steps: int) -> float:
+    """The rate of a step, of the whole run's: it rises over WARM_UP_SHARE of the steps, and falls to zero."""
+    return min(1.0, (step + 1) / max(1.0, WARM_UP_SHARE * steps)) * (1 - step / steps)
+
+
 class Distillation:
     """One training run on the first `sequences` of a trace, resumed from `checkpoint` where that file exists."""
 
@@ -317,7 +325,7 @@ class Distillation:
     def _train_step(self) -> float:
         top, rows = self._top, self._rows(self.step)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._settings.learning_rate * (1 - self.step / self.steps)
+            group["lr"] = self._settings.learning_rate * rate_share(self.step, self.steps)
         k, j = self._cut
         states, adapters = self.student(self._trace.hidden(k, rows).to(top.device).float()), self.student.adapters()
         hidden = top.run(states, j, top.depth, adapters)

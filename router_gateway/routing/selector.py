@@ -7,6 +7,7 @@ request that is refused, nothing is kept.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
@@ -107,7 +108,8 @@ class Selector:
             return preferred
         allowed = query.routes if options.route is None else (options.route,)
         qualities = routed.qualities if isinstance(routed, RouteDecision) else None
-        forecasts = self._forecasts(qualities, query.routes, prompt_tokens, wait.seconds)
+        most = math.inf if objectives.max_ttft_seconds is None else objectives.max_ttft_seconds
+        forecasts = self._forecasts(qualities, query.routes, prompt_tokens, wait.seconds, most)
         possible = [forecast for forecast in forecasts if forecast.route in allowed]
         if isinstance(preferred, DeferredDecision):
             return restrict(objectives, possible)
@@ -185,10 +187,11 @@ class Selector:
         routes: tuple[str, ...],
         prompt_tokens: int,
         waited_seconds: float,
+        most_seconds: float,
     ) -> Iterator[Forecast]:
         costs = self._models.costs()
         for index, route in enumerate(routes):
-            seconds = self._predictor.predict_seconds(route, prompt_tokens)
+            seconds = self._predictor.predict_within(route, prompt_tokens, most_seconds - waited_seconds)
             yield Forecast(
                 route,
                 ttft_seconds=None if seconds is None else waited_seconds + seconds,

@@ -7,9 +7,12 @@ prompt in progress, the pace of its route estimates how much is done. Per route,
     seconds = intercept + slope · tokens
 
 is fitted by least squares of the relative error over a window of samples; neither term is negative. A prediction is a
-bound: that line times the second largest factor in the window by which a sample exceeded the line, each compared with
-the line before the sample was added. If the order of samples is random, 2 of WINDOW + 1 exceed it; a single outlier
-does not widen it.
+bound: that line times the second largest factor in the window by which a sample exceeds it. If the order of samples is
+random, 2 of WINDOW + 1 exceed it; a single outlier does not widen it. All factors are of one line: those of the lines
+before would count a change of pace twice, in the line and once more in the factors of the samples that changed it.
+
+A route whose bound refuses every request gets no samples by which the bound could fall again. So every
+TRIAL_REFUSALS-th request in a row that the line would let in measures the route anew.
 """
 
 from __future__ import annotations
@@ -26,8 +29,10 @@ from typing import Self
 WINDOW = 64
 # Samples expire, so that a slow phase is forgotten even where its own predictions keep every request away.
 MAX_AGE_SECONDS = 300.0
-# A line needs this many samples, and a bound this many more that were compared with a line.
+# A line needs this many samples, and a bound twice as many.
 MIN_SAMPLES = 8
+# Requests in a row that a bound refuses and its line does not, before one is let in.
+TRIAL_REFUSALS = 8
 # A sample of 0 s, by a coarse clock, has no relative error.
 _MIN_SECONDS = 1e-6
 
@@ -37,8 +42,6 @@ class _Sample:
     tokens: float
     seconds: float
     at: float
-    # Measured seconds divided by predicted ones; None where there was no line yet.
-    factor: float | None
 
 
 class TtftRegression:
@@ -46,19 +49,31 @@ class TtftRegression:
 
     def __init__(self) -> None:
         self._samples: deque[_Sample] = deque(maxlen=WINDOW)
+        # Of requests that the line would have let in, since the last sample.
+        self._refusals = 0
 
     def observe(self, tokens: float, seconds: float, at: float) -> None:
         """Adds a sample: work of `tokens` took `seconds`, above 0, until the first text at `at`."""
         self._expire(at)
-        line = self.line(at)
-        factor = None if line is None else seconds / _evaluate(line, tokens)
-        self._samples.append(_Sample(tokens, seconds, at, factor))
+        self._refusals = 0
+        self._samples.append(_Sample(tokens, seconds, at))
 
     def bound(self, tokens: float, at: float) -> float | None:
         """Seconds that nearly all requests with this much work stay below; None with too few samples."""
         self._expire(at)
-        line, factor = self.line(at), self._factor()
-        return None if line is None or factor is None else _evaluate(line, tokens) * factor
+        line = self.line(at)
+        if line is None or len(self._samples) < 2 * MIN_SAMPLES:
+            return None
+        factors = sorted(sample.seconds / _evaluate(line, sample.tokens) for sample in self._samples)
+        return _evaluate(line, tokens) * factors[-2]
+
+    def bound_within(self, tokens: float, limit: float, at: float) -> float | None:
+        """The bound of a request that is refused above `limit`; None also where it measures the route anew."""
+        bound, line = self.bound(tokens, at), self.line(at)
+        if bound is None or line is None or bound <= limit or _evaluate(line, tokens) > limit:
+            return bound
+        self._refusals += 1
+        return bound if self._refusals % TRIAL_REFUSALS else None
 
     def slope(self, at: float) -> float | None:
         """Seconds per token; None with too few samples."""
@@ -81,10 +96,6 @@ class TtftRegression:
     def _expire(self, at: float) -> None:
         while self._samples and self._samples[0].at < at - MAX_AGE_SECONDS:
             self._samples.popleft()
-
-    def _factor(self) -> float | None:
-        factors = [sample.factor for sample in self._samples if sample.factor is not None]
-        return sorted(factors)[-2] if len(factors) >= MIN_SAMPLES else None
 
 
 def _least_squares(aa: float, ab: float, bb: float, a: float, b: float) -> tuple[float, float]:
@@ -123,6 +134,10 @@ class TtftPredictor:
     def predict_seconds(self, route: str, prompt_tokens: int) -> float | None:
         """From now to the first text, a bound that nearly all requests keep; None with too few samples."""
         return self._regressions[route].bound(self._work_tokens(prompt_tokens), self._clock())
+
+    def predict_within(self, route: str, prompt_tokens: int, limit: float) -> float | None:
+        """The same for a request that is refused where it takes longer; None also where it measures the route anew."""
+        return self._regressions[route].bound_within(self._work_tokens(prompt_tokens), limit, self._clock())
 
     def alone_seconds(self, route: str, prompt_tokens: int) -> float | None:
         """The same as if no earlier prompt were pending."""

@@ -14,6 +14,7 @@ from stitch_server.model.adapters import Adapters
 from stitch_training.activations import PassResult, PassSettings, record
 from stitch_training.distill import (
     PATIENCE_EVALUATIONS,
+    WARM_UP_SHARE,
     ChannelScales,
     Coordinates,
     Distillation,
@@ -22,6 +23,7 @@ from stitch_training.distill import (
     TrainableStitch,
     TrainingSettings,
     channel_scales,
+    rate_share,
 )
 from stitch_training.least_squares import CutPoint
 from stitch_training.models import Pair
@@ -272,3 +274,12 @@ def test_gradients_reach_both_adapter_tensors(tmp_path: Path) -> None:
             below = loss(trained.to_adapters())
             parameter[at] += 1e-2
         torch.testing.assert_close((above - below) / 2e-2, gradient[at], rtol=0.05, atol=1e-5)
+
+
+def test_rate_rises_over_a_twentieth_of_the_steps_and_falls_to_zero() -> None:
+    shares = [rate_share(step, 200) for step in range(200)]
+    assert shares[0] == pytest.approx(0.1)
+    assert shares.index(max(shares)) == 200 * WARM_UP_SHARE - 1
+    assert shares[-1] == pytest.approx(1 / 200)
+    # Also a run of one step has a rate.
+    assert rate_share(0, 1) == 1

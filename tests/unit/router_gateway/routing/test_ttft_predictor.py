@@ -14,6 +14,7 @@ from router_gateway.routing.router import RouteDecision
 from router_gateway.routing.ttft_predictor import (
     MAX_AGE_SECONDS,
     MIN_SAMPLES,
+    TRIAL_REFUSALS,
     WINDOW,
     TrackedRequest,
     TtftPredictor,
@@ -53,6 +54,25 @@ def test_samples_expire() -> None:
     assert line.bound(100, 10.1 + MAX_AGE_SECONDS) is None
 
 
+def test_route_that_its_bound_starves_is_measured_anew() -> None:
+    """Samples of a busy hour keep everyone away until every eighth request in a row that the line would let in is."""
+    line = TtftRegression()
+    for index in range(WINDOW):
+        tokens = 10.0 + 97 * index % 500
+        line.observe(tokens, seconds_of(tokens) * (10 if index % 8 == 0 else 1), 0.0)
+    bound, typical = line.bound(100, 0.0) or 0, seconds_of(100)
+    assert bound > 5 * typical
+    asked = [line.bound_within(100, 4 * typical, 0.0) for _ in range(2 * TRIAL_REFUSALS)]
+    assert [index for index, one in enumerate(asked, 1) if one is None] == [TRIAL_REFUSALS, 2 * TRIAL_REFUSALS]
+    # What the line would refuse is never let in, and what the bound lets in is no trial.
+    assert all(line.bound_within(100, typical / 2, 0.0) for _ in range(2 * TRIAL_REFUSALS))
+    assert all(line.bound_within(100, 2 * bound, 0.0) for _ in range(2 * TRIAL_REFUSALS))
+    # A sample begins the row anew.
+    for _ in range(2 * TRIAL_REFUSALS):
+        assert line.bound_within(100, 4 * typical, 0.0) is not None
+        line.observe(100, typical, 0.0)
+
+
 def test_bound_follows_a_route_that_became_slower() -> None:
     line = learned(WINDOW)
     for index in range(2 * WINDOW):
@@ -61,6 +81,14 @@ def test_bound_follows_a_route_that_became_slower() -> None:
         # With old and new samples mixed, the bound covers the new speed from the third new sample on.
         assert index < 2 or (line.bound(100, 1.0) or 0) >= 0.99 * 4 * seconds_of(100)
     assert line.bound(100, 1.0) == pytest.approx(4 * seconds_of(100))
+
+
+def test_change_of_pace_counts_once() -> None:
+    draw, line = random.Random(0), learned()
+    for _ in range(WINDOW):
+        tokens = draw.uniform(10, 500)
+        line.observe(tokens, 4 * seconds_of(tokens) * draw.uniform(0.8, 1.2), 1.0)
+    assert 1 <= (line.bound(100, 1.0) or 0) / (4 * seconds_of(100)) <= 1.3
 
 
 def test_bound_ignores_a_single_outlier() -> None:
