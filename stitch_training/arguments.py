@@ -235,6 +235,7 @@ def add_evaluate_router(actions: Verbs) -> argparse.ArgumentParser:
     _add_labels(evaluate, "labelled prompts that the router was not trained on")
     evaluate.add_argument("--routes", metavar="NAME,…", default="weak,strong", help="of --folds; default: %(default)s")
     evaluate.add_argument("--seed", metavar="N", type=int, default=0, help="draws the folds; default: 0")
+    evaluate.add_argument("--draws", metavar="N", type=int, default=1, help="of the folds, for means; default: 1")
     evaluate.add_argument("--plot", metavar="FILE", type=Path, help="draw the curves; one file per data file")
     evaluate.add_argument("--json", metavar="FILE", type=Path, help="write all figures")
     return evaluate

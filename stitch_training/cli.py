@@ -294,7 +294,7 @@ def _evaluate_router(parsed: argparse.Namespace) -> None:
         evaluate(parsed.router, parsed.data, renamed, parsed.plot, parsed.json)
     else:
         routes = tuple(parsed.routes.split(","))
-        cross_validate(parsed.data, routes, renamed, parsed.folds, parsed.seed, parsed.plot, parsed.json)
+        cross_validate(parsed.data, routes, renamed, parsed.folds, parsed.seed, parsed.draws, parsed.plot, parsed.json)
 
 
 def _calibrate(parsed: argparse.Namespace) -> None:

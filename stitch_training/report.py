@@ -142,6 +142,23 @@ def table(title: str, found: Rankings) -> str:
     return "\n".join([title, *(line.rstrip() for line in lines), lead])
 
 
+def draw_lines(draws: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns each ranking's mean APGR and PGR at 50 % over draws of the folds, with the range of the draws.
+
+    `draws` are the `unseen` of their `training_record`.
+    """
+    lines = [f"the router, means over {len(draws)} draws of the folds:"]
+    for source, pairs in draws[0].items():
+        for pair in pairs:
+            apgr, pgr = ([draw[source][pair][name] for draw in draws] for name in ("apgr", "pgr_50"))
+            lines.append(f"{source}, {pair}: APGR {_with_range(apgr)}, PGR at 50 % {_with_range(pgr)}")
+    return lines
+
+
+def _with_range(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
 def curve_table(found: Recovery) -> str:
     """Returns the router's own curve as two lines."""
     shares = "  ".join(f"{share:4.0%}" for share in found.shares)

@@ -33,6 +33,7 @@ from stitch_training.report import (
     SourceRankings,
     as_json,
     curve_table,
+    draw_lines,
     plot_curves,
     rank_pairs,
     rank_sources,
@@ -266,25 +267,37 @@ def cross_validate(
     renamed: Mapping[str, str],
     count: int,
     seed: int,
+    draws: int,
     plot: Path | None,
     out: Path | None,
 ) -> None:
     """Prints the figures of routers that were trained on the other folds of each row, each file's and all files'.
 
-    Draws curves and writes JSON where requested. Raises InvalidRequest where the data, the routes or the number of
-    folds is invalid.
+    Those with intervals, and the curves, are of the folds that `seed` draws; with more `draws` it repeats all with the
+    seeds after it, and prints the means. Draws curves and writes JSON where requested. Raises InvalidRequest where the
+    data, the routes or the number of folds or draws is invalid.
     """
     check_training(routes, count)
+    if draws < 1:
+        raise InvalidRequest("draws", draws, "it must be at least 1")
     sets = [read_labels(path, routes, renamed) for path in data]
-    gains, targets = nested_gains(gather(sets), count, seed, _fold_reporter(count))
+    examples = gather(sets)
+    gains, targets = nested_gains(examples, count, seed, _fold_reporter(count))
     found = rank_sources(sets, gains)
     _print_rankings(found, "rows unseen")
     print(f"targets of the folds: {', '.join(targets)}")
+    by_draw = [training_record(sets, found)]
+    for more in range(seed + 1, seed + draws):
+        gains, _ = nested_gains(examples, count, more, _fold_reporter(count))
+        by_draw.append(training_record(sets, rank_sources(sets, gains)))
+    unseen = [record["unseen"] for record in by_draw]
+    if draws > 1:
+        print("\n".join(draw_lines(unseen)))
     for name, pairs in found.items():
         if plot is not None:
             plot_curves(pairs, plot.with_stem(f"{plot.stem}-{name.replace(' ', '-')}") if len(found) > 1 else plot)
     if out is not None:
-        record = {"folds": count, "seed": seed, "targets": targets, "data": training_record(sets, found)["data"]}
+        record = {"folds": count, "seed": seed, "targets": targets, "data": by_draw[0]["data"], "draws": unseen}
         quality = {one.name: dict(zip(routes, one.qualities.mean(axis=0).tolist(), strict=True)) for one in sets}
         pairs_by_source = {name: as_json(pairs) for name, pairs in found.items()}
         write_json(out, {**record, "quality": quality, "unseen": pairs_by_source})

@@ -256,6 +256,21 @@ def test_router_evaluate_with_folds_measures_each_file_and_all(
     assert (trained / "f-all-files.png").exists()
 
 
+def test_router_evaluate_repeats_with_more_draws_of_the_folds(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, reports = trained / "unseen.jsonl", [trained / f"{name}.json" for name in ("both", "first", "second")]
+    for report, more in zip(reports, (("--draws", 2), (), ("--seed", 1)), strict=True):
+        assert run("router", "evaluate", "--folds", 2, "--data", data, "--json", report, *more) == 0
+    both, first, second = (json.loads(report.read_text()) for report in reports)
+    assert both["draws"] == [*first["draws"], *second["draws"]]
+    assert first["draws"] != second["draws"]
+    assert both["unseen"] == first["unseen"]
+    apgr = [draw["unseen"]["weak → strong"]["apgr"] for draw in both["draws"]]
+    assert f"unseen, weak → strong: APGR {np.mean(apgr):.3f} ({min(apgr):.3f} to " in capsys.readouterr().out
+    assert run("router", "evaluate", "--folds", 2, "--data", data, "--draws", 0) == 2
+
+
 def test_router_evaluate_needs_an_artifact_or_folds(trained: Path) -> None:
     with pytest.raises(SystemExit):
         run("router", "evaluate", "--data", trained / "unseen.jsonl")
