@@ -96,7 +96,8 @@ class GateStudent:
 
     def run(self, hidden: Tensor, generated: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """Returns the last layer's states, and z [layers, generated tokens] before the threshold."""
-        skip, rows, seen = self.skip(share), generated.flatten().to(hidden.device), list[Tensor]()
+        skip, seen = self.skip(share), list[Tensor]()
+        rows, at_rows = generated.flatten().to(hidden.device), _indices(generated, hidden.device)
 
         def run_layer(layer: Layer, states: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
             native = _native(layer)
@@ -106,7 +107,7 @@ class GateStudent:
             normed = native.normalize(states)
             at = native.index - skip.first
             z = (normed.float() * skip.gate[at]).sum(1) + skip.bias[at]
-            seen.append(z[rows] + self.thresholds[share])
+            seen.append(z[at_rows] + self.thresholds[share])
             soft = torch.sigmoid(z / TEMPERATURE)
             mask = ((z > 0).float() + soft - soft.detach()) * rows
             computed, healed = native.feed_forward(normed), skip.healing(native.index, states)
@@ -133,6 +134,11 @@ def _native(layer: Layer) -> NativeLayer:
     return layer
 
 
+def _indices(generated: Tensor, device: torch.device) -> Tensor:
+    """The indices of the generated tokens `[sequences, tokens]` among all, on a device, which isn't waited for."""
+    return generated.flatten().nonzero()[:, 0].to(device)
+
+
 def _quantile(z: Tensor, share: float, depth: int) -> float:
     """Returns the threshold over which a share of all layers' FFNs is, of z [gated layers, tokens]."""
     values = z.flatten().sort(descending=True).values
@@ -155,7 +161,7 @@ def measure_harm(model: FrozenModel, data: PassResult, vocabulary: int) -> Harm:
     """Measures what leaving out single FFNs changes, to first order of the next token's likelihood, on one batch."""
     rows = torch.arange(min(START_SEQUENCES, data.sequences))
     tokens, roles = data.trace.tokens(rows), data.trace.roles(rows)
-    generated = generated_tokens(roles).flatten().to(model.device)
+    generated = _indices(generated_tokens(roles), model.device)
     inputs, states, masks = list[Tensor](), list[Tensor](), list[Tensor]()
 
     def run_layer(layer: Layer, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
@@ -299,6 +305,6 @@ def fit_gates(settings: SkipSettings, progress: Progress) -> FittedGates:
     described = loaded.top
     healing = Adapters(healing.first, healing.down.cpu(), healing.up.cpu())
     gates = FfnGates(gate, bias, healing, described.id, described.revision, calibrations, making)
-    report = {**making, "seconds": time.monotonic() - started_at}
+    report = {**making, "device": str(settings.device), "seconds": time.monotonic() - started_at}
     report["calibrations"] = {f"{share:g}": asdict(one) for share, one in calibrations.items()}
     return FittedGates(gates, report)

@@ -18,6 +18,7 @@ from stitch_training.data import DataSettings
 from stitch_training.device import CPU, CPU_BATCH_SEQUENCES, GPU_BATCH_SEQUENCES, batch_sequences, training_device
 from stitch_training.distill import TrainingSettings
 from stitch_training.evaluate import EvaluationSettings, evaluate
+from stitch_training.ffn_skip import SkipSettings, fit_gates
 from stitch_training.fit import Control, FitSettings, fit, write_fit
 from stitch_training.least_squares import CutPoint
 from stitch_training.probe import FeatureExtractor
@@ -139,6 +140,16 @@ def test_sweep_keeps_all_tensors_on_the_device(folder: Path) -> None:
         found = sweep(settings, ignore)
     assert len(found.ranking()) == len(cuts)
     assert "aten._linalg_eigh.default" in accelerator.operations
+
+
+def test_gates_keep_all_tensors_on_the_device(folder: Path) -> None:
+    cluster = load_cluster(str(folder / "cluster.toml"))
+    settings = SkipSettings(cluster, "bottom", data_of(folder), "float32", folder / "meta-gates", device=META)
+    with MetaAccelerator() as accelerator:
+        fitted = fit_gates(settings, ignore)
+        fitted.gates.save(folder / "meta-gates.safetensors")
+    assert "aten.silu_backward.default" in accelerator.operations
+    assert fitted.report["device"] == "meta"
 
 
 def test_evaluate_keeps_all_tensors_on_the_device(folder: Path) -> None:
