@@ -32,7 +32,7 @@ MAX_AGE_SECONDS = 300.0
 # A line needs this many samples, and a bound twice as many.
 MIN_SAMPLES = 8
 # Requests in a row that a bound refuses and its line does not, before one is let in.
-TRIAL_REFUSALS = 8
+TRIAL_REFUSALS = 16
 # A sample of 0 s, by a coarse clock, has no relative error.
 _MIN_SECONDS = 1e-6
 
