@@ -55,7 +55,7 @@ def test_samples_expire() -> None:
 
 
 def test_route_that_its_bound_starves_is_measured_anew() -> None:
-    """Samples of a busy hour keep everyone away until every sixteenth request in a row that the line would let in is."""
+    """Samples of a busy hour keep everyone away, but for a request now and then that the line would let in."""
     line = TtftRegression()
     for index in range(WINDOW):
         tokens = 10.0 + 97 * index % 500
