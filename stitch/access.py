@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 
 REFUSED = "the caller's certificate does not allow this call"
 Context = grpc.aio.ServicerContext[Any, Any]
+# A call whose certificate is revoked ends after this, although its caller doesn't read the response on its way.
+BLOCKED_SECONDS = 1.0
 # The roles that may call each method, by its full path.
 Methods = Mapping[str, frozenset[Role]]
 
@@ -65,6 +67,34 @@ class CallerPolicy:
         return identity.cluster == self._cluster and (identity.role != "shard" or identity.name in self._shards)
 
 
+class _Revoked(Exception):
+    """The certificate of a call's caller has been revoked while a response was on its way."""
+
+
+class _Running:
+    """A running call, with what its caller's certificate says."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.scope = asyncio.timeout(None)
+        self._is_writing = self._is_revoked = False
+
+    def end(self) -> None:
+        """Ends the call as soon as its status can be sent: gRPC sends none beside a response."""
+        if self._is_revoked:
+            return
+        self._is_revoked, now = True, asyncio.get_running_loop().time()
+        self.scope.reschedule(now + BLOCKED_SECONDS if self._is_writing else now)
+
+    async def write(self, context: Context, response: Any) -> None:
+        """Sends a response. Raises _Revoked where the call was to end meanwhile."""
+        self._is_writing = True
+        await context.write(response)
+        self._is_writing = False
+        if self._is_revoked:
+            raise _Revoked
+
+
 class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone
     """Refuses calls before their requests are decoded, and ends running calls whose certificate is revoked."""
 
@@ -78,7 +108,7 @@ class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
         self._policy = policy
         self._methods = methods
         self._refresh = refresh
-        self._running: dict[asyncio.Timeout, Peer] = {}
+        self._running: set[_Running] = set()
 
     async def intercept_service(
         self,
@@ -91,10 +121,9 @@ class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
 
     def end_revoked(self) -> None:
         """Ends the running calls whose certificate is revoked by now."""
-        now = asyncio.get_running_loop().time()
-        for scope, peer in list(self._running.items()):
-            if self._policy.is_revoked(peer):
-                scope.reschedule(now)
+        for running in self._running:
+            if self._policy.is_revoked(running.peer):
+                running.end()
 
     def _guarded(self, handler: Any, method: str) -> Any:
         kinds = ("stream" if stream else "unary" for stream in (handler.request_streaming, handler.response_streaming))
@@ -102,16 +131,17 @@ class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
         call = getattr(handler, kind)
 
         async def guarded(request: Any, context: Context) -> Any:
-            async with translated_errors(context), self.admitted(method, _peer(context), context.peer()):
+            peer, caller = _peer(context), context.peer()
+            async with translated_errors(context), self.admitted(method, peer, caller) as running:
                 message = request if handler.request_streaming else _decoded(decode, request)
-                return await _respond(call, message, context)
+                return await _respond(call, message, context, running)
 
         # The messages of a stream are decoded when the call reads them.
         kept = decode if handler.request_streaming else None
         return handler._replace(**{kind: guarded, "request_deserializer": kept})
 
     @asynccontextmanager
-    async def admitted(self, method: str, peer: Peer | None, caller: str) -> AsyncIterator[None]:
+    async def admitted(self, method: str, peer: Peer | None, caller: str) -> AsyncIterator[_Running]:
         """Raises Forbidden where the caller may not call the method, and once its certificate is revoked.
 
         `caller` is its address, for the log; a `peer` of None shows no certificate that can be read.
@@ -122,16 +152,16 @@ class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
         objection = self._policy.objection(peer, roles)
         if peer is None or objection is not None:
             raise _refusal(method, caller, str(objection))
-        scope = asyncio.timeout(None)
+        running = _Running(peer)
         try:
-            async with scope:
-                self._running[scope] = peer
+            async with running.scope:
+                self._running.add(running)
                 try:
-                    yield
+                    yield running
                 finally:
-                    del self._running[scope]
-        except TimeoutError:
-            if scope.expired():
+                    self._running.remove(running)
+        except (_Revoked, TimeoutError) as error:
+            if isinstance(error, _Revoked) or running.scope.expired():
                 raise _refusal(method, caller, f"its {peer} has been revoked") from None
             raise
 
@@ -174,11 +204,11 @@ def _decoded(decode: Callable[[bytes], Any] | None, data: Any) -> Any:
         raise InvalidRequest("request", "these bytes", f"they are no message: {error}") from error
 
 
-async def _respond(call: Any, request: Any, context: Context) -> Any:
+async def _respond(call: Any, request: Any, context: Context, running: _Running) -> Any:
     """Runs a method, which is a coroutine, or an async generator of its responses."""
     if not inspect.isasyncgenfunction(call):
         return await call(request, context)
     async with aclosing(call(request, context)) as responses:
         async for response in responses:
-            await context.write(response)
+            await running.write(context, response)
     return None

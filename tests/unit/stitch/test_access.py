@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -38,6 +38,8 @@ class Server:
         self.access = Access(self.policy, METHODS)
         self.decoded: list[bytes] = []
         self.stream_ended = asyncio.Event()
+        # Called before `Stream` writes.
+        self.before_response: Callable[[], object] = lambda: None
         self.address = ""
 
     @asynccontextmanager
@@ -73,6 +75,7 @@ class Server:
     async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         try:
             async for request in requests:
+                self.before_response()
                 yield request
         finally:
             self.stream_ended.set()
@@ -155,6 +158,47 @@ async def test_revoked_certificate_ends_its_running_calls_and_gets_no_others(ser
             await theirs.unary_unary("/t.T/Ask")(b"")
         await calls[0].write(b"two")
         assert await calls[0].read() == b"two"
+
+
+async def test_call_that_is_revoked_while_a_response_is_on_its_way_ends_for_its_caller_too(server: Server) -> None:
+    own, loop = server.authority.issue(GATEWAY, (), DAY), asyncio.get_running_loop()
+
+    def revoke() -> None:
+        server.revoked.add(own.serial)
+        # Runs once the response is being written. Later readings of the files may come before the call has ended.
+        loop.call_soon(server.access.end_revoked)
+        loop.call_soon(server.access.end_revoked)
+
+    server.before_response = revoke
+    async with server.channel(own) as channel, asyncio.timeout(20):
+        call = channel.stream_stream("/t.T/Stream")()
+        await call.write(b"one")
+        with suppress(grpc.aio.AioRpcError):
+            assert await call.read() == b"one"
+        assert (await call.code(), await call.details()) == (grpc.StatusCode.PERMISSION_DENIED, REFUSED)
+
+
+async def test_call_that_is_revoked_ends_although_its_caller_reads_nothing(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stitch.access.BLOCKED_SECONDS", 0.2)
+    own = server.authority.issue(GATEWAY, (), DAY)
+    async with server.channel(own) as channel:
+        call = channel.stream_stream("/t.T/Stream")()
+        # More than gRPC takes from a server before its client reads.
+        sending = asyncio.create_task(_write_all(call, [bytes(1 << 20)] * 16))
+        await asyncio.sleep(0.5)
+        server.revoked.add(own.serial)
+        server.access.end_revoked()
+        await asyncio.wait_for(server.stream_ended.wait(), 10)
+        call.cancel()
+        await sending
+
+
+async def _write_all(call: Any, messages: list[bytes]) -> None:
+    with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
+        for message in messages:
+            await call.write(message)
 
 
 async def test_shard_that_the_cluster_has_just_got_is_served_and_another_one_is_not() -> None:
